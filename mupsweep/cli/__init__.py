@@ -1,0 +1,42 @@
+"""The command line: one file per command, no logic, nothing heavy imported before it is needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from mupsweep.cli import data, plan, report, rules, run, status, transfer, worker
+from mupsweep.errors import MupsweepError
+
+app = typer.Typer(
+    name="mupsweep",
+    help="Pick the learning rate of a model you cannot afford to sweep, and know how far to trust it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("run")(run.run)
+app.command("transfer")(transfer.transfer)
+app.command("plan")(plan.plan)
+app.command("rules")(rules.rules)
+app.command("status")(status.status)
+app.command("report")(report.report)
+app.command("worker")(worker.worker)
+app.add_typer(data.app, name="data")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit code 2; a traceback is a bug of ours."""
+    try:
+        app()
+    except MupsweepError as error:
+        print(f"mupsweep: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe left, for instance `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

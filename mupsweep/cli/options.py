@@ -1,0 +1,22 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="group=choice (optimizer=adamw,muon compares several) and key=value (sweep.seeds=[0,1]).",
+        show_default=False,
+    ),
+]
+ConfigDir = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Your own yaml groups, searched before the shipped ones.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with 3 when a verdict is 'drifts'.")]
+Sweep = Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's folder.")]

@@ -1,0 +1,16 @@
+"""mupsweep plan"""
+
+from __future__ import annotations
+
+from mupsweep.cli.options import ConfigDir, Json, Overrides
+
+
+def plan(overrides: Overrides = None, config_dir: ConfigDir = None, json: Json = False) -> None:
+    """Show the runs, parameters, FLOPs, memory and time of a sweep; write nothing.
+
+    Example: mupsweep plan optimizer=muon sweep.width_ratios=[1,2,4]
+    """
+    from mupsweep.config import load
+    from mupsweep.report import terminal
+
+    terminal.show_plan(load(overrides or (), config_dir), as_json=json)

@@ -1,0 +1,25 @@
+"""mupsweep rules"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mupsweep.cli.options import ConfigDir, Json, Overrides
+
+
+def rules(
+    overrides: Overrides = None,
+    config_dir: ConfigDir = None,
+    json: Json = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="One line per tensor instead of per role.")] = False,
+) -> None:
+    """Print the scaling rules, in symbols and numbers, and audit them.
+
+    Example: mupsweep rules optimizer=muon_kimi parametrization=sp,spectral sweep.width_ratios=[1,4]
+    """
+    from mupsweep.config import load
+    from mupsweep.report import terminal
+
+    terminal.show_rules(load(overrides or (), config_dir), as_json=json, per_tensor=tensors)

@@ -1,0 +1,28 @@
+"""mupsweep worker"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mupsweep.cli.options import Sweep
+
+
+def worker(
+    sweep: Sweep,
+    run_ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Only these runs.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="A torch device, or auto.")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+) -> None:
+    """Train what is left of a planned sweep, one run after the other; what launchers call.
+
+    Any number of workers share a sweep: each takes the longest run that nobody has claimed.
+    Example: mupsweep worker sweeps/demo --device cuda:1
+    """
+    from mupsweep.records import SweepDir
+    from mupsweep.worker import execute
+
+    raise typer.Exit(0 if execute(SweepDir.open(sweep), run_ids or (), device, threads) else 130)

@@ -1,0 +1,378 @@
+"""Configs: overrides in, one validated and frozen SweepConfig out. `DictConfig` never leaves this module.
+
+Hydra composes the yaml groups of `configs/`; the dataclasses here and the ones that a yaml names under `kind`
+say which keys exist and of what type they are. A section with a `kind` (model, optimizer, parametrization,
+launcher, tracker) stays a plain mapping until `instantiate` turns it into that class.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mupsweep.errors import ConfigError, nearest
+
+COMPARABLE = ("model", "optimizer", "parametrization")  # groups that take several choices: optimizer=adamw,muon
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A corpus and how it becomes tokens. `kind` names the source class; see `mupsweep/data`."""
+
+    name: str = "sotu"
+    kind: str = "mupsweep.data.sources.sotu.Sotu"
+    tokenizer: str = "gpt2-1024"
+    path: str | None = None
+    text_column: str = "text"
+    validation_fraction: float = 0.05
+    max_tokens: int | None = None
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction, "in (0, 1)")
+        _require(self.max_tokens is None or self.max_tokens > 0, "data.max_tokens", self.max_tokens, "positive")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and how one run trains. Fractions are of `steps`."""
+
+    steps: int | None = None
+    tokens: int | None = None
+    batch_size: int = 8
+    warmup: float = 0.1
+    schedule: str = "cosine"
+    min_lr_frac: float = 0.1
+    decay_fraction: float = 0.2
+    clip: float | None = 1.0
+    precision: str = "auto"
+    compile: bool = False
+    eval_batches: int = 16
+    evals: int = 1
+    checkpoint_minutes: float = 10.0
+    divergence_patience: float = 0.1
+
+    def __post_init__(self) -> None:
+        given = [v for v in (self.steps, self.tokens) if v is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                f"training.steps={self.steps} and training.tokens={self.tokens}: set exactly one; "
+                "training.steps=null unsets the default"
+            )
+        _require(given[0] > 0, "training.steps or training.tokens", given[0], "positive")
+        _require(self.batch_size > 0, "training.batch_size", self.batch_size, "positive")
+        _require(self.warmup >= 0, "training.warmup", self.warmup, "a fraction below 1 or a number of steps")
+        _require(self.schedule in SCHEDULES, "training.schedule", self.schedule, nearest(self.schedule, SCHEDULES))
+        _require(0 <= self.min_lr_frac <= 1, "training.min_lr_frac", self.min_lr_frac, "in [0, 1]")
+        _require(0 < self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "in (0, 1]")
+        _require(self.clip is None or self.clip > 0, "training.clip", self.clip, "positive or null")
+        _require(self.precision in PRECISIONS, "training.precision", self.precision, nearest(self.precision, PRECISIONS))
+        _require(self.eval_batches > 0, "training.eval_batches", self.eval_batches, "positive")
+        _require(self.evals > 0, "training.evals", self.evals, "positive")
+        _require(self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "at least 0")
+        _require(self.divergence_patience > 0, "training.divergence_patience", self.divergence_patience, "positive")
+
+    def total_steps(self, context: int) -> int:
+        """Optimizer steps of a run whose sequences are `context` tokens long."""
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None
+        return max(1, math.ceil(self.tokens / (self.batch_size * context)))
+
+    def warmup_steps(self, total: int) -> int:
+        """Steps of linear warm-up: `warmup` itself, or that fraction of `total` where it is below 1."""
+        return round(self.warmup * total) if self.warmup < 1 else round(self.warmup)
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    """The grid of a sweep. Ratios are target / base; `log2_lrs` are base LRs in octaves."""
+
+    name: str | None = None
+    width_ratios: tuple[float, ...] = (1.0,)
+    depth_ratios: tuple[float, ...] = (1.0,)
+    log2_lrs: tuple[float, ...] = (-8.0,)
+    seeds: tuple[int, ...] = (0,)
+    pair: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("width_ratios", "depth_ratios", "log2_lrs", "seeds"):
+            values = getattr(self, key)
+            _require(len(values) > 0, f"sweep.{key}", list(values), "a list with at least one value")
+            _require(len(set(values)) == len(values), f"sweep.{key}", list(values), "a list without repeats")
+        for key in ("width_ratios", "depth_ratios"):
+            _require(all(v > 0 for v in getattr(self, key)), f"sweep.{key}", list(getattr(self, key)), "positive")
+        if self.pair and len(self.width_ratios) != len(self.depth_ratios):
+            raise ConfigError(
+                f"sweep.pair=true pairs width_ratios ({len(self.width_ratios)}) with depth_ratios "
+                f"({len(self.depth_ratios)}): give two lists of equal length, or sweep.pair=false for all combinations"
+            )
+        if self.name is not None and (not self.name or set(self.name) & set("/\\\0\n") or self.name.startswith(".")):
+            raise ConfigError(f"sweep.name={self.name!r}: use a plain folder name, without slashes or a leading dot")
+
+    @property
+    def ratios(self) -> tuple[tuple[float, float], ...]:
+        """(width_ratio, depth_ratio) of every size of the grid."""
+        if self.pair:
+            return tuple(zip(self.width_ratios, self.depth_ratios, strict=True))
+        return tuple(itertools.product(self.width_ratios, self.depth_ratios))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One choice of everything that is held fixed along a loss-versus-LR curve and a ladder of sizes."""
+
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    parametrization: dict[str, Any]
+    data: DataConfig
+    training: TrainingConfig
+
+    @property
+    def label(self) -> tuple[str, str, str]:
+        """(model, optimizer, parametrization): the names a sweep tells its variants apart by."""
+        return self.model["name"], self.optimizer["name"], self.parametrization["name"]
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A whole sweep: the variants to compare, the grid, where to run it and who is told."""
+
+    variants: tuple[Variant, ...]
+    sweep: GridConfig
+    launcher: dict[str, Any]
+    tracker: dict[str, Any]
+    out: str = "sweeps"
+    allow_imports: bool = False
+    overrides: tuple[str, ...] = field(default=())
+
+
+def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> SweepConfig:
+    """Compose `configs/` with the overrides into a validated config.
+
+    Args:
+        overrides: `group=choice` and `key=value` words; model, optimizer and parametrization take several choices
+            (`optimizer=adamw,muon`), which become the variants of the sweep.
+        config_dir: a folder of the user's own yaml groups, searched before the shipped ones.
+
+    Raises:
+        ConfigError: an unknown group, choice, key or value, in one line with the nearest valid names.
+    """
+    choices, rest = _split(overrides, config_dir)
+    composed = [
+        _compose([*(f"{g}={c}" for g, c in zip(choices, combination, strict=True)), *rest], config_dir)
+        for combination in itertools.product(*choices.values())
+    ]
+    variants = tuple({key: tree[key] for key in (*COMPARABLE, "data", "training")} for tree in composed)
+    shared = {key: composed[0][key] for key in ("sweep", "launcher", "tracker", "out", "allow_imports")}
+    return from_tree({**shared, "variants": variants, "overrides": tuple(overrides)})
+
+
+def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
+    """A SweepConfig from plain mappings, as `load` composes and `config.yaml` stores them."""
+    known = {f.name for f in fields(SweepConfig)}
+    for key in tree:
+        if key not in known:
+            raise ConfigError(f"unknown key '{key}' in the config; {nearest(key, known)}")
+    config = SweepConfig(
+        variants=tuple(
+            Variant(
+                **{group: dict(v[group]) for group in COMPARABLE},
+                data=structured(DataConfig, v["data"], "data"),
+                training=structured(TrainingConfig, v["training"], "training"),
+            )
+            for v in tree["variants"]
+        ),
+        sweep=structured(GridConfig, tree["sweep"], "sweep"),
+        launcher=dict(tree["launcher"]),
+        tracker=dict(tree["tracker"]),
+        out=str(tree["out"]),
+        allow_imports=bool(tree["allow_imports"]),
+        overrides=tuple(tree["overrides"]),
+    )
+    for where, section in _sections(config):
+        kind = str(section.get("kind"))
+        if not kind.startswith("mupsweep.") and not config.allow_imports:
+            raise ConfigError(
+                f"{where}.kind={kind} is code outside mupsweep: add allow_imports=true if you trust this config"
+            )
+        if where != "data":  # a source is made from the whole DataConfig, when it is read
+            instantiate(section, where)
+    return config
+
+
+def to_tree(config: SweepConfig) -> dict[str, Any]:
+    """The inverse of `from_tree`: plain mappings and lists, ready for yaml or json."""
+    return asdict(config)
+
+
+def structured(cls: type[T], section: Mapping[str, Any], where: str) -> T:
+    """An instance of the dataclass `cls` from a mapping: unknown keys refused, values converted to their types.
+
+    Raises:
+        ConfigError: naming `where`.key, the offending value and what was expected.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    assert is_dataclass(cls)
+    known = {f.name: f for f in fields(cls)}
+    for key in section:
+        if key not in known:
+            raise ConfigError(f"unknown key '{where}.{key}'; {nearest(str(key), known)}")
+    missing = [
+        n for n, f in known.items() if n not in section and f.default is MISSING and f.default_factory is MISSING
+    ]
+    if missing:
+        raise ConfigError(f"missing key '{where}.{missing[0]}'; give {where}.{missing[0]}=VALUE")
+
+    schema = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(schema, False)  # a frozen dataclass is read-only until told otherwise
+    try:
+        merged = OmegaConf.merge(schema, dict(section))
+        made = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        reason = (getattr(error, "msg", None) or str(error)).splitlines()[0]
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError(f"{where}.{key}: {reason}") from error
+    assert isinstance(made, cls)
+    return _tuples(made)
+
+
+def instantiate(section: Mapping[str, Any], where: str) -> Any:
+    """The object that a section's `kind` (a dotted class path) and its other keys describe."""
+    path, _, name = str(section.get("kind")).rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(path), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{where}.kind={section.get('kind')} cannot be imported ({error}): "
+            f"it names a dataclass as package.module.Class"
+        ) from error
+    return structured(cls, {k: v for k, v in section.items() if k != "kind"}, where)
+
+
+def choices(group: str, config_dir: str | None = None) -> list[str]:
+    """The names of a config group, the user's own folder included."""
+    roots = [Path(config_dir), config_root()] if config_dir else [config_root()]
+    return sorted({p.stem for root in roots for p in (root / group).glob("*.yaml")})
+
+
+def config_root() -> Path:
+    """The shipped `configs/` folder: inside an installed package, beside the package in a checkout."""
+    package = Path(__file__).parent
+    for root in (package / "configs", package.parent / "configs"):
+        if (root / "mupsweep.yaml").is_file():
+            return root
+    raise ConfigError(f"configs/mupsweep.yaml is in neither {package} nor {package.parent}: install mupsweep again")
+
+
+def _split(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, list[str]], list[str]]:
+    """Overrides -> ({comparable group: choices}, everything else), each checked as far as names go."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    groups = sorted(p.name for p in config_root().iterdir() if p.is_dir())
+    comparable: dict[str, list[str]] = {}
+    rest: list[str] = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            hint = "write key=value; quote lists for the shell: 'sweep.seeds=[0,1]'"
+            raise ConfigError(f"cannot read the override {text!r}: {hint}") from error
+        key = override.key_or_group
+        if override.is_add() or override.is_force_add() or override.is_delete():
+            raise ConfigError(f"override {text!r}: every key exists already, so write it without the sign: {key}=VALUE")
+        if key not in groups:
+            if override.is_sweep_override():
+                raise ConfigError(f"override {text!r}: only {', '.join(COMPARABLE)} take several choices; write a list as [a,b]")
+            rest.append(text)
+            continue
+        value = override.value()
+        names = [str(v) for v in value.list] if override.is_sweep_override() else [str(value)]  # type: ignore[union-attr]
+        if len(names) > 1 and key not in COMPARABLE:
+            raise ConfigError(f"override {text!r}: only {', '.join(COMPARABLE)} take several choices")
+        for name in names:
+            if name not in choices(key, config_dir) and not (key == "experiment" and name in ("None", "null")):
+                raise ConfigError(f"no {key} named '{name}'; {nearest(name, choices(key, config_dir))}")
+        if key in COMPARABLE:
+            comparable[key] = names
+        else:
+            rest.append(text)
+    return comparable, rest
+
+
+def _compose(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
+    """One Hydra composition as plain containers."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    if config_dir and not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir {config_dir} is not a folder: it holds yaml groups such as optimizer/mine.yaml")
+    with initialize_config_dir(str(config_root().resolve()), version_base="1.3"):
+        try:
+            tree = OmegaConf.to_container(compose("mupsweep", [*search, *overrides]), resolve=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            values = [o for o in overrides if "." in o.split("=")[0]]
+            defaults = compose("mupsweep", [*search, *(o for o in overrides if o not in values and _is_group(o))])
+            known = list(_dotted(OmegaConf.to_container(defaults)))
+            for override in overrides:
+                key = override.split("=")[0]
+                if not _is_group(override) and key not in known:
+                    raise ConfigError(f"unknown key '{key}'; {nearest_key(key, known)}") from error
+            raise ConfigError(" ".join(str(error).split())) from error
+    assert isinstance(tree, dict)
+    return {str(k): v for k, v in tree.items()}
+
+
+def nearest_key(key: str, known: Iterable[str]) -> str:
+    """The hint for a dotted key: its nearest spelling, and the keys of its own group only."""
+    siblings = [k for k in known if k.split(".")[0] == key.split(".")[0]]
+    return nearest(key, siblings or sorted({k.split(".")[0] for k in known}))
+
+
+def _is_group(override: str) -> bool:
+    return (config_root() / override.split("=")[0]).is_dir()
+
+
+def _dotted(tree: Any, prefix: str = "") -> Iterable[str]:
+    for key, value in tree.items():
+        yield prefix + str(key)
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+
+
+def _sections(config: SweepConfig) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    for variant in config.variants:
+        for group in COMPARABLE:
+            yield group, getattr(variant, group)
+        yield "data", {"kind": variant.data.kind}
+    yield "launcher", config.launcher
+    yield "tracker", config.tracker
+
+
+def _tuples(made: T) -> T:
+    """OmegaConf returns lists for tuple fields; frozen objects hold tuples."""
+    for f in fields(made):  # type: ignore[arg-type]
+        value = getattr(made, f.name)
+        if isinstance(value, list):
+            object.__setattr__(made, f.name, tuple(value))
+    return made
+
+
+def _require(ok: bool, key: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"{key}={value}: expected {expected}")

@@ -1,0 +1,50 @@
+"""What a run costs: parameters, FLOPs, memory, and a time estimate, from the table of tensors alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mupsweep.scaling import Role, TensorSpec
+from mupsweep.sizes import Size
+
+STEP_SECONDS = 0.004  # what a step costs beyond its FLOPs: kernel launches and Python
+FLOPS_PER_SECOND = {"cpu": 1e11, "cuda": 1e14, "mps": 3e12}  # sustained, per CPU thread or per device; rough
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one run takes.
+
+    Attributes:
+        parameters: trained numbers, a tied head counted once.
+        tokens: trained tokens.
+        flops: of forward and backward over all tokens.
+        memory: bytes of weights, gradients, AdamW's two moments and the activations of a step, all in fp32.
+    """
+
+    parameters: int
+    tokens: int
+    flops: float
+    memory: float
+
+    def seconds(self, steps: int, device: str) -> float:
+        """A rough wall-clock estimate on one CPU thread or one accelerator."""
+        return steps * STEP_SECONDS + self.flops / FLOPS_PER_SECOND[device]
+
+
+def estimate(tensors: Iterable[TensorSpec], size: Size, steps: int, batch_size: int) -> Cost:
+    """The cost of `steps` steps of `batch_size` sequences.
+
+    FLOPs per token are 6 per weight that multiplies activations plus 12 * depth * width * context for attention scores
+    and values (Chowdhery et al. 2204.02311, appendix B; causality not discounted). Embedding look-ups are free.
+    """
+    table = list(tensors)
+    parameters = sum(math.prod(t.shape) for t in table if t.tied_to is None)
+    multiplied = sum(math.prod(t.shape) for t in table if t.role in (Role.HIDDEN, Role.OUTPUT))
+    per_token = 6 * multiplied + 12 * size.depth * size.width * size.context
+    tokens = steps * batch_size * size.context
+    # about 16 width-sized and 3 ffn-sized activations a block are kept for the backward pass
+    activations = batch_size * size.context * size.depth * (16 * size.width + 3 * size.ffn_width)
+    return Cost(parameters, tokens, float(per_token) * tokens, 4.0 * (4 * parameters + activations))

@@ -1,0 +1,323 @@
+"""Curves: records -> loss versus LR at each size, and the optimum of each with an interval.
+
+Everything is in octaves (log2 LR) and nats per token. A diverged run censors its point: it is drawn and it bounds the
+optimum, but it has no loss to fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from mupsweep.records import DIVERGED, DONE
+
+CONFIDENCE = 0.95
+WINDOW = 1.5  # octaves on each side of the best point that the fit sees
+MIN_POINTS = 5  # the fit reaches further on coarse grids, until it has so many points
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Point:
+    """All seeds at one LR of one size.
+
+    Attributes:
+        losses: validation loss of each seed that finished, by seed.
+        diverged: how many seeds diverged.
+    """
+
+    log2_lr: float
+    losses: Mapping[int, float]
+    diverged: int
+
+    @property
+    def censored(self) -> bool:
+        """A point with a diverged seed has no mean: its loss is only known to be high."""
+        return self.diverged > 0
+
+    @property
+    def mean(self) -> float:
+        return sum(self.losses.values()) / len(self.losses) if self.losses else math.nan
+
+    @property
+    def sem(self) -> float | None:
+        """Standard error of the mean over seeds; None with fewer than two."""
+        if len(self.losses) < 2:
+            return None
+        return float(np.std(list(self.losses.values()), ddof=1) / math.sqrt(len(self.losses)))
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Loss versus LR at one size of one variant, by rising LR."""
+
+    model: str
+    optimizer: str
+    parametrization: str
+    width: int
+    depth: int
+    width_ratio: float
+    depth_ratio: float
+    points: tuple[Point, ...]
+
+    @property
+    def label(self) -> tuple[str, str, str]:
+        return self.model, self.optimizer, self.parametrization
+
+    @property
+    def usable(self) -> tuple[Point, ...]:
+        """The points with a loss."""
+        return tuple(p for p in self.points if p.losses and not p.censored)
+
+    @property
+    def n_runs(self) -> int:
+        return sum(len(p.losses) + p.diverged for p in self.points)
+
+    @property
+    def n_diverged(self) -> int:
+        return sum(p.diverged for p in self.points)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A polynomial of degree 2 or 3 through the points around the minimum.
+
+    Attributes:
+        center: log2 LR of the best point, the origin of the polynomial.
+        xs, ys: the fitted points, xs relative to the center.
+        beta: coefficients of 1, x, x^2 (, x^3).
+        unit: (X^T X)^-1; times the variance of a point it is the covariance of beta.
+        vertex: the minimum, relative to the center.
+    """
+
+    center: float
+    xs: Array
+    ys: Array
+    beta: Array
+    unit: Array
+    vertex: float
+
+    def value(self, log2_lr: float) -> float:
+        x = log2_lr - self.center
+        return float(self.beta @ x ** np.arange(len(self.beta)))
+
+    def covers(self, log2_lr: float) -> bool:
+        """Whether the points around an LR were fitted: beyond them the polynomial means nothing."""
+        return self.xs[0] <= log2_lr - self.center <= self.xs[-1]
+
+    def slope_weights(self, x: float) -> Array:
+        """d value / dx = slope_weights(x) @ beta."""
+        k = np.arange(len(self.beta), dtype=float)
+        return np.where(k > 0, k * x ** np.maximum(k - 1, 0), 0.0)
+
+    @property
+    def residuals(self) -> Array:
+        return self.ys - np.vander(self.xs, len(self.beta), increasing=True) @ self.beta
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The variance of a fitted point, pooled over the sizes of a group.
+
+    Attributes:
+        variance: of a seed mean about the fitted polynomial, nats^2.
+        dof: degrees of freedom behind it.
+    """
+
+    variance: float
+    dof: float
+
+    @property
+    def quantile(self) -> float:
+        """Student's two-sided quantile at CONFIDENCE."""
+        return float(stats.t.ppf(0.5 + CONFIDENCE / 2, max(self.dof, 1.0)))
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The best LR of one size.
+
+    Attributes:
+        bracketed: whether worse LRs were trained on both sides; if not, there is no estimate, only a bound.
+        log2_lr: the fitted minimum; None where it is not bracketed.
+        low, high: interval at CONFIDENCE; None where the data give no bound on that side.
+        loss: the fitted loss at the minimum.
+        se: standard error of log2_lr, for further fits.
+        reason: why there is no estimate, or no interval.
+        fit: the polynomial, for drawing and regret.
+    """
+
+    curve: LossCurve
+    bracketed: bool
+    log2_lr: float | None
+    low: float | None
+    high: float | None
+    loss: float | None
+    se: float | None
+    reason: str | None
+    fit: Fit | None
+
+
+def collect(rows: Iterable[Mapping[str, Any]]) -> list[LossCurve]:
+    """Curves from rows like those of results/runs.csv, the smallest size first. Unfinished runs are left out."""
+    sizes: dict[tuple[Any, ...], dict[float, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["status"] in (DONE, DIVERGED):
+            key = tuple(row[k] for k in ("model", "optimizer", "parametrization", "width", "depth"))
+            sizes[(*key, row["width_ratio"], row["depth_ratio"])][row["log2_lr"]].append(row)
+    curves = []
+    for key, by_lr in sizes.items():
+        points = []
+        for log2_lr, runs in sorted(by_lr.items()):
+            losses = {r["seed"]: r["val_loss"] for r in runs if r["status"] == DONE and r["val_loss"] is not None}
+            points.append(Point(log2_lr, losses, len(runs) - len(losses)))
+        curves.append(LossCurve(*key, tuple(points)))
+    return sorted(curves, key=lambda c: (c.label, c.width_ratio * c.depth_ratio, c.width_ratio))
+
+
+def optima(curves: Sequence[LossCurve]) -> list[Optimum]:
+    """The optimum of every curve. The curves of one ladder are given together: their noise is pooled."""
+    fits = [fit(curve) for curve in curves]
+    noise = pooled_noise([(c, f) for c, f in zip(curves, fits, strict=True) if isinstance(f, Fit)])
+    return [_optimum(curve, made, noise) for curve, made in zip(curves, fits, strict=True)]
+
+
+def fit(curve: LossCurve) -> Fit | str:
+    """A polynomial through the seed means around the best point, or the reason why there is none."""
+    points = curve.usable
+    if len(points) < 3:
+        return f"{len(points)} LRs with a loss; a minimum needs at least 3"
+    best = min(range(len(points)), key=lambda i: points[i].mean)
+    if best == 0:
+        return f"the best LR is the lowest that has a loss (2^{points[best].log2_lr:g}): train lower ones"
+    if best == len(points) - 1:
+        beyond = "the next one diverges: train LRs between" if curve.points[-1].censored else "train higher ones"
+        return f"the best LR is the highest that has a loss (2^{points[best].log2_lr:g}); {beyond}"
+    center = points[best].log2_lr
+    nearest = sorted(points, key=lambda p: (abs(p.log2_lr - center), p.log2_lr))
+    reach = max(WINDOW, abs(nearest[min(MIN_POINTS, len(nearest)) - 1].log2_lr - center))
+    window = [p for p in points if abs(p.log2_lr - center) <= reach + 1e-9]
+    xs = np.array([p.log2_lr - center for p in window])
+    ys = np.array([p.mean for p in window])
+    # a valley is steeper towards the cliff: a cubic where there are points enough to tell and it keeps a minimum
+    for degree in (3, 2) if len(window) >= MIN_POINTS + 1 else (2,):
+        made = _polynomial(center, xs, ys, degree)
+        if made is not None:
+            return made
+    return "the losses around the best LR have no minimum: noise, or too few LRs; add seeds or LRs between"
+
+
+def pooled_noise(fitted: Sequence[tuple[LossCurve, Fit]]) -> Noise:
+    """How far a seed mean lies from its polynomial, over all sizes of a ladder.
+
+    Two estimates: the scatter between seeds (after removing what a seed shifts at every LR alike), and the scatter of
+    the means about the fit, which also holds what the polynomial cannot follow. Where the second is significantly
+    larger it stands alone, else both are pooled. Seeds may also tilt whole curves; where they do, the seed estimate is
+    raised to what explains the tilt.
+    """
+    pure_ss = pure_dof = fit_ss = fit_dof = tilt_ss = tilt_dof = 0.0
+    for curve, made in fitted:
+        residuals = made.residuals
+        fit_ss += float(residuals @ residuals)
+        fit_dof += len(residuals) - len(made.beta)
+        window = [p for p in curve.usable if made.covers(p.log2_lr)]
+        seeds = sorted(set.intersection(*(set(p.losses) for p in window)))
+        if len(seeds) < 2:
+            continue
+        table = np.array([[p.losses[s] for s in seeds] for p in window])  # (LRs, seeds)
+        rest = table - table.mean(axis=1, keepdims=True)
+        rest = rest - rest.mean(axis=0, keepdims=True)
+        dof = (len(window) - 1) * (len(seeds) - 1)
+        pure_ss += float((rest**2).sum()) / len(seeds)
+        pure_dof += dof
+        design = np.vander(made.xs, len(made.beta), increasing=True)
+        weights = made.slope_weights(made.vertex) @ made.unit @ design.T  # slope at the minimum = weights @ losses
+        slopes = weights @ table
+        tilt_ss += float(((slopes - slopes.mean()) ** 2).sum()) / float(weights @ weights) / len(seeds)
+        tilt_dof += len(seeds) - 1
+    if not fitted:
+        return Noise(math.nan, 1.0)
+    if pure_dof == 0:
+        return Noise(fit_ss / fit_dof, fit_dof) if fit_dof else Noise(math.nan, 1.0)
+    pure = pure_ss / pure_dof
+    if tilt_dof:
+        pure = max(pure, tilt_ss / tilt_dof)
+    if fit_dof == 0:
+        return Noise(pure, pure_dof)
+    scatter = fit_ss / fit_dof
+    if scatter > pure * stats.f.ppf(0.95, fit_dof, pure_dof):
+        return Noise(scatter, fit_dof)
+    return Noise((pure * pure_dof + scatter * fit_dof) / (pure_dof + fit_dof), pure_dof + fit_dof)
+
+
+def _polynomial(center: float, xs: Array, ys: Array, degree: int) -> Fit | None:
+    design = np.vander(xs, degree + 1, increasing=True)
+    unit = np.linalg.inv(design.T @ design)
+    beta = unit @ design.T @ ys
+    roots = np.roots(np.polyder(beta[::-1]))
+    inside = [float(r.real) for r in roots if abs(r.imag) < 1e-9 and xs[0] <= r.real <= xs[-1]]
+    curvature = np.polyder(beta[::-1], 2)
+    minima = [r for r in inside if np.polyval(curvature, r) > 0]
+    if not minima or len(inside) > 1:  # a second turning point inside the window is noise, not a valley
+        return None
+    return Fit(center, xs, ys, beta, unit, minima[0])
+
+
+def _optimum(curve: LossCurve, made: Fit | str, noise: Noise) -> Optimum:
+    if isinstance(made, str):
+        low, high = _bounds(curve)
+        return Optimum(curve, False, None, low, high, None, None, made, None)
+    best = made.center + made.vertex
+    loss = made.value(best)
+    if not math.isfinite(noise.variance):
+        return Optimum(curve, True, best, None, None, loss, None, "one seed and no spare LRs: no interval", made)
+    low, high = _root_interval(made, noise)
+    se = None if low is None or high is None else (high - low) / (2 * noise.quantile)
+    reason = None if se is not None else "the curve is too flat or too noisy to bound its minimum: add seeds or LRs"
+    absolute = [None if x is None else made.center + x for x in (low, high)]
+    return Optimum(curve, True, best, *absolute, loss, se, reason, made)
+
+
+def _root_interval(made: Fit, noise: Noise) -> tuple[float | None, float | None]:
+    """The LRs at which the slope is not significantly different from 0, around the minimum (Fieller 1954).
+
+    None on a side where that reaches beyond the fitted points.
+    """
+
+    def undecided(x: float) -> bool:
+        weights = made.slope_weights(x)
+        slope = float(weights @ made.beta)
+        return slope**2 <= noise.quantile**2 * noise.variance * float(weights @ made.unit @ weights)
+
+    def edge(end: float) -> float | None:
+        inside, step = made.vertex, (end - made.vertex) / 256
+        for i in range(1, 257):
+            outside = made.vertex + i * step
+            if not undecided(outside):
+                for _ in range(30):
+                    middle = (inside + outside) / 2
+                    inside, outside = (middle, outside) if undecided(middle) else (inside, middle)
+                return (inside + outside) / 2
+            inside = outside
+        return None
+
+    return edge(float(made.xs[0])), edge(float(made.xs[-1]))
+
+
+def _bounds(curve: LossCurve) -> tuple[float | None, float | None]:
+    """What an unbracketed curve still says: the optimum lies below its second point, or above its last but one."""
+    points = curve.usable
+    if len(points) < 2:
+        return None, None
+    best = min(range(len(points)), key=lambda i: points[i].mean)
+    low = points[best - 1].log2_lr if best > 0 else None
+    high = points[best + 1].log2_lr if best + 1 < len(points) else None
+    above = [p.log2_lr for p in curve.points if p.censored and p.log2_lr > points[best].log2_lr]
+    return low, high if high is not None else min(above, default=None)

@@ -1,0 +1,67 @@
+"""Sources: where documents come from. A new source is one file here and one yaml in `configs/data/`.
+
+`data.kind` names the class; it is constructed with the DataConfig. Documents are encoded and split by
+`mupsweep.data.shards`; a source that holds tokens already returns them from `ready_tokens` instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mupsweep.config import DataConfig
+from mupsweep.errors import DataError
+
+if TYPE_CHECKING:
+    from mupsweep.data.streams import Segment
+
+
+@dataclass(frozen=True)
+class ReadyTokens:
+    """Token files that are read as they are, in order."""
+
+    train: tuple[Segment, ...]
+    validation: tuple[Segment, ...]
+
+
+class Source(ABC):
+    """A corpus. Subclasses raise DataError for what a user can cause."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def documents(self) -> Iterator[str]:
+        """The documents, always in the same order; never the whole corpus in memory."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest that changes whenever the documents do; cheap, since every run asks for it."""
+
+    def ready_tokens(self) -> ReadyTokens | None:
+        """The tokens of a corpus that needs no encoding, with its split; None where there are documents."""
+        return None
+
+
+def load(config: DataConfig) -> Source:
+    """The source that `config.kind` names.
+
+    Raises:
+        DataError: it cannot be imported, or it refuses the config.
+    """
+    module, _, name = config.kind.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"data.kind={config.kind} cannot be imported ({error}): it names a source as "
+            "package.module.Class, for example mupsweep.data.sources.local.Local"
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, Source)):
+        raise DataError(
+            f"data.kind={config.kind} is no data source: make it a subclass of mupsweep.data.sources.Source"
+        )
+    return cls(config)

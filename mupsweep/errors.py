@@ -1,0 +1,38 @@
+"""The errors a user can cause. The command line prints each in one line and exits with its code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MupsweepError(Exception):
+    """A mistake outside this program: says what, where, the valid values and what to do next."""
+
+    exit_code = 2
+
+
+class ConfigError(MupsweepError):
+    """A config, an override or a command-line argument that cannot be used."""
+
+
+class DataError(MupsweepError):
+    """A corpus, tokenizer or token shard that is missing, unreadable or not what it claims to be."""
+
+
+class RecordError(MupsweepError):
+    """A sweep folder that is missing, unwritable or holds something else than the command needs."""
+
+
+class RunFailed(MupsweepError):
+    """Some runs of a sweep failed; the others are done and recorded."""
+
+    exit_code = 1
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint that names the closest valid spelling first: `did you mean 'x'? valid: x, y, z`."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    guess = f"did you mean '{close[0]}'? " if close else ""
+    return f"{guess}valid: {', '.join(valid)}"

@@ -1,0 +1,23 @@
+"""Launchers decide where runs are trained, and nothing else: one file and one yaml each.
+
+A launcher starts workers on a sweep folder and waits for them. The workers share the runs out among themselves by
+claiming them, so a launcher knows nothing of training, and two launchers on one sweep do no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from mupsweep.records import SweepDir
+
+
+class Launcher(Protocol):
+    """A dataclass under `launchers/`; its fields are the keys of its yaml."""
+
+    @property
+    def name(self) -> str: ...
+
+    def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
+        """Train the named runs, longest first. False if the user stopped it; what is finished is recorded."""
+        ...

@@ -1,0 +1,155 @@
+"""All devices of this machine: a persistent worker process per slot, each taking the longest run that is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mupsweep.errors import ConfigError, RecordError
+from mupsweep.launchers.progress import Progress
+from mupsweep.records import FAILED, RUNNING, SweepDir
+
+POLL_SECONDS = 0.3
+DEATHS = 2  # a run that kills its worker this often is recorded as failed
+
+
+@dataclass(frozen=True)
+class Local:
+    """Worker processes on the devices of this machine.
+
+    Attributes:
+        devices: "auto" finds them, or torch devices separated by commas: "cuda:0,cuda:1".
+        slots_per_device: workers per device; None is one per accelerator, and cores / threads on a CPU.
+        threads: CPU threads per worker.
+    """
+
+    name: str = "local"
+    devices: str = "auto"
+    slots_per_device: int | None = None
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for key in ("slots_per_device", "threads"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"launcher.{key}={value}: expected at least 1")
+
+    def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
+        slots = self.slots()[: max(1, len(run_ids))]
+        pool = Pool(sweep, slots, self.threads)
+        try:
+            with Progress(sweep, run_ids) as progress:
+                pool.start()
+                while pool.is_alive(run_ids):
+                    polled = time.monotonic()
+                    progress.refresh()
+                    # a poll over many open runs takes a while itself: never spend more than a tenth of the time on it
+                    time.sleep(max(POLL_SECONDS, 9 * (time.monotonic() - polled)))
+        except KeyboardInterrupt:
+            print("stopping: each run finishes its step and is checkpointed; Ctrl-C again to stop at once", file=sys.stderr)
+            pool.stop()
+            return False
+        return not pool.was_stopped()
+
+    def slots(self) -> list[str]:
+        """The device of every worker."""
+        found = find_devices() if self.devices == "auto" else [d.strip() for d in self.devices.split(",") if d.strip()]
+        if not found:
+            raise ConfigError(f"launcher.devices={self.devices}: expected auto or a list such as cuda:0,cuda:1")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        slots = []
+        for device in found:
+            count = self.slots_per_device or (max(1, cores // self.threads) if device == "cpu" else 1)
+            slots += [device] * count
+        return slots
+
+
+@dataclass
+class Pool:
+    """The worker processes of one launch."""
+
+    sweep: SweepDir
+    slots: list[str]
+    threads: int
+    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    deaths: dict[str, int] = field(default_factory=dict)
+
+    def start(self) -> None:
+        self.sweep.logs.mkdir(parents=True, exist_ok=True)
+        self.workers = [self.spawn(index) for index in range(len(self.slots))]
+
+    def spawn(self, index: int) -> subprocess.Popen[bytes]:
+        """A worker on slot `index`; what it prints goes to logs/."""
+        command = [sys.executable, "-m", "mupsweep", "worker", str(self.sweep.path)]
+        command += ["--device", self.slots[index], "--threads", str(self.threads)]
+        threads = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        with (self.sweep.logs / f"worker-{index}.log").open("ab") as output:
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, **threads}
+            )
+
+    def is_alive(self, run_ids: Sequence[str]) -> bool:
+        """Whether any worker still works; one that died is replaced while runs are left."""
+        for index, worker in enumerate(self.workers):
+            code = worker.poll()
+            if code is None or code in (0, STOPPED):
+                continue
+            self.blame(run_ids, worker.pid, code)
+            if sum(self.deaths.values()) > DEATHS * len(run_ids) or code > 0:
+                raise RecordError(f"a worker ended with exit code {code}: {self.last_words(index)}")
+            self.workers[index] = self.spawn(index)
+        return any(worker.poll() is None for worker in self.workers)
+
+    def blame(self, run_ids: Sequence[str], pid: int, code: int) -> None:
+        """Count a worker's death against the run that it held; a run that keeps killing workers has failed."""
+        for folder in (self.sweep.run(run_id) for run_id in run_ids):
+            if folder.status()["status"] == RUNNING and folder.owner_pid() == pid:
+                self.deaths[folder.run_id] = self.deaths.get(folder.run_id, 0) + 1
+                if self.deaths[folder.run_id] >= DEATHS:
+                    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                    hint = "; out of memory? lower launcher.slots_per_device or training.batch_size" if code == -9 else ""
+                    folder.write_status(FAILED, error=f"its worker died {DEATHS} times ({name}){hint}")
+
+    def last_words(self, index: int) -> str:
+        """The end of a dead worker's log."""
+        path = self.sweep.logs / f"worker-{index}.log"
+        lines = path.read_text(errors="replace").strip().splitlines()
+        return f"{lines[-1] if lines else 'no output'} (see {path})"
+
+    def stop(self) -> None:
+        """Ask every worker to checkpoint and end, and wait; a second Ctrl-C kills them."""
+        try:
+            self.signal(signal.SIGINT)
+            for worker in self.workers:
+                worker.wait()
+        except KeyboardInterrupt:
+            self.signal(signal.SIGKILL)
+
+    def signal(self, number: signal.Signals) -> None:
+        for worker in self.workers:
+            with contextlib.suppress(ProcessLookupError):
+                worker.send_signal(number)
+
+    def was_stopped(self) -> bool:
+        return any(worker.returncode == STOPPED for worker in self.workers)
+
+
+STOPPED = 130  # a worker's exit code when a signal asked it to stop
+
+
+def find_devices() -> list[str]:
+    """Every accelerator that torch sees, else the CPU; torch is imported only where there might be one."""
+    if sys.platform == "linux" and not any(map(Path.exists, map(Path, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))):
+        return ["cpu"]
+    import torch
+
+    if torch.cuda.is_available():
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return ["mps"] if torch.backends.mps.is_available() else ["cpu"]

@@ -1,0 +1,111 @@
+"""What every model declares: its base shape, its tensors, and how to build the network."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mupsweep.errors import ConfigError, nearest
+from mupsweep.scaling import Init, Role, TensorSpec
+from mupsweep.sizes import BaseShape, Size
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ATTENTION_SCALES = ("parametrization", "1/sqrt(d)", "1/d")
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Forward constants at one size.
+
+    Attributes:
+        block: on every residual branch.
+        output: on the logits.
+        attention: on query . key.
+    """
+
+    block: float
+    output: float
+    attention: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(ABC):
+    """The keys that all decoder models share; a subclass adds its own.
+
+    Attributes:
+        name: what curves and reports call it.
+        width, depth, context: the base shape; tokens per sequence.
+        head_dim: features per head, fixed along a ladder; `heads` instead fixes the number of heads.
+        ffn_ratio: MLP width / width.
+        tied: whether the head shares the token embedding.
+        init_std: standard deviation of every matrix at the base shape; `head_init_std` overrides the head's (0: zeros).
+        block_multiplier, output_multiplier: forward constants at the base shape, tunable at small size.
+        attention_scale: "parametrization" follows the rule; "1/sqrt(d)" and "1/d" force one (equal at the base).
+    """
+
+    name: str
+    width: int = 256
+    depth: int = 4
+    head_dim: int = 64
+    heads: int | None = None
+    ffn_ratio: float = 4.0
+    context: int = 1024
+    tied: bool = False
+    init_std: float = 0.02
+    head_init_std: float | None = None
+    block_multiplier: float = 1.0
+    output_multiplier: float = 1.0
+    attention_scale: str = "parametrization"
+
+    def __post_init__(self) -> None:
+        for key in ("width", "depth", "head_dim", "ffn_ratio", "context", "init_std"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"model.{key}={getattr(self, key)}: expected a positive number")
+        if self.attention_scale not in ATTENTION_SCALES:
+            raise ConfigError(
+                f"model.attention_scale={self.attention_scale}: {nearest(self.attention_scale, ATTENTION_SCALES)}"
+            )
+        if self.tied and self.head_init_std is not None:
+            raise ConfigError("model.head_init_std has no meaning with model.tied=true: set it to null")
+
+    @property
+    def base(self) -> BaseShape:
+        """The shape at ratio 1."""
+        return BaseShape(self.width, self.depth, self.head_dim, self.heads, self.ffn_ratio, self.context)
+
+    def multipliers(self, size: Size, block: float, output: float, attention_power: float) -> Multipliers:
+        """Forward constants at `size`, given the rules' ratios and the power of d_head in the attention scale.
+
+        At the base shape the attention scale is exactly 1/sqrt(d_head) for every power.
+        """
+        power = {"parametrization": attention_power, "1/sqrt(d)": -0.5, "1/d": -1.0}[self.attention_scale]
+        base = self.base.scaled(1.0, 1.0, size.vocab_size)
+        return Multipliers(
+            block=self.block_multiplier * block,
+            output=self.output_multiplier * output,
+            attention=base.head_dim**-0.5 * (size.head_dim / base.head_dim) ** power,
+        )
+
+    def head(self, size: Size, embedding: str) -> TensorSpec:
+        """The head's row: its own matrix, or the embedding's storage under the output's rule."""
+        std = self.init_std if self.head_init_std is None else self.head_init_std
+        return TensorSpec(
+            "head.weight",
+            (size.vocab_size, size.width),
+            Role.OUTPUT,
+            init=Init.NORMAL if std > 0 else Init.ZEROS,
+            init_std=std,
+            tied_to=embedding if self.tied else None,
+        )
+
+    @abstractmethod
+    def tensors(self, size: Size) -> Iterator[TensorSpec]:
+        """Every tensor of the model at `size`, in the order of the forward pass."""
+
+    @abstractmethod
+    def network(self, size: Size, multipliers: Multipliers) -> nn.Module:
+        """The network, uninitialised, on the current torch device; its state dict has exactly `tensors(size)`."""

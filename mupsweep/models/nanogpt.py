@@ -1,0 +1,55 @@
+"""NanoGPT: GPT-2 as Karpathy's nanoGPT writes it (Radford et al. 2019), with separate query, key and value matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mupsweep.models.architecture import Architecture, Multipliers
+from mupsweep.scaling import Init, Role, TensorSpec
+from mupsweep.sizes import Size
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class NanoGPT(Architecture):
+    """Pre-norm decoder with learned positions, LayerNorm and a GELU MLP.
+
+    Attributes:
+        bias: biases in the linear layers and LayerNorms.
+    """
+
+    bias: bool = False
+
+    def tensors(self, size: Size) -> Iterator[TensorSpec]:
+        n, ffn, std = size.width, size.ffn_width, self.init_std
+
+        def norm(name: str, role: Role) -> Iterator[TensorSpec]:
+            yield TensorSpec(f"{name}.weight", (n,), role, Init.ONES, decay=False)
+            if self.bias:
+                yield TensorSpec(f"{name}.bias", (n,), role, Init.ZEROS, decay=False)
+
+        def linear(name: str, n_out: int, n_in: int) -> Iterator[TensorSpec]:
+            yield TensorSpec(f"{name}.weight", (n_out, n_in), Role.HIDDEN, init_std=std)
+            if self.bias:
+                yield TensorSpec(f"{name}.bias", (n_out,), Role.HIDDEN_VECTOR, Init.ZEROS, decay=False)
+
+        yield TensorSpec("token_embedding.weight", (size.vocab_size, n), Role.INPUT, init_std=std)
+        yield TensorSpec("position_embedding.weight", (size.context, n), Role.INPUT, init_std=std)
+        for i in range(size.depth):
+            yield from norm(f"blocks.{i}.attention_norm", Role.HIDDEN_VECTOR)
+            for matrix in ("query", "key", "value", "output"):
+                yield from linear(f"blocks.{i}.attention.{matrix}", n, n)
+            yield from norm(f"blocks.{i}.mlp_norm", Role.HIDDEN_VECTOR)
+            yield from linear(f"blocks.{i}.mlp.up", ffn, n)
+            yield from linear(f"blocks.{i}.mlp.down", n, ffn)
+        yield from norm("norm", Role.INPUT_VECTOR)
+        yield self.head(size, embedding="token_embedding.weight")
+
+    def network(self, size: Size, multipliers: Multipliers) -> nn.Module:
+        from mupsweep.models.layers import Decoder, GeluMLP, LayerNorm
+
+        return Decoder({t.name: t for t in self.tensors(size)}, size, multipliers, norm=LayerNorm, mlp=GeluMLP)

@@ -1,0 +1,221 @@
+"""The plan: a SweepConfig's runs, each with an id made of what it trains and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mupsweep.config import SweepConfig, TrainingConfig, Variant, from_tree, instantiate, to_tree
+from mupsweep.cost import Cost, estimate
+from mupsweep.data import fingerprint
+from mupsweep.data.tokenizers import vocab_size
+from mupsweep.errors import ConfigError
+from mupsweep.models import Architecture
+from mupsweep.optimizers import Optimizer
+from mupsweep.records import SweepDir
+from mupsweep.scaling import Parametrization
+from mupsweep.sizes import Size
+
+VOCAB_MULTIPLE = 64  # the vocabulary is padded to this, as nanoGPT pads 50257 to 50304: aligned matrix products
+UNIDENTIFYING = {"data": ("path", "cache", "kind"), "training": ("checkpoint_minutes",)}  # no effect on the numbers
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A variant with its sections turned into the objects they describe."""
+
+    variant: Variant
+    model: Architecture
+    optimizer: Optimizer
+    parametrization: Parametrization
+    digest: str
+
+    @property
+    def training(self) -> TrainingConfig:
+        return self.variant.training
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of every run of this variant."""
+        return self.training.total_steps(self.model.context)
+
+    def size(self, width_ratio: float, depth_ratio: float) -> Size:
+        """The shape at the given ratios to the base, with a padded vocabulary."""
+        padded = -(-vocab_size(self.variant.data.tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        return self.model.base.scaled(width_ratio, depth_ratio, padded)
+
+    def cost(self, size: Size) -> Cost:
+        """What one run at `size` takes."""
+        return estimate(self.model.tensors(size), size, self.steps, self.training.batch_size)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One training run: a recipe at a size, a base LR and a seed."""
+
+    run_id: str
+    recipe: Recipe
+    size: Size
+    log2_lr: float
+    seed: int
+    cost: Cost
+
+    @property
+    def base_lr(self) -> float:
+        return 2.0**self.log2_lr
+
+    def row(self) -> dict[str, Any]:
+        """The line of plan.jsonl."""
+        return {
+            "run_id": self.run_id,
+            "variant": self.recipe.digest,
+            **self.identity(),
+            "parameters": self.cost.parameters,
+            "tokens": self.cost.tokens,
+            "flops": self.cost.flops,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """The columns that tell runs apart in every table."""
+        model, optimizer, parametrization = self.recipe.variant.label
+        return {
+            "model": model,
+            "parametrization": parametrization,
+            "optimizer": optimizer,
+            "width": self.size.width,
+            "depth": self.size.depth,
+            "width_ratio": self.size.width_ratio,
+            "depth_ratio": self.size.depth_ratio,
+            "log2_lr": self.log2_lr,
+            "seed": self.seed,
+        }
+
+
+def recipe(variant: Variant) -> Recipe:
+    """The objects that a variant describes, its combination checked.
+
+    Raises:
+        ConfigError: settings that are each valid but contradict one another.
+    """
+    made = Recipe(
+        variant=variant,
+        model=instantiate(variant.model, "model"),
+        optimizer=instantiate(variant.optimizer, "optimizer"),
+        parametrization=instantiate(variant.parametrization, "parametrization"),
+        digest=_digest(variant),
+    )
+    warmup = made.training.warmup_steps(made.steps)
+    if warmup >= made.steps:
+        raise ConfigError(
+            f"training.warmup={made.training.warmup:g} is {warmup} steps of warm-up in a run of {made.steps}: "
+            "the LR would never reach its peak; lower warmup or train longer"
+        )
+    return made
+
+
+def plan(config: SweepConfig) -> list[RunSpec]:
+    """Every run of the grid, the most expensive first. Writes nothing."""
+    runs = [
+        run
+        for variant in config.variants
+        for run in _grid(recipe(variant), config.sweep.ratios, config.sweep.log2_lrs, config.sweep.seeds)
+    ]
+    return sorted(runs, key=lambda run: (-run.cost.flops, run.run_id))
+
+
+def sweep_name(config: SweepConfig) -> str:
+    """`sweep.name`, or one made from the choices, the same for the same choices whatever the grid."""
+    if config.sweep.name is not None:
+        return config.sweep.name
+    columns = zip(*(variant.label for variant in config.variants), strict=True)
+    readable = "-".join("+".join(dict.fromkeys(names)) for names in columns)
+    digest = hashlib.sha256("".join(_digest(v) for v in config.variants).encode()).hexdigest()
+    return f"{readable}-{digest[:6]}"
+
+
+def save(config: SweepConfig, header: str) -> tuple[SweepDir, list[RunSpec]]:
+    """Add the plan to the sweep's folder and return every run of the sweep, planned now or before.
+
+    Raises:
+        ConfigError: the folder holds a variant of the same name with other settings.
+    """
+    new = plan(config)
+    sweep = SweepDir(Path(config.out) / sweep_name(config))
+    with sweep.lock():
+        old = load(sweep) if sweep.plan_path.is_file() else []
+        variants = {run.recipe.digest: run.recipe.variant for run in [*old, *new]}
+        _refuse_namesakes(variants.values(), sweep)
+        runs = {run.run_id: run for run in [*old, *new]}
+        ordered = sorted(runs.values(), key=lambda run: (-run.cost.flops, run.run_id))
+        sweep.write_config(to_tree(replace(config, variants=tuple(variants.values()))), header)
+        sweep.write_plan(run.row() for run in ordered)
+    return sweep, ordered
+
+
+def load(sweep: SweepDir) -> list[RunSpec]:
+    """Every run of a sweep that was planned before, in the order of its plan."""
+    config = from_tree(sweep.read_config())
+    recipes = {made.digest: made for made in map(recipe, config.variants)}
+    sizes = cache(lambda digest, r_n, r_L: _sized(recipes[digest], r_n, r_L))  # noqa: N803
+    runs = []
+    for row in sweep.read_plan():
+        size, cost = sizes(row["variant"], row["width_ratio"], row["depth_ratio"])
+        runs.append(RunSpec(row["run_id"], recipes[row["variant"]], size, row["log2_lr"], row["seed"], cost))
+    return runs
+
+
+def _grid(
+    made: Recipe, ratios: Iterable[tuple[float, float]], log2_lrs: Iterable[float], seeds: Iterable[int]
+) -> Iterable[RunSpec]:
+    for r_n, r_L in ratios:  # noqa: N806
+        size, cost = _sized(made, r_n, r_L)
+        for log2_lr in log2_lrs:
+            for seed in seeds:
+                key = f"{made.digest} {size.width_ratio!r} {size.depth_ratio!r} {float(log2_lr)!r} {int(seed)}"
+                digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+                run_id = f"{size.name}-lr{log2_lr:.2f}-s{seed}-{digest}"
+                yield RunSpec(run_id, made, size, float(log2_lr), int(seed), cost)
+
+
+def _sized(made: Recipe, r_n: float, r_L: float) -> tuple[Size, Cost]:  # noqa: N803
+    size = made.size(r_n, r_L)
+    return size, made.cost(size)
+
+
+def _digest(variant: Variant) -> str:
+    """Identifies a variant by everything that decides what its runs compute, the content of the corpus included."""
+    tree = asdict(variant)
+    for section, keys in UNIDENTIFYING.items():
+        for key in keys:
+            del tree[section][key]
+    tree["data"]["content"] = fingerprint(variant.data)
+    canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _refuse_namesakes(variants: Iterable[Variant], sweep: SweepDir) -> None:
+    """Two variants of one label would be drawn as one curve."""
+    seen: dict[tuple[str, str, str], Variant] = {}
+    for variant in variants:
+        other = seen.setdefault(variant.label, variant)
+        if other is variant:
+            continue
+        mine, theirs = _flat(asdict(variant)), _flat(asdict(other))
+        different = [k for k in mine | theirs if mine.get(k) != theirs.get(k)]
+        shown = ", ".join(f"{k}={mine.get(k)} (there: {theirs.get(k)})" for k in different[:3]) or "another corpus"
+        raise ConfigError(
+            f"sweep {sweep.path} already holds {'/'.join(variant.label)} with other settings: {shown}; "
+            "choose another sweep.name, or give this choice a name of its own such as optimizer.name=adamw-2"
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,344 @@
+"""What commands print: tables for people, JSON for scripts (design section 9)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mupsweep import data
+from mupsweep.build import TensorRule, audit, multipliers, rule_record, rules
+from mupsweep.config import SweepConfig, load
+from mupsweep.cost import FLOPS_PER_SECOND
+from mupsweep.curves import CONFIDENCE
+from mupsweep.data import shards
+from mupsweep.plan import Recipe, RunSpec, plan, recipe, sweep_name
+from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING, SweepDir
+from mupsweep.scaling import Role, Rule, symbolic
+from mupsweep.transfer import Analysis, Estimate, Group
+
+RULE_KEYS = ("multiplier", "init_std", "lr", "weight_decay", "eps")
+SI = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def show_plan(config: SweepConfig, as_json: bool) -> None:
+    """The runs of a sweep before it starts; those that the sweep's folder already has count as done."""
+    runs = plan(config)
+    sweep = SweepDir(Path(config.out) / sweep_name(config))
+    exists = sweep.plan_path.is_file()
+    status = {r.run_id: sweep.run(r.run_id).status()["status"] if exists else PENDING for r in runs}
+    left = [r for r in runs if status[r.run_id] not in (DONE, DIVERGED)]
+    device, lanes = "cpu", max(1, (_cores() // int(config.launcher.get("threads", 1))))
+    seconds = sum(r.cost.seconds(r.recipe.steps, device) for r in left) / lanes
+    if as_json:
+        keys = ("run_id", "width", "depth", "log2_lr", "seed", "parametrization", "optimizer", "model")
+        print(
+            json.dumps(
+                {
+                    "runs": [
+                        {
+                            **{k: v for k, v in r.row().items() if k in (*keys, "parameters", "tokens", "flops")},
+                            "status": status[r.run_id],
+                        }
+                        for r in runs
+                    ],
+                    "totals": {
+                        "runs": len(runs),
+                        "flops": sum(r.cost.flops for r in runs),
+                        "tokens": sum(r.cost.tokens for r in runs),
+                        "seconds_estimate": seconds,
+                    },
+                }
+            )
+        )
+        return
+    console = _console()
+    table = _table("variant", "width", "depth", "runs", "done", "parameters", "tokens/run", "FLOPs/run", "memory/run")
+    for (label, size), members in _by_size(runs).items():
+        one = members[0]
+        done = sum(status[r.run_id] in (DONE, DIVERGED) for r in members)
+        table.add_row(
+            "/".join(label),
+            str(size.width),
+            str(size.depth),
+            str(len(members)),
+            str(done),
+            si(one.cost.parameters),
+            si(one.cost.tokens),
+            si(one.cost.flops),
+            si(one.cost.memory) + "B",
+        )
+    console.print(table)
+    total = sum(r.cost.flops for r in left)
+    console.print(
+        f"{len(left)} of {len(runs)} runs to train, {si(total)}FLOPs, roughly {seconds / 60:.0f} min on {lanes} CPU "
+        f"threads at {si(FLOPS_PER_SECOND[device])}FLOP/s each; `mupsweep run` shows the time left from measured speed"
+    )
+    console.print(f"folder: {sweep.path}")
+
+
+def show_rules(config: SweepConfig, as_json: bool, per_tensor: bool) -> None:
+    """The scaling rules of every variant: symbols per role, numbers per size, and the audit."""
+    lrs = sorted(config.sweep.log2_lrs)
+    base_lr = 2.0 ** lrs[len(lrs) // 2]
+    made = [recipe(variant) for variant in config.variants]
+    documents = [_rules_document(one, config, base_lr) for one in made]
+    if as_json:
+        print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
+        return
+    console = _console()
+    for one in made:
+        console.print(f"\n{'/'.join(one.variant.label)}", style="bold")
+        table = _table("role", "optimizer", "multiplier", "init std", "LR", "weight decay", "eps")
+        for role, part, rule in _symbols(one):
+            table.add_row(role.value, part, *(str(getattr(rule, key)) for key in RULE_KEYS))
+        console.print(table)
+        for r_n, r_L in config.sweep.ratios:  # noqa: N806
+            size = one.size(r_n, r_L)
+            rows = rules(one, size, base_lr)
+            attention = multipliers(one, size).attention
+            console.print(
+                f"width {size.width} (x{r_n:g}), depth {size.depth} (x{r_L:g}), base LR 2^{lrs[len(lrs) // 2]:g}, "
+                f"attention scale {attention:.4g}"
+            )
+            console.print(_rule_table(rows, per_tensor))
+        for note in audit(one):
+            console.print(f"note: {note}")
+    console.print("audit: every tensor has one role, one optimizer and one LR; no contradiction found")
+
+
+def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
+    """How far a sweep is."""
+    rows = [(row, sweep.run(row["run_id"])) for row in sweep.read_plan()]
+    states = [(row, folder, sweep.state(row["run_id"])) for row, folder in rows]
+    if as_json:
+        print(json.dumps({"runs": [{**row, **status} for row, _, status in states], "totals": _counts(states)}))
+        return
+    console = _console()
+    if per_run:
+        table = _table("run", "variant", "status", "step", "loss", "tok/s")
+        for row, _, status in states:
+            loss, speed = status.get("train_loss"), status.get("tokens_per_second")
+            table.add_row(
+                row["run_id"],
+                f"{row['optimizer']}/{row['parametrization']}",
+                status["status"],
+                f"{status['step']}/{status['steps']}" if "steps" in status else "",
+                "" if loss is None else f"{loss:.3f}",
+                "" if speed is None else f"{speed:,.0f}",
+            )
+    else:
+        table = _table("variant", "width", "depth", DONE, DIVERGED, RUNNING, PENDING, FAILED)
+        sizes: dict[tuple[Any, ...], Counter[str]] = defaultdict(Counter)
+        for row, _, status in states:
+            key = (f"{row['model']}/{row['optimizer']}/{row['parametrization']}", row["width"], row["depth"])
+            sizes[key][status["status"]] += 1
+        for key, counts in sorted(sizes.items()):
+            table.add_row(*map(str, key), *(str(counts[s] or "") for s in (DONE, DIVERGED, RUNNING, PENDING, FAILED)))
+    console.print(table)
+    console.print("  ".join(f"{name} {count}" for name, count in _counts(states).items()))
+    for row, folder, status in states:
+        if status["status"] == FAILED:
+            console.print(f"failed: {row['run_id']}: {status.get('error', '')} (see {folder.log_path})", markup=False)
+
+
+def show_analysis(analysis: Analysis, sweeps: Sequence[tuple[Path, Counter[str]]], files: Sequence[Path]) -> None:
+    """Curves, the optimum of every size, and the verdicts."""
+    from mupsweep.report.curves_text import curve_text
+
+    console = _console()
+    for path, counts in sweeps:
+        unfinished = sum(n for status, n in counts.items() if status not in (DONE, DIVERGED))
+        if unfinished:
+            console.print(f"{path}: {unfinished} of {counts.total()} runs are not finished; what follows rests on the rest")
+    if not analysis.groups:
+        console.print("no finished runs yet: go on with mupsweep run")
+        return
+    for group in analysis.groups:
+        console.print(f"\n{'/'.join(group.label)}, {group.axis} ladder", style="bold")
+        console.print(curve_text([o.curve for o in group.optima]))
+        console.print(_optimum_table(group))
+    console.print()
+    for group in analysis.groups:
+        style = {"transfers": "bold green", "drifts": "bold red"}.get(group.verdict, "bold yellow")
+        console.print(f"{'/'.join(group.label)} in {group.axis}: ", end="")
+        console.print(group.verdict.upper(), style=style)
+        console.print(f"  drift {group.drift} octaves per doubling, {group.total_drift} in all; regret {_nats(group.regret)}")
+        for reason in group.reasons:
+            console.print(f"  {reason}", markup=False)
+    for remark in analysis.remarks:
+        console.print(remark, markup=False)
+    console.print(f"intervals: {CONFIDENCE:.0%}")
+    for file in files:
+        console.print(f"wrote {file}", markup=False)
+
+
+def show_recipe(content: dict[str, Any], path: Path) -> None:
+    """What to train a target with."""
+    console = _console()
+    target = content["target"]
+    console.print(
+        f"\n{content['optimizer']}/{content['parametrization']} at width {target['width']}, depth {target['depth']} "
+        f"({si(content['parameters'])} parameters)",
+        style="bold",
+    )
+    interval = Estimate(content["log2_lr"], content["log2_lr_low"], content["log2_lr_high"])
+    console.print(f"base LR {content['base_lr']:.3g}, log2 {interval}")
+    console.print(content["basis"])
+    roles: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    keys = ("role", "optimizer", "init_std", "multiplier", "lr", "weight_decay", "eps")
+    for row in content["tensors"]:
+        roles[tuple(row[k] for k in keys)].append(row["name"])
+    table = _table("role", "optimizer", "tensors", "init std", "multiplier", "LR", "weight decay", "eps")
+    for (role, optimizer, *numbers), names in roles.items():
+        table.add_row(role, optimizer, str(len(names)), *(f"{n:.4g}" for n in numbers))
+    console.print(table)
+    console.print(f"attention scale {content['attention_scale']:.4g}, gradient clipping {content['clip']}")
+    console.print(f"wrote {path}", markup=False)
+
+
+def prepare_data(overrides: Sequence[str], config_dir: str | None) -> None:
+    """Prepare the corpus of a config and say what it holds."""
+    config = load(overrides, config_dir).variants[0].data
+    made = data.prepare(config, progress=lambda line: print(line))
+    print(
+        f"{config.name}: {len(made.train):,} training and {len(made.validation):,} validation tokens, "
+        f"{made.tokenizer}, content {made.content_id[:12]}"
+    )
+
+
+def show_prepared(overrides: Sequence[str], config_dir: str | None, as_json: bool) -> None:
+    """The prepared corpora of the cache."""
+    config = load(overrides, config_dir).variants[0].data
+    found = [(folder, shards.meta(folder)) for folder in shards.prepared(config)]
+    if as_json:
+        print(json.dumps([{"folder": str(folder), **meta} for folder, meta in found]))
+        return
+    for folder, _ in found:
+        print(folder)
+    if not found:
+        print(f"nothing is prepared in {shards.cache_root(config)}; start with mupsweep data prepare")
+
+
+def verify_data(overrides: Sequence[str], config_dir: str | None) -> None:
+    """Check the shards of a config's corpus; raises what is wrong."""
+    config = load(overrides, config_dir).variants[0].data
+    folder = shards.folder(config, data.fingerprint(config))
+    shards.verify(folder)
+    print(f"{folder}: every shard has its digest")
+
+
+def si(value: float) -> str:
+    """1.23M, 4.5G: three digits and a unit."""
+    for size, unit in SI:
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def _rules_document(one: Recipe, config: SweepConfig, base_lr: float) -> dict[str, Any]:
+    model, optimizer, parametrization = one.variant.label
+    roles = {}
+    for role, part, rule in _symbols(one):
+        roles[role.value] = {
+            "optimizer": part,
+            "multiplier": rule.multiplier.exponents,
+            "init_var": (rule.init_std**2).exponents,
+            **{key: getattr(rule, key).exponents for key in ("lr", "weight_decay", "eps")},
+        }
+    sizes = []
+    for r_n, r_L in config.sweep.ratios:  # noqa: N806
+        size = one.size(r_n, r_L)
+        sizes.append(
+            {
+                "width": size.width,
+                "depth": size.depth,
+                "width_ratio": float(r_n),
+                "depth_ratio": float(r_L),
+                "attention_scale": multipliers(one, size).attention,
+                "tensors": [rule_record(row) for row in rules(one, size, base_lr)],
+            }
+        )
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "parametrization": parametrization,
+        "roles": roles,
+        "sizes": sizes,
+        "audit": audit(one),
+    }
+
+
+def _symbols(one: Recipe) -> Iterable[tuple[Role, str, Rule]]:
+    """(role, optimizer, rule as monomials)."""
+    for role in Role:
+        part = next(p for p in one.optimizer.parts() if role in p.takes)
+        yield role, part.name, symbolic(one.parametrization, part.update_law(), role)
+
+
+def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:
+    table = _table("tensor" if per_tensor else "role", "shape", "optimizer", "init std", "multiplier", "LR", "weight decay", "eps")
+    grouped: dict[tuple[Any, ...], list[TensorRule]] = defaultdict(list)
+    for row in rows:
+        grouped[(row.name if per_tensor else row.role.value, row.shape, row.optimizer, row.lr, row.init_std)].append(row)
+    for (name, shape, optimizer, *_), members in grouped.items():
+        one = members[0]
+        std = f"{one.init_std:.4g}" if one.init.value == "normal" else one.init.value
+        numbers = (f"{x:.4g}" for x in (one.multiplier, one.lr, one.weight_decay, one.eps))
+        table.add_row(name, "x".join(map(str, shape)), optimizer, std, *numbers)
+    return table
+
+
+def _optimum_table(group: Group) -> Table:
+    table = _table("width", "depth", "runs", "diverged", "optimal log2 LR", "loss there", "regret of the base's LR")
+    for o, regret in zip(group.optima, group.regrets, strict=True):
+        where = str(Estimate(o.log2_lr, o.low, o.high)).replace("+", "")
+        loss = "" if o.loss is None else f"{o.loss:.4f}"
+        table.add_row(
+            str(o.curve.width), str(o.curve.depth), str(o.curve.n_runs), str(o.curve.n_diverged or ""), where, loss, _nats(regret)
+        )
+    return table
+
+
+def _nats(estimate: Estimate) -> str:
+    if estimate.value is None:
+        return "unknown"
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.4f} nats"
+    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}] nats"
+
+
+def _by_size(runs: Sequence[RunSpec]) -> dict[tuple[Any, ...], list[RunSpec]]:
+    grouped: dict[tuple[Any, ...], list[RunSpec]] = defaultdict(list)
+    for run in sorted(runs, key=lambda r: (r.recipe.variant.label, r.size)):
+        grouped[run.recipe.variant.label, run.size].append(run)
+    return grouped
+
+
+def _counts(states: Iterable[tuple[Any, Any, dict[str, Any]]]) -> dict[str, int]:
+    counts = Counter(status["status"] for _, _, status in states)
+    return {name: counts[name] for name in (DONE, DIVERGED, RUNNING, PENDING, FAILED)}
+
+
+def _cores() -> int:
+    import os
+
+    return os.cpu_count() or 1
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return table
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    # a pipe has no width: never wrap or cut what a script reads
+    return console if console.is_terminal else Console(highlight=False, width=160)

@@ -1,0 +1,24 @@
+"""The rules: roles, update laws, parametrizations, and the one solver that joins them.
+
+An optimizer declares its `UpdateLaw`, a parametrization its `Claim` per role, a model its `TensorSpec`s; `solve` derives
+init std, LR, weight decay and eps. No LR rule is written anywhere else.
+"""
+
+from mupsweep.scaling.laws import UpdateLaw
+from mupsweep.scaling.monomial import Monomial
+from mupsweep.scaling.parametrizations.claims import Claim, Parametrization
+from mupsweep.scaling.roles import Init, Role, TensorSpec
+from mupsweep.scaling.solve import Rule, numeric, symbolic
+
+__all__ = [
+    "Claim",
+    "Init",
+    "Monomial",
+    "Parametrization",
+    "Role",
+    "Rule",
+    "TensorSpec",
+    "UpdateLaw",
+    "numeric",
+    "symbolic",
+]

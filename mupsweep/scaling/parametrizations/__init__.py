@@ -1,0 +1,1 @@
+"""Parametrizations: what each promises per role, as literal tables of monomials with their sources."""

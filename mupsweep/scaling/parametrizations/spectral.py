@@ -1,0 +1,72 @@
+"""The spectral condition: every layer's weight and update move features by Theta(1) at any width and depth.
+
+Width: Yang, Simon and Bernstein (2310.17813). Width and depth: Zheng et al. (2603.00541), Conditions 3.1, B.1, B.2.
+One exponent spans the depth family: 1 is k >= 2 (CompleteP), 1/2 is k = 1 (Depth-muP), null is width only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from mupsweep.errors import ConfigError, nearest
+from mupsweep.scaling.monomial import ONE, R_L, R_N, Monomial
+from mupsweep.scaling.parametrizations.claims import OUTPUT_FORMS, WEIGHT_DECAY_RULES, Claim
+from mupsweep.scaling.roles import Role
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """Maximal-update parametrization of a pre-norm residual network.
+
+    Attributes:
+        name: what curves and reports call it.
+        depth_exponent: a in the block multiplier r_L^-a, a number or a fraction such as "1/2"; None leaves depth as SP.
+        output: "multiplier" (logits * 1/r_n, head variance constant) or "init" (head variance 1/r_n^2, no multiplier).
+        weight_decay_rule: see `WEIGHT_DECAY_RULES` and `solve`.
+    """
+
+    name: str
+    depth_exponent: str | None = "1"
+    output: str = "multiplier"
+    weight_decay_rule: str = "coupled_constant"
+
+    def __post_init__(self) -> None:
+        if self.output not in OUTPUT_FORMS:
+            raise ConfigError(f"parametrization.output={self.output}: {nearest(self.output, OUTPUT_FORMS)}")
+        if self.weight_decay_rule not in WEIGHT_DECAY_RULES:
+            raise ConfigError(
+                f"parametrization.weight_decay_rule={self.weight_decay_rule}: "
+                f"{nearest(self.weight_decay_rule, WEIGHT_DECAY_RULES)}"
+            )
+        if self.depth_exponent is not None:
+            try:
+                exponent = Fraction(self.depth_exponent)
+            except (ValueError, ZeroDivisionError):
+                exponent = Fraction(-1)
+            if not 0 <= exponent <= 1:
+                raise ConfigError(
+                    f"parametrization.depth_exponent={self.depth_exponent}: expected a fraction from 0 to 1, "
+                    "1 (k >= 2, CompleteP), 1/2 (k = 1, Depth-muP), or null (width only)"
+                )
+
+    @property
+    def attention_power(self) -> Fraction:
+        """Aligned queries and keys grow their product as d_head, so the scale is 1/d_head relative to the base."""
+        return Fraction(-1)
+
+    def claims(self) -> dict[Role, Claim]:
+        input_like = Claim(multiplier=ONE, weight=ONE, update=ONE, loss_share=ONE)
+        hidden_like = input_like
+        if self.depth_exponent is not None:
+            a = Fraction(self.depth_exponent)
+            hidden_like = Claim(multiplier=R_L**-a, weight=ONE, update=R_L ** (a - 1), loss_share=R_L**-1)
+        output_size: Monomial = R_N if self.output == "multiplier" else ONE
+        output = Claim(multiplier=output_size**-1, weight=output_size, update=output_size, loss_share=ONE)
+        return {
+            Role.INPUT: input_like,
+            Role.INPUT_VECTOR: input_like,
+            Role.HIDDEN: hidden_like,
+            Role.HIDDEN_VECTOR: hidden_like,
+            Role.OUTPUT: output,
+        }

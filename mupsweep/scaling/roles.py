@@ -1,0 +1,65 @@
+"""Roles: which dimensions of a tensor grow with the width of the model. Weights are stored (n_out, n_in)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Role(str, Enum):
+    """What a tensor is to the scaling rules (Zheng et al. 2603.00541, section 3.1; one-hot inputs count n_in = 1)."""
+
+    INPUT = "input"  # token and position embeddings: only n_out grows
+    HIDDEN = "hidden"  # matrices inside a residual block: both grow
+    OUTPUT = "output"  # the head: only n_in grows
+    INPUT_VECTOR = "input_vector"  # gains and biases outside the blocks
+    HIDDEN_VECTOR = "hidden_vector"  # gains and biases inside a residual block
+
+    @property
+    def grows(self) -> tuple[bool, bool]:
+        """(n_out grows, n_in grows)."""
+        return self is not Role.OUTPUT, self in (Role.HIDDEN, Role.OUTPUT)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether tensors of this role have two dimensions; vectors are (n_out,) and count as n_in = 1."""
+        return self in (Role.INPUT, Role.HIDDEN, Role.OUTPUT)
+
+
+class Init(str, Enum):
+    """How a tensor starts. NORMAL's standard deviation is the model's init_std times the rule's ratio."""
+
+    NORMAL = "normal"
+    ZEROS = "zeros"
+    ONES = "ones"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor as its model declares it.
+
+    Attributes:
+        name: the key in the module's state dict.
+        shape: as stored: (n_out, n_in) of a matrix, (n_in, n_out) of an embedding (a row a token), (n_out,) of a vector.
+        role: which rule applies.
+        init: the distribution at the start.
+        init_std: standard deviation at the base shape, for `Init.NORMAL`.
+        decay: whether weight decay applies.
+        tied_to: the name of the tensor whose storage this one shares.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    init: Init = Init.NORMAL
+    init_std: float = 0.0
+    decay: bool = True
+    tied_to: str | None = None
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """(n_out, n_in), with n_in = 1 for a vector."""
+        if len(self.shape) == 1:
+            return self.shape[0], 1
+        rows, columns = self.shape
+        return (columns, rows) if self.role is Role.INPUT else (rows, columns)

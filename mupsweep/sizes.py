@@ -1,0 +1,91 @@
+"""Sizes: the shape of one model, from a base shape and its width and depth ratios."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mupsweep.errors import ConfigError
+
+
+@dataclass(frozen=True, order=True)
+class Size:
+    """The shape of one model.
+
+    Attributes:
+        width: features per token, d_model.
+        depth: transformer blocks.
+        heads: attention heads; width = heads * head_dim.
+        head_dim: features per head.
+        ffn_width: features inside the MLP.
+        vocab_size: rows of the embedding and of the head.
+        context: tokens per sequence.
+        width_ratio, depth_ratio: this size / the base size.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    head_dim: int
+    ffn_width: int
+    vocab_size: int
+    context: int
+    width_ratio: float = 1.0
+    depth_ratio: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Short and readable: w512-d4."""
+        return f"w{self.width}-d{self.depth}"
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """The shape at ratio 1, as configs declare it.
+
+    Attributes:
+        head_dim: features per head, held fixed while heads are added; ignored where `heads` is given.
+        heads: a fixed number of heads whose dimension grows with the width; None holds head_dim fixed.
+        ffn_ratio: MLP width / width.
+        ffn_multiple: the MLP width is rounded up to a multiple of this.
+    """
+
+    width: int
+    depth: int
+    head_dim: int
+    heads: int | None
+    ffn_ratio: float
+    context: int
+    ffn_multiple: int = 1
+
+    def scaled(self, width_ratio: float, depth_ratio: float, vocab_size: int) -> Size:
+        """The size at the given ratios.
+
+        Raises:
+            ConfigError: a ratio that gives no whole number of features, blocks or heads.
+        """
+        width = _whole(self.width * width_ratio, f"model.width={self.width} * width_ratio={width_ratio:g}")
+        depth = _whole(self.depth * depth_ratio, f"model.depth={self.depth} * depth_ratio={depth_ratio:g}")
+        heads = self.heads or width // self.head_dim
+        if heads < 1 or width % heads or (self.heads is None and width % self.head_dim):
+            divisor = f"model.heads={self.heads}" if self.heads else f"model.head_dim={self.head_dim}"
+            raise ConfigError(
+                f"width {width} (model.width={self.width} * width_ratio={width_ratio:g}) is not a multiple of "
+                f"{divisor}: change the ratio, model.width or {divisor.split('=')[0]}"
+            )
+        return Size(
+            width=width,
+            depth=depth,
+            heads=heads,
+            head_dim=width // heads,
+            ffn_width=-(-round(self.ffn_ratio * width) // self.ffn_multiple) * self.ffn_multiple,
+            vocab_size=vocab_size,
+            context=self.context,
+            width_ratio=float(width_ratio),
+            depth_ratio=float(depth_ratio),
+        )
+
+
+def _whole(value: float, what: str) -> int:
+    if value < 1 or abs(value - round(value)) > 1e-9:
+        raise ConfigError(f"{what} = {value:g} is not a whole number: choose a ratio that makes it one")
+    return round(value)

@@ -1,0 +1,279 @@
+"""The loop of one run: step, clip, evaluate, notice divergence, checkpoint, resume bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mupsweep.build import Built
+from mupsweep.config import TrainingConfig
+from mupsweep.data import Dataset
+from mupsweep.plan import RunSpec
+from mupsweep.records import DIVERGED, DONE, RUNNING, RunDir, write_bytes
+
+log = logging.getLogger("mupsweep")
+
+ROWS = 200  # about so many rows of metrics.jsonl per run, whatever its length
+DIVERGED_RATIO = 1.05  # a mean loss above the start's by this factor is divergence, not noise
+STATUS_SECONDS = 0.5  # how often status.json is refreshed for whoever watches
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; it is checkpointed and goes on when it is started again."""
+
+
+class Control(Protocol):
+    """What the loop asks its owner at every step."""
+
+    def stop_requested(self) -> bool: ...
+
+    def heartbeat(self) -> None: ...
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside weights and optimizer state."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)  # of every step, nats per token
+    seconds: float = 0.0  # in the loop, over all attempts
+
+
+def train(
+    run: RunSpec, built: Built, data: Dataset, folder: RunDir, device: torch.device, control: Control
+) -> dict[str, Any]:
+    """Train a run to its end and return its summary.
+
+    Raises:
+        Interrupted: `control` asked to stop; a checkpoint was written after a finished step.
+    """
+    training = run.recipe.training
+    total, context = run.recipe.steps, run.size.context
+    interval = max(1, total // ROWS)
+    evaluations = {round(total * (i + 1) / training.evals) for i in range(training.evals)}
+    precision = choose_precision(training.precision, device)
+    network = torch.compile(built.network, dynamic=False) if training.compile else built.network
+
+    progress = resume(built, folder, device)
+    folder.write_metrics(row for row in folder.metrics() if row["step"] <= progress.step)
+    pending: list[Tensor] = []  # losses of the latest steps, still on the device
+    started = last_checkpoint = last_status = time.monotonic()
+    first_step, spent = progress.step, progress.seconds
+
+    def save() -> None:
+        flush(pending, progress)
+        progress.seconds = spent + time.monotonic() - started
+        save_checkpoint(built, progress, folder)
+
+    while progress.step < total:
+        if control.stop_requested():
+            save()
+            raise Interrupted
+        control.heartbeat()
+        factor = lr_factor(progress.step, total, training)
+        tokens = _to_device(data.train_batch(context, training.batch_size, run.seed, progress.step), device)
+        with autocast(precision, device):
+            loss = network(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        grad_norm = clip(built)
+        built.optimizer.step(factor)
+        pending.append(loss.detach())
+        progress.step += 1
+
+        if progress.step % interval == 0 or progress.step == total:
+            flush(pending, progress)
+            row = {
+                "step": progress.step,
+                "tokens": progress.step * training.batch_size * context,
+                "train_loss": mean(progress.losses[-interval:]),
+                "lr": run.base_lr * factor,
+            }
+            if grad_norm is not None:
+                row["grad_norm"] = float(grad_norm)
+            bad_step = diverged_at(progress.losses, training.divergence_patience, total)
+            if bad_step is None and progress.step in evaluations:
+                row |= evaluate(network, data, run, precision, device)
+                if not math.isfinite(row["val_loss"]):
+                    bad_step = progress.step
+            folder.append_metrics(row)
+            now = time.monotonic()
+            done_now = (progress.step - first_step) * training.batch_size * context
+            rate = done_now / max(now - started, 1e-9)
+            if bad_step is not None or progress.step == total:
+                progress.seconds = spent + now - started
+                return summarise(run, progress, row, bad_step, rate, precision, device)
+            if now - last_status > STATUS_SECONDS:
+                folder.write_status(
+                    RUNNING,
+                    durable=False,
+                    step=progress.step,
+                    steps=total,
+                    train_loss=row["train_loss"],
+                    tokens_per_second=rate,
+                )
+                last_status = now
+        if time.monotonic() - last_checkpoint > 60 * training.checkpoint_minutes:
+            save()
+            last_checkpoint = time.monotonic()
+    raise AssertionError("a finished run has no checkpoint to resume from")
+
+
+def lr_factor(step: int, total: int, training: TrainingConfig) -> float:
+    """The LR of `step` (from 0) / the peak LR: linear warm-up, then the schedule down to `min_lr_frac`."""
+    warmup = training.warmup_steps(total)
+    if step < warmup:
+        return (step + 1) / warmup
+    start = {"wsd": total - round(training.decay_fraction * total), "constant": total}.get(training.schedule, warmup)
+    done = min(1.0, max(0.0, (step - start) / max(1, total - start)))
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if training.schedule == "cosine" else 1 - done
+    return training.min_lr_frac + (1 - training.min_lr_frac) * shape
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """`auto` is bf16 where the device multiplies bf16 matrices in hardware, else fp32."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bf16 matrix products over fp32 weights, or nothing."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def clip(built: Built) -> Tensor | None:
+    """Clip the global gradient norm where the rule allows it; the norm before clipping."""
+    if built.clip is None:
+        return None
+    return nn.utils.clip_grad_norm_(built.network.parameters(), built.clip)
+
+
+def evaluate(
+    network: nn.Module, data: Dataset, run: RunSpec, precision: str, device: torch.device
+) -> dict[str, float]:
+    """Mean loss over the fixed validation batches, in nats per token and in bits per byte of text."""
+    training, context = run.recipe.training, run.size.context
+    batches = min(training.eval_batches, data.validation_batches(context, training.batch_size))
+    nats, tokens, n_bytes = 0.0, 0, 0
+    with torch.no_grad():
+        for index in range(batches):
+            block = data.validation_batch(context, training.batch_size, index)
+            batch = _to_device(block, device)
+            with autocast(precision, device):
+                loss = network(batch[:, :-1], batch[:, 1:])
+            nats += loss.item() * block[:, 1:].size
+            tokens += block[:, 1:].size
+            n_bytes += data.byte_count(block[:, 1:])
+    return {"val_loss": nats / tokens, "val_bits_per_byte": nats / math.log(2) / n_bytes}
+
+
+def diverged_at(losses: list[float], patience: float, total: int) -> int | None:
+    """The step (from 1) at which a run is lost, or None.
+
+    Lost is a loss that is not finite, or a mean over the last `patience` (a fraction of the run below 1, else steps)
+    that lies above the loss of the first step.
+    """
+    for step, loss in enumerate(losses, start=1):
+        if not math.isfinite(loss):
+            return step
+    window = max(1, round(patience * total) if patience < 1 else round(patience))
+    if len(losses) > window and mean(losses[-window:]) > DIVERGED_RATIO * losses[0]:
+        return len(losses)
+    return None
+
+
+def summarise(
+    run: RunSpec,
+    progress: Progress,
+    row: dict[str, Any],
+    bad_step: int | None,
+    rate: float,
+    precision: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The run's summary.json: a line of results/runs.csv and the settings that only the machine could decide."""
+    tail = max(1, progress.step // 20)
+    return {
+        "run_id": run.run_id,
+        **run.identity(),
+        "status": DONE if bad_step is None else DIVERGED,
+        "steps": progress.step,
+        "tokens": row["tokens"],
+        "train_loss": mean(progress.losses[-tail:]),
+        "val_loss": row.get("val_loss") if bad_step is None else None,
+        "val_bits_per_byte": row.get("val_bits_per_byte") if bad_step is None else None,
+        "diverged_at_step": bad_step,
+        "seconds": progress.seconds,
+        "tokens_per_second": rate,
+        "device": device_name(device),
+        "precision": precision,
+    }
+
+
+def save_checkpoint(built: Built, progress: Progress, folder: RunDir) -> None:
+    """Everything that the rest of the run depends on; the checkpoint before is kept in case this one is damaged."""
+    latest, previous = folder.checkpoints
+    latest.parent.mkdir(exist_ok=True)
+    content = {
+        "network": built.network.state_dict(),
+        "optimizer": built.optimizer.state_dict(),
+        "step": progress.step,
+        "losses": progress.losses,
+        "seconds": progress.seconds,
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    if latest.exists():
+        latest.replace(previous)
+    write_bytes(latest, buffer.getvalue())
+
+
+def resume(built: Built, folder: RunDir, device: torch.device) -> Progress:
+    """Load the newest checkpoint that can be read into the run; a fresh start where there is none."""
+    for path in folder.checkpoints:
+        if not path.exists():
+            continue
+        try:
+            saved = torch.load(path, map_location=device, weights_only=True)
+            built.network.load_state_dict(saved["network"])
+            built.optimizer.load_state_dict(saved["optimizer"])
+        except Exception as error:  # torch raises many kinds for a damaged file
+            log.warning("%s cannot be read (%s); trying an older one", path, str(error).splitlines()[0])
+            continue
+        log.info("resuming at step %d from %s", saved["step"], path.name)
+        return Progress(saved["step"], list(saved["losses"]), saved["seconds"])
+    return Progress()
+
+
+def flush(pending: list[Tensor], progress: Progress) -> None:
+    """Read the pending losses off the device, once for many steps."""
+    if pending:
+        progress.losses += torch.stack(pending).tolist()
+        pending.clear()
+
+
+def device_name(device: torch.device) -> str:
+    """What results call the device: cpu, or the accelerator's own name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _to_device(block: Any, device: torch.device) -> Tensor:
+    tokens = torch.from_numpy(block)
+    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
+

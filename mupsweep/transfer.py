@@ -1,0 +1,370 @@
+"""Transfer: curves -> drift of the optimal LR, regret, and a verdict with its reasons."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
+from mupsweep.curves import CONFIDENCE, LossCurve, Noise, Optimum, collect, optima, pooled_noise
+from mupsweep.errors import ConfigError, nearest
+from mupsweep.records import FINISHED, SweepDir, write_json, write_text
+
+TRANSFERS, DRIFTS, INCONCLUSIVE = "transfers", "drifts", "inconclusive"
+TOLERANCE_OCTAVES = 0.5  # of total drift from the base to the largest size: half a step of an octave grid
+TOLERANCE_NATS = 0.01  # of regret
+DRAWS = 4000  # Monte Carlo draws behind an interval of the regret
+RUN_COLUMNS = (
+    "run_id model parametrization optimizer width depth width_ratio depth_ratio log2_lr seed status steps tokens "
+    "train_loss val_loss val_bits_per_byte diverged_at_step seconds tokens_per_second device"
+).split()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval at CONFIDENCE; None where the data give none."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        if self.value is None:
+            ends = [("at least", self.low), ("at most", self.high)]
+            return " and ".join(f"{word} {end:+.2f}" for word, end in ends if end is not None) or "unknown"
+        if self.low is None or self.high is None:
+            return f"{self.value:+.2f} [no interval]"
+        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+@dataclass(frozen=True)
+class Group:
+    """One ladder of sizes of one variant: what it says about transfer.
+
+    Attributes:
+        axis: "width" (at the base depth), "depth" (at the base width) or "joint" (both change).
+        optima: by rising ratio.
+        drift: octaves per doubling of the axis.
+        total_drift: octaves from the base to the largest size.
+        regret: nats per token lost at the largest size by using the base's optimum; its value is None where the base's
+            optimum diverges there.
+        regrets: the same for every size.
+        verdict: TRANSFERS, DRIFTS or INCONCLUSIVE.
+        reasons: in words, the deciding one first.
+    """
+
+    model: str
+    optimizer: str
+    parametrization: str
+    axis: str
+    optima: tuple[Optimum, ...]
+    drift: Estimate
+    total_drift: Estimate
+    regret: Estimate
+    regrets: tuple[Estimate, ...]
+    verdict: str
+    reasons: tuple[str, ...]
+
+    @property
+    def label(self) -> tuple[str, str, str]:
+        return self.model, self.optimizer, self.parametrization
+
+    def ratio(self, curve: LossCurve) -> float:
+        """The position of a size on this ladder's axis, target / base."""
+        return {"width": curve.width_ratio, "depth": curve.depth_ratio}.get(
+            self.axis, curve.width_ratio * curve.depth_ratio
+        )
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that is said about some runs.
+
+    Attributes:
+        rows: the runs, as in results/runs.csv.
+        groups: one verdict each.
+        remarks: what a reader should know beyond the verdicts, such as SP ending lower at the largest size.
+    """
+
+    rows: tuple[Mapping[str, Any], ...]
+    curves: tuple[LossCurve, ...]
+    groups: tuple[Group, ...]
+    remarks: tuple[str, ...]
+
+
+def analyse(rows: Iterable[Mapping[str, Any]]) -> Analysis:
+    """Curves, optima, drift, regret and verdict of every ladder in the rows; half-finished sweeps are welcome."""
+    rows = tuple(rows)
+    curves = collect(rows)
+    by_label: dict[tuple[str, str, str], list[LossCurve]] = defaultdict(list)
+    for curve in curves:
+        by_label[curve.label].append(curve)
+    groups = tuple(
+        group(axis, ladder) for mine in by_label.values() for axis, ladder in ladders(mine) if len(ladder) > 0
+    )
+    return Analysis(rows, tuple(curves), groups, tuple(_remarks(groups)))
+
+
+def ladders(curves: Sequence[LossCurve]) -> Iterable[tuple[str, list[LossCurve]]]:
+    """The ladders that the sizes of one variant form: width at the base depth, depth at the base width, and joint."""
+    width = [c for c in curves if c.depth_ratio == 1]
+    depth = [c for c in curves if c.width_ratio == 1]
+    joint = [c for c in curves if (c.width_ratio == 1) == (c.depth_ratio == 1)]
+    found = [("width", width), ("depth", depth), ("joint", joint)]
+    long = [(axis, sorted(l, key=lambda c: c.width_ratio * c.depth_ratio)) for axis, l in found if len(l) > 1]
+    return long or [("width", list(curves)[:1])]
+
+
+def group(axis: str, ladder: Sequence[LossCurve]) -> Group:
+    """What one ladder says."""
+    found = optima(ladder)
+    noise = pooled_noise([(o.curve, o.fit) for o in found if o.fit is not None])
+    label = ladder[0].label
+    unjudged = Group(*label, axis, tuple(found), _NONE, _NONE, _NONE, (), INCONCLUSIVE, ())
+    position = [math.log2(unjudged.ratio(o.curve)) for o in found]
+    base = next((o for o, x in zip(found, position, strict=True) if x == 0), found[0])
+    drift = _slope(position, found, noise)
+    total = _difference(base, found[-1], noise)
+    regrets = tuple(_regret(base, o, noise) for o in found)
+    verdict, reasons = _judge(axis, found, base, drift, total, regrets)
+    return Group(*label, axis, tuple(found), drift, total, regrets[-1], regrets, verdict, tuple(reasons))
+
+
+def _slope(position: Sequence[float], found: Sequence[Optimum], noise: Noise) -> Estimate:
+    """Octaves per doubling: a weighted line through the optima, its interval widened by their scatter about it."""
+    known = [(x, o.log2_lr, o.se) for x, o in zip(position, found, strict=True) if o.log2_lr is not None and o.se]
+    if len({x for x, _, _ in known}) < 2:
+        return _NONE
+    x, y, se = (np.array(column, dtype=float) for column in zip(*known, strict=True))
+    w = 1 / se**2
+    center = (w @ x) / w.sum()
+    spread = float(w @ (x - center) ** 2)
+    slope = float(w @ ((x - center) * y)) / spread
+    rest = y - (w @ y) / w.sum() - slope * (x - center)
+    scatter = float(w @ rest**2) / (len(x) - 2) if len(x) > 2 else 1.0
+    half = noise.quantile * math.sqrt(max(1.0, scatter) / spread)
+    return Estimate(slope, slope - half, slope + half)
+
+
+def _difference(base: Optimum, last: Optimum, noise: Noise) -> Estimate:
+    """Octaves from the base's optimum to the last size's; a bound where one of them is only bounded."""
+    if base is last:
+        return _NONE
+    if base.log2_lr is not None and last.log2_lr is not None:
+        value = last.log2_lr - base.log2_lr
+        if base.se is None or last.se is None:
+            return Estimate(value, None, None)
+        half = noise.quantile * math.hypot(base.se, last.se)
+        return Estimate(value, value - half, value + half)
+    low = None if last.low is None or base.high is None else last.low - base.high
+    high = None if last.high is None or base.low is None else last.high - base.low
+    return Estimate(None, low, high)
+
+
+def _regret(base: Optimum, at: Optimum, noise: Noise) -> Estimate:
+    """Nats lost at a size by using the base's optimum there, by drawing both from their uncertainty."""
+    if base is at:
+        return Estimate(0.0, 0.0, 0.0)
+    if base.log2_lr is None or base.se is None or at.fit is None or at.log2_lr is None or at.se is None:
+        return _NONE
+    curve, made = at.curve, at.fit
+    usable = curve.usable
+    if not usable[0].log2_lr <= base.log2_lr <= usable[-1].log2_lr:
+        return _NONE
+    random = np.random.default_rng(0)  # fixed: the same records always give the same interval
+    scale = random.standard_t(max(noise.dof, 1.0), DRAWS)
+    starts = base.log2_lr + base.se * scale
+    spread = math.sqrt(noise.variance)
+    betas = made.beta + (random.standard_t(max(noise.dof, 1.0), (DRAWS, len(made.beta))) * spread) @ (
+        np.linalg.cholesky(made.unit).T
+    )
+    inside = np.linspace(made.xs[0], made.xs[-1], 201)
+    values = betas @ np.vander(inside, len(made.beta), increasing=True).T
+    floor = values.min(axis=1)
+    if made.covers(base.log2_lr):
+        x = np.clip(starts - made.center, made.xs[0], made.xs[-1])
+        there = (betas * np.vander(x, len(made.beta), increasing=True)).sum(axis=1)
+        value = made.value(base.log2_lr) - made.value(at.log2_lr)
+    else:  # beyond the fitted points: interpolate the means themselves
+        line = PchipInterpolator([p.log2_lr for p in usable], [p.mean for p in usable])
+        there = line(np.clip(starts, usable[0].log2_lr, usable[-1].log2_lr)) + spread * random.standard_normal(DRAWS)
+        value = float(line(base.log2_lr)) - made.value(at.log2_lr)
+    low, high = np.quantile(np.maximum(there - floor, 0.0), [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
+    return Estimate(max(0.0, value), float(low), float(high))
+
+
+def _judge(
+    axis: str, found: Sequence[Optimum], base: Optimum, drift: Estimate, total: Estimate, regrets: Sequence[Estimate]
+) -> tuple[str, list[str]]:
+    """The verdict and why.
+
+    Transfers: the whole interval of the total drift lies within TOLERANCE_OCTAVES, or the whole interval of every
+    size's regret below TOLERANCE_NATS (a valley so flat that the exact LR does not matter). Drifts: the interval
+    excludes no drift and the drift exceeds the tolerance. Everything else is inconclusive.
+    """
+    names = f"from {base.curve.width}x{base.curve.depth} to {found[-1].curve.width}x{found[-1].curve.depth}"
+    reasons = [
+        f"width {o.curve.width}, depth {o.curve.depth}: {o.reason}" for o in found if o.reason is not None
+    ]
+    if len(found) < 2 or base is found[-1]:
+        return INCONCLUSIVE, [f"no size larger than the base on the {axis} axis: add ratios above 1", *reasons]
+    width = f"the optimum moves {total} octaves {names}"
+    tolerance = TOLERANCE_OCTAVES
+    if total.low is not None and total.high is not None and -tolerance <= total.low and total.high <= tolerance:
+        return TRANSFERS, [f"{width}: within +-{tolerance:g}", *reasons]
+    worst = max((r.high for r in regrets if r.high is not None), default=math.inf)
+    if all(r.high is not None for r in regrets) and worst <= TOLERANCE_NATS:
+        return TRANSFERS, [
+            f"using the base's LR costs at most {worst:.4f} nats at every size, under {TOLERANCE_NATS:g}", width, *reasons
+        ]
+    down = total.high is not None and total.high < 0 and (total.value if total.value is not None else total.high) < -tolerance
+    up = total.low is not None and total.low > 0 and (total.value if total.value is not None else total.low) > tolerance
+    if down or up:
+        per_doubling = f"{drift} octaves per doubling of {'size' if axis == 'joint' else axis}"
+        return DRIFTS, [f"{width}: more than {tolerance:g}", per_doubling, *reasons]
+    if total.value is None and total.low is None and total.high is None:
+        return INCONCLUSIVE, reasons or ["the optimum of the base or of the largest size is unknown"]
+    return INCONCLUSIVE, [
+        f"{width}: the interval is neither within +-{tolerance:g} nor clearly outside; add seeds or LRs around the optimum",
+        *reasons,
+    ]
+
+
+def _remarks(groups: Sequence[Group]) -> Iterable[str]:
+    """Transfer and the lowest loss are two questions: compare variants at the largest size, each at its own optimum."""
+    ends: dict[tuple[str, int, int], list[tuple[Group, Optimum]]] = defaultdict(list)
+    for one in groups:
+        last = one.optima[-1]
+        if last.loss is not None:
+            ends[one.axis, last.curve.width, last.curve.depth].append((one, last))
+    for (_, width, depth), members in ends.items():
+        if len(members) < 2:
+            continue
+        ranked = sorted(members, key=lambda m: m[1].loss or 0.0)
+        told = ", ".join(f"{'/'.join(g.label[1:])} {o.loss:.4f}" for g, o in ranked)
+        best = ranked[0][0]
+        line = f"loss at width {width}, depth {depth}, each at its own optimum: {told}"
+        if best.verdict != TRANSFERS and any(g.verdict == TRANSFERS for g, _ in ranked):
+            line += (
+                f"; {best.parametrization} tuned at this size ends lowest, although its LR does not transfer: "
+                "a transferred LR and the lowest loss are two questions, so tune the base's init and multipliers too"
+            )
+        yield line
+
+
+def read_runs(sweeps: Sequence[SweepDir]) -> list[dict[str, Any]]:
+    """The finished runs of some sweeps, by rising size; two variants of one name are told apart by their sweep."""
+    rows, variants = [], {}
+    for sweep in sweeps:
+        for planned in sweep.read_plan():
+            folder = sweep.run(planned["run_id"])
+            if folder.status()["status"] not in FINISHED:
+                continue
+            summary = folder.summary()
+            if summary is None:
+                continue
+            label = (summary["model"], summary["optimizer"], summary["parametrization"])
+            if variants.setdefault(label, planned["variant"]) != planned["variant"]:
+                summary |= {"model": f"{summary['model']} ({sweep.name})"}
+            rows.append(summary)
+    keys = ("model", "optimizer", "parametrization", "width", "depth", "log2_lr", "seed")
+    unique = {(row["model"], row["run_id"]): row for row in rows}
+    return sorted(unique.values(), key=lambda row: tuple(row[k] for k in keys))
+
+
+def write_results(sweep: SweepDir, analysis: Analysis) -> None:
+    """results/runs.csv, curves.csv and transfer.json."""
+    sweep.results.mkdir(parents=True, exist_ok=True)
+    write_text(sweep.results / "runs.csv", _csv(RUN_COLUMNS, analysis.rows))
+    write_text(sweep.results / "curves.csv", _csv(*_curve_table(analysis.curves)))
+    write_json(sweep.results / "transfer.json", to_json(analysis))
+
+
+def to_json(analysis: Analysis) -> dict[str, Any]:
+    """The stable form that scripts read: design section 9."""
+    return {
+        "groups": [
+            {
+                "model": g.model,
+                "optimizer": g.optimizer,
+                "parametrization": g.parametrization,
+                "axis": g.axis,
+                "sizes": [
+                    {
+                        "width": o.curve.width,
+                        "depth": o.curve.depth,
+                        "ratio": g.ratio(o.curve),
+                        "n_runs": o.curve.n_runs,
+                        "n_diverged": o.curve.n_diverged,
+                        "bracketed": o.bracketed,
+                        "log2_lr_optimum": o.log2_lr,
+                        "log2_lr_low": o.low,
+                        "log2_lr_high": o.high,
+                        "loss_optimum": o.loss,
+                        "regret": _interval("nats", r),
+                        "reason": o.reason,
+                    }
+                    for o, r in zip(g.optima, g.regrets, strict=True)
+                ],
+                "drift": _interval("octaves_per_doubling", g.drift),
+                "total_drift": _interval("octaves", g.total_drift),
+                "regret": _interval("nats", g.regret),
+                "verdict": g.verdict,
+                "reasons": list(g.reasons),
+            }
+            for g in analysis.groups
+        ],
+        "remarks": list(analysis.remarks),
+        "confidence": CONFIDENCE,
+        "tolerance": {"octaves": TOLERANCE_OCTAVES, "nats": TOLERANCE_NATS},
+    }
+
+
+def select(analysis: Analysis, optimizer: str | None, parametrization: str | None) -> list[Group]:
+    """The groups of the named optimizer and parametrization."""
+    chosen = list(analysis.groups)
+    for key, wanted in (("optimizer", optimizer), ("parametrization", parametrization)):
+        names = {getattr(g, key) for g in chosen}
+        if wanted is not None and wanted not in names:
+            raise ConfigError(f"no {key} '{wanted}' in this sweep; {nearest(wanted, names)}")
+        chosen = [g for g in chosen if wanted in (None, getattr(g, key))]
+    return chosen
+
+
+def _interval(unit: str, estimate: Estimate) -> dict[str, float | None]:
+    return {unit: estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def _curve_table(curves: Sequence[LossCurve]) -> tuple[list[str], list[dict[str, Any]]]:
+    keys = ["model", "parametrization", "optimizer", "width", "depth", "width_ratio", "depth_ratio"]
+    rows = [
+        {
+            **{k: getattr(curve, k) for k in keys},
+            "log2_lr": p.log2_lr,
+            "n_seeds": len(p.losses),
+            "loss_mean": None if math.isnan(p.mean) else p.mean,
+            "loss_sem": p.sem,
+            "censored": p.censored,
+        }
+        for curve in curves
+        for p in curve.points
+    ]
+    return [*keys, "log2_lr", "n_seeds", "loss_mean", "loss_sem", "censored"], rows
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+_NONE = Estimate(None, None, None)

@@ -1,0 +1,171 @@
+"""The main path: take the runs of a sweep that nobody trains yet, train them, record what happened.
+
+    execute -> claim -> build -> train -> summary.json -> status.json
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from mupsweep import plan, trackers
+from mupsweep.build import build, group_records
+from mupsweep.data import Dataset, prepare
+from mupsweep.errors import MupsweepError, RecordError, nearest
+from mupsweep.plan import RunSpec
+from mupsweep.records import FAILED, FINISHED, PENDING, RUNNING, Claim, RunDir, SweepDir
+from mupsweep.train import Interrupted, train
+
+log = logging.getLogger("mupsweep")
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def execute(
+    sweep: SweepDir,
+    run_ids: Sequence[str] = (),
+    device: str = "auto",
+    threads: int = 1,
+    on_finished: Callable[[], None] = lambda: None,
+) -> bool:
+    """Train every run of the sweep, or the named ones, that is pending and claimed by nobody; longest first.
+
+    Returns:
+        False if it was asked to stop before all of them were taken.
+    """
+    configure(threads)
+    chosen = choose_device(device)
+    stop = StopFlag.install()
+    runs = select(plan.load(sweep), run_ids)
+    tracker = trackers.load(sweep)
+    data: dict[str, Dataset] = {}
+    for run in runs:
+        folder = sweep.run(run.run_id)
+        if folder.status()["status"] in (*FINISHED, FAILED):
+            continue
+        claim = folder.claim()
+        if claim is None:
+            continue
+        try:
+            if folder.status()["status"] in (*FINISHED, FAILED):  # finished between the look and the claim
+                continue
+            dataset = data.setdefault(run.recipe.digest, prepare(run.recipe.variant.data))
+            execute_run(run, folder, dataset, chosen, Owner(claim, stop))
+            if folder.status()["status"] in FINISHED:
+                tracker.finished(folder)
+        except Interrupted:
+            folder.write_status(PENDING)
+            return False
+        finally:
+            claim.release()
+        on_finished()
+    return True
+
+
+def execute_run(run: RunSpec, folder: RunDir, data: Dataset, device: torch.device, owner: Owner) -> None:
+    """Train one claimed run and write its records, `status.json` last. A failure is recorded, not raised."""
+    handler = logging.FileHandler(folder.log_path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        folder.write_status(RUNNING, durable=False, step=0, steps=run.recipe.steps)
+        built = build(run, device)
+        folder.write_rules(run.row() | asdict(run.recipe.variant), group_records(built))
+        summary = train(run, built, data, folder, device, owner)
+        if not owner.claim.is_held():
+            log.warning("another worker took this run over meanwhile; leaving the records to it")
+            return
+        folder.write_summary(summary)
+        folder.write_status(summary["status"])
+        folder.remove_checkpoints()
+    except Interrupted:
+        log.info("stopped as asked; checkpointed")
+        raise
+    except MupsweepError as error:
+        log.error("%s", error)
+        folder.write_status(FAILED, error=str(error))
+    except Exception as error:
+        log.error("%s", traceback.format_exc())
+        folder.write_status(FAILED, error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+@dataclass
+class StopFlag:
+    """Set by the first stop signal; the run in progress finishes its step and checkpoints."""
+
+    signalled: bool = False
+
+    @classmethod
+    def install(cls) -> StopFlag:
+        flag = cls()
+
+        def handle(signum: int, frame: FrameType | None) -> None:
+            flag.signalled = True
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, handle)
+        return flag
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What the training loop asks at every step: whether to stop, and a sign of life for other hosts."""
+
+    claim: Claim
+    stop: StopFlag
+
+    def stop_requested(self) -> bool:
+        return self.stop.signalled
+
+    def heartbeat(self) -> None:
+        self.claim.heartbeat()
+
+
+def select(runs: list[RunSpec], run_ids: Sequence[str]) -> list[RunSpec]:
+    """The named runs, or all of them."""
+    known = {run.run_id for run in runs}
+    for run_id in run_ids:
+        if run_id not in known:
+            raise RecordError(f"no run '{run_id}' in this sweep; {nearest(run_id, known) if len(known) < 20 else 'see mupsweep status SWEEP'}")
+    return [run for run in runs if not run_ids or run.run_id in run_ids]
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is the first accelerator there is, else the CPU."""
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def configure(threads: int) -> None:
+    """Settings of the process that make runs reproducible and fast."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Stop glibc from returning big blocks to the kernel at every step, which doubles a step at large vocabularies."""
+    if Path("/proc/self").exists():
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
