@@ -54,8 +54,9 @@ class Local:
                     time.sleep(max(POLL_SECONDS, 9 * (time.monotonic() - polled)))
         except KeyboardInterrupt:
             print("stopping: each run finishes its step and is checkpointed; Ctrl-C again to stop at once", file=sys.stderr)
-            pool.stop()
             return False
+        finally:
+            pool.stop()
         return not pool.was_stopped()
 
     def slots(self) -> list[str]:
@@ -124,7 +125,7 @@ class Pool:
         return f"{lines[-1] if lines else 'no output'} (see {path})"
 
     def stop(self) -> None:
-        """Ask every worker to checkpoint and end, and wait; a second Ctrl-C kills them."""
+        """Ask every worker that still works to checkpoint and end, and wait; a second Ctrl-C kills them."""
         try:
             self.signal(signal.SIGINT)
             for worker in self.workers:
