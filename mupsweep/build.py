@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +170,7 @@ class OptimizerSet:
     """The optimizers of a run, one per part of a hybrid, driven as one."""
 
     def __init__(
-        self, optimizer: Optimizer, groups: list[dict[str, Any]], parameters: dict[str, torch.Tensor]
+        self, optimizer: Optimizer, groups: list[dict[str, Any]], parameters: Mapping[str, torch.Tensor]
     ) -> None:
         self.members: list[torch.optim.Optimizer] = []
         for index, part in enumerate(optimizer.parts()):
@@ -275,8 +275,8 @@ def _check_tie(recipe: Recipe, spec: TensorSpec, mine: Rule, other: Rule) -> Non
         a, b = getattr(mine, key), getattr(other, key)
         if not math.isclose(a, b, rel_tol=1e-9):
             raise ConfigError(
-                f"model.tied=true: {spec.tied_to} and {spec.name} share storage, but {recipe.parametrization.name} with "
-                f"{recipe.optimizer.name} wants {key} x{b:g} for the one and x{a:g} for the other; "
+                f"model.tied=true: {spec.tied_to} and {spec.name} share storage, but "
+                f"{recipe.parametrization.name} with {recipe.optimizer.name} wants {key} x{b:g} for the one and x{a:g} for the other; "
                 "use model.tied=false, or parametrization.output=multiplier if it is init"
             )
 

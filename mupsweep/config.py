@@ -17,7 +17,11 @@ from typing import Any, TypeVar
 
 from mupsweep.errors import ConfigError, nearest
 
-COMPARABLE = ("model", "optimizer", "parametrization")  # groups that take several choices: optimizer=adamw,muon
+COMPARABLE = (
+    "model",
+    "optimizer",
+    "parametrization",
+)  # groups that take several choices: optimizer=adamw,muon
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -38,7 +42,12 @@ class DataConfig:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        _require(0 < self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction, "in (0, 1)")
+        _require(
+            0 < self.validation_fraction < 1,
+            "data.validation_fraction",
+            self.validation_fraction,
+            "in (0, 1)",
+        )
         _require(self.max_tokens is None or self.max_tokens > 0, "data.max_tokens", self.max_tokens, "positive")
 
 
@@ -75,7 +84,12 @@ class TrainingConfig:
         _require(0 <= self.min_lr_frac <= 1, "training.min_lr_frac", self.min_lr_frac, "in [0, 1]")
         _require(0 < self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "in (0, 1]")
         _require(self.clip is None or self.clip > 0, "training.clip", self.clip, "positive or null")
-        _require(self.precision in PRECISIONS, "training.precision", self.precision, nearest(self.precision, PRECISIONS))
+        _require(
+            self.precision in PRECISIONS,
+            "training.precision",
+            self.precision,
+            nearest(self.precision, PRECISIONS),
+        )
         _require(self.eval_batches > 0, "training.eval_batches", self.eval_batches, "positive")
         _require(self.evals > 0, "training.evals", self.evals, "positive")
         _require(self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "at least 0")
@@ -295,7 +309,9 @@ def _split(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, 
             raise ConfigError(f"override {text!r}: every key exists already, so write it without the sign: {key}=VALUE")
         if key not in groups:
             if override.is_sweep_override():
-                raise ConfigError(f"override {text!r}: only {', '.join(COMPARABLE)} take several choices; write a list as [a,b]")
+                raise ConfigError(
+                    f"override {text!r}: only {', '.join(COMPARABLE)} take several choices; write a list as [a,b]"
+                )
             rest.append(text)
             continue
         value = override.value()
@@ -321,7 +337,9 @@ def _compose(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
 
     search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     if config_dir and not Path(config_dir).is_dir():
-        raise ConfigError(f"--config-dir {config_dir} is not a folder: it holds yaml groups such as optimizer/mine.yaml")
+        raise ConfigError(
+            f"--config-dir {config_dir} is not a folder: it holds yaml groups such as optimizer/mine.yaml"
+        )
     with initialize_config_dir(str(config_root().resolve()), version_base="1.3"):
         try:
             tree = OmegaConf.to_container(compose("mupsweep", [*search, *overrides]), resolve=True)

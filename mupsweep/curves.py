@@ -178,7 +178,8 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> list[LossCurve]:
         for log2_lr, runs in sorted(by_lr.items()):
             losses = {r["seed"]: r["val_loss"] for r in runs if r["status"] == DONE and r["val_loss"] is not None}
             points.append(Point(log2_lr, losses, len(runs) - len(losses)))
-        curves.append(LossCurve(*key, tuple(points)))
+        model, optimizer, parametrization, width, depth, r_n, r_L = key
+        curves.append(LossCurve(model, optimizer, parametrization, width, depth, r_n, r_L, tuple(points)))
     return sorted(curves, key=lambda c: (c.label, c.width_ratio * c.depth_ratio, c.width_ratio))
 
 
@@ -259,7 +260,7 @@ def pooled_noise(fitted: Sequence[tuple[LossCurve, Fit]]) -> Noise:
 
 def _polynomial(center: float, xs: Array, ys: Array, degree: int) -> Fit | None:
     design = np.vander(xs, degree + 1, increasing=True)
-    unit = np.linalg.inv(design.T @ design)
+    unit = np.linalg.inv(design.T @ design).astype(np.float64)
     beta = unit @ design.T @ ys
     roots = np.roots(np.polyder(beta[::-1]))
     inside = [float(r.real) for r in roots if abs(r.imag) < 1e-9 and xs[0] <= r.real <= xs[-1]]
@@ -281,8 +282,8 @@ def _optimum(curve: LossCurve, made: Fit | str, noise: Noise) -> Optimum:
     low, high = _root_interval(made, noise)
     se = None if low is None or high is None else (high - low) / (2 * noise.quantile)
     reason = None if se is not None else "the curve is too flat or too noisy to bound its minimum: add seeds or LRs"
-    absolute = [None if x is None else made.center + x for x in (low, high)]
-    return Optimum(curve, True, best, *absolute, loss, se, reason, made)
+    low, high = (None if x is None else made.center + x for x in (low, high))
+    return Optimum(curve, True, best, low, high, loss, se, reason, made)
 
 
 def _root_interval(made: Fit, noise: Noise) -> tuple[float | None, float | None]:

@@ -1,4 +1,4 @@
-"""The environment of a sweep: code, packages and machine, as far as they decide results. No secrets, no whole env dump."""
+"""The environment of a sweep: code, packages and machine, as far as they decide results; no secrets."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def _git(folder: Path) -> dict[str, Any] | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -22,7 +22,10 @@ from mupsweep.scaling import Parametrization
 from mupsweep.sizes import Size
 
 VOCAB_MULTIPLE = 64  # the vocabulary is padded to this, as nanoGPT pads 50257 to 50304: aligned matrix products
-UNIDENTIFYING = {"data": ("path", "cache", "kind"), "training": ("checkpoint_minutes",)}  # no effect on the numbers
+UNIDENTIFYING = {
+    "data": ("path", "cache", "kind"),
+    "training": ("checkpoint_minutes",),
+}  # no effect on the numbers
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ def load(sweep: SweepDir) -> list[RunSpec]:
 def _grid(
     made: Recipe, ratios: Iterable[tuple[float, float]], log2_lrs: Iterable[float], seeds: Iterable[int]
 ) -> Iterable[RunSpec]:
-    for r_n, r_L in ratios:  # noqa: N806
+    for r_n, r_L in ratios:
         size, cost = _sized(made, r_n, r_L)
         for log2_lr in log2_lrs:
             for seed in seeds:

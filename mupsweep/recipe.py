@@ -30,7 +30,12 @@ def recommend(one: Group, doublings: float) -> tuple[Estimate, str]:
         half = _half_width(known) / math.sqrt(len(known))
         return Estimate(value, value - half, value + half), "transfers: the optimum of all measured sizes together"
     largest = known[-1]
-    if one.verdict == DRIFTS and one.drift.value is not None and one.drift.low is not None and one.drift.high is not None:
+    if (
+        one.verdict == DRIFTS
+        and one.drift.value is not None
+        and one.drift.low is not None
+        and one.drift.high is not None
+    ):
         beyond = doublings - math.log2(one.ratio(largest.curve))
         at = largest.log2_lr or 0.0
         ends = [at + beyond * one.drift.low, at + beyond * one.drift.high]
@@ -78,5 +83,3 @@ def recipe(one: Group, made: Recipe, width: int, depth: int) -> dict[str, Any]:
 def _half_width(found: Sequence[Optimum]) -> float:
     """Root mean square of the half-widths of some optima's intervals."""
     return math.sqrt(sum(((o.high or 0.0) - (o.low or 0.0)) ** 2 for o in found) / len(found)) / 2
-
-

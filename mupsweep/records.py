@@ -4,9 +4,9 @@
     <sweep>/runs/<run-id>/  config.yaml  groups.json  status.json  metrics.jsonl  summary.json  train.log
                             claims/  checkpoint/
 
-Files are written to a temporary name and renamed, `status.json` last. A run is owned through numbered claim files, which
-are only ever added: whoever creates the next number owns the run, so that two workers never train one run, on any
-file system with atomic link or exclusive create.
+Files are written to a temporary name and renamed, `status.json` last. A run is owned through numbered claim files,
+which are only ever added: whoever creates the next number owns the run, so that two workers never train one run, on
+any file system with atomic link or exclusive create.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise RecordError(f"cannot write {path}: {error.strerror}; free space or choose another folder with out=DIR") from error
+        raise RecordError(
+            f"cannot write {path}: {error.strerror}; free space or choose another folder with out=DIR"
+        ) from error
 
 
 def write_json(path: Path, content: Any, durable: bool = True) -> None:
@@ -222,10 +224,22 @@ class RunDir:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_json(self.summary_path, summary)
 
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def groups_path(self) -> Path:
+        return self.path / "groups.json"
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups that the run trains with."""
+        return json.loads(self.groups_path.read_text())
+
     def write_rules(self, config: Mapping[str, Any], groups: Any) -> None:
         """What the run is: its resolved config and the parameter groups it trains with."""
-        write_text(self.path / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False, width=110), durable=False)
-        write_json(self.path / "groups.json", groups, durable=False)
+        write_text(self.config_path, yaml.safe_dump(_plain(config), sort_keys=False, width=110), durable=False)
+        write_json(self.groups_path, groups, durable=False)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged rows, in order of steps."""
@@ -309,7 +323,7 @@ def _owner() -> dict[str, Any]:
         "pid": os.getpid(),
         "born": _born(os.getpid()),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "taken": time.time(),
     }
 
 
@@ -339,7 +353,9 @@ def _create(path: Path, text: str) -> bool:
                 return False
         return True
     except OSError as error:
-        raise RecordError(f"cannot write {path}: {error.strerror}; is the sweep folder writable and the disk not full?") from error
+        raise RecordError(
+            f"cannot write {path}: {error.strerror}; is the sweep folder writable and the disk not full?"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -161,7 +162,7 @@ def clip(built: Built) -> Tensor | None:
 
 
 def evaluate(
-    network: nn.Module, data: Dataset, run: RunSpec, precision: str, device: torch.device
+    network: Callable[..., Tensor], data: Dataset, run: RunSpec, precision: str, device: torch.device
 ) -> dict[str, float]:
     """Mean loss over the fixed validation batches, in nats per token and in bits per byte of text."""
     training, context = run.recipe.training, run.size.context
@@ -276,4 +277,3 @@ def mean(values: list[float]) -> float:
 def _to_device(block: Any, device: torch.device) -> Tensor:
     tokens = torch.from_numpy(block)
     return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
-

@@ -21,10 +21,28 @@ TRANSFERS, DRIFTS, INCONCLUSIVE = "transfers", "drifts", "inconclusive"
 TOLERANCE_OCTAVES = 0.5  # of total drift from the base to the largest size: half a step of an octave grid
 TOLERANCE_NATS = 0.01  # of regret
 DRAWS = 4000  # Monte Carlo draws behind an interval of the regret
-RUN_COLUMNS = (
-    "run_id model parametrization optimizer width depth width_ratio depth_ratio log2_lr seed status steps tokens "
-    "train_loss val_loss val_bits_per_byte diverged_at_step seconds tokens_per_second device"
-).split()
+RUN_COLUMNS = [
+    "run_id",
+    "model",
+    "parametrization",
+    "optimizer",
+    "width",
+    "depth",
+    "width_ratio",
+    "depth_ratio",
+    "log2_lr",
+    "seed",
+    "status",
+    "steps",
+    "tokens",
+    "train_loss",
+    "val_loss",
+    "val_bits_per_byte",
+    "diverged_at_step",
+    "seconds",
+    "tokens_per_second",
+    "device",
+]
 
 
 @dataclass(frozen=True)
@@ -118,7 +136,9 @@ def ladders(curves: Sequence[LossCurve]) -> Iterable[tuple[str, list[LossCurve]]
     depth = [c for c in curves if c.width_ratio == 1]
     joint = [c for c in curves if (c.width_ratio == 1) == (c.depth_ratio == 1)]
     found = [("width", width), ("depth", depth), ("joint", joint)]
-    long = [(axis, sorted(l, key=lambda c: c.width_ratio * c.depth_ratio)) for axis, l in found if len(l) > 1]
+    long = [
+        (axis, sorted(sizes, key=lambda c: c.width_ratio * c.depth_ratio)) for axis, sizes in found if len(sizes) > 1
+    ]
     return long or [("width", list(curves)[:1])]
 
 
@@ -201,7 +221,12 @@ def _regret(base: Optimum, at: Optimum, noise: Noise) -> Estimate:
 
 
 def _judge(
-    axis: str, found: Sequence[Optimum], base: Optimum, drift: Estimate, total: Estimate, regrets: Sequence[Estimate]
+    axis: str,
+    found: Sequence[Optimum],
+    base: Optimum,
+    drift: Estimate,
+    total: Estimate,
+    regrets: Sequence[Estimate],
 ) -> tuple[str, list[str]]:
     """The verdict and why.
 
@@ -210,11 +235,12 @@ def _judge(
     excludes no drift and the drift exceeds the tolerance. Everything else is inconclusive.
     """
     names = f"from {base.curve.width}x{base.curve.depth} to {found[-1].curve.width}x{found[-1].curve.depth}"
-    reasons = [
-        f"width {o.curve.width}, depth {o.curve.depth}: {o.reason}" for o in found if o.reason is not None
-    ]
+    reasons = [f"width {o.curve.width}, depth {o.curve.depth}: {o.reason}" for o in found if o.reason is not None]
     if len(found) < 2 or base is found[-1]:
-        return INCONCLUSIVE, [f"no size larger than the base on the {axis} axis: add ratios above 1", *reasons]
+        return INCONCLUSIVE, [
+            f"no size larger than the base on the {axis} axis: add ratios above 1",
+            *reasons,
+        ]
     width = f"the optimum moves {total} octaves {names}"
     tolerance = TOLERANCE_OCTAVES
     if total.low is not None and total.high is not None and -tolerance <= total.low and total.high <= tolerance:
@@ -222,9 +248,15 @@ def _judge(
     worst = max((r.high for r in regrets if r.high is not None), default=math.inf)
     if all(r.high is not None for r in regrets) and worst <= TOLERANCE_NATS:
         return TRANSFERS, [
-            f"using the base's LR costs at most {worst:.4f} nats at every size, under {TOLERANCE_NATS:g}", width, *reasons
+            f"using the base's LR costs at most {worst:.4f} nats at every size, under {TOLERANCE_NATS:g}",
+            width,
+            *reasons,
         ]
-    down = total.high is not None and total.high < 0 and (total.value if total.value is not None else total.high) < -tolerance
+    down = (
+        total.high is not None
+        and total.high < 0
+        and (total.value if total.value is not None else total.high) < -tolerance
+    )
     up = total.low is not None and total.low > 0 and (total.value if total.value is not None else total.low) > tolerance
     if down or up:
         per_doubling = f"{drift} octaves per doubling of {'size' if axis == 'joint' else axis}"
@@ -232,7 +264,8 @@ def _judge(
     if total.value is None and total.low is None and total.high is None:
         return INCONCLUSIVE, reasons or ["the optimum of the base or of the largest size is unknown"]
     return INCONCLUSIVE, [
-        f"{width}: the interval is neither within +-{tolerance:g} nor clearly outside; add seeds or LRs around the optimum",
+        f"{width}: the interval is neither within +-{tolerance:g} nor clearly outside; "
+        "add seeds, or LRs around the optimum",
         *reasons,
     ]
 

@@ -1,6 +1,6 @@
 """The main path: take the runs of a sweep that nobody trains yet, train them, record what happened.
 
-    execute -> claim -> build -> train -> summary.json -> status.json
+execute -> claim -> build -> train -> summary.json -> status.json
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def select(runs: list[RunSpec], run_ids: Sequence[str]) -> list[RunSpec]:
     known = {run.run_id for run in runs}
     for run_id in run_ids:
         if run_id not in known:
-            raise RecordError(f"no run '{run_id}' in this sweep; {nearest(run_id, known) if len(known) < 20 else 'see mupsweep status SWEEP'}")
+            hint = nearest(run_id, known) if len(known) < 20 else "see mupsweep status SWEEP --runs"
+            raise RecordError(f"no run '{run_id}' in this sweep; {hint}")
     return [run for run in runs if not run_ids or run.run_id in run_ids]
 
 

@@ -28,9 +28,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # all but tab and newline
 def addresses(package: Path) -> list[str]:
     """The text of every address in the package archive, oldest first."""
     with tarfile.open(package) as archive:
-        members = [
-            m for m in archive.getmembers() if m.name.startswith("package/data/") and m.name.endswith(".txt")
-        ]
+        members = [m for m in archive.getmembers() if m.name.startswith("package/data/") and m.name.endswith(".txt")]
         found = []
         for member in sorted(members, key=lambda m: m.name):
             handle = archive.extractfile(member)

@@ -19,7 +19,14 @@ def test_a_sweep_ends_with_verdict_figures_and_report() -> None:
     done = mupsweep("run", *SMOKE)
     assert done.returncode == 0, done.stderr
     results = Path("sweeps/smoke/results")
-    for name in ("runs.csv", "curves.csv", "transfer.json", "report.html", "figures/curves.png", "figures/drift.svg"):
+    for name in (
+        "runs.csv",
+        "curves.csv",
+        "transfer.json",
+        "report.html",
+        "figures/curves.png",
+        "figures/drift.svg",
+    ):
         assert (results / name).stat().st_size > 0, name
     group = json.loads((results / "transfer.json").read_text())["groups"][0]
     assert [size["n_runs"] for size in group["sizes"]] == [3, 3]

@@ -11,6 +11,6 @@ def report(sweep: Sweep) -> None:
     Example: mupsweep report sweeps/demo
     """
     from mupsweep.records import SweepDir
-    from mupsweep.report import conclude
+    from mupsweep.report.conclude import conclude
 
     conclude([SweepDir.open(sweep)])

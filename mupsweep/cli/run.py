@@ -23,7 +23,7 @@ def run(overrides: Overrides = None, config_dir: ConfigDir = None, json: Json = 
     Example: mupsweep run parametrization=sp,spectral experiment=demo
     """
     from mupsweep import config, plan
-    from mupsweep.report import conclude
+    from mupsweep.report.conclude import conclude
 
     chosen = config.load(overrides or (), config_dir)
     sweep, runs = plan.save(chosen, "mupsweep " + shlex.join(sys.argv[1:]))
@@ -59,6 +59,9 @@ def exit_code(sweep: SweepDir, runs: list[RunSpec], finished: bool, drifts: bool
     failed = [r.run_id for r in runs if sweep.run(r.run_id).status()["status"] == FAILED]
     if failed:
         log = sweep.run(failed[0]).log_path
-        print(f"{len(failed)} runs failed, the first is {failed[0]} (see {log}); run the same command to retry", file=sys.stderr)
+        print(
+            f"{len(failed)} runs failed, the first is {failed[0]} (see {log}); run the same command to retry",
+            file=sys.stderr,
+        )
         return 1
     return 3 if drifts else 0

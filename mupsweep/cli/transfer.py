@@ -25,7 +25,7 @@ def transfer(
     Example: mupsweep transfer sweeps/demo --to width=4096 depth=32
     """
     from mupsweep.records import SweepDir
-    from mupsweep.report import conclude, export
+    from mupsweep.report.conclude import conclude, export
 
     folders = [SweepDir.open(s) for s in sweeps if "=" not in s]
     if to is not None:

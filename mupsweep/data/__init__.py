@@ -116,9 +116,7 @@ class Dataset:
                 f"context {context} and batch size {batch_size}; lower training.eval_batches or raise "
                 "data.validation_fraction"
             )
-        return self._checked(
-            self.validation.blocks(range(index * batch_size, (index + 1) * batch_size), context)
-        )
+        return self._checked(self.validation.blocks(range(index * batch_size, (index + 1) * batch_size), context))
 
     def byte_count(self, targets: NDArray[np.integer]) -> int:
         """Bytes of text that the target ids stand for: bits per byte = summed nats / ln 2 / bytes."""

@@ -25,17 +25,13 @@ SHIFT_A, SHIFT_B, SHIFT_C = np.uint64(30), np.uint64(27), np.uint64(31)
 def batch_blocks(n_blocks: int, batch_size: int, seed: int, step: int) -> NDArray[np.int64]:
     """The blocks (batch_size,) of optimizer step `step`, counted from 0, each in [0, n_blocks)."""
     if n_blocks < 1 or batch_size < 1 or step < 0:
-        raise ValueError(
-            f"n_blocks={n_blocks}, batch_size={batch_size}, step={step}: need at least 1, 1 and 0"
-        )
+        raise ValueError(f"n_blocks={n_blocks}, batch_size={batch_size}, step={step}: need at least 1, 1 and 0")
     samples = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.uint64)
     size = np.uint64(n_blocks)
     return permute(samples % size, n_blocks, seed, samples // size)
 
 
-def permute(
-    positions: NDArray[np.uint64], n: int, seed: int, epochs: NDArray[np.uint64] | int
-) -> NDArray[np.int64]:
+def permute(positions: NDArray[np.uint64], n: int, seed: int, epochs: NDArray[np.uint64] | int) -> NDArray[np.int64]:
     """perm(seed, epoch)(position) for each position: a bijection of [0, n) for every seed and epoch.
 
     A Feistel network permutes [0, 2^b), the next power of two; a value outside [0, n) is permuted again until

@@ -126,9 +126,7 @@ def verify(folder: Path) -> dict[str, Any]:
     shards = [shard for split in SPLITS for shard in found["splits"][split]["shards"]]
     bad = [shard["file"] for shard in shards if _sha256(folder / shard["file"]) != shard["sha256"]]
     if bad:
-        raise DataError(
-            f"{folder}: damaged, the sha256 of {', '.join(bad)} differs from meta.json; {_again(folder)}"
-        )
+        raise DataError(f"{folder}: damaged, the sha256 of {', '.join(bad)} differs from meta.json; {_again(folder)}")
     return found
 
 
@@ -157,9 +155,7 @@ def prepare(
             if not target.exists():
                 partial = target.with_name(f".{target.name}.partial")
                 if partial.exists():
-                    shutil.rmtree(
-                        partial
-                    )  # left by a process that died: nobody else writes while we hold the lock
+                    shutil.rmtree(partial)  # left by a process that died: nobody else writes while we hold the lock
                 partial.mkdir()
                 try:
                     _write(partial, source, config, content, say, shard_tokens)
@@ -176,9 +172,7 @@ def prepare(
     return target
 
 
-def _write(
-    partial: Path, source: Source, config: DataConfig, content: str, say: Progress, shard_tokens: int
-) -> None:
+def _write(partial: Path, source: Source, config: DataConfig, content: str, say: Progress, shard_tokens: int) -> None:
     """The shards and meta.json of a corpus, in the order of its documents."""
     import numpy as np
 
@@ -240,9 +234,7 @@ def _encoded(
         found = []
         for text in map(tokenizers.well_formed, texts):
             raw = text.encode()
-            position = (
-                int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") >> 11
-            ) / 2**53  # exact as a float
+            position = (int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") >> 11) / 2**53  # exact as a float
             found.append((position, len(raw), tokenizer.encode(text)))
         return found
 

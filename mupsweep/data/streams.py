@@ -37,9 +37,7 @@ class Segment:
         if not self.tokens:
             return np.zeros(0, dtype=np.uint16)
         # A plain array over the mapping: slicing the memmap subclass costs ten times as much.
-        return np.asarray(
-            np.memmap(self.path, dtype="<u2", mode="r", offset=self.offset, shape=(self.tokens,))
-        )
+        return np.asarray(np.memmap(self.path, dtype="<u2", mode="r", offset=self.offset, shape=(self.tokens,)))
 
 
 def segment(path: Path) -> Segment:
@@ -58,13 +56,9 @@ def segment(path: Path) -> Segment:
         magic, version, count = struct.unpack("<3i", head)
         if magic == MAGIC:
             if version != VERSION:
-                raise DataError(
-                    f"{path} has llm.c's header in version {version}: only version {VERSION} is known"
-                )
+                raise DataError(f"{path} has llm.c's header in version {version}: only version {VERSION} is known")
             if size != HEADER_BYTES + 2 * count:
-                raise DataError(
-                    f"{path} is damaged: {size} bytes, but its header promises {HEADER_BYTES + 2 * count}"
-                )
+                raise DataError(f"{path} is damaged: {size} bytes, but its header promises {HEADER_BYTES + 2 * count}")
             return Segment(path, HEADER_BYTES, count)
     if size == 0 or size % 2:
         raise DataError(f"{path} is no token file: {size} bytes cannot be uint16 tokens")

@@ -149,10 +149,7 @@ def _gpt2_encoder(ranks: dict[bytes, int]) -> Callable[[str], NDArray[np.uint16]
             cuts = [0, *(match.end() for match in LONG_BLANK.finditer(text)), len(text)]
             if len(cuts) == 2:
                 raise
-            parts = [
-                encoding.encode_to_numpy(text[a:b], disallowed_special=())
-                for a, b in itertools.pairwise(cuts)
-            ]
+            parts = [encoding.encode_to_numpy(text[a:b], disallowed_special=()) for a, b in itertools.pairwise(cuts)]
             return np.concatenate(parts).astype(np.uint16)
 
     return encode

@@ -53,7 +53,10 @@ class Local:
                     # a poll over many open runs takes a while itself: never spend more than a tenth of the time on it
                     time.sleep(max(POLL_SECONDS, 9 * (time.monotonic() - polled)))
         except KeyboardInterrupt:
-            print("stopping: each run finishes its step and is checkpointed; Ctrl-C again to stop at once", file=sys.stderr)
+            print(
+                "stopping: each run finishes its step and is checkpointed; Ctrl-C again to stop at once",
+                file=sys.stderr,
+            )
             return False
         finally:
             pool.stop()
@@ -115,7 +118,9 @@ class Pool:
                 self.deaths[folder.run_id] = self.deaths.get(folder.run_id, 0) + 1
                 if self.deaths[folder.run_id] >= DEATHS:
                     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                    hint = "; out of memory? lower launcher.slots_per_device or training.batch_size" if code == -9 else ""
+                    hint = (
+                        "; out of memory? lower launcher.slots_per_device or training.batch_size" if code == -9 else ""
+                    )
                     folder.write_status(FAILED, error=f"its worker died {DEATHS} times ({name}){hint}")
 
     def last_words(self, index: int) -> str:

@@ -16,7 +16,9 @@ CHUNK_ELEMENTS = 2**22  # logits per chunk: 16 MiB in fp32, measured best of 2^2
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, scale: float, dtype: torch.dtype
+    ) -> Tensor:
         n_tokens, vocab = features.shape[0], weight.shape[0]
         rows = max(1, CHUNK_ELEMENTS // vocab)
         h, w = features.to(dtype), weight.to(dtype)

@@ -33,7 +33,7 @@ class AdamW(Optimizer):
         return ENTRYWISE
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        from torch.optim import AdamW as TorchAdamW
+        import torch
 
         devices = {p.device.type for g in groups for p in g["params"]}
-        return TorchAdamW(groups, betas=self.betas, fused=devices <= {"cpu", "cuda"} or None)
+        return torch.optim.AdamW(groups, betas=self.betas, fused=devices <= {"cpu", "cuda"} or None)

@@ -37,7 +37,7 @@ class SGD(Optimizer):
         return GRADIENT
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        from torch.optim import SGD as TorchSGD
+        import torch
 
         plain = [{k: v for k, v in group.items() if k != "eps"} for group in groups]
-        return TorchSGD(plain, momentum=self.momentum, nesterov=self.nesterov)
+        return torch.optim.SGD(plain, momentum=self.momentum, nesterov=self.nesterov)

@@ -40,8 +40,9 @@ class StackedOptimizer(torch.optim.Optimizer):
                 grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in weights])
                 state = self.stack((index, *shape), weights)
                 update = self.algorithm.direction(grads, state, group["eps"])
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, list(update.to(weights[0].dtype).unbind()), alpha=-group["lr"])
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore
+                updates = list(update.to(weights[0].dtype).unbind())
+                torch._foreach_add_(weights, updates, alpha=-group["lr"])  # pyright: ignore
 
     def stack(self, key: tuple[int, ...], weights: list[Tensor]) -> dict[str, Tensor]:
         """The stacked state of some same-shape weights; made on first use, or again from a loaded state dict."""

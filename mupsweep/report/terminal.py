@@ -15,12 +15,10 @@ from mupsweep import data
 from mupsweep.build import TensorRule, audit, multipliers, rule_record, rules
 from mupsweep.config import SweepConfig, load
 from mupsweep.cost import FLOPS_PER_SECOND
-from mupsweep.curves import CONFIDENCE
 from mupsweep.data import shards
 from mupsweep.plan import Recipe, RunSpec, plan, recipe, sweep_name
 from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING, SweepDir
 from mupsweep.scaling import Role, Rule, symbolic
-from mupsweep.transfer import Analysis, Estimate, Group
 
 RULE_KEYS = ("multiplier", "init_std", "lr", "weight_decay", "eps")
 SI = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -57,8 +55,8 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
             )
         )
         return
-    console = _console()
-    table = _table("variant", "width", "depth", "runs", "done", "parameters", "tokens/run", "FLOPs/run", "memory/run")
+    console = console_of()
+    table = table_of("variant", "width", "depth", "runs", "done", "parameters", "tokens/run", "FLOPs/run", "memory/run")
     for (label, size), members in _by_size(runs).items():
         one = members[0]
         done = sum(status[r.run_id] in (DONE, DIVERGED) for r in members)
@@ -91,14 +89,14 @@ def show_rules(config: SweepConfig, as_json: bool, per_tensor: bool) -> None:
     if as_json:
         print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
         return
-    console = _console()
+    console = console_of()
     for one in made:
         console.print(f"\n{'/'.join(one.variant.label)}", style="bold")
-        table = _table("role", "optimizer", "multiplier", "init std", "LR", "weight decay", "eps")
+        table = table_of("role", "optimizer", "multiplier", "init std", "LR", "weight decay", "eps")
         for role, part, rule in _symbols(one):
             table.add_row(role.value, part, *(str(getattr(rule, key)) for key in RULE_KEYS))
         console.print(table)
-        for r_n, r_L in config.sweep.ratios:  # noqa: N806
+        for r_n, r_L in config.sweep.ratios:
             size = one.size(r_n, r_L)
             rows = rules(one, size, base_lr)
             attention = multipliers(one, size).attention
@@ -119,9 +117,9 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"runs": [{**row, **status} for row, _, status in states], "totals": _counts(states)}))
         return
-    console = _console()
+    console = console_of()
     if per_run:
-        table = _table("run", "variant", "status", "step", "loss", "tok/s")
+        table = table_of("run", "variant", "status", "step", "loss", "tok/s")
         for row, _, status in states:
             loss, speed = status.get("train_loss"), status.get("tokens_per_second")
             table.add_row(
@@ -133,7 +131,7 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
                 "" if speed is None else f"{speed:,.0f}",
             )
     else:
-        table = _table("variant", "width", "depth", DONE, DIVERGED, RUNNING, PENDING, FAILED)
+        table = table_of("variant", "width", "depth", DONE, DIVERGED, RUNNING, PENDING, FAILED)
         sizes: dict[tuple[Any, ...], Counter[str]] = defaultdict(Counter)
         for row, _, status in states:
             key = (f"{row['model']}/{row['optimizer']}/{row['parametrization']}", row["width"], row["depth"])
@@ -145,61 +143,6 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
     for row, folder, status in states:
         if status["status"] == FAILED:
             console.print(f"failed: {row['run_id']}: {status.get('error', '')} (see {folder.log_path})", markup=False)
-
-
-def show_analysis(analysis: Analysis, sweeps: Sequence[tuple[Path, Counter[str]]], files: Sequence[Path]) -> None:
-    """Curves, the optimum of every size, and the verdicts."""
-    from mupsweep.report.curves_text import curve_text
-
-    console = _console()
-    for path, counts in sweeps:
-        unfinished = sum(n for status, n in counts.items() if status not in (DONE, DIVERGED))
-        if unfinished:
-            console.print(f"{path}: {unfinished} of {counts.total()} runs are not finished; what follows rests on the rest")
-    if not analysis.groups:
-        console.print("no finished runs yet: go on with mupsweep run")
-        return
-    for group in analysis.groups:
-        console.print(f"\n{'/'.join(group.label)}, {group.axis} ladder", style="bold")
-        console.print(curve_text([o.curve for o in group.optima]))
-        console.print(_optimum_table(group))
-    console.print()
-    for group in analysis.groups:
-        style = {"transfers": "bold green", "drifts": "bold red"}.get(group.verdict, "bold yellow")
-        console.print(f"{'/'.join(group.label)} in {group.axis}: ", end="")
-        console.print(group.verdict.upper(), style=style)
-        console.print(f"  drift {group.drift} octaves per doubling, {group.total_drift} in all; regret {_nats(group.regret)}")
-        for reason in group.reasons:
-            console.print(f"  {reason}", markup=False)
-    for remark in analysis.remarks:
-        console.print(remark, markup=False)
-    console.print(f"intervals: {CONFIDENCE:.0%}")
-    for file in files:
-        console.print(f"wrote {file}", markup=False)
-
-
-def show_recipe(content: dict[str, Any], path: Path) -> None:
-    """What to train a target with."""
-    console = _console()
-    target = content["target"]
-    console.print(
-        f"\n{content['optimizer']}/{content['parametrization']} at width {target['width']}, depth {target['depth']} "
-        f"({si(content['parameters'])} parameters)",
-        style="bold",
-    )
-    interval = Estimate(content["log2_lr"], content["log2_lr_low"], content["log2_lr_high"])
-    console.print(f"base LR {content['base_lr']:.3g}, log2 {interval}")
-    console.print(content["basis"])
-    roles: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-    keys = ("role", "optimizer", "init_std", "multiplier", "lr", "weight_decay", "eps")
-    for row in content["tensors"]:
-        roles[tuple(row[k] for k in keys)].append(row["name"])
-    table = _table("role", "optimizer", "tensors", "init std", "multiplier", "LR", "weight decay", "eps")
-    for (role, optimizer, *numbers), names in roles.items():
-        table.add_row(role, optimizer, str(len(names)), *(f"{n:.4g}" for n in numbers))
-    console.print(table)
-    console.print(f"attention scale {content['attention_scale']:.4g}, gradient clipping {content['clip']}")
-    console.print(f"wrote {path}", markup=False)
 
 
 def prepare_data(overrides: Sequence[str], config_dir: str | None) -> None:
@@ -252,7 +195,7 @@ def _rules_document(one: Recipe, config: SweepConfig, base_lr: float) -> dict[st
             **{key: getattr(rule, key).exponents for key in ("lr", "weight_decay", "eps")},
         }
     sizes = []
-    for r_n, r_L in config.sweep.ratios:  # noqa: N806
+    for r_n, r_L in config.sweep.ratios:
         size = one.size(r_n, r_L)
         sizes.append(
             {
@@ -282,35 +225,27 @@ def _symbols(one: Recipe) -> Iterable[tuple[Role, str, Rule]]:
 
 
 def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:
-    table = _table("tensor" if per_tensor else "role", "shape", "optimizer", "init std", "multiplier", "LR", "weight decay", "eps")
+    table = table_of(
+        "tensor" if per_tensor else "role",
+        "shape",
+        "optimizer",
+        "init std",
+        "multiplier",
+        "LR",
+        "weight decay",
+        "eps",
+    )
     grouped: dict[tuple[Any, ...], list[TensorRule]] = defaultdict(list)
     for row in rows:
-        grouped[(row.name if per_tensor else row.role.value, row.shape, row.optimizer, row.lr, row.init_std)].append(row)
+        grouped[(row.name if per_tensor else row.role.value, row.shape, row.optimizer, row.lr, row.init_std)].append(
+            row
+        )
     for (name, shape, optimizer, *_), members in grouped.items():
         one = members[0]
         std = f"{one.init_std:.4g}" if one.init.value == "normal" else one.init.value
         numbers = (f"{x:.4g}" for x in (one.multiplier, one.lr, one.weight_decay, one.eps))
         table.add_row(name, "x".join(map(str, shape)), optimizer, std, *numbers)
     return table
-
-
-def _optimum_table(group: Group) -> Table:
-    table = _table("width", "depth", "runs", "diverged", "optimal log2 LR", "loss there", "regret of the base's LR")
-    for o, regret in zip(group.optima, group.regrets, strict=True):
-        where = str(Estimate(o.log2_lr, o.low, o.high)).replace("+", "")
-        loss = "" if o.loss is None else f"{o.loss:.4f}"
-        table.add_row(
-            str(o.curve.width), str(o.curve.depth), str(o.curve.n_runs), str(o.curve.n_diverged or ""), where, loss, _nats(regret)
-        )
-    return table
-
-
-def _nats(estimate: Estimate) -> str:
-    if estimate.value is None:
-        return "unknown"
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.4f} nats"
-    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}] nats"
 
 
 def _by_size(runs: Sequence[RunSpec]) -> dict[tuple[Any, ...], list[RunSpec]]:
@@ -331,14 +266,16 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _table(*columns: str) -> Table:
+def table_of(*columns: str) -> Table:
+    """An empty table without a box: the first column left, numbers right."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
 
 
-def _console() -> Console:
+def console_of() -> Console:
+    """The terminal, or a wide page where there is none."""
     console = Console(highlight=False)
     # a pipe has no width: never wrap or cut what a script reads
     return console if console.is_terminal else Console(highlight=False, width=160)

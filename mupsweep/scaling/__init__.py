@@ -1,7 +1,7 @@
 """The rules: roles, update laws, parametrizations, and the one solver that joins them.
 
-An optimizer declares its `UpdateLaw`, a parametrization its `Claim` per role, a model its `TensorSpec`s; `solve` derives
-init std, LR, weight decay and eps. No LR rule is written anywhere else.
+An optimizer declares its `UpdateLaw`, a parametrization its `Claim` per role, a model its `TensorSpec`s; `solve`
+derives init std, LR, weight decay and eps. No LR rule is written anywhere else.
 """
 
 from mupsweep.scaling.laws import UpdateLaw

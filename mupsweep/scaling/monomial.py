@@ -69,4 +69,4 @@ def maximum(a: Number | float, b: Number | float) -> Number:
 
 def sqrt(a: Number) -> Number:
     """Square root of a number or a monomial."""
-    return a ** Fraction(1, 2) if isinstance(a, Monomial) else a**0.5
+    return cast(Number, a ** Fraction(1, 2) if isinstance(a, Monomial) else a**0.5)

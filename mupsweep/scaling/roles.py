@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 
-class Role(str, Enum):
+class Role(StrEnum):
     """What a tensor is to the scaling rules (Zheng et al. 2603.00541, section 3.1; one-hot inputs count n_in = 1)."""
 
     INPUT = "input"  # token and position embeddings: only n_out grows
@@ -26,7 +26,7 @@ class Role(str, Enum):
         return self in (Role.INPUT, Role.HIDDEN, Role.OUTPUT)
 
 
-class Init(str, Enum):
+class Init(StrEnum):
     """How a tensor starts. NORMAL's standard deviation is the model's init_std times the rule's ratio."""
 
     NORMAL = "normal"
@@ -40,7 +40,7 @@ class TensorSpec:
 
     Attributes:
         name: the key in the module's state dict.
-        shape: as stored: (n_out, n_in) of a matrix, (n_in, n_out) of an embedding (a row a token), (n_out,) of a vector.
+        shape: as stored: (n_out, n_in) of a matrix, (n_in, n_out) of an embedding, (n_out,) of a vector.
         role: which rule applies.
         init: the distribution at the start.
         init_std: standard deviation at the base shape, for `Init.NORMAL`.

@@ -1,6 +1,6 @@
-"""Trackers show the records to somebody else: one file and one yaml each. They read records and never decide anything.
+"""Trackers show the records to somebody else: one file and one yaml each. They read records and decide nothing.
 
-A tracker is told when a run ended and when a sweep was analysed; whatever goes wrong there is a warning, never an error.
+A tracker is told when a run ended and when a sweep was analysed; what goes wrong there is a warning, never an error.
 """
 
 from __future__ import annotations

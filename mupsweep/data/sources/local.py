@@ -48,9 +48,7 @@ class Local(Source):
             raise DataError(f"data=local needs data.path=FILE_OR_FOLDER with {' '.join(FORMATS)} files")
         path = Path(config.path).expanduser()
         if not path.exists():
-            raise DataError(
-                f"data.path={config.path} does not exist: give a file or a folder with {' '.join(FORMATS)}"
-            )
+            raise DataError(f"data.path={config.path} does not exist: give a file or a folder with {' '.join(FORMATS)}")
         self._root = path if path.is_dir() else path.parent
         self._files, self._format = _find(path)
 
@@ -107,9 +105,7 @@ class Local(Source):
         segments = [segment(path) for path in self._files]
         for part in segments:
             self._check_ids(part)
-        validation = [
-            s for s in segments if re.search(r"(^|[^a-z])val(idation)?([^a-z]|$)", s.path.stem.lower())
-        ]
+        validation = [s for s in segments if re.search(r"(^|[^a-z])val(idation)?([^a-z]|$)", s.path.stem.lower())]
         train = [s for s in segments if s not in validation]
         if not validation:
             total = sum(s.tokens for s in segments)
@@ -154,9 +150,7 @@ def _find(path: Path) -> tuple[list[Path], str]:
         raise DataError(f"data.path={path} holds no file of a known kind: valid are {' '.join(FORMATS)}")
     if len(kinds) > 1:
         examples = ", ".join(f.relative_to(path).as_posix() for f in sorted(kinds.values()))
-        raise DataError(
-            f"data.path={path} mixes kinds of files ({examples}): name one file, or a folder of one kind"
-        )
+        raise DataError(f"data.path={path} mixes kinds of files ({examples}): name one file, or a folder of one kind")
     return files, str(_format(files[0]))
 
 
@@ -198,13 +192,9 @@ def _read_jsonl(path: Path, column: str) -> Iterator[tuple[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{where} is not JSON: {error.msg}; .jsonl holds one object a line"
-                ) from error
+                raise DataError(f"{where} is not JSON: {error.msg}; .jsonl holds one object a line") from error
             if not isinstance(row, dict):
-                raise DataError(
-                    f"{where} is {type(row).__name__}, not an object; .jsonl holds one object a line"
-                )
+                raise DataError(f"{where} is {type(row).__name__}, not an object; .jsonl holds one object a line")
             if column not in row:
                 raise DataError(_no_column(where, column, list(row)))
             yield where, row[column]

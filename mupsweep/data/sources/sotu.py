@@ -23,9 +23,7 @@ class Sotu(Source):
     def __init__(self, config: DataConfig) -> None:
         super().__init__(config)
         if config.path is not None:
-            raise DataError(
-                f"data.path={config.path} is not read by data=sotu: add data=local to train on your files"
-            )
+            raise DataError(f"data.path={config.path} is not read by data=sotu: add data=local to train on your files")
 
     def documents(self) -> Iterator[str]:
         """The addresses, each ending in a newline.

@@ -1,0 +1,46 @@
+# Every target sets up what it needs: `make demo` on a fresh clone is enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo smoke test test-slow check bench docs clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(READY) ## create .venv with everything that runs, tests and checks need
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) scripts/setup.py $(VENV)
+	@touch $@
+
+demo: $(READY) ## the main job on the embedded corpus: SP beside muP, with verdicts and a report
+	$(BIN)/mupsweep run experiment=demo parametrization=sp,mup
+
+smoke: $(READY) ## the same path on the smallest models, in seconds
+	$(BIN)/mupsweep run experiment=smoke
+
+test: $(READY) ## the tests
+	$(BIN)/python -m pytest -q
+
+test-slow: $(READY) ## the drills that take minutes
+	$(BIN)/python -m pytest -q -m slow
+
+check: $(READY) ## lint, types, layers, documentation, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/readme.py --check
+	$(BIN)/python -m pytest -q
+
+bench: $(READY) ## training speed against transformers, overheads of the runner
+	$(BIN)/python scripts/bench.py
+
+docs: $(READY) ## write the README's generated blocks anew
+	$(BIN)/python scripts/readme.py
+
+clean: ## remove what was built; sweeps/ stays
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,106 @@
+"""Conclude: analyse a sweep and write every view of the outcome; export the recipe of a target."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mupsweep import plan, recipe, trackers
+from mupsweep.build import rules
+from mupsweep.errors import ConfigError
+from mupsweep.plan import RunSpec
+from mupsweep.records import SweepDir, write_json
+from mupsweep.transfer import Analysis, analyse, read_runs, select, to_json, write_results
+
+
+def conclude(
+    sweeps: Sequence[SweepDir],
+    as_json: bool = False,
+    optimizer: str | None = None,
+    parametrization: str | None = None,
+) -> list[str]:
+    """Analyse some sweeps together, write the results of a single one, print the outcome, return the verdicts."""
+    from mupsweep.report import verdicts
+
+    analysis = analyse(read_runs(sweeps))
+    files = write_views(sweeps[0], analysis) if len(sweeps) == 1 else []
+    groups = select(analysis, optimizer, parametrization) if analysis.groups else []
+    shown = Analysis(analysis.rows, analysis.curves, tuple(groups), analysis.remarks)
+    if as_json:
+        print(json.dumps(to_json(shown), indent=2))
+    else:
+        verdicts.show_analysis(shown, [(s.path, s.counts()) for s in sweeps], files)
+    return [group.verdict for group in groups]
+
+
+def write_views(sweep: SweepDir, analysis: Analysis) -> list[Path]:
+    """results/: tables, and figures and the report once there is something to see."""
+    write_results(sweep, analysis)
+    files = [sweep.results / "transfer.json", sweep.results / "runs.csv"]
+    if analysis.curves:
+        from mupsweep.report import figures, html
+
+        figures.draw(analysis, sweep.figures)
+        files = [html.write(sweep, analysis, list(_rules_at_sizes(plan.load(sweep)))), sweep.figures, *files]
+    trackers.load(sweep).analysed()
+    return files
+
+
+def export(
+    sweeps: Sequence[SweepDir],
+    target: Sequence[str],
+    optimizer: str | None,
+    parametrization: str | None,
+    as_json: bool = False,
+) -> None:
+    """Print the recipe of every chosen variant for a target, and write it beside the first sweep's results."""
+    from mupsweep.report import verdicts
+
+    dims = _target(target)
+    recipes = {run.recipe.variant.label: run.recipe for sweep in sweeps for run in plan.load(sweep)}
+    made = []
+    for group in select(analyse(read_runs(sweeps)), optimizer, parametrization):
+        if group.label not in recipes or any(made_group.label == group.label for made_group, _ in made):
+            continue  # one recipe per variant, from its longest ladder's first axis
+        chosen = recipes[group.label]
+        made.append(
+            (
+                group,
+                recipe.recipe(
+                    group,
+                    chosen,
+                    dims.get("width", chosen.model.width),
+                    dims.get("depth", chosen.model.depth),
+                ),
+            )
+        )
+    for group, content in made:
+        size = content["target"]
+        name = f"recipe-{group.optimizer}-{group.parametrization}-w{size['width']}-d{size['depth']}.json"
+        sweeps[0].results.mkdir(parents=True, exist_ok=True)
+        write_json(sweeps[0].results / name, content)
+        if not as_json:
+            verdicts.show_recipe(content, sweeps[0].results / name)
+    if as_json:
+        print(json.dumps([content for _, content in made], indent=2))
+
+
+def _target(words: Sequence[str]) -> dict[str, int]:
+    """width=4096 depth=32 -> {"width": 4096, "depth": 32}."""
+    dims = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in ("width", "depth") or not value.isdigit() or int(value) < 1:
+            raise ConfigError(f"--to {word}: expected width=N and depth=N, for example --to width=4096 depth=32")
+        dims[key] = int(value)
+    return dims
+
+
+def _rules_at_sizes(runs: Sequence[RunSpec]):
+    """(heading, rules) for every variant and size of a sweep, at the middle LR of its grid."""
+    middle = sorted({run.log2_lr for run in runs})[len({run.log2_lr for run in runs}) // 2]
+    seen = {(run.recipe.variant.label, run.size): run for run in runs}
+    for (label, size), run in sorted(seen.items(), key=lambda item: (item[0][0], item[0][1])):
+        heading = f"{'/'.join(label)}, width {size.width}, depth {size.depth}, at base LR 2^{middle:g}"
+        yield heading, rules(run.recipe, size, 2.0**middle)

@@ -1,0 +1,193 @@
+"""Loss versus LR in the terminal, as braille lines; and the names and ranges that all drawings of curves share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from statistics import median
+
+from rich.text import Text
+
+from mupsweep.curves import Fit, LossCurve, fit
+from mupsweep.transfer import Group
+
+# of the user's own theme: readable on any background
+COLORS = ("cyan", "blue", "magenta", "red", "yellow", "green")
+NAMES = {"sp": "SP", "mup": "μP", "depth_mup": "depth-μP"}
+DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # bits of a braille cell by (column, row)
+Cell = tuple[str, str]  # character, style
+
+
+def variant_name(label: tuple[str, str, str], among: Sequence[tuple[str, str, str]]) -> str:
+    """A variant's parametrization, after its model and optimizer where these differ among the others."""
+    said = [label[i] for i in (0, 1) if len({other[i] for other in among}) > 1]
+    return " · ".join([*said, NAMES.get(label[2], label[2])])
+
+
+def in_order(groups: Iterable[Group]) -> list[Group]:
+    """Groups as people compare them: SP first, beside the other parametrizations of its optimizer."""
+    known = list(NAMES)
+    return sorted(groups, key=lambda g: (g.label[:2], [*known, g.parametrization].index(g.parametrization), g.label[2]))
+
+
+def drift_words(group: Group) -> str:
+    """How far the optimum of a ladder moves, as far as it is known."""
+    doubling = "size" if group.axis == "joint" else group.axis
+    if group.drift.value is not None:
+        return f"{group.drift} octaves per doubling of {doubling}"
+    if group.total_drift != group.drift:  # a bound only
+        return f"the optimum moves {group.total_drift} octaves"
+    return "drift unknown"
+
+
+def ordered_sizes(groups: Sequence[Group]) -> dict[tuple[int, int], LossCurve]:
+    """Every (width, depth), the smallest first."""
+    curves = [o.curve for g in groups for o in g.optima]
+    ordered = sorted(curves, key=lambda c: (c.width * c.depth, c.width))
+    return {(c.width, c.depth): c for c in ordered}
+
+
+def size_names(curves: Sequence[LossCurve]) -> list[str]:
+    """What tells the sizes apart: width 64, depth 8, or 64x8."""
+    if len({c.depth for c in curves}) == 1:
+        return [f"width {c.width}" for c in curves]
+    if len({c.width for c in curves}) == 1:
+        return [f"depth {c.depth}" for c in curves]
+    return [f"{c.width}x{c.depth}" for c in curves]
+
+
+def loss_range(curves: Sequence[LossCurve]) -> tuple[float, float]:
+    """The losses worth showing: all valleys and their flanks, cut where an exploding LR would flatten them."""
+    means = [[p.mean for p in curve.usable if math.isfinite(p.mean)] for curve in curves]
+    means = [m for m in means if m]
+    if not means:
+        return 0.0, 1.0
+    low, high = min(map(min, means)), max(map(min, means))
+    flank = median(loss - min(m) for m in means for loss in m)
+    top = min(max(map(max, means)), high + max(2.5 * flank, 0.25 * (high - low)))
+    valleys = [made.value(made.center + made.vertex) for made in map(fit, curves) if isinstance(made, Fit)]
+    low = min(low, *valleys) if valleys else low
+    margin = 0.06 * (top - low) or 0.01
+    return low - margin, top + margin
+
+
+def curve_text(curves: Sequence[LossCurve], width: int = 72, height: int = 14) -> Text:
+    """Loss versus log2 LR of several sizes.
+
+    Every size is a letter at its seed means, its capital letter at the fitted optimum; in the top row `x` is
+    an LR with a diverged seed and `^` a loss above the axis. Nothing is told by colour alone.
+
+    Args:
+        curves: one line each.
+        width: columns in all.
+        height: rows of the plot; the axis and the legend come below.
+    """
+    lrs = [p.log2_lr for curve in curves for p in curve.points]
+    if not lrs:
+        return Text("no finished runs yet")
+    low, high = loss_range(curves)
+    digits = min(5, max(2, 1 - math.floor(math.log10(high - low))))
+    margin = len(f"{high:.{digits}f}") + 2
+    canvas = _Canvas(max(8, width - margin), max(3, height), (min(lrs), max(lrs)), (low, high))
+    for i, curve in enumerate(curves):
+        canvas.curve(curve, chr(ord("a") + i % 26), COLORS[i % len(COLORS)])
+    text = Text(no_wrap=True, overflow="crop")
+    labelled = {round(1 + k * (canvas.rows - 2) / 3) for k in range(4)}
+    for i, row in enumerate(canvas.cells()):
+        label = f"{canvas.loss(i):.{digits}f}" if i in labelled else ""
+        text.append(f"{label:>{margin - 2}} {'┤' if label else '│'}", "dim")
+        for character, style in row:
+            text.append(character, style)
+        text.append("\n")
+    for line in canvas.axis():
+        text.append(" " * (margin - 1) + line.rstrip() + "\n", "dim")
+    return text.append_text(_legend(curves, width))
+
+
+def _legend(curves: Sequence[LossCurve], width: int) -> Text:
+    labels = list(dict.fromkeys(c.label for c in curves))
+    text, column = Text(), 0
+    for i, (curve, name) in enumerate(zip(curves, size_names(curves), strict=True)):
+        made = fit(curve)
+        best = f"best 2^{made.center + made.vertex:.1f}" if isinstance(made, Fit) else "no optimum"
+        variant = f"{variant_name(curve.label, labels)} " if len(labels) > 1 else ""
+        entry = f"{chr(ord('a') + i % 26)} {variant}{name}: {best}"[:width]
+        if column and column + 3 + len(entry) > width:
+            text.append("\n")
+            column = 0
+        text.append(("   " if column else "") + entry, COLORS[i % len(COLORS)])
+        column += len(entry) + (3 if column else 0)
+    marks = "capital: optimum   x: diverged   ^: higher loss"
+    return text.append("\n" + marks[:width], "dim")
+
+
+class _Canvas:
+    """Braille dots under letters; the first row is kept for what lies beyond the range."""
+
+    def __init__(self, columns: int, rows: int, lrs: tuple[float, float], losses: tuple[float, float]) -> None:
+        self.columns, self.rows = columns, rows
+        pad = 0.02 * (lrs[1] - lrs[0]) or 0.5
+        self.left, self.right = lrs[0] - pad, lrs[1] + pad
+        self.low, self.high = losses
+        self.bits = [[0] * columns for _ in range(rows)]
+        self.styles = [[""] * columns for _ in range(rows)]
+        self.marks: dict[tuple[int, int], Cell] = {}
+
+    def loss(self, row: int) -> float:
+        """The loss in the middle of a row."""
+        return self.high - (row - 0.5) / (self.rows - 1) * (self.high - self.low)
+
+    def curve(self, curve: LossCurve, letter: str, style: str) -> None:
+        points = [p for p in curve.usable if math.isfinite(p.mean)]
+        for a, b in pairwise(points):
+            self._line(self._dot(a.log2_lr, a.mean), self._dot(b.log2_lr, b.mean), style)
+        for p in curve.points:
+            beyond = p.censored or not p.mean <= self.high
+            x, y = self._dot(p.log2_lr, self.high if beyond else p.mean)
+            mark = ("x" if p.censored else "^") if beyond else letter
+            self.marks.setdefault((0 if beyond else y // 4, x // 2), (mark, style))
+        made = fit(curve)
+        if isinstance(made, Fit):
+            best = made.center + made.vertex
+            x, y = self._dot(best, made.value(best))
+            self.marks[min(y // 4, self.rows - 1), x // 2] = (letter.upper(), f"bold {style}")
+
+    def cells(self) -> Iterator[list[Cell]]:
+        for i, (bits, styles) in enumerate(zip(self.bits, self.styles, strict=True)):
+            row = [(chr(0x2800 + b) if b else " ", s) for b, s in zip(bits, styles, strict=True)]
+            yield [self.marks.get((i, j), cell) for j, cell in enumerate(row)]
+
+    def axis(self) -> tuple[str, str]:
+        """The line with ticks, and the labels under it."""
+        fits = self.columns // 8
+        step = next(s for s in (0.5, 1, 2, 4, 8, 16, 32, 64, math.inf) if (self.right - self.left) / s <= fits)
+        line, labels = ["─"] * self.columns, [" "] * (self.columns + 1)
+        first = math.ceil(self.left / step) if math.isfinite(step) else 1
+        last = math.floor(self.right / step) if math.isfinite(step) else 0
+        for k in range(first, last + 1):
+            column = self._dot(k * step, self.low)[0] // 2
+            label = f"2^{k * step:g}"
+            start = min(max(0, column + 1 - len(label) // 2), len(labels) - len(label))
+            line[column] = "┬"
+            labels[start : start + len(label)] = label
+        name = "log2 LR"
+        if not "".join(labels[-len(name) - 1 :]).strip():
+            labels[-len(name) :] = name
+        return "└" + "".join(line), "".join(labels)
+
+    def _dot(self, log2_lr: float, loss: float) -> tuple[int, int]:
+        """(column, row) in dots, the row not bounded."""
+        x = (log2_lr - self.left) / (self.right - self.left) * (2 * self.columns - 1)
+        y = 4 + (self.high - loss) / (self.high - self.low) * (4 * (self.rows - 1) - 1)
+        return round(x), round(min(y, 1e6) if y > -1e6 else -1e6)
+
+    def _line(self, start: tuple[int, int], end: tuple[int, int], style: str) -> None:
+        """Every dot between two, those above the range left out."""
+        (x0, y0), (x1, y1) = start, end
+        for x in range(x0, x1 + 1):
+            # the rows that the segment crosses within this column of dots
+            ends = [y0 + (y1 - y0) * (t - x0) / max(1, x1 - x0) for t in (max(x0, x - 0.5), min(x1, x + 0.5))]
+            for y in range(max(4, round(min(ends))), min(4 * self.rows - 1, round(max(ends))) + 1):
+                self.bits[y // 4][x // 2] |= DOTS[x % 2][y % 4]
+                self.styles[y // 4][x // 2] = style

@@ -1,0 +1,351 @@
+"""The figures of a sweep, as PNG and SVG. The same analysis always gives the same bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator
+from matplotlib.transforms import Bbox, TransformedBbox
+
+from mupsweep.curves import LossCurve, Optimum
+from mupsweep.report.curves_text import (
+    drift_words,
+    in_order,
+    loss_range,
+    ordered_sizes,
+    size_names,
+    variant_name,
+)
+from mupsweep.transfer import TOLERANCE_OCTAVES, Analysis, Group
+
+INK, QUIET, BAND = "#1f2328", "#6b7280", "#f1f3f5"
+VERDICT_COLORS = {"transfers": "#17734a", "drifts": "#b3400a", "inconclusive": QUIET}
+# light and small to dark and large, of falling lightness in every kind of colour vision
+SIZES = LinearSegmentedColormap.from_list("sizes", ["#9fd49b", "#45b5a5", "#2a86b5", "#33529b", "#2d1857"])
+GROUPS = (
+    "#d55e00",
+    "#0072b2",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#e69f00",
+)  # Okabe and Ito, jfly.uni-koeln.de/color
+MARKERS = ("o", "s", "D", "^", "v", "P")
+STYLE = {
+    "svg.hashsalt": "mupsweep",  # element ids that do not change from one drawing to the next
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": "#9aa1a9",
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e8eaed",
+    "grid.linewidth": 0.6,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+}
+COLUMNS = 3  # panels side by side
+STRIP = 0.05, 0.22  # height of a row of diverged points, and of all rows at most, as fractions of the panel
+
+
+def draw(analysis: Analysis, folder: Path) -> list[Path]:
+    """Loss curves and drift of every axis that was swept.
+
+    Args:
+        folder: gets curves.png, curves.svg, drift.png, drift.svg for widths, curves-depth.png etc. for others.
+
+    Returns:
+        The written files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with matplotlib.style.context(["default", STYLE]):
+        for axis in dict.fromkeys(g.axis for g in analysis.groups):
+            groups = in_order(g for g in analysis.groups if g.axis == axis)
+            suffix = "" if axis == "width" else f"-{axis}"
+            for name, figure in (("curves", _curves(groups)), ("drift", _drift(groups))):
+                written += _save(figure, folder / f"{name}{suffix}")
+    return written
+
+
+def _save(figure: Figure, stem: Path) -> list[Path]:
+    png, svg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
+    figure.savefig(png, dpi=200, metadata={"Software": None})
+    figure.savefig(svg, metadata={"Date": None, "Creator": None})
+    return [png, svg]
+
+
+# Loss versus LR
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """What the panels of one row share.
+
+    Attributes:
+        low, high: the losses shown.
+        top: the end of the y axis, above `high` by the strip for diverged points.
+        rows: the size (width, depth) of every row of that strip.
+        shades: the position of every size in the colour map.
+        crowded: whether there are too many LRs to write a number at each.
+    """
+
+    low: float
+    high: float
+    top: float
+    rows: dict[tuple[int, int], int]
+    shades: dict[tuple[int, int], float]
+    crowded: bool
+
+
+def _curves(groups: Sequence[Group]) -> Figure:
+    families: dict[tuple[str, str], list[Group]] = {}
+    for group in groups:
+        families.setdefault(group.label[:2], []).append(group)
+    if all(len(members) == 1 for members in families.values()):  # nothing to put side by side: fill the rows
+        families = {groups[0].label[:2]: list(groups)}
+    rows = [f[i : i + COLUMNS] for f in families.values() for i in range(0, len(f), COLUMNS)]
+    columns = max(map(len, rows))
+    figure = Figure(figsize=(0.5 + 4.1 * columns, 0.7 + 3.7 * len(rows)), layout=_layout())
+    axes = figure.subplots(len(rows), columns, squeeze=False, sharey="row", sharex=True)
+    sizes = ordered_sizes(groups)
+    shades = {key: i / max(1, len(sizes) - 1) for i, key in enumerate(sizes)}
+    for panels, members in zip(axes, rows, strict=True):
+        scale = _scale(members, shades)
+        for panel, group in zip(panels, members, strict=False):
+            _panel(panel, group, groups, scale)
+        for panel in panels[len(members) :]:
+            panel.set_axis_off()
+        panels[0].set_ylabel("validation loss (nats per token)")
+        panels[0].set_ylim(scale.low, scale.top)
+        panels[0].set_yticks([tick for tick in panels[0].get_yticks() if scale.low <= tick <= scale.high])
+    _lr_axis(axes[0, 0], [p.log2_lr for g in groups for o in g.optima for p in o.curve.points])
+    for panel, below in zip(axes.flat, [*axes[1:].flat, *[None] * columns], strict=True):
+        if panel.axison and (below is None or not below.axison):
+            panel.set_xlabel("peak learning rate at the base shape")
+            panel.tick_params(labelbottom=True)
+    names = size_names(list(sizes.values()))
+    lines = [
+        Line2D([], [], color=SIZES(shades[key]), marker="o", markersize=4, label=name)
+        for key, name in zip(sizes, names, strict=True)
+    ]
+    marks = [
+        Line2D([], [], color=QUIET, marker="D", markersize=6, markeredgecolor="white", label="fitted optimum"),
+        Line2D([], [], color=QUIET, linestyle=(0, (4, 3)), linewidth=1, label="the base's optimum"),
+    ]
+    handles = [*lines, *marks]
+    lines_of_legend = math.ceil(len(handles) / (3 * columns))
+    figure.legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / lines_of_legend))
+    return figure
+
+
+def _scale(members: Sequence[Group], shades: dict[tuple[int, int], float]) -> _Scale:
+    curves = [o.curve for g in members for o in g.optima]
+    low, high = loss_range(curves)
+    diverged = [key for key in shades if any(c.n_diverged for c in curves if (c.width, c.depth) == key)]
+    strip = min(STRIP[0] * len(diverged) + 0.02, STRIP[1]) if diverged else 0.0
+    top = high + (high - low) * strip / (1 - strip)
+    crowded = len({p.log2_lr for c in curves for p in c.points}) > 12
+    return _Scale(low, high, top, {key: i for i, key in enumerate(diverged)}, shades, crowded)
+
+
+def _panel(axes: Axes, group: Group, groups: Sequence[Group], scale: _Scale) -> None:
+    # curves leave through the upper edge of the losses, not through the strip
+    window = TransformedBbox(Bbox([[0, scale.low], [1, scale.high]]), axes.get_yaxis_transform())
+    if scale.rows:
+        axes.axhspan(scale.high, scale.top, color=BAND, linewidth=0, zorder=0.5)
+        place = {"xy": (0, scale.top), "xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+        axes.annotate("diverged", xytext=(4, -3), va="top", fontsize=7, color=QUIET, **place)
+    for optimum in group.optima:
+        _curve(axes, optimum, scale, window)
+    base = next((o for o in group.optima if group.ratio(o.curve) == 1), group.optima[0])
+    if base.log2_lr is not None:
+        axes.axvline(base.log2_lr, color=QUIET, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
+    for artist in (*axes.lines, *axes.collections, *axes.texts):
+        artist.set_in_layout(False)  # what leaves the panel is clipped, so it must not push the panels apart
+    name = variant_name(group.label, [g.label for g in groups])
+    axes.set_title(_plain(name), loc="left", fontsize=11, fontweight="bold", pad=19)
+    axes.set_title(group.verdict, loc="right", fontsize=11, color=VERDICT_COLORS[group.verdict], pad=19)
+    axes.text(0, 1.025, _plain(drift_words(group)), transform=axes.transAxes, color=QUIET, fontsize=8.5)
+
+
+def _curve(axes: Axes, optimum: Optimum, scale: _Scale, window: TransformedBbox) -> None:
+    curve = optimum.curve
+    key = (curve.width, curve.depth)
+    color = SIZES(scale.shades[key])
+    points = [p for p in curve.usable if math.isfinite(p.mean)]
+    xs, ys = [p.log2_lr for p in points], [p.mean for p in points]
+    (line,) = axes.plot(xs, ys, color=color, linewidth=1, marker="o", markersize=3.5, zorder=3)
+    line.set_clip_box(window)
+    bars = [(p.log2_lr, p.mean, p.sem) for p in points if p.sem is not None and p.mean <= scale.high]
+    if bars:
+        x, y, sem = zip(*bars, strict=True)
+        axes.errorbar(x, y, sem, fmt="none", ecolor=color, elinewidth=1, capsize=2, zorder=3)
+    above = [x for x, y in zip(xs, ys, strict=True) if y > scale.high]
+    axes.plot(above, [scale.high] * len(above), "^", color=color, markersize=5, clip_on=False, zorder=4)
+    for p in curve.points:
+        if p.censored:
+            height = scale.high + (scale.top - scale.high) * (scale.rows[key] + 0.6) / (len(scale.rows) + 0.2)
+            axes.plot([p.log2_lr], [height], "x", color=color, markersize=4, markeredgewidth=1.3)
+            count = f"{p.diverged}/{p.diverged + len(p.losses)}" if p.losses else f"{p.diverged}"
+            axes.annotate(
+                "" if scale.crowded else count,
+                (p.log2_lr, height),
+                xytext=(5, 0),
+                textcoords="offset points",
+                fontsize=6,
+                color=QUIET,
+                va="center",
+                annotation_clip=False,
+            )
+    if optimum.fit is not None:
+        grid = optimum.fit.center + np.linspace(optimum.fit.xs[0], optimum.fit.xs[-1], 81)
+        fitted = axes.plot(grid, [optimum.fit.value(x) for x in grid], color=color, linewidth=4, alpha=0.22, zorder=2)
+        fitted[0].set_clip_box(window)
+    if optimum.log2_lr is not None and optimum.loss is not None:
+        if optimum.low is not None and optimum.high is not None:
+            axes.plot(
+                [optimum.low, optimum.high],
+                [optimum.loss] * 2,
+                color=INK,
+                linewidth=1.3,
+                marker="|",
+                zorder=5,
+            )
+        axes.plot(optimum.log2_lr, optimum.loss, "D", color=color, markersize=6, mec="white", mew=0.9, zorder=6)
+
+
+def _lr_axis(axes: Axes, lrs: Sequence[float]) -> None:
+    """Powers of two; all panels share it."""
+    low, high = min(lrs), max(lrs)
+    step = next(s for s in (0.5, 1, 2, 4, 8, 16, 1000) if (high - low) / s <= 8)
+    axes.xaxis.set_major_locator(MultipleLocator(step))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"$2^{{{x:g}}}$"))
+    pad = 0.06 * (high - low) or 0.5
+    axes.set_xlim(low - pad, high + pad)
+
+
+# Drift of the optimum
+
+
+def _drift(groups: Sequence[Group]) -> Figure:
+    figure = Figure(figsize=(5.8, 4.1 + 0.22 * len(groups)), layout=_layout())
+    axes = figure.subplots()
+    axes.axhspan(-TOLERANCE_OCTAVES, TOLERANCE_OCTAVES, color=BAND, linewidth=0, zorder=0.5)
+    axes.axhline(0, color=QUIET, linewidth=0.8, zorder=1)
+    lowest = highest = 0.0
+    for i, group in enumerate(groups):
+        ends = _moves(axes, group, (i - (len(groups) - 1) / 2) * 0.03, GROUPS[i % 6], MARKERS[i % 6])
+        lowest, highest = min(lowest, *ends), max(highest, *ends)
+    axes.set_ylim(min(-0.8, lowest - 0.25), max(0.8, highest + 0.25))
+    names: dict[float, dict[str, None]] = {}
+    for group in groups:
+        for optimum in group.optima:
+            at = math.log2(group.ratio(optimum.curve))
+            names.setdefault(at, {})[_position_name(group.axis, optimum.curve)] = None
+    axes.xaxis.set_major_locator(FixedLocator(sorted(names)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "/".join(names.get(x, ()))))
+    axes.set_xlim(min(names) - 0.25, max(names) + 0.25)
+    axes.grid(axis="x", visible=False)
+    axes.set_xlabel({"joint": "width x depth"}.get(groups[0].axis, groups[0].axis) + " (log scale)")
+    axes.set_ylabel("optimal LR relative to the base's (octaves)")
+    lines = [
+        Line2D(
+            [],
+            [],
+            color=GROUPS[i % 6],
+            marker=MARKERS[i % 6],
+            markersize=5.5,
+            label=_plain(_drift_legend(g, groups)),
+        )
+        for i, g in enumerate(groups)
+    ]
+    band = Patch(color=BAND, label=f"tolerance, ±{TOLERANCE_OCTAVES:g} octaves")
+    figure.legend(handles=[*lines, band], loc="outside lower left", handlelength=2.4)
+    return figure
+
+
+def _moves(axes: Axes, group: Group, dodge: float, color: str, marker: str) -> tuple[float, float]:
+    """One group's optima relative to its base; returns the lowest and the highest octave drawn."""
+    base = next((o for o in group.optima if group.ratio(o.curve) == 1), group.optima[0])
+    if base.log2_lr is None:  # nothing to be relative to
+        return 0.0, 0.0
+    drawn, fitted = [0.0], []
+    for optimum in group.optima:
+        x = math.log2(group.ratio(optimum.curve)) + dodge
+        low, high = (None if end is None else end - base.log2_lr for end in (optimum.low, optimum.high))
+        drawn += [end for end in (low, high) if end is not None]
+        if optimum.log2_lr is None:
+            _bound(axes, x, low, high, color)
+            drawn += [e for e in (low and low + 0.5, high and high - 0.5) if e is not None]
+            continue
+        y = optimum.log2_lr - base.log2_lr
+        drawn.append(y)
+        if low is not None and high is not None:
+            axes.errorbar([x], [y], [[y - low], [high - y]], color=color, elinewidth=1.4, capsize=3, zorder=3)
+        if optimum.se:
+            fitted.append((x - dodge, y, 1 / optimum.se**2))
+        axes.plot(x, y, marker, color=color, markersize=6.5, mec="white", mew=0.8, zorder=4)
+    if group.drift.value is not None and fitted:
+        xs, ys, weights = np.array(fitted).T  # the slope's line passes through the weighted centre
+        center, height = weights @ xs / weights.sum(), weights @ ys / weights.sum()
+        ends = np.array([xs.min(), xs.max()])
+        axes.plot(
+            ends,
+            height + group.drift.value * (ends - center),
+            color=color,
+            linewidth=1.6,
+            alpha=0.55,
+            zorder=2,
+        )
+    return min(drawn), max(drawn)
+
+
+def _bound(axes: Axes, x: float, low: float | None, high: float | None, color: str) -> None:
+    """An optimum that is only bounded: an arrow away from the bound, or a bar between two."""
+    if low is not None and high is not None:
+        axes.plot([x, x], [low, high], color=color, linewidth=1.2, linestyle=":", marker="_", zorder=3)
+        return
+    for start, direction in ((low, 0.5), (high, -0.5)):
+        if start is not None:
+            arrow = {"arrowstyle": "-|>", "color": color, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0}
+            axes.annotate("", (x, start + direction), (x, start), arrowprops=arrow, zorder=3)
+            axes.plot(x, start, "_", color=color, markersize=9, markeredgewidth=1.6, zorder=3)
+
+
+def _drift_legend(group: Group, groups: Sequence[Group]) -> str:
+    return f"{variant_name(group.label, [g.label for g in groups])}: {group.verdict}, {drift_words(group)}"
+
+
+def _position_name(axis: str, curve: LossCurve) -> str:
+    return {"width": f"{curve.width}", "depth": f"{curve.depth}"}.get(axis, f"{curve.width}x{curve.depth}")
+
+
+# Shared by both figures
+
+
+def _layout() -> ConstrainedLayoutEngine:
+    return ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.09)
+
+
+def _plain(text: str) -> str:
+    """Typeset minus signs, and no names read as mathematics."""
+    return re.sub(r"-(?=\d)", "−", text).replace("$", r"\$")

@@ -1,0 +1,255 @@
+"""What mupsweep costs, each figure with its peer in the same run: `make bench`.
+
+    training   tokens/s against transformers' GPT-2 with torch AdamW: same shapes, batch, precision and threads
+    start      milliseconds of `mupsweep --help` and `mupsweep rules`, against `python -c pass`
+    runner     seconds a run costs beyond its training steps, in a sweep of 40 short runs
+    scale      seconds to plan 10,000 runs and to read their status
+
+Each side of the training pair is a process of its own; they take turns, so that both see the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+WIDTHS, VOCABULARIES = (128, 256, 512), (1024, 50257)
+DEPTH, HEAD_DIM, CONTEXT, BATCH = 4, 64, 256, 8
+TURNS = 5
+
+
+def ours(width: int, vocab: int, threads: int, precision: str) -> Callable[[int], None]:
+    """A training step of mupsweep: the modules, loss and optimizer that a run uses."""
+    import torch
+
+    from mupsweep.models import Multipliers
+    from mupsweep.models.nanogpt import NanoGPT
+    from mupsweep.optimizers.adamw import AdamW
+    from mupsweep.train import autocast
+    from mupsweep.worker import configure
+
+    configure(threads)
+    model = NanoGPT(name="bench", width=width, depth=DEPTH, head_dim=HEAD_DIM, context=CONTEXT, bias=True)
+    network = model.network(model.base.scaled(1.0, 1.0, vocab), Multipliers(1.0, 1.0, HEAD_DIM**-0.5))
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    groups = [{"params": list(network.parameters()), "lr": 1e-3, "weight_decay": 0.1, "eps": 1e-8}]
+    optimizer = AdamW(name="adamw").build(groups)
+
+    def step(seed: int) -> None:
+        tokens = batch(seed, vocab)
+        with autocast(precision, torch.device("cpu")):
+            loss = network(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def theirs(width: int, vocab: int, threads: int, precision: str) -> Callable[[int], None]:
+    """The same step with transformers' GPT-2 and torch's AdamW as their documentation writes it."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.set_num_threads(threads)
+    config = GPT2Config(
+        vocab_size=vocab,
+        n_positions=CONTEXT,
+        n_embd=width,
+        n_layer=DEPTH,
+        n_head=width // HEAD_DIM,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    network = GPT2LMHeadModel(config).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.1)
+
+    def step(seed: int) -> None:
+        tokens = batch(seed, vocab)[:, :-1]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            loss = network(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def batch(seed: int, vocab: int):
+    import torch
+
+    return torch.randint(vocab, (BATCH, CONTEXT + 1), generator=torch.Generator().manual_seed(seed))
+
+
+def serve(side: str, width: int, vocab: int, threads: int, precision: str) -> None:
+    """A training process that does as many steps as each line of its input says, and answers with the seconds."""
+    step = {"ours": ours, "theirs": theirs}[side](width, vocab, threads, precision)
+    for _ in range(2):
+        step(0)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        for i in range(int(line)):
+            step(i)
+        print(time.perf_counter() - start, flush=True)
+
+
+def training(threads: int, widths: tuple[int, ...], vocabularies: tuple[int, ...]) -> None:
+    import torch
+
+    from mupsweep.train import choose_precision
+
+    precision = choose_precision("auto", torch.device("cpu"))
+    print(f"training: depth {DEPTH}, head_dim {HEAD_DIM}, {BATCH} x {CONTEXT} tokens, {precision}, {threads} thread(s)")
+    print(f"{'width':>6} {'vocab':>6} {'mupsweep':>12} {'transformers':>13}   ratio [lowest, highest turn]")
+    for vocab in vocabularies:
+        for width in widths:
+            sides = [Side(side, width, vocab, threads, precision) for side in ("ours", "theirs")]
+            steps = max(2, round(3.0 / sides[1].seconds(2) * 2))
+            turns = [(sides[0].seconds(steps), sides[1].seconds(steps)) for _ in range(TURNS)]
+            for side in sides:
+                side.close()
+            tokens = steps * BATCH * CONTEXT
+            mine, peer = (tokens / statistics.median(t) for t in zip(*turns, strict=True))
+            ratios = sorted(b / a for a, b in turns)
+            print(
+                f"{width:>6} {vocab:>6} {mine:>8,.0f} t/s {peer:>9,.0f} t/s   "
+                f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]",
+                flush=True,
+            )
+
+
+class Side:
+    """One of the two processes of a training pair."""
+
+    def __init__(self, side: str, width: int, vocab: int, threads: int, precision: str) -> None:
+        words = [side, str(width), str(vocab), str(threads), precision]
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
+        self.read()
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"a bench process ended early: {self.process.args}")
+        return line
+
+    def seconds(self, steps: int) -> float:
+        """Seconds that `steps` training steps take."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        return float(self.read())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def start() -> None:
+    """Whole-process times of commands that should feel instant."""
+    cli = [sys.executable, "-m", "mupsweep"]
+    commands = {
+        "python -c pass": [sys.executable, "-c", "pass"],
+        "mupsweep --help": [*cli, "--help"],
+        "mupsweep rules": [*cli, "rules"],
+        "mupsweep plan": [*cli, "plan"],
+    }
+    print("\nstart: median of 7 whole processes")
+    for name, command in commands.items():
+        print(f"  {name:<18} {1000 * statistics.median(timed(command) for _ in range(7)):>6.0f} ms")
+
+
+def runner(folder: Path) -> None:
+    """What the runner adds to training: 40 runs of 20 steps on one worker."""
+    from mupsweep.records import SweepDir
+
+    lrs = ",".join(f"{-12 + i / 5:g}" for i in range(40))
+    words = ["experiment=smoke", "training.steps=20", "sweep.width_ratios=[1]", f"sweep.log2_lrs=[{lrs}]"]
+    words += [f"out={folder}", "sweep.name=short", "launcher.slots_per_device=1"]
+    seconds = timed([sys.executable, "-m", "mupsweep", "run", *words])
+    sweep = SweepDir.open(folder / "short")
+    summaries = [sweep.run(row["run_id"]).summary() or {} for row in sweep.read_plan()]
+    inside = sum(s["seconds"] for s in summaries)
+    claims = [sweep.run(row["run_id"]).path / "claims" / "0000.json" for row in sweep.read_plan()]
+    taken = [json.loads(p.read_text())["taken"] for p in claims]
+    released = [p.stat().st_mtime for p in claims]
+    span = max(released) - min(taken)
+    print(f"\nrunner: 40 runs of 20 steps on one worker: {seconds:.1f} s in all, report included")
+    print(f"  in training steps and evaluation {inside:.1f} s; beyond them {(span - inside) / 40:.3f} s a run")
+
+
+def scale(folder: Path) -> None:
+    """A plan of 10,000 runs, written and then read."""
+    lrs = ",".join(f"{-12 + i / 100:g}" for i in range(1000))
+    words = [
+        f"sweep.log2_lrs=[{lrs}]",
+        "sweep.width_ratios=[0.25,0.5,1,2,4]",
+        "sweep.seeds=[0,1]",
+        f"out={folder}",
+        "sweep.name=big",
+    ]
+    print("\nscale: 10,000 runs")
+    print(f"  mupsweep plan              {timed([sys.executable, '-m', 'mupsweep', 'plan', *words]):.2f} s")
+    write = "import sys; from mupsweep import config, plan; plan.save(config.load(sys.argv[1:]), '')"
+    print(f"  plan and write the folder  {timed([sys.executable, '-c', write, *words]):.2f} s")
+    print(
+        f"  mupsweep status            {timed([sys.executable, '-m', 'mupsweep', 'status', str(folder / 'big')]):.2f} s"
+    )
+
+
+def timed(command: list[str]) -> float:
+    """Wall seconds of a whole process that must succeed."""
+    begin = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=("training", "start", "runner", "scale"))
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
+    parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        side, width, vocab, threads, precision = options.serve
+        serve(side, int(width), int(vocab), int(threads), precision)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        parts: dict[str, Callable[[], None]] = {
+            "training": lambda: training(options.threads, tuple(options.widths), tuple(options.vocabularies)),
+            "start": start,
+            "runner": lambda: runner(Path(folder)),
+            "scale": lambda: scale(Path(folder)),
+        }
+        for name, part in parts.items():
+            if options.only in (None, name):
+                part()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""What every optimizer of configs/optimizer keeps: its groups, its state, the update law it declares."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from mupsweep import config
+from mupsweep.build import Built, build
+from mupsweep.optimizers import Optimizer
+from mupsweep.plan import RunSpec, plan
+from mupsweep.scaling import Role
+
+TOLERANCE = {
+    "exponent": 0.05,  # of ||A||_2 in the width
+    "shape": 0.10,  # relative, of ||A||_2 / the law over all shapes
+    "homogeneity": 1e-5,  # relative; powers of two are exact in bf16 and fp32
+    "decay": 1e-6,  # relative, fp32
+}
+NAMES = config.choices("optimizer")
+WIDTHS = (64, 128, 256, 512)
+ASPECTS = ((1, 1), (4, 1), (1, 4), (3, 2))  # (n_out, n_in) in units of the width
+LARGEST = 1024 * 512  # entries
+STEPS = 3  # some optimizers only look at the first gradient
+CPU = torch.device("cpu")
+TINY = ["experiment=smoke", "model.depth=1", "sweep.width_ratios=[2]", "sweep.log2_lrs=[-5]"]
+
+
+@cache
+def run(name: str, *overrides: str) -> RunSpec:
+    (made,) = plan(config.load([*TINY, f"optimizer={name}", *overrides]))
+    return made
+
+
+def parts(name: str) -> tuple[Optimizer, ...]:
+    return run(name).recipe.optimizer.parts()
+
+
+# Each algorithm once: most matrix optimizers share the same AdamW for the rest.
+PARTS = list({repr(replace(part, base_lr_ratio=1.0)): part for name in NAMES for part in parts(name)}.values())
+every_part = pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+
+
+def update(part: Optimizer, weights: Tensor, grads: list[Tensor], weight_decay: float = 0.0) -> Tensor:
+    """The update of the last of some steps at LR 1: what it subtracts."""
+    p = torch.nn.Parameter(weights.clone())
+    optimizer = part.build([{"params": [p], "lr": 1.0, "weight_decay": weight_decay, "eps": part.eps}])
+    for grad in grads:
+        before = p.detach().clone()
+        p.grad = grad.clone()
+        optimizer.step()
+    return (before - p.detach()).double()
+
+
+def spectral_norm(matrix: Tensor) -> float:
+    gram = matrix @ matrix.mT if matrix.shape[0] < matrix.shape[1] else matrix.mT @ matrix
+    return math.sqrt(torch.linalg.eigvalsh(gram)[-1].item())
+
+
+def aligned_update_norm(part: Optimizer, n_out: int, n_in: int) -> tuple[float, float]:
+    """(||A||_2, the law's prediction) for rank-1 gradients of dense vectors, smaller for larger shapes."""
+    generator = torch.Generator().manual_seed(n_out + n_in)
+    u, v = (torch.randn(n, generator=generator) for n in (n_out, n_in))
+    norm = (n_out * n_in) ** -0.4
+    grads = [factor * norm * torch.outer(u / u.norm(), v / v.norm()) for factor in (1.0, 1.0, 1.0)]
+    weights = torch.randn(n_out, n_in, generator=generator) * max(n_out, n_in) ** -0.5
+    law = part.update_law()
+    predicted = (
+        norm ** float(law.degree)
+        * float(law.blocks(n_out, n_in)) ** float((1 - law.degree) / 2)
+        * float(law.shape_factor(n_out, n_in))
+    )
+    return spectral_norm(update(part, weights, grads[:STEPS])), predicted
+
+
+def slope(xs: list[float], ys: list[float]) -> float:
+    """Of the least-squares line through points."""
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+
+
+def gradients(built: Built, seed: int, scale: float = 1.0) -> None:
+    for i, p in enumerate(built.network.parameters()):
+        generator = torch.Generator().manual_seed(1000 * seed + i)
+        p.grad = scale * torch.randn(p.shape, generator=generator)
+
+
+def weights(built: Built) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in built.network.named_parameters()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_name_in_the_yaml_is_the_name_of_the_file(name: str) -> None:
+    assert config.load([f"optimizer={name}"]).variants[0].optimizer["name"] == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_role_has_a_taker(name: str) -> None:
+    taken = [role for part in parts(name) for role in part.takes]
+    assert set(taken) == set(Role)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_is_in_exactly_one_group(name: str) -> None:
+    built = build(run(name, "model.bias=true"), CPU)
+    grouped = Counter(id(p) for member in built.optimizer.members for g in member.param_groups for p in g["params"])
+    assert grouped == Counter(id(p) for p in built.network.parameters())
+    assert set(grouped.values()) == {1}
+    assert sorted(n for g in built.groups for n in g["tensors"]) == sorted(weights(built))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_is_stepped_by_the_part_that_takes_its_role(name: str) -> None:
+    made = run(name)
+    built = build(made, CPU)
+    roles = {t.name: t.role for t in made.recipe.model.tensors(made.size)}
+    named = {part.name: part for part in made.recipe.optimizer.parts()}
+    for group in built.groups:
+        for tensor in group["tensors"]:
+            assert roles[tensor] in named[group["optimizer"]].takes, tensor
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_dict_through_a_file_continues_bit_for_bit(name: str) -> None:
+    made = run(name, "optimizer.weight_decay=0.1")
+    straight, resumed = build(made, CPU), build(made, CPU)
+    for step in range(3):
+        gradients(straight, step)
+        straight.optimizer.step(0.5 + step / 4)
+    file = io.BytesIO()
+    torch.save([straight.network.state_dict(), straight.optimizer.state_dict()], file)
+    file.seek(0)
+    network, state = torch.load(file, weights_only=True)
+    resumed.network.load_state_dict(network)
+    resumed.optimizer.load_state_dict(state)
+    start = weights(straight)
+    for step in range(3, 6):
+        for built in (straight, resumed):
+            gradients(built, step)
+            built.optimizer.step(1.0)
+        assert same(weights(straight), weights(resumed)), step
+    assert all(not torch.equal(start[k], v) for k, v in weights(straight).items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_dict_of_a_step_ago_takes_the_step_again(name: str) -> None:
+    """The live optimizer itself goes back, with the stacks that it already has."""
+    built = build(run(name), CPU)
+    gradients(built, 0)
+    built.optimizer.step(1.0)
+    file = io.BytesIO()
+    torch.save([built.network.state_dict(), built.optimizer.state_dict()], file)
+    after: list[dict[str, Tensor]] = []
+    for _ in range(2):
+        file.seek(0)
+        network, state = torch.load(file, weights_only=True)
+        built.network.load_state_dict(network)
+        built.optimizer.load_state_dict(state)
+        gradients(built, 1)
+        built.optimizer.step(1.0)
+        after.append(weights(built))
+    assert same(*after)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_forgets_the_gradients(name: str) -> None:
+    built = build(run(name), CPU)
+    gradients(built, 0)
+    built.optimizer.step(1.0)
+    assert all(p.grad is None for p in built.network.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gradient_of_zero_without_weight_decay_leaves_the_weights(name: str) -> None:
+    built = build(run(name), CPU)
+    before = weights(built)
+    gradients(built, 0, scale=0.0)
+    built.optimizer.step(1.0)
+    assert same(before, weights(built))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_factor_of_zero_leaves_the_weights(name: str) -> None:
+    built = build(run(name, "optimizer.weight_decay=0.1"), CPU)
+    before = weights(built)
+    gradients(built, 0)
+    built.optimizer.step(0.0)
+    assert same(before, weights(built))
+
+
+@every_part
+def test_weight_decay_is_coupled_to_the_lr_alone(part: Optimizer) -> None:
+    """With a gradient of zero the first step subtracts lr * weight_decay * W, whatever the shape factor."""
+    p = torch.nn.Parameter(torch.randn(24, 6, generator=torch.Generator().manual_seed(0)))
+    before = p.detach().clone()
+    p.grad = torch.zeros_like(p)
+    part.build([{"params": [p], "lr": 0.125, "weight_decay": 0.25, "eps": part.eps}]).step()
+    torch.testing.assert_close(p.detach(), before * (1 - 0.125 * 0.25), rtol=TOLERANCE["decay"], atol=0)
+
+
+@every_part
+@pytest.mark.parametrize("aspect", ASPECTS, ids=str)
+def test_the_measured_exponent_of_the_update_is_that_of_its_law(part: Optimizer, aspect: tuple[int, int]) -> None:
+    shapes = [(n, (n * aspect[0], n * aspect[1])) for n in WIDTHS]
+    shapes = [(n, shape) for n, shape in shapes if math.prod(shape) <= LARGEST]
+    assert len(shapes) >= 3
+    norms = [aligned_update_norm(part, *shape) for _, shape in shapes]
+    widths = [math.log(n) for n, _ in shapes]
+    measured, predicted = (slope(widths, [math.log(pair[i]) for pair in norms]) for i in (0, 1))
+    assert measured == pytest.approx(predicted, abs=TOLERANCE["exponent"])
+
+
+@every_part
+def test_the_law_holds_across_aspect_ratios(part: Optimizer) -> None:
+    ratios = [
+        measured / predicted
+        for measured, predicted in (
+            aligned_update_norm(part, 64 * a, 64 * b) for a, b in [*ASPECTS, (8, 1), (1, 8), (2, 2)]
+        )
+    ]
+    assert max(ratios) / min(ratios) < 1 + TOLERANCE["shape"], ratios
+
+
+@every_part
+@pytest.mark.parametrize("scale", [16.0, 1 / 16.0])
+def test_the_update_is_homogeneous_in_the_gradient(part: Optimizer, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.zeros(48, 32)
+    grads = [torch.randn(48, 32, generator=generator) for _ in range(STEPS)]
+    once = update(part, start, grads)
+    scaled = update(part, start, [scale * g for g in grads])
+    expected = once * scale ** float(part.update_law().degree)
+    assert once.norm() > 0
+    assert (scaled - expected).norm() < TOLERANCE["homogeneity"] * expected.norm()

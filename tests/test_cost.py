@@ -1,0 +1,106 @@
+"""The cost estimate against networks that really run, counted by torch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mupsweep import build, config, plan
+from mupsweep.cost import Cost, estimate
+from mupsweep.models.nanogpt import NanoGPT
+from mupsweep.sizes import Size
+
+MODELS = config.choices("model")
+TINY = ["model.width=16", "model.depth=2", "model.head_dim=8", "model.context=24", "data.tokenizer=bytes"]
+RATIOS = [(1.0, 1.0), (2.0, 1.0), (1.0, 2.0), (3.0, 2.0)]
+TOLERANCE = {
+    "flops": 0.0,  # exact where attention multiplies whole T x T matrices, as the estimate says
+    "nanogpt": 2e-3,  # nanoGPT's formula counts gains and biases as if they multiplied like matrices
+}
+
+
+def recipe(name: str, *overrides: str) -> plan.Recipe:
+    return plan.recipe(config.load([f"model={name}", *TINY, *overrides]).variants[0])
+
+
+def counted(made: plan.Recipe, size: Size, batch: int, with_loss: bool) -> int:
+    """FLOPs of a forward and backward pass. The math backend writes attention as the two products it is."""
+    net = made.model.network(size, build.multipliers(made, size))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(generator=torch.Generator().manual_seed(0))
+    ids = torch.zeros((batch, size.context), dtype=torch.int64)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        value = net(ids, ids) if with_loss else net(ids).square().mean()
+        value.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("with_loss", [False, True], ids=["logits", "loss"])
+@pytest.mark.parametrize("ratios", RATIOS, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_are_those_of_a_forward_and_a_backward_pass(
+    name: str, ratios: tuple[float, float], with_loss: bool
+) -> None:
+    made = recipe(name)
+    size = made.size(*ratios)
+    cost = estimate(made.model.tensors(size), size, steps=1, batch_size=3)
+    assert cost.flops == pytest.approx(counted(made, size, 3, with_loss), rel=TOLERANCE["flops"], abs=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_tied_head_multiplies_like_any_other(name: str) -> None:
+    made = recipe(name, "model.tied=true")
+    size = made.size(2.0, 1.0)
+    cost = estimate(made.model.tensors(size), size, steps=1, batch_size=2)
+    assert cost.flops == counted(made, size, 2, with_loss=True)
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+@pytest.mark.parametrize("ratios", RATIOS, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_the_networks(name: str, ratios: tuple[float, float], tied: str) -> None:
+    made = recipe(name, f"model.tied={tied}")
+    size = made.size(*ratios)
+    with torch.device("meta"):
+        net = made.model.network(size, build.multipliers(made, size))
+    assert made.cost(size).parameters == sum(p.numel() for p in net.parameters())
+
+
+def test_gpt2_costs_what_nanogpts_formula_says() -> None:
+    size = Size(width=768, depth=12, heads=12, head_dim=64, ffn_width=3072, vocab_size=50_257, context=1024)
+    model = NanoGPT(name="gpt2", width=768, depth=12, bias=True, tied=True)
+    cost = estimate(model.tensors(size), size, steps=2, batch_size=5)
+    assert cost.parameters == 124_439_808
+    assert cost.tokens == 2 * 5 * 1024
+    # estimate_mfu of karpathy/nanoGPT: 6 N + 12 L H Q T, N without the position embedding
+    per_token = 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+    assert cost.flops == pytest.approx(per_token * cost.tokens, rel=TOLERANCE["nanogpt"])
+    assert cost.memory > 16 * cost.parameters  # weights, gradients and two moments in fp32
+
+
+def test_tokens_and_flops_grow_with_steps_and_batch_alone() -> None:
+    made = recipe("nanogpt", "training.steps=7", "training.batch_size=5")
+    size = made.size(1.0, 1.0)
+    one = estimate(made.model.tensors(size), size, 1, 1)
+    run = made.cost(size)
+    assert (run.tokens, run.flops) == (35 * one.tokens, 35 * one.flops)
+    assert run.parameters == one.parameters
+    assert one.tokens == size.context
+
+
+def test_a_budget_of_tokens_is_rounded_up_to_whole_steps() -> None:
+    made = recipe("nanogpt", "training.steps=null", "training.tokens=1000", "training.batch_size=4")
+    assert made.steps == math.ceil(1000 / (4 * 24)) == 11
+    assert made.cost(made.size(1.0, 1.0)).tokens == 11 * 4 * 24
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_time_grows_with_steps_and_with_flops(device: str) -> None:
+    small, large = Cost(1, 1, 1e12, 1.0), Cost(1, 1, 2e12, 1.0)
+    assert small.seconds(10, device) < small.seconds(20, device)
+    assert small.seconds(10, device) < large.seconds(10, device)
