@@ -138,6 +138,9 @@ def build(run: RunSpec, device: torch.device) -> Built:
         network = run.recipe.model.network(run.size, multipliers(run.recipe, run.size))
     _check_shapes(network, rows)
     network.to_empty(device=device)
+    for row in rows:  # leaving the meta device gave every module a parameter of its own
+        if row.tied_to is not None:
+            _share(network, row.name, row.tied_to)
     parameters = dict(network.named_parameters())
     for row in rows:
         if row.tied_to is None:
@@ -276,9 +279,16 @@ def _check_tie(recipe: Recipe, spec: TensorSpec, mine: Rule, other: Rule) -> Non
         if not math.isclose(a, b, rel_tol=1e-9):
             raise ConfigError(
                 f"model.tied=true: {spec.tied_to} and {spec.name} share storage, but "
-                f"{recipe.parametrization.name} with {recipe.optimizer.name} wants {key} x{b:g} for the one and x{a:g} for the other; "
+                f"{recipe.parametrization.name} with {recipe.optimizer.name} wants {key} x{b:g} for the one "
+                f"and x{a:g} for the other; "
                 "use model.tied=false, or parametrization.output=multiplier if it is init"
             )
+
+
+def _share(network: nn.Module, name: str, other: str) -> None:
+    """Make the tensor `name` the tensor `other`."""
+    module, _, leaf = name.rpartition(".")
+    setattr(network.get_submodule(module), leaf, network.get_parameter(other))
 
 
 def _check_shapes(network: nn.Module, rows: tuple[TensorRule, ...]) -> None:

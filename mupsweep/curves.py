@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,7 @@ class Fit:
         beta: coefficients of 1, x, x^2 (, x^3).
         unit: (X^T X)^-1; times the variance of a point it is the covariance of beta.
         vertex: the minimum, relative to the center.
+        others: what fewer points around the best one give, to tell how far the choice of polynomial matters.
     """
 
     center: float
@@ -103,6 +104,7 @@ class Fit:
     beta: Array
     unit: Array
     vertex: float
+    others: tuple[Fit, ...] = ()
 
     def value(self, log2_lr: float) -> float:
         x = log2_lr - self.center
@@ -116,6 +118,15 @@ class Fit:
         """d value / dx = slope_weights(x) @ beta."""
         k = np.arange(len(self.beta), dtype=float)
         return np.where(k > 0, k * x ** np.maximum(k - 1, 0), 0.0)
+
+    @property
+    def pull(self) -> dict[float, float]:
+        """How the vertex moves with each point: d vertex / d loss, by log2 LR (to first order)."""
+        design = np.vander(self.xs, len(self.beta), increasing=True)
+        k = np.arange(len(self.beta), dtype=float)
+        curvature = float(np.where(k > 1, k * (k - 1) * self.vertex ** np.maximum(k - 2, 0), 0.0) @ self.beta)
+        moved = -(self.slope_weights(self.vertex) @ self.unit @ design.T) / curvature
+        return dict(zip((self.center + self.xs).tolist(), moved.tolist(), strict=True))
 
     @property
     def residuals(self) -> Array:
@@ -149,7 +160,8 @@ class Optimum:
         log2_lr: the fitted minimum; None where it is not bracketed.
         low, high: interval at CONFIDENCE; None where the data give no bound on that side.
         loss: the fitted loss at the minimum.
-        se: standard error of log2_lr, for further fits.
+        se: standard error of log2_lr from noise alone: curves of one ladder have one shape, so that a bias of the
+            polynomial, which the interval holds too, cancels in a drift.
         reason: why there is no estimate, or no interval.
         fit: the polynomial, for drawing and regret.
     """
@@ -202,16 +214,15 @@ def fit(curve: LossCurve) -> Fit | str:
         beyond = "the next one diverges: train LRs between" if curve.points[-1].censored else "train higher ones"
         return f"the best LR is the highest that has a loss (2^{points[best].log2_lr:g}); {beyond}"
     center = points[best].log2_lr
-    nearest = sorted(points, key=lambda p: (abs(p.log2_lr - center), p.log2_lr))
-    reach = max(WINDOW, abs(nearest[min(MIN_POINTS, len(nearest)) - 1].log2_lr - center))
+    by_distance = sorted(points, key=lambda p: (abs(p.log2_lr - center), p.log2_lr))
+    reach = max(WINDOW, abs(by_distance[min(MIN_POINTS, len(points)) - 1].log2_lr - center))
     window = [p for p in points if abs(p.log2_lr - center) <= reach + 1e-9]
-    xs = np.array([p.log2_lr - center for p in window])
-    ys = np.array([p.mean for p in window])
-    # a valley is steeper towards the cliff: a cubic where there are points enough to tell and it keeps a minimum
-    for degree in (3, 2) if len(window) >= MIN_POINTS + 1 else (2,):
-        made = _polynomial(center, xs, ys, degree)
+    others = [_polynomial(center, points[best - n : best + n + 1], 2) for n in (1, 2) if n <= best < len(points) - n]
+    # a valley is steeper towards the cliff: a cubic where there are points enough and it keeps a minimum
+    for degree in (3, 2) if len(window) >= MIN_POINTS else (2,):
+        made = _polynomial(center, window, degree)
         if made is not None:
-            return made
+            return replace(made, others=tuple(other for other in others if other is not None))
     return "the losses around the best LR have no minimum: noise, or too few LRs; add seeds or LRs between"
 
 
@@ -258,7 +269,9 @@ def pooled_noise(fitted: Sequence[tuple[LossCurve, Fit]]) -> Noise:
     return Noise((pure * pure_dof + scatter * fit_dof) / (pure_dof + fit_dof), pure_dof + fit_dof)
 
 
-def _polynomial(center: float, xs: Array, ys: Array, degree: int) -> Fit | None:
+def _polynomial(center: float, points: Sequence[Point], degree: int) -> Fit | None:
+    xs = np.array([p.log2_lr - center for p in points])
+    ys = np.array([p.mean for p in points])
     design = np.vander(xs, degree + 1, increasing=True)
     unit = np.linalg.inv(design.T @ design).astype(np.float64)
     beta = unit @ design.T @ ys
@@ -281,9 +294,19 @@ def _optimum(curve: LossCurve, made: Fit | str, noise: Noise) -> Optimum:
         return Optimum(curve, True, best, None, None, loss, None, "one seed and no spare LRs: no interval", made)
     low, high = _root_interval(made, noise)
     se = None if low is None or high is None else (high - low) / (2 * noise.quantile)
+    bias = max((_disagreement(made, other, noise) for other in made.others), default=0.0)
+    low, high = (None if low is None else low - bias), (None if high is None else high + bias)
     reason = None if se is not None else "the curve is too flat or too noisy to bound its minimum: add seeds or LRs"
     low, high = (None if x is None else made.center + x for x in (low, high))
     return Optimum(curve, True, best, low, high, loss, se, reason, made)
+
+
+def _disagreement(made: Fit, other: Fit, noise: Noise) -> float:
+    """Octaves between the minima of two polynomials beyond what noise explains: the bias of choosing one of them."""
+    mine, theirs = made.pull, other.pull
+    variance = noise.variance * sum((mine.get(x, 0.0) - theirs.get(x, 0.0)) ** 2 for x in mine.keys() | theirs.keys())
+    gap = made.center + made.vertex - other.center - other.vertex
+    return max(0.0, abs(gap) - math.sqrt(variance))
 
 
 def _root_interval(made: Fit, noise: Noise) -> tuple[float | None, float | None]:

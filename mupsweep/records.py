@@ -242,12 +242,14 @@ class RunDir:
         write_json(self.groups_path, groups, durable=False)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The logged rows, in order of steps."""
+        """The logged rows, in order of steps, up to the first that was not written whole."""
+        rows = []
         try:
-            lines = self.metrics_path.read_text().splitlines()
-        except OSError:
-            return []
-        return [json.loads(line) for line in lines]
+            for line in self.metrics_path.read_text().splitlines():
+                rows.append(json.loads(line))
+        except (OSError, ValueError):
+            pass
+        return rows
 
     def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         write_text(self.metrics_path, "".join(_line(row) for row in rows), durable=False)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ log = logging.getLogger("mupsweep")
 
 ROWS = 200  # about so many rows of metrics.jsonl per run, whatever its length
 DIVERGED_RATIO = 1.05  # a mean loss above the start's by this factor is divergence, not noise
+DIGEST_BYTES = hashlib.sha256().digest_size
 STATUS_SECONDS = 0.5  # how often status.json is refreshed for whoever watches
 
 
@@ -89,7 +91,7 @@ def train(
         pending.append(loss.detach())
         progress.step += 1
 
-        if progress.step % interval == 0 or progress.step == total:
+        if progress.step % interval == 0 or progress.step in evaluations:
             flush(pending, progress)
             row = {
                 "step": progress.step,
@@ -224,37 +226,33 @@ def summarise(
 
 
 def save_checkpoint(built: Built, progress: Progress, folder: RunDir) -> None:
-    """Everything that the rest of the run depends on; the checkpoint before is kept in case this one is damaged."""
+    """Everything that the rest of the run depends on, followed by its digest; the checkpoint before is kept."""
     latest, previous = folder.checkpoints
     latest.parent.mkdir(exist_ok=True)
-    content = {
-        "network": built.network.state_dict(),
-        "optimizer": built.optimizer.state_dict(),
-        "step": progress.step,
-        "losses": progress.losses,
-        "seconds": progress.seconds,
-    }
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    state = {"network": built.network.state_dict(), "optimizer": built.optimizer.state_dict()}
+    torch.save({**state, **asdict(progress)}, buffer)
+    content = buffer.getvalue()
     if latest.exists():
         latest.replace(previous)
-    write_bytes(latest, buffer.getvalue())
+    write_bytes(latest, content + hashlib.sha256(content).digest())
 
 
 def resume(built: Built, folder: RunDir, device: torch.device) -> Progress:
-    """Load the newest checkpoint that can be read into the run; a fresh start where there is none."""
+    """Load the newest whole checkpoint into the run; a fresh start where there is none."""
     for path in folder.checkpoints:
         if not path.exists():
             continue
-        try:
-            saved = torch.load(path, map_location=device, weights_only=True)
-            built.network.load_state_dict(saved["network"])
-            built.optimizer.load_state_dict(saved["optimizer"])
-        except Exception as error:  # torch raises many kinds for a damaged file
-            log.warning("%s cannot be read (%s); trying an older one", path, str(error).splitlines()[0])
+        stored = path.read_bytes()
+        content, digest = stored[:-DIGEST_BYTES], stored[-DIGEST_BYTES:]
+        if hashlib.sha256(content).digest() != digest:
+            log.warning("%s is damaged; trying an older one", path)
             continue
+        saved = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        built.network.load_state_dict(saved.pop("network"))
+        built.optimizer.load_state_dict(saved.pop("optimizer"))
         log.info("resuming at step %d from %s", saved["step"], path.name)
-        return Progress(saved["step"], list(saved["losses"]), saved["seconds"])
+        return Progress(**saved)
     return Progress()
 
 

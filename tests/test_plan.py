@@ -53,9 +53,7 @@ def test_run_ids_stay_what_they_were(overrides: tuple[str, ...]) -> None:
 
 
 def test_a_run_id_is_readable() -> None:
-    (one,) = ids(
-        "sweep.width_ratios=[32]", "sweep.depth_ratios=[2]", "sweep.log2_lrs=[-7.5]", "sweep.seeds=[3]"
-    )
+    (one,) = ids("sweep.width_ratios=[32]", "sweep.depth_ratios=[2]", "sweep.log2_lrs=[-7.5]", "sweep.seeds=[3]")
     assert re.fullmatch(r"w512-d4-lr-7\.50-s3-[0-9a-f]{8}", one)
     (positive,) = ids("sweep.width_ratios=[1]", "sweep.log2_lrs=[0.25]")
     assert re.fullmatch(r"w16-d2-lr0\.25-s0-[0-9a-f]{8}", positive)
@@ -167,12 +165,7 @@ def test_lrs_that_look_the_same_have_ids_of_their_own() -> None:
 
 
 def test_a_variant_chosen_twice_is_trained_once() -> None:
-    try:
-        made = ids("optimizer=adamw,adamw")
-    except ConfigError as error:
-        assert "adamw" in str(error)  # refusing it is as good
-        return
-    assert sorted(made) == sorted(ids())
+    assert ids("optimizer=adamw,adamw") == ids()
 
 
 def test_the_most_expensive_runs_come_first() -> None:
@@ -224,9 +217,7 @@ def test_the_name_of_a_sweep_is_the_same_whatever_its_grid_and_names_its_choices
         return plan.sweep_name(load([*SMOKE, "sweep.name=null", *overrides]))
 
     assert re.fullmatch(r"nanogpt-adamw-spectral-[0-9a-f]{6}", name())
-    assert name() == name(
-        "sweep.log2_lrs=[-3,-2]", "sweep.width_ratios=[4]", "sweep.seeds=[1,2]", "launcher=inline"
-    )
+    assert name() == name("sweep.log2_lrs=[-3,-2]", "sweep.width_ratios=[4]", "sweep.seeds=[1,2]", "launcher=inline")
     assert name() != name("training.steps=31")
     both = name("optimizer=adamw,muon", "parametrization=sp,mup")
     assert re.fullmatch(r"nanogpt-adamw\+muon-sp\+mup-[0-9a-f]{6}", both)
@@ -257,9 +248,7 @@ def test_a_namesake_with_other_settings_is_refused_naming_the_key(override: str,
 def test_a_namesake_names_only_what_decides_the_numbers() -> None:
     plan.save(load(SMOKE), "")
     with pytest.raises(ConfigError) as caught:
-        plan.save(
-            load([*SMOKE, "training.steps=40", "data.cache=elsewhere", "training.checkpoint_minutes=1"]), ""
-        )
+        plan.save(load([*SMOKE, "training.steps=40", "data.cache=elsewhere", "training.checkpoint_minutes=1"]), "")
     assert "training.steps" in str(caught.value)
     assert "data.cache" not in str(caught.value)
     assert "checkpoint_minutes" not in str(caught.value)

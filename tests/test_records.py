@@ -77,9 +77,7 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("durable", [True, False])
-def test_a_replaced_file_has_the_new_content_and_leaves_nothing_beside_it(
-    tmp_path: Path, durable: bool
-) -> None:
+def test_a_replaced_file_has_the_new_content_and_leaves_nothing_beside_it(tmp_path: Path, durable: bool) -> None:
     path = tmp_path / "status.json"
     for text in ("a" * 100_000, "b"):
         records.write_text(path, text, durable)
@@ -107,9 +105,7 @@ def test_a_full_disk_keeps_the_old_content_and_leaves_no_temporary_file(tmp_path
     path.write_text("old")
     # the temporary name leads to a device that is always full
     (tmp_path / f".status.json.{os.getpid()}.tmp").symlink_to("/dev/full")
-    with pytest.raises(
-        RecordError, match="No space left on device; free space or choose another folder with out=DIR"
-    ):
+    with pytest.raises(RecordError, match="No space left on device; free space or choose another folder with out=DIR"):
         records.write_text(path, "new")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["status.json"]
@@ -141,9 +137,7 @@ def test_json_holds_null_where_a_float_is_not_finite(run: RunDir) -> None:
     assert json.loads(run.metrics_path.read_text(), parse_constant=refuse) == wanted
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b'{"status": "do', b"[]", b"null", b"\xff\xfe", b"{}", b'{"step": 3}']
-)
+@pytest.mark.parametrize("content", [b"", b"{", b'{"status": "do', b"[]", b"null", b"\xff\xfe", b"{}", b'{"step": 3}'])
 def test_a_missing_or_damaged_status_reads_as_pending(run: RunDir, content: bytes) -> None:
     assert run.status() == {"status": PENDING}
     run.status_path.write_bytes(content)
@@ -151,9 +145,7 @@ def test_a_missing_or_damaged_status_reads_as_pending(run: RunDir, content: byte
     assert run.is_open()
 
 
-@pytest.mark.parametrize(
-    ("status", "is_open"), [(PENDING, 1), (RUNNING, 1), (FAILED, 1), (DONE, 0), (DIVERGED, 0)]
-)
+@pytest.mark.parametrize(("status", "is_open"), [(PENDING, 1), (RUNNING, 1), (FAILED, 1), (DONE, 0), (DIVERGED, 0)])
 def test_only_done_and_diverged_are_results(run: RunDir, status: str, is_open: int) -> None:
     run.write_status(status)
     assert run.is_open() == bool(is_open)
@@ -318,23 +310,19 @@ def test_a_run_whose_owner_died_is_pending_again_and_one_that_is_trained_is_runn
     assert sweep.counts() == {PENDING: 2, DIVERGED: 1}
 
 
-def test_a_folder_that_is_no_sweep_is_refused_naming_the_sweeps_beside_it(
-    sweep: SweepDir, tmp_path: Path
-) -> None:
+def test_a_folder_that_is_no_sweep_is_refused_naming_the_sweeps_beside_it(sweep: SweepDir, tmp_path: Path) -> None:
     other = SweepDir(tmp_path / "another")
     other.path.mkdir()
     other.write_plan([])
     wrong = tmp_path / "swep"
     with pytest.raises(RecordError) as caught:
         SweepDir.open(wrong)
-    assert str(caught.value) == (
-        f"{wrong} is not a sweep (it has no plan.jsonl); sweeps in {tmp_path}: another, sweep"
-    )
+    assert str(caught.value) == (f"{wrong} is not a sweep (it has no plan.jsonl); sweeps in {tmp_path}: another, sweep")
     assert SweepDir.open(sweep.path).path == sweep.path
 
 
 def test_where_there_is_no_sweep_at_all_the_error_says_how_to_start_one(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match="is not a sweep .* start one with mupsweep run$"):
+    with pytest.raises(RecordError, match=r"is not a sweep .* start one with mupsweep run$"):
         SweepDir.open(tmp_path / "none")
 
 
@@ -350,13 +338,11 @@ def test_a_damaged_config_is_one_line_that_says_to_run_the_command_again(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "content", [b'{"run_id": "a"}\n{"run_i', b"\xff\xfe\n", b"{}\nwords\n", b"null\n", b"[1]\n"]
-)
+@pytest.mark.parametrize("content", [b'{"run_id": "a"}\n{"run_i', b"\xff\xfe\n", b"{}\nwords\n", b"null\n", b"[1]\n"])
 def test_a_damaged_plan_is_one_line_that_says_what_to_do(sweep: SweepDir, content: bytes) -> None:
     sweep.plan_path.write_bytes(content)
     with pytest.raises(
-        RecordError, match="is damaged .* delete it and run the command that made the sweep again"
+        RecordError, match=r"is damaged .* delete it and run the command that made the sweep again"
     ) as caught:
         sweep.read_plan()
     assert str(caught.value).startswith(str(sweep.plan_path))

@@ -14,6 +14,7 @@ app = typer.Typer(
     name="mupsweep",
     help="Pick the learning rate of a model you cannot afford to sweep, and know how far to trust it.",
     no_args_is_help=True,
+    context_settings={"max_content_width": 100},
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -31,7 +32,7 @@ app.add_typer(data.app, name="data")
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2; a traceback is a bug of ours."""
     try:
-        app()
+        app(prog_name="mupsweep")
     except MupsweepError as error:
         print(f"mupsweep: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

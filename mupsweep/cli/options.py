@@ -9,7 +9,7 @@ import typer
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         help="group=choice (optimizer=adamw,muon compares several) and key=value (sweep.seeds=[0,1]).",
         show_default=False,
     ),

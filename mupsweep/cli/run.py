@@ -20,6 +20,7 @@ def run(overrides: Overrides = None, config_dir: ConfigDir = None, json: Json = 
     """Plan a sweep, train what is missing, analyse it and write the report.
 
     Run the same command again to go on after an interruption, or with a longer grid to extend the sweep.
+
     Example: mupsweep run parametrization=sp,spectral experiment=demo
     """
     from mupsweep import config, plan

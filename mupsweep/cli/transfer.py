@@ -10,7 +10,7 @@ from mupsweep.cli.options import Json, Strict
 
 
 def transfer(
-    sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP...", help="Sweep folders, finished or not.")],
+    sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP", help="Sweep folders, finished or not.")],
     to: Annotated[
         str | None,
         typer.Option(metavar="width=N", help="A target, e.g. --to width=4096 depth=32: print and write its recipe."),

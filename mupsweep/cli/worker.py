@@ -12,7 +12,7 @@ from mupsweep.cli.options import Sweep
 def worker(
     sweep: Sweep,
     run_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="Only these runs.", show_default=False)
+        list[str] | None, typer.Argument(metavar="RUN", help="Only these runs.", show_default=False)
     ] = None,
     device: Annotated[str, typer.Option(help="A torch device, or auto.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
@@ -20,6 +20,7 @@ def worker(
     """Train what is left of a planned sweep, one run after the other; what launchers call.
 
     Any number of workers share a sweep: each takes the longest run that nobody has claimed.
+
     Example: mupsweep worker sweeps/demo --device cuda:1
     """
     from mupsweep.records import SweepDir

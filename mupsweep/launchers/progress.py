@@ -75,7 +75,7 @@ class Progress:
         else:
             detail = f"val_loss {summary['val_loss']:.4f}"
         speed = f"  {summary['seconds']:.1f}s  {summary['tokens_per_second']:,.0f} tok/s" if summary else ""
-        self.console.print(f"{count} {folder.run_id}  {status['status']}  {detail}{speed}", markup=False)
+        self.console.print(f"{count} {folder.run_id}  {status['status']}  {detail}{speed}", markup=False, soft_wrap=True)
 
     def time_left(self, running: list[tuple[str, dict[str, Any]]]) -> str:
         """How long the rest takes at the speed so far, by FLOPs."""

@@ -14,7 +14,7 @@ from mupsweep.sizes import BaseShape, Size
 if TYPE_CHECKING:
     from torch import nn
 
-ATTENTION_SCALES = ("parametrization", "1/sqrt(d)", "1/d")
+ATTENTION_SCALES = ("parametrization", "standard", "mup")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Architecture(ABC):
         tied: whether the head shares the token embedding.
         init_std: standard deviation of every matrix at the base shape; `head_init_std` overrides the head's (0: zeros).
         block_multiplier, output_multiplier: forward constants at the base shape, tunable at small size.
-        attention_scale: "parametrization" follows the rule; "1/sqrt(d)" and "1/d" force one (equal at the base).
+        attention_scale: "parametrization" follows the rule; "standard" (1/sqrt(d)) and "mup" (1/d) force one.
     """
 
     name: str
@@ -65,6 +65,8 @@ class Architecture(ABC):
         for key in ("width", "depth", "head_dim", "ffn_ratio", "context", "init_std"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"model.{key}={getattr(self, key)}: expected a positive number")
+        if self.heads is not None and self.heads < 1:
+            raise ConfigError(f"model.heads={self.heads}: expected at least 1, or null to hold head_dim fixed")
         if self.attention_scale not in ATTENTION_SCALES:
             raise ConfigError(
                 f"model.attention_scale={self.attention_scale}: {nearest(self.attention_scale, ATTENTION_SCALES)}"
@@ -82,7 +84,7 @@ class Architecture(ABC):
 
         At the base shape the attention scale is exactly 1/sqrt(d_head) for every power.
         """
-        power = {"parametrization": attention_power, "1/sqrt(d)": -0.5, "1/d": -1.0}[self.attention_scale]
+        power = {"parametrization": attention_power, "standard": -0.5, "mup": -1.0}[self.attention_scale]
         base = self.base.scaled(1.0, 1.0, size.vocab_size)
         return Multipliers(
             block=self.block_multiplier * block,

@@ -146,7 +146,9 @@ class _Canvas:
             beyond = p.censored or not p.mean <= self.high
             x, y = self._dot(p.log2_lr, self.high if beyond else p.mean)
             mark = ("x" if p.censored else "^") if beyond else letter
-            self.marks.setdefault((0 if beyond else y // 4, x // 2), (mark, style))
+            place = (0 if beyond else y // 4, x // 2)
+            if mark == "x" or place not in self.marks:
+                self.marks[place] = (mark, style)
         made = fit(curve)
         if isinstance(made, Fit):
             best = made.center + made.vertex

@@ -176,7 +176,7 @@ def _by_axis(charts: _Charts, draw: Callable[[_Charts, Sequence[Group]], str]) -
     parts = []
     for axis in dict.fromkeys(g.axis for g in charts.groups):
         if charts.several_axes:
-            parts.append(f"<h3>{escape({'joint': 'width and depth together'}.get(axis, axis))}</h3>")
+            parts.append(f"<h3>{escape(_axis_name(axis))}</h3>")
         parts.append(draw(charts, [g for g in charts.groups if g.axis == axis]))
     return "\n".join(parts)
 
@@ -202,7 +202,7 @@ def _card(charts: _Charts, group: Group, reach: float) -> str:
     if len(group.optima) < 2:
         facts = [("only size", escape(names[0]))]
     if base.log2_lr is not None:
-        facts.append((f"best at {names[0]}", f"2^{base.log2_lr:.2f} = {2**base.log2_lr:.3g}"))
+        facts.append((f"best at {names[0]}", f"{_power(base.log2_lr)} = {2**base.log2_lr:.3g}"))
     listed = "".join(f"<dt>{escape(k)}</dt><dd>{v}</dd>" for k, v in facts)
     reasons = "".join(f"<li>{escape(r)}</li>" for r in group.reasons)
     axis = f' <span class="quiet">in {escape(group.axis)}</span>' if charts.several_axes else ""
@@ -218,9 +218,7 @@ def _panels(charts: _Charts, groups: Sequence[Group]) -> str:
     panels = []
     for family in dict.fromkeys(g.label[:2] for g in groups):
         members = [g for g in groups if g.label[:2] == family]
-        points = [o.curve for g in members for o in g.optima]
-        losses, lrs = loss_range(points), [p.log2_lr for c in points for p in c.points]
-        panels += [_figure(charts, g, charts.curves(g, losses, lrs), g.verdict) for g in members]
+        panels += [_figure(charts, g, charts.curves(g, members), g.verdict) for g in members]
     return f'<div class="panels">{"".join(panels)}</div>'
 
 
@@ -233,17 +231,19 @@ def _ladders(charts: _Charts, groups: Sequence[Group]) -> str:
             if origin is not None:
                 ends = (None if v is None else v - origin for v in (o.log2_lr, o.low, o.high))
                 moves[id(group), i] = Estimate(*ends)
-    drawn = [
-        charts.ladder(groups, moves, "octaves from the base's best rate", TOLERANCE_OCTAVES, "+.2f"),
-        charts.ladder(groups, regrets, "regret, nats per token", TOLERANCE_NATS, ".4f"),
-    ]
+    drawn = {
+        "octaves from the base's best rate": charts.ladder(groups, moves, TOLERANCE_OCTAVES, "octaves"),
+        "regret of the base's rate, nats per token": charts.ladder(groups, regrets, TOLERANCE_NATS, "nats"),
+    }
     keys = "".join(
         f'<span class="v{i % 6}" data-variant="{i}"><svg viewBox="-7 -7 14 14">'
         f'<path class="pt" d="{MARKERS[i % 6]}"/></svg> {escape(variant_name(label, charts.labels))}</span>'
         for i, label in enumerate(charts.labels)
         if any(g.label == label for g in groups)
     )
-    figures = "".join(f"<figure>{chart}</figure>" for chart in drawn)
+    figures = "".join(
+        f"<figure><figcaption>{escape(title)}</figcaption>{chart}</figure>" for title, chart in drawn.items()
+    )
     head = [
         "variant",
         "size",
@@ -263,7 +263,7 @@ def _ladders(charts: _Charts, groups: Sequence[Group]) -> str:
             "–" if o.log2_lr is None else f"{2**o.log2_lr:.3g}",
             str(Estimate(o.log2_lr, o.low, o.high)),
             "–" if o.loss is None else f"{o.loss:.4f}",
-            _Html(_estimate(r, "", ".4f")),
+            "base" if o is _base(g) else _Html(_estimate(r, "", ".4f")),
         )
         for g in groups
         for o, r in zip(g.optima, g.regrets, strict=True)
@@ -340,11 +340,11 @@ def _runs(sweep: SweepDir, analysis: Analysis) -> str:
         total.update(count)
     total["parameters"] = 0
     rows = [
-        [model, optimizer, parametrization, width, depth, *(_amount(count[c]) for c in columns)]
-        for (model, optimizer, parametrization, width, depth), count in sorted(sizes.items())
+        [" / ".join(label), width, depth, *(_amount(count[c]) for c in columns)]
+        for (*label, width, depth), count in sorted(sizes.items())
     ]
-    rows.append(["all", "", "", "", "", *(_amount(total[c]) for c in columns)])
-    head = ["model", "optimizer", "parametrization", "width", "depth", *columns[:-2], "FLOPs", "seconds"]
+    rows.append(["all", "", "", *(_amount(total[c]) for c in columns)])
+    head = ["variant", "width", "depth", *columns[:-2], "FLOPs", "seconds"]
     note = (
         "Tokens and FLOPs as planned, seconds as measured. "
         "A diverged run is a result; a failed one is tried again by the next run of the command."
@@ -368,7 +368,7 @@ def _provenance(sweep: SweepDir) -> str:
     if environment:
         parts.append("<h3>Environment</h3>" + _table(("", ""), environment, kind="words"))
     parts.append(
-        '<p class="quiet">The numbers behind this page lie beside it: runs.csv, curves.csv, transfer.json and figures/. '
+        '<p class="quiet">The numbers behind this page lie beside it: runs.csv, curves.csv, transfer.json, figures. '
         f"Made by mupsweep {escape(mupsweep.__version__)}.</p>"
     )
     return "\n".join(parts)
@@ -413,6 +413,11 @@ def _estimate(estimate: Estimate, unit: str, spec: str = "+.2f") -> str:
     return escape(text.replace("-", "−") + (f" {unit}" if unit and text != "unknown" else ""))
 
 
+def _power(log2_lr: float) -> str:
+    """HTML of an LR as a power of two."""
+    return f"2<sup>{log2_lr:.2f}</sup>".replace("-", "−")
+
+
 def _number(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
@@ -427,6 +432,10 @@ def _amount(value: float) -> str:
 
 def _label(row: Mapping[str, Any]) -> tuple[str, str, str]:
     return row["model"], row["optimizer"], row["parametrization"]
+
+
+def _axis_name(axis: str) -> str:
+    return {"joint": "width x depth"}.get(axis, axis)
 
 
 def _base(group: Group) -> Optimum:
@@ -472,11 +481,16 @@ class _Charts:
         """Where a size lies between the colours of the smallest and the largest."""
         return f'style="--t:{100 * list(self.sizes).index(size) / max(1, len(self.sizes) - 1):.0f}%"'
 
-    def curves(self, group: Group, losses: tuple[float, float], lrs: Sequence[float]) -> str:
+    def curves(self, group: Group, family: Sequence[Group]) -> str:
+        """Loss versus LR; the groups of a family share their axes, so that they can be compared by eye."""
+        curves = [o.curve for g in family for o in g.optima]
+        lrs = [p.log2_lr for c in curves for p in c.points]
         pad = 0.06 * (max(lrs) - min(lrs)) or 0.5
-        unstable = {(o.curve.width, o.curve.depth) for o in group.optima if o.curve.n_diverged}
+        unstable = {(c.width, c.depth) for c in curves if c.n_diverged}
         diverged = [size for size in self.sizes if size in unstable]
-        chart = _Chart((min(lrs) - pad, max(lrs) + pad), losses, "peak learning rate", strip=9 * len(diverged))
+        pitch = min(9.0, 64 / max(1, len(diverged)))  # of the rows of crosses, one per size
+        strip = pitch * len(diverged) + 4 if diverged else 0.0
+        chart = _Chart((min(lrs) - pad, max(lrs) + pad), loss_range(curves), "peak learning rate", strip)
         chart.y_ticks()
         chart.lr_ticks()
         base = _base(group)
@@ -487,7 +501,7 @@ class _Charts:
             size = (optimum.curve.width, optimum.curve.depth)
             row = diverged.index(size) if size in diverged else 0
             chart.add(f'<g data-size="{_size_id(size)}" {self.shade(size)}>')
-            self._curve(chart, optimum, chart.upper - 6 - 9 * row)
+            self._curve(chart, optimum, chart.upper - pitch * (row + 0.5) - 2)
             chart.add("</g>")
         return chart.svg(f"loss versus learning rate, {self.variant(group)}")
 
@@ -527,18 +541,17 @@ class _Charts:
         self,
         groups: Sequence[Group],
         values: Mapping[tuple[int, int], Estimate],
-        title: str,
         tolerance: float,
-        spec: str,
+        unit: str,
     ) -> str:
         """A number per size of every group over the axis's ratio, with intervals; bounds are arrows."""
-        octaves = spec.startswith("+")
+        octaves = unit == "octaves"  # which may be negative
         known = [v for e in values.values() for v in (e.value, e.low, e.high) if v is not None]
         top = max([tolerance * 1.5, *known])
         low = min([-tolerance * 1.5, *known]) if octaves else 0.0
-        room = 0.08 * (top - low)
+        room = 0.12 * (top - low)  # for the arrows of bounds too
         at = {math.log2(g.ratio(o.curve)): o.curve for g in groups for o in g.optima}
-        chart = _Chart((min(at) - 0.3, max(at) + 0.3), (low - room * octaves, top + room), title)
+        chart = _Chart((min(at) - 0.3, max(at) + 0.3), (low - room * octaves, top + room), _axis_name(groups[0].axis))
         band = chart.y(tolerance), chart.y(-tolerance if octaves else 0.0)
         chart.add(
             f'<rect class="band" x="{chart.LEFT}" width="{chart.RIGHT - chart.LEFT}" y="{band[0]}" '
@@ -559,12 +572,12 @@ class _Charts:
                 name = f"{self.variant(group)}, {self.names[optimum.curve.width, optimum.curve.depth]}"
                 if estimate.value is not None:
                     line.append(f"{x:.1f} {chart.y(estimate.value)}")
-                tip = escape(f"{name}\n{_estimate(estimate, 'octaves' if octaves else 'nats', spec)}")
+                tip = escape(f"{name}\n{_estimate(estimate, unit, '+.2f' if octaves else '.4f')}")
                 _mark(chart, x, estimate, tip, MARKERS[variant % 6])
             if len(line) > 1:
                 chart.add(f'<path class="faint" d="M{"L".join(line)}"/>')
             chart.add("</g>")
-        return chart.svg(title)
+        return chart.svg(f"{unit} by size")
 
     def training(self, runs: Sequence[tuple[Size, Mapping[str, Any], Sequence[Mapping[str, Any]]]]) -> str:
         series = [
@@ -602,10 +615,10 @@ class _Chart:
 
     def __init__(self, xs: tuple[float, float], ys: tuple[float, float], title: str, strip: float = 0.0) -> None:
         self.xs, self.ys, self.title = xs, ys, title
-        self.upper = self.TOP + min(strip + 6, 60) if strip else self.TOP  # where the largest y lies
+        self.upper = self.TOP + strip  # where the largest y lies
         self.parts: list[str] = []
         if strip:
-            size = f'width="{self.RIGHT - self.LEFT}" height="{self.upper - self.TOP}"'
+            size = f'width="{self.RIGHT - self.LEFT}" height="{strip:.1f}"'
             self.add(f'<rect class="band" x="{self.LEFT}" y="{self.TOP}" {size}/>')
             self.add(f'<text x="{self.LEFT + 5}" y="{self.TOP + 11}">diverged</text>')
 
@@ -625,7 +638,9 @@ class _Chart:
         return round(self.BOTTOM - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (self.BOTTOM - self.upper), 1)
 
     def path(self, points: Iterable[tuple[float, float]]) -> str:
-        return "M" + "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points)
+        """The d of a line; nothing where there are no points."""
+        line = "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points)
+        return f"M{line}" if line else ""
 
     def y_ticks(self) -> None:
         for value in _ticks(*self.ys):
@@ -681,11 +696,12 @@ def _interval_bar(estimate: Estimate, reach: float) -> str:
     def at(octaves: float) -> float:
         return round(150 + octaves / reach * 140, 1)
 
-    band = f'<rect class="band" x="{at(-TOLERANCE_OCTAVES)}" y="2" width="{280 * TOLERANCE_OCTAVES / reach:.1f}" height="20"/>'
-    ticks = "".join(
-        f'<text class="middle" x="{at(k)}" y="34">{f"{k:+d}".replace("-", "−") if k else "0"}</text>'
-        for k in range(-math.floor(reach), math.floor(reach) + 1, math.ceil(reach / 4))
-    )
+    width = f"{280 * TOLERANCE_OCTAVES / reach:.1f}"
+    band = f'<rect class="band" x="{at(-TOLERANCE_OCTAVES)}" y="2" width="{width}" height="20"/>'
+    step = math.ceil(reach / 4)
+    steps = math.floor(reach / step)
+    labels = {k * step: f"{k * step:+d}".replace("-", "−") if k else "0" for k in range(-steps, steps + 1)}
+    ticks = "".join(f'<text class="middle" x="{at(k)}" y="34">{label}</text>' for k, label in labels.items())
     parts = [band, f'<path class="frame" d="M10 22H290M{at(0)} 2V22"/>', ticks]
     if (estimate.value, estimate.low, estimate.high) != (None, None, None):
         low = "10" if estimate.low is None else at(estimate.low)

@@ -7,6 +7,7 @@ retrying and mirroring again never make a second one, and a run that is killed l
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +133,8 @@ class Wandb:
             except (wandb.Error, OSError) as error:
                 log.warning("W&B is out of reach (%s): writing offline; upload with `wandb sync %s`", error, folder)
                 self.mode = "offline"  # once is enough: do not wait again at every run
+        for older in (folder / "wandb").glob(f"offline-run-*-{run_id}"):
+            shutil.rmtree(older)  # two offline folders of one id would overwrite each other when they are synced
         return wandb.init(mode="offline", **arguments)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from mupsweep.records import SweepDir, write_json
 
 Rows = list[dict[str, Any]]
 DRIFT = {"sp": -0.76, "mup": 0.05}  # octaves per doubling of width
@@ -66,3 +69,32 @@ def valley(
 def rows() -> Callable[..., Rows]:
     """Makes the rows of a sweep: `rows(widths=..., log2_lrs=..., seeds=..., ...)`."""
     return valley
+
+
+def save(folder: Path, rows: Rows, pending: int = 0) -> SweepDir:
+    """A sweep folder that holds these finished runs, and some that never started."""
+    sweep = SweepDir(folder / "demo")
+    sweep.path.mkdir(parents=True)
+    keys = [k for k in rows[0] if k not in ("status", "train_loss", "val_loss")] if rows else []
+    plan = [{k: row[k] for k in keys} | {"parameters": 12 * 4 * row["width"] ** 2, "flops": 1e12} for row in rows]
+    plan += [{**plan[0], "run_id": f"pending-{i}"} for i in range(pending)]
+    sweep.write_plan(plan)
+    sweep.write_config({"sweep": {"name": "demo"}}, "mupsweep run parametrization=sp,mup sweep.name=demo")
+    write_json(sweep.environment_path, {"python": "3.11.7", "git": {"commit": "0" * 40, "dirty": False}, "gpu": None})
+    for row in rows:
+        run = sweep.run(row["run_id"])
+        run.path.mkdir(parents=True)
+        end = row["val_loss"] or 6.0
+        for step in range(10, 301, 10):
+            loss = end + 3 * math.exp(-step / 60)
+            metrics = {"step": step, "tokens": 512 * step, "train_loss": loss - 0.03, "lr": 0.01}
+            metrics |= {"val_loss": loss} if step % 60 == 0 else {}
+            metrics |= {"train_loss": math.nan} if step == 50 else {}
+            run.append_metrics(metrics)
+    return sweep
+
+
+@pytest.fixture
+def save_sweep(tmp_path: Path) -> Callable[..., SweepDir]:
+    """Writes rows as a sweep folder: `save_sweep(rows, pending=0)`."""
+    return lambda rows, pending=0: save(tmp_path, rows, pending)

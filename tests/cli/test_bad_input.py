@@ -1,0 +1,339 @@
+"""Bad input: exit code 2, one line that names the value and what would be right, and nothing on the disk.
+
+The table runs through `mupsweep.cli.main` in this process, with the arguments in `sys.argv`; what must not depend on
+that is done again in processes of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mupsweep import plan
+from mupsweep.cli import main
+from mupsweep.config import load
+from mupsweep.errors import MupsweepError, RecordError
+from mupsweep.records import DONE, SweepDir
+
+SMOKE = "experiment=smoke"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """The command line, in this process."""
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["mupsweep", *arguments])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        return Outcome(code, *capsys.readouterr())
+
+    return call
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
+
+
+def refused(outcome: Outcome, told: tuple[str, ...]) -> None:
+    """Exit code 2 and one line on stderr that holds every part of `told`."""
+    assert outcome.code == 2, outcome.err
+    lines = outcome.err.splitlines()
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("mupsweep: ")
+    for part in told:
+        assert part in lines[0]
+
+
+# overrides -> what the line must hold: the offending value, and the nearest valid name or what to do
+OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
+    # names
+    ("modle=nanogpt", ("'modle'", "did you mean 'model'?")),
+    ("model=nanogtp", ("'nanogtp'", "did you mean 'nanogpt'?")),
+    ("optimizer=adam", ("'adam'", "did you mean 'adamw'?", "muon")),
+    ("optimizer=adamw,muno", ("'muno'", "did you mean 'muon'?")),
+    ("optimizer=[adamw,muon]", ("adamw", "valid: ")),
+    ("optimizer=", ("no optimizer named ''", "valid: ")),
+    ("model=null", ("no model named", "valid: nanogpt")),
+    ("experiment=smok", ("'smok'", "did you mean 'smoke'?")),
+    ("experiment=None", ("None", "smoke")),
+    ("launcher=lcoal", ("'lcoal'", "did you mean 'local'?")),
+    ("tracker=jsnl", ("'jsnl'", "did you mean 'jsonl'?")),
+    ("model.widht=32", ("'model.widht'", "did you mean 'model.width'?")),
+    ("training.foo=1", ("'training.foo'", "valid: ", "training.steps")),
+    ("sweep.log2_lr=[-7]", ("'sweep.log2_lr'", "did you mean 'sweep.log2_lrs'?")),
+    ("optimizer.beta=0.9", ("'optimizer.beta'", "did you mean 'optimizer.betas'?")),
+    ("parametrization=sp parametrization.output=init", ("'parametrization.output'",)),
+    ("width=3", ("'width'", "valid: ")),
+    ("hydra.verbose=true", ("hydra", "valid: ")),
+    ("hydra.searchpath=[file:///tmp]", ("hydra", "valid: ")),
+    # grammar
+    ("model.width", ("'model.width'", "key=value")),
+    ("=3", ("'=3'", "key=value")),
+    ("sweep.seeds=[0,", ("'sweep.seeds=[0,'", "'sweep.seeds=[0,1]'")),
+    ("+model.width=32", ("'+model.width=32'", "model.width=VALUE")),
+    ("++model.width=32", ("'++model.width=32'", "model.width=VALUE")),
+    ("~model.width", ("'~model.width'", "model.width=VALUE")),
+    ("+experiment=demo", ("'+experiment=demo'", "experiment=VALUE")),
+    ("data=sotu,local", ("'data=sotu,local'", "only model, optimizer, parametrization take several choices")),
+    ("training.steps=10,20", ("'training.steps=10,20'", "[a,b]")),
+    ("sweep.log2_lrs=-8,-9", ("'sweep.log2_lrs=-8,-9'", "[a,b]")),
+    ("training.steps=${nope}", ("nope", "training.steps")),
+    # types
+    ("training.steps=many", ("training.steps", "'many'", "Integer")),
+    ("training.steps=10.5", ("training.steps", "'10.5'", "Integer")),
+    ("model.width=true", ("model.width", "True", "Integer")),
+    ("model.init_std=small", ("model.init_std", "'small'", "Float")),
+    ("model.bias=maybe", ("model.bias", "'maybe'", "bool")),
+    ("allow_imports=nope", ("allow_imports", "nope")),
+    ("sweep.log2_lrs=-7", ("sweep.log2_lrs", "-7", "list")),
+    ("sweep.width_ratios=null", ("sweep.width_ratios", "list")),
+    ("sweep.width_ratios=[[1,2]]", ("sweep.width_ratios", "[1, 2]")),
+    ("sweep.seeds=[0.5]", ("sweep.seeds", "0.5", "Integer")),
+    ("optimizer.betas=0.9", ("optimizer.betas", "0.9", "list")),
+    ("optimizer.betas=[0.9]", ("optimizer.betas", "[0.9]", "two numbers")),
+    ("optimizer.betas=[0.9,0.9,0.9]", ("optimizer.betas", "[0.9, 0.9, 0.9]", "two numbers")),
+    ("optimizer=muon optimizer.rest=adamw", ("optimizer.rest", "adamw")),
+    # ranges
+    ("training.steps=0", ("training.steps", "0", "positive")),
+    ("training.steps=null", ("training.steps=None", "training.tokens=None", "set exactly one")),
+    ("training.tokens=100", ("training.steps=30", "training.tokens=100", "training.steps=null")),
+    ("training.warmup=30", ("training.warmup=30", "30 steps", "lower warmup or train longer")),
+    ("training.warmup=0.99", ("training.warmup=0.99", "lower warmup or train longer")),
+    ("training.warmup=-1", ("training.warmup=-1", "a fraction below 1 or a number of steps")),
+    ("training.batch_size=0", ("training.batch_size=0", "positive")),
+    ("training.schedule=cosin", ("training.schedule=cosin", "did you mean 'cosine'?")),
+    ("training.precision=fp16", ("training.precision=fp16", "bf16")),
+    ("training.min_lr_frac=2", ("training.min_lr_frac=2", "[0, 1]")),
+    ("training.clip=0", ("training.clip=0", "null")),
+    ("training.checkpoint_minutes=-1", ("training.checkpoint_minutes=-1", "at least 0")),
+    ("data.validation_fraction=1.5", ("data.validation_fraction=1.5", "(0, 1)")),
+    ("data.max_tokens=0", ("data.max_tokens=0", "positive")),
+    ("optimizer.betas=[0.9,1.5]", ("optimizer.betas=[0.9, 1.5]", "[0, 1)")),
+    ("optimizer.eps=-1", ("optimizer.eps=-1", "at least 0")),
+    ("optimizer.eps=nan", ("optimizer.eps=nan",)),
+    ("optimizer.weight_decay=inf", ("optimizer.weight_decay=inf",)),
+    ("optimizer.base_lr_ratio=0", ("optimizer.base_lr_ratio=0", "positive")),
+    ("optimizer.rest={name:x}", ("optimizer.rest", "null")),
+    ("parametrization.output=inti", ("parametrization.output=inti", "did you mean 'init'?")),
+    ("parametrization.depth_exponent=2", ("parametrization.depth_exponent=2", "0 to 1")),
+    ("parametrization.weight_decay_rule=x", ("parametrization.weight_decay_rule=x", "coupled_constant")),
+    ("model.depth=0", ("model.depth=0", "positive")),
+    ("model.init_std=nan", ("model.init_std=nan",)),
+    ("model.init_std=inf", ("model.init_std=inf",)),
+    ("model.heads=0", ("model.heads=0",)),
+    ("model.heads=3", ("width 16", "model.heads=3")),
+    ("model.attention_scale=1/dd", ("model.attention_scale=1/dd", "1/d")),
+    ("model.tied=true model.head_init_std=0", ("model.head_init_std", "set it to null")),
+    # the grid
+    ("sweep.width_ratios=[0.3]", ("width_ratio=0.3", "4.8", "choose a ratio")),
+    ("sweep.width_ratios=[0.25]", ("width 4", "model.head_dim=8")),
+    ("sweep.depth_ratios=[0.75]", ("depth_ratio=0.75", "1.5", "choose a ratio")),
+    ("sweep.width_ratios=[0]", ("sweep.width_ratios=[0.0]", "positive")),
+    ("sweep.width_ratios=[inf]", ("sweep.width_ratios", "inf")),
+    ("sweep.width_ratios=[]", ("sweep.width_ratios=[]", "at least one")),
+    ("sweep.log2_lrs=[]", ("sweep.log2_lrs=[]", "at least one")),
+    ("sweep.log2_lrs=[-7,-7.0]", ("sweep.log2_lrs=[-7.0, -7.0]", "without repeats")),
+    ("sweep.log2_lrs=[nan]", ("sweep.log2_lrs", "nan")),
+    ("sweep.log2_lrs=[5000]", ("sweep.log2_lrs", "5000")),
+    ("sweep.seeds=[1,1]", ("sweep.seeds=[1, 1]", "without repeats")),
+    ("sweep.pair=true", ("width_ratios (2)", "depth_ratios (1)", "equal length")),
+    ("sweep.name=a/b", ("sweep.name='a/b'", "plain folder name")),
+    ("sweep.name=..", ("sweep.name='..'", "plain folder name")),
+    ("sweep.name=", ("sweep.name=''", "plain folder name")),
+    ("optimizer.name=a/b", ("optimizer.name", "a/b")),
+    # code and data
+    ("model.kind=os.PathLike", ("model.kind=os.PathLike", "allow_imports=true")),
+    ("data.kind=os.PathLike", ("data.kind=os.PathLike", "allow_imports=true")),
+    ("optimizer=muon optimizer.rest.kind=os.PathLike", ("optimizer.rest.kind=os.PathLike", "allow_imports=true")),
+    ("tracker.kind=mupsweep.nowhere.X", ("tracker.kind=mupsweep.nowhere.X", "package.module.Class")),
+    ("tracker.kind=mupsweep.errors.ConfigError", ("tracker.kind=mupsweep.errors.ConfigError", "dataclass")),
+    ("data.kind=mupsweep.errors.DataError", ("data.kind=mupsweep.errors.DataError", "Source")),
+    ("data.tokenizer=gpt3", ("data.tokenizer=gpt3", "did you mean 'gpt2'?")),
+    ("data.tokenizer=gpt2-70000", ("data.tokenizer=gpt2-70000", "50256")),
+    ("data=local", ("data.path=FILE_OR_FOLDER",)),
+    ("data=local data.path=nowhere.txt", ("data.path=nowhere.txt", ".jsonl")),
+    ("data.path=my.txt", ("data.path=my.txt", "data=local")),
+]
+
+
+@pytest.mark.parametrize(("words", "told"), OVERRIDES, ids=[words[:60] for words, _ in OVERRIDES])
+def test_a_bad_override_is_refused_in_one_line_and_writes_nothing(
+    words: str, told: tuple[str, ...], cli: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    before = tree(tmp_path)
+    planned = cli("plan", SMOKE, *words.split())
+    refused(planned, told)
+    assert tree(tmp_path) == before
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> SweepDir:
+    """A planned sweep, nothing trained."""
+    return plan.save(load([SMOKE]), "mupsweep run experiment=smoke")[0]
+
+
+# arguments of a command on a sweep -> what the line must hold
+COMMANDS: list[tuple[str, tuple[str, ...]]] = [
+    ("status sweeps/smok", ("sweeps/smok is not a sweep", "sweeps in sweeps: smoke")),
+    ("status sweeps/smoke/plan.jsonl", ("sweeps/smoke/plan.jsonl is not a sweep",)),
+    ("status nowhere", ("nowhere is not a sweep", "start one with mupsweep run")),
+    ("report sweeps/smok", ("sweeps/smok is not a sweep", "smoke")),
+    ("transfer sweeps/smok", ("sweeps/smok is not a sweep", "smoke")),
+    ("worker sweeps/smok", ("sweeps/smok is not a sweep", "smoke")),
+    ("transfer sweeps/smoke --to nonsense", ("--to nonsense", "--to width=4096 depth=32")),
+    ("transfer sweeps/smoke --to width=0", ("--to width=0", "width=N")),
+    ("transfer sweeps/smoke --to width=²", ("--to width=²", "width=N")),
+    ("transfer sweeps/smoke --to width=64 depht=4", ("--to depht=4", "depth=N")),
+    ("transfer sweeps/smoke --to width=64", ("no finished runs", "mupsweep run")),
+    ("transfer sweeps/smoke width=64", ("width=64", "--to")),
+    ("transfer width=64", ("width=64", "--to")),
+    ("run experiment=smoke training.steps=40", ("training.steps=40 (there: 30)", "sweep.name")),
+    ("run experiment=smoke optimizer.nmae=x", ("'optimizer.nmae'", "did you mean 'optimizer.name'?")),
+    ("rules experiment=smoke sweep.log2_lrs=[5000]", ("sweep.log2_lrs", "5000")),
+    ("plan experiment=smoke --config-dir nowhere", ("--config-dir nowhere", "optimizer/mine.yaml")),
+    ("plan experiment=smoke optimizer=gentle --config-dir sweeps", ("'gentle'", "valid: ")),
+    ("data prepare data.tokenizer=gpt3", ("data.tokenizer=gpt3", "did you mean 'gpt2'?")),
+    ("data verify data.cache=nowhere", ("nowhere", "mupsweep data prepare")),
+    ("data list data=nope", ("'nope'", "valid: ")),
+]
+
+
+@pytest.mark.parametrize(("command", "told"), COMMANDS, ids=[command for command, _ in COMMANDS])
+def test_a_bad_command_on_a_sweep_is_refused_in_one_line_and_writes_nothing(
+    command: str, told: tuple[str, ...], cli: Callable[..., Outcome], sweep: SweepDir, tmp_path: Path
+) -> None:
+    before = tree(tmp_path)
+    refused(cli(*command.split()), told)
+    assert tree(tmp_path) == before
+
+
+CONFIG_DAMAGE = ["", "only words\n", "- a\n- b\n", "a: [1\n", "out: sweeps\n", "\x00", "variants: 3\nsweep: 4\n"]
+PLAN_DAMAGE = ['{"run_id": "w1', "[]\n", "null\n", '{"a": 1}\n', "words\n"]
+
+
+@pytest.mark.parametrize("command", ["report", "transfer"])
+@pytest.mark.parametrize("content", CONFIG_DAMAGE, ids=repr)
+def test_a_damaged_config_is_refused_in_one_line(
+    command: str, content: str, cli: Callable[..., Outcome], sweep: SweepDir
+) -> None:
+    sweep.config_path.write_text(content)
+    refused(cli(command, str(sweep.path)), ("sweeps/smoke/config.yaml", "run the command that made the sweep again"))
+
+
+@pytest.mark.parametrize("command", ["status", "report", "transfer"])
+@pytest.mark.parametrize("content", PLAN_DAMAGE, ids=repr)
+def test_a_damaged_plan_is_refused_in_one_line(
+    command: str, content: str, cli: Callable[..., Outcome], sweep: SweepDir
+) -> None:
+    sweep.plan_path.write_text(content)
+    refused(cli(command, str(sweep.path)), ("sweeps/smoke/plan.jsonl is damaged", "delete it and run the command"))
+
+
+@pytest.mark.parametrize("content", CONFIG_DAMAGE, ids=repr)
+def test_the_plan_of_a_damaged_config_is_refused_in_one_line(content: str, sweep: SweepDir) -> None:
+    sweep.config_path.write_text(content)
+    with pytest.raises(RecordError, match=r"config\.yaml .*run the command that made the sweep again") as caught:
+        plan.load(sweep)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", PLAN_DAMAGE, ids=repr)
+def test_a_damaged_plan_cannot_be_loaded(content: str, sweep: SweepDir) -> None:
+    sweep.plan_path.write_text(content)
+    with pytest.raises(RecordError, match=r"plan\.jsonl is damaged .*delete it and run the command") as caught:
+        plan.load(sweep)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", CONFIG_DAMAGE, ids=repr)
+def test_the_advice_for_a_damaged_config_works(content: str, sweep: SweepDir) -> None:
+    before = plan.load(sweep)
+    sweep.config_path.write_text(content)
+    assert plan.save(load([SMOKE]), "mupsweep run experiment=smoke")[1] == before == plan.load(sweep)
+
+
+@pytest.mark.parametrize("content", PLAN_DAMAGE, ids=repr)
+def test_the_advice_for_a_damaged_plan_works_and_finished_runs_are_kept(content: str, sweep: SweepDir) -> None:
+    before = plan.load(sweep)
+    sweep.run(before[0].run_id).path.mkdir(parents=True)
+    sweep.run(before[0].run_id).write_status(DONE)
+    sweep.plan_path.write_text(content)
+    sweep.plan_path.unlink()
+    assert plan.save(load([SMOKE]), "mupsweep run experiment=smoke")[1] == before
+    assert sweep.counts()[DONE] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [("out=a-file", ("a-file", "out=DIR")), ("sweep.name=" + 300 * "x", ("xxx", "File name too long"))],
+    ids=["out is a file", "long name"],
+)
+def test_a_folder_that_cannot_be_made_is_one_line(words: str, told: tuple[str, ...]) -> None:
+    Path("a-file").write_text("where a folder is wanted")
+    with pytest.raises(MupsweepError) as caught:
+        plan.save(load([SMOKE, words]), "")
+    refused(Outcome(caught.value.exit_code, "", f"mupsweep: {caught.value}"), told)
+
+
+def process(*arguments: str) -> Outcome:
+    """The command line, in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "mupsweep", *arguments], capture_output=True, text=True)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def test_a_worker_refuses_a_run_that_is_not_planned_and_a_device_that_is_none(sweep: SweepDir, tmp_path: Path) -> None:
+    before = tree(tmp_path)
+    near = process("worker", str(sweep.path), "w16-d2-lr-7.00-s0-c09ab75c")
+    refused(near, ("'w16-d2-lr-7.00-s0-c09ab75c'", "did you mean 'w16-d2-lr-7.00-s0-"))
+    refused(process("worker", str(sweep.path), "--device", "gpu7"), ("gpu7", "cuda"))
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["run", SMOKE, "optimizer=adam"], "did you mean 'adamw'?"),
+        (["status", "sweeps/none"], "is not a sweep"),
+        (["rules", SMOKE, "sweep.seeds=[0,"], "key=value"),
+    ],
+)
+def test_a_refusal_is_the_same_in_a_process_of_its_own(arguments: list[str], told: str, tmp_path: Path) -> None:
+    outcome = process(*arguments)
+    refused(outcome, (told,))
+    assert outcome.out == ""
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["plan", "--nonsense"], ["nonsense"], ["status"], ["worker", "x", "--threads", "0"], ["transfer"]]
+)
+def test_wrong_usage_exits_with_2_and_no_traceback(arguments: list[str], cli: Callable[..., Outcome]) -> None:
+    outcome = cli(*arguments)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    assert "Usage" in outcome.err
+
+
+def test_a_refused_command_prints_no_json(cli: Callable[..., Outcome]) -> None:
+    outcome = cli("plan", SMOKE, "optimizer=adam", "--json")
+    refused(outcome, ("'adam'",))
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(outcome.out)

@@ -1,0 +1,356 @@
+"""The command line: help with examples, nothing heavy imported early, stable JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import typer
+
+from mupsweep import plan
+from mupsweep.cli import app, main
+from mupsweep.config import load
+from mupsweep.records import DIVERGED, DONE, FAILED, RUNNING, SweepDir
+
+SMOKE = "experiment=smoke"
+HEAVY = ("torch", "wandb", "matplotlib", "transformers", "scipy", "pyarrow", "tiktoken")
+LADDER = ["experiment=smoke", "sweep.width_ratios=[1,2]", "sweep.log2_lrs=[-10,-9,-8,-7,-6]", "sweep.seeds=[0,1]"]
+
+
+def commands() -> list[tuple[str, ...]]:
+    """Every command and sub-command of the app."""
+    found = []
+
+    def walk(command: object, path: tuple[str, ...]) -> None:
+        children = getattr(command, "commands", None)
+        if children is None:
+            found.append(path)
+            return
+        for name, child in children.items():
+            walk(child, (*path, name))
+
+    walk(typer.main.get_command(app), ())
+    return found
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mupsweep", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def test_the_commands_are_those_of_the_documentation() -> None:
+    names = {path[0] for path in commands()}
+    assert {"run", "transfer", "plan", "rules", "data", "status", "report", "worker"} <= names
+    assert {path[1] for path in commands() if path[0] == "data"} == {"prepare", "list", "verify"}
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_command_has_help_with_an_example_of_itself(
+    command: tuple[str, ...], cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, _ = cli(*command, "--help")
+    assert code == 0
+    text = " ".join(out.split())
+    assert f"Usage: mupsweep {' '.join(command)}" in text
+    example = re.search(r"Example: mupsweep ([^.]*)", text)
+    assert example, text
+    assert example[1].startswith(" ".join(command))
+    assert len(text.split("Example:")[0]) > 60  # says what it does
+
+
+def test_the_example_of_every_command_that_takes_overrides_composes() -> None:
+    for command in commands():
+        doc = typer.main.get_command(app)
+        for name in command:
+            doc = doc.commands[name]  # type: ignore[attr-defined]
+        example = re.search(r"Example: mupsweep (.*)", doc.help or "")
+        assert example
+        words = [w for w in example[1].split() if re.fullmatch(r"[a-z_.]+=\S+", w)]
+        if command[0] in ("run", "plan", "rules", "check", "data") and "data.path=my.jsonl" not in words:
+            load(words)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["run", "--help"], ["plan", SMOKE], ["rules", SMOKE], ["status", "sweeps/smoke"]],
+    ids=" ".join,
+)
+def test_a_command_that_trains_nothing_imports_nothing_heavy(arguments: list[str]) -> None:
+    plan.save(load([SMOKE]), "")
+    script = (
+        "import sys\nfrom mupsweep.cli import main\n"
+        f"sys.argv = ['mupsweep', *{arguments!r}]\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "print('LOADED', *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert [name for name in HEAVY if name in loaded] == []
+
+
+def test_rules_as_json_have_the_documented_keys(cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = cli("rules", SMOKE, "optimizer=muon", "sweep.depth_ratios=[4]", "sweep.width_ratios=[4]", "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert {"model", "optimizer", "parametrization", "roles", "sizes"} <= set(document)
+    assert [document[k] for k in ("model", "optimizer", "parametrization")] == ["nanogpt", "muon", "spectral"]
+    assert set(document["roles"]) == {"input", "hidden", "output", "input_vector", "hidden_vector"}
+    exponents = ("multiplier", "init_var", "lr", "weight_decay", "eps")
+    for role in document["roles"].values():
+        assert set(role) == {"optimizer", *exponents}
+        for key in exponents:
+            assert set(role[key]) == {"r_n", "r_L"}
+            assert all(str(Fraction(text)) == text for text in role[key].values()), role[key]
+    assert document["roles"]["hidden"]["optimizer"] == "muon"
+    assert document["roles"]["hidden"]["multiplier"] == {"r_n": "0", "r_L": "-1"}
+    (size,) = document["sizes"]
+    assert {"width", "depth", "width_ratio", "depth_ratio", "tensors"} <= set(size)
+    assert [size[k] for k in ("width", "depth", "width_ratio", "depth_ratio")] == [64, 8, 4.0, 4.0]
+    numbers = ("init_std", "multiplier", "lr", "weight_decay", "eps")
+    ratios = ("init_var_ratio", "multiplier_ratio", "lr_ratio", "weight_decay_ratio", "eps_ratio")
+    for tensor in size["tensors"]:
+        assert {"name", "role", "shape", "optimizer", *numbers, *ratios} <= set(tensor)
+        assert all(isinstance(tensor[k], float) for k in (*numbers, *ratios)), tensor
+        assert tensor["role"] in document["roles"]
+    hidden = next(t for t in size["tensors"] if t["role"] == "hidden")
+    assert hidden["multiplier_ratio"] == 0.25
+    assert hidden["shape"] == [64, 64]
+
+
+def test_rules_of_several_variants_are_a_list(cli: Callable[..., tuple[int, str, str]]) -> None:
+    _, out, _ = cli("rules", SMOKE, "parametrization=sp,mup", "--json")
+    assert [document["parametrization"] for document in json.loads(out)] == ["sp", "mup"]
+
+
+def test_a_plan_as_json_has_exactly_the_documented_keys_and_writes_nothing(
+    cli: Callable[..., tuple[int, str, str]],
+) -> None:
+    code, out, err = cli("plan", SMOKE, "--json")
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert set(document) == {"runs", "totals"}
+    assert set(document["totals"]) == {"runs", "flops", "tokens", "seconds_estimate"}
+    for run in document["runs"]:
+        assert set(run) == {
+            *("run_id", "width", "depth", "log2_lr", "seed", "parametrization", "optimizer", "model"),
+            *("parameters", "tokens", "flops", "status"),
+        }
+        assert run["status"] == "pending"
+    assert document["totals"]["runs"] == len(document["runs"]) == 6
+    assert document["totals"]["tokens"] == 6 * 30 * 4 * 32
+    assert document["totals"]["flops"] == sum(run["flops"] for run in document["runs"])
+    assert list(Path().iterdir()) == []
+
+
+def test_a_plan_knows_what_is_finished(cli: Callable[..., tuple[int, str, str]]) -> None:
+    sweep, runs = plan.save(load([SMOKE]), "")
+    trained(sweep, runs[0].run_id, 3.0)
+    document = json.loads(cli("plan", SMOKE, "--json")[1])
+    assert [run["status"] for run in document["runs"]] == [DONE, *["pending"] * 5]
+
+
+def test_status_as_json_has_a_row_per_run_and_totals_per_state(cli: Callable[..., tuple[int, str, str]]) -> None:
+    sweep, runs = plan.save(load([SMOKE]), "")
+    for run, status in zip(runs, (DONE, DIVERGED, FAILED, RUNNING), strict=False):
+        sweep.run(run.run_id).path.mkdir(parents=True)
+        sweep.run(run.run_id).write_status(status, **({"error": "ouch"} if status == FAILED else {}))
+    code, out, _ = cli("status", "sweeps/smoke", "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert set(document) == {"runs", "totals"}
+    assert document["totals"] == {"done": 1, "diverged": 1, "running": 0, "pending": 3, "failed": 1}
+    assert [run["run_id"] for run in document["runs"]] == [run.run_id for run in runs]
+    assert document["runs"][2]["error"] == "ouch"
+    keys = {"run_id", "width", "depth", "log2_lr", "seed", "parametrization", "optimizer", "model", "status"}
+    assert all(keys <= set(run) for run in document["runs"])
+    code, out, _ = cli("status", "sweeps/smoke")
+    assert "ouch" in out
+    assert runs[2].run_id in out
+
+
+def trained(sweep: SweepDir, run_id: str, loss: float) -> None:
+    """Records of a run as if it had been trained."""
+    row = next(row for row in sweep.read_plan() if row["run_id"] == run_id)
+    run = sweep.run(run_id)
+    run.path.mkdir(parents=True, exist_ok=True)
+    names = ["model", "parametrization", "optimizer", "width", "depth", "width_ratio", "depth_ratio", "log2_lr", "seed"]
+    run.write_summary(
+        {
+            "run_id": run_id,
+            **{k: row[k] for k in names},
+            "status": DONE,
+            "steps": 30,
+            "tokens": 3840,
+            "train_loss": loss,
+            "val_loss": loss,
+            "val_bits_per_byte": loss,
+            "diverged_at_step": None,
+            "seconds": 1.0,
+            "tokens_per_second": 3840.0,
+            "device": "cpu",
+            "precision": "fp32",
+        }
+    )
+    run.write_status(DONE)
+
+
+def ladder(optimum_at_twice_the_width: float) -> SweepDir:
+    """A finished sweep of two widths, noiseless parabolas: the base's optimum is at -8."""
+    sweep, runs = plan.save(load(LADDER), "")
+    for run in runs:
+        best = -8.0 if run.size.width_ratio == 1 else optimum_at_twice_the_width
+        trained(sweep, run.run_id, 3.0 + 0.1 * (run.log2_lr - best) ** 2 + 1e-4 * run.seed)
+    return sweep
+
+
+def test_a_drift_exits_with_3_under_strict_and_with_0_otherwise(cli: Callable[..., tuple[int, str, str]]) -> None:
+    sweep = ladder(optimum_at_twice_the_width=-9.0)
+    code, out, err = cli("transfer", str(sweep.path), "--strict", "--json")
+    (group,) = json.loads(out)["groups"]
+    assert (group["verdict"], code) == ("drifts", 3), err
+    assert group["total_drift"]["octaves"] == pytest.approx(-1.0, abs=1e-6)
+    assert group["drift"]["octaves_per_doubling"] == pytest.approx(-1.0, abs=1e-6)
+    assert cli("transfer", str(sweep.path))[0] == 0
+    assert cli("run", *LADDER, "--strict")[0] == 3  # nothing is left to train
+    assert cli("run", *LADDER)[0] == 0
+
+
+def test_a_transfer_exits_with_0_under_strict(cli: Callable[..., tuple[int, str, str]]) -> None:
+    sweep = ladder(optimum_at_twice_the_width=-8.0)
+    code, out, err = cli("transfer", str(sweep.path), "--strict", "--json")
+    assert (json.loads(out)["groups"][0]["verdict"], code) == ("transfers", 0), err
+
+
+def test_transfer_as_json_has_the_documented_keys_and_is_the_file(cli: Callable[..., tuple[int, str, str]]) -> None:
+    sweep = ladder(optimum_at_twice_the_width=-8.0)
+    document = json.loads(cli("transfer", str(sweep.path), "--json")[1])
+    assert document == json.loads((sweep.results / "transfer.json").read_text())
+    assert {"groups", "confidence", "tolerance"} <= set(document)
+    assert document["confidence"] == 0.95
+    assert document["tolerance"] == {"octaves": 0.5, "nats": 0.01}
+    (group,) = document["groups"]
+    keys = {
+        "model",
+        "optimizer",
+        "parametrization",
+        "axis",
+        "sizes",
+        "drift",
+        "total_drift",
+        "regret",
+        "verdict",
+        "reasons",
+    }
+    assert keys <= set(group)
+    assert set(group["drift"]) == {"octaves_per_doubling", "low", "high"}
+    assert set(group["total_drift"]) == {"octaves", "low", "high"}
+    assert set(group["regret"]) == {"nats", "low", "high"}
+    for size in group["sizes"]:
+        assert {"width", "depth", "ratio", "n_runs", "n_diverged", "bracketed", "log2_lr_optimum"} <= set(size)
+        assert {"log2_lr_low", "log2_lr_high", "loss_optimum"} <= set(size)
+        assert size["log2_lr_optimum"] == pytest.approx(-8.0, abs=1e-6)
+    header, *lines = (sweep.results / "runs.csv").read_text().splitlines()
+    assert header == (
+        "run_id,model,parametrization,optimizer,width,depth,width_ratio,depth_ratio,log2_lr,seed,status,steps,tokens,"
+        "train_loss,val_loss,val_bits_per_byte,diverged_at_step,seconds,tokens_per_second,device"
+    )
+    assert len(lines) == 20
+    header, *lines = (sweep.results / "curves.csv").read_text().splitlines()
+    assert header.startswith("model,parametrization,optimizer,width,depth,width_ratio,depth_ratio,log2_lr,n_seeds,")
+    assert header.endswith("loss_mean,loss_sem,censored")
+    assert len(lines) == 10
+
+
+def test_a_recipe_is_printed_and_written_for_a_target(cli: Callable[..., tuple[int, str, str]]) -> None:
+    sweep = ladder(optimum_at_twice_the_width=-8.0)
+    code, out, err = cli("transfer", str(sweep.path), "--to", "width=64", "depth=4", "--json")
+    assert code == 0, err
+    (recipe,) = json.loads(out)
+    assert recipe == json.loads((sweep.results / "recipe-adamw-spectral-w64-d4.json").read_text())
+    assert recipe["log2_lr"] == pytest.approx(-8.0, abs=1e-6)
+    assert recipe["target"] == {"width": 64, "depth": 4, "heads": 8, "head_dim": 8}
+
+
+def test_a_sweep_with_a_failed_run_exits_with_1_and_names_its_log(cli: Callable[..., tuple[int, str, str]]) -> None:
+    from mupsweep.cli.run import exit_code
+
+    sweep, runs = plan.save(load([SMOKE]), "")
+    for run in runs:
+        trained(sweep, run.run_id, 3.0)
+    assert exit_code(sweep, runs, finished=True, drifts=False) == 0
+    sweep.run(runs[0].run_id).write_status(FAILED, error="ouch")
+    assert exit_code(sweep, runs, finished=True, drifts=True) == 1
+    assert exit_code(sweep, runs, finished=False, drifts=True) == 130
+    code, out, _ = cli("status", str(sweep.path), "--json")
+    assert (code, json.loads(out)["totals"]["failed"]) == (0, 1)
+
+
+def test_a_run_that_another_command_still_trains_is_not_called_finished() -> None:
+    from mupsweep.cli.run import exit_code
+
+    sweep, runs = plan.save(load([SMOKE]), "")
+    for run in runs[1:]:
+        trained(sweep, run.run_id, 3.0)
+    folder = sweep.run(runs[0].run_id)
+    folder.path.mkdir(parents=True)
+    assert folder.claim() is not None
+    folder.write_status(RUNNING, step=3, steps=30)
+    assert exit_code(sweep, runs, finished=True, drifts=False) != 0
+
+
+def test_ctrl_c_while_a_command_reads_exits_with_130_and_no_traceback() -> None:
+    sweep, runs = plan.save(load([SMOKE]), "")
+    status = sweep.run(runs[0].run_id).status_path
+    status.parent.mkdir(parents=True)
+    os.mkfifo(status)  # the command waits for text that never comes
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mupsweep", "status", str(sweep.path)], stderr=subprocess.PIPE, text=True
+    )
+    with status.open("w"):  # returns once the command has opened it to read
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+
+
+def test_a_reader_that_leaves_ends_a_command_quietly() -> None:
+    plan.save(load([SMOKE, f"sweep.seeds=[{','.join(map(str, range(1000)))}]"]), "")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mupsweep", "status", "sweeps/smoke", "--runs"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 141
+
+
+def test_json_goes_to_stdout_and_news_to_stderr(cli: Callable[..., tuple[int, str, str]]) -> None:
+    ladder(optimum_at_twice_the_width=-8.0)
+    code, out, err = cli("run", *LADDER, "--json")
+    assert code == 0, err
+    assert json.loads(out)["groups"][0]["verdict"] == "transfers"

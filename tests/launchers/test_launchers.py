@@ -1,0 +1,274 @@
+"""Launchers decide where runs are trained: every one of them leaves the same results, whatever dies meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mupsweep import data, plan
+from mupsweep.config import choices, config_root, instantiate, load
+from mupsweep.errors import ConfigError
+from mupsweep.launchers.local import Local
+from mupsweep.records import DONE, FAILED, RUNNING, RunDir, SweepDir
+
+TWO_SLOTS = ["launcher=local", "launcher.devices=cpu", "launcher.slots_per_device=2"]
+SMALL = ["experiment=smoke", "training.steps=60", "sweep.log2_lrs=[-9,-7]", "training.checkpoint_minutes=0"]
+DEADLINE = 240.0
+OF_THE_CLOCK = ("seconds", "tokens_per_second")
+LAUNCHERS = choices("launcher")
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """The command line as the leader of a process group of its own."""
+    command = [sys.executable, "-m", "mupsweep", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr)."""
+    out, err = process.communicate(timeout=DEADLINE)
+    return process.returncode, out, err
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait until something is true, while the process lives."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        try:
+            process.wait(0.01)
+        except subprocess.TimeoutExpired:
+            continue
+        raise AssertionError(f"the process ended early: {process.communicate()}")
+
+
+def rows(run: RunDir) -> int:
+    return run.metrics_path.read_bytes().count(b"\n") if run.metrics_path.exists() else 0
+
+
+def busy(sweep: SweepDir, steps: int = 3) -> RunDir | None:
+    """A run in the middle of its training."""
+    for row in sweep.read_plan():
+        run = sweep.run(row["run_id"])
+        if run.status()["status"] == RUNNING and rows(run) > steps and run.is_claimed():
+            return run
+    return None
+
+
+def results(sweep: SweepDir) -> dict[str, tuple[dict[str, object], bytes]]:
+    """What every run came to: its summary without the clock, and the bytes of its metrics."""
+    found = {}
+    for row in sweep.read_plan():
+        run = sweep.run(row["run_id"])
+        summary = run.summary()
+        assert summary is not None, f"{run.run_id}: {run.status()}"
+        found[run.run_id] = (
+            {k: v for k, v in summary.items() if k not in OF_THE_CLOCK},
+            run.metrics_path.read_bytes(),
+        )
+    return found
+
+
+def owners(sweep: SweepDir) -> list[int]:
+    """How often each run was claimed."""
+    return sorted(len(list(p.glob("*.json"))) for p in sweep.path.glob("runs/*/claims"))
+
+
+def trained_inline(overrides: list[str], out: Path) -> SweepDir:
+    """The sweep as one worker in one go leaves it."""
+    config = load([*overrides, f"out={out}"])
+    data.prepare(config.variants[0].data)
+    sweep = plan.save(config, "")[0]
+    code, _, err = finish(start("worker", str(sweep.path), "--device", "cpu"))
+    assert code == 0, err
+    return sweep
+
+
+@pytest.fixture(scope="module")
+def inline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, object], bytes]]:
+    return results(trained_inline(SMALL, tmp_path_factory.mktemp("inline")))
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_launcher_has_the_name_of_its_file_and_can_be_made(name: str) -> None:
+    config = load([f"launcher={name}"])
+    made = instantiate(config.launcher, "launcher")
+    assert made.name == config.launcher["name"] == name
+    assert callable(made.launch)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_key_of_a_launchers_yaml_is_explained(name: str) -> None:
+    first, *lines = (config_root() / "launcher" / f"{name}.yaml").read_text().splitlines()
+    assert first.startswith("# ")
+    for line in lines:
+        if not line.startswith(("#", " ", "name:", "kind:")) and ":" in line:
+            assert "#" in line, line
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_launcher_refuses_an_unknown_key_naming_the_valid_ones(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'launcher\.treads'; .*launcher\."):
+        load([f"launcher={name}", "launcher.treads=2"])
+
+
+@pytest.mark.parametrize(
+    ("made", "slots"),
+    [
+        (Local(devices="cpu", slots_per_device=3), ["cpu"] * 3),
+        (Local(devices="cuda:0,cuda:1"), ["cuda:0", "cuda:1"]),
+        (Local(devices=" cuda:0 , cuda:1,", slots_per_device=2), ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]),
+        (Local(devices="cpu", threads=4096), ["cpu"]),
+    ],
+)
+def test_slots_are_devices_times_workers_per_device(made: Local, slots: list[str]) -> None:
+    assert made.slots() == slots
+
+
+def test_a_cpu_has_a_slot_per_core_over_the_threads() -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    assert len(Local(devices="cpu").slots()) == cores
+    assert len(Local(devices="cpu", threads=2).slots()) == max(1, cores // 2)
+
+
+@pytest.mark.parametrize("key", ["slots_per_device", "threads"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_slots_and_threads_below_one_are_refused(key: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^launcher\.{key}={value}: expected at least 1$"):
+        load(["launcher=local", f"launcher.{key}={value}"])
+
+
+def test_no_device_at_all_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^launcher\.devices= , : expected auto or a list such as cuda:0,cuda:1$"):
+        Local(devices=" , ").slots()
+
+
+@pytest.mark.parametrize(
+    "launcher", [["launcher=local", "launcher.devices=gpu7"], ["launcher=inline", "launcher.device=gpu7"]]
+)
+def test_a_device_that_is_none_ends_with_one_line_that_names_it(launcher: list[str]) -> None:
+    code, _, err = finish(start("run", *SMALL, *launcher, "sweep.log2_lrs=[-7]"))
+    assert code == 2, err
+    *_, last = err.strip().splitlines()
+    assert "Traceback" not in err
+    assert last.startswith("mupsweep: ")
+    assert "gpu7" in last
+    assert SweepDir.open("sweeps/smoke").counts()[FAILED] == 0
+
+
+def test_two_workers_give_the_same_bits_as_one_process(inline: dict[str, tuple[dict[str, object], bytes]]) -> None:
+    code, out, err = finish(start("run", *SMALL, *TWO_SLOTS))
+    assert code == 0, err
+    sweep = SweepDir.open("sweeps/smoke")
+    assert results(sweep) == inline
+    assert owners(sweep) == [1] * 4
+    assert sorted(p.name for p in sweep.logs.iterdir()) == ["worker-0.log", "worker-1.log"]
+    told = [line for line in out.splitlines() if line.startswith("[")]
+    assert [line.split("]")[0] for line in told] == [f"[{i}/4" for i in range(1, 5)]
+    assert all(" done  val_loss " in line for line in told)
+
+
+def test_a_killed_worker_is_replaced_and_the_sweep_ends_with_the_same_bits(
+    inline: dict[str, tuple[dict[str, object], bytes]],
+) -> None:
+    sweep = SweepDir(Path("sweeps/smoke"))
+    launcher = start("run", *SMALL, *TWO_SLOTS)
+    victims: list[int] = []
+
+    def killed() -> bool:
+        run = busy(sweep)
+        if run is not None:
+            victims.append(run.owner_pid() or 0)
+            os.kill(victims[-1], signal.SIGKILL)
+        return bool(victims)
+
+    until(killed, launcher)
+    code, _, err = finish(launcher)
+    assert code == 0, err
+    assert results(sweep) == inline
+    assert owners(sweep) == [1, 1, 1, 2]
+    claims = [json.loads(p.read_text())["pid"] for p in sweep.path.glob("runs/*/claims/*.json")]
+    assert len(set(claims)) == 3
+    assert victims[0] in claims
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_launcher_ends_its_workers_says_how_to_go_on_and_goes_on(
+    number: signal.Signals, inline: dict[str, tuple[dict[str, object], bytes]]
+) -> None:
+    sweep = SweepDir(Path("sweeps/smoke"))
+    launcher = start("run", *SMALL, *TWO_SLOTS)
+    until(lambda: busy(sweep) is not None, launcher)
+    launcher.send_signal(number)
+    code, _, err = finish(launcher)
+    claimed = [row["run_id"] for row in sweep.read_plan() if sweep.run(row["run_id"]).is_claimed()]
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(launcher.pid, signal.SIGKILL)  # no worker outlives this test
+    assert code == 130, err
+    assert "go on with the same command: the sweep is in sweeps/smoke" in err.splitlines()[-1]
+    assert claimed == []
+    assert sweep.counts()[DONE] + sum(run.exists() for run in sweep.path.glob("runs/*/checkpoint/latest.pt")) > 0
+    assert sweep.counts()[DONE] < 4
+
+    if number == signal.SIGINT:
+        code, _, err = finish(start("run", *SMALL, *TWO_SLOTS))
+        assert code == 0, err
+        assert results(sweep) == inline
+
+
+@pytest.mark.slow
+def test_a_run_that_keeps_killing_its_worker_has_failed_and_the_others_are_trained(tmp_path: Path) -> None:
+    (tmp_path / "deadly.py").write_text(
+        "import os, signal\n"
+        "from dataclasses import dataclass\n"
+        "from mupsweep.optimizers.adamw import AdamW\n\n\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Deadly(AdamW):\n"
+        "    def build(self, groups):\n"
+        "        if groups[0]['lr'] > 2**-6:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return super().build(groups)\n"
+    )
+    kind = ["optimizer.kind=deadly.Deadly", "allow_imports=true", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-9,-7,-5]"]
+    one_slot = ["launcher=local", "launcher.devices=cpu", "launcher.slots_per_device=1"]
+    code, _, err = finish(start("run", *SMALL, *one_slot, *kind))  # python -m finds deadly.py in the working folder
+    assert code == 1, err
+    sweep = SweepDir.open("sweeps/smoke")
+    found = {row["log2_lr"]: sweep.run(row["run_id"]).status() for row in sweep.read_plan()}
+    assert found[-9.0] == found[-7.0] == {"status": DONE}
+    assert found[-5.0]["status"] == FAILED
+    assert found[-5.0]["error"].startswith("its worker died 2 times (SIGKILL); out of memory?")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killing_the_whole_process_group_at_random_moments_never_changes_a_result(tmp_path: Path) -> None:
+    drill = [*SMALL, "sweep.log2_lrs=[-9,-8,-7,-6,-5,-4]", "sweep.seeds=[0,1]"]
+    wanted = results(trained_inline(drill, tmp_path / "undisturbed"))
+    assert len(wanted) == 24
+    sweep = SweepDir(Path("sweeps/smoke"))
+    for more in random.Random(20).choices(range(20, 160), k=10):  # so many rows of metrics later
+        goal = _progress(sweep) + more
+        launcher = start("run", *drill, *TWO_SLOTS)
+        until(lambda goal=goal: _progress(sweep) >= goal, launcher)
+        os.killpg(launcher.pid, signal.SIGKILL)
+        assert finish(launcher)[0] == -signal.SIGKILL
+    code, _, err = finish(start("run", *drill, *TWO_SLOTS))
+    assert code == 0, err
+    assert results(sweep) == wanted
+
+
+def _progress(sweep: SweepDir) -> int:
+    """Rows of metrics that a sweep holds."""
+    return sum(rows(RunDir(p)) for p in sweep.path.glob("runs/*"))

@@ -1,0 +1,49 @@
+"""The figures are files, the same bytes every time, for whatever a sweep has finished so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mupsweep.report.figures import draw
+from mupsweep.transfer import analyse
+
+
+def test_same_analysis_gives_the_same_bytes(rows: Callable, tmp_path: Path) -> None:
+    first, second = (draw(analyse(rows()), tmp_path / name) for name in ("first", "second"))
+    assert [p.name for p in first] == ["curves.png", "curves.svg", "drift.png", "drift.svg"]
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    assert b"date" not in first[1].read_bytes()
+
+
+def test_every_axis_has_its_own_figures(rows: Callable, tmp_path: Path) -> None:
+    made = draw(analyse(rows(widths=(32, 64), depths=(4, 8))), tmp_path)
+    assert {p.name for p in made if p.suffix == ".svg"} == {
+        "curves.svg",
+        "drift.svg",
+        "curves-depth.svg",
+        "drift-depth.svg",
+    }
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"widths": [32], "log2_lrs": [-7], "seeds": 1},
+        {"log2_lrs": [-2, -1, 0]},  # all diverged
+        {"log2_lrs": [-10, -9, -8]},  # no optimum at any size
+        {"seeds": 1, "log2_lrs": [-9, -8, -7, -6]},  # no intervals
+        {"widths": [32, 64, 128, 256], "log2_lrs": [-8, -7.5, -7, -6.5]},  # one-sided bounds
+        {"widths": [64, 128]},  # no base
+        {"model": "a$b", "parametrizations": ["x^2", "$", "mup", "sp"], "widths": [32, 64]},
+    ],
+)
+def test_degenerate_analyses_are_drawn(rows: Callable, tmp_path: Path, grid: dict) -> None:
+    assert len(draw(analyse(rows(**grid)), tmp_path)) == 4
+
+
+def test_no_runs_no_figures(tmp_path: Path) -> None:
+    assert draw(analyse([]), tmp_path) == []

@@ -1,0 +1,138 @@
+"""The report is one file that says the verdict, escapes what it is told, and stays small."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+
+import pytest
+
+from mupsweep.build import TensorRule
+from mupsweep.report import html
+from mupsweep.scaling import Init, Role
+from mupsweep.transfer import analyse
+
+VOID = {"meta", "br", "hr", "input"}
+RULE = TensorRule(
+    name="blocks.0.mlp.up.weight",
+    role=Role.HIDDEN,
+    shape=(256, 64),
+    optimizer="adamw",
+    init=Init.NORMAL,
+    init_std=0.0125,
+    multiplier=0.5,
+    lr=0.001,
+    weight_decay=0.1,
+    eps=1e-8,
+    init_var_ratio=0.5,
+    multiplier_ratio=1.0,
+    lr_ratio=0.4375,
+    weight_decay_ratio=2.0,
+    eps_ratio=0.25,
+    tied_to=None,
+)
+
+
+class Page(HTMLParser):
+    """Collects attributes and checks that every element is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, key, value or "") for key, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, key, value or "") for key, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_else(rows: Callable, save_sweep: Callable) -> None:
+    runs = rows()
+    text = html.write(save_sweep(runs), analyse(runs), []).read_text()
+    page = Page(text)
+    assert not [a for a in page.attributes if a[1] in ("src", "href", "srcset", "action") or a[0] in ("link", "iframe")]
+    assert not re.search(r"https?://|//[a-z]|@import|url\(", text.replace("// ", ""))
+
+
+def test_verdicts_and_numbers_come_first(rows: Callable, save_sweep: Callable) -> None:
+    runs = rows()
+    analysis = analyse(runs)
+    text = html.write(save_sweep(runs, pending=3), analysis, [("mup, width 64", [RULE])]).read_text()
+    top = text[: text.index("Loss versus learning rate")]
+    assert "drifts" in top
+    assert "transfers" in top
+    for group in analysis.groups:
+        for estimate in (group.total_drift, group.drift):
+            assert f"{estimate} octaves".replace("-", "−") in top
+        assert f"{group.regret.value:.4f} [" in top
+    assert "ends lowest" in top  # the remark
+    assert "mup, width 64" in text
+    assert "<td>blocks.*.mlp.up.weight</td>" in text
+    assert "<td>0.4375</td>" in text
+    assert "mupsweep run parametrization=sp,mup sweep.name=demo" in text
+    assert "<td>27</td><td>24</td>" in text  # the runs of a size with 3 pending, and the done ones
+
+
+def test_what_a_config_says_is_escaped(rows: Callable, save_sweep: Callable) -> None:
+    evil = "<script>alert('x')</script>\"&"
+    runs = rows(model=evil, optimizer=evil, widths=(32, 64)) + rows(widths=(32, 64))
+    sweep = save_sweep(runs)
+    sweep.write_config({"sweep": {"name": evil}}, f"mupsweep run {evil}")
+    text = html.write(sweep, analyse(runs), [(evil, [RULE])]).read_text()
+    assert text.count("<script>") == 1
+    assert text.count("</script>") == 1
+    Page(text)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"widths": [32], "log2_lrs": [-7], "seeds": 1},
+        {"log2_lrs": [-2, -1, 0]},
+        {"log2_lrs": [-10, -9, -8]},
+        {"widths": [64, 128]},
+        {"widths": [32, 64], "depths": [4, 8]},
+    ],
+)
+def test_degenerate_sweeps_have_a_page(rows: Callable, save_sweep: Callable, grid: dict) -> None:
+    runs = rows(**grid)
+    text = html.write(save_sweep(runs), analyse(runs), []).read_text()
+    body = text[text.index("<body>") : text.index("<script>")]
+    Page(text)
+    assert not re.search(r"\b(nan|NaN|None|null|inf)\b", body.replace("gpu: null", ""))
+    assert not re.search(r' d="M?"/>', body.replace(' d=""', ""))
+
+
+def test_an_unfinished_sweep_has_a_page(save_sweep: Callable) -> None:
+    sweep = save_sweep([])
+    sweep.config_path.unlink()
+    sweep.environment_path.unlink()
+    text = html.write(sweep, analyse([]), []).read_text()
+    Page(text)
+    assert "nothing to judge" in text
+
+
+def test_a_large_sweep_stays_small_and_quick(rows: Callable, save_sweep: Callable) -> None:
+    runs = rows(
+        parametrizations=("sp", "mup", "spectral", "depth_mup"),
+        widths=(16, 32, 64, 128, 256, 512),
+        log2_lrs=[x / 2 for x in range(-26, 0)],
+        seeds=4,
+    )
+    assert len(runs) == 2496
+    sweep, analysis = save_sweep(runs), analyse(runs)
+    start = time.perf_counter()
+    path = html.write(sweep, analysis, [(f"variant {i}", [RULE] * 40) for i in range(24)])
+    assert time.perf_counter() - start < 10
+    assert path.stat().st_size < 1_500_000
