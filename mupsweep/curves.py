@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,8 @@ from scipy import stats
 from mupsweep.records import DIVERGED, DONE
 
 CONFIDENCE = 0.95
-WINDOW = 1.5  # octaves on each side of the best point that the fit sees
-MIN_POINTS = 5  # the fit reaches further on coarse grids, until it has so many points
+WINDOW = 1.5  # octaves on each side of the best point that a fit sees at most
+MIN_POINTS = 5  # on coarse grids it reaches further, until it has so many points; narrow fits see just these
 Array = NDArray[np.float64]
 
 
@@ -95,7 +95,7 @@ class Fit:
         beta: coefficients of 1, x, x^2 (, x^3).
         unit: (X^T X)^-1; times the variance of a point it is the covariance of beta.
         vertex: the minimum, relative to the center.
-        others: what fewer points around the best one give, to tell how far the choice of polynomial matters.
+        others: the polynomials that were not chosen, to tell how far the choice matters.
     """
 
     center: float
@@ -197,13 +197,19 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> list[LossCurve]:
 
 def optima(curves: Sequence[LossCurve]) -> list[Optimum]:
     """The optimum of every curve. The curves of one ladder are given together: their noise is pooled."""
-    fits = [fit(curve) for curve in curves]
-    noise = pooled_noise([(c, f) for c, f in zip(curves, fits, strict=True) if isinstance(f, Fit)])
-    return [_optimum(curve, made, noise) for curve, made in zip(curves, fits, strict=True)]
+    found = [candidates(curve) for curve in curves]
+    noise = pooled_noise([(c, fits[-1]) for c, fits in zip(curves, found, strict=True) if isinstance(fits, list)])
+    chosen = [fits if isinstance(fits, str) else _choose(fits, noise) for fits in found]
+    noise = pooled_noise([(c, made) for c, made in zip(curves, chosen, strict=True) if isinstance(made, Fit)])
+    return [_optimum(curve, made, noise) for curve, made in zip(curves, chosen, strict=True)]
 
 
-def fit(curve: LossCurve) -> Fit | str:
-    """A polynomial through the seed means around the best point, or the reason why there is none."""
+def candidates(curve: LossCurve) -> list[Fit] | str:
+    """Polynomials through the seed means around the best point, the widest first, or the reason why there are none.
+
+    A valley is steeper towards the cliff, so a cubic; a wide window averages noise away, and where it cannot follow the
+    valley a narrower one can.
+    """
     points = curve.usable
     if len(points) < 3:
         return f"{len(points)} LRs with a loss; a minimum needs at least 3"
@@ -214,16 +220,24 @@ def fit(curve: LossCurve) -> Fit | str:
         beyond = "the next one diverges: train LRs between" if curve.points[-1].censored else "train higher ones"
         return f"the best LR is the highest that has a loss (2^{points[best].log2_lr:g}); {beyond}"
     center = points[best].log2_lr
-    by_distance = sorted(points, key=lambda p: (abs(p.log2_lr - center), p.log2_lr))
-    reach = max(WINDOW, abs(by_distance[min(MIN_POINTS, len(points)) - 1].log2_lr - center))
-    window = [p for p in points if abs(p.log2_lr - center) <= reach + 1e-9]
-    others = [_polynomial(center, points[best - n : best + n + 1], 2) for n in (1, 2) if n <= best < len(points) - n]
-    # a valley is steeper towards the cliff: a cubic where there are points enough and it keeps a minimum
-    for degree in (3, 2) if len(window) >= MIN_POINTS else (2,):
-        made = _polynomial(center, window, degree)
-        if made is not None:
-            return replace(made, others=tuple(other for other in others if other is not None))
-    return "the losses around the best LR have no minimum: noise, or too few LRs; add seeds or LRs between"
+    distances = sorted(abs(p.log2_lr - center) for p in points)
+    narrow = distances[min(MIN_POINTS, len(points)) - 1]
+    wide, near = ([p for p in points if abs(p.log2_lr - center) <= r + 1e-9] for r in (max(WINDOW, narrow), narrow))
+    three = points[best - 1 : best + 2]
+    shapes = [(wide, 3), (near, 3), (near, 2), (three, 2)]
+    tried = [_polynomial(center, window, degree) for window, degree in shapes if len(window) > degree]
+    fits = [made for made in tried if made is not None]
+    return fits or "the losses around the best LR have no minimum: noise, or too few LRs; add seeds or LRs between"
+
+
+def _choose(fits: list[Fit], noise: Noise) -> Fit:
+    """The widest polynomial whose residuals are no larger than noise explains; the others tell its bias."""
+    for made in fits:
+        dof = len(made.ys) - len(made.beta)
+        squares = float(made.residuals @ made.residuals)
+        if dof == 0 or not squares > dof * noise.variance * stats.f.ppf(0.95, dof, max(noise.dof, 1.0)):
+            return replace(made, others=tuple(other for other in fits if other is not made))
+    return fits[-1]
 
 
 def pooled_noise(fitted: Sequence[tuple[LossCurve, Fit]]) -> Noise:
@@ -292,7 +306,9 @@ def _optimum(curve: LossCurve, made: Fit | str, noise: Noise) -> Optimum:
     loss = made.value(best)
     if not math.isfinite(noise.variance):
         return Optimum(curve, True, best, None, None, loss, None, "one seed and no spare LRs: no interval", made)
+    left, right = _valley(curve, noise)
     low, high = _root_interval(made, noise)
+    low, high = _tighter(low, left - made.center, max), _tighter(high, right - made.center, min)
     se = None if low is None or high is None else (high - low) / (2 * noise.quantile)
     bias = max((_disagreement(made, other, noise) for other in made.others), default=0.0)
     low, high = (None if low is None else low - bias), (None if high is None else high + bias)
@@ -333,6 +349,23 @@ def _root_interval(made: Fit, noise: Noise) -> tuple[float | None, float | None]
         return None
 
     return edge(float(made.xs[0])), edge(float(made.xs[-1]))
+
+
+def _valley(curve: LossCurve, noise: Noise) -> tuple[float, float]:
+    """The nearest LRs on both sides with a loss significantly above the best: a valley's minimum lies between them."""
+    points = curve.usable
+    best = min(points, key=lambda p: p.mean)
+    margin = noise.quantile * math.sqrt(2 * noise.variance)
+    higher = [p.log2_lr for p in points if p.mean > best.mean + margin]
+    left = max((x for x in higher if x < best.log2_lr), default=-math.inf)
+    return left, min((x for x in higher if x > best.log2_lr), default=math.inf)
+
+
+def _tighter(bound: float | None, other: float, choose: Callable[[float, float], float]) -> float | None:
+    """The tighter of two bounds, either of which may be missing."""
+    if not math.isfinite(other):
+        return bound
+    return other if bound is None else choose(bound, other)
 
 
 def _bounds(curve: LossCurve) -> tuple[float | None, float | None]:

@@ -88,7 +88,7 @@ def test_a_run_id_does_not_depend_on(override: str) -> None:
         "model.bias=true",
         "model.init_std=0.03",
         "model.output_multiplier=2",
-        "model.attention_scale=1/d",
+        "model.attention_scale=mup",
         "model.heads=2",
         "optimizer=sgd",
         "optimizer.betas=[0.9,0.99]",

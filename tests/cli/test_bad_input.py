@@ -140,7 +140,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("model.init_std=inf", ("model.init_std=inf",)),
     ("model.heads=0", ("model.heads=0",)),
     ("model.heads=3", ("width 16", "model.heads=3")),
-    ("model.attention_scale=1/dd", ("model.attention_scale=1/dd", "1/d")),
+    ("model.attention_scale=mupp", ("model.attention_scale=mupp", "did you mean 'mup'?")),
     ("model.tied=true model.head_init_std=0", ("model.head_init_std", "set it to null")),
     # the grid
     ("sweep.width_ratios=[0.3]", ("width_ratio=0.3", "4.8", "choose a ratio")),
