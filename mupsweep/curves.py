@@ -187,7 +187,8 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> list[LossCurve]:
     curves = []
     for key, by_lr in sizes.items():
         points = []
-        for log2_lr, runs in sorted(by_lr.items()):
+        for log2_lr, members in sorted(by_lr.items()):
+            runs = sorted(members, key=lambda r: r["seed"])
             losses = {r["seed"]: r["val_loss"] for r in runs if r["status"] == DONE and r["val_loss"] is not None}
             points.append(Point(log2_lr, losses, len(runs) - len(losses)))
         model, optimizer, parametrization, width, depth, r_n, r_L = key

@@ -9,7 +9,7 @@ from statistics import median
 
 from rich.text import Text
 
-from mupsweep.curves import Fit, LossCurve, fit
+from mupsweep.curves import LossCurve, optima
 from mupsweep.transfer import Group
 
 # of the user's own theme: readable on any background
@@ -66,7 +66,7 @@ def loss_range(curves: Sequence[LossCurve]) -> tuple[float, float]:
     low, high = min(map(min, means)), max(map(min, means))
     flank = median(loss - min(m) for m in means for loss in m)
     top = min(max(map(max, means)), high + max(2.5 * flank, 0.25 * (high - low)))
-    valleys = [made.value(made.center + made.vertex) for made in map(fit, curves) if isinstance(made, Fit)]
+    valleys = [found.loss for curve in curves for found in optima([curve]) if found.loss is not None]
     low = min(low, *valleys) if valleys else low
     margin = 0.06 * (top - low) or 0.01
     return low - margin, top + margin
@@ -109,8 +109,8 @@ def _legend(curves: Sequence[LossCurve], width: int) -> Text:
     labels = list(dict.fromkeys(c.label for c in curves))
     text, column = Text(), 0
     for i, (curve, name) in enumerate(zip(curves, size_names(curves), strict=True)):
-        made = fit(curve)
-        best = f"best 2^{made.center + made.vertex:.1f}" if isinstance(made, Fit) else "no optimum"
+        [found] = optima([curve])
+        best = "no optimum" if found.log2_lr is None else f"best 2^{found.log2_lr:.1f}"
         variant = f"{variant_name(curve.label, labels)} " if len(labels) > 1 else ""
         entry = f"{chr(ord('a') + i % 26)} {variant}{name}: {best}"[:width]
         if column and column + 3 + len(entry) > width:
@@ -149,10 +149,9 @@ class _Canvas:
             place = (0 if beyond else y // 4, x // 2)
             if mark == "x" or place not in self.marks:
                 self.marks[place] = (mark, style)
-        made = fit(curve)
-        if isinstance(made, Fit):
-            best = made.center + made.vertex
-            x, y = self._dot(best, made.value(best))
+        [found] = optima([curve])
+        if found.log2_lr is not None and found.loss is not None:
+            x, y = self._dot(found.log2_lr, found.loss)
             self.marks[min(y // 4, self.rows - 1), x // 2] = (letter.upper(), f"bold {style}")
 
     def cells(self) -> Iterator[list[Cell]]:

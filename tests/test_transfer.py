@@ -1,0 +1,212 @@
+"""Drift, regret and verdicts of sweeps whose truth is known, and the recipe of a target."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mupsweep import plan
+from mupsweep.config import load
+from mupsweep.recipe import recipe
+from mupsweep.records import SweepDir
+from mupsweep.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS, Analysis, analyse, read_runs, to_json, write_results
+
+
+def rows(
+    drift: float = 0.0,
+    noise: float = 0.005,
+    seeds: int = 3,
+    sizes: int = 4,
+    step: float = 1.0,
+    lowest: float = -13.0,
+    curvature: float = 0.04,
+    axis: str = "width",
+    parametrization: str = "mup",
+    floor: float = 2.5,
+    random: np.random.Generator | None = None,
+) -> list[dict[str, Any]]:
+    """A ladder of parabolas whose optimum moves by `drift` octaves per doubling; far above it, runs diverge."""
+    random = random or np.random.default_rng(0)
+    made = []
+    for k in range(sizes):
+        optimum = -7.3 + drift * k
+        for seed in range(seeds):
+            shift = random.normal(0, 2 * noise)
+            for x in np.arange(lowest, -2.9, step):
+                diverged = x - optimum > 4
+                loss = floor - 0.1 * k + curvature * (x - optimum) ** 2 + shift + random.normal(0, noise)
+                r_n, r_L = (2.0**k, 1.0) if axis == "width" else (1.0, 2.0**k)  # noqa: N806
+                made.append(
+                    {
+                        "run_id": f"{axis}-{k}-{seed}-{x}",
+                        "model": "nanogpt",
+                        "optimizer": "adamw",
+                        "parametrization": parametrization,
+                        "width": int(32 * r_n),
+                        "depth": int(4 * r_L),
+                        "width_ratio": r_n,
+                        "depth_ratio": r_L,
+                        "log2_lr": float(x),
+                        "seed": seed,
+                        "status": "diverged" if diverged else "done",
+                        "val_loss": None if diverged else float(loss),
+                    }
+                )
+    return made
+
+
+def verdict(analysis: Analysis) -> str:
+    [group] = analysis.groups
+    return group.verdict
+
+
+def test_no_drift_transfers_and_the_numbers_say_so() -> None:
+    [group] = analyse(rows(drift=0.0)).groups
+    assert group.verdict == TRANSFERS
+    assert group.drift.value == pytest.approx(0.0, abs=0.05)
+    assert group.total_drift.low is not None
+    assert group.total_drift.high is not None
+    assert -0.5 <= group.total_drift.low <= 0.0 <= group.total_drift.high <= 0.5
+    assert "within +-0.5" in group.reasons[0]
+
+
+def test_a_drift_of_an_octave_per_doubling_is_measured() -> None:
+    [group] = analyse(rows(drift=-1.0)).groups
+    assert group.verdict == DRIFTS
+    assert group.drift.value == pytest.approx(-1.0, abs=0.05)
+    assert group.total_drift.value == pytest.approx(-3.0, abs=0.1)
+    # the base's optimum lies 3 octaves beyond the largest size's: 0.04 * 3^2
+    assert group.regret.value == pytest.approx(0.36, abs=0.03)
+    assert group.regret.low is not None
+    assert group.regret.high is not None
+    assert group.regret.low <= 0.36 <= group.regret.high
+
+
+@pytest.mark.parametrize(("seeds", "step", "noise"), [(3, 1.0, 0.005), (2, 0.5, 0.01), (1, 1.0, 0.005)])
+def test_verdicts_are_rarely_wrong(seeds: int, step: float, noise: float) -> None:
+    """Of 60 sweeps each: no drift is called 'drifts' and an octave per doubling 'transfers' in fewer than 5 %."""
+    random = np.random.default_rng(3)
+    for truth, wrong in ((0.0, DRIFTS), (-1.0, TRANSFERS)):
+        found = Counter(
+            verdict(analyse(rows(truth, noise, seeds, step=step, lowest=-14.0, random=random))) for _ in range(60)
+        )
+        assert found[wrong] < 3
+        assert found.total() - found[INCONCLUSIVE] > 30  # and the sweeps do have enough data to be called
+
+
+def test_too_little_data_is_inconclusive_and_says_what_to_add() -> None:
+    for little in (
+        rows(sizes=1),
+        rows(noise=0.2, seeds=1, curvature=0.005),
+        [r for r in rows() if r["log2_lr"] < -9],
+        [r for r in rows() if r["log2_lr"] in (-8.0, -7.0)],
+    ):
+        [group] = analyse(little).groups
+        assert group.verdict == INCONCLUSIVE
+        assert any(word in " ".join(group.reasons) for word in ("add ", "train ", "needs at least"))
+
+
+def test_a_largest_size_whose_best_lr_is_the_lowest_still_drifts() -> None:
+    """The bound alone excludes transfer: the optimum of the largest size lies below the grid."""
+    [group] = analyse(rows(drift=-1.5, lowest=-10.0)).groups
+    assert group.optima[-1].log2_lr is None
+    assert group.total_drift.value is None
+    assert group.total_drift.high is not None
+    assert group.total_drift.high < -0.5
+    assert group.verdict == DRIFTS
+
+
+def test_a_valley_so_flat_that_the_lr_does_not_matter_transfers_by_its_regret() -> None:
+    [group] = analyse(rows(drift=0.25, curvature=0.004, noise=0.0005)).groups
+    assert group.verdict == TRANSFERS
+    assert "costs at most" in group.reasons[0]
+
+
+def test_half_finished_sweeps_are_judged_by_what_they_have() -> None:
+    everything = rows(drift=-1.0)
+    half = everything[: len(everything) * 3 // 4]  # the largest size is missing
+    [group] = analyse(half).groups
+    assert [o.curve.width for o in group.optima] == [32, 64, 128]
+    assert group.verdict == DRIFTS
+
+
+def test_width_and_depth_ladders_are_judged_apart() -> None:
+    deeper = [r for r in rows(drift=-1.0, axis="depth", sizes=3) if r["depth"] > 4]  # the base is the width ladder's
+    found = {group.axis: group.verdict for group in analyse([*rows(drift=0.0), *deeper]).groups}
+    assert found == {"width": TRANSFERS, "depth": DRIFTS}
+
+
+def test_the_lower_loss_of_sp_is_told_beside_its_drift() -> None:
+    both = [*rows(drift=-1.0, parametrization="sp", floor=2.45), *rows(drift=0.0, parametrization="mup")]
+    [remark] = analyse(both).remarks
+    assert remark.startswith("loss at width 256, depth 4, each at its own optimum: adamw/sp ")
+    assert "sp tuned at this size ends lowest, although its LR does not transfer" in remark
+
+
+def test_the_same_records_always_give_the_same_numbers() -> None:
+    made = rows(drift=-0.4, noise=0.02)
+    assert to_json(analyse(made)) == to_json(analyse(list(reversed(made))))
+
+
+def test_results_have_the_documented_keys(tmp_path: Path) -> None:
+    sweep = SweepDir(tmp_path)
+    write_results(sweep, analyse(rows()))
+    written = json.loads((sweep.results / "transfer.json").read_text())
+    assert set(written) == {"groups", "remarks", "confidence", "tolerance"}
+    assert written["tolerance"] == {"octaves": 0.5, "nats": 0.01}
+    [group] = written["groups"]
+    assert {"model", "optimizer", "parametrization", "axis", "sizes", "drift", "total_drift", "regret"} <= set(group)
+    assert set(group["drift"]) == {"octaves_per_doubling", "low", "high"}
+    assert set(group["total_drift"]) == {"octaves", "low", "high"}
+    assert set(group["regret"]) == {"nats", "low", "high"}
+    assert {"ratio", "n_runs", "n_diverged", "bracketed", "log2_lr_optimum", "loss_optimum"} <= set(group["sizes"][0])
+    header = (sweep.results / "curves.csv").read_text().splitlines()[0]
+    assert header == (
+        "model,parametrization,optimizer,width,depth,width_ratio,depth_ratio,log2_lr,n_seeds,loss_mean,loss_sem,censored"
+    )
+    assert (sweep.results / "runs.csv").read_text().startswith("run_id,model,parametrization,optimizer,width,depth,")
+
+
+def test_the_recipe_of_a_target_holds_the_rules_at_the_transferred_lr() -> None:
+    [variant] = load(["parametrization=spectral", "optimizer=adamw", "model.width=32", "model.head_dim=16"]).variants
+    [group] = analyse([{**r, "parametrization": "spectral"} for r in rows()]).groups
+    made = recipe(group, plan.recipe(variant), width=1024, depth=16)
+    assert made["basis"].startswith("transfers")
+    assert made["log2_lr"] == pytest.approx(-7.3, abs=0.1)
+    assert made["log2_lr_low"] < made["log2_lr"] < made["log2_lr_high"]
+    assert made["block_multiplier"] == 0.25  # 1 / r_L
+    assert made["output_multiplier"] == 1 / 32  # 1 / r_n
+    tensors = {t["name"]: t for t in made["tensors"]}
+    query = tensors["blocks.15.attention.query.weight"]
+    assert query["lr"] == pytest.approx(made["base_lr"] / 32)
+    assert query["init_std"] == pytest.approx(0.02 / math.sqrt(32))
+    assert query["eps_ratio"] == pytest.approx(1 / (32 * 4))
+    assert tensors["token_embedding.weight"]["lr"] == pytest.approx(made["base_lr"])
+
+
+def test_a_drifting_recipe_extrapolates_and_says_so() -> None:
+    [variant] = load(["parametrization=sp", "model.width=32", "model.head_dim=16"]).variants
+    [group] = analyse([{**r, "parametrization": "sp"} for r in rows(drift=-1.0)]).groups
+    made = recipe(group, plan.recipe(variant), width=1024, depth=4)
+    assert made["basis"].startswith("drifts: extrapolated")
+    assert made["log2_lr"] == pytest.approx(-7.3 - 5, abs=0.3)
+    assert made["log2_lr_low"] <= -12.3 <= made["log2_lr_high"]
+
+
+def test_runs_of_several_sweeps_are_read_together(tmp_path: Path) -> None:
+    words = ["experiment=smoke", f"out={tmp_path}", "sweep.width_ratios=[1]"]
+    for name, lrs in (("a", "[-9,-7]"), ("b", "[-7,-5]")):
+        sweep, runs = plan.save(load([*words, f"sweep.name={name}", f"sweep.log2_lrs={lrs}"]), "")
+        for run in runs:
+            folder = sweep.run(run.run_id)
+            folder.path.mkdir(parents=True)
+            folder.write_summary({"run_id": run.run_id, **run.identity(), "status": "done", "val_loss": 2.0})
+            folder.write_status("done")
+    found = read_runs([SweepDir.open(tmp_path / "a"), SweepDir.open(tmp_path / "b")])
+    assert [row["log2_lr"] for row in found] == [-9.0, -7.0, -5.0]  # the run that both planned counts once
