@@ -10,6 +10,7 @@ from mupsweep.scaling import Role, TensorSpec
 from mupsweep.sizes import Size
 
 STEP_SECONDS = 0.004  # what a step costs beyond its FLOPs: kernel launches and Python
+SI = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 FLOPS_PER_SECOND = {"cpu": 1e11, "cuda": 1e14, "mps": 3e12}  # sustained, per CPU thread or per device; rough
 
 
@@ -48,3 +49,23 @@ def estimate(tensors: Iterable[TensorSpec], size: Size, steps: int, batch_size: 
     # about 16 width-sized and 3 ffn-sized activations a block are kept for the backward pass
     activations = batch_size * size.context * size.depth * (16 * size.width + 3 * size.ffn_width)
     return Cost(parameters, tokens, float(per_token) * tokens, 4.0 * (4 * parameters + activations))
+
+
+def si(value: float) -> str:
+    """1.23M, 4.5G: three digits and a unit."""
+    for size, unit in SI:
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Readable to two units: 45s, 3m 20s, 2h 05m, 4d 03h."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m {s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h {s % 3600 // 60:02d}m"
+    return f"{s // 86400}d {s % 86400 // 3600:02d}h"

@@ -25,8 +25,9 @@ def main(venv: str) -> None:
     pip += ["-c", str(ROOT / "constraints.txt")]
     if subprocess.run([*pip, wanted_torch()]).returncode != 0:
         sys.exit(
-            f"cannot install {wanted_torch()}: if your package index has no CPU builds of torch, "
-            "set PIP_EXTRA_INDEX_URL to the CPU index that PyTorch's install page names, or accept the CUDA build: TORCH=torch==2.13.0 make ..."
+            f"cannot install {wanted_torch()}: if your package index has no CPU builds of torch, set "
+            "PIP_EXTRA_INDEX_URL to the CPU index that PyTorch's install page names, or accept the CUDA build with "
+            "TORCH=torch==2.13.0 make ..."
         )
     if subprocess.run([*pip, "-e", f"{ROOT}[dev]"]).returncode != 0:
         sys.exit("cannot install mupsweep's dependencies: see pip's message above")

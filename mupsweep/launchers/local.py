@@ -10,8 +10,8 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from mupsweep.environment import cores, find_devices
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.launchers.progress import Progress
 from mupsweep.records import FAILED, RUNNING, SweepDir
@@ -67,10 +67,9 @@ class Local:
         found = find_devices() if self.devices == "auto" else [d.strip() for d in self.devices.split(",") if d.strip()]
         if not found:
             raise ConfigError(f"launcher.devices={self.devices}: expected auto or a list such as cuda:0,cuda:1")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         slots = []
         for device in found:
-            count = self.slots_per_device or (max(1, cores // self.threads) if device == "cpu" else 1)
+            count = self.slots_per_device or (max(1, cores() // self.threads) if device == "cpu" else 1)
             slots += [device] * count
         return slots
 
@@ -148,14 +147,3 @@ class Pool:
 
 
 STOPPED = 130  # a worker's exit code when a signal asked it to stop
-
-
-def find_devices() -> list[str]:
-    """Every accelerator that torch sees, else the CPU; torch is imported only where there might be one."""
-    if sys.platform == "linux" and not any(map(Path.exists, map(Path, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))):
-        return ["cpu"]
-    import torch
-
-    if torch.cuda.is_available():
-        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return ["mps"] if torch.backends.mps.is_available() else ["cpu"]

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from mupsweep.cost import duration
 from mupsweep.records import FAILED, FINISHED, RUNNING, RunDir, SweepDir
 
 
@@ -75,7 +76,9 @@ class Progress:
         else:
             detail = f"val_loss {summary['val_loss']:.4f}"
         speed = f"  {summary['seconds']:.1f}s  {summary['tokens_per_second']:,.0f} tok/s" if summary else ""
-        self.console.print(f"{count} {folder.run_id}  {status['status']}  {detail}{speed}", markup=False, soft_wrap=True)
+        self.console.print(
+            f"{count} {folder.run_id}  {status['status']}  {detail}{speed}", markup=False, soft_wrap=True
+        )
 
     def time_left(self, running: list[tuple[str, dict[str, Any]]]) -> str:
         """How long the rest takes at the speed so far, by FLOPs."""
@@ -85,18 +88,6 @@ class Progress:
             return ""
         left = sum(self.flops.get(r, 0.0) for r in self.open) - partial
         return f"about {duration((time.monotonic() - self.started) * left / done)} left"
-
-
-def duration(seconds: float) -> str:
-    """Readable to two units: 45s, 3m 20s, 2h 05m, 4d 03h."""
-    s = round(seconds)
-    if s < 60:
-        return f"{s}s"
-    if s < 3600:
-        return f"{s // 60}m {s % 60:02d}s"
-    if s < 86400:
-        return f"{s // 3600}h {s % 3600 // 60:02d}m"
-    return f"{s // 86400}d {s % 86400 // 3600:02d}h"
 
 
 def _table(running: list[tuple[str, dict[str, Any]]]) -> Table:

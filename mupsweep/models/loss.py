@@ -53,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_h, grad_w = ctx.saved_tensors
         return grad_h * grads[0], grad_w * grads[0], None, None, None, None
 

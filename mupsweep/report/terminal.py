@@ -14,14 +14,14 @@ from rich.table import Table
 from mupsweep import data
 from mupsweep.build import TensorRule, audit, multipliers, rule_record, rules
 from mupsweep.config import SweepConfig, load
-from mupsweep.cost import FLOPS_PER_SECOND
+from mupsweep.cost import FLOPS_PER_SECOND, duration, si
 from mupsweep.data import shards
+from mupsweep.environment import accelerator, cores
 from mupsweep.plan import Recipe, RunSpec, plan, recipe, sweep_name
 from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING, SweepDir
 from mupsweep.scaling import Role, Rule, symbolic
 
 RULE_KEYS = ("multiplier", "init_std", "lr", "weight_decay", "eps")
-SI = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def show_plan(config: SweepConfig, as_json: bool) -> None:
@@ -31,7 +31,8 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
     exists = sweep.plan_path.is_file()
     status = {r.run_id: sweep.run(r.run_id).status()["status"] if exists else PENDING for r in runs}
     left = [r for r in runs if status[r.run_id] not in (DONE, DIVERGED)]
-    device, lanes = "cpu", max(1, (_cores() // int(config.launcher.get("threads", 1))))
+    device = accelerator()
+    lanes = max(1, cores() // int(config.launcher.get("threads", 1))) if device == "cpu" else 1
     seconds = sum(r.cost.seconds(r.recipe.steps, device) for r in left) / lanes
     if as_json:
         keys = ("run_id", "width", "depth", "log2_lr", "seed", "parametrization", "optimizer", "model")
@@ -74,8 +75,8 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
     console.print(table)
     total = sum(r.cost.flops for r in left)
     console.print(
-        f"{len(left)} of {len(runs)} runs to train, {si(total)}FLOPs, roughly {seconds / 60:.0f} min on {lanes} CPU "
-        f"threads at {si(FLOPS_PER_SECOND[device])}FLOP/s each; `mupsweep run` shows the time left from measured speed"
+        f"{len(left)} of {len(runs)} runs to train, {si(total)}FLOPs, roughly {duration(seconds)} on {lanes} {device} "
+        f"worker(s) at {si(FLOPS_PER_SECOND[device])}FLOP/s each; while it runs you see the measured time left"
     )
     console.print(f"folder: {sweep.path}")
 
@@ -176,14 +177,6 @@ def verify_data(overrides: Sequence[str], config_dir: str | None) -> None:
     print(f"{folder}: every shard has its digest")
 
 
-def si(value: float) -> str:
-    """1.23M, 4.5G: three digits and a unit."""
-    for size, unit in SI:
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
 def _rules_document(one: Recipe, config: SweepConfig, base_lr: float) -> dict[str, Any]:
     model, optimizer, parametrization = one.variant.label
     roles = {}
@@ -258,12 +251,6 @@ def _by_size(runs: Sequence[RunSpec]) -> dict[tuple[Any, ...], list[RunSpec]]:
 def _counts(states: Iterable[tuple[Any, Any, dict[str, Any]]]) -> dict[str, int]:
     counts = Counter(status["status"] for _, _, status in states)
     return {name: counts[name] for name in (DONE, DIVERGED, RUNNING, PENDING, FAILED)}
-
-
-def _cores() -> int:
-    import os
-
-    return os.cpu_count() or 1
 
 
 def table_of(*columns: str) -> Table:

@@ -9,10 +9,11 @@ from typing import Any
 
 from rich.table import Table
 
+from mupsweep.cost import si
 from mupsweep.curves import CONFIDENCE
 from mupsweep.records import DIVERGED, DONE
 from mupsweep.report.curves_text import curve_text
-from mupsweep.report.terminal import console_of, si, table_of
+from mupsweep.report.terminal import console_of, table_of
 from mupsweep.transfer import DRIFTS, TRANSFERS, Analysis, Estimate, Group
 
 
