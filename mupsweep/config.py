@@ -7,15 +7,15 @@ launcher, tracker) stays a plain mapping until `instantiate` turns it into that 
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mupsweep.errors import ConfigError, nearest
+from mupsweep.sections import boolean, instantiate, one_of, refuse_foreign_code, require, structured
 
 COMPARABLE = (
     "model",
@@ -24,8 +24,6 @@ COMPARABLE = (
 )  # groups that take several choices: optimizer=adamw,muon
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 PRECISIONS = ("auto", "fp32", "bf16")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,13 @@ class DataConfig:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 < self.validation_fraction < 1,
             "data.validation_fraction",
             self.validation_fraction,
             "in (0, 1)",
         )
-        _require(self.max_tokens is None or self.max_tokens > 0, "data.max_tokens", self.max_tokens, "positive")
+        require(self.max_tokens is None or self.max_tokens > 0, "data.max_tokens", self.max_tokens, "positive")
 
 
 @dataclass(frozen=True)
@@ -77,23 +75,23 @@ class TrainingConfig:
                 f"training.steps={self.steps} and training.tokens={self.tokens}: set exactly one; "
                 "training.steps=null unsets the default"
             )
-        _require(given[0] > 0, "training.steps or training.tokens", given[0], "positive")
-        _require(self.batch_size > 0, "training.batch_size", self.batch_size, "positive")
-        _require(self.warmup >= 0, "training.warmup", self.warmup, "a fraction below 1 or a number of steps")
-        _require(self.schedule in SCHEDULES, "training.schedule", self.schedule, nearest(self.schedule, SCHEDULES))
-        _require(0 <= self.min_lr_frac <= 1, "training.min_lr_frac", self.min_lr_frac, "in [0, 1]")
-        _require(0 < self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "in (0, 1]")
-        _require(self.clip is None or self.clip > 0, "training.clip", self.clip, "positive or null")
-        _require(
+        require(given[0] > 0, "training.steps or training.tokens", given[0], "positive")
+        require(self.batch_size > 0, "training.batch_size", self.batch_size, "positive")
+        require(self.warmup >= 0, "training.warmup", self.warmup, "a fraction below 1 or a number of steps")
+        one_of(self.schedule, SCHEDULES, "training.schedule")
+        require(0 <= self.min_lr_frac <= 1, "training.min_lr_frac", self.min_lr_frac, "in [0, 1]")
+        require(0 < self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "in (0, 1]")
+        require(self.clip is None or self.clip > 0, "training.clip", self.clip, "positive or null")
+        require(
             self.precision in PRECISIONS,
             "training.precision",
             self.precision,
             nearest(self.precision, PRECISIONS),
         )
-        _require(self.eval_batches > 0, "training.eval_batches", self.eval_batches, "positive")
-        _require(self.evals > 0, "training.evals", self.evals, "positive")
-        _require(self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "at least 0")
-        _require(self.divergence_patience > 0, "training.divergence_patience", self.divergence_patience, "positive")
+        require(self.eval_batches > 0, "training.eval_batches", self.eval_batches, "positive")
+        require(self.evals > 0, "training.evals", self.evals, "positive")
+        require(self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "at least 0")
+        require(self.divergence_patience > 0, "training.divergence_patience", self.divergence_patience, "positive")
 
     def total_steps(self, context: int) -> int:
         """Optimizer steps of a run whose sequences are `context` tokens long."""
@@ -121,16 +119,19 @@ class GridConfig:
     def __post_init__(self) -> None:
         for key in ("width_ratios", "depth_ratios", "log2_lrs", "seeds"):
             values = getattr(self, key)
-            _require(len(values) > 0, f"sweep.{key}", list(values), "a list with at least one value")
-            _require(len(set(values)) == len(values), f"sweep.{key}", list(values), "a list without repeats")
+            require(len(values) > 0, f"sweep.{key}", list(values), "a list with at least one value")
+            require(len(set(values)) == len(values), f"sweep.{key}", list(values), "a list without repeats")
         for key in ("width_ratios", "depth_ratios"):
-            _require(all(v > 0 for v in getattr(self, key)), f"sweep.{key}", list(getattr(self, key)), "positive")
+            require(all(v > 0 for v in getattr(self, key)), f"sweep.{key}", list(getattr(self, key)), "positive")
+        require(all(abs(v) <= 64 for v in self.log2_lrs), "sweep.log2_lrs", list(self.log2_lrs), "octaves, -64 to 64")
         if self.pair and len(self.width_ratios) != len(self.depth_ratios):
             raise ConfigError(
                 f"sweep.pair=true pairs width_ratios ({len(self.width_ratios)}) with depth_ratios "
                 f"({len(self.depth_ratios)}): give two lists of equal length, or sweep.pair=false for all combinations"
             )
-        if self.name is not None and (not self.name or set(self.name) & set("/\\\0\n") or self.name.startswith(".")):
+        if self.name is not None and (
+            not self.name or set(self.name) & set("/\\\0\n") or self.name.startswith(".") or len(self.name) > 128
+        ):
             raise ConfigError(f"sweep.name={self.name!r}: use a plain folder name, without slashes or a leading dot")
 
     @property
@@ -210,15 +211,11 @@ def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
         launcher=dict(tree["launcher"]),
         tracker=dict(tree["tracker"]),
         out=str(tree["out"]),
-        allow_imports=bool(tree["allow_imports"]),
+        allow_imports=boolean(tree["allow_imports"], "allow_imports"),
         overrides=tuple(tree["overrides"]),
     )
     for where, section in _sections(config):
-        kind = str(section.get("kind"))
-        if not kind.startswith("mupsweep.") and not config.allow_imports:
-            raise ConfigError(
-                f"{where}.kind={kind} is code outside mupsweep: add allow_imports=true if you trust this config"
-            )
+        refuse_foreign_code(section, where, config.allow_imports)
         if where != "data":  # a source is made from the whole DataConfig, when it is read
             instantiate(section, where)
     return config
@@ -227,52 +224,6 @@ def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
 def to_tree(config: SweepConfig) -> dict[str, Any]:
     """The inverse of `from_tree`: plain mappings and lists, ready for yaml or json."""
     return asdict(config)
-
-
-def structured(cls: type[T], section: Mapping[str, Any], where: str) -> T:
-    """An instance of the dataclass `cls` from a mapping: unknown keys refused, values converted to their types.
-
-    Raises:
-        ConfigError: naming `where`.key, the offending value and what was expected.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    assert is_dataclass(cls)
-    known = {f.name: f for f in fields(cls)}
-    for key in section:
-        if key not in known:
-            raise ConfigError(f"unknown key '{where}.{key}'; {nearest(str(key), known)}")
-    missing = [
-        n for n, f in known.items() if n not in section and f.default is MISSING and f.default_factory is MISSING
-    ]
-    if missing:
-        raise ConfigError(f"missing key '{where}.{missing[0]}'; give {where}.{missing[0]}=VALUE")
-
-    schema = OmegaConf.structured(cls)
-    OmegaConf.set_readonly(schema, False)  # a frozen dataclass is read-only until told otherwise
-    try:
-        merged = OmegaConf.merge(schema, dict(section))
-        made = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        reason = (getattr(error, "msg", None) or str(error)).splitlines()[0]
-        key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"{where}.{key}: {reason}") from error
-    assert isinstance(made, cls)
-    return _tuples(made)
-
-
-def instantiate(section: Mapping[str, Any], where: str) -> Any:
-    """The object that a section's `kind` (a dotted class path) and its other keys describe."""
-    path, _, name = str(section.get("kind")).rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(path), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"{where}.kind={section.get('kind')} cannot be imported ({error}): "
-            f"it names a dataclass as package.module.Class"
-        ) from error
-    return structured(cls, {k: v for k, v in section.items() if k != "kind"}, where)
 
 
 def choices(group: str, config_dir: str | None = None) -> list[str]:
@@ -307,6 +258,8 @@ def _split(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, 
         key = override.key_or_group
         if override.is_add() or override.is_force_add() or override.is_delete():
             raise ConfigError(f"override {text!r}: every key exists already, so write it without the sign: {key}=VALUE")
+        if key.startswith("hydra"):
+            raise ConfigError(f"override {text!r}: mupsweep uses Hydra for composition only; it has no hydra.* keys")
         if key not in groups:
             if override.is_sweep_override():
                 raise ConfigError(
@@ -316,10 +269,12 @@ def _split(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, 
             continue
         value = override.value()
         names = [str(v) for v in value.list] if override.is_sweep_override() else [str(value)]  # type: ignore[union-attr]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"override {text!r}: each choice once")
         if len(names) > 1 and key not in COMPARABLE:
             raise ConfigError(f"override {text!r}: only {', '.join(COMPARABLE)} take several choices")
         for name in names:
-            if name not in choices(key, config_dir) and not (key == "experiment" and name in ("None", "null")):
+            if name not in choices(key, config_dir) and text != "experiment=null":
                 raise ConfigError(f"no {key} named '{name}'; {nearest(name, choices(key, config_dir))}")
         if key in COMPARABLE:
             comparable[key] = names
@@ -330,6 +285,7 @@ def _split(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, 
 
 def _compose(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
     """One Hydra composition as plain containers."""
+    import yaml
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -340,20 +296,28 @@ def _compose(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
         raise ConfigError(
             f"--config-dir {config_dir} is not a folder: it holds yaml groups such as optimizer/mine.yaml"
         )
+
+    def composed(words: list[str]) -> dict[str, Any]:
+        try:
+            tree = OmegaConf.to_container(compose("mupsweep", [*search, *words]), resolve=True)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"a yaml file cannot be read: {' '.join(str(error).split())}") from error
+        assert isinstance(tree, dict)
+        return {str(k): v for k, v in tree.items()}
+
     with initialize_config_dir(str(config_root().resolve()), version_base="1.3"):
         try:
-            tree = OmegaConf.to_container(compose("mupsweep", [*search, *overrides]), resolve=True)
-        except (HydraException, OmegaConfBaseException) as error:
-            values = [o for o in overrides if "." in o.split("=")[0]]
-            defaults = compose("mupsweep", [*search, *(o for o in overrides if o not in values and _is_group(o))])
-            known = list(_dotted(OmegaConf.to_container(defaults)))
+            return composed(overrides)
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            try:
+                known = list(_dotted(composed([o for o in overrides if _is_group(o)])))
+            except (HydraException, OmegaConfBaseException, ValueError):
+                known = []
             for override in overrides:
                 key = override.split("=")[0]
-                if not _is_group(override) and key not in known:
+                if known and not _is_group(override) and key not in known:
                     raise ConfigError(f"unknown key '{key}'; {nearest_key(key, known)}") from error
             raise ConfigError(" ".join(str(error).split())) from error
-    assert isinstance(tree, dict)
-    return {str(k): v for k, v in tree.items()}
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
@@ -380,17 +344,3 @@ def _sections(config: SweepConfig) -> Iterable[tuple[str, Mapping[str, Any]]]:
         yield "data", {"kind": variant.data.kind}
     yield "launcher", config.launcher
     yield "tracker", config.tracker
-
-
-def _tuples(made: T) -> T:
-    """OmegaConf returns lists for tuple fields; frozen objects hold tuples."""
-    for f in fields(made):  # type: ignore[arg-type]
-        value = getattr(made, f.name)
-        if isinstance(value, list):
-            object.__setattr__(made, f.name, tuple(value))
-    return made
-
-
-def _require(ok: bool, key: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ConfigError(f"{key}={value}: expected {expected}")

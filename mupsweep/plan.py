@@ -10,15 +10,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mupsweep.config import SweepConfig, TrainingConfig, Variant, from_tree, instantiate, to_tree
+from mupsweep.config import SweepConfig, TrainingConfig, Variant, from_tree, to_tree
 from mupsweep.cost import Cost, estimate
 from mupsweep.data import fingerprint
 from mupsweep.data.tokenizers import vocab_size
-from mupsweep.errors import ConfigError
+from mupsweep.errors import ConfigError, RecordError
 from mupsweep.models import Architecture
 from mupsweep.optimizers import Optimizer
 from mupsweep.records import SweepDir
 from mupsweep.scaling import Parametrization
+from mupsweep.sections import instantiate
 from mupsweep.sizes import Size
 
 VOCAB_MULTIPLE = 64  # the vocabulary is padded to this, as nanoGPT pads 50257 to 50304: aligned matrix products
@@ -150,7 +151,7 @@ def save(config: SweepConfig, header: str) -> tuple[SweepDir, list[RunSpec]]:
     new = plan(config)
     sweep = SweepDir(Path(config.out) / sweep_name(config))
     with sweep.lock():
-        old = load(sweep) if sweep.plan_path.is_file() else []
+        old = _planned_before(sweep)
         variants = {run.recipe.digest: run.recipe.variant for run in [*old, *new]}
         _refuse_namesakes(variants.values(), sweep)
         runs = {run.run_id: run for run in [*old, *new]}
@@ -167,9 +168,26 @@ def load(sweep: SweepDir) -> list[RunSpec]:
     sizes = cache(lambda digest, r_n, r_L: _sized(recipes[digest], r_n, r_L))  # noqa: N803
     runs = []
     for row in sweep.read_plan():
+        if row["variant"] not in recipes:
+            raise RecordError(
+                f"{sweep.path} was planned on another corpus, or its config.yaml was edited: the text behind data.path "
+                "has changed since; choose another sweep.name, or bring the old text back"
+            )
         size, cost = sizes(row["variant"], row["width_ratio"], row["depth_ratio"])
         runs.append(RunSpec(row["run_id"], recipes[row["variant"]], size, row["log2_lr"], row["seed"], cost))
     return runs
+
+
+def _planned_before(sweep: SweepDir) -> list[RunSpec]:
+    """What the folder holds already; nothing where its config or plan is damaged, since both are now written anew."""
+    if not sweep.plan_path.is_file():
+        return []
+    try:
+        sweep.read_config()
+        sweep.read_plan()
+    except RecordError:
+        return []
+    return load(sweep)
 
 
 def _grid(
@@ -192,13 +210,19 @@ def _sized(made: Recipe, r_n: float, r_L: float) -> tuple[Size, Cost]:  # noqa: 
 
 def _digest(variant: Variant) -> str:
     """Identifies a variant by everything that decides what its runs compute, the content of the corpus included."""
+    tree = _identifying(variant)
+    tree["data"]["content"] = fingerprint(variant.data)
+    canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _identifying(variant: Variant) -> dict[str, Any]:
+    """A variant's keys without those that have no effect on its numbers."""
     tree = asdict(variant)
     for section, keys in UNIDENTIFYING.items():
         for key in keys:
             del tree[section][key]
-    tree["data"]["content"] = fingerprint(variant.data)
-    canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return tree
 
 
 def _refuse_namesakes(variants: Iterable[Variant], sweep: SweepDir) -> None:
@@ -208,7 +232,7 @@ def _refuse_namesakes(variants: Iterable[Variant], sweep: SweepDir) -> None:
         other = seen.setdefault(variant.label, variant)
         if other is variant:
             continue
-        mine, theirs = _flat(asdict(variant)), _flat(asdict(other))
+        mine, theirs = _flat(_identifying(variant)), _flat(_identifying(other))
         different = [k for k in mine | theirs if mine.get(k) != theirs.get(k)]
         shown = ", ".join(f"{k}={mine.get(k)} (there: {theirs.get(k)})" for k in different[:3]) or "another corpus"
         raise ConfigError(

@@ -4,68 +4,28 @@
     <sweep>/runs/<run-id>/  config.yaml  groups.json  status.json  metrics.jsonl  summary.json  train.log
                             claims/  checkpoint/
 
-Files are written to a temporary name and renamed, `status.json` last. A run is owned through numbered claim files,
-which are only ever added: whoever creates the next number owns the run, so that two workers never train one run, on
-any file system with atomic link or exclusive create.
+`status.json` is written last: a run without it, or with "running" and a dead owner, is trained again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import socket
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mupsweep import claims
+from mupsweep.claims import Claim
 from mupsweep.errors import RecordError
+from mupsweep.files import finite, make_folder, read_json, write_json, write_text
 
 PENDING, RUNNING, DONE, DIVERGED, FAILED = "pending", "running", "done", "diverged", "failed"
 FINISHED = (DONE, DIVERGED)  # results; never trained again
-STALE_SECONDS = 600.0  # a claim of another host without a heartbeat for so long is taken over
-
-
-def write_text(path: Path, text: str, durable: bool = True) -> None:
-    """Replace `path` by `text` in one step; `durable` also waits until it is on the disk."""
-    write_bytes(path, text.encode(), durable)
-
-
-def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
-    """Replace `path` by `content` in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise RecordError(
-            f"cannot write {path}: {error.strerror}; free space or choose another folder with out=DIR"
-        ) from error
-
-
-def write_json(path: Path, content: Any, durable: bool = True) -> None:
-    """Replace `path` by readable json; a float that is not finite becomes null."""
-    write_text(path, json.dumps(_finite(content), indent=2) + "\n", durable)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The mapping in a json file; None where there is none or it cannot be parsed."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 @dataclass(frozen=True)
@@ -142,9 +102,12 @@ class SweepDir:
     def read_config(self) -> dict[str, Any]:
         try:
             tree = yaml.safe_load(self.config_path.read_text())
-        except (OSError, yaml.YAMLError) as error:
+            missing = [key for key in ("variants", "sweep", "launcher", "tracker") if key not in tree]
+            if missing:
+                raise KeyError(f"no {missing[0]}")
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
             raise RecordError(
-                f"{self.config_path} cannot be read ({str(error).splitlines()[0]}): run the command that made the "
+                f"{self.config_path} cannot be read ({' '.join(str(error).split())}): run the command that made the "
                 "sweep again, it writes the file anew and keeps every finished run"
             ) from error
         return tree
@@ -157,8 +120,12 @@ class SweepDir:
         if not self.plan_path.is_file():
             return []
         try:
-            return [json.loads(line) for line in self.plan_path.read_text().splitlines()]
-        except ValueError as error:
+            rows = [json.loads(line) for line in self.plan_path.read_text().splitlines()]
+            for row in rows:
+                if not {"run_id", "variant", "width_ratio", "depth_ratio", "log2_lr", "seed"} <= set(row):
+                    raise ValueError(f"not a planned run: {row}")
+            return rows
+        except (OSError, ValueError, TypeError) as error:
             raise RecordError(
                 f"{self.plan_path} is damaged ({error}): delete it and run the command that made the sweep again; "
                 "finished runs are kept"
@@ -167,8 +134,9 @@ class SweepDir:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Held while the plan is extended; two commands planning at once take turns where the file system can lock."""
-        self.path.mkdir(parents=True, exist_ok=True)
         import fcntl
+
+        make_folder(self.path)
 
         with (self.path / ".lock").open("w") as file:
             with contextlib.suppress(OSError):  # a file system without locks: plans are idempotent, so go on
@@ -209,7 +177,8 @@ class RunDir:
 
     def status(self) -> dict[str, Any]:
         """What status.json says; pending where it is missing or damaged."""
-        return read_json(self.status_path) or {"status": PENDING}
+        status = read_json(self.status_path)
+        return status if status is not None and "status" in status else {"status": PENDING}
 
     def is_open(self) -> bool:
         """Whether the run still needs training: anything but a result."""
@@ -267,137 +236,27 @@ class RunDir:
         with contextlib.suppress(OSError):
             self.checkpoints[0].parent.rmdir()
 
+    @property
+    def claims(self) -> Path:
+        return self.path / "claims"
+
     def claim(self) -> Claim | None:
         """Own this run, or None where somebody alive does."""
-        folder = self.path / "claims"
-        folder.mkdir(parents=True, exist_ok=True)
-        numbers = sorted(int(p.stem) for p in folder.glob("[0-9]*.json"))
-        if numbers and not _is_free(folder / _claim_name(numbers[-1])):
-            return None
-        path = folder / _claim_name(numbers[-1] + 1 if numbers else 0)
-        owner = _owner()
-        return Claim(path, owner) if _create(path, json.dumps(owner)) else None
+        return claims.take(self.claims)
 
     def is_claimed(self) -> bool:
         """Whether somebody alive owns this run."""
-        newest = self._newest_claim()
-        return newest is not None and not _is_free(newest)
+        newest = claims.newest(self.claims)
+        return newest is not None and not claims.is_free(newest)
 
     def owner_pid(self) -> int | None:
         """The process that owns this run, or owned it last."""
-        newest = self._newest_claim()
+        newest = claims.newest(self.claims)
         return None if newest is None else (read_json(newest) or {}).get("pid")
-
-    def _newest_claim(self) -> Path | None:
-        return max((self.path / "claims").glob("[0-9]*.json"), default=None)
-
-
-@dataclass
-class Claim:
-    """The right to train a run, until released or the owner dies."""
-
-    path: Path
-    owner: dict[str, Any]
-    beat: float = field(default_factory=time.monotonic)
-
-    def heartbeat(self) -> None:
-        """Tell other hosts that the owner lives; cheap enough for every step."""
-        if time.monotonic() - self.beat > STALE_SECONDS / 20:
-            os.utime(self.path)
-            self.beat = time.monotonic()
-
-    def is_held(self) -> bool:
-        """False once another worker took the run over, for instance after this process was suspended for long."""
-        return max(self.path.parent.glob("[0-9]*.json")) == self.path
-
-    def release(self) -> None:
-        write_json(self.path, {**self.owner, "released": True}, durable=False)
-
-
-def _claim_name(number: int) -> str:
-    return f"{number:04d}.json"
-
-
-def _owner() -> dict[str, Any]:
-    return {
-        "host": socket.gethostname(),
-        "boot": _boot_id(),
-        "pid": os.getpid(),
-        "born": _born(os.getpid()),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "taken": time.time(),
-    }
-
-
-def _is_free(path: Path) -> bool:
-    owner = read_json(path)
-    if owner is None or owner.get("released"):
-        return True
-    if owner.get("host") == socket.gethostname() and owner.get("boot") == _boot_id():
-        return _born(int(owner["pid"])) != owner.get("born")
-    return time.time() - path.stat().st_mtime > STALE_SECONDS
-
-
-def _create(path: Path, text: str) -> bool:
-    """Create `path` with its whole content, or return False because it exists."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without hard links
-            try:
-                with path.open("x") as file:
-                    file.write(text)
-            except FileExistsError:
-                return False
-        return True
-    except OSError as error:
-        raise RecordError(
-            f"cannot write {path}: {error.strerror}; is the sweep folder writable and the disk not full?"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def _boot_id() -> str:
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return ""
-
-
-def _born(pid: int) -> str | None:
-    """When a process of this host started, so that a reused pid is told apart; None where it is gone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        if Path("/proc/self").exists():
-            return None
-        try:  # no /proc (macOS): alive is all that can be told
-            os.kill(pid, 0)
-        except OSError:
-            return None
-        return "alive"
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else fields[19]
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(row)) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """`value` with every float that json cannot hold as None."""
-    if isinstance(value, float):
-        return value if abs(value) < float("inf") else None
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return value
+    return json.dumps(finite(row)) + "\n"
 
 
 def _plain(value: Any) -> Any:

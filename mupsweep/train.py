@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from mupsweep.build import Built
 from mupsweep.config import TrainingConfig
 from mupsweep.data import Dataset
+from mupsweep.files import write_bytes
 from mupsweep.plan import RunSpec
-from mupsweep.records import DIVERGED, DONE, RUNNING, RunDir, write_bytes
+from mupsweep.records import DIVERGED, DONE, RUNNING, RunDir
 
 log = logging.getLogger("mupsweep")
 
@@ -269,6 +270,7 @@ def device_name(device: torch.device) -> str:
 
 
 def mean(values: list[float]) -> float:
+    """The arithmetic mean."""
     return sum(values) / len(values)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,34 +13,11 @@ from scipy.interpolate import PchipInterpolator
 
 from mupsweep.curves import CONFIDENCE, LossCurve, Noise, Optimum, collect, optima, pooled_noise
 from mupsweep.errors import ConfigError, nearest
-from mupsweep.records import FINISHED, SweepDir, write_json, write_text
 
 TRANSFERS, DRIFTS, INCONCLUSIVE = "transfers", "drifts", "inconclusive"
 TOLERANCE_OCTAVES = 0.5  # of total drift from the base to the largest size: half a step of an octave grid
 TOLERANCE_NATS = 0.01  # of regret
 DRAWS = 4000  # Monte Carlo draws behind an interval of the regret
-RUN_COLUMNS = [
-    "run_id",
-    "model",
-    "parametrization",
-    "optimizer",
-    "width",
-    "depth",
-    "width_ratio",
-    "depth_ratio",
-    "log2_lr",
-    "seed",
-    "status",
-    "steps",
-    "tokens",
-    "train_loss",
-    "val_loss",
-    "val_bits_per_byte",
-    "diverged_at_step",
-    "seconds",
-    "tokens_per_second",
-    "device",
-]
 
 
 @dataclass(frozen=True)
@@ -292,74 +267,6 @@ def _remarks(groups: Sequence[Group]) -> Iterable[str]:
         yield line
 
 
-def read_runs(sweeps: Sequence[SweepDir]) -> list[dict[str, Any]]:
-    """The finished runs of some sweeps, by rising size; two variants of one name are told apart by their sweep."""
-    rows, variants = [], {}
-    for sweep in sweeps:
-        for planned in sweep.read_plan():
-            folder = sweep.run(planned["run_id"])
-            if folder.status()["status"] not in FINISHED:
-                continue
-            summary = folder.summary()
-            if summary is None:
-                continue
-            label = (summary["model"], summary["optimizer"], summary["parametrization"])
-            if variants.setdefault(label, planned["variant"]) != planned["variant"]:
-                summary |= {"model": f"{summary['model']} ({sweep.name})"}
-            rows.append(summary)
-    keys = ("model", "optimizer", "parametrization", "width", "depth", "log2_lr", "seed")
-    unique = {(row["model"], row["run_id"]): row for row in rows}
-    return sorted(unique.values(), key=lambda row: tuple(row[k] for k in keys))
-
-
-def write_results(sweep: SweepDir, analysis: Analysis) -> None:
-    """results/runs.csv, curves.csv and transfer.json."""
-    sweep.results.mkdir(parents=True, exist_ok=True)
-    write_text(sweep.results / "runs.csv", _csv(RUN_COLUMNS, analysis.rows))
-    write_text(sweep.results / "curves.csv", _csv(*_curve_table(analysis.curves)))
-    write_json(sweep.results / "transfer.json", to_json(analysis))
-
-
-def to_json(analysis: Analysis) -> dict[str, Any]:
-    """The stable form that scripts read: design section 9."""
-    return {
-        "groups": [
-            {
-                "model": g.model,
-                "optimizer": g.optimizer,
-                "parametrization": g.parametrization,
-                "axis": g.axis,
-                "sizes": [
-                    {
-                        "width": o.curve.width,
-                        "depth": o.curve.depth,
-                        "ratio": g.ratio(o.curve),
-                        "n_runs": o.curve.n_runs,
-                        "n_diverged": o.curve.n_diverged,
-                        "bracketed": o.bracketed,
-                        "log2_lr_optimum": o.log2_lr,
-                        "log2_lr_low": o.low,
-                        "log2_lr_high": o.high,
-                        "loss_optimum": o.loss,
-                        "regret": _interval("nats", r),
-                        "reason": o.reason,
-                    }
-                    for o, r in zip(g.optima, g.regrets, strict=True)
-                ],
-                "drift": _interval("octaves_per_doubling", g.drift),
-                "total_drift": _interval("octaves", g.total_drift),
-                "regret": _interval("nats", g.regret),
-                "verdict": g.verdict,
-                "reasons": list(g.reasons),
-            }
-            for g in analysis.groups
-        ],
-        "remarks": list(analysis.remarks),
-        "confidence": CONFIDENCE,
-        "tolerance": {"octaves": TOLERANCE_OCTAVES, "nats": TOLERANCE_NATS},
-    }
-
-
 def select(analysis: Analysis, optimizer: str | None, parametrization: str | None) -> list[Group]:
     """The groups of the named optimizer and parametrization."""
     chosen = list(analysis.groups)
@@ -369,35 +276,6 @@ def select(analysis: Analysis, optimizer: str | None, parametrization: str | Non
             raise ConfigError(f"no {key} '{wanted}' in this sweep; {nearest(wanted, names)}")
         chosen = [g for g in chosen if wanted in (None, getattr(g, key))]
     return chosen
-
-
-def _interval(unit: str, estimate: Estimate) -> dict[str, float | None]:
-    return {unit: estimate.value, "low": estimate.low, "high": estimate.high}
-
-
-def _curve_table(curves: Sequence[LossCurve]) -> tuple[list[str], list[dict[str, Any]]]:
-    keys = ["model", "parametrization", "optimizer", "width", "depth", "width_ratio", "depth_ratio"]
-    rows = [
-        {
-            **{k: getattr(curve, k) for k in keys},
-            "log2_lr": p.log2_lr,
-            "n_seeds": len(p.losses),
-            "loss_mean": None if math.isnan(p.mean) else p.mean,
-            "loss_sem": p.sem,
-            "censored": p.censored,
-        }
-        for curve in curves
-        for p in curve.points
-    ]
-    return [*keys, "log2_lr", "n_seeds", "loss_mean", "loss_sem", "censored"], rows
-
-
-def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 _NONE = Estimate(None, None, None)

@@ -19,10 +19,11 @@ import torch
 
 from mupsweep import plan, trackers
 from mupsweep.build import build, group_records
+from mupsweep.claims import Claim
 from mupsweep.data import Dataset, prepare
-from mupsweep.errors import MupsweepError, RecordError, nearest
+from mupsweep.errors import ConfigError, MupsweepError, RecordError, nearest
 from mupsweep.plan import RunSpec
-from mupsweep.records import FAILED, FINISHED, PENDING, RUNNING, Claim, RunDir, SweepDir
+from mupsweep.records import FAILED, FINISHED, PENDING, RUNNING, RunDir, SweepDir
 from mupsweep.train import Interrupted, train
 
 log = logging.getLogger("mupsweep")
@@ -42,8 +43,8 @@ def execute(
     Returns:
         False if it was asked to stop before all of them were taken.
     """
-    configure(threads)
     chosen = choose_device(device)
+    configure(threads, chosen)
     stop = StopFlag.install()
     runs = select(plan.load(sweep), run_ids)
     tracker = trackers.load(sweep)
@@ -58,8 +59,9 @@ def execute(
         try:
             if folder.status()["status"] in (*FINISHED, FAILED):  # finished between the look and the claim
                 continue
-            dataset = data.setdefault(run.recipe.digest, prepare(run.recipe.variant.data))
-            execute_run(run, folder, dataset, chosen, Owner(claim, stop))
+            if run.recipe.digest not in data:
+                data[run.recipe.digest] = prepare(run.recipe.variant.data)
+            execute_run(run, folder, data[run.recipe.digest], chosen, Owner(claim, stop))
             if folder.status()["status"] in FINISHED:
                 tracker.finished(folder)
         except Interrupted:
@@ -147,20 +149,26 @@ def select(runs: list[RunSpec], run_ids: Sequence[str]) -> list[RunSpec]:
 def choose_device(device: str) -> torch.device:
     """`auto` is the first accelerator there is, else the CPU."""
     if device != "auto":
-        return torch.device(device)
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"device {device} is not there ({str(error).splitlines()[0]}): use auto, cpu, cuda:0 or another that is"
+            ) from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def configure(threads: int) -> None:
+def configure(threads: int, device: torch.device) -> None:
     """Settings of the process that make runs reproducible and fast."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     keep_freed_memory()
+    if device.type != "cpu":  # CPU kernels are deterministic anyhow, and asking for it imports half of torch
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs a fixed workspace for it
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def keep_freed_memory() -> None:

@@ -36,7 +36,7 @@ def ours(width: int, vocab: int, threads: int, precision: str) -> Callable[[int]
     from mupsweep.train import autocast
     from mupsweep.worker import configure
 
-    configure(threads)
+    configure(threads, torch.device("cpu"))
     model = NanoGPT(name="bench", width=width, depth=DEPTH, head_dim=HEAD_DIM, context=CONTEXT, bias=True)
     network = model.network(model.base.scaled(1.0, 1.0, vocab), Multipliers(1.0, 1.0, HEAD_DIM**-0.5))
     for p in network.parameters():

@@ -206,9 +206,9 @@ def test_another_hosts_claim_holds_while_it_beats_and_is_taken_over_when_stale(r
     path = rewrite_claim(run, host="elsewhere", pid=1)
     assert run.claim() is None
     beat = path.stat().st_mtime
-    os.utime(path, (beat, beat - records.STALE_SECONDS + 60))
+    os.utime(path, (beat, beat - claims.STALE_SECONDS + 60))
     assert run.claim() is None
-    os.utime(path, (beat, beat - records.STALE_SECONDS - 60))
+    os.utime(path, (beat, beat - claims.STALE_SECONDS - 60))
     assert not run.is_claimed()
     assert run.claim() is not None
 
@@ -227,7 +227,7 @@ def test_a_heartbeat_keeps_a_claim_fresh_for_other_hosts(run: RunDir) -> None:
     os.utime(claim.path, (0, 0))
     claim.heartbeat()
     assert claim.path.stat().st_mtime == 0  # too soon after the last one: nothing is written
-    claim.beat -= records.STALE_SECONDS
+    claim.beat -= claims.STALE_SECONDS
     claim.heartbeat()
     assert claim.path.stat().st_mtime > 1e9
 

@@ -15,7 +15,8 @@ from mupsweep import plan
 from mupsweep.config import load
 from mupsweep.recipe import recipe
 from mupsweep.records import SweepDir
-from mupsweep.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS, Analysis, analyse, read_runs, to_json, write_results
+from mupsweep.results import read_runs, to_json, write_results
+from mupsweep.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS, Analysis, analyse
 
 
 def rows(
@@ -41,7 +42,7 @@ def rows(
             for x in np.arange(lowest, -2.9, step):
                 diverged = x - optimum > 4
                 loss = floor - 0.1 * k + curvature * (x - optimum) ** 2 + shift + random.normal(0, noise)
-                r_n, r_L = (2.0**k, 1.0) if axis == "width" else (1.0, 2.0**k)  # noqa: N806
+                r_n, r_L = (2.0**k, 1.0) if axis == "width" else (1.0, 2.0**k)
                 made.append(
                     {
                         "run_id": f"{axis}-{k}-{seed}-{x}",

@@ -16,7 +16,8 @@ import pytest
 
 from mupsweep import data, plan
 from mupsweep.config import load
-from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING, RunDir, SweepDir, write_json
+from mupsweep.files import write_json
+from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING, RunDir, SweepDir
 
 CPU = ["launcher=inline", "launcher.device=cpu"]
 LONG = ["experiment=smoke", *CPU, "training.steps=250", "sweep.width_ratios=[2]", "sweep.log2_lrs=[-7]"]

@@ -36,8 +36,9 @@ def run(overrides: Overrides = None, config_dir: ConfigDir = None, json: Json = 
 def train(chosen: SweepConfig, sweep: SweepDir, runs: list[RunSpec]) -> bool:
     """Launch the open runs; False if the user stopped them."""
     from mupsweep import data, environment
-    from mupsweep.config import instantiate
-    from mupsweep.records import PENDING, write_json
+    from mupsweep.files import write_json
+    from mupsweep.records import PENDING
+    from mupsweep.sections import instantiate
 
     if not runs:
         return True
@@ -63,6 +64,12 @@ def exit_code(sweep: SweepDir, runs: list[RunSpec], finished: bool, drifts: bool
         print(
             f"{len(failed)} runs failed, the first is {failed[0]} (see {log}); run the same command to retry",
             file=sys.stderr,
+        )
+        return 1
+    unfinished = sum(sweep.run(r.run_id).is_open() for r in runs)
+    if unfinished:
+        print(
+            f"{unfinished} runs are still trained by another process; see mupsweep status {sweep.path}", file=sys.stderr
         )
         return 1
     return 3 if drifts else 0

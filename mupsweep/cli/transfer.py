@@ -27,9 +27,9 @@ def transfer(
     from mupsweep.records import SweepDir
     from mupsweep.report.conclude import conclude, export
 
-    folders = [SweepDir.open(s) for s in sweeps if "=" not in s]
-    if to is not None:
-        export(folders, [to, *(s for s in sweeps if "=" in s)], optimizer, parametrization, as_json=json)
+    folders, target = [SweepDir.open(s) for s in sweeps if "=" not in s], [s for s in sweeps if "=" in s]
+    if to is not None or target:
+        export(folders, [*([to] if to else []), *target], optimizer, parametrization, as_json=json)
         return
     verdicts = conclude(folders, as_json=json, optimizer=optimizer, parametrization=parametrization)
     raise typer.Exit(3 if strict and "drifts" in verdicts else 0)

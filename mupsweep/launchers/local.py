@@ -44,6 +44,8 @@ class Local:
     def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
         slots = self.slots()[: max(1, len(run_ids))]
         pool = Pool(sweep, slots, self.threads)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # as Ctrl-C: the workers must not outlive us
+            signal.signal(number, signal.default_int_handler)
         try:
             with Progress(sweep, run_ids) as progress:
                 pool.start()

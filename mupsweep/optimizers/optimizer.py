@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mupsweep.config import instantiate
 from mupsweep.errors import ConfigError
 from mupsweep.scaling import Role, UpdateLaw
+from mupsweep.sections import instantiate
 
 if TYPE_CHECKING:
     import torch

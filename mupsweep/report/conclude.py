@@ -8,10 +8,12 @@ from pathlib import Path
 
 from mupsweep import plan, recipe, trackers
 from mupsweep.build import rules
-from mupsweep.errors import ConfigError
+from mupsweep.errors import ConfigError, RecordError
+from mupsweep.files import write_json
 from mupsweep.plan import RunSpec
-from mupsweep.records import SweepDir, write_json
-from mupsweep.transfer import Analysis, analyse, read_runs, select, to_json, write_results
+from mupsweep.records import SweepDir
+from mupsweep.results import read_runs, to_json, write_results
+from mupsweep.transfer import Analysis, analyse, select
 
 
 def conclude(
@@ -58,9 +60,14 @@ def export(
     from mupsweep.report import verdicts
 
     dims = _target(target)
+    if not sweeps:
+        raise ConfigError("transfer needs the folder of a sweep: mupsweep transfer sweeps/NAME --to width=4096")
     recipes = {run.recipe.variant.label: run.recipe for sweep in sweeps for run in plan.load(sweep)}
     made = []
-    for group in select(analyse(read_runs(sweeps)), optimizer, parametrization):
+    groups = select(analyse(read_runs(sweeps)), optimizer, parametrization)
+    if not groups:
+        raise RecordError(f"{sweeps[0].path} has no finished runs, so there is no LR to recommend: mupsweep run first")
+    for group in groups:
         if group.label not in recipes or any(made_group.label == group.label for made_group, _ in made):
             continue  # one recipe per variant, from its longest ladder's first axis
         chosen = recipes[group.label]
@@ -91,7 +98,7 @@ def _target(words: Sequence[str]) -> dict[str, int]:
     dims = {}
     for word in words:
         key, _, value = word.partition("=")
-        if key not in ("width", "depth") or not value.isdigit() or int(value) < 1:
+        if key not in ("width", "depth") or not value.isdecimal() or not value.isascii() or int(value) < 1:
             raise ConfigError(f"--to {word}: expected width=N and depth=N, for example --to width=4096 depth=32")
         dims[key] = int(value)
     return dims

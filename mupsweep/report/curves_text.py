@@ -9,14 +9,15 @@ from statistics import median
 
 from rich.text import Text
 
-from mupsweep.curves import LossCurve, optima
-from mupsweep.transfer import Group
+from mupsweep.curves import LossCurve, Optimum, optima
+from mupsweep.transfer import Estimate, Group
 
 # of the user's own theme: readable on any background
 COLORS = ("cyan", "blue", "magenta", "red", "yellow", "green")
 NAMES = {"sp": "SP", "mup": "μP", "depth_mup": "depth-μP"}
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # bits of a braille cell by (column, row)
 Cell = tuple[str, str]  # character, style
+Size = tuple[int, int]  # width, depth
 
 
 def variant_name(label: tuple[str, str, str], among: Sequence[tuple[str, str, str]]) -> str:
@@ -41,11 +42,36 @@ def drift_words(group: Group) -> str:
     return "drift unknown"
 
 
-def ordered_sizes(groups: Sequence[Group]) -> dict[tuple[int, int], LossCurve]:
-    """Every (width, depth), the smallest first."""
+def axis_name(axis: str) -> str:
+    """An axis of sizes, as charts write it below themselves."""
+    return {"joint": "width x depth"}.get(axis, axis)
+
+
+def base_of(group: Group) -> Optimum:
+    """The optimum that the others of a ladder are compared with."""
+    return next((o for o in group.optima if group.ratio(o.curve) == 1), group.optima[0])
+
+
+def moves(group: Group) -> list[Estimate]:
+    """How far every size's optimum lies from the base's, in octaves; a bound where one of the two is only bounded."""
+    base = base_of(group)
+    low, high = (base.low, base.high) if base.log2_lr is None else (base.log2_lr, base.log2_lr)
+
+    def less(end: float | None, origin: float | None) -> float | None:
+        return None if end is None or origin is None else end - origin
+
+    return [Estimate(less(o.log2_lr, base.log2_lr), less(o.low, high), less(o.high, low)) for o in group.optima]
+
+
+def size_of(curve: LossCurve) -> Size:
+    """The width and depth of a curve."""
+    return curve.width, curve.depth
+
+
+def ordered_sizes(groups: Sequence[Group]) -> dict[Size, LossCurve]:
+    """Every size, the smallest first."""
     curves = [o.curve for g in groups for o in g.optima]
-    ordered = sorted(curves, key=lambda c: (c.width * c.depth, c.width))
-    return {(c.width, c.depth): c for c in ordered}
+    return {size_of(c): c for c in sorted(curves, key=lambda c: (c.width * c.depth, c.width))}
 
 
 def size_names(curves: Sequence[LossCurve]) -> list[str]:
@@ -57,17 +83,16 @@ def size_names(curves: Sequence[LossCurve]) -> list[str]:
     return [f"{c.width}x{c.depth}" for c in curves]
 
 
-def loss_range(curves: Sequence[LossCurve]) -> tuple[float, float]:
+def loss_range(found: Sequence[Optimum]) -> tuple[float, float]:
     """The losses worth showing: all valleys and their flanks, cut where an exploding LR would flatten them."""
-    means = [[p.mean for p in curve.usable if math.isfinite(p.mean)] for curve in curves]
+    means = [[p.mean for p in optimum.curve.usable if math.isfinite(p.mean)] for optimum in found]
     means = [m for m in means if m]
     if not means:
         return 0.0, 1.0
     low, high = min(map(min, means)), max(map(min, means))
     flank = median(loss - min(m) for m in means for loss in m)
     top = min(max(map(max, means)), high + max(2.5 * flank, 0.25 * (high - low)))
-    valleys = [found.loss for curve in curves for found in optima([curve]) if found.loss is not None]
-    low = min(low, *valleys) if valleys else low
+    low = min([low, *(optimum.loss for optimum in found if optimum.loss is not None)])
     margin = 0.06 * (top - low) or 0.01
     return low - margin, top + margin
 
@@ -79,19 +104,20 @@ def curve_text(curves: Sequence[LossCurve], width: int = 72, height: int = 14) -
     an LR with a diverged seed and `^` a loss above the axis. Nothing is told by colour alone.
 
     Args:
-        curves: one line each.
+        curves: one line each; their optima share a noise, as those of a ladder do.
         width: columns in all.
         height: rows of the plot; the axis and the legend come below.
     """
     lrs = [p.log2_lr for curve in curves for p in curve.points]
     if not lrs:
         return Text("no finished runs yet")
-    low, high = loss_range(curves)
+    found = optima(curves)
+    low, high = loss_range(found)
     digits = min(5, max(2, 1 - math.floor(math.log10(high - low))))
     margin = len(f"{high:.{digits}f}") + 2
     canvas = _Canvas(max(8, width - margin), max(3, height), (min(lrs), max(lrs)), (low, high))
-    for i, curve in enumerate(curves):
-        canvas.curve(curve, chr(ord("a") + i % 26), COLORS[i % len(COLORS)])
+    for i, optimum in enumerate(found):
+        canvas.curve(optimum, chr(ord("a") + i % 26), COLORS[i % len(COLORS)])
     text = Text(no_wrap=True, overflow="crop")
     labelled = {round(1 + k * (canvas.rows - 2) / 3) for k in range(4)}
     for i, row in enumerate(canvas.cells()):
@@ -102,16 +128,16 @@ def curve_text(curves: Sequence[LossCurve], width: int = 72, height: int = 14) -
         text.append("\n")
     for line in canvas.axis():
         text.append(" " * (margin - 1) + line.rstrip() + "\n", "dim")
-    return text.append_text(_legend(curves, width))
+    return text.append_text(_legend(found, width))
 
 
-def _legend(curves: Sequence[LossCurve], width: int) -> Text:
+def _legend(found: Sequence[Optimum], width: int) -> Text:
+    curves = [optimum.curve for optimum in found]
     labels = list(dict.fromkeys(c.label for c in curves))
     text, column = Text(), 0
-    for i, (curve, name) in enumerate(zip(curves, size_names(curves), strict=True)):
-        [found] = optima([curve])
-        best = "no optimum" if found.log2_lr is None else f"best 2^{found.log2_lr:.1f}"
-        variant = f"{variant_name(curve.label, labels)} " if len(labels) > 1 else ""
+    for i, (optimum, name) in enumerate(zip(found, size_names(curves), strict=True)):
+        best = "no optimum" if optimum.log2_lr is None else f"best 2^{optimum.log2_lr:.1f}"
+        variant = f"{variant_name(optimum.curve.label, labels)} " if len(labels) > 1 else ""
         entry = f"{chr(ord('a') + i % 26)} {variant}{name}: {best}"[:width]
         if column and column + 3 + len(entry) > width:
             text.append("\n")
@@ -138,20 +164,19 @@ class _Canvas:
         """The loss in the middle of a row."""
         return self.high - (row - 0.5) / (self.rows - 1) * (self.high - self.low)
 
-    def curve(self, curve: LossCurve, letter: str, style: str) -> None:
-        points = [p for p in curve.usable if math.isfinite(p.mean)]
+    def curve(self, optimum: Optimum, letter: str, style: str) -> None:
+        points = [p for p in optimum.curve.usable if math.isfinite(p.mean)]
         for a, b in pairwise(points):
             self._line(self._dot(a.log2_lr, a.mean), self._dot(b.log2_lr, b.mean), style)
-        for p in curve.points:
+        for p in optimum.curve.points:
             beyond = p.censored or not p.mean <= self.high
             x, y = self._dot(p.log2_lr, self.high if beyond else p.mean)
             mark = ("x" if p.censored else "^") if beyond else letter
             place = (0 if beyond else y // 4, x // 2)
             if mark == "x" or place not in self.marks:
                 self.marks[place] = (mark, style)
-        [found] = optima([curve])
-        if found.log2_lr is not None and found.loss is not None:
-            x, y = self._dot(found.log2_lr, found.loss)
+        if optimum.log2_lr is not None and optimum.loss is not None:
+            x, y = self._dot(optimum.log2_lr, optimum.loss)
             self.marks[min(y // 4, self.rows - 1), x // 2] = (letter.upper(), f"bold {style}")
 
     def cells(self) -> Iterator[list[Cell]]:

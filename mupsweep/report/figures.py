@@ -21,11 +21,16 @@ from matplotlib.transforms import Bbox, TransformedBbox
 
 from mupsweep.curves import LossCurve, Optimum
 from mupsweep.report.curves_text import (
+    Size,
+    axis_name,
+    base_of,
     drift_words,
     in_order,
     loss_range,
+    moves,
     ordered_sizes,
     size_names,
+    size_of,
     variant_name,
 )
 from mupsweep.transfer import TOLERANCE_OCTAVES, Analysis, Group
@@ -34,14 +39,8 @@ INK, QUIET, BAND = "#1f2328", "#6b7280", "#f1f3f5"
 VERDICT_COLORS = {"transfers": "#17734a", "drifts": "#b3400a", "inconclusive": QUIET}
 # light and small to dark and large, of falling lightness in every kind of colour vision
 SIZES = LinearSegmentedColormap.from_list("sizes", ["#9fd49b", "#45b5a5", "#2a86b5", "#33529b", "#2d1857"])
-GROUPS = (
-    "#d55e00",
-    "#0072b2",
-    "#009e73",
-    "#cc79a7",
-    "#56b4e9",
-    "#e69f00",
-)  # Okabe and Ito, jfly.uni-koeln.de/color
+# Okabe and Ito, jfly.uni-koeln.de/color
+GROUPS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 MARKERS = ("o", "s", "D", "^", "v", "P")
 STYLE = {
     "svg.hashsalt": "mupsweep",  # element ids that do not change from one drawing to the next
@@ -103,7 +102,7 @@ class _Scale:
     Attributes:
         low, high: the losses shown.
         top: the end of the y axis, above `high` by the strip for diverged points.
-        rows: the size (width, depth) of every row of that strip.
+        rows: the row of that strip that each size has.
         shades: the position of every size in the colour map.
         crowded: whether there are too many LRs to write a number at each.
     """
@@ -111,8 +110,8 @@ class _Scale:
     low: float
     high: float
     top: float
-    rows: dict[tuple[int, int], int]
-    shades: dict[tuple[int, int], float]
+    rows: dict[Size, int]
+    shades: dict[Size, float]
     crowded: bool
 
 
@@ -157,10 +156,10 @@ def _curves(groups: Sequence[Group]) -> Figure:
     return figure
 
 
-def _scale(members: Sequence[Group], shades: dict[tuple[int, int], float]) -> _Scale:
+def _scale(members: Sequence[Group], shades: dict[Size, float]) -> _Scale:
+    low, high = loss_range([o for g in members for o in g.optima])
     curves = [o.curve for g in members for o in g.optima]
-    low, high = loss_range(curves)
-    diverged = [key for key in shades if any(c.n_diverged for c in curves if (c.width, c.depth) == key)]
+    diverged = [key for key in shades if any(c.n_diverged for c in curves if size_of(c) == key)]
     strip = min(STRIP[0] * len(diverged) + 0.02, STRIP[1]) if diverged else 0.0
     top = high + (high - low) * strip / (1 - strip)
     crowded = len({p.log2_lr for c in curves for p in c.points}) > 12
@@ -176,7 +175,7 @@ def _panel(axes: Axes, group: Group, groups: Sequence[Group], scale: _Scale) -> 
         axes.annotate("diverged", xytext=(4, -3), va="top", fontsize=7, color=QUIET, **place)
     for optimum in group.optima:
         _curve(axes, optimum, scale, window)
-    base = next((o for o in group.optima if group.ratio(o.curve) == 1), group.optima[0])
+    base = base_of(group)
     if base.log2_lr is not None:
         axes.axvline(base.log2_lr, color=QUIET, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
     for artist in (*axes.lines, *axes.collections, *axes.texts):
@@ -189,7 +188,7 @@ def _panel(axes: Axes, group: Group, groups: Sequence[Group], scale: _Scale) -> 
 
 def _curve(axes: Axes, optimum: Optimum, scale: _Scale, window: TransformedBbox) -> None:
     curve = optimum.curve
-    key = (curve.width, curve.depth)
+    key = size_of(curve)
     color = SIZES(scale.shades[key])
     points = [p for p in curve.usable if math.isfinite(p.mean)]
     xs, ys = [p.log2_lr for p in points], [p.mean for p in points]
@@ -206,30 +205,16 @@ def _curve(axes: Axes, optimum: Optimum, scale: _Scale, window: TransformedBbox)
             height = scale.high + (scale.top - scale.high) * (scale.rows[key] + 0.6) / (len(scale.rows) + 0.2)
             axes.plot([p.log2_lr], [height], "x", color=color, markersize=4, markeredgewidth=1.3)
             count = f"{p.diverged}/{p.diverged + len(p.losses)}" if p.losses else f"{p.diverged}"
-            axes.annotate(
-                "" if scale.crowded else count,
-                (p.log2_lr, height),
-                xytext=(5, 0),
-                textcoords="offset points",
-                fontsize=6,
-                color=QUIET,
-                va="center",
-                annotation_clip=False,
-            )
+            place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+            axes.annotate("" if scale.crowded else count, (p.log2_lr, height), fontsize=6, color=QUIET, **place)
     if optimum.fit is not None:
         grid = optimum.fit.center + np.linspace(optimum.fit.xs[0], optimum.fit.xs[-1], 81)
         fitted = axes.plot(grid, [optimum.fit.value(x) for x in grid], color=color, linewidth=4, alpha=0.22, zorder=2)
         fitted[0].set_clip_box(window)
     if optimum.log2_lr is not None and optimum.loss is not None:
         if optimum.low is not None and optimum.high is not None:
-            axes.plot(
-                [optimum.low, optimum.high],
-                [optimum.loss] * 2,
-                color=INK,
-                linewidth=1.3,
-                marker="|",
-                zorder=5,
-            )
+            ends = [optimum.low, optimum.high]
+            axes.plot(ends, [optimum.loss] * 2, color=INK, linewidth=1.3, marker="|", zorder=5)
         axes.plot(optimum.log2_lr, optimum.loss, "D", color=color, markersize=6, mec="white", mew=0.9, zorder=6)
 
 
@@ -265,17 +250,10 @@ def _drift(groups: Sequence[Group]) -> Figure:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "/".join(names.get(x, ()))))
     axes.set_xlim(min(names) - 0.25, max(names) + 0.25)
     axes.grid(axis="x", visible=False)
-    axes.set_xlabel({"joint": "width x depth"}.get(groups[0].axis, groups[0].axis) + " (log scale)")
+    axes.set_xlabel(f"{axis_name(groups[0].axis)} (log scale)")
     axes.set_ylabel("optimal LR relative to the base's (octaves)")
     lines = [
-        Line2D(
-            [],
-            [],
-            color=GROUPS[i % 6],
-            marker=MARKERS[i % 6],
-            markersize=5.5,
-            label=_plain(_drift_legend(g, groups)),
-        )
+        Line2D([], [], color=GROUPS[i % 6], marker=MARKERS[i % 6], markersize=5.5, label=_drift_legend(g, groups))
         for i, g in enumerate(groups)
     ]
     band = Patch(color=BAND, label=f"tolerance, ±{TOLERANCE_OCTAVES:g} octaves")
@@ -285,20 +263,14 @@ def _drift(groups: Sequence[Group]) -> Figure:
 
 def _moves(axes: Axes, group: Group, dodge: float, color: str, marker: str) -> tuple[float, float]:
     """One group's optima relative to its base; returns the lowest and the highest octave drawn."""
-    base = next((o for o in group.optima if group.ratio(o.curve) == 1), group.optima[0])
-    if base.log2_lr is None:  # nothing to be relative to
-        return 0.0, 0.0
     drawn, fitted = [0.0], []
-    for optimum in group.optima:
-        x = math.log2(group.ratio(optimum.curve)) + dodge
-        low, high = (None if end is None else end - base.log2_lr for end in (optimum.low, optimum.high))
-        drawn += [end for end in (low, high) if end is not None]
-        if optimum.log2_lr is None:
+    for optimum, move in zip(group.optima, moves(group), strict=True):
+        x, y, low, high = math.log2(group.ratio(optimum.curve)) + dodge, move.value, move.low, move.high
+        drawn += [end for end in (y, low, high) if end is not None]
+        if y is None:
             _bound(axes, x, low, high, color)
-            drawn += [e for e in (low and low + 0.5, high and high - 0.5) if e is not None]
+            drawn += [end + arrow for end, arrow in ((low, 0.5), (high, -0.5)) if end is not None]
             continue
-        y = optimum.log2_lr - base.log2_lr
-        drawn.append(y)
         if low is not None and high is not None:
             axes.errorbar([x], [y], [[y - low], [high - y]], color=color, elinewidth=1.4, capsize=3, zorder=3)
         if optimum.se:
@@ -308,14 +280,7 @@ def _moves(axes: Axes, group: Group, dodge: float, color: str, marker: str) -> t
         xs, ys, weights = np.array(fitted).T  # the slope's line passes through the weighted centre
         center, height = weights @ xs / weights.sum(), weights @ ys / weights.sum()
         ends = np.array([xs.min(), xs.max()])
-        axes.plot(
-            ends,
-            height + group.drift.value * (ends - center),
-            color=color,
-            linewidth=1.6,
-            alpha=0.55,
-            zorder=2,
-        )
+        axes.plot(ends, height + group.drift.value * (ends - center), color=color, linewidth=1.6, alpha=0.55, zorder=2)
     return min(drawn), max(drawn)
 
 
@@ -332,7 +297,7 @@ def _bound(axes: Axes, x: float, low: float | None, high: float | None, color: s
 
 
 def _drift_legend(group: Group, groups: Sequence[Group]) -> str:
-    return f"{variant_name(group.label, [g.label for g in groups])}: {group.verdict}, {drift_words(group)}"
+    return _plain(f"{variant_name(group.label, [g.label for g in groups])}: {group.verdict}, {drift_words(group)}")
 
 
 def _position_name(axis: str, curve: LossCurve) -> str:

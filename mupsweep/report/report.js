@@ -62,9 +62,4 @@
   for (const button of document.querySelectorAll(".toggles button")) {
     button.addEventListener("click", () => toggle(button));
   }
-
-  // paper has no summaries to click on
-  addEventListener("beforeprint", () => {
-    for (const details of document.querySelectorAll("details")) details.open = true;
-  });
 })();

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 from typing import Protocol
 
-from mupsweep.config import instantiate
 from mupsweep.records import RunDir, SweepDir
+from mupsweep.sections import instantiate
 
 log = logging.getLogger("mupsweep")
 

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from mupsweep.errors import ConfigError, nearest
-from mupsweep.records import RunDir, SweepDir, read_json
+from mupsweep.files import read_json
+from mupsweep.records import RunDir, SweepDir
 
 log = logging.getLogger("mupsweep")
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from mupsweep import data, plan
-from mupsweep.config import choices, config_root, instantiate, load
+from mupsweep.config import choices, config_root, load
 from mupsweep.errors import ConfigError
 from mupsweep.launchers.local import Local
 from mupsweep.records import DONE, FAILED, RUNNING, RunDir, SweepDir
+from mupsweep.sections import instantiate
 
 TWO_SLOTS = ["launcher=local", "launcher.devices=cpu", "launcher.slots_per_device=2"]
 ONE_SLOT = ["launcher=local", "launcher.devices=cpu", "launcher.slots_per_device=1"]

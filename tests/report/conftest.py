@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from mupsweep.records import SweepDir, write_json
+from mupsweep.build import TensorRule
+from mupsweep.files import write_json
+from mupsweep.records import SweepDir
+from mupsweep.scaling import Init, Role
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "browser: opens the report in a real Chromium")
+
 
 Rows = list[dict[str, Any]]
 DRIFT = {"sp": -0.76, "mup": 0.05}  # octaves per doubling of width
@@ -23,7 +31,7 @@ def valley(
     parametrizations: Iterable[str] = ("sp", "mup"),
     optimizer: str = "adamw",
     model: str = "nanogpt",
-    noise: float = 0.01,
+    noise: float = 0.003,
     depths: Iterable[int] = (4,),
 ) -> Rows:
     """The rows of a sweep whose optimum is at 2^-7 at width 32, depth 4."""
@@ -34,10 +42,10 @@ def valley(
             best = -7 + DRIFT.get(parametrization, 0.0) * math.log2(width / 32)
             floor = 2.9 - 0.13 * math.log2(width / 32) + (0.05 if parametrization == "mup" else 0.0) - 0.01 * depth
             for log2_lr in log2_lrs:
-                beyond = log2_lr - best - 2.2
+                beyond = log2_lr - best - 2.6
                 for seed in range(seeds):
                     loss = floor + 0.035 * (log2_lr - best) ** 2 + 2.0 * max(0.0, beyond) ** 2 + draw.gauss(0, noise)
-                    diverged = beyond + 0.2 * seed > 1.2
+                    diverged = beyond + 0.2 * seed > 0.8
                     rows.append(
                         {
                             "run_id": f"{optimizer}-{parametrization}-w{width}-d{depth}-lr{log2_lr}-s{seed}",
@@ -65,15 +73,15 @@ def valley(
     return rows
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rows() -> Callable[..., Rows]:
     """Makes the rows of a sweep: `rows(widths=..., log2_lrs=..., seeds=..., ...)`."""
     return valley
 
 
-def save(folder: Path, rows: Rows, pending: int = 0) -> SweepDir:
-    """A sweep folder that holds these finished runs, and some that never started."""
-    sweep = SweepDir(folder / "demo")
+def write_sweep(folder: Path, rows: Rows, pending: int = 0, name: str = "demo") -> SweepDir:
+    """A sweep folder that holds these finished runs, and some that never started; seed 0 has logged its losses."""
+    sweep = SweepDir(folder / name)
     sweep.path.mkdir(parents=True)
     keys = [k for k in rows[0] if k not in ("status", "train_loss", "val_loss")] if rows else []
     plan = [{k: row[k] for k in keys} | {"parameters": 12 * 4 * row["width"] ** 2, "flops": 1e12} for row in rows]
@@ -82,19 +90,53 @@ def save(folder: Path, rows: Rows, pending: int = 0) -> SweepDir:
     sweep.write_config({"sweep": {"name": "demo"}}, "mupsweep run parametrization=sp,mup sweep.name=demo")
     write_json(sweep.environment_path, {"python": "3.11.7", "git": {"commit": "0" * 40, "dirty": False}, "gpu": None})
     for row in rows:
-        run = sweep.run(row["run_id"])
-        run.path.mkdir(parents=True)
-        end = row["val_loss"] or 6.0
-        for step in range(10, 301, 10):
-            loss = end + 3 * math.exp(-step / 60)
-            metrics = {"step": step, "tokens": 512 * step, "train_loss": loss - 0.03, "lr": 0.01}
-            metrics |= {"val_loss": loss} if step % 60 == 0 else {}
-            metrics |= {"train_loss": math.nan} if step == 50 else {}
-            run.append_metrics(metrics)
+        if row["seed"] == 0:
+            run = sweep.run(row["run_id"])
+            run.path.mkdir(parents=True)
+            run.write_metrics(logged(row["val_loss"] or 6.0))
     return sweep
 
 
+def logged(end: float) -> Rows:
+    """The metrics of a run of 300 steps: validation losses now and then, a training loss that is no number."""
+    rows: Rows = []
+    for step in range(10, 301, 10):
+        loss = end + 3 * math.exp(-step / 60)
+        row = {"step": step, "tokens": 512 * step, "train_loss": math.nan if step == 50 else loss - 0.03, "lr": 0.01}
+        rows.append(row | ({"val_loss": loss} if step % 60 == 0 else {}))
+    return rows
+
+
+@pytest.fixture(scope="session")
+def save() -> Callable[..., SweepDir]:
+    """Writes rows as a sweep folder: `save(folder, rows, pending=0, name="demo")`."""
+    return write_sweep
+
+
 @pytest.fixture
-def save_sweep(tmp_path: Path) -> Callable[..., SweepDir]:
-    """Writes rows as a sweep folder: `save_sweep(rows, pending=0)`."""
-    return lambda rows, pending=0: save(tmp_path, rows, pending)
+def save_sweep(save: Callable[..., SweepDir], tmp_path: Path) -> Callable[..., SweepDir]:
+    """The same below the test's own folder: `save_sweep(rows, ...)`."""
+    return lambda *args, **kwargs: save(tmp_path, *args, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def rule() -> TensorRule:
+    """What one tensor is trained with."""
+    return TensorRule(
+        name="blocks.0.mlp.up.weight",
+        role=Role.HIDDEN,
+        shape=(256, 64),
+        optimizer="adamw",
+        init=Init.NORMAL,
+        init_std=0.0125,
+        multiplier=0.5,
+        lr=0.001,
+        weight_decay=0.1,
+        eps=1e-8,
+        init_var_ratio=0.5,
+        multiplier_ratio=1.0,
+        lr_ratio=0.4375,
+        weight_decay_ratio=2.0,
+        eps_ratio=0.25,
+        tied_to=None,
+    )

@@ -6,18 +6,19 @@ from collections.abc import Callable
 
 import pytest
 
+from mupsweep.curves import optima
 from mupsweep.report.curves_text import curve_text, loss_range
 from mupsweep.transfer import analyse
 
 GOLDEN = """\
      │ ^      ^                                    x      x
-3.12 ┤         ⠙⠲⣄⡀                                ⢸⠁
-     │            ⠉⠳⢤⡀                      b      ⡞
-2.97 ┤               a⠓⠲⢤⣀⡀               ⣠⠞⠁  ⣀⡤⠴⠚a
-     │                    ⠉⠓⠲a⠤⣄⣀⣀⣀   ⢀⣀⣀⣼⡥⠤a⠚⠉⠁
-     │ b⣀                         ⠈⠉A⠉⠉⡴⠋
-2.75 ┤  ⠈⠙⠲⠤⣄⡀                       ⣠⠞⠁
-     │       ⠉b⠲⠤⣄⣀⡀            ⣀⣠⠤⠴b⠁
+3.12 ┤         ⠙⠲⣄⡀                                 ⢠⠏
+     │            ⠉⠳⢤⡀                             ⣰⠋
+2.97 ┤               a⠓⠲⢤⣀⡀                    ⣀⡤⠴⠚a
+     │                    ⠉⠓⠲a⠤⣄⣀⣀⣀   ⢀⣀⣀⣀⡤⠤a⠚⠉⠁
+     │ b⣀                         ⠈⠉A⠉⠉   ⢀⣠b
+2.75 ┤  ⠈⠙⠲⠤⣄⡀                        ⣀⡤⠴⠚⠉
+     │       ⠉b⠲⠤⣄⣀⡀            ⣀⣠⠤⠴b⠋⠁
 2.61 ┤             ⠉⠙b⠒⠒⠒B⠒⠒⠒b⠋⠉⠁
      └────────┬──────────────┬──────────────┬─────────────┬─
             2^-10          2^-8           2^-6          2^-4
@@ -53,7 +54,7 @@ def test_degenerate_curves_are_drawn(rows: Callable) -> None:
 
 def test_an_exploding_loss_does_not_flatten_the_valleys(rows: Callable) -> None:
     runs = rows(noise=0.0)
-    low, high = loss_range(analyse(runs).curves)
+    low, high = loss_range(optima(analyse(runs).curves))
     next(row for row in runs if row["log2_lr"] == -11)["val_loss"] = 1e9
     runs.append({**runs[0], "log2_lr": -12.0, "val_loss": 50.0, "status": "done"})
-    assert loss_range(analyse(runs).curves) == pytest.approx((low, high), abs=0.1)
+    assert loss_range(optima(analyse(runs).curves)) == pytest.approx((low, high), abs=0.1)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from mupsweep import plan, trackers
-from mupsweep.config import choices, instantiate, load
+from mupsweep.config import choices, load
 from mupsweep.records import SweepDir
 from mupsweep.report.conclude import conclude
+from mupsweep.sections import instantiate
 from mupsweep.worker import execute
 
 SMALL = ["experiment=smoke", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-9,-7,-5]", "sweep.name=tracked"]

@@ -1,0 +1,131 @@
+"""Claims: who trains a run. Numbered files that are only ever added; whoever creates the next number owns the run.
+
+So two workers never train one run, on any file system with atomic link or exclusive create, and nothing is deleted
+that another worker might be looking at. A claim is free again when it was released or its owner is dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mupsweep.errors import RecordError
+from mupsweep.files import make_folder, read_json, write_json
+
+STALE_SECONDS = 600.0  # a claim of another host without a heartbeat for so long is taken over
+
+
+@dataclass
+class Claim:
+    """The right to train a run, until released or the owner dies."""
+
+    path: Path
+    owner: dict[str, Any]
+    beat: float = field(default_factory=time.monotonic)
+
+    def heartbeat(self) -> None:
+        """Tell other hosts that the owner lives; cheap enough for every step."""
+        if time.monotonic() - self.beat > STALE_SECONDS / 20:
+            os.utime(self.path)
+            self.beat = time.monotonic()
+
+    def is_held(self) -> bool:
+        """False once another worker took the run over, for instance after this process was suspended for long."""
+        return newest(self.path.parent) == self.path
+
+    def release(self) -> None:
+        write_json(self.path, {**self.owner, "released": True}, durable=False)
+
+
+def take(folder: Path) -> Claim | None:
+    """The next claim in a run's folder of claims, or None where the newest one's owner lives."""
+    make_folder(folder)
+    last = newest(folder)
+    if last is not None and not is_free(last):
+        return None
+    path = folder / _claim_name(int(last.stem) + 1 if last is not None else 0)
+    owner = _owner()
+    return Claim(path, owner) if _create(path, json.dumps(owner)) else None
+
+
+def newest(folder: Path) -> Path | None:
+    """The claim that counts."""
+    return max(folder.glob("[0-9]*.json"), default=None)
+
+
+def _claim_name(number: int) -> str:
+    return f"{number:04d}.json"
+
+
+def _owner() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "boot": _boot_id(),
+        "pid": os.getpid(),
+        "born": _born(os.getpid()),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "taken": time.time(),
+    }
+
+
+def is_free(path: Path) -> bool:
+    """Whether a claim was released or its owner is gone."""
+    owner = read_json(path)
+    if owner is None or owner.get("released"):
+        return True
+    if owner.get("host") == socket.gethostname() and owner.get("boot") == _boot_id():
+        return _born(int(owner["pid"])) != owner.get("born")
+    return time.time() - path.stat().st_mtime > STALE_SECONDS
+
+
+def _create(path: Path, text: str) -> bool:
+    """Create `path` with its whole content, or return False because it exists."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            try:
+                with path.open("x") as file:
+                    file.write(text)
+            except FileExistsError:
+                return False
+        return True
+    except OSError as error:
+        raise RecordError(
+            f"cannot write {path}: {error.strerror}; is the sweep folder writable and the disk not full?"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _boot_id() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def _born(pid: int) -> str | None:
+    """When a process of this host started, so that a reused pid is told apart; None where it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        if Path("/proc/self").exists():
+            return None
+        try:  # no /proc (macOS): alive is all that can be told
+            os.kill(pid, 0)
+        except OSError:
+            return None
+        return "alive"
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else fields[19]

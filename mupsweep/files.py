@@ -1,0 +1,70 @@
+"""Files that are either whole or not there: written to a temporary name, flushed to the disk, renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mupsweep.errors import RecordError
+
+
+def write_text(path: Path, text: str, durable: bool = True) -> None:
+    """Replace `path` by `text` in one step; `durable` also waits until it is on the disk."""
+    write_bytes(path, text.encode(), durable)
+
+
+def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
+    """Replace `path` by `content` in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise RecordError(
+            f"cannot write {path}: {error.strerror}; free space or choose another folder with out=DIR"
+        ) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecordError(
+            f"cannot make the folder {path}: {error.strerror}; choose another one with out=DIR"
+        ) from error
+
+
+def write_json(path: Path, content: Any, durable: bool = True) -> None:
+    """Replace `path` by readable json; a float that is not finite becomes null."""
+    write_text(path, json.dumps(finite(content), indent=2) + "\n", durable)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The mapping in a json file; None where there is none or it cannot be parsed."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def finite(value: Any) -> Any:
+    """`value` with every float that json cannot hold as None."""
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, Mapping):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value

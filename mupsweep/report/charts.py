@@ -1,0 +1,363 @@
+"""The charts of the HTML report, as SVG. A point carries its values in data-tip, which report.js shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from itertools import chain
+from typing import Any
+
+from mupsweep.curves import LossCurve, Optimum, Point
+from mupsweep.report.curves_text import (
+    Size,
+    axis_name,
+    base_of,
+    in_order,
+    loss_range,
+    ordered_sizes,
+    size_names,
+    size_of,
+    variant_name,
+)
+from mupsweep.transfer import TOLERANCE_OCTAVES, Analysis, Estimate, Group
+
+THINNED = 80  # points of a training curve: more than a panel can show
+DIAMOND = "M0-5.5L5.5 0L0 5.5L-5.5 0Z"
+MARKERS = (  # paths around the origin, one per variant
+    "M0-4.5A4.5 4.5 0 1 1 0 4.5A4.5 4.5 0 1 1 0-4.5Z",
+    "M-4-4H4V4H-4Z",
+    DIAMOND,
+    "M0-5L5 4H-5Z",
+    "M0 5L5-4H-5Z",
+    "M-2-5H2V-2H5V2H2V5H-2V2H-5V-2H-2Z",
+)
+
+
+def words(estimate: Estimate, unit: str = "", spec: str = "+.2f") -> str:
+    """A value with its interval, or the bound there is."""
+    value, low, high = (None if v is None else f"{v:{spec}}" for v in (estimate.value, estimate.low, estimate.high))
+    if value is not None:
+        text = f"{value} [no interval]" if low is None or high is None else f"{value} [{low}, {high}]"
+    elif low is None and high is None:
+        return "unknown"
+    else:
+        text = " and ".join(f"{word} {end}" for word, end in (("at least", low), ("at most", high)) if end is not None)
+    return f"{minus(text)} {unit}".rstrip()
+
+
+def minus(number: str) -> str:
+    """A number with the minus sign of print."""
+    return number.replace("-", "−")
+
+
+class Charts:
+    """Draws an analysis; sizes share their colours, and variants their markers, on the whole page.
+
+    Attributes:
+        groups: as people compare them.
+        labels: of the variants; a variant is known to the page by its place in this list.
+        names: of the sizes, the smallest first.
+        several_axes: whether a group's variant does not yet tell which group it is.
+    """
+
+    def __init__(self, analysis: Analysis) -> None:
+        self.groups = in_order(analysis.groups)
+        self.labels = list(dict.fromkeys(g.label for g in self.groups))
+        sizes = ordered_sizes(self.groups)
+        self.names = dict(zip(sizes, size_names(list(sizes.values())), strict=True))
+        self.several_axes = len({g.axis for g in self.groups}) > 1
+        ends = chain(*((e.low, e.value, e.high) for e in (g.total_drift for g in self.groups)))
+        self._reach = 1.15 * max([1.0, *(abs(x) for x in ends if x is not None)])
+
+    def variant(self, group: Group) -> str:
+        """The name of a group's variant."""
+        return variant_name(group.label, self.labels)
+
+    def name(self, curve: LossCurve) -> str:
+        """A size: width 64, depth 8 or 64x8."""
+        return self.names[size_of(curve)]
+
+    def number(self, curve: LossCurve) -> str:
+        """A size where it is known what is meant: 64, 8 or 64x8."""
+        return self.name(curve).rpartition(" ")[2]
+
+    def shade(self, size: Size) -> str:
+        """Where a size lies between the colours of the smallest and the largest."""
+        return f'style="--t:{100 * list(self.names).index(size) / max(1, len(self.names) - 1):.0f}%"'
+
+    def keys(self, groups: Sequence[Group]) -> str:
+        """The markers of the variants."""
+        drawn = {g.label for g in groups}
+        return "".join(
+            f'<span class="v{i % 6}" data-variant="{i}"><svg viewBox="-7 -7 14 14">'
+            f'<path class="pt" d="{MARKERS[i % 6]}"/></svg> {escape(variant_name(label, self.labels))}</span>'
+            for i, label in enumerate(self.labels)
+            if label in drawn
+        )
+
+    def bar(self, drift: Estimate) -> str:
+        """A drift against the tolerance; all bars of the page have one scale."""
+
+        def at(octaves: float) -> float:
+            return round(150 + octaves / self._reach * 140, 1)
+
+        width = f"{280 * TOLERANCE_OCTAVES / self._reach:.1f}"
+        parts = [f'<rect class="band" x="{at(-TOLERANCE_OCTAVES)}" y="2" width="{width}" height="20"/>']
+        parts.append(f'<path class="frame" d="M10 22H290M{at(0)} 2V22"/>')
+        step = math.ceil(self._reach / 4)
+        last = math.floor(self._reach / step) * step
+        for k in range(-last, last + 1, step):
+            label = minus(f"{k:+d}") if k else "0"
+            parts.append(f'<text class="middle" x="{at(k)}" y="34">{label}</text>')
+        known = [end is not None for end in (drift.low, drift.high)]
+        if all(known) or (any(known) and drift.value is None):
+            low, high = at(-self._reach if drift.low is None else drift.low), drift.high
+            arrows = ("" if known[0] else "M16 8l-6 4l6 4") + ("" if known[1] else "M284 8l6 4l-6 4")  # open ends
+            parts.append(f'<path class="range" d="M{low} 12H{at(self._reach if high is None else high)}{arrows}"/>')
+        if drift.value is not None:
+            parts.append(f'<circle class="dot" cx="{at(drift.value)}" cy="12" r="5.5"/>')
+        label = f"total drift: {words(drift, 'octaves')}"
+        return f'<svg class="chart" viewBox="0 0 300 38" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+    def curves(self, group: Group, family: Sequence[Group]) -> str:
+        """Loss versus LR; the groups of a family share their axes, so that they can be compared by eye."""
+        optima = [o for g in family for o in g.optima]
+        curves = [o.curve for o in optima]
+        lrs = [p.log2_lr for c in curves for p in c.points]
+        pad = 0.06 * (max(lrs) - min(lrs)) or 0.5
+        unstable = {size_of(c) for c in curves if c.n_diverged}
+        diverged = [size for size in self.names if size in unstable]
+        pitch = min(9.0, 64 / max(1, len(diverged)))  # of the rows of crosses, one per size
+        strip = pitch * len(diverged) + 4 if diverged else 0.0
+        plot = _Plot((min(lrs) - pad, max(lrs) + pad), loss_range(optima), "peak learning rate", strip)
+        plot.y_ticks()
+        plot.lr_ticks()
+        base = base_of(group)
+        if base.log2_lr is not None:
+            plot.add(f'<path class="base" d="M{plot.x(base.log2_lr)} {plot.TOP}V{plot.BOTTOM}"/>')
+        for optimum in group.optima:
+            size = size_of(optimum.curve)
+            row = diverged.index(size) if size in diverged else 0
+            plot.add(self._group(size))
+            self._points(plot, optimum, plot.upper - pitch * (row + 0.5) - 2)
+            self._best(plot, optimum)
+            plot.add("</g>")
+        return plot.svg(f"loss versus learning rate, {self.variant(group)}")
+
+    def _points(self, plot: _Plot, optimum: Optimum, strip: float) -> None:
+        """What was trained, and the polynomial through it."""
+        curve, made = optimum.curve, optimum.fit
+        points = [p for p in curve.usable if math.isfinite(p.mean)]
+        line = f'<path class="line" d="{plot.path((p.log2_lr, p.mean) for p in points)}"/>'
+        if made is not None:
+            start, end = float(made.xs[0]), float(made.xs[-1])
+            grid = [made.center + start + (end - start) * i / 40 for i in range(41)]
+            line = f'<path class="fit" d="{plot.path((x, made.value(x)) for x in grid)}"/>{line}'
+        plot.clipped(line)
+        for p in curve.points:
+            x, tip = plot.x(p.log2_lr), _tip(self.name(curve), *_facts(p))
+            if p.censored:
+                plot.add(f'<path class="pt cross" {tip} d="M{x - 3:.1f} {strip - 3}l6 6m0-6l-6 6"/>')
+            elif p in points and p.mean > plot.ys[1]:
+                plot.add(f'<path class="pt" {tip} transform="translate({x} {plot.upper + 5})" d="M0-5L4 3H-4Z"/>')
+            elif p in points:
+                if p.sem is not None:
+                    plot.add(f'<path class="bar" d="M{x} {plot.y(p.mean - p.sem)}V{plot.y(p.mean + p.sem)}"/>')
+                plot.add(f'<circle class="pt" {tip} cx="{x}" cy="{plot.y(p.mean)}" r="2.8"/>')
+
+    def _best(self, plot: _Plot, optimum: Optimum) -> None:
+        """The fitted minimum and its interval."""
+        if optimum.log2_lr is None or optimum.loss is None:
+            return
+        x, y = plot.x(optimum.log2_lr), plot.y(optimum.loss)
+        if optimum.low is not None and optimum.high is not None:
+            ends = plot.x(optimum.low), plot.x(optimum.high)
+            caps = "".join(f"M{end} {y - 4:.1f}v8" for end in ends)
+            plot.add(f'<path class="interval" d="M{ends[0]} {y}H{ends[1]}{caps}"/>')
+        exponent = words(Estimate(optimum.log2_lr, optimum.low, optimum.high), spec=".2f")
+        rate, loss = f"{2**optimum.log2_lr:.3g}, log2 {exponent}", f"loss {optimum.loss:.4f}"
+        tip = _tip(f"{self.name(optimum.curve)}: best rate", rate, loss)
+        plot.add(f'<path class="pt best" {tip} transform="translate({x} {y})" d="{DIAMOND}"/>')
+
+    def ladder(self, groups: Sequence[Group], values: Sequence[Sequence[Estimate]], tolerance: float, unit: str) -> str:
+        """An estimate per size of every group over the axis's ratio: octaves, or nats, which are never negative."""
+        octaves = unit == "octaves"
+        known = [v for e in chain(*values) for v in (e.value, e.low, e.high) if v is not None]
+        top = max([tolerance * 1.5, *known])
+        low = min([-tolerance * 1.5, *known]) if octaves else 0.0
+        room = 0.12 * (top - low)  # for the arrows of bounds too
+        at = {math.log2(g.ratio(o.curve)): o.curve for g in groups for o in g.optima}
+        plot = _Plot((min(at) - 0.3, max(at) + 0.3), (low - room * octaves, top + room), axis_name(groups[0].axis))
+        plot.band(plot.y(tolerance), plot.y(-tolerance if octaves else 0.0))
+        plot.y_ticks()
+        plot.x_ticks((x, self.number(curve)) for x, curve in at.items())
+        if not known:
+            plot.add(f'<text class="middle" x="{(plot.LEFT + plot.RIGHT) / 2}" y="{plot.y(0) - 6}">unknown</text>')
+        for nth, (group, estimates) in enumerate(zip(groups, values, strict=True)):
+            variant = self.labels.index(group.label)
+            plot.add(f'<g class="v{variant % 6}" data-variant="{variant}">')
+            line = []
+            for optimum, estimate in zip(group.optima, estimates, strict=True):
+                x = plot.x(math.log2(group.ratio(optimum.curve))) + (nth - (len(groups) - 1) / 2) * 7  # side by side
+                if estimate.value is not None:
+                    line.append(f"{x:.1f} {plot.y(estimate.value)}")
+                value = words(estimate, unit, "+.2f" if octaves else ".4f")
+                tip = _tip(f"{self.variant(group)}, {self.name(optimum.curve)}", value)
+                plot.estimate(x, estimate, tip, MARKERS[variant % 6])
+            if len(line) > 1:
+                plot.add(f'<path class="faint" d="M{"L".join(line)}"/>')
+            plot.add("</g>")
+        return plot.svg(f"{unit} by size")
+
+    def training(self, runs: Iterable[tuple[Size, Mapping[str, Any], Sequence[Mapping[str, Any]]]]) -> str:
+        """Loss by step of some runs, each with its size, its row and its metrics; nothing where none was logged."""
+        series = [(size, row, *(_column(log, key) for key in ("train_loss", "val_loss"))) for size, row, log in runs]
+        every = [point for _, _, train, val in series for point in chain(train, val)]
+        if not every:
+            return ""
+        last = max(step for step, _ in every)
+        # the first steps fall from log(vocabulary): they would take all the room
+        settled = [loss for step, loss in every if step >= 0.1 * last]
+        low, high = min(settled), max(settled)
+        pad = 0.05 * (high - low) or 0.01
+        plot = _Plot((0, last), (low - pad, high + pad), "step")
+        plot.y_ticks()
+        plot.x_ticks((t, f"{t:g}") for t in _ticks(0, last))
+        for size, row, train, val in series:
+            plot.add(self._group(size))
+            lines = {"faint": train, "line": val}
+            plot.clipped("".join(f'<path class="{k}" d="{plot.path(_thin(v))}"/>' for k, v in lines.items()))
+            for step, loss in _thin(val):
+                if loss <= plot.ys[1]:
+                    run = f"{self.names[size]}, LR 2^{row['log2_lr']:g}, seed {row['seed']}"
+                    tip = _tip(run, f"step {step:g}: {loss:.4f}")
+                    plot.add(f'<circle class="pt" {tip} cx="{plot.x(step)}" cy="{plot.y(loss)}" r="2.4"/>')
+            plot.add("</g>")
+        return plot.svg("loss by training step")
+
+    def _group(self, size: Size) -> str:
+        return f'<g data-size="{size_id(size)}" {self.shade(size)}>'
+
+
+class _Plot:
+    """One SVG: scales, axes, and what is added to it."""
+
+    WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 300, 50, 432, 8, 258
+
+    def __init__(self, xs: tuple[float, float], ys: tuple[float, float], title: str, strip: float = 0.0) -> None:
+        self.xs, self.ys, self.title = xs, ys, title
+        self.upper = self.TOP + strip  # where the largest y lies
+        self.parts: list[str] = []
+        if strip:
+            self.band(self.TOP, self.upper)
+            self.add(f'<text x="{self.LEFT + 5}" y="{self.TOP + 11}">diverged</text>')
+
+    def add(self, part: str) -> None:
+        self.parts.append(part)
+
+    def band(self, top: float, bottom: float) -> None:
+        """Shade the whole width between two heights."""
+        width = self.RIGHT - self.LEFT
+        self.add(f'<rect class="band" x="{self.LEFT}" y="{top}" width="{width}" height="{bottom - top:.1f}"/>')
+
+    def clipped(self, parts: str) -> None:
+        """Add lines that may leave the plot: a nested svg cuts them at its edge."""
+        x, y, w, h = self.LEFT, self.upper, self.RIGHT - self.LEFT, self.BOTTOM - self.upper
+        box = f'x="{x}" y="{y}" width="{w}" height="{h}" viewBox="{x} {y} {w} {h}"'
+        self.add(f'<svg {box} style="overflow:hidden">{parts}</svg>')
+
+    def estimate(self, x: float, estimate: Estimate, tip: str, marker: str) -> None:
+        """Add a value with its interval, or an arrow away from the one bound there is."""
+        if estimate.low is not None and estimate.high is not None:
+            low, high = self.y(estimate.low), self.y(estimate.high)
+            self.add(f'<path class="bar" d="M{x - 4:.1f} {low}h8M{x - 4:.1f} {high}h8M{x:.1f} {low}V{high}"/>')
+        if estimate.value is not None:
+            place = f'transform="translate({x:.1f} {self.y(estimate.value)})"'
+            self.add(f'<path class="pt best" {tip} {place} d="{marker}"/>')
+            return
+        for bound, sign in ((estimate.low, -1), (estimate.high, 1)):
+            if bound is not None:
+                y = self.y(bound)
+                arrow = f"M{x - 5:.1f} {y}h10M{x:.1f} {y}v{18 * sign}m-4 {-5 * sign}l4 {5 * sign}l4 {-5 * sign}"
+                self.add(f'<path class="bar" {tip} d="{arrow}"/>')
+
+    def x(self, value: float) -> float:
+        return round(self.LEFT + (value - self.xs[0]) / (self.xs[1] - self.xs[0]) * (self.RIGHT - self.LEFT), 1)
+
+    def y(self, value: float) -> float:
+        return round(self.BOTTOM - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (self.BOTTOM - self.upper), 1)
+
+    def path(self, points: Iterable[tuple[float, float]]) -> str:
+        """The d of a line; nothing where there are no points."""
+        line = "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points)
+        return f"M{line}" if line else ""
+
+    def y_ticks(self) -> None:
+        for value in _ticks(*self.ys):
+            y = self.y(value)
+            self.add(f'<path class="grid" d="M{self.LEFT} {y}H{self.RIGHT}"/>')
+            self.add(f'<text class="end" x="{self.LEFT - 6}" y="{y + 4:.1f}">{minus(f"{value:g}")}</text>')
+
+    def x_ticks(self, ticks: Iterable[tuple[float, str]]) -> None:
+        """Labels are SVG already."""
+        for value, label in ticks:
+            x = self.x(value)
+            self.add(f'<path class="frame" d="M{x} {self.BOTTOM}v4"/>')
+            self.add(f'<text class="middle" x="{x}" y="{self.BOTTOM + 17}">{label}</text>')
+
+    def lr_ticks(self) -> None:
+        """Powers of two."""
+        low, high = self.xs
+        step = next(s for s in (0.5, 1, 2, 4, 8, 16, 1000) if (high - low) / s <= 9)
+        lrs = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+        self.x_ticks((lr, f'2<tspan dy="-4" style="font-size:8.5px">{minus(f"{lr:g}")}</tspan>') for lr in lrs)
+
+    def svg(self, label: str) -> str:
+        middle = (self.LEFT + self.RIGHT) / 2
+        return (
+            f'<svg class="chart" viewBox="0 0 {self.WIDTH} {self.HEIGHT}" role="img" aria-label="{escape(label)}">'
+            + "".join(self.parts)
+            + f'<path class="frame" d="M{self.LEFT} {self.TOP}V{self.BOTTOM}H{self.RIGHT}"/>'
+            f'<text class="name middle" x="{middle}" y="{self.HEIGHT - 6}">{escape(self.title)}</text></svg>'
+        )
+
+
+def size_id(size: Size) -> str:
+    """What marks all that is drawn of a size, for the buttons."""
+    return f"{size[0]}x{size[1]}"
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About five round numbers within a range."""
+    raw = (high - low) / 5
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    return [round(k * step, 10) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _tip(*lines: str) -> str:
+    """The attribute that holds what hovering a point says."""
+    return f'data-tip="{escape(chr(10).join(lines))}"'
+
+
+def _facts(point: Point) -> Iterable[str]:
+    """What is known of a point of a loss curve."""
+    yield f"LR 2^{point.log2_lr:g} = {2**point.log2_lr:.3g}"
+    if point.diverged:
+        yield f"{point.diverged} of {point.diverged + len(point.losses)} seeds diverged"
+    if point.losses:
+        yield f"loss {point.mean:.4f}" + ("" if point.sem is None else f" ± {point.sem:.4f} (standard error)")
+        yield f"{len(point.losses)} seed{'s' if len(point.losses) > 1 else ''}"
+
+
+def _column(metrics: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) wherever a value was logged."""
+    pairs = ((row.get("step"), row.get(key)) for row in metrics)
+    return [(step, v) for step, v in pairs if step is not None and v is not None and math.isfinite(v)]
+
+
+def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most THINNED points, the last one always."""
+    stride = math.ceil(len(points) / THINNED) or 1
+    return [p for i, p in enumerate(points) if (len(points) - 1 - i) % stride == 0]

@@ -1,0 +1,122 @@
+"""Sections: a part of a config as an object of its dataclass, unknown keys refused and values converted.
+
+A section with a `kind` names its class; its other keys are that dataclass's fields.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any, TypeVar
+
+from mupsweep.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+def structured(cls: type[T], section: Mapping[str, Any], where: str) -> T:
+    """An instance of the dataclass `cls` from a mapping: unknown keys refused, values converted to their types.
+
+    Raises:
+        ConfigError: naming `where`.key, the offending value and what was expected.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    assert is_dataclass(cls)
+    known = {f.name: f for f in fields(cls)}
+    for key in section:
+        if key not in known:
+            raise ConfigError(f"unknown key '{where}.{key}'; {nearest(str(key), known)}")
+    missing = [
+        n for n, f in known.items() if n not in section and f.default is MISSING and f.default_factory is MISSING
+    ]
+    if missing:
+        raise ConfigError(f"missing key '{where}.{missing[0]}'; give {where}.{missing[0]}=VALUE")
+
+    schema = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(schema, False)  # a frozen dataclass is read-only until told otherwise
+    try:
+        merged = OmegaConf.merge(schema, dict(section))
+        made = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", None) or getattr(error, "key", None) or "?").split("[")[0]
+        raise ConfigError(f"{where}.{key}={section.get(key)}: {_expected(known.get(key), error)}") from error
+    assert isinstance(made, cls)
+    for key, value in section.items():
+        if any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, list) else [value])):
+            raise ConfigError(f"{where}.{key}={value}: expected a finite number")
+    return _tuples(made)
+
+
+def _expected(field_: Field[Any] | None, error: Exception) -> str:
+    """What a key takes, in words, from its annotation."""
+    annotation = "" if field_ is None else str(field_.type)
+    if "tuple" in annotation:
+        return "expected a list, such as [-8,-7]"
+    if "dict" in annotation:
+        return "expected a section of keys, or null"
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
+    for name, word in words.items():
+        if re.search(rf"\b{name}\b", annotation):
+            return f"expected {word}" + (" or null" if "None" in annotation else "")
+    return (getattr(error, "msg", None) or str(error)).splitlines()[0]
+
+
+def instantiate(section: Mapping[str, Any], where: str) -> Any:
+    """The object that a section's `kind` (a dotted class path) and its other keys describe."""
+    path, _, name = str(section.get("kind")).rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(path), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{where}.kind={section.get('kind')} cannot be imported ({error}): "
+            f"it names a dataclass as package.module.Class"
+        ) from error
+    if not (isinstance(cls, type) and is_dataclass(cls)):
+        raise ConfigError(f"{where}.kind={section.get('kind')} is no dataclass: its fields would be the section's keys")
+    name_ = str(section.get("name", ""))
+    if not re.fullmatch(r"[\w.+-]*", name_):
+        raise ConfigError(f"{where}.name={name_}: it becomes part of file names, so use letters, digits, and . + - _")
+    return structured(cls, {k: v for k, v in section.items() if k != "kind"}, where)
+
+
+def refuse_foreign_code(section: Mapping[str, Any], where: str, allowed: bool) -> None:
+    """A config may name only our own classes, at any depth, unless the user trusts it."""
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            refuse_foreign_code(value, f"{where}.{key}", allowed)
+    kind = str(section.get("kind", "mupsweep."))
+    if not kind.startswith("mupsweep.") and not allowed:
+        raise ConfigError(f"{where}.kind={kind} is code outside mupsweep: add allow_imports=true if you trust it")
+
+
+def _tuples(made: T) -> T:
+    """OmegaConf returns lists for tuple fields; frozen objects hold tuples."""
+    for f in fields(made):  # type: ignore[arg-type]
+        value = getattr(made, f.name)
+        if isinstance(value, list):
+            object.__setattr__(made, f.name, tuple(value))
+    return made
+
+
+def boolean(value: Any, where: str) -> bool:
+    """`value` if it is true or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{where}={value}: expected true or false")
+    return value
+
+
+def require(ok: bool, key: str, value: object, expected: str) -> None:
+    """Refuse a value that is not ok, saying what was expected."""
+    if not ok:
+        raise ConfigError(f"{key}={value}: expected {expected}")
+
+
+def one_of(value: str, valid: Sequence[str], key: str) -> None:
+    """Refuse a value that is not one of the valid ones, naming the nearest."""
+    if value not in valid:
+        raise ConfigError(f"{key}={value}: {nearest(value, valid)}")
