@@ -20,6 +20,7 @@ from mupsweep.records import DIVERGED, DONE
 
 CONFIDENCE = 0.95
 WINDOW = 1.5  # octaves on each side of the best point that a fit sees at most
+PRIOR_DOF = 4  # weight of the typical point's noise against a point's own seeds
 MIN_POINTS = 5  # on coarse grids it reaches further, until it has so many points; narrow fits see just these
 Array = NDArray[np.float64]
 
@@ -92,8 +93,9 @@ class Fit:
     Attributes:
         center: log2 LR of the best point, the origin of the polynomial.
         xs, ys: the fitted points, xs relative to the center.
+        sds: the standard deviation of each point, up to a common factor; a fit weighs points by its inverse square.
         beta: coefficients of 1, x, x^2 (, x^3).
-        unit: (X^T X)^-1; times the variance of a point it is the covariance of beta.
+        unit: times `Noise.variance`, the covariance of beta.
         vertex: the minimum, relative to the center.
         others: the polynomials that were not chosen, to tell how far the choice matters.
     """
@@ -101,6 +103,7 @@ class Fit:
     center: float
     xs: Array
     ys: Array
+    sds: Array
     beta: Array
     unit: Array
     vertex: float
@@ -120,25 +123,33 @@ class Fit:
         return np.where(k > 0, k * x ** np.maximum(k - 1, 0), 0.0)
 
     @property
-    def pull(self) -> dict[float, float]:
-        """How the vertex moves with each point: d vertex / d loss, by log2 LR (to first order)."""
+    def slope_pull(self) -> Array:
+        """d slope at the vertex / d loss of each point."""
         design = np.vander(self.xs, len(self.beta), increasing=True)
+        return self.slope_weights(self.vertex) @ self.unit @ (design / self.sds[:, None] ** 2).T
+
+    @property
+    def pull(self) -> dict[float, tuple[float, float]]:
+        """(d vertex / d loss of a point, the point's sd), by log2 LR, to first order."""
         k = np.arange(len(self.beta), dtype=float)
         curvature = float(np.where(k > 1, k * (k - 1) * self.vertex ** np.maximum(k - 2, 0), 0.0) @ self.beta)
-        moved = -(self.slope_weights(self.vertex) @ self.unit @ design.T) / curvature
-        return dict(zip((self.center + self.xs).tolist(), moved.tolist(), strict=True))
+        moved = -self.slope_pull / curvature
+        return {
+            float(self.center + x): (float(m), float(sd)) for x, m, sd in zip(self.xs, moved, self.sds, strict=True)
+        }
 
     @property
     def residuals(self) -> Array:
-        return self.ys - np.vander(self.xs, len(self.beta), increasing=True) @ self.beta
+        """In units of the points' standard deviations."""
+        return (self.ys - np.vander(self.xs, len(self.beta), increasing=True) @ self.beta) / self.sds
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The variance of a fitted point, pooled over the sizes of a group.
+    """How large noise is over the sizes of a ladder.
 
     Attributes:
-        variance: of a seed mean about the fitted polynomial, nats^2.
+        variance: of a point about the fitted polynomial, in units of the square of its `sds`.
         dof: degrees of freedom behind it.
     """
 
@@ -160,8 +171,7 @@ class Optimum:
         log2_lr: the fitted minimum; None where it is not bracketed.
         low, high: interval at CONFIDENCE; None where the data give no bound on that side.
         loss: the fitted loss at the minimum.
-        se: standard error of log2_lr from noise alone: curves of one ladder have one shape, so that a bias of the
-            polynomial, which the interval holds too, cancels in a drift.
+        se: standard error of log2_lr, for further fits; the curves of a ladder share most of their bias.
         reason: why there is no estimate, or no interval.
         fit: the polynomial, for drawing and regret.
     """
@@ -198,14 +208,53 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> list[LossCurve]:
 
 def optima(curves: Sequence[LossCurve]) -> list[Optimum]:
     """The optimum of every curve. The curves of one ladder are given together: their noise is pooled."""
-    found = [candidates(curve) for curve in curves]
+    sds = point_sds(curves)
+    found = [candidates(curve, sd) for curve, sd in zip(curves, sds, strict=True)]
     noise = pooled_noise([(c, fits[-1]) for c, fits in zip(curves, found, strict=True) if isinstance(fits, list)])
     chosen = [fits if isinstance(fits, str) else _choose(fits, noise) for fits in found]
     noise = pooled_noise([(c, made) for c, made in zip(curves, chosen, strict=True) if isinstance(made, Fit)])
-    return [_optimum(curve, made, noise) for curve, made in zip(curves, chosen, strict=True)]
+    return [_optimum(curve, made, noise, sd) for curve, made, sd in zip(curves, chosen, sds, strict=True)]
 
 
-def candidates(curve: LossCurve) -> list[Fit] | str:
+def point_sds(curves: Sequence[LossCurve]) -> list[dict[float, float]]:
+    """The standard deviation of every seed mean, by log2 LR, for each curve; 1 where no curve has several seeds.
+
+    Noise grows towards the cliff, so each point has its own; few seeds estimate it badly, so it is moderated: pooled
+    with the typical point as if that were PRIOR_DOF further seeds (Smyth 2004, doi 10.2202/1544-6115.1027). Typical is a
+    median over the points around all optima of the ladder, which one unstable run cannot move. What a seed shifts at
+    every LR alike moves no optimum and is removed.
+    """
+    own: list[dict[float, tuple[float, int]]] = []
+    near: list[float] = []
+    for curve in curves:
+        points = curve.usable
+        seeds = sorted(set.intersection(*(set(p.losses) for p in points))) if points else []
+        own.append({})
+        if len(seeds) < 2:
+            continue
+        best = min(points, key=lambda p: p.mean).log2_lr
+        table = np.array([[p.losses[s] for s in seeds] for p in points])  # (LRs, seeds)
+        rest = table - table.mean(axis=1, keepdims=True)
+        rest = rest - np.median(rest, axis=0, keepdims=True)
+        dof = len(seeds) - 1
+        for point, row in zip(points, rest, strict=True):
+            variance = float(row @ row) / dof
+            own[-1][point.log2_lr] = (variance, dof)
+            if abs(point.log2_lr - best) <= WINDOW:
+                near.append(variance * dof / float(stats.chi2.median(dof)))
+    typical = float(np.median(near)) if near else 0.0
+    if typical == 0.0:
+        return [{p.log2_lr: 1.0 for p in curve.points} for curve in curves]
+
+    def sd(curve_own: Mapping[float, tuple[float, int]], point: Point) -> float:
+        variance, dof = curve_own.get(point.log2_lr, (0.0, 0))
+        moderated = (PRIOR_DOF * typical + dof * variance) / (PRIOR_DOF + dof)
+        return math.sqrt(moderated / max(1, len(point.losses)))
+
+    return [{p.log2_lr: sd(mine, p) for p in c.points} for c, mine in zip(curves, own, strict=True)]
+
+
+def candidates(curve: LossCurve, sds: Mapping[float, float]) -> list[Fit] | str:
     """Polynomials through the seed means around the best point, the widest first, or the reason why there are none.
 
     A valley is steeper towards the cliff, so a cubic; a wide window averages noise away, and where it cannot follow the
@@ -226,7 +275,7 @@ def candidates(curve: LossCurve) -> list[Fit] | str:
     wide, near = ([p for p in points if abs(p.log2_lr - center) <= r + 1e-9] for r in (max(WINDOW, narrow), narrow))
     three = points[best - 1 : best + 2]
     shapes = [(wide, 3), (near, 3), (near, 2), (three, 2)]
-    tried = [_polynomial(center, window, degree) for window, degree in shapes if len(window) > degree]
+    tried = [_polynomial(center, window, degree, sds) for window, degree in shapes if len(window) > degree]
     fits = [made for made in tried if made is not None]
     return fits or "the losses around the best LR have no minimum: noise, or too few LRs; add seeds or LRs between"
 
@@ -260,14 +309,16 @@ def pooled_noise(fitted: Sequence[tuple[LossCurve, Fit]]) -> Noise:
             continue
         table = np.array([[p.losses[s] for s in seeds] for p in window])  # (LRs, seeds)
         rest = table - table.mean(axis=1, keepdims=True)
-        rest = rest - rest.mean(axis=0, keepdims=True)
-        dof = (len(window) - 1) * (len(seeds) - 1)
+        rest = (rest - rest.mean(axis=0, keepdims=True)) / made.sds[:, None]
         pure_ss += float((rest**2).sum()) / len(seeds)
-        pure_dof += dof
-        design = np.vander(made.xs, len(made.beta), increasing=True)
-        weights = made.slope_weights(made.vertex) @ made.unit @ design.T  # slope at the minimum = weights @ losses
+        pure_dof += (len(window) - 1) * (len(seeds) - 1)
+        weights = made.slope_pull
         slopes = weights @ table
-        tilt_ss += float(((slopes - slopes.mean()) ** 2).sum()) / float(weights @ weights) / len(seeds)
+        tilt_ss += (
+            float(((slopes - slopes.mean()) ** 2).sum())
+            / float((weights * made.sds) @ (weights * made.sds))
+            / len(seeds)
+        )
         tilt_dof += len(seeds) - 1
     if not fitted:
         return Noise(math.nan, 1.0)
@@ -284,22 +335,24 @@ def pooled_noise(fitted: Sequence[tuple[LossCurve, Fit]]) -> Noise:
     return Noise((pure * pure_dof + scatter * fit_dof) / (pure_dof + fit_dof), pure_dof + fit_dof)
 
 
-def _polynomial(center: float, points: Sequence[Point], degree: int) -> Fit | None:
+def _polynomial(center: float, points: Sequence[Point], degree: int, sd: Mapping[float, float]) -> Fit | None:
     xs = np.array([p.log2_lr - center for p in points])
     ys = np.array([p.mean for p in points])
+    sds = np.array([sd[p.log2_lr] for p in points])
     design = np.vander(xs, degree + 1, increasing=True)
-    unit = np.linalg.inv(design.T @ design).astype(np.float64)
-    beta = unit @ design.T @ ys
+    weighed = design / sds[:, None] ** 2
+    unit = np.linalg.inv(design.T @ weighed).astype(np.float64)
+    beta = unit @ weighed.T @ ys
     roots = np.roots(np.polyder(beta[::-1]))
     inside = [float(r.real) for r in roots if abs(r.imag) < 1e-9 and xs[0] <= r.real <= xs[-1]]
     curvature = np.polyder(beta[::-1], 2)
     minima = [r for r in inside if np.polyval(curvature, r) > 0]
     if not minima or len(inside) > 1:  # a second turning point inside the window is noise, not a valley
         return None
-    return Fit(center, xs, ys, beta, unit, minima[0])
+    return Fit(center, xs, ys, sds, beta, unit, minima[0])
 
 
-def _optimum(curve: LossCurve, made: Fit | str, noise: Noise) -> Optimum:
+def _optimum(curve: LossCurve, made: Fit | str, noise: Noise, sds: Mapping[float, float]) -> Optimum:
     if isinstance(made, str):
         low, high = _bounds(curve)
         return Optimum(curve, False, None, low, high, None, None, made, None)
@@ -307,11 +360,12 @@ def _optimum(curve: LossCurve, made: Fit | str, noise: Noise) -> Optimum:
     loss = made.value(best)
     if not math.isfinite(noise.variance):
         return Optimum(curve, True, best, None, None, loss, None, "one seed and no spare LRs: no interval", made)
-    left, right = _valley(curve, noise)
+    left, right = _valley(curve, noise, sds)
     low, high = _root_interval(made, noise)
     low, high = _tighter(low, left - made.center, max), _tighter(high, right - made.center, min)
-    se = None if low is None or high is None else (high - low) / (2 * noise.quantile)
     bias = max((_disagreement(made, other, noise) for other in made.others), default=0.0)
+    # where the grid falls differs from size to size, and the bias with it: half of it does not cancel in a drift
+    se = None if low is None or high is None else math.hypot((high - low) / (2 * noise.quantile), bias / 2)
     low, high = (None if low is None else low - bias), (None if high is None else high + bias)
     reason = None if se is not None else "the curve is too flat or too noisy to bound its minimum: add seeds or LRs"
     low, high = (None if x is None else made.center + x for x in (low, high))
@@ -321,7 +375,11 @@ def _optimum(curve: LossCurve, made: Fit | str, noise: Noise) -> Optimum:
 def _disagreement(made: Fit, other: Fit, noise: Noise) -> float:
     """Octaves between the minima of two polynomials beyond what noise explains: the bias of choosing one of them."""
     mine, theirs = made.pull, other.pull
-    variance = noise.variance * sum((mine.get(x, 0.0) - theirs.get(x, 0.0)) ** 2 for x in mine.keys() | theirs.keys())
+    none = (0.0, 0.0)
+    variance = noise.variance * sum(
+        ((mine.get(x, none)[0] - theirs.get(x, none)[0]) * max(mine.get(x, none)[1], theirs.get(x, none)[1])) ** 2
+        for x in mine.keys() | theirs.keys()
+    )
     gap = made.center + made.vertex - other.center - other.vertex
     return max(0.0, abs(gap) - math.sqrt(variance))
 
@@ -352,12 +410,13 @@ def _root_interval(made: Fit, noise: Noise) -> tuple[float | None, float | None]
     return edge(float(made.xs[0])), edge(float(made.xs[-1]))
 
 
-def _valley(curve: LossCurve, noise: Noise) -> tuple[float, float]:
+def _valley(curve: LossCurve, noise: Noise, sds: Mapping[float, float]) -> tuple[float, float]:
     """The nearest LRs on both sides with a loss significantly above the best: a valley's minimum lies between them."""
     points = curve.usable
     best = min(points, key=lambda p: p.mean)
-    margin = noise.quantile * math.sqrt(2 * noise.variance)
-    higher = [p.log2_lr for p in points if p.mean > best.mean + margin]
+    unit = noise.quantile * math.sqrt(noise.variance)
+    floor = best.log2_lr
+    higher = [p.log2_lr for p in points if p.mean - best.mean > unit * math.hypot(sds[p.log2_lr], sds[floor])]
     left = max((x for x in higher if x < best.log2_lr), default=-math.inf)
     return left, min((x for x in higher if x > best.log2_lr), default=math.inf)
 

@@ -189,7 +189,9 @@ def _regret(base: Optimum, at: Optimum, noise: Noise) -> Estimate:
         value = made.value(base.log2_lr) - made.value(at.log2_lr)
     else:  # beyond the fitted points: interpolate the means themselves
         line = PchipInterpolator([p.log2_lr for p in usable], [p.mean for p in usable])
-        there = line(np.clip(starts, usable[0].log2_lr, usable[-1].log2_lr)) + spread * random.standard_normal(DRAWS)
+        there = line(np.clip(starts, usable[0].log2_lr, usable[-1].log2_lr)) + spread * float(
+            np.median(made.sds)
+        ) * random.standard_normal(DRAWS)
         value = float(line(base.log2_lr)) - made.value(at.log2_lr)
     low, high = np.quantile(np.maximum(there - floor, 0.0), [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
     return Estimate(max(0.0, value), float(low), float(high))

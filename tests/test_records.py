@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mupsweep import records
+from mupsweep import claims
 from mupsweep.errors import RecordError
 from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING, RunDir, SweepDir
 

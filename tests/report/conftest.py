@@ -15,11 +15,6 @@ from mupsweep.files import write_json
 from mupsweep.records import SweepDir
 from mupsweep.scaling import Init, Role
 
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "browser: opens the report in a real Chromium")
-
-
 Rows = list[dict[str, Any]]
 DRIFT = {"sp": -0.76, "mup": 0.05}  # octaves per doubling of width
 
