@@ -132,7 +132,10 @@ class GridConfig:
         if self.name is not None and (
             not self.name or set(self.name) & set("/\\\0\n") or self.name.startswith(".") or len(self.name) > 128
         ):
-            raise ConfigError(f"sweep.name={self.name!r}: use a plain folder name, without slashes or a leading dot")
+            raise ConfigError(
+                f"sweep.name={self.name!r}: use a folder name of at most 128 characters, "
+                "without slashes or a leading dot"
+            )
 
     @property
     def ratios(self) -> tuple[tuple[float, float], ...]:
@@ -259,7 +262,7 @@ def _split(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, 
         if override.is_add() or override.is_force_add() or override.is_delete():
             raise ConfigError(f"override {text!r}: every key exists already, so write it without the sign: {key}=VALUE")
         if key.startswith("hydra"):
-            raise ConfigError(f"override {text!r}: mupsweep uses Hydra for composition only; it has no hydra.* keys")
+            raise ConfigError(f"override {text!r}: Hydra only composes here and has no keys; {nearest(key, groups)}")
         if key not in groups:
             if override.is_sweep_override():
                 raise ConfigError(
@@ -291,7 +294,7 @@ def _compose(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    search = [f"hydra.searchpath=[file://{config_root().resolve()}]"] if config_dir else []
     if config_dir and not Path(config_dir).is_dir():
         raise ConfigError(
             f"--config-dir {config_dir} is not a folder: it holds yaml groups such as optimizer/mine.yaml"
@@ -305,7 +308,8 @@ def _compose(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
         assert isinstance(tree, dict)
         return {str(k): v for k, v in tree.items()}
 
-    with initialize_config_dir(str(config_root().resolve()), version_base="1.3"):
+    # the user's folder comes first, so that a file of theirs takes the place of a shipped one of its name
+    with initialize_config_dir(str(Path(config_dir or config_root()).resolve()), version_base="1.3"):
         try:
             return composed(overrides)
         except (HydraException, OmegaConfBaseException, ValueError) as error:

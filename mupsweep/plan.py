@@ -169,9 +169,10 @@ def load(sweep: SweepDir) -> list[RunSpec]:
     runs = []
     for row in sweep.read_plan():
         if row["variant"] not in recipes:
+            where = {made.variant.data.path or made.variant.data.name for made in recipes.values()}
             raise RecordError(
-                f"{sweep.path} was planned on another corpus, or its config.yaml was edited: the text behind data.path "
-                "has changed since; choose another sweep.name, or bring the old text back"
+                f"{sweep.path} was planned on another text than {', '.join(sorted(where))} holds now, or its "
+                "config.yaml was edited: choose another sweep.name, or bring the old text back"
             )
         size, cost = sizes(row["variant"], row["width_ratio"], row["depth_ratio"])
         runs.append(RunSpec(row["run_id"], recipes[row["variant"]], size, row["log2_lr"], row["seed"], cost))

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from mupsweep import build
-from mupsweep.curves import Optimum
 from mupsweep.errors import RecordError
+from mupsweep.optimum import Optimum
 from mupsweep.plan import Recipe
 from mupsweep.transfer import DRIFTS, TRANSFERS, Estimate, Group
 

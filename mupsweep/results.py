@@ -8,8 +8,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mupsweep.curves import CONFIDENCE, LossCurve
+from mupsweep.curves import LossCurve
 from mupsweep.files import make_folder, write_json, write_text
+from mupsweep.optimum import CONFIDENCE
 from mupsweep.records import FINISHED, SweepDir
 from mupsweep.transfer import TOLERANCE_NATS, TOLERANCE_OCTAVES, Analysis, Estimate
 

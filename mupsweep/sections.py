@@ -37,6 +37,13 @@ def structured(cls: type[T], section: Mapping[str, Any], where: str) -> T:
     if missing:
         raise ConfigError(f"missing key '{where}.{missing[0]}'; give {where}.{missing[0]}=VALUE")
 
+    for key, value in section.items():
+        entries = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(v, float) and not math.isfinite(v) for v in entries):
+            raise ConfigError(f"{where}.{key}={value}: expected a finite number")
+        if any(isinstance(v, list | tuple) for v in entries):
+            raise ConfigError(f"{where}.{key}={value}: expected a plain list, such as [-8,-7]")
+
     schema = OmegaConf.structured(cls)
     OmegaConf.set_readonly(schema, False)  # a frozen dataclass is read-only until told otherwise
     try:
@@ -44,11 +51,8 @@ def structured(cls: type[T], section: Mapping[str, Any], where: str) -> T:
         made = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or getattr(error, "key", None) or "?").split("[")[0]
-        raise ConfigError(f"{where}.{key}={section.get(key)}: {_expected(known.get(key), error)}") from error
+        raise ConfigError(f"{where}.{key}={section.get(key)!r}: {_expected(known.get(key), error)}") from error
     assert isinstance(made, cls)
-    for key, value in section.items():
-        if any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, list) else [value])):
-            raise ConfigError(f"{where}.{key}={value}: expected a finite number")
     return _tuples(made)
 
 

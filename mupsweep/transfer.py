@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from mupsweep.curves import CONFIDENCE, LossCurve, Noise, Optimum, collect, optima, pooled_noise
+from mupsweep.curves import LossCurve, collect
 from mupsweep.errors import ConfigError, nearest
+from mupsweep.optimum import CONFIDENCE, Noise, Optimum, optima, pooled_noise
 
 TRANSFERS, DRIFTS, INCONCLUSIVE = "transfers", "drifts", "inconclusive"
 TOLERANCE_OCTAVES = 0.5  # of total drift from the base to the largest size: half a step of an octave grid

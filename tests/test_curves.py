@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mupsweep.curves import LossCurve, Optimum, collect, optima
+from mupsweep.curves import LossCurve, collect
+from mupsweep.optimum import Optimum, optima
 
 GRID = [-11.0, -10.0, -9.0, -8.0, -7.0, -6.0, -5.0, -4.0]
 

@@ -164,8 +164,9 @@ def test_lrs_that_look_the_same_have_ids_of_their_own() -> None:
     assert len(set(made)) == 2
 
 
-def test_a_variant_chosen_twice_is_trained_once() -> None:
-    assert ids("optimizer=adamw,adamw") == ids()
+def test_a_variant_chosen_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'optimizer=adamw,adamw': each choice once"):
+        ids("optimizer=adamw,adamw")
 
 
 def test_the_most_expensive_runs_come_first() -> None:

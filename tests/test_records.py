@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mupsweep import claims
+from mupsweep import claims, files
 from mupsweep.errors import RecordError
 from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING, RunDir, SweepDir
 
@@ -41,7 +41,10 @@ def sweep(tmp_path: Path) -> SweepDir:
     """A planned sweep of three runs, without a config."""
     made = SweepDir(tmp_path / "sweep")
     made.path.mkdir()
-    made.write_plan({"run_id": f"run-{i}"} for i in range(3))
+    made.write_plan(
+        {"run_id": f"run-{i}", "variant": "v", "width_ratio": 1.0, "depth_ratio": 1.0, "log2_lr": -7.0, "seed": i}
+        for i in range(3)
+    )
     for i in range(3):
         made.run(f"run-{i}").path.mkdir(parents=True)
     return made
@@ -80,7 +83,7 @@ def names(folder: Path) -> list[str]:
 def test_a_replaced_file_has_the_new_content_and_leaves_nothing_beside_it(tmp_path: Path, durable: bool) -> None:
     path = tmp_path / "status.json"
     for text in ("a" * 100_000, "b"):
-        records.write_text(path, text, durable)
+        files.write_text(path, text, durable)
         assert path.read_text() == text
         assert names(tmp_path) == ["status.json"]
 
@@ -93,7 +96,7 @@ def test_a_write_that_cannot_be_renamed_keeps_what_was_there_and_leaves_no_tempo
     with pytest.raises(
         RecordError, match=rf"^cannot write {re.escape(str(target))}: .+; free space or choose"
     ) as caught:
-        records.write_text(target, "new")
+        files.write_text(target, "new")
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == ["status.json"]
     assert names(target) == ["inside"]
@@ -106,14 +109,14 @@ def test_a_full_disk_keeps_the_old_content_and_leaves_no_temporary_file(tmp_path
     # the temporary name leads to a device that is always full
     (tmp_path / f".status.json.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(RecordError, match="No space left on device; free space or choose another folder with out=DIR"):
-        records.write_text(path, "new")
+        files.write_text(path, "new")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["status.json"]
 
 
 def test_a_write_into_a_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="No such file or directory") as caught:
-        records.write_json(tmp_path / "gone" / "status.json", {})
+        files.write_json(tmp_path / "gone" / "status.json", {})
     assert "\n" not in str(caught.value)
 
 
@@ -257,7 +260,7 @@ def test_a_damaged_claim_is_taken_over(run: RunDir, content: str) -> None:
 
 def test_a_claim_on_a_run_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where a folder belongs")
-    with pytest.raises(RecordError, match=r"^cannot write ") as caught:
+    with pytest.raises(RecordError, match=r"^cannot make the folder ") as caught:
         RunDir(tmp_path / "runs" / "one").claim()
     assert "\n" not in str(caught.value)
 
@@ -350,8 +353,9 @@ def test_a_damaged_plan_is_one_line_that_says_what_to_do(sweep: SweepDir, conten
 
 
 def test_what_is_written_of_a_config_is_what_is_read(sweep: SweepDir) -> None:
-    sweep.write_config({"sweep": {"seeds": (0, 1)}, "out": "μ: #"}, "mupsweep run\nsweep.seeds=[0,1]")
-    assert sweep.read_config() == {"sweep": {"seeds": [0, 1]}, "out": "μ: #"}
+    tree = {"variants": [], "sweep": {"seeds": (0, 1)}, "launcher": {}, "tracker": {}, "out": "μ: #"}
+    sweep.write_config(tree, "mupsweep run\nsweep.seeds=[0,1]")
+    assert sweep.read_config() == {**tree, "sweep": {"seeds": [0, 1]}}
     assert sweep.config_path.read_text().splitlines()[:2] == ["# mupsweep run", "# sweep.seeds=[0,1]"]
 
 

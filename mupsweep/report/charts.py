@@ -8,7 +8,8 @@ from html import escape
 from itertools import chain
 from typing import Any
 
-from mupsweep.curves import LossCurve, Optimum, Point
+from mupsweep.curves import LossCurve, Point
+from mupsweep.optimum import Optimum
 from mupsweep.report.curves_text import (
     Size,
     axis_name,

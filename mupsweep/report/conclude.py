@@ -61,12 +61,14 @@ def export(
 
     dims = _target(target)
     if not sweeps:
-        raise ConfigError("transfer needs the folder of a sweep: mupsweep transfer sweeps/NAME --to width=4096")
+        raise ConfigError(f"no sweep given: mupsweep transfer sweeps/NAME --to {' '.join(target)}")
     recipes = {run.recipe.variant.label: run.recipe for sweep in sweeps for run in plan.load(sweep)}
     made = []
     groups = select(analyse(read_runs(sweeps)), optimizer, parametrization)
     if not groups:
-        raise RecordError(f"{sweeps[0].path} has no finished runs, so there is no LR to recommend: mupsweep run first")
+        raise RecordError(
+            f"{sweeps[0].path} has no finished runs, so there is no LR for {' '.join(target)}: mupsweep run first"
+        )
     for group in groups:
         if group.label not in recipes or any(made_group.label == group.label for made_group, _ in made):
             continue  # one recipe per variant, from its longest ladder's first axis

@@ -9,7 +9,8 @@ from statistics import median
 
 from rich.text import Text
 
-from mupsweep.curves import LossCurve, Optimum, optima
+from mupsweep.curves import LossCurve
+from mupsweep.optimum import Optimum, optima
 from mupsweep.transfer import Estimate, Group
 
 # of the user's own theme: readable on any background

@@ -19,7 +19,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator
 from matplotlib.transforms import Bbox, TransformedBbox
 
-from mupsweep.curves import LossCurve, Optimum
+from mupsweep.curves import LossCurve
+from mupsweep.optimum import Optimum
 from mupsweep.report.curves_text import (
     Size,
     axis_name,

@@ -13,8 +13,8 @@ from typing import Any
 import mupsweep
 from mupsweep.build import TensorRule
 from mupsweep.cost import duration, si
-from mupsweep.curves import CONFIDENCE, Optimum
 from mupsweep.files import read_json, write_text
+from mupsweep.optimum import CONFIDENCE, Optimum
 from mupsweep.records import DIVERGED, DONE, FAILED, SweepDir
 from mupsweep.report.charts import Charts, minus, size_id, words
 from mupsweep.report.curves_text import axis_name, base_of, moves, size_of, variant_name

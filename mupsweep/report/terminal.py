@@ -261,8 +261,15 @@ def table_of(*columns: str) -> Table:
     return table
 
 
+class PipeConsole(Console):
+    """A console that leaves a closed pipe to the command line, as `print` does."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console_of() -> Console:
     """The terminal, or a wide page where there is none."""
-    console = Console(highlight=False)
+    console = PipeConsole(highlight=False)
     # a pipe has no width: never wrap or cut what a script reads
-    return console if console.is_terminal else Console(highlight=False, width=160)
+    return console if console.is_terminal else PipeConsole(highlight=False, width=160)

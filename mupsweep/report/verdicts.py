@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from mupsweep.cost import si
-from mupsweep.curves import CONFIDENCE
+from mupsweep.optimum import CONFIDENCE
 from mupsweep.records import DIVERGED, DONE
 from mupsweep.report.curves_text import curve_text
 from mupsweep.report.terminal import console_of, table_of

@@ -97,16 +97,16 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("sweep.log2_lrs=-8,-9", ("'sweep.log2_lrs=-8,-9'", "[a,b]")),
     ("training.steps=${nope}", ("nope", "training.steps")),
     # types
-    ("training.steps=many", ("training.steps", "'many'", "Integer")),
-    ("training.steps=10.5", ("training.steps", "'10.5'", "Integer")),
-    ("model.width=true", ("model.width", "True", "Integer")),
+    ("training.steps=many", ("training.steps", "'many'", "whole number")),
+    ("training.steps=10.5", ("training.steps", "'10.5'", "whole number")),
+    ("model.width=true", ("model.width", "True", "whole number")),
     ("model.init_std=small", ("model.init_std", "'small'", "Float")),
     ("model.bias=maybe", ("model.bias", "'maybe'", "bool")),
     ("allow_imports=nope", ("allow_imports", "nope")),
     ("sweep.log2_lrs=-7", ("sweep.log2_lrs", "-7", "list")),
     ("sweep.width_ratios=null", ("sweep.width_ratios", "list")),
     ("sweep.width_ratios=[[1,2]]", ("sweep.width_ratios", "[1, 2]")),
-    ("sweep.seeds=[0.5]", ("sweep.seeds", "0.5", "Integer")),
+    ("sweep.seeds=[0.5]", ("sweep.seeds", "0.5", "whole number")),
     ("optimizer.betas=0.9", ("optimizer.betas", "0.9", "list")),
     ("optimizer.betas=[0.9]", ("optimizer.betas", "[0.9]", "two numbers")),
     ("optimizer.betas=[0.9,0.9,0.9]", ("optimizer.betas", "[0.9, 0.9, 0.9]", "two numbers")),
@@ -283,7 +283,7 @@ def test_the_advice_for_a_damaged_plan_works_and_finished_runs_are_kept(content:
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [("out=a-file", ("a-file", "out=DIR")), ("sweep.name=" + 300 * "x", ("xxx", "File name too long"))],
+    [("out=a-file", ("a-file", "out=DIR")), ("sweep.name=" + 300 * "x", ("xxx", "128"))],
     ids=["out is a file", "long name"],
 )
 def test_a_folder_that_cannot_be_made_is_one_line(words: str, told: tuple[str, ...]) -> None:

@@ -152,9 +152,7 @@ def test_validation_batches_run_through_the_split_in_order(sotu: DataConfig) -> 
     both = np.concatenate([found.validation_batch(128, 16, i) for i in range(2)])
     assert (both == found.validation.blocks(range(32), 128)).all()
     assert (both[:-1, -1] == both[1:, 0]).all()  # the last target is the next first input
-    with pytest.raises(
-        DataError, match=r"validation batch 66 of 66: 136331 tokens .* lower training\.eval_batches"
-    ):
+    with pytest.raises(DataError, match=r"validation batch 66 of 66: 136331 tokens .* lower training\.eval_batches"):
         found.validation_batch(128, 16, 66)
 
 
@@ -169,13 +167,9 @@ def test_bytes_and_epochs(sotu: DataConfig) -> None:
 
 def test_a_corpus_smaller_than_a_batch_is_one_line(sotu: DataConfig) -> None:
     found = data.prepare(sotu)
-    with pytest.raises(
-        DataError, match=r"train split has 3735616 tokens, 3 blocks of context 1000000: one batch of 4"
-    ):
+    with pytest.raises(DataError, match=r"train split has 3735616 tokens, 3 blocks of context 1000000: one batch of 4"):
         found.train_batch(1_000_000, 4, 0, 0)
-    with pytest.raises(
-        DataError, match=r"validation split .* needs 204801; .* or raise data\.validation_fraction"
-    ):
+    with pytest.raises(DataError, match=r"validation split .* needs 204801; .* or raise data\.validation_fraction"):
         found.validation_batches(1024, 200)
 
 
@@ -219,9 +213,7 @@ def test_prepared_twice_is_byte_identical(probe: Path, tmp_path: Path, expected:
     assert contents(tmp_path) == expected
 
 
-def test_a_killed_preparer_leaves_nothing_in_the_way(
-    probe: Path, tmp_path: Path, expected: dict[str, bytes]
-) -> None:
+def test_a_killed_preparer_leaves_nothing_in_the_way(probe: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
     dying = start(probe, tmp_path, "die")
     dying.communicate()
     assert dying.returncode == -signal.SIGKILL
@@ -277,9 +269,7 @@ def test_verify_finds_a_changed_byte(small: tuple[DataConfig, Path]) -> None:
     raw[1030] ^= 1
     path.write_bytes(raw)
     data.prepare(config)  # the size is right: opening does not read it
-    with pytest.raises(
-        DataError, match=r"the sha256 of validation-00000\.bin differs .* run `mupsweep data prepare`"
-    ):
+    with pytest.raises(DataError, match=r"the sha256 of validation-00000\.bin differs .* run `mupsweep data prepare`"):
         shards.verify(folder)
 
 
@@ -287,9 +277,7 @@ def test_opening_finds_a_cut_or_missing_shard(small: tuple[DataConfig, Path]) ->
     config, folder = small
     path = folder / "train-00000.bin"
     os.truncate(path, path.stat().st_size - 2)
-    with pytest.raises(
-        DataError, match=r"train-00000\.bin is damaged: \d+ bytes instead of \d+; delete the folder"
-    ):
+    with pytest.raises(DataError, match=r"train-00000\.bin is damaged: \d+ bytes instead of \d+; delete the folder"):
         data.prepare(config)
     path.unlink()
     with pytest.raises(DataError, match=r"train-00000\.bin is damaged: 0 bytes instead of"):
@@ -300,9 +288,7 @@ def test_opening_finds_a_cut_or_missing_shard(small: tuple[DataConfig, Path]) ->
 def test_damaged_meta_data_is_one_line(small: tuple[DataConfig, Path], text: str) -> None:
     config, folder = small
     (folder / "meta.json").write_text(text)
-    with pytest.raises(
-        DataError, match=r"is no prepared corpus \(meta\.json is missing or damaged\): delete"
-    ):
+    with pytest.raises(DataError, match=r"is no prepared corpus \(meta\.json is missing or damaged\): delete"):
         data.prepare(config)
 
 

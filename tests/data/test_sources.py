@@ -67,9 +67,7 @@ def test_every_text_format_gives_the_same_documents(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS) + b"\n")
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS)))
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(jsonl(TEXTS)))
-    pq.write_table(
-        pa.table({"text": [*TEXTS, None, ""], "n": range(6)}), tmp_path / "a.parquet", row_group_size=3
-    )
+    pq.write_table(pa.table({"text": [*TEXTS, None, ""], "n": range(6)}), tmp_path / "a.parquet", row_group_size=3)
     for name in ("txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.parquet"):
         assert list(Local(local(tmp_path / name)).documents()) == TEXTS, name
 
@@ -124,9 +122,7 @@ def test_a_lone_bin_is_split_by_its_tail(tmp_path: Path) -> None:
     found = data.prepare(local(tmp_path / "tokens.bin", tokenizer="gpt2", validation_fraction=0.1))
     assert (len(found.train), len(found.validation)) == (900, 100)
     assert found.validation.blocks([0], 3).tolist() == [[900, 901, 902, 903]]
-    capped = data.prepare(
-        local(tmp_path / "tokens.bin", tokenizer="gpt2", validation_fraction=0.1, max_tokens=50)
-    )
+    capped = data.prepare(local(tmp_path / "tokens.bin", tokenizer="gpt2", validation_fraction=0.1, max_tokens=50))
     assert (len(capped.train), len(capped.validation)) == (50, 100)
     assert capped.content_id != found.content_id
 
@@ -243,9 +239,7 @@ def test_bad_input_costs_one_line(tmp_path: Path, case: str) -> None:
 
 def test_a_parquet_column_that_is_not_there(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": TEXTS, "n": range(4)}), tmp_path / "a.parquet")
-    assert "a.parquet has no 'text': set data.text_column to one of body, n" in one_line(
-        local(tmp_path / "a.parquet")
-    )
+    assert "a.parquet has no 'text': set data.text_column to one of body, n" in one_line(local(tmp_path / "a.parquet"))
     assert "'n' is int, not text" in one_line(local(tmp_path / "a.parquet", text_column="n"))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mupsweep.curves import optima
+from mupsweep.optimum import optima
 from mupsweep.report.curves_text import curve_text, loss_range
 from mupsweep.transfer import analyse
 

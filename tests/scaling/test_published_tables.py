@@ -325,9 +325,7 @@ def test_standard_parametrization_scales_nothing(law: str, role: Role) -> None:
     ("role", "multiplier"), [(Role.INPUT, ONE), (Role.HIDDEN, R_N ** Fraction(-1, 2)), (Role.OUTPUT, R_N**-1)]
 )
 @pytest.mark.parametrize("output", ["multiplier", "init"])
-def test_gupta_multiplier_form_is_the_same_function_at_init(
-    role: Role, multiplier: Monomial, output: str
-) -> None:
+def test_gupta_multiplier_form_is_the_same_function_at_init(role: Role, multiplier: Monomial, output: str) -> None:
     """Gupta Table 2 in black: variance 1 everywhere, multipliers 1, 1/sqrt(n_in), 1/n_in."""
     rule = symbolic(Spectral("mup", None, output=output), ENTRYWISE, role)
     assert rule.multiplier * rule.init_std == multiplier

@@ -107,9 +107,7 @@ def test_dims_read_an_embedding_as_the_matrix_it_stands_for() -> None:
     assert [spec(role, 256, 512).dims for role in Role] == [(256, 512)] * 3 + [(256, 1)] * 2
 
 
-@given(
-    st.sampled_from(PARAMETRIZATIONS), some_law, some_role, st.integers(1, 200_000), st.integers(1, 200_000)
-)
+@given(st.sampled_from(PARAMETRIZATIONS), some_law, some_role, st.integers(1, 200_000), st.integers(1, 200_000))
 def test_base_shape_is_a_fixed_point(
     parametrization: Parametrization, law: UpdateLaw, role: Role, n_out: int, n_in: int
 ) -> None:
@@ -155,9 +153,7 @@ def test_numbers_agree_with_symbols_where_shapes_scale_exactly(
 
 @pytest.mark.parametrize("law", MAX_LAWS)
 @pytest.mark.parametrize("shape", [(1, 1), (4, 1), (1, 4), (3, 1)], ids=str)
-def test_a_law_with_a_maximum_agrees_with_its_symbols_on_hidden_matrices(
-    law: str, shape: tuple[int, int]
-) -> None:
+def test_a_law_with_a_maximum_agrees_with_its_symbols_on_hidden_matrices(law: str, shape: tuple[int, int]) -> None:
     out, in_ = shape
     parametrization = Spectral("spectral")
     numbers = numeric(
@@ -182,9 +178,7 @@ def test_a_law_with_a_maximum_agrees_with_its_symbols_on_hidden_matrices(
         ("muon_jordan", Role.OUTPUT, 4.0, "r_n^1/2"),
     ],
 )
-def test_a_vocabulary_wider_than_the_model_decides_a_maximum(
-    law: str, role: Role, real: float, symbol: str
-) -> None:
+def test_a_vocabulary_wider_than_the_model_decides_a_maximum(law: str, role: Role, real: float, symbol: str) -> None:
     parametrization = Spectral("spectral")
     target, base = scaled(role, 1024, 50_304), scaled(role, 256, 50_304)
     assert numeric(parametrization, MAX_LAWS[law], target, base, 4, 1).lr == pytest.approx(real, rel=REL)
@@ -329,9 +323,7 @@ def test_a_normalised_update_does_not_feel_the_loss_share(law: UpdateLaw, role: 
 
 @given(some_spectral, some_role)
 def test_one_block_per_entry_makes_muon_adam(parametrization: Spectral, role: Role) -> None:
-    assert symbolic(parametrization, UpdateLaw(blocks=entries), role) == symbolic(
-        parametrization, ENTRYWISE, role
-    )
+    assert symbolic(parametrization, UpdateLaw(blocks=entries), role) == symbolic(parametrization, ENTRYWISE, role)
 
 
 @given(some_spectral, some_role)
