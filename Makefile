@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test test-slow check bench docs clean
+.PHONY: help setup demo smoke test test-slow lint check bench docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -28,13 +28,14 @@ test: $(READY) ## the tests
 test-slow: $(READY) ## the drills that take minutes
 	$(BIN)/python -m pytest -q -m slow
 
-check: $(READY) ## lint, types, layers, documentation, tests
+lint: $(READY) ## ruff, pyright, import layers, generated documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/readme.py --check
-	$(BIN)/python -m pytest -q
+
+check: lint test ## everything that must be green before a commit
 
 bench: $(READY) ## training speed against transformers, overheads of the runner
 	$(BIN)/python scripts/bench.py

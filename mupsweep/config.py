@@ -133,7 +133,7 @@ class GridConfig:
             not self.name or set(self.name) & set("/\\\0\n") or self.name.startswith(".") or len(self.name) > 128
         ):
             raise ConfigError(
-                f"sweep.name={self.name!r}: use a folder name of at most 128 characters, "
+                f"sweep.name={self.name!r}: use a plain folder name of at most 128 characters, "
                 "without slashes or a leading dot"
             )
 
@@ -261,6 +261,8 @@ def _split(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, 
         key = override.key_or_group
         if override.is_add() or override.is_force_add() or override.is_delete():
             raise ConfigError(f"override {text!r}: every key exists already, so write it without the sign: {key}=VALUE")
+        if not key:
+            raise ConfigError(f"cannot read the override {text!r}: write key=value")
         if key.startswith("hydra"):
             raise ConfigError(f"override {text!r}: Hydra only composes here and has no keys; {nearest(key, groups)}")
         if key not in groups:
@@ -294,7 +296,7 @@ def _compose(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    search = [f"hydra.searchpath=[file://{config_root().resolve()}]"] if config_dir else []
+    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     if config_dir and not Path(config_dir).is_dir():
         raise ConfigError(
             f"--config-dir {config_dir} is not a folder: it holds yaml groups such as optimizer/mine.yaml"
@@ -308,8 +310,11 @@ def _compose(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
         assert isinstance(tree, dict)
         return {str(k): v for k, v in tree.items()}
 
-    # the user's folder comes first, so that a file of theirs takes the place of a shipped one of its name
-    with initialize_config_dir(str(Path(config_dir or config_root()).resolve()), version_base="1.3"):
+    for mine in Path(config_dir).glob("*/*.yaml") if config_dir else ():
+        if (config_root() / mine.parent.name / mine.name).exists():
+            raise ConfigError(f"{mine}: mupsweep ships {mine.parent.name}={mine.stem} itself; give yours another name")
+
+    with initialize_config_dir(str(config_root().resolve()), version_base="1.3"):
         try:
             return composed(overrides)
         except (HydraException, OmegaConfBaseException, ValueError) as error:

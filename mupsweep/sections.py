@@ -60,7 +60,9 @@ def _expected(field_: Field[Any] | None, error: Exception) -> str:
     """What a key takes, in words, from its annotation."""
     annotation = "" if field_ is None else str(field_.type)
     if "tuple" in annotation:
-        return "expected a list, such as [-8,-7]"
+        return "expected a list of " + (
+            "whole numbers, such as [0,1]" if "int" in annotation else "numbers, as [-8,-7]"
+        )
     if "dict" in annotation:
         return "expected a section of keys, or null"
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}

@@ -151,10 +151,13 @@ def test_a_folder_of_the_users_own_adds_an_optimizer_beside_the_shipped_ones(own
         load(["optimizer=gentl"], str(own_folder))
 
 
-def test_the_users_own_file_is_taken_before_the_shipped_one_of_its_name(own_folder: Path) -> None:
+def test_a_file_of_the_users_own_with_a_shipped_name_is_refused(own_folder: Path) -> None:
     own = own_folder / "optimizer" / "adamw.yaml"
     own.write_text("name: adamw\nkind: mupsweep.optimizers.adamw.AdamW\nbetas: [0.5, 0.5]\n")
-    assert load(["experiment=smoke"], str(own_folder)).variants[0].optimizer["betas"] == [0.5, 0.5]
+    with pytest.raises(
+        ConfigError, match=r"adamw\.yaml: mupsweep ships optimizer=adamw itself; give yours another name"
+    ):
+        load(["experiment=smoke"], str(own_folder))
 
 
 def test_a_broken_file_of_the_users_own_is_one_line_that_names_it(own_folder: Path) -> None:

@@ -16,7 +16,7 @@ Overrides = Annotated[
 ]
 ConfigDir = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="Your own yaml groups, searched before the shipped ones.", show_default=False),
+    typer.Option(metavar="DIR", help="Your own yaml groups, beside the shipped ones.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 3 when a verdict is 'drifts'.")]

@@ -67,7 +67,7 @@ def export(
     groups = select(analyse(read_runs(sweeps)), optimizer, parametrization)
     if not groups:
         raise RecordError(
-            f"{sweeps[0].path} has no finished runs, so there is no LR for {' '.join(target)}: mupsweep run first"
+            f"{sweeps[0].path} has no finished runs, so there is no LR --to {' '.join(target)}: mupsweep run first"
         )
     for group in groups:
         if group.label not in recipes or any(made_group.label == group.label for made_group, _ in made):

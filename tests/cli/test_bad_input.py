@@ -98,10 +98,10 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("training.steps=${nope}", ("nope", "training.steps")),
     # types
     ("training.steps=many", ("training.steps", "'many'", "whole number")),
-    ("training.steps=10.5", ("training.steps", "'10.5'", "whole number")),
+    ("training.steps=10.5", ("training.steps", "10.5", "whole number")),
     ("model.width=true", ("model.width", "True", "whole number")),
-    ("model.init_std=small", ("model.init_std", "'small'", "Float")),
-    ("model.bias=maybe", ("model.bias", "'maybe'", "bool")),
+    ("model.init_std=small", ("model.init_std", "'small'", "a number")),
+    ("model.bias=maybe", ("model.bias", "'maybe'", "true or false")),
     ("allow_imports=nope", ("allow_imports", "nope")),
     ("sweep.log2_lrs=-7", ("sweep.log2_lrs", "-7", "list")),
     ("sweep.width_ratios=null", ("sweep.width_ratios", "list")),

@@ -222,8 +222,8 @@ def test_the_attention_scale_at_the_base_is_one_over_the_root_of_the_head_dimens
     [
         ("parametrization", -0.5, 1 / math.sqrt(32)),
         ("parametrization", -1.0, math.sqrt(8) / 32),
-        ("1/sqrt(d)", -1.0, 1 / math.sqrt(32)),
-        ("1/d", -0.5, math.sqrt(8) / 32),
+        ("standard", -1.0, 1 / math.sqrt(32)),
+        ("mup", -0.5, math.sqrt(8) / 32),
     ],
 )
 def test_a_growing_head_follows_the_power_of_its_scale(forced: str, power: float, expected: float) -> None:

@@ -16,6 +16,7 @@ from mupsweep.records import SweepDir
 from mupsweep.scaling import Init, Role
 
 Rows = list[dict[str, Any]]
+TREE = {"variants": [], "sweep": {"name": "demo"}, "launcher": {}, "tracker": {}}
 DRIFT = {"sp": -0.76, "mup": 0.05}  # octaves per doubling of width
 
 
@@ -79,10 +80,13 @@ def write_sweep(folder: Path, rows: Rows, pending: int = 0, name: str = "demo") 
     sweep = SweepDir(folder / name)
     sweep.path.mkdir(parents=True)
     keys = [k for k in rows[0] if k not in ("status", "train_loss", "val_loss")] if rows else []
-    plan = [{k: row[k] for k in keys} | {"parameters": 12 * 4 * row["width"] ** 2, "flops": 1e12} for row in rows]
+    plan = [
+        {k: row[k] for k in keys} | {"variant": "v", "parameters": 12 * 4 * row["width"] ** 2, "flops": 1e12}
+        for row in rows
+    ]
     plan += [{**plan[0], "run_id": f"pending-{i}"} for i in range(pending)]
     sweep.write_plan(plan)
-    sweep.write_config({"sweep": {"name": "demo"}}, "mupsweep run parametrization=sp,mup sweep.name=demo")
+    sweep.write_config(TREE, "mupsweep run parametrization=sp,mup sweep.name=demo")
     write_json(sweep.environment_path, {"python": "3.11.7", "git": {"commit": "0" * 40, "dirty": False}, "gpu": None})
     for row in rows:
         if row["seed"] == 0:
