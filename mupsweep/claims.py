@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mupsweep.errors import RecordError
-from mupsweep.files import make_folder, read_json, write_json
+from mupsweep.files import make_folder, read_json, temporary_beside, write_json
 
+WRITING_SECONDS = 5.0  # a claim that cannot be read for so long is damaged and not just being written
 STALE_SECONDS = 600.0  # a claim of another host without a heartbeat for so long is taken over
 
 
@@ -29,11 +30,13 @@ class Claim:
     owner: dict[str, Any]
     beat: float = field(default_factory=time.monotonic)
 
-    def heartbeat(self) -> None:
-        """Tell other hosts that the owner lives; cheap enough for every step."""
-        if time.monotonic() - self.beat > STALE_SECONDS / 20:
-            os.utime(self.path)
-            self.beat = time.monotonic()
+    def heartbeat(self) -> bool:
+        """Tell other hosts now and then that the owner lives, cheap enough for every step; True when it did."""
+        if time.monotonic() - self.beat <= STALE_SECONDS / 20:
+            return False
+        os.utime(self.path)
+        self.beat = time.monotonic()
+        return True
 
     def is_held(self) -> bool:
         """False once another worker took the run over, for instance after this process was suspended for long."""
@@ -52,6 +55,12 @@ def take(folder: Path) -> Claim | None:
     path = folder / _claim_name(int(last.stem) + 1 if last is not None else 0)
     owner = _owner()
     return Claim(path, owner) if _create(path, json.dumps(owner)) else None
+
+
+def is_of(path: Path, pid: int) -> bool:
+    """Whether a claim is that of a process of this host."""
+    owner = read_json(path) or {}
+    return (owner.get("host"), owner.get("boot"), owner.get("pid")) == (socket.gethostname(), _boot_id(), pid)
 
 
 def newest(folder: Path) -> Path | None:
@@ -77,7 +86,9 @@ def _owner() -> dict[str, Any]:
 def is_free(path: Path) -> bool:
     """Whether a claim was released or its owner is gone."""
     owner = read_json(path)
-    if owner is None or owner.get("released"):
+    if owner is None:  # damaged, or not yet written on a file system without hard links
+        return time.time() - path.stat().st_mtime > WRITING_SECONDS
+    if owner.get("released"):
         return True
     if owner.get("host") == socket.gethostname() and owner.get("boot") == _boot_id():
         return _born(int(owner["pid"])) != owner.get("born")
@@ -86,7 +97,7 @@ def is_free(path: Path) -> bool:
 
 def _create(path: Path, text: str) -> bool:
     """Create `path` with its whole content, or return False because it exists."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         temporary.write_text(text)
         try:

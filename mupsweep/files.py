@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def write_text(path: Path, text: str, durable: bool = True) -> None:
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
     """Replace `path` by `content` in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -33,6 +34,11 @@ def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
         raise RecordError(
             f"cannot write {path}: {error.strerror}; free space or choose another folder with out=DIR"
         ) from error
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name in the same folder that nobody else uses, on this host or another."""
+    return path.with_name(f".{path.name[:64]}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 def make_folder(path: Path) -> None:

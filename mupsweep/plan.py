@@ -19,7 +19,7 @@ from mupsweep.models import Architecture
 from mupsweep.optimizers import Optimizer
 from mupsweep.records import SweepDir
 from mupsweep.scaling import Parametrization
-from mupsweep.sections import instantiate
+from mupsweep.sections import instantiate, refuse_foreign_code
 from mupsweep.sizes import Size
 
 VOCAB_MULTIPLE = 64  # the vocabulary is padded to this, as nanoGPT pads 50257 to 50304: aligned matrix products
@@ -154,6 +154,8 @@ def save(config: SweepConfig, header: str) -> tuple[SweepDir, list[RunSpec]]:
         old = _planned_before(sweep)
         variants = {run.recipe.digest: run.recipe.variant for run in [*old, *new]}
         _refuse_namesakes(variants.values(), sweep)
+        for variant in variants.values():
+            refuse_foreign_code(asdict(variant), str(sweep.path), config.allow_imports)
         runs = {run.run_id: run for run in [*old, *new]}
         ordered = sorted(runs.values(), key=lambda run: (-run.cost.flops, run.run_id))
         sweep.write_config(to_tree(replace(config, variants=tuple(variants.values()))), header)

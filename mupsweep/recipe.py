@@ -16,7 +16,7 @@ from mupsweep.transfer import DRIFTS, TRANSFERS, Estimate, Group
 
 
 def recommend(one: Group, doublings: float) -> tuple[Estimate, str]:
-    """log2 of the base LR to use at a target `doublings` beyond the base, and what that rests on."""
+    """log2 of the base LR to use at a target `doublings` beyond the base on the group's axis, and what it rests on."""
     known = [o for o in one.optima if o.log2_lr is not None and o.se]
     if not known:
         raise RecordError(
@@ -27,7 +27,8 @@ def recommend(one: Group, doublings: float) -> tuple[Estimate, str]:
         w = np.array([1 / (o.se or 1.0) ** 2 for o in known])
         y = np.array([o.log2_lr for o in known])
         value = float(w @ y / w.sum())
-        half = _half_width(known) / math.sqrt(len(known))
+        # the sizes share most of a fit's bias, so their intervals do not average out; what drift there is counts too
+        half = _half_width(known) + float(np.abs(y - value).max())
         return Estimate(value, value - half, value + half), "transfers: the optimum of all measured sizes together"
     largest = known[-1]
     if (
@@ -49,6 +50,12 @@ def recommend(one: Group, doublings: float) -> tuple[Estimate, str]:
     )
 
 
+def axis_of(made: Recipe, width: int, depth: int) -> str | None:
+    """The ladder that leads from the base to a target; None for the base itself."""
+    wider, deeper = width != made.model.width, depth != made.model.depth
+    return "joint" if wider and deeper else "width" if wider else "depth" if deeper else None
+
+
 def recipe(one: Group, made: Recipe, width: int, depth: int) -> dict[str, Any]:
     """How to train a target that was never trained: its LR with an interval, and every tensor's numbers.
 
@@ -56,9 +63,12 @@ def recipe(one: Group, made: Recipe, width: int, depth: int) -> dict[str, Any]:
         ConfigError: a target that is no multiple of the base shape.
     """
     size = made.size(width / made.model.width, depth / made.model.depth)
-    doublings = math.log2(size.width_ratio * size.depth_ratio)
-    choice, basis = recommend(one, doublings)
+    ratio = {"width": size.width_ratio, "depth": size.depth_ratio}.get(one.axis, size.width_ratio * size.depth_ratio)
+    choice, basis = recommend(one, math.log2(ratio))
     assert choice.value is not None
+    axis = axis_of(made, width, depth)
+    if axis not in (None, one.axis):
+        basis = f"untested: the target lies on the {axis} axis, but only {one.axis} was measured; there, {basis}"
     forward = build.multipliers(made, size)
     return {
         "model": one.model,

@@ -249,10 +249,10 @@ class RunDir:
         newest = claims.newest(self.claims)
         return newest is not None and not claims.is_free(newest)
 
-    def owner_pid(self) -> int | None:
-        """The process that owns this run, or owned it last."""
+    def is_owned_by(self, pid: int) -> bool:
+        """Whether a process of this host owns this run, or owned it last."""
         newest = claims.newest(self.claims)
-        return None if newest is None else (read_json(newest) or {}).get("pid")
+        return newest is not None and claims.is_of(newest, pid)
 
 
 def _line(row: Mapping[str, Any]) -> str:

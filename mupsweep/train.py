@@ -64,7 +64,10 @@ def train(
     interval = max(1, total // ROWS)
     evaluations = {round(total * (i + 1) / training.evals) for i in range(training.evals)}
     precision = choose_precision(training.precision, device)
-    network = torch.compile(built.network, dynamic=False) if training.compile else built.network
+    network: Callable[..., Tensor] = built.network
+    if training.compile:
+        torch._dynamo.reset()  # runs of other sizes in this process would use up the limit of recompilations
+        network = torch.compile(built.network, dynamic=False)
 
     progress = resume(built, folder, device)
     folder.write_metrics(row for row in folder.metrics() if row["step"] <= progress.step)
@@ -187,7 +190,7 @@ def diverged_at(losses: list[float], patience: float, total: int) -> int | None:
     """The step (from 1) at which a run is lost, or None.
 
     Lost is a loss that is not finite, or a mean over the last `patience` (a fraction of the run below 1, else steps)
-    that lies above the loss of the first step.
+    above DIVERGED_RATIO times the loss of the first step.
     """
     for step, loss in enumerate(losses, start=1):
         if not math.isfinite(loss):

@@ -103,7 +103,7 @@ def analyse(rows: Iterable[Mapping[str, Any]]) -> Analysis:
     groups = tuple(
         group(axis, ladder) for mine in by_label.values() for axis, ladder in ladders(mine) if len(ladder) > 0
     )
-    return Analysis(rows, tuple(curves), groups, tuple(_remarks(groups)))
+    return Analysis(rows, tuple(curves), groups, (*_remarks(groups), *_mixtures(rows)))
 
 
 def ladders(curves: Sequence[LossCurve]) -> Iterable[tuple[str, list[LossCurve]]]:
@@ -184,18 +184,17 @@ def _regret(base: Optimum, at: Optimum, noise: Noise) -> Estimate:
     inside = np.linspace(made.xs[0], made.xs[-1], 201)
     values = betas @ np.vander(inside, len(made.beta), increasing=True).T
     floor = values.min(axis=1)
-    if made.covers(base.log2_lr):
-        x = np.clip(starts - made.center, made.xs[0], made.xs[-1])
-        there = (betas * np.vander(x, len(made.beta), increasing=True)).sum(axis=1)
-        value = made.value(base.log2_lr) - made.value(at.log2_lr)
-    else:  # beyond the fitted points: interpolate the means themselves
-        line = PchipInterpolator([p.log2_lr for p in usable], [p.mean for p in usable])
-        there = line(np.clip(starts, usable[0].log2_lr, usable[-1].log2_lr)) + spread * float(
-            np.median(made.sds)
-        ) * random.standard_normal(DRAWS)
-        value = float(line(base.log2_lr)) - made.value(at.log2_lr)
-    low, high = np.quantile(np.maximum(there - floor, 0.0), [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
-    return Estimate(max(0.0, value), float(low), float(high))
+    # beyond the fitted points the polynomial means nothing: interpolate the means; beyond those, runs diverge
+    line = PchipInterpolator([p.log2_lr for p in usable], [p.mean for p in usable], extrapolate=False)
+    x = np.clip(starts - made.center, made.xs[0], made.xs[-1])
+    fitted = (betas * np.vander(x, len(made.beta), increasing=True)).sum(axis=1)
+    shaken = line(starts) + spread * float(np.median(made.sds)) * random.standard_normal(DRAWS)
+    there = np.where(made.center + x == starts, fitted, np.where(np.isnan(shaken), math.inf, shaken))
+    at_base = made.value(base.log2_lr) if made.covers(base.log2_lr) else float(line(base.log2_lr))
+    lost = np.sort(np.maximum(there - floor, 0.0))
+    low, high = (float(lost[round(q * (DRAWS - 1))]) for q in (0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2))
+    value = max(0.0, at_base - made.value(at.log2_lr))
+    return Estimate(value, low, high if math.isfinite(high) else None)
 
 
 def _judge(
@@ -246,6 +245,14 @@ def _judge(
         "add seeds, or LRs around the optimum",
         *reasons,
     ]
+
+
+def _mixtures(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """Runs that the machine decided differently for, and so do not quite compare."""
+    for key in ("precision", "device"):
+        found = sorted({str(row[key]) for row in rows if row.get(key) is not None})
+        if len(found) > 1:
+            yield f"the runs differ in {key} ({', '.join(found)}), which shifts losses a little: set it for a fair curve"
 
 
 def _remarks(groups: Sequence[Group]) -> Iterable[str]:

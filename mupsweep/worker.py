@@ -65,7 +65,8 @@ def execute(
             if folder.status()["status"] in FINISHED:
                 tracker.finished(folder)
         except Interrupted:
-            folder.write_status(PENDING)
+            if claim.is_held():
+                folder.write_status(PENDING)
             return False
         finally:
             claim.release()
@@ -84,24 +85,30 @@ def execute_run(run: RunSpec, folder: RunDir, data: Dataset, device: torch.devic
         built = build(run, device)
         folder.write_rules(run.row() | asdict(run.recipe.variant), group_records(built))
         summary = train(run, built, data, folder, device, owner)
-        if not owner.claim.is_held():
-            log.warning("another worker took this run over meanwhile; leaving the records to it")
-            return
+        owner.check()
         folder.write_summary(summary)
         folder.write_status(summary["status"])
         folder.remove_checkpoints()
     except Interrupted:
         log.info("stopped as asked; checkpointed")
         raise
-    except MupsweepError as error:
-        log.error("%s", error)
-        folder.write_status(FAILED, error=str(error))
+    except TakenOver:
+        log.warning("another worker took this run over meanwhile; leaving the records to it")
     except Exception as error:
-        log.error("%s", traceback.format_exc())
-        folder.write_status(FAILED, error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        log.error("%s", error if isinstance(error, MupsweepError) else traceback.format_exc())
+        if not is_alive(device):
+            os.abort()  # every later run of this process would fail too; the launcher starts another worker
+        if owner.claim.is_held():
+            first = (str(error).splitlines() or [""])[0]
+            told = str(error) if isinstance(error, MupsweepError) else f"{type(error).__name__}: {first}"
+            folder.write_status(FAILED, error=told)
     finally:
         log.removeHandler(handler)
         handler.close()
+
+
+class TakenOver(Exception):
+    """The run belongs to another worker now; nothing of it may be written here any more."""
 
 
 @dataclass
@@ -133,7 +140,13 @@ class Owner:
         return self.stop.signalled
 
     def heartbeat(self) -> None:
-        self.claim.heartbeat()
+        if self.claim.heartbeat():
+            self.check()
+
+    def check(self) -> None:
+        """Raise TakenOver where another host believed this process dead."""
+        if not self.claim.is_held():
+            raise TakenOver
 
 
 def select(runs: list[RunSpec], run_ids: Sequence[str]) -> list[RunSpec]:
@@ -150,13 +163,16 @@ def choose_device(device: str) -> torch.device:
     """`auto` is the first accelerator there is, else the CPU."""
     if device != "auto":
         try:
-            return torch.empty(0, device=device).device
+            made = torch.empty(0, device=device).device
+            if made.type == "meta":
+                raise RuntimeError("it computes nothing")
+            return made
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(
                 f"device {device} is not there ({str(error).splitlines()[0]}): use auto, cpu, cuda:0 or another that is"
             ) from error
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda:0")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -165,10 +181,22 @@ def configure(threads: int, device: torch.device) -> None:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # pinned memory and capability checks use the current device
     if device.type != "cpu":  # CPU kernels are deterministic anyhow, and asking for it imports half of torch
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs a fixed workspace for it
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def is_alive(device: torch.device) -> bool:
+    """False after an error that leaves a CUDA context unusable for good."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def keep_freed_memory() -> None:

@@ -37,7 +37,7 @@ def train(chosen: SweepConfig, sweep: SweepDir, runs: list[RunSpec]) -> bool:
     """Launch the open runs; False if the user stopped them."""
     from mupsweep import data, environment
     from mupsweep.files import write_json
-    from mupsweep.records import PENDING
+    from mupsweep.records import FAILED, PENDING
     from mupsweep.sections import instantiate
 
     if not runs:
@@ -46,7 +46,7 @@ def train(chosen: SweepConfig, sweep: SweepDir, runs: list[RunSpec]) -> bool:
     data.prepare(runs[0].recipe.variant.data, progress=lambda line: print(line, file=sys.stderr))
     for spec in runs:  # what failed before gets another try
         folder = sweep.run(spec.run_id)
-        if folder.status_path.exists() and not folder.is_claimed():
+        if folder.status()["status"] == FAILED and not folder.is_claimed():
             folder.write_status(PENDING, durable=False)
     return instantiate(chosen.launcher, "launcher").launch(sweep, [spec.run_id for spec in runs])
 

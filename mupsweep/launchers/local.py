@@ -85,6 +85,7 @@ class Pool:
     threads: int
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
     deaths: dict[str, int] = field(default_factory=dict)
+    respawns: int = 0
 
     def start(self) -> None:
         self.sweep.logs.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,8 @@ class Pool:
             if code is None or code in (0, STOPPED):
                 continue
             self.blame(run_ids, worker.pid, code)
-            if sum(self.deaths.values()) > DEATHS * len(run_ids) or code > 0:
+            self.respawns += 1
+            if self.respawns > DEATHS * len(run_ids) + len(self.slots) or code > 0:
                 raise RecordError(f"a worker ended with exit code {code}: {self.last_words(index)}")
             self.workers[index] = self.spawn(index)
         return any(worker.poll() is None for worker in self.workers)
@@ -115,7 +117,7 @@ class Pool:
     def blame(self, run_ids: Sequence[str], pid: int, code: int) -> None:
         """Count a worker's death against the run that it held; a run that keeps killing workers has failed."""
         for folder in (self.sweep.run(run_id) for run_id in run_ids):
-            if folder.status()["status"] == RUNNING and folder.owner_pid() == pid:
+            if folder.status()["status"] == RUNNING and folder.is_owned_by(pid):
                 self.deaths[folder.run_id] = self.deaths.get(folder.run_id, 0) + 1
                 if self.deaths[folder.run_id] >= DEATHS:
                     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"

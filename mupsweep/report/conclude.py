@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mupsweep import plan, recipe, trackers
 from mupsweep.build import rules
@@ -13,7 +15,7 @@ from mupsweep.files import write_json
 from mupsweep.plan import RunSpec
 from mupsweep.records import SweepDir
 from mupsweep.results import read_runs, to_json, write_results
-from mupsweep.transfer import Analysis, analyse, select
+from mupsweep.transfer import Analysis, Group, analyse, select
 
 
 def conclude(
@@ -62,28 +64,33 @@ def export(
     dims = _target(target)
     if not sweeps:
         raise ConfigError(f"no sweep given: mupsweep transfer sweeps/NAME --to {' '.join(target)}")
-    recipes = {run.recipe.variant.label: run.recipe for sweep in sweeps for run in plan.load(sweep)}
-    made = []
+    recipes: dict[tuple[str, str, str], plan.Recipe] = {}
+    for sweep in sweeps:
+        for run in plan.load(sweep):
+            recipes.setdefault(run.recipe.variant.label, run.recipe)
     groups = select(analyse(read_runs(sweeps)), optimizer, parametrization)
     if not groups:
         raise RecordError(
             f"{sweeps[0].path} has no finished runs, so there is no LR --to {' '.join(target)}: mupsweep run first"
         )
-    for group in groups:
-        if group.label not in recipes or any(made_group.label == group.label for made_group, _ in made):
-            continue  # one recipe per variant, from its longest ladder's first axis
-        chosen = recipes[group.label]
-        made.append(
-            (
-                group,
-                recipe.recipe(
-                    group,
-                    chosen,
-                    dims.get("width", chosen.model.width),
-                    dims.get("depth", chosen.model.depth),
-                ),
-            )
-        )
+    made: list[tuple[Group, dict[str, Any]]] = []
+    refused: list[str] = []
+    for label in dict.fromkeys(group.label for group in groups):
+        if label not in recipes:
+            refused.append(f"{'/'.join(label)}: two sweeps hold this name with other settings; export from one of them")
+            continue
+        chosen = recipes[label]
+        width, depth = dims.get("width", chosen.model.width), dims.get("depth", chosen.model.depth)
+        mine = {group.axis: group for group in groups if group.label == label}
+        best = mine.get(recipe.axis_of(chosen, width, depth) or "", next(iter(mine.values())))
+        try:
+            made.append((best, recipe.recipe(best, chosen, width, depth)))
+        except RecordError as error:
+            refused.append(str(error))
+    if not made:
+        raise RecordError("; ".join(refused))
+    for line in refused:
+        print(f"no recipe for {line}", file=sys.stderr)
     for group, content in made:
         size = content["target"]
         name = f"recipe-{group.optimizer}-{group.parametrization}-w{size['width']}-d{size['depth']}.json"

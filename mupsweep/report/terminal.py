@@ -230,9 +230,9 @@ def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:
     )
     grouped: dict[tuple[Any, ...], list[TensorRule]] = defaultdict(list)
     for row in rows:
-        grouped[(row.name if per_tensor else row.role.value, row.shape, row.optimizer, row.lr, row.init_std)].append(
-            row
-        )
+        name = row.name if per_tensor else row.role.value
+        numbers = (row.init, row.init_std, row.multiplier, row.lr, row.weight_decay, row.eps)
+        grouped[name, row.shape, row.optimizer, *numbers].append(row)
     for (name, shape, optimizer, *_), members in grouped.items():
         one = members[0]
         std = f"{one.init_std:.4g}" if one.init.value == "normal" else one.init.value

@@ -63,12 +63,13 @@ def show_recipe(content: dict[str, Any], path: Path) -> None:
     console.print(f"base LR {content['base_lr']:.3g}, log2 {interval}")
     console.print(content["basis"])
     roles: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-    keys = ("role", "optimizer", "init_std", "multiplier", "lr", "weight_decay", "eps")
+    keys = ("role", "optimizer", "init", "init_std", "multiplier", "lr", "weight_decay", "eps")
     for row in content["tensors"]:
         roles[tuple(row[k] for k in keys)].append(row["name"])
     table = table_of("role", "optimizer", "tensors", "init std", "multiplier", "LR", "weight decay", "eps")
-    for (role, optimizer, *numbers), names in roles.items():
-        table.add_row(role, optimizer, str(len(names)), *(f"{n:.4g}" for n in numbers))
+    for (role, optimizer, init, std, *numbers), names in roles.items():
+        start = f"{std:.4g}" if init == "normal" else init
+        table.add_row(role, optimizer, str(len(names)), start, *(f"{n:.4g}" for n in numbers))
     console.print(table)
     console.print(f"attention scale {content['attention_scale']:.4g}, gradient clipping {content['clip']}")
     console.print(f"wrote {path}", markup=False)
