@@ -252,7 +252,7 @@ def _mixtures(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     for key in ("precision", "device"):
         found = sorted({str(row[key]) for row in rows if row.get(key) is not None})
         if len(found) > 1:
-            yield f"the runs differ in {key} ({', '.join(found)}), which shifts losses a little: set it for a fair curve"
+            yield f"the runs differ in {key} ({', '.join(found)}), which shifts losses a little"
 
 
 def _remarks(groups: Sequence[Group]) -> Iterable[str]:

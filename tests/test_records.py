@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,11 +104,15 @@ def test_a_write_that_cannot_be_renamed_keeps_what_was_there_and_leaves_no_tempo
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a device of Linux")
-def test_a_full_disk_keeps_the_old_content_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_old_content_and_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "status.json"
     path.write_text("old")
     # the temporary name leads to a device that is always full
-    (tmp_path / f".status.json.{os.getpid()}.tmp").symlink_to("/dev/full")
+    full = tmp_path / ".status.json.tmp"
+    full.symlink_to("/dev/full")
+    monkeypatch.setattr(files, "temporary_beside", lambda _: full)
     with pytest.raises(RecordError, match="No space left on device; free space or choose another folder with out=DIR"):
         files.write_text(path, "new")
     assert path.read_text() == "old"
@@ -178,14 +183,14 @@ def test_a_second_claim_fails_while_the_first_lives_and_succeeds_after_its_relea
 def test_the_run_of_a_living_process_is_not_for_others_and_of_a_killed_one_is(run: RunDir) -> None:
     process = holder(run)
     assert run.is_claimed()
-    assert run.owner_pid() == process.pid
+    assert run.is_owned_by(process.pid)
     assert run.claim() is None
     end(process, signal.SIGKILL)
     assert not run.is_claimed()
     taken = run.claim()
     assert taken is not None
     assert taken.is_held()
-    assert run.owner_pid() == os.getpid()
+    assert run.is_owned_by(os.getpid())
 
 
 def test_the_claim_of_a_killed_process_that_nobody_waited_for_is_taken_over(run: RunDir) -> None:
@@ -255,6 +260,9 @@ def test_a_damaged_claim_is_taken_over(run: RunDir, content: str) -> None:
     claim = run.claim()
     assert claim is not None
     claim.path.write_text(content)
+    assert run.claim() is None  # it may just be being written
+    past = time.time() - claims.WRITING_SECONDS - 1
+    os.utime(claim.path, (past, past))
     assert run.claim() is not None
 
 

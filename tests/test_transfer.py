@@ -177,18 +177,28 @@ def test_results_have_the_documented_keys(tmp_path: Path) -> None:
 def test_the_recipe_of_a_target_holds_the_rules_at_the_transferred_lr() -> None:
     [variant] = load(["parametrization=spectral", "optimizer=adamw", "model.width=32", "model.head_dim=16"]).variants
     [group] = analyse([{**r, "parametrization": "spectral"} for r in rows()]).groups
-    made = recipe(group, plan.recipe(variant), width=1024, depth=16)
+    made = recipe(group, plan.recipe(variant), width=1024, depth=4)
     assert made["basis"].startswith("transfers")
     assert made["log2_lr"] == pytest.approx(-7.3, abs=0.1)
     assert made["log2_lr_low"] < made["log2_lr"] < made["log2_lr_high"]
-    assert made["block_multiplier"] == 0.25  # 1 / r_L
     assert made["output_multiplier"] == 1 / 32  # 1 / r_n
     tensors = {t["name"]: t for t in made["tensors"]}
-    query = tensors["blocks.15.attention.query.weight"]
+    query = tensors["blocks.3.attention.query.weight"]
     assert query["lr"] == pytest.approx(made["base_lr"] / 32)
     assert query["init_std"] == pytest.approx(0.02 / math.sqrt(32))
-    assert query["eps_ratio"] == pytest.approx(1 / (32 * 4))
+    assert query["eps_ratio"] == pytest.approx(1 / 32)
     assert tensors["token_embedding.weight"]["lr"] == pytest.approx(made["base_lr"])
+
+
+def test_a_target_on_an_axis_that_was_never_trained_is_told_so() -> None:
+    """A width ladder says nothing about depth: its drift is not extrapolated along it."""
+    [variant] = load(["parametrization=spectral", "model.width=32", "model.head_dim=16"]).variants
+    [group] = analyse([{**r, "parametrization": "spectral"} for r in rows(drift=-1.0)]).groups
+    made = recipe(group, plan.recipe(variant), width=32, depth=64)
+    assert made["basis"].startswith("untested: the target lies on the depth axis, but only width was measured")
+    assert made["block_multiplier"] == 1 / 16  # the rule is known all the same
+    wider = recipe(group, plan.recipe(variant), width=512, depth=4)
+    assert made["log2_lr"] > wider["log2_lr"] + 0.5
 
 
 def test_a_drifting_recipe_extrapolates_and_says_so() -> None:
