@@ -28,25 +28,24 @@ def parameter(table: Table, name: str) -> nn.Parameter | None:
     return nn.Parameter(torch.empty(table[name].shape)) if name in table else None
 
 
-class Linear(nn.Module):
-    """y = W x (+ b), W (n_out, n_in)."""
+class Affine(nn.Module):
+    """A weight, and a bias where the table declares one."""
 
     def __init__(self, table: Table, name: str) -> None:
         super().__init__()
         self.weight = parameter(table, f"{name}.weight")
         self.bias = parameter(table, f"{name}.bias")
+
+
+class Linear(Affine):
+    """y = W x (+ b), W (n_out, n_in)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(Affine):
     """LayerNorm with eps 1e-5 and a gain; a bias where declared."""
-
-    def __init__(self, table: Table, name: str) -> None:
-        super().__init__()
-        self.weight = parameter(table, f"{name}.weight")
-        self.bias = parameter(table, f"{name}.bias")
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, eps=1e-5)
