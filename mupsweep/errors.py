@@ -24,12 +24,6 @@ class RecordError(MupsweepError):
     """A sweep folder that is missing, unwritable or holds something else than the command needs."""
 
 
-class RunFailed(MupsweepError):
-    """Some runs of a sweep failed; the others are done and recorded."""
-
-    exit_code = 1
-
-
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint that names the closest valid spelling first: `did you mean 'x'? valid: x, y, z`."""
     valid = sorted(valid)

@@ -11,7 +11,7 @@ from typing import Any
 from mupsweep import plan, recipe, trackers
 from mupsweep.build import rules
 from mupsweep.errors import ConfigError, RecordError
-from mupsweep.files import write_json
+from mupsweep.files import make_folder, write_json
 from mupsweep.plan import RunSpec
 from mupsweep.records import SweepDir
 from mupsweep.results import read_runs, to_json, write_results
@@ -94,7 +94,7 @@ def export(
     for group, content in made:
         size = content["target"]
         name = f"recipe-{group.optimizer}-{group.parametrization}-w{size['width']}-d{size['depth']}.json"
-        sweeps[0].results.mkdir(parents=True, exist_ok=True)
+        make_folder(sweeps[0].results)
         write_json(sweeps[0].results / name, content)
         if not as_json:
             verdicts.show_recipe(content, sweeps[0].results / name)
