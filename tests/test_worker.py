@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from outcome import results
 
 from mupsweep import data, plan
 from mupsweep.config import load
@@ -23,7 +24,6 @@ CPU = ["launcher=inline", "launcher.device=cpu"]
 LONG = ["experiment=smoke", *CPU, "training.steps=250", "sweep.width_ratios=[2]", "sweep.log2_lrs=[-7]"]
 MANY = ["experiment=smoke", *CPU, "training.steps=10", "sweep.log2_lrs=[-9,-7,-5]", "sweep.seeds=[0,1]"]
 DEADLINE = 120.0
-OF_THE_CLOCK = ("seconds", "tokens_per_second")  # all else in a summary is a result
 
 
 def planned(overrides: list[str], out: Path) -> SweepDir:
@@ -62,20 +62,6 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.communicate(timeout=DEADLINE)
     assert process.returncode == -signal.SIGKILL
-
-
-def results(sweep: SweepDir) -> dict[str, tuple[dict[str, object], bytes]]:
-    """What every run came to: its summary without the clock, and the bytes of its metrics."""
-    found = {}
-    for row in sweep.read_plan():
-        run = sweep.run(row["run_id"])
-        summary = run.summary()
-        assert summary is not None, f"{run.run_id}: {run.status()}"
-        found[run.run_id] = (
-            {k: v for k, v in summary.items() if k not in OF_THE_CLOCK},
-            run.metrics_path.read_bytes(),
-        )
-    return found
 
 
 def rows(run: RunDir) -> int:

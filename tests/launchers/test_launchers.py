@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from outcome import results
 
 from mupsweep import data, plan
 from mupsweep.config import choices, config_root, load
@@ -26,7 +27,6 @@ TWO_SLOTS = ["launcher=local", "launcher.devices=cpu", "launcher.slots_per_devic
 ONE_SLOT = ["launcher=local", "launcher.devices=cpu", "launcher.slots_per_device=1"]
 SMALL = ["experiment=smoke", "training.steps=60", "sweep.log2_lrs=[-9,-7]", "training.checkpoint_minutes=0"]
 DEADLINE = 240.0
-OF_THE_CLOCK = ("seconds", "tokens_per_second")
 LAUNCHERS = choices("launcher")
 
 
@@ -66,20 +66,6 @@ def busy(sweep: SweepDir, steps: int = 3) -> RunDir | None:
         if run.status()["status"] == RUNNING and rows(run) > steps and run.is_claimed():
             return run
     return None
-
-
-def results(sweep: SweepDir) -> dict[str, tuple[dict[str, object], bytes]]:
-    """What every run came to: its summary without the clock, and the bytes of its metrics."""
-    found = {}
-    for row in sweep.read_plan():
-        run = sweep.run(row["run_id"])
-        summary = run.summary()
-        assert summary is not None, f"{run.run_id}: {run.status()}"
-        found[run.run_id] = (
-            {k: v for k, v in summary.items() if k not in OF_THE_CLOCK},
-            run.metrics_path.read_bytes(),
-        )
-    return found
 
 
 def owners(sweep: SweepDir) -> list[int]:
