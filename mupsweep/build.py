@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mupsweep.errors import ConfigError
 from mupsweep.models import Multipliers
-from mupsweep.optimizers import Optimizer
-from mupsweep.plan import Recipe, RunSpec
-from mupsweep.scaling import Init, Role, Rule, TensorSpec, numeric
-from mupsweep.scaling.monomial import ONE
+from mupsweep.plan import Part, Recipe, RunSpec
+from mupsweep.scaling import WEIGHT_DECAY_RULES, Init, Role, Rule, TensorSpec, UpdateLaw, numeric
 from mupsweep.sizes import Size
 
 if TYPE_CHECKING:
@@ -31,7 +29,9 @@ class TensorRule:
 
     Attributes:
         lr: peak LR; weight_decay: coupled, a step subtracts lr * weight_decay * W.
+        decay_per_step: lr * weight_decay at the peak.
         multiplier: forward constant on the tensor's branch, or on the logits.
+        thresholds: what else is compared with gradients, such as Sophia's rho, by name.
     """
 
     name: str
@@ -43,13 +43,23 @@ class TensorRule:
     multiplier: float
     lr: float
     weight_decay: float
+    decay_per_step: float
     eps: float
+    thresholds: dict[str, float]
     init_var_ratio: float
     multiplier_ratio: float
     lr_ratio: float
     weight_decay_ratio: float
     eps_ratio: float
     tied_to: str | None
+
+
+class Solved(NamedTuple):
+    """A tensor's part of the optimizer, its rule, and the thresholds that follow, in absolute numbers."""
+
+    part: Part
+    rule: Rule
+    thresholds: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -71,19 +81,16 @@ def rules(recipe: Recipe, size: Size, base_lr: float) -> tuple[TensorRule, ...]:
     base = {t.name: t for t in recipe.model.tensors(recipe.size(1.0, 1.0))}
     target = list(recipe.model.tensors(size))
     _check_roles(recipe)
-    parts = recipe.optimizer.parts()
-    solved: dict[str, tuple[Rule, Optimizer]] = {}
+    solved = {}
     for spec in target:
-        part = _taker(parts, spec)
         # blocks beyond the base depth repeat the shapes of the base's first block
         small = base.get(spec.name) or base[_first_block(spec.name)]
-        rule = numeric(recipe.parametrization, part.update_law(), spec, small, size.width_ratio, size.depth_ratio)
-        solved[spec.name] = (rule, part)
+        solved[spec.name] = _solved(recipe, size, spec, small)
     for spec in target:
         if spec.tied_to is not None:
-            _check_tie(recipe, spec, solved[spec.name][0], solved[spec.tied_to][0])
+            _check_tie(recipe, spec, solved[spec.name], solved[spec.tied_to])
     forward = multipliers(recipe, size)
-    return tuple(_row(spec, *solved[spec.name], forward, base_lr) for spec in target)
+    return tuple(_row(spec, solved[spec.name], recipe, forward, base_lr) for spec in target)
 
 
 def multipliers(recipe: Recipe, size: Size) -> Multipliers:
@@ -91,8 +98,7 @@ def multipliers(recipe: Recipe, size: Size) -> Multipliers:
     claims = recipe.parametrization.claims()
 
     def ratio(role: Role) -> float:
-        monomial = ONE if claims is None else claims[role].multiplier
-        return monomial.at(size.width_ratio, size.depth_ratio)
+        return claims[role].multiplier.at(size.width_ratio, size.depth_ratio)
 
     power = float(recipe.parametrization.attention_power)
     return recipe.model.multipliers(size, ratio(Role.HIDDEN), ratio(Role.OUTPUT), power)
@@ -104,20 +110,30 @@ def clip_norm(recipe: Recipe) -> float | None:
     The gradient's norm itself changes with width and depth, so a constant norm would clip sizes differently and break
     the rule of every optimizer whose update is not normalised (theory: any degree other than 0).
     """
-    normalised = all(part.update_law().degree == 0 for part in recipe.optimizer.parts())
+    normalised = all(part.optimizer.update_law().degree == 0 for part in recipe.parts)
     return recipe.training.clip if normalised else None
 
 
 def audit(recipe: Recipe) -> list[str]:
     """What a reader of the rules should know before training; contradictions are raised by `recipe` and `rules`."""
     notes = []
-    for part in recipe.optimizer.parts():
-        law = part.update_law()
+    for optimizer, _ in recipe.parts:
+        law = optimizer.update_law()
         if law.degree != 0 and recipe.training.clip is not None:
             notes.append(
-                f"gradient clipping is off: the update of {part.name} has degree {law.degree} in the gradient, "
+                f"gradient clipping is off: the update of {optimizer.name} has degree {law.degree} in the gradient, "
                 "and clipping by one norm at every size would break its scaling rule"
             )
+    training = recipe.training
+    if training.base_batch_size is not None:
+        notes.append(
+            f"batch rule sde is on: LRs, betas and eps are those of batch {training.base_batch_size} carried to "
+            f"{training.batch_size} (Complete(d)P, 2512.22382)"
+        )
+    if training.base_tokens is not None:
+        notes.append(
+            f"horizon rule is on: LRs are multiplied by (tokens / {training.base_tokens})^{training.horizon_exponent:g}"
+        )
     if recipe.training.schedule == "constant" and recipe.training.min_lr_frac != 1:
         notes.append("training.min_lr_frac has no effect: the schedule is constant")
     if recipe.model.attention_scale != "parametrization":
@@ -146,7 +162,7 @@ def build(run: RunSpec, device: torch.device) -> Built:
         if row.tied_to is None:
             initialise(parameters[row.name], row, run.seed)
     groups = list(_groups(run.recipe, rows))
-    return Built(network, OptimizerSet(run.recipe.optimizer, groups, parameters), groups, clip_norm(run.recipe))
+    return Built(network, OptimizerSet(run.recipe.parts, groups, parameters), groups, clip_norm(run.recipe))
 
 
 def initialise(parameter: torch.Tensor, row: TensorRule, seed: int) -> None:
@@ -173,10 +189,10 @@ class OptimizerSet:
     """The optimizers of a run, one per part of a hybrid, driven as one."""
 
     def __init__(
-        self, optimizer: Optimizer, groups: list[dict[str, Any]], parameters: Mapping[str, torch.Tensor]
+        self, parts: tuple[Part, ...], groups: list[dict[str, Any]], parameters: Mapping[str, torch.Tensor]
     ) -> None:
         self.members: list[torch.optim.Optimizer] = []
-        for index, part in enumerate(optimizer.parts()):
+        for index, part in enumerate(parts):
             mine = [
                 {
                     "params": [parameters[name] for name in group["tensors"]],
@@ -184,12 +200,14 @@ class OptimizerSet:
                     "peak_lr": group["lr"],
                     "weight_decay": group["weight_decay"],
                     "eps": group["eps"],
+                    **group["thresholds"],
+                    **({"transposed": True} if group["transposed"] else {}),
                 }
                 for group in groups
                 if group["part"] == index
             ]
             if mine:
-                self.members.append(part.build(mine))
+                self.members.append(part.optimizer.build(mine))
 
     def step(self, lr_factor: float) -> None:
         """One step at `lr_factor` times every group's peak LR, then forget the gradients."""
@@ -208,37 +226,73 @@ class OptimizerSet:
 
 
 def _groups(recipe: Recipe, rows: tuple[TensorRule, ...]) -> Iterator[dict[str, Any]]:
-    """Parameter groups: the tensors of one part of the optimizer that share LR, weight decay and eps."""
-    parts = recipe.optimizer.parts()
-    grouped: dict[tuple[int, float, float, float], list[str]] = {}
+    """Parameter groups: the tensors of one part of the optimizer that share all numbers."""
+    grouped: dict[tuple[Any, ...], list[TensorRule]] = {}
     for row in rows:
         if row.tied_to is None:
-            part = next(i for i, p in enumerate(parts) if row.role in p.takes)
-            grouped.setdefault((part, row.lr, row.weight_decay, row.eps), []).append(row.name)
-    for (part, lr, weight_decay, eps), names in grouped.items():
+            part = next(i for i, p in enumerate(recipe.parts) if row.role in p.optimizer.takes)
+            transposed = row.role is Role.INPUT and recipe.parts[part].optimizer.oriented
+            key = (part, transposed, row.lr, row.weight_decay, row.eps, *row.thresholds.items())
+            grouped.setdefault(key, []).append(row)
+    for (part, transposed, *_), members in grouped.items():
         yield {
             "part": part,
-            "optimizer": parts[part].name,
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "eps": eps,
-            "tensors": names,
+            "transposed": transposed,
+            "optimizer": members[0].optimizer,
+            **{key: getattr(members[0], key) for key in ("lr", "weight_decay", "eps", "thresholds")},
+            "tensors": [row.name for row in members],
         }
 
 
-def _row(spec: TensorSpec, rule: Rule, part: Optimizer, forward: Multipliers, base_lr: float) -> TensorRule:
+def _solved(recipe: Recipe, size: Size, spec: TensorSpec, small: TensorSpec) -> Solved:
+    """Everything that one tensor is trained with, as ratios to the base shape."""
+    part = _taker(recipe.parts, spec)
+    optimizer = part.optimizer
+    if optimizer.divides_by_weight and spec.role.is_matrix and (spec.init is Init.ZEROS or spec.init_std == 0):
+        raise ConfigError(
+            f"{spec.name} starts at zero, and {optimizer.name} moves a weight in proportion to its norm: it would "
+            "never leave zero; give it an init std above 0"
+        )
+
+    def ratios(law: Callable[[tuple[int, int]], UpdateLaw]) -> Rule:
+        laws = law(spec.dims), law(small.dims)
+        if laws[0].degree != laws[1].degree:
+            raise ConfigError(
+                f"{spec.name}: {optimizer.name} treats {spec.dims} otherwise than the base's {small.dims}, as one of "
+                "them has an axis beyond optimizer.max_axis, so no rule leads from one to the other; raise max_axis"
+            )
+        return numeric(
+            recipe.parametrization, laws[0], spec, small, size.width_ratio, size.depth_ratio, base_law=laws[1]
+        )
+
+    rule, decay = ratios(optimizer.update_law), ratios(optimizer.decay_law)
+    thresholds = {
+        name: threshold.value * ratios(lambda dims, name=name: optimizer.thresholds(dims)[name].law).eps
+        for name, threshold in optimizer.thresholds(spec.dims).items()
+    }
+    eps_ratio = ratios(lambda dims: optimizer.thresholds(dims)["eps"].law).eps
+    return Solved(part, replace(rule, weight_decay=decay.weight_decay, eps=eps_ratio), thresholds)
+
+
+def _row(spec: TensorSpec, solved: Solved, recipe: Recipe, forward: Multipliers, base_lr: float) -> TensorRule:
     multiplier = {Role.OUTPUT: forward.output, Role.HIDDEN: forward.block, Role.HIDDEN_VECTOR: forward.block}
+    (optimizer, lr_ratio), rule, thresholds = solved.part, solved.rule, dict(solved.thresholds)
+    lr = base_lr * lr_ratio * rule.lr
+    decay_rule = WEIGHT_DECAY_RULES[recipe.parametrization.weight_decay_rule]
+    decay = decay_rule.coefficient(optimizer.weight_decay, base_lr * lr_ratio, recipe.steps) if spec.decay else 0.0
     return TensorRule(
         name=spec.name,
         role=spec.role,
         shape=spec.shape,
-        optimizer=part.name,
+        optimizer=optimizer.name,
         init=spec.init,
         init_std=spec.init_std * rule.init_std,
         multiplier=multiplier.get(spec.role, 1.0),
-        lr=base_lr * part.base_lr_ratio * rule.lr,
-        weight_decay=part.weight_decay * rule.weight_decay if spec.decay else 0.0,
-        eps=part.eps * rule.eps,
+        lr=lr,
+        weight_decay=decay * rule.weight_decay,
+        decay_per_step=lr * decay * rule.weight_decay,
+        eps=thresholds.pop("eps"),
+        thresholds=thresholds,
         init_var_ratio=rule.init_std**2,
         multiplier_ratio=rule.multiplier,
         lr_ratio=rule.lr,
@@ -248,10 +302,10 @@ def _row(spec: TensorSpec, rule: Rule, part: Optimizer, forward: Multipliers, ba
     )
 
 
-def _taker(parts: tuple[Optimizer, ...], spec: TensorSpec) -> Optimizer:
+def _taker(parts: tuple[Part, ...], spec: TensorSpec) -> Part:
     """The optimizer of a tensor: the first part that takes its role."""
     for part in parts:
-        if spec.role in part.takes:
+        if spec.role in part.optimizer.takes:
             return part
     raise ConfigError(f"no optimizer takes {spec.name} ({spec.role.value}): add one as optimizer.rest")
 
@@ -265,17 +319,17 @@ def _check_roles(recipe: Recipe) -> None:
     """A dimension grows with the width exactly where the role says so."""
     sizes = [recipe.size(1.0, 1.0), recipe.size(2.0, 1.0)]
     for small, big in zip(*(recipe.model.tensors(s) for s in sizes), strict=True):
-        grew = tuple(b > s for s, b in zip(small.dims, big.dims, strict=True))
+        grew = tuple(b > s for s, b in zip(small.acting_dims, big.acting_dims, strict=True))
         if grew != (small.role.grows if small.role.is_matrix else (True, False)):
             raise ConfigError(
-                f"{small.name} is declared {small.role.value}, but its (n_out, n_in) goes from {small.dims} to "
-                f"{big.dims} when the width doubles: mend its role in the model"
+                f"{small.name} is declared {small.role.value}, but its (n_out, n_in) goes from {small.acting_dims} to "
+                f"{big.acting_dims} when the width doubles: mend its role in the model"
             )
 
 
-def _check_tie(recipe: Recipe, spec: TensorSpec, mine: Rule, other: Rule) -> None:
+def _check_tie(recipe: Recipe, spec: TensorSpec, mine: Solved, other: Solved) -> None:
     for key in ("init_std", "lr", "weight_decay", "eps"):
-        a, b = getattr(mine, key), getattr(other, key)
+        a, b = getattr(mine.rule, key), getattr(other.rule, key)
         if not math.isclose(a, b, rel_tol=1e-9):
             raise ConfigError(
                 f"model.tied=true: {spec.tied_to} and {spec.name} share storage, but "
@@ -305,7 +359,7 @@ def _check_shapes(network: nn.Module, rows: tuple[TensorRule, ...]) -> None:
 
 def group_records(built: Built) -> list[dict[str, Any]]:
     """The groups as groups.json holds them."""
-    return [{k: v for k, v in group.items() if k != "part"} for group in built.groups]
+    return [{k: v for k, v in group.items() if k not in ("part", "transposed")} for group in built.groups]
 
 
 def rule_record(row: TensorRule) -> dict[str, Any]:

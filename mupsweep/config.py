@@ -24,6 +24,8 @@ COMPARABLE = (
 )  # groups that take several choices: optimizer=adamw,muon
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 PRECISIONS = ("auto", "fp32", "bf16")
+NESTED = ("optimizer.rest", "optimizer.graft")  # sections that another choice of the same group fills
+BATCH_RULES = ("none", "sde")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ class TrainingConfig:
     evals: int = 1
     checkpoint_minutes: float = 10.0
     divergence_patience: float = 0.1
+    batch_rule: str = "none"
+    base_batch_size: int | None = None
+    horizon_exponent: float = 0.0
+    base_tokens: int | None = None
 
     def __post_init__(self) -> None:
         given = [v for v in (self.steps, self.tokens) if v is not None]
@@ -92,6 +98,15 @@ class TrainingConfig:
         require(self.evals > 0, "training.evals", self.evals, "positive")
         require(self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "at least 0")
         require(self.divergence_patience > 0, "training.divergence_patience", self.divergence_patience, "positive")
+        one_of(self.batch_rule, BATCH_RULES, "training.batch_rule")
+        for key, used, other in (
+            ("base_batch_size", self.batch_rule != "none", "batch_rule=sde"),
+            ("base_tokens", self.horizon_exponent != 0, "horizon_exponent=NUMBER"),
+        ):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"training.{key}", value, "positive or null")
+            if used != (value is not None):
+                raise ConfigError(f"training.{key} and training.{other} go together: give both or neither")
 
     def total_steps(self, context: int) -> int:
         """Optimizer steps of a run whose sequences are `context` tokens long."""
@@ -232,7 +247,7 @@ def to_tree(config: SweepConfig) -> dict[str, Any]:
 def choices(group: str, config_dir: str | None = None) -> list[str]:
     """The names of a config group, the user's own folder included."""
     roots = [Path(config_dir), config_root()] if config_dir else [config_root()]
-    return sorted({p.stem for root in roots for p in (root / group).glob("*.yaml")})
+    return sorted({p.stem for root in roots for p in (root / group).glob("[!_]*.yaml")})
 
 
 def config_root() -> Path:
@@ -265,6 +280,12 @@ def _split(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, 
             raise ConfigError(f"cannot read the override {text!r}: write key=value")
         if key.startswith("hydra"):
             raise ConfigError(f"override {text!r}: Hydra only composes here and has no keys; {nearest(key, groups)}")
+        if key in NESTED and not override.is_sweep_override() and isinstance(override.value(), str):
+            group, name = key.split(".")[0], str(override.value())
+            if name not in choices(group, config_dir):
+                raise ConfigError(f"no {group} named '{name}' for {key}; {nearest(name, choices(group, config_dir))}")
+            rest.append(f"{group}@{key}={name}")
+            continue
         if key not in groups:
             if override.is_sweep_override():
                 raise ConfigError(

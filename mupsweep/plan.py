@@ -6,9 +6,9 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mupsweep.config import SweepConfig, TrainingConfig, Variant, from_tree, to_tree
 from mupsweep.cost import Cost, estimate
@@ -29,6 +29,17 @@ UNIDENTIFYING = {
 }  # no effect on the numbers
 
 
+class Part(NamedTuple):
+    """One optimizer of a hybrid, at the batch size that is trained with.
+
+    Attributes:
+        lr_ratio: its base LR / the base LR of the run, the rules for batch size and token horizon included.
+    """
+
+    optimizer: Optimizer
+    lr_ratio: float
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A variant with its sections turned into the objects they describe."""
@@ -38,6 +49,23 @@ class Recipe:
     optimizer: Optimizer
     parametrization: Parametrization
     digest: str
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The optimizer, that of its `rest` and so on, until every role is taken."""
+        training = self.training
+        ratio = 1.0
+        if training.base_tokens is not None:
+            tokens = self.steps * training.batch_size * self.model.context
+            ratio = (tokens / training.base_tokens) ** training.horizon_exponent
+        parts = []
+        for optimizer in self.optimizer.parts():
+            factor = 1.0
+            if training.base_batch_size is not None:
+                optimizer, factor = optimizer.at_batch_ratio(training.batch_size / training.base_batch_size)
+            parts.append(Part(optimizer, ratio * factor))
+            ratio *= optimizer.lr_ratio
+        return tuple(parts)
 
     @property
     def training(self) -> TrainingConfig:
@@ -119,6 +147,7 @@ def recipe(variant: Variant) -> Recipe:
             f"training.warmup={made.training.warmup:g} is {warmup} steps of warm-up in a run of {made.steps}: "
             "the LR would never reach its peak; lower warmup or train longer"
         )
+    _ = made.parts  # a batch rule may refuse
     return made
 
 

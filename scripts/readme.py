@@ -1,4 +1,4 @@
-"""Write the README's generated blocks anew, or with --check fail where one is out of date.
+"""Write the generated blocks of the documentation anew, or with --check fail where one is out of date.
 
 A block is a comment that holds a command, followed by a fenced text block with what the command prints:
 
@@ -14,12 +14,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "mupsweep").rglob("*.md")), *sorted((ROOT / "configs").rglob("*.md"))]
 BLOCK = re.compile(r"<!-- \$ (?P<command>.+?) -->\n```text\n.*?```", re.DOTALL)
 
 
 def generated(text: str) -> str:
-    """The README with every block replaced by what its command prints now."""
+    """A document with every block replaced by what its command prints now."""
     return BLOCK.sub(lambda match: f"<!-- $ {match['command']} -->\n```text\n{output(match['command'])}```", text)
 
 
@@ -38,12 +39,13 @@ def output(command: str) -> str:
 
 
 def main() -> None:
-    old = README.read_text()
-    new = generated(old)
-    if "--check" not in sys.argv:
-        README.write_text(new)
-    elif old != new:
-        sys.exit("README.md is out of date: run `make docs` and commit what it changes")
+    for document in DOCUMENTS:
+        old = document.read_text()
+        new = generated(old)
+        if "--check" not in sys.argv:
+            document.write_text(new)
+        elif old != new:
+            sys.exit(f"{document.relative_to(ROOT)} is out of date: run `make docs` and commit what it changes")
 
 
 if __name__ == "__main__":

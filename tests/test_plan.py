@@ -94,7 +94,7 @@ def test_a_run_id_does_not_depend_on(override: str) -> None:
         "optimizer.betas=[0.9,0.99]",
         "optimizer.eps=1e-8",
         "optimizer.weight_decay=0.1",
-        "optimizer.base_lr_ratio=0.5",
+        "optimizer.lr_ratio=0.5",
         "parametrization=mup",
         "parametrization.output=init",
         "parametrization.depth_exponent=1/2",

@@ -14,6 +14,7 @@ def rules(
     config_dir: ConfigDir = None,
     json: Json = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="One line per tensor instead of per role.")] = False,
+    papers: Annotated[bool, typer.Option("--papers", help="The papers' tables, compared with the solver.")] = False,
 ) -> None:
     """Print the scaling rules, in symbols and numbers, and audit them.
 
@@ -21,5 +22,9 @@ def rules(
     """
     from mupsweep.config import load
     from mupsweep.report import terminal
+    from mupsweep.report.papers import show_papers
 
-    terminal.show_rules(load(overrides or (), config_dir), as_json=json, per_tensor=tensors)
+    if papers:
+        show_papers(as_json=json)
+    else:
+        terminal.show_rules(load(overrides or (), config_dir), as_json=json, per_tensor=tensors)

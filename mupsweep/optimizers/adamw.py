@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mupsweep.errors import ConfigError
-from mupsweep.optimizers.optimizer import Optimizer
+from mupsweep.optimizers.composed import Composed, Now
+from mupsweep.optimizers.optimizer import Dims, Optimizer, check_decays
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import ENTRYWISE
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW(Optimizer):
+class AdamW(Composed):
     """W -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * W). lr: size of an entry's update.
 
     Attributes:
@@ -26,14 +28,43 @@ class AdamW(Optimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"optimizer.betas={list(self.betas)}: expected two numbers in [0, 1)")
+        check_decays(self, "betas")
 
-    def update_law(self) -> UpdateLaw:
+    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
         return ENTRYWISE
+
+    def at_batch_ratio(self, ratio: float) -> tuple[Optimizer, float]:
+        return sde_rule(self, ratio)
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         import torch
 
+        if self.composed:
+            return super().build(groups)
         devices = {p.device.type for g in groups for p in g["params"]}
         return torch.optim.AdamW(groups, betas=self.betas, fused=devices <= {"cpu", "cuda"} or None)
+
+    def state(self, weights: Tensor) -> dict[str, Tensor]:
+        return {"m": weights.new_zeros(weights.shape), "v": weights.new_zeros(weights.shape)}
+
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+        return adam_direction(grads, state["m"], state["v"], self.betas, now)
+
+
+def adam_direction(grads: Tensor, m: Tensor, v: Tensor, betas: tuple[float, float], now: Now) -> Tensor:
+    """m_hat / (sqrt(v_hat) + eps), with the moments updated in place."""
+    m.lerp_(grads, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(grads, grads, value=1 - betas[1])
+    m_hat, v_hat = m / (1 - betas[0] ** now.step), v / (1 - betas[1] ** now.step)
+    return m_hat.div_(v_hat.sqrt_().add_(now.thresholds["eps"]))
+
+
+def sde_rule(optimizer: Any, ratio: float) -> tuple[Any, float]:
+    """For the Adam family: lr * sqrt(k), 1 - beta -> k (1 - beta), eps / sqrt(k) (Complete(d)P, 2512.22382)."""
+    if max(ratio * (1 - beta) for beta in optimizer.betas) >= 1:
+        raise ConfigError(
+            f"training.batch_rule=sde: a batch {ratio:g} times the base's would need 1 - beta above 1 "
+            f"(optimizer.betas={list(optimizer.betas)}): raise training.base_batch_size or the betas"
+        )
+    betas = tuple(1 - ratio * (1 - beta) for beta in optimizer.betas)
+    return replace(optimizer, betas=betas, eps=optimizer.eps / ratio**0.5), ratio**0.5

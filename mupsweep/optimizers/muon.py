@@ -8,15 +8,16 @@ kimi 0.2 sqrt(max(n_out, n_in)) (Moonlight 2502.16982, torch's `match_rms_adamw`
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from mupsweep.errors import ConfigError, nearest
-from mupsweep.optimizers.optimizer import Optimizer
-from mupsweep.scaling import Role, UpdateLaw
+from mupsweep.optimizers.composed import Composed, Now
+from mupsweep.optimizers.optimizer import MATRICES, Dims, check_decays
+from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import jordan, match_rms_adamw, one, spectral_ratio
+from mupsweep.sections import require
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 SHAPE_FACTORS = {"plain": one, "jordan": jordan, "bernstein": spectral_ratio, "kimi": match_rms_adamw}
@@ -24,7 +25,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: singular values en
 
 
 @dataclass(frozen=True, kw_only=True)
-class Muon(Optimizer):
+class Muon(Composed):
     """W -= lr * (shape_factor * orthogonalise(momentum) + weight_decay * W). lr: spectral norm per update (plain).
 
     Attributes:
@@ -40,35 +41,28 @@ class Muon(Optimizer):
     nesterov: bool = True
     ns_steps: int = 5
 
-    takes: ClassVar[frozenset[Role]] = frozenset({Role.HIDDEN})
+    roles: tuple[str, ...] = ("hidden",)
+
+    accepts: ClassVar[tuple[str, ...]] = MATRICES
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scaling not in SHAPE_FACTORS:
             raise ConfigError(f"optimizer.scaling={self.scaling}: {nearest(self.scaling, SHAPE_FACTORS)}")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"optimizer.momentum={self.momentum}: expected a number in [0, 1)")
-        if self.ns_steps < 1:
-            raise ConfigError(f"optimizer.ns_steps={self.ns_steps}: expected at least 1")
+        check_decays(self, "momentum")
+        require(self.ns_steps >= 1, "optimizer.ns_steps", self.ns_steps, "at least 1")
 
-    def update_law(self) -> UpdateLaw:
-        return UpdateLaw(shape_factor=SHAPE_FACTORS[self.scaling])
-
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        from mupsweep.optimizers.stacked import StackedOptimizer
-
-        return StackedOptimizer(groups, self)
+    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
+        return UpdateLaw(shape_factor=SHAPE_FACTORS[self.scaling], full_rank=True)
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
-        """The optimizer's memory for a stack of matrices (count, n_out, n_in)."""
         return {"momentum": weights.new_zeros(weights.shape)}
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], eps: float) -> Tensor:
-        """The update at LR 1 for a stack of same-shape matrices, all (count, n_out, n_in)."""
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
         average = state["momentum"].lerp_(grads, 1 - self.momentum)
         mixed = grads.lerp(average, self.momentum) if self.nesterov else average
         n_out, n_in = grads.shape[-2:]
-        return orthogonalise(mixed, self.ns_steps, eps).mul_(SHAPE_FACTORS[self.scaling](n_out, n_in))
+        return orthogonalise(mixed, self.ns_steps, now.thresholds["eps"]).mul_(SHAPE_FACTORS[self.scaling](n_out, n_in))
 
 
 def orthogonalise(matrices: Tensor, steps: int, eps: float) -> Tensor:

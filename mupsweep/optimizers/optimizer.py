@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from mupsweep.errors import ConfigError
+from mupsweep.errors import ConfigError, nearest
 from mupsweep.scaling import Role, UpdateLaw
-from mupsweep.sections import instantiate
+from mupsweep.sections import instantiate, require
 
 if TYPE_CHECKING:
     import torch
+
+Dims = tuple[int, int]  # (n_out, n_in) of a tensor
+ROLES = tuple(role.value for role in Role)
+MATRICES = tuple(role.value for role in Role if role.is_matrix)
+
+
+class Threshold(NamedTuple):
+    """A hyperparameter that is compared with gradients, such as eps: its value at the base shape, and the law whose
+    `eps_power` says how it scales."""
+
+    value: float
+    law: UpdateLaw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,35 +33,60 @@ class Optimizer(ABC):
 
     Attributes:
         name: what curves and reports call it.
-        weight_decay: at the base shape, in the coupled form: a step subtracts lr * weight_decay * W.
+        weight_decay: at the base shape; `parametrization.weight_decay_rule` says what it is multiplied by.
         eps: at the base shape.
-        base_lr_ratio: base LR of this optimizer / base LR of the run; 1 except where it serves as another's `rest`.
-        rest: the optimizer (a section with a `kind`) of the tensors whose role this one does not take.
+        roles: of the tensors that it takes.
+        rest: the optimizer (a section with a `kind`) of all other tensors.
+        lr_ratio: base LR of `rest` / base LR of this optimizer.
     """
 
     name: str
     weight_decay: float = 0.0
     eps: float = 1e-12
-    base_lr_ratio: float = 1.0
+    roles: tuple[str, ...] = ROLES
     rest: dict[str, Any] | None = None
+    lr_ratio: float = 1.0
 
-    takes: ClassVar[frozenset[Role]] = frozenset(Role)
+    accepts: ClassVar[tuple[str, ...]] = ROLES  # what the algorithm can take at all
+    divides_by_weight: ClassVar[bool] = False  # a tensor that starts at zero would never move, or by a wrong amount
 
     def __post_init__(self) -> None:
         for key in ("weight_decay", "eps"):
-            if getattr(self, key) < 0:
-                raise ConfigError(f"optimizer.{key}={getattr(self, key)}: expected at least 0")
-        if self.base_lr_ratio <= 0:
-            raise ConfigError(f"optimizer.base_lr_ratio={self.base_lr_ratio}: expected a positive number")
-        if (self.rest is None) != (self.takes == frozenset(Role)):
+            require(getattr(self, key) >= 0, f"optimizer.{key}", getattr(self, key), "at least 0")
+        require(self.lr_ratio > 0, "optimizer.lr_ratio", self.lr_ratio, "a positive number")
+        for role in self.roles:
+            if role not in ROLES:
+                raise ConfigError(f"optimizer.roles={list(self.roles)}: {nearest(role, ROLES)}")
+            if role not in self.accepts:
+                raise ConfigError(
+                    f"optimizer.roles={list(self.roles)}: {self.name} takes {', '.join(self.accepts)} tensors only; "
+                    f"leave {role} to optimizer.rest"
+                )
+        if (self.rest is None) != (set(self.roles) == set(ROLES)):
             raise ConfigError(
                 f"optimizer.rest of {self.name}: "
                 + (
-                    f"it takes only {', '.join(sorted(self.takes))} tensors, so say which optimizer takes the others"
+                    f"it takes only {', '.join(self.roles)} tensors, so say which optimizer takes the others: "
+                    "optimizer.rest=adamw"
                     if self.rest is None
-                    else "it takes every tensor, so set rest to null"
+                    else "it takes every tensor, so set optimizer.rest=null"
                 )
             )
+
+    @property
+    def curvature_every(self) -> int | None:
+        """Every how many steps the algorithm observes gradients of sampled labels; None for never."""
+        return None
+
+    @property
+    def oriented(self) -> bool:
+        """Whether it matters which axis is n_out; embeddings are stored (n_in, n_out)."""
+        return set(self.accepts) <= set(MATRICES)
+
+    @property
+    def takes(self) -> frozenset[Role]:
+        """The roles of the tensors that this optimizer steps."""
+        return frozenset(Role(role) for role in self.roles)
 
     def parts(self) -> tuple[Optimizer, ...]:
         """This optimizer, then the one of its `rest`, and so on until every role is taken."""
@@ -57,9 +95,42 @@ class Optimizer(ABC):
         return (self, *instantiate(self.rest, "optimizer.rest").parts())
 
     @abstractmethod
-    def update_law(self) -> UpdateLaw:
-        """How large the update is at LR 1."""
+    def update_law(self, dims: Dims | None = None) -> UpdateLaw:
+        """How large the update is at LR 1; for a tensor of (n_out, n_in) where an algorithm depends on that."""
+
+    def decay_law(self, dims: Dims | None = None) -> UpdateLaw:
+        """The law of what weight decay is added to: the update, unless a subclass adds it further inside."""
+        return self.update_law(dims)
+
+    def thresholds(self, dims: Dims | None = None) -> Mapping[str, Threshold]:
+        """Every hyperparameter that is compared with gradients; always with "eps"."""
+        return {"eps": Threshold(self.eps, self.update_law(dims))}
+
+    def at_batch_ratio(self, ratio: float) -> tuple[Optimizer, float]:
+        """This optimizer at `ratio` times the base batch, and the factor of its LR.
+
+        Raises:
+            ConfigError: no rule is published for it.
+        """
+        raise ConfigError(
+            f"training.batch_rule=sde has no rule for {self.name}: tune the LR at the batch size of the target, "
+            "or set training.batch_rule=none"
+        )
 
     @abstractmethod
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """A torch optimizer over groups that carry params, lr, weight_decay and eps."""
+        """A torch optimizer over groups that carry params, lr, weight_decay and every threshold by name.
+
+        A group of embeddings also says `transposed`: they are stored (n_in, n_out).
+        """
+
+
+def check_decays(section: Any, *keys: str) -> None:
+    """Refuse decays of averages outside [0, 1); a key holds one number, or one for each of two averages."""
+    for key in keys:
+        value = getattr(section, key)
+        if isinstance(value, list | tuple):
+            fine = len(value) == 2 and all(0 <= v < 1 for v in value)
+            require(fine, f"optimizer.{key}", list(value), "two numbers in [0, 1)")
+        else:
+            require(0 <= value < 1, f"optimizer.{key}", value, "a number in [0, 1)")

@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mupsweep.errors import ConfigError
-from mupsweep.optimizers.optimizer import Optimizer
+from mupsweep.optimizers.composed import Composed, Now
+from mupsweep.optimizers.optimizer import Dims, Optimizer, check_decays
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import GRADIENT
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGD(Optimizer):
+class SGD(Composed):
     """M = momentum * M + (G + weight_decay * W); W -= lr * M. lr: update per unit of gradient.
 
     Attributes:
@@ -26,18 +28,35 @@ class SGD(Optimizer):
     momentum: float = 0.9
     nesterov: bool = False
 
+    uses_weights = True
+    decays = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"optimizer.momentum={self.momentum}: expected a number in [0, 1)")
+        check_decays(self, "momentum")
         if self.nesterov and self.momentum == 0:
             raise ConfigError("optimizer.nesterov=true needs optimizer.momentum above 0")
 
-    def update_law(self) -> UpdateLaw:
+    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
         return GRADIENT
+
+    def at_batch_ratio(self, ratio: float) -> tuple[Optimizer, float]:
+        """The linear rule: the noise of the gradient falls as 1/k, so k times the LR keeps the SDE (2512.22382)."""
+        return self, ratio
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         import torch
 
+        if self.composed:
+            return super().build(groups)
         plain = [{k: v for k, v in group.items() if k != "eps"} for group in groups]
         return torch.optim.SGD(plain, momentum=self.momentum, nesterov=self.nesterov)
+
+    def state(self, weights: Tensor) -> dict[str, Tensor]:
+        return {"momentum": weights.new_zeros(weights.shape)}
+
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+        assert now.weights is not None
+        grads.add_(now.weights, alpha=now.weight_decay)
+        average = state["momentum"].mul_(self.momentum).add_(grads)
+        return grads.add_(average, alpha=self.momentum) if self.nesterov else average.clone()

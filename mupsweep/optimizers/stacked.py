@@ -1,61 +1,109 @@
-"""The driver of our own matrix optimizers: same-shape matrices are stacked and take their step as one batch."""
+"""The driver of our own optimizers: same-shape tensors are stacked and take their step as one batch."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mupsweep.optimizers.composed import Algorithm, Now
 
-class Algorithm(Protocol):
-    """What `StackedOptimizer` drives: pure functions of a stack of matrices (count, n_out, n_in)."""
+KEYS = ("params", "lr", "peak_lr", "weight_decay", "transposed", "step")  # of a group; every other key is a threshold
 
-    def state(self, weights: Tensor) -> dict[str, Tensor]: ...
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], eps: float) -> Tensor: ...
+@dataclass
+class Stack:
+    """Same-shape tensors of one group with their algorithm and its memory."""
+
+    parameters: list[Tensor]
+    transposed: bool  # stored (n_in, n_out)
+    algorithm: Algorithm
+    state: dict[str, Tensor]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Views as (n_out, n_in)."""
+        return [self.oriented(p.detach()) for p in self.parameters]
+
+    @property
+    def grads(self) -> Tensor:
+        """(count, n_out, n_in), a copy; a tensor without a gradient takes one of zero."""
+        return torch.stack([self.oriented(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.parameters])
+
+    def oriented(self, tensor: Tensor) -> Tensor:
+        return tensor.mT if self.transposed else tensor
 
 
 class StackedOptimizer(torch.optim.Optimizer):
-    """W -= lr * (direction + weight_decay * W), with each group's own lr, weight_decay and eps.
+    """W -= lr * (direction + weight_decay * W), with each group's own lr, weight_decay and thresholds.
 
     The state of a parameter is a view into the stack of its shape, so that a state dict looks like any other torch
-    optimizer's and a step copies nothing but gradients.
+    optimizer's and a step copies nothing but gradients. `step` of a group counts its steps.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], algorithm: Algorithm) -> None:
-        super().__init__(groups, {})
+    def __init__(self, groups: list[dict[str, Any]], algorithm: Callable[[tuple[int, int]], Algorithm]) -> None:
+        super().__init__(groups, {"transposed": False, "step": 0})
         self.algorithm = algorithm
-        self.stacks: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        self.stacks: dict[tuple[int, ...], Stack] = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None
-        for index, group in enumerate(self.param_groups):
-            same_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
-            for p in group["params"]:
-                same_shape[p.shape].append(p)
-            for shape, weights in same_shape.items():
-                grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in weights])
-                state = self.stack((index, *shape), weights)
-                update = self.algorithm.direction(grads, state, group["eps"])
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])  # pyright: ignore
-                updates = list(update.to(weights[0].dtype).unbind())
-                torch._foreach_add_(weights, updates, alpha=-group["lr"])  # pyright: ignore
+        for group in self.param_groups:
+            group["step"] += 1
+        for group, stack in self._stacks():
+            weights, algorithm = stack.weights, stack.algorithm
+            now = self._now(group, stack)
+            update = algorithm.direction(stack.grads, stack.state, now)
+            if not algorithm.decays:
+                torch._foreach_mul_(weights, 1 - now.lr * now.weight_decay)  # pyright: ignore
+            torch._foreach_add_(weights, list(update.to(weights[0].dtype).unbind()), alpha=-now.lr)  # pyright: ignore
+            if algorithm.projects:
+                moved = torch.stack(weights)
+                algorithm.project(moved, stack.state)
+                torch._foreach_copy_(weights, list(moved.unbind()))  # pyright: ignore
 
-    def stack(self, key: tuple[int, ...], weights: list[Tensor]) -> dict[str, Tensor]:
-        """The stacked state of some same-shape weights; made on first use, or again from a loaded state dict."""
-        if key not in self.stacks:
-            state = self.algorithm.state(torch.stack([w.detach() for w in weights]))
-            for name, stacked in state.items():
-                for i, p in enumerate(weights):
-                    if name in self.state[p]:
-                        stacked[i] = self.state[p][name]
-                    self.state[p][name] = stacked[i]
-            self.stacks[key] = state
-        return self.stacks[key]
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Hand the gradients of a curvature estimate to the algorithms; the weights stay."""
+        for group, stack in self._stacks():
+            stack.algorithm.observe(stack.grads, stack.state, self._now(group, stack))
 
     def load_state_dict(self, state_dict: Any) -> None:
         super().load_state_dict(state_dict)
         self.stacks.clear()
+
+    def _stacks(self) -> Iterator[tuple[dict[str, Any], Stack]]:
+        """Every stack with its group; made on first use, or again from a loaded state dict."""
+        for index, group in enumerate(self.param_groups):
+            same_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                same_shape[p.shape].append(p)
+            for shape, parameters in same_shape.items():
+                key = (index, *shape)
+                if key not in self.stacks:
+                    self.stacks[key] = self._stack(parameters, group["transposed"])
+                yield group, self.stacks[key]
+
+    def _stack(self, parameters: list[Tensor], transposed: bool) -> Stack:
+        stack = Stack(parameters, transposed, Algorithm(), {})
+        weights = torch.stack(stack.weights)
+        n_out, n_in = (*weights.shape[1:], 1)[:2]
+        stack.algorithm = self.algorithm((n_out, n_in))
+        stack.state = stack.algorithm.state(weights)
+        for name, stacked in stack.state.items():
+            for i, p in enumerate(parameters):
+                if name in self.state[p]:
+                    stacked[i] = self.state[p][name]
+                self.state[p][name] = stacked[i]
+        return stack
+
+    @staticmethod
+    def _now(group: dict[str, Any], stack: Stack) -> Now:
+        thresholds = {key: value for key, value in group.items() if key not in KEYS}
+        weights = torch.stack(stack.weights) if stack.algorithm.uses_weights else None
+        return Now(group["step"], group["lr"], group["weight_decay"], thresholds, weights)

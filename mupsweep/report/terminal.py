@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from mupsweep import data
+from mupsweep import data, squeue
 from mupsweep.build import TensorRule, audit, multipliers, rule_record, rules
 from mupsweep.config import SweepConfig, load
 from mupsweep.cost import FLOPS_PER_SECOND, duration, si
 from mupsweep.data import shards
 from mupsweep.environment import accelerator, cores
+from mupsweep.errors import RecordError
 from mupsweep.plan import Recipe, RunSpec, plan, recipe, sweep_name
 from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING, SweepDir
 from mupsweep.scaling import Role, Rule, symbolic
@@ -115,12 +118,15 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
     """How far a sweep is."""
     rows = [(row, sweep.run(row["run_id"])) for row in sweep.read_plan()]
     states = [(row, folder, sweep.state(row["run_id"])) for row, folder in rows]
+    queue = _queue(sweep)
     if as_json:
-        print(json.dumps({"runs": [{**row, **status} for row, _, status in states], "totals": _counts(states)}))
+        jobs = {run_id: asdict(job) for run_id, job in queue.runs.items()}
+        runs = [{**row, **status, "job": jobs.get(row["run_id"])} for row, _, status in states]
+        print(json.dumps({"runs": runs, "totals": _counts(states)}))
         return
     console = console_of()
     if per_run:
-        table = table_of("run", "variant", "status", "step", "loss", "tok/s")
+        table = table_of("run", "variant", "status", "step", "loss", "tok/s", *(["job"] if queue.runs else []))
         for row, _, status in states:
             loss, speed = status.get("train_loss"), status.get("tokens_per_second")
             table.add_row(
@@ -130,6 +136,7 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
                 f"{status['step']}/{status['steps']}" if "steps" in status else "",
                 "" if loss is None else f"{loss:.3f}",
                 "" if speed is None else f"{speed:,.0f}",
+                *([str(queue.runs.get(row["run_id"], ""))] if queue.runs else []),
             )
     else:
         table = table_of("variant", "width", "depth", DONE, DIVERGED, RUNNING, PENDING, FAILED)
@@ -141,9 +148,20 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
             table.add_row(*map(str, key), *(str(counts[s] or "") for s in (DONE, DIVERGED, RUNNING, PENDING, FAILED)))
     console.print(table)
     console.print("  ".join(f"{name} {count}" for name, count in _counts(states).items()))
+    for line in queue.lines():
+        console.print(line)
     for row, folder, status in states:
         if status["status"] == FAILED:
             console.print(f"failed: {row['run_id']}: {status.get('error', '')} (see {folder.log_path})", markup=False)
+
+
+def _queue(sweep: SweepDir) -> squeue.Queue:
+    """What Slurm holds of a sweep; where it cannot be asked, nothing but a line that says so."""
+    try:
+        return squeue.of_sweep(sweep.read_jobs())
+    except RecordError as error:
+        print(f"{error}; the jobs of this sweep are not shown", file=sys.stderr)
+        return squeue.Queue()
 
 
 def prepare_data(overrides: Sequence[str], config_dir: str | None) -> None:
@@ -213,8 +231,11 @@ def _rules_document(one: Recipe, config: SweepConfig, base_lr: float) -> dict[st
 def _symbols(one: Recipe) -> Iterable[tuple[Role, str, Rule]]:
     """(role, optimizer, rule as monomials)."""
     for role in Role:
-        part = next(p for p in one.optimizer.parts() if role in p.takes)
-        yield role, part.name, symbolic(one.parametrization, part.update_law(), role)
+        optimizer = next(p.optimizer for p in one.parts if role in p.optimizer.takes)
+        rule = symbolic(one.parametrization, optimizer.update_law(), role)
+        decay = symbolic(one.parametrization, optimizer.decay_law(), role).weight_decay
+        eps = symbolic(one.parametrization, optimizer.thresholds()["eps"].law, role).eps
+        yield role, optimizer.name, replace(rule, weight_decay=decay, eps=eps)
 
 
 def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:
@@ -226,6 +247,7 @@ def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:
         "multiplier",
         "LR",
         "weight decay",
+        "LR x decay",
         "eps",
     )
     grouped: dict[tuple[Any, ...], list[TensorRule]] = defaultdict(list)
@@ -236,7 +258,7 @@ def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:
     for (name, shape, optimizer, *_), members in grouped.items():
         one = members[0]
         std = f"{one.init_std:.4g}" if one.init.value == "normal" else one.init.value
-        numbers = (f"{x:.4g}" for x in (one.multiplier, one.lr, one.weight_decay, one.eps))
+        numbers = (f"{x:.4g}" for x in (one.multiplier, one.lr, one.weight_decay, one.decay_per_step, one.eps))
         table.add_row(name, "x".join(map(str, shape)), optimizer, std, *numbers)
     return table
 

@@ -4,13 +4,15 @@ An optimizer declares its `UpdateLaw`, a parametrization its `Claim` per role, a
 derives init std, LR, weight decay and eps. No LR rule is written anywhere else.
 """
 
+from mupsweep.scaling.decay import WEIGHT_DECAY_RULES
 from mupsweep.scaling.laws import UpdateLaw
 from mupsweep.scaling.monomial import Monomial
-from mupsweep.scaling.parametrizations.claims import Claim, Parametrization
+from mupsweep.scaling.parametrizations.claims import Claim, Parametrization, Rule
 from mupsweep.scaling.roles import Init, Role, TensorSpec
-from mupsweep.scaling.solve import Rule, numeric, symbolic
+from mupsweep.scaling.solve import numeric, symbolic
 
 __all__ = [
+    "WEIGHT_DECAY_RULES",
     "Claim",
     "Init",
     "Monomial",

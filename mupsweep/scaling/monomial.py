@@ -67,6 +67,13 @@ def maximum(a: Number | float, b: Number | float) -> Number:
     return cast(Number, max(a, b))
 
 
+def minimum(a: Number | float, b: Number | float) -> Number:
+    """The smaller of two numbers, or of two monomials in width as the width grows."""
+    if isinstance(a, Monomial) or isinstance(b, Monomial):
+        return cast(Number, a * b / maximum(a, b))
+    return cast(Number, min(a, b))
+
+
 def sqrt(a: Number) -> Number:
     """Square root of a number or a monomial."""
     return cast(Number, a ** Fraction(1, 2) if isinstance(a, Monomial) else a**0.5)

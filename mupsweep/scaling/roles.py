@@ -46,6 +46,8 @@ class TensorSpec:
         init_std: standard deviation at the base shape, for `Init.NORMAL`.
         decay: whether weight decay applies.
         tied_to: the name of the tensor whose storage this one shares.
+        repeats: how often the forward pass uses every row: keys that several query heads share, a gain that all heads
+            share. What it acts on grows as n_out * repeats.
     """
 
     name: str
@@ -55,6 +57,7 @@ class TensorSpec:
     init_std: float = 0.0
     decay: bool = True
     tied_to: str | None = None
+    repeats: int = 1
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -63,3 +66,9 @@ class TensorSpec:
             return self.shape[0], 1
         rows, columns = self.shape
         return (columns, rows) if self.role is Role.INPUT else (rows, columns)
+
+    @property
+    def acting_dims(self) -> tuple[int, int]:
+        """(n_out, n_in) with repeated rows counted as often as they are used: what grows with the width."""
+        n_out, n_in = self.dims
+        return n_out * self.repeats, n_in

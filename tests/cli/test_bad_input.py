@@ -71,7 +71,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("optimizer=adamw,muno", ("'muno'", "did you mean 'muon'?")),
     ("optimizer=[adamw,muon]", ("adamw", "valid: ")),
     ("optimizer=", ("no optimizer named ''", "valid: ")),
-    ("model=null", ("no model named", "valid: nanogpt")),
+    ("model=null", ("no model named", "valid: ")),
     ("experiment=smok", ("'smok'", "did you mean 'smoke'?")),
     ("experiment=None", ("None", "smoke")),
     ("launcher=lcoal", ("'lcoal'", "did you mean 'local'?")),
@@ -110,7 +110,28 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("optimizer.betas=0.9", ("optimizer.betas", "0.9", "list")),
     ("optimizer.betas=[0.9]", ("optimizer.betas", "[0.9]", "two numbers")),
     ("optimizer.betas=[0.9,0.9,0.9]", ("optimizer.betas", "[0.9, 0.9, 0.9]", "two numbers")),
-    ("optimizer=muon optimizer.rest=adamw", ("optimizer.rest", "adamw")),
+    ("optimizer=muon optimizer.rest=adamww", ("no optimizer named 'adamww' for optimizer.rest", "'adamw'?")),
+    ("optimizer=muon optimizer.graft=muon optimizer.graft.scaling=kimy", ("optimizer.scaling=kimy", "kimi")),
+    ("optimizer=adamw optimizer.rest=sgd", ("optimizer.rest of adamw", "takes every tensor", "null")),
+    ("optimizer=muon optimizer.roles=[hidden,output,input_vector]", ("optimizer.roles=", "muon", "input_vector")),
+    ("optimizer=muon optimizer.roles=[hiden]", ("optimizer.roles=", "hidden")),
+    ("optimizer=adamw optimizer.hyperball=true", ("optimizer.hyperball", "matrices", "roles=[hidden]")),
+    (
+        "optimizer=muon optimizer.hyperball=true optimizer.weight_decay=0.1",
+        ("optimizer.weight_decay=0.1", "fixes the norm"),
+    ),
+    ("optimizer=muon optimizer.block_size=0", ("optimizer.block_size=0", "positive")),
+    ("parametrization=sp parametrization.init=fan_out", ("parametrization.init=fan_out", "fan_in")),
+    ("parametrization=sp_per_layer parametrization.alignment=half", ("parametrization.alignment=half", "full")),
+    ("parametrization=sp parametrization.weight_decay_rule=wd", ("parametrization.weight_decay_rule=wd", "coupled")),
+    ("training.batch_rule=sde", ("training.base_batch_size", "both or neither")),
+    ("training.base_tokens=1000", ("training.base_tokens", "horizon_exponent")),
+    ("training.batch_rule=linear", ("training.batch_rule=linear", "sde")),
+    ("optimizer=muon training.batch_rule=sde training.base_batch_size=4", ("training.batch_rule=sde", "muon")),
+    (
+        "training.batch_rule=sde training.base_batch_size=1 training.batch_size=64",
+        ("training.batch_rule=sde", "base_batch_size"),
+    ),
     # ranges
     ("training.steps=0", ("training.steps", "0", "positive")),
     ("training.steps=null", ("training.steps=None", "training.tokens=None", "set exactly one")),
@@ -130,7 +151,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("optimizer.eps=-1", ("optimizer.eps=-1", "at least 0")),
     ("optimizer.eps=nan", ("optimizer.eps=nan",)),
     ("optimizer.weight_decay=inf", ("optimizer.weight_decay=inf",)),
-    ("optimizer.base_lr_ratio=0", ("optimizer.base_lr_ratio=0", "positive")),
+    ("optimizer.lr_ratio=0", ("optimizer.lr_ratio=0", "positive")),
     ("optimizer.rest={name:x}", ("optimizer.rest", "null")),
     ("parametrization.output=inti", ("parametrization.output=inti", "did you mean 'init'?")),
     ("parametrization.depth_exponent=2", ("parametrization.depth_exponent=2", "0 to 1")),
@@ -301,8 +322,9 @@ def process(*arguments: str) -> Outcome:
 
 def test_a_worker_refuses_a_run_that_is_not_planned_and_a_device_that_is_none(sweep: SweepDir, tmp_path: Path) -> None:
     before = tree(tmp_path)
-    near = process("worker", str(sweep.path), "w16-d2-lr-7.00-s0-c09ab75c")
-    refused(near, ("'w16-d2-lr-7.00-s0-c09ab75c'", "did you mean 'w16-d2-lr-7.00-s0-"))
+    planned = sweep.read_plan()[0]["run_id"]
+    misspelt = planned[:-1] + ("0" if planned[-1] != "0" else "1")
+    refused(process("worker", str(sweep.path), misspelt), (f"'{misspelt}'", f"did you mean '{planned}'"))
     refused(process("worker", str(sweep.path), "--device", "gpu7"), ("gpu7", "cuda"))
     assert tree(tmp_path) == before
 

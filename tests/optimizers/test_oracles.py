@@ -272,7 +272,7 @@ def test_a_matrix_without_a_gradient_takes_one_of_zero() -> None:
         (lambda: AdamW(name="adamw", betas=(0.9, 1.0)), r"optimizer.betas=\[0.9, 1.0\]"),
         (lambda: AdamW(name="adamw", eps=-1.0), "optimizer.eps=-1.0"),
         (lambda: AdamW(name="adamw", weight_decay=-0.1), "optimizer.weight_decay=-0.1"),
-        (lambda: AdamW(name="adamw", base_lr_ratio=0.0), "optimizer.base_lr_ratio=0.0"),
+        (lambda: AdamW(name="adamw", lr_ratio=0.0), "optimizer.lr_ratio=0.0"),
         (lambda: SGD(name="sgd", momentum=-0.1), "optimizer.momentum=-0.1"),
         (lambda: SGD(name="sgd", momentum=0.0, nesterov=True), "optimizer.nesterov=true"),
     ],

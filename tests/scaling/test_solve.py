@@ -12,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mupsweep.errors import ConfigError
-from mupsweep.scaling import Parametrization, Role, Rule, TensorSpec, UpdateLaw, numeric, symbolic
+from mupsweep.scaling import (
+    WEIGHT_DECAY_RULES,
+    Claim,
+    Parametrization,
+    Role,
+    Rule,
+    TensorSpec,
+    UpdateLaw,
+    numeric,
+    symbolic,
+)
 from mupsweep.scaling.laws import (
     ENTRYWISE,
     GRADIENT,
@@ -23,7 +33,7 @@ from mupsweep.scaling.laws import (
     spectral_ratio,
 )
 from mupsweep.scaling.monomial import ONE, R_N, Monomial
-from mupsweep.scaling.parametrizations.claims import OUTPUT_FORMS, WEIGHT_DECAY_RULES
+from mupsweep.scaling.parametrizations.claims import OUTPUT_FORMS
 from mupsweep.scaling.parametrizations.sp import Standard
 from mupsweep.scaling.parametrizations.spectral import Spectral
 
@@ -218,12 +228,14 @@ def test_both_output_forms_change_the_logits_alike_under_adamw() -> None:
 
 @given(depth_exponent, st.sampled_from(OUTPUT_FORMS), some_symbolic_law, some_role)
 def test_weight_decay_rules(a: Fraction, output: str, law: UpdateLaw, role: Role) -> None:
-    constant, inverse, unscaled = (Spectral(rule, str(a), output, rule) for rule in WEIGHT_DECAY_RULES)
-    claim = constant.claims()[role]
-    rule = symbolic(constant, law, role)
-    assert rule.lr * rule.weight_decay == claim.update / claim.weight
-    assert symbolic(inverse, law, role).weight_decay == rule.weight_decay / R_N
-    assert symbolic(unscaled, law, role).weight_decay == ONE
+    rules = {name: symbolic(Spectral(name, str(a), output, name), law, role) for name in WEIGHT_DECAY_RULES}
+    claim = Spectral("spectral", str(a), output).claims()[role]
+    assert isinstance(claim, Claim)
+    for name in ("coupled_constant", "independent", "timescale"):
+        assert rules[name].lr * rules[name].weight_decay == claim.update / claim.weight
+    assert rules["inverse_width"].weight_decay == rules["independent"].weight_decay / R_N
+    assert rules["unscaled"].weight_decay == ONE
+    assert len(rules) == 5
 
 
 @pytest.mark.parametrize("rule", WEIGHT_DECAY_RULES)
@@ -238,6 +250,7 @@ def test_the_weight_decay_rule_moves_nothing_else(parametrization: Spectral, rul
 @given(depth_exponent, st.sampled_from(OUTPUT_FORMS))
 def test_every_role_spends_its_loss_share_at_any_depth_exponent(a: Fraction, output: str) -> None:
     for claim in Spectral("family", str(a), output).claims().values():
+        assert isinstance(claim, Claim)
         assert claim.multiplier * claim.update == claim.loss_share
 
 

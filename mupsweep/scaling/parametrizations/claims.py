@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
+from mupsweep.errors import ConfigError, nearest
+from mupsweep.scaling.decay import WEIGHT_DECAY_RULES
 from mupsweep.scaling.monomial import Monomial
 from mupsweep.scaling.roles import Role
 
 OUTPUT_FORMS = ("multiplier", "init")
-WEIGHT_DECAY_RULES = ("coupled_constant", "inverse_width", "unscaled")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,17 @@ class Claim:
     loss_share: Monomial
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How one tensor scales, each entry target / base: a float for a tensor, a Monomial for a role."""
+
+    multiplier: Any
+    init_std: Any
+    lr: Any
+    weight_decay: Any
+    eps: Any
+
+
 class Parametrization(Protocol):
     """A dataclass under `scaling/parametrizations/`; its fields are the keys of its yaml."""
 
@@ -38,7 +50,7 @@ class Parametrization(Protocol):
 
     @property
     def weight_decay_rule(self) -> str:
-        """One of WEIGHT_DECAY_RULES."""
+        """A key of WEIGHT_DECAY_RULES."""
         ...
 
     @property
@@ -46,6 +58,16 @@ class Parametrization(Protocol):
         """The exponent of d_head in the attention scale relative to the base: -1/2 is the usual 1/sqrt(d_head)."""
         ...
 
-    def claims(self) -> dict[Role, Claim] | None:
-        """What it promises per role; None means that nothing is scaled (standard parametrization)."""
+    def claims(self) -> dict[Role, Claim | Rule]:
+        """Per role what it promises, to be solved for the optimizer at hand, or a rule that holds for every one."""
         ...
+
+
+def check_options(name: str, weight_decay_rule: str, output: str = OUTPUT_FORMS[0]) -> None:
+    """Refuse an option that no parametrization knows."""
+    for key, value, known in (
+        ("output", output, OUTPUT_FORMS),
+        ("weight_decay_rule", weight_decay_rule, WEIGHT_DECAY_RULES),
+    ):
+        if value not in known:
+            raise ConfigError(f"parametrization.{key}={value} ({name}): {nearest(value, known)}")

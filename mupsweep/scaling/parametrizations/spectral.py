@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-from mupsweep.errors import ConfigError, nearest
+from mupsweep.errors import ConfigError
 from mupsweep.scaling.monomial import ONE, R_L, R_N, Monomial
-from mupsweep.scaling.parametrizations.claims import OUTPUT_FORMS, WEIGHT_DECAY_RULES, Claim
+from mupsweep.scaling.parametrizations.claims import Claim, Rule, check_options
 from mupsweep.scaling.roles import Role
 
 
@@ -23,7 +23,7 @@ class Spectral:
         name: what curves and reports call it.
         depth_exponent: a in the block multiplier r_L^-a, a number or a fraction such as "1/2"; None leaves depth as SP.
         output: "multiplier" (logits * 1/r_n, head variance constant) or "init" (head variance 1/r_n^2, no multiplier).
-        weight_decay_rule: see `WEIGHT_DECAY_RULES` and `solve`.
+        weight_decay_rule: a key of `WEIGHT_DECAY_RULES`.
     """
 
     name: str
@@ -32,13 +32,7 @@ class Spectral:
     weight_decay_rule: str = "coupled_constant"
 
     def __post_init__(self) -> None:
-        if self.output not in OUTPUT_FORMS:
-            raise ConfigError(f"parametrization.output={self.output}: {nearest(self.output, OUTPUT_FORMS)}")
-        if self.weight_decay_rule not in WEIGHT_DECAY_RULES:
-            raise ConfigError(
-                f"parametrization.weight_decay_rule={self.weight_decay_rule}: "
-                f"{nearest(self.weight_decay_rule, WEIGHT_DECAY_RULES)}"
-            )
+        check_options(self.name, self.weight_decay_rule, self.output)
         if self.depth_exponent is not None:
             try:
                 exponent = Fraction(self.depth_exponent)
@@ -55,7 +49,7 @@ class Spectral:
         """Aligned queries and keys grow their product as d_head, so the scale is 1/d_head relative to the base."""
         return Fraction(-1)
 
-    def claims(self) -> dict[Role, Claim]:
+    def claims(self) -> dict[Role, Claim | Rule]:
         input_like = Claim(multiplier=ONE, weight=ONE, update=ONE, loss_share=ONE)
         hidden_like = input_like
         if self.depth_exponent is not None:

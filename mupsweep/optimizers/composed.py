@@ -1,0 +1,165 @@
+"""Optimizers that step stacks of same-shape tensors, and the parts that combine with any of them.
+
+    direction of the algorithm -> in blocks -> grafted -> spectral norm 1 -> Frobenius norm of the weight
+
+Each part is one key, null or false by default, and the update law of a combination follows from its parts.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from mupsweep.errors import ConfigError
+from mupsweep.optimizers.optimizer import MATRICES, Dims, Optimizer, Threshold
+from mupsweep.scaling import UpdateLaw
+from mupsweep.scaling.laws import SPECTRAL_NORMALISED, blocked, frobenius_normalised
+from mupsweep.sections import instantiate, require
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Now:
+    """What an algorithm knows of the moment of a step.
+
+    Attributes:
+        step: from 1.
+        lr, weight_decay: of the group, this step.
+        thresholds: eps and its like, of the group.
+        weights: the stack before the step, for algorithms with `uses_weights`.
+    """
+
+    step: int
+    lr: float
+    weight_decay: float
+    thresholds: Mapping[str, float]
+    weights: Tensor | None = None
+
+
+class Algorithm:
+    """Pure functions of a stack of tensors (count, n_out, n_in), with no memory but `state`, which they update in
+    place. Vectors come as (count, n_out)."""
+
+    uses_weights: bool = False  # reads now.weights
+    decays: bool = False  # applies weight decay inside its direction
+    projects: bool = False  # puts the weights back onto a sphere after each step, so weight decay has no effect
+
+    def state(self, weights: Tensor) -> dict[str, Tensor]:
+        """The memory at the start, every entry with leading dimension count."""
+        raise NotImplementedError
+
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+        """The update at LR 1, as large as `grads`, which it may overwrite."""
+        raise NotImplementedError
+
+    def observe(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> None:
+        """Take in the gradients of a curvature estimate (`Optimizer.curvature_every`)."""
+        raise NotImplementedError
+
+    def project(self, weights: Tensor, state: dict[str, Tensor]) -> None:
+        """Put the stepped weights back where they belong, in place."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed(Optimizer, Algorithm):
+    """The keys of the parts; a subclass adds its algorithm.
+
+    Attributes:
+        block_size: treat every block of this side length as a matrix of its own.
+        graft: an optimizer (a section with a `kind`) whose update gives the Frobenius norm; the direction stays.
+        spectral_norm: divide by the spectral norm, followed online by power iteration, times sqrt(n_out / n_in).
+        hyperball: keep the Frobenius norms of weight and update fixed (Wen et al., 2606.16899); LR: relative change.
+    """
+
+    block_size: int | None = None
+    graft: dict[str, Any] | None = None
+    spectral_norm: bool = False
+    hyperball: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.block_size is None or self.block_size > 0, "optimizer.block_size", self.block_size, "positive")
+        _ = self.magnitude  # may refuse
+        in_use = [key for key in ("block_size", "graft", "spectral_norm", "hyperball") if getattr(self, key)]
+        for role in self.roles:
+            if in_use and role not in MATRICES:
+                raise ConfigError(
+                    f"optimizer.{in_use[0]} is for matrices, but {self.name} takes {role} tensors too: "
+                    "give optimizer.roles=[hidden] optimizer.rest=adamw"
+                )
+        if self.projects and in_use:
+            raise ConfigError(f"optimizer.{in_use[0]}: {self.name} fixes the norm of its weights itself; drop it")
+        if self.weight_decay and (self.hyperball or self.projects):
+            raise ConfigError(
+                f"optimizer.weight_decay={self.weight_decay}: {self.name} fixes the norm of its weights, "
+                "so decay has no effect; set it to 0"
+            )
+
+    @property
+    def composed(self) -> bool:
+        """Whether any part is in use."""
+        return bool(self.block_size or self.graft or self.spectral_norm or self.hyperball)
+
+    @property
+    def oriented(self) -> bool:
+        return self.composed or super().oriented
+
+    @abstractmethod
+    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
+        """The update law of the algorithm alone."""
+
+    def own(self, dims: Dims) -> Algorithm:
+        """The algorithm alone, for tensors of (n_out, n_in)."""
+        return self
+
+    @cached_property
+    def magnitude(self) -> Composed | None:
+        """The optimizer that `graft` names."""
+        if self.graft is None:
+            return None
+        made = instantiate({**self.graft, "roles": list(self.roles), "rest": self.rest}, "optimizer.graft")
+        if not isinstance(made, Composed):
+            raise ConfigError(f"optimizer.graft={made.name}: its update cannot be computed apart from its step")
+        return made
+
+    def update_law(self, dims: Dims | None = None) -> UpdateLaw:
+        law = self._blocked_law(dims)
+        if self.magnitude is not None:  # Qiu et al. 2512.05620, Table 1: the rule of Q1#Q2 is that of Q1
+            law = replace(self.magnitude.update_law(dims), full_rank=law.full_rank)
+        if self.spectral_norm:
+            law = replace(SPECTRAL_NORMALISED, full_rank=law.full_rank)
+        return frobenius_normalised(law) if self.hyperball else law
+
+    def thresholds(self, dims: Dims | None = None) -> Mapping[str, Threshold]:
+        grafted = {} if self.magnitude is None else self.magnitude.thresholds(dims)
+        own = {"eps": Threshold(self.eps, self._blocked_law(dims))}
+        return own | {f"graft_{name}": threshold for name, threshold in grafted.items()}
+
+    def algorithm(self, dims: Dims) -> Algorithm:
+        """The algorithm with its parts, for tensors of (n_out, n_in)."""
+        from mupsweep.optimizers.wrappers import Blocked, Grafted, Hyperball, SpectralNormalised
+
+        made = self.own(dims)
+        if self.block_size is not None:
+            made = Blocked(made, self.block_size)
+        if self.magnitude is not None:
+            made = Grafted(made, self.magnitude.algorithm(dims))
+        if self.spectral_norm:
+            made = SpectralNormalised(made)
+        return Hyperball(made) if self.hyperball else made
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        from mupsweep.optimizers.stacked import StackedOptimizer
+
+        return StackedOptimizer(groups, self.algorithm)
+
+    def _blocked_law(self, dims: Dims | None) -> UpdateLaw:
+        law = self.own_law(dims)
+        return law if self.block_size is None else blocked(law, self.block_size)

@@ -1,0 +1,142 @@
+"""The parts that combine with any algorithm: blocks, grafting, spectral normalization, fixed norms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mupsweep.optimizers.composed import Algorithm, Now
+
+FIRST_ITERATIONS = 10  # of power iteration from a random vector; one a step follows the update from there
+GRAFT = "graft_"
+
+
+class Wrapper(Algorithm):
+    """An algorithm around another, whose memory stays in the same dictionary."""
+
+    def __init__(self, inner: Algorithm) -> None:
+        self.inner = inner
+        self.uses_weights, self.decays, self.projects = inner.uses_weights, inner.decays, inner.projects
+
+    def state(self, weights: Tensor) -> dict[str, Tensor]:
+        return self.inner.state(weights)
+
+    def observe(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> None:
+        self.inner.observe(grads, state, now)
+
+    def project(self, weights: Tensor, state: dict[str, Tensor]) -> None:
+        self.inner.project(weights, state)
+
+
+class Blocked(Wrapper):
+    """Every block of at most `size` x `size` is a matrix of its own; a remainder is filled up with zeros."""
+
+    def __init__(self, inner: Algorithm, size: int) -> None:
+        super().__init__(inner)
+        self.size = size
+
+    def state(self, weights: Tensor) -> dict[str, Tensor]:
+        inner = self.inner.state(self.split(weights))
+        return {name: value.unflatten(0, (len(weights), -1)) for name, value in inner.items()}
+
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+        weights = None if now.weights is None else self.split(now.weights)
+        blocks = self.inner.direction(self.split(grads), self.flat(state), replace(now, weights=weights))
+        return self.join(blocks, grads.shape)
+
+    def observe(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> None:
+        self.inner.observe(self.split(grads), self.flat(state), now)
+
+    def split(self, stack: Tensor) -> Tensor:
+        """(count, n_out, n_in) -> (count * blocks, b_out, b_in)."""
+        b_out, b_in = (min(n, self.size) for n in stack.shape[-2:])
+        stack = pad(stack, (0, -stack.shape[-1] % b_in, 0, -stack.shape[-2] % b_out))
+        return stack.unflatten(-1, (-1, b_in)).unflatten(-3, (-1, b_out)).transpose(-3, -2).flatten(0, 2).contiguous()
+
+    def join(self, blocks: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `split` for a stack of `shape`."""
+        count, n_out, n_in = shape
+        b_out, b_in = blocks.shape[-2:]
+        grid = blocks.unflatten(0, (count, -(-n_out // b_out), -(-n_in // b_in))).transpose(-3, -2)
+        return grid.flatten(-2).flatten(-3, -2)[:, :n_out, :n_in]
+
+    @staticmethod
+    def flat(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Views, so that what the inner algorithm updates in place is updated here."""
+        return {name: value.view(-1, *value.shape[2:]) for name, value in state.items()}
+
+
+class Grafted(Wrapper):
+    """Q1#Q2: the direction of Q2 (`inner`) with the Frobenius norm of Q1 (`magnitude`), each with its own memory."""
+
+    def __init__(self, inner: Algorithm, magnitude: Algorithm) -> None:
+        super().__init__(inner)
+        self.magnitude = magnitude
+        self.uses_weights = inner.uses_weights or magnitude.uses_weights
+
+    def state(self, weights: Tensor) -> dict[str, Tensor]:
+        grafted = self.magnitude.state(weights)
+        return self.inner.state(weights) | {GRAFT + name: value for name, value in grafted.items()}
+
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+        thresholds = _unprefixed(now.thresholds)
+        size = norm(self.magnitude.direction(grads.clone(), _unprefixed(state), replace(now, thresholds=thresholds)))
+        return with_norm(self.inner.direction(grads, state, now), size)
+
+
+class SpectralNormalised(Wrapper):
+    """Spectral norm sqrt(n_out / n_in), by one power iteration a step from a kept vector (Qiu 2512.05620, 3.2)."""
+
+    def state(self, weights: Tensor) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        vector = torch.randn(weights.shape[-1], generator=generator).to(weights)
+        return {**self.inner.state(weights), "top": vector.expand(len(weights), -1).clone()}
+
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+        update = self.inner.direction(grads, state, now)
+        top = state["top"].unsqueeze(-1)  # (count, n_in, 1), a view
+        for _ in range(FIRST_ITERATIONS if now.step == 1 else 1):
+            image = update.mT @ (update @ top)
+            length = norm(image)
+            top.copy_(torch.where(length > 0, image / length, top))  # an update of zero keeps the vector
+        sigma = norm(update @ top)
+        n_out, n_in = update.shape[-2:]
+        return torch.where(sigma > 0, update / sigma, update) * (n_out / n_in) ** 0.5
+
+
+class Hyperball(Wrapper):
+    """The Frobenius norms of weight and update are that of the weight at the start (Wen et al., 2606.16899):
+    W <- R normalise(W - lr R normalise(U)), R = ||W_0||_F."""
+
+    def __init__(self, inner: Algorithm) -> None:
+        super().__init__(inner)
+        self.projects = True
+
+    def state(self, weights: Tensor) -> dict[str, Tensor]:
+        return {**self.inner.state(weights), "radius": norm(weights).flatten()}
+
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+        return with_norm(self.inner.direction(grads, state, now), state["radius"].view(-1, 1, 1))
+
+    def project(self, weights: Tensor, state: dict[str, Tensor]) -> None:
+        weights.copy_(with_norm(weights, state["radius"].view(-1, 1, 1)))
+
+
+def norm(stack: Tensor) -> Tensor:
+    """The Frobenius norm of every matrix of a stack, (count, 1, 1)."""
+    return stack.norm(dim=(-2, -1), keepdim=True)
+
+
+def with_norm(stack: Tensor, size: Tensor) -> Tensor:
+    """Every matrix scaled to the Frobenius norm `size`, (count, 1, 1); a matrix of zeros stays one."""
+    length = norm(stack)
+    return stack * torch.where(length > 0, size / length, torch.zeros_like(length))
+
+
+def _unprefixed(entries: Mapping[str, object]) -> dict:
+    """The entries of the grafted optimizer, under the names that it gave them."""
+    return {name.removeprefix(GRAFT): value for name, value in entries.items() if name.startswith(GRAFT)}

@@ -1,0 +1,45 @@
+"""Weight decay rules: what `optimizer.weight_decay` means and how the shrinkage per step follows the size.
+
+The shrinkage of a tensor per step is lr * weight_decay, both as its optimizer is given them. A rule that is `scaled`
+holds it in the ratio ||dW||_R / ||W||_R that the parametrization promises, so that decay and update stay in balance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mupsweep.scaling.monomial import ONE, R_N, Monomial
+
+
+@dataclass(frozen=True)
+class DecayRule:
+    """One reading of `optimizer.weight_decay`.
+
+    Attributes:
+        unit: what it is multiplied by to give the shrinkage per step at the base shape: the base LR, 1 (a step), or
+            1 / steps (a run).
+        scaled: whether the shrinkage keeps the promised ratio of update to weight; else the coefficient is constant.
+        falls: how the shrinkage changes with the size on top of that.
+    """
+
+    unit: str
+    scaled: bool = True
+    falls: Monomial = ONE
+
+    def coefficient(self, weight_decay: float, base_lr: float, steps: int) -> float:
+        """The coupled coefficient at the base shape: a step subtracts lr * coefficient * W."""
+        return weight_decay / {"lr": 1.0, "step": base_lr, "run": base_lr * steps}[self.unit]
+
+
+WEIGHT_DECAY_RULES = {
+    # a step shrinks by base LR * weight_decay at every size (Zheng 2603.00541 C.1; Gupta; CompleteP)
+    "coupled_constant": DecayRule("lr"),
+    # a step shrinks by weight_decay at every LR and size; also the rule at fixed FLOPs (Qiu 2512.05620, App. H.5)
+    "independent": DecayRule("step"),
+    # independent and falling as 1 / r_n: compute-optimal training, tokens in proportion to parameters (Qiu, section 4)
+    "inverse_width": DecayRule("step", falls=R_N**-1),
+    # a run shrinks by weight_decay at every LR, size and length: a fixed AdamW timescale (2405.13698)
+    "timescale": DecayRule("run"),
+    # the coefficient that torch takes, constant: the shrinkage follows each tensor's LR
+    "unscaled": DecayRule("lr", scaled=False),
+}

@@ -1,0 +1,58 @@
+"""What weight decay means under every rule: the shrinkage per step, by hand, for whole runs as they are built."""
+
+from __future__ import annotations
+
+import pytest
+
+from mupsweep.build import TensorRule, rules
+from mupsweep.config import load
+from mupsweep.plan import recipe
+from mupsweep.scaling import WEIGHT_DECAY_RULES
+
+REL = 1e-12  # a dozen float64 operations
+WD, LR, STEPS, R_N = 0.25, 2.0**-6, 40, 4.0
+
+
+def row(rule: str, lr: float, *overrides: str, width_ratio: float = R_N, name: str = "") -> TensorRule:
+    """The rule of a hidden matrix, with decay, at `width_ratio` times the base width."""
+    words = ["experiment=smoke", "parametrization=mup", f"parametrization.weight_decay_rule={rule}"]
+    words += [f"optimizer.weight_decay={WD}", f"training.steps={STEPS}", *overrides]
+    made = recipe(load(words).variants[0])
+    rows = {r.name: r for r in rules(made, made.size(width_ratio, 1.0), lr)}
+    return rows[name or next(n for n, r in rows.items() if r.role.value == "hidden")]
+
+
+EXPECTED = {  # shrinkage per step of a hidden matrix under AdamW
+    "coupled_constant": lambda lr, r_n: lr * WD,
+    "independent": lambda lr, r_n: WD,
+    "inverse_width": lambda lr, r_n: WD / r_n,
+    "timescale": lambda lr, r_n: WD / STEPS,
+    "unscaled": lambda lr, r_n: lr / r_n * WD,
+}
+
+
+def test_every_rule_is_covered() -> None:
+    assert set(EXPECTED) == set(WEIGHT_DECAY_RULES)
+
+
+@pytest.mark.parametrize("rule", EXPECTED)
+@pytest.mark.parametrize("lr", [LR, 4 * LR])
+@pytest.mark.parametrize("r_n", [1.0, R_N])
+def test_the_shrinkage_per_step(rule: str, lr: float, r_n: float) -> None:
+    made = row(rule, lr, width_ratio=r_n)
+    assert made.decay_per_step == pytest.approx(EXPECTED[rule](lr, r_n), rel=REL)
+    assert made.lr * made.weight_decay == pytest.approx(made.decay_per_step, rel=REL)
+
+
+def test_the_rest_of_a_hybrid_decays_by_its_own_lr() -> None:
+    head = row("coupled_constant", LR, "optimizer=muon", f"optimizer.rest.weight_decay={WD}", name="head.weight")
+    assert head.optimizer == "adamw"
+    assert head.lr == pytest.approx(0.1 * LR, rel=REL)
+    assert head.decay_per_step == pytest.approx(0.1 * LR * WD, rel=REL)
+    same = row("independent", LR, "optimizer=muon", f"optimizer.rest.weight_decay={WD}", name="head.weight")
+    assert same.decay_per_step == pytest.approx(WD, rel=REL)
+
+
+def test_a_longer_run_decays_less_per_step_at_a_fixed_timescale() -> None:
+    short, long = (row("timescale", LR, f"training.steps={n}") for n in (STEPS, 10 * STEPS))
+    assert short.decay_per_step == pytest.approx(10 * long.decay_per_step, rel=REL)
