@@ -39,15 +39,16 @@ def estimate(tensors: Iterable[TensorSpec], size: Size, steps: int, batch_size: 
     """The cost of `steps` steps of `batch_size` sequences.
 
     FLOPs per token are 6 per weight that multiplies activations plus 12 * depth * width * context for attention scores
-    and values (Chowdhery et al. 2204.02311, appendix B; causality not discounted). Embedding look-ups are free.
+    and values (Chowdhery et al. 2204.02311, appendix B; causality not discounted), which grouped queries share without
+    saving any of these. Embedding look-ups are free.
     """
     table = list(tensors)
     parameters = sum(math.prod(t.shape) for t in table if t.tied_to is None)
     multiplied = sum(math.prod(t.shape) for t in table if t.role in (Role.HIDDEN, Role.OUTPUT))
     per_token = 6 * multiplied + 12 * size.depth * size.width * size.context
     tokens = steps * batch_size * size.context
-    # about 16 width-sized and 3 ffn-sized activations a block are kept for the backward pass
-    activations = batch_size * size.context * size.depth * (16 * size.width + 3 * size.ffn_width)
+    # what the backward pass keeps of a block comes to about the inputs and outputs of its matrices
+    activations = batch_size * size.context * sum(sum(t.shape) for t in table if t.role is Role.HIDDEN)
     return Cost(parameters, tokens, float(per_token) * tokens, 4.0 * (4 * parameters + activations))
 
 

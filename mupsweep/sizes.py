@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from mupsweep.errors import ConfigError
 
+GQA_RULES = ("fixed_ratio", "fixed_kv_heads")
+
 
 @dataclass(frozen=True, order=True)
 class Size:
@@ -15,6 +17,7 @@ class Size:
         width: features per token, d_model.
         depth: transformer blocks.
         heads: attention heads; width = heads * head_dim.
+        kv_heads: heads of keys and values; heads / kv_heads queries share one.
         head_dim: features per head.
         ffn_width: features inside the MLP.
         vocab_size: rows of the embedding and of the head.
@@ -25,6 +28,7 @@ class Size:
     width: int
     depth: int
     heads: int
+    kv_heads: int
     head_dim: int
     ffn_width: int
     vocab_size: int
@@ -47,6 +51,8 @@ class BaseShape:
         heads: a fixed number of heads whose dimension grows with the width; None holds head_dim fixed.
         ffn_ratio: MLP width / width.
         ffn_multiple: the MLP width is rounded up to a multiple of this.
+        kv_heads: heads of keys and values; None: as many as heads.
+        gqa_rule: what stays the same at other widths, heads / kv_heads or kv_heads; one of GQA_RULES.
     """
 
     width: int
@@ -56,26 +62,29 @@ class BaseShape:
     ffn_ratio: float
     context: int
     ffn_multiple: int = 1
+    kv_heads: int | None = None
+    gqa_rule: str = "fixed_ratio"
 
     def scaled(self, width_ratio: float, depth_ratio: float, vocab_size: int) -> Size:
         """The size at the given ratios.
 
         Raises:
-            ConfigError: a ratio that gives no whole number of features, blocks or heads.
+            ConfigError: a ratio that gives no whole number of features, blocks, heads or key heads.
         """
         width = _whole(self.width * width_ratio, f"model.width={self.width} * width_ratio={width_ratio:g}")
         depth = _whole(self.depth * depth_ratio, f"model.depth={self.depth} * depth_ratio={depth_ratio:g}")
+        where = f"width {width} (model.width={self.width} * width_ratio={width_ratio:g})"
         heads = self.heads or width // self.head_dim
         if heads < 1 or width % heads or (self.heads is None and width % self.head_dim):
             divisor = f"model.heads={self.heads}" if self.heads else f"model.head_dim={self.head_dim}"
             raise ConfigError(
-                f"width {width} (model.width={self.width} * width_ratio={width_ratio:g}) is not a multiple of "
-                f"{divisor}: change the ratio, model.width or {divisor.split('=')[0]}"
+                f"{where} is not a multiple of {divisor}: change the ratio, model.width or {divisor.split('=')[0]}"
             )
         return Size(
             width=width,
             depth=depth,
             heads=heads,
+            kv_heads=heads if self.kv_heads is None else self._shared(heads, self.kv_heads, where),
             head_dim=width // heads,
             ffn_width=-(-round(self.ffn_ratio * width) // self.ffn_multiple) * self.ffn_multiple,
             vocab_size=vocab_size,
@@ -83,6 +92,30 @@ class BaseShape:
             width_ratio=float(width_ratio),
             depth_ratio=float(depth_ratio),
         )
+
+    def _shared(self, heads: int, kv_heads: int, where: str) -> int:
+        """Heads of keys and values beside `heads` heads of queries."""
+        base_heads = self.heads or self.width // self.head_dim
+        if base_heads < kv_heads or base_heads % kv_heads:
+            raise ConfigError(
+                f"model.kv_heads={kv_heads} does not divide the {base_heads} heads of model.width={self.width}: "
+                "choose a divisor, or null for as many as heads"
+            )
+        if self.gqa_rule == "fixed_kv_heads":
+            if heads < kv_heads or heads % kv_heads:
+                raise ConfigError(
+                    f"{where} has {heads} heads, not a multiple of model.kv_heads={kv_heads}, which "
+                    "model.gqa_rule=fixed_kv_heads holds fixed: change the ratio or model.kv_heads"
+                )
+            return kv_heads
+        group = base_heads // kv_heads
+        if heads % group:
+            raise ConfigError(
+                f"{where} has {heads} heads, which cannot share keys in groups of {group} as {base_heads} heads with "
+                f"model.kv_heads={kv_heads} do at the base: change the ratio or model.kv_heads, or hold kv_heads "
+                "itself fixed with model.gqa_rule=fixed_kv_heads"
+            )
+        return heads // group
 
 
 def _whole(value: float, what: str) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
+from tiny import network, tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,25 +16,30 @@ from mupsweep.cost import Cost, estimate
 from mupsweep.models.nanogpt import NanoGPT
 from mupsweep.sizes import Size
 
-MODELS = config.choices("model")
-TINY = ["model.width=16", "model.depth=2", "model.head_dim=8", "model.context=24", "data.tokenizer=bytes"]
+TINY = ["model.width=32", "model.depth=2", "model.head_dim=8", "model.context=24", "data.tokenizer=bytes"]
+CASES = [
+    ["model=nanogpt"],
+    ["model=nanogpt", "model.projections=fused"],
+    ["model=llama"],
+    ["model=llama", "model.kv_heads=2", "model.qk_norm=gains"],
+    ["model=llama", "model.kv_heads=1", "model.projections=fused", "model.norm_gains=false"],
+]
 RATIOS = [(1.0, 1.0), (2.0, 1.0), (1.0, 2.0), (3.0, 2.0)]
 TOLERANCE = {
     "flops": 0.0,  # exact where attention multiplies whole T x T matrices, as the estimate says
+    "memory": 0.25,  # of what a backward pass keeps, saved tensors counted: a rough estimate
     "nanogpt": 2e-3,  # nanoGPT's formula counts gains and biases as if they multiplied like matrices
 }
 
 
-def recipe(name: str, *overrides: str) -> plan.Recipe:
-    return plan.recipe(config.load([f"model={name}", *TINY, *overrides]).variants[0])
+@cache
+def recipe(*words: str) -> plan.Recipe:
+    return plan.recipe(config.load([*TINY, *words]).variants[0])
 
 
 def counted(made: plan.Recipe, size: Size, batch: int, with_loss: bool) -> int:
     """FLOPs of a forward and backward pass. The math backend writes attention as the two products it is."""
-    net = made.model.network(size, build.multipliers(made, size))
-    with torch.no_grad():
-        for p in net.parameters():
-            p.normal_(generator=torch.Generator().manual_seed(0))
+    net = network(made.model, size)
     ids = torch.zeros((batch, size.context), dtype=torch.int64)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         value = net(ids, ids) if with_loss else net(ids).square().mean()
@@ -42,19 +49,19 @@ def counted(made: plan.Recipe, size: Size, batch: int, with_loss: bool) -> int:
 
 @pytest.mark.parametrize("with_loss", [False, True], ids=["logits", "loss"])
 @pytest.mark.parametrize("ratios", RATIOS, ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_flops_are_those_of_a_forward_and_a_backward_pass(
-    name: str, ratios: tuple[float, float], with_loss: bool
+    case: list[str], ratios: tuple[float, float], with_loss: bool
 ) -> None:
-    made = recipe(name)
+    made = recipe(*case)
     size = made.size(*ratios)
     cost = estimate(made.model.tensors(size), size, steps=1, batch_size=3)
     assert cost.flops == pytest.approx(counted(made, size, 3, with_loss), rel=TOLERANCE["flops"], abs=0)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_tied_head_multiplies_like_any_other(name: str) -> None:
-    made = recipe(name, "model.tied=true")
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_a_tied_head_multiplies_like_any_other(case: list[str]) -> None:
+    made = recipe(*case, "model.tied=true")
     size = made.size(2.0, 1.0)
     cost = estimate(made.model.tensors(size), size, steps=1, batch_size=2)
     assert cost.flops == counted(made, size, 2, with_loss=True)
@@ -62,17 +69,45 @@ def test_a_tied_head_multiplies_like_any_other(name: str) -> None:
 
 @pytest.mark.parametrize("tied", ["true", "false"])
 @pytest.mark.parametrize("ratios", RATIOS, ids=str)
-@pytest.mark.parametrize("name", MODELS)
-def test_parameters_are_the_networks(name: str, ratios: tuple[float, float], tied: str) -> None:
-    made = recipe(name, f"model.tied={tied}")
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_parameters_are_the_networks(case: list[str], ratios: tuple[float, float], tied: str) -> None:
+    made = recipe(*case, f"model.tied={tied}")
     size = made.size(*ratios)
     with torch.device("meta"):
         net = made.model.network(size, build.multipliers(made, size))
     assert made.cost(size).parameters == sum(p.numel() for p in net.parameters())
 
 
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_memory_is_near_what_the_backward_pass_keeps(case: list[str]) -> None:
+    """Saved storages of a block, the difference of two depths: without embeddings, head and loss."""
+    made = recipe(*case, "model.width=64", "model.context=64")
+
+    def kept(depth_ratio: float) -> tuple[int, float]:
+        size = made.size(1.0, depth_ratio)
+        net = network(made.model, size)
+        weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+        saved: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = net(tokens(size), tokens(size))
+        activations = sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in weights)
+        assert loss.requires_grad
+        cost = estimate(made.model.tensors(size), size, steps=1, batch_size=3)
+        return activations, cost.memory - 16 * cost.parameters
+
+    (few, few_estimated), (many, many_estimated) = kept(1.0), kept(3.0)
+    assert many_estimated - few_estimated == pytest.approx(many - few, rel=TOLERANCE["memory"])
+
+
 def test_gpt2_costs_what_nanogpts_formula_says() -> None:
-    size = Size(width=768, depth=12, heads=12, head_dim=64, ffn_width=3072, vocab_size=50_257, context=1024)
+    size = Size(
+        width=768, depth=12, heads=12, kv_heads=12, head_dim=64, ffn_width=3072, vocab_size=50_257, context=1024
+    )
     model = NanoGPT(name="gpt2", width=768, depth=12, bias=True, tied=True)
     cost = estimate(model.tensors(size), size, steps=2, batch_size=5)
     assert cost.parameters == 124_439_808
@@ -84,7 +119,7 @@ def test_gpt2_costs_what_nanogpts_formula_says() -> None:
 
 
 def test_tokens_and_flops_grow_with_steps_and_batch_alone() -> None:
-    made = recipe("nanogpt", "training.steps=7", "training.batch_size=5")
+    made = recipe("training.steps=7", "training.batch_size=5")
     size = made.size(1.0, 1.0)
     one = estimate(made.model.tensors(size), size, 1, 1)
     run = made.cost(size)
@@ -94,7 +129,7 @@ def test_tokens_and_flops_grow_with_steps_and_batch_alone() -> None:
 
 
 def test_a_budget_of_tokens_is_rounded_up_to_whole_steps() -> None:
-    made = recipe("nanogpt", "training.steps=null", "training.tokens=1000", "training.batch_size=4")
+    made = recipe("training.steps=null", "training.tokens=1000", "training.batch_size=4")
     assert made.steps == math.ceil(1000 / (4 * 24)) == 11
     assert made.cost(made.size(1.0, 1.0)).tokens == 11 * 4 * 24
 

@@ -17,8 +17,12 @@ def base(
     heads: int | None = None,
     ffn_ratio: float = 4.0,
     multiple: int = 1,
+    kv_heads: int | None = None,
+    gqa_rule: str = "fixed_ratio",
 ) -> BaseShape:
-    return BaseShape(width, depth, head_dim, heads, ffn_ratio, context=32, ffn_multiple=multiple)
+    return BaseShape(
+        width, depth, head_dim, heads, ffn_ratio, 32, ffn_multiple=multiple, kv_heads=kv_heads, gqa_rule=gqa_rule
+    )
 
 
 def test_a_size_is_the_base_shape_times_its_ratios() -> None:
@@ -26,6 +30,7 @@ def test_a_size_is_the_base_shape_times_its_ratios() -> None:
         width=96,
         depth=6,
         heads=6,
+        kv_heads=6,
         head_dim=16,
         ffn_width=384,
         vocab_size=256,
@@ -77,6 +82,58 @@ def test_a_ratio_without_whole_features_blocks_or_heads_is_refused_with_its_numb
 )
 def test_the_mlp_is_rounded_up_to_its_multiple(ratio: float, multiple: int, ffn_width: int) -> None:
     assert base(ffn_ratio=ratio, multiple=multiple).scaled(1, 1, 256).ffn_width == ffn_width
+
+
+@pytest.mark.parametrize(
+    ("width", "multiple", "ffn_width"),
+    [(4096, 256, 11008), (5120, 256, 13824), (6656, 256, 17920), (8192, 256, 22016), (2048, 256, 5632)],
+)
+def test_two_thirds_of_four_widths_rounded_up_are_llamas_mlps(width: int, multiple: int, ffn_width: int) -> None:
+    """Llama 7B, 13B, 33B and 65B (2302.13971, Table 2, with their multiple_of), TinyLlama."""
+    size = base(width=width, head_dim=128, ffn_ratio=8 / 3, multiple=multiple).scaled(1, 1, 256)
+    assert size.ffn_width == ffn_width
+
+
+@pytest.mark.parametrize(
+    ("shape", "kv_heads"),
+    [
+        ({"width": 64, "kv_heads": 1}, {1: 1, 2: 2, 4: 4, 3: 3}),  # 4 heads at the base
+        ({"width": 64, "kv_heads": 2}, {0.5: 1, 1: 2, 1.5: 3, 4: 8}),
+        ({"width": 64, "kv_heads": 4}, {0.25: 1, 1: 4, 2: 8}),
+        ({"width": 64, "heads": 4, "kv_heads": 2}, {0.5: 2, 1: 2, 4: 2}),  # a fixed number of heads
+        ({"width": 64, "kv_heads": 2, "gqa_rule": "fixed_kv_heads"}, {0.5: 2, 1: 2, 1.5: 2, 4: 2}),
+        ({"width": 64}, {0.5: 2, 1: 4, 2: 8}),
+    ],
+    ids=str,
+)
+def test_heads_share_keys_in_groups_of_one_size_unless_kv_heads_is_held(
+    shape: dict[str, int], kv_heads: dict[float, int]
+) -> None:
+    sizes = {ratio: base(**shape).scaled(ratio, 1, 256) for ratio in kv_heads}  # type: ignore[arg-type]
+    assert {ratio: size.kv_heads for ratio, size in sizes.items()} == kv_heads
+    assert all(size.heads % size.kv_heads == 0 for size in sizes.values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "ratio", "words"),
+    [
+        ({"kv_heads": 3}, 1, ["model.kv_heads=3", "4 heads", "model.width=64"]),
+        ({"kv_heads": 8}, 2, ["model.kv_heads=8", "4 heads", "model.width=64"]),  # though 8 would do at width 128
+        ({"kv_heads": 1}, 0.5, ["width 32", "2 heads", "groups of 4", "model.kv_heads=1", "fixed_kv_heads"]),
+        ({"kv_heads": 2}, 1.25, ["width 80", "5 heads", "groups of 2", "model.gqa_rule=fixed_kv_heads"]),
+        ({"kv_heads": 4, "gqa_rule": "fixed_kv_heads"}, 0.5, ["2 heads", "model.kv_heads=4", "holds fixed"]),
+        ({"kv_heads": 4, "gqa_rule": "fixed_kv_heads"}, 1.25, ["5 heads", "model.kv_heads=4"]),
+    ],
+    ids=str,
+)
+def test_a_size_that_cannot_share_keys_as_the_rule_says_is_refused_in_one_line(
+    shape: dict[str, int], ratio: float, words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        base(width=64, **shape).scaled(ratio, 1, 256)  # type: ignore[arg-type]
+    for word in words:
+        assert word in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @given(

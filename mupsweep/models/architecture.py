@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mupsweep.errors import ConfigError, nearest
+from mupsweep.errors import ConfigError
 from mupsweep.scaling import Init, Role, TensorSpec
+from mupsweep.sections import one_of
 from mupsweep.sizes import BaseShape, Size
 
 if TYPE_CHECKING:
     from torch import nn
 
 ATTENTION_SCALES = ("parametrization", "standard", "mup")
+PROJECTIONS = ("split", "fused")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Architecture(ABC):
         width, depth, context: the base shape; tokens per sequence.
         head_dim: features per head, fixed along a ladder; `heads` instead fixes the number of heads.
         ffn_ratio: MLP width / width.
+        projections: "split" keeps query, key and value, and a gated MLP's two inputs, as matrices of their own; "fused"
+            stacks them into one tensor each.
         tied: whether the head shares the token embedding.
         init_std: standard deviation of every matrix at the base shape; `head_init_std` overrides the head's (0: zeros).
         block_multiplier, output_multiplier: forward constants at the base shape, tunable at small size.
@@ -54,6 +58,7 @@ class Architecture(ABC):
     heads: int | None = None
     ffn_ratio: float = 4.0
     context: int = 1024
+    projections: str = "split"
     tied: bool = False
     init_std: float = 0.02
     head_init_std: float | None = None
@@ -67,10 +72,8 @@ class Architecture(ABC):
                 raise ConfigError(f"model.{key}={getattr(self, key)}: expected a positive number")
         if self.heads is not None and self.heads < 1:
             raise ConfigError(f"model.heads={self.heads}: expected at least 1, or null to hold head_dim fixed")
-        if self.attention_scale not in ATTENTION_SCALES:
-            raise ConfigError(
-                f"model.attention_scale={self.attention_scale}: {nearest(self.attention_scale, ATTENTION_SCALES)}"
-            )
+        one_of(self.attention_scale, ATTENTION_SCALES, "model.attention_scale")
+        one_of(self.projections, PROJECTIONS, "model.projections")
         if self.tied and self.head_init_std is not None:
             raise ConfigError("model.head_init_std has no meaning with model.tied=true: set it to null")
 
@@ -91,6 +94,16 @@ class Architecture(ABC):
             output=self.output_multiplier * output,
             attention=base.head_dim**-0.5 * (size.head_dim / base.head_dim) ** power,
         )
+
+    def projected(self, fused: str, **rows: int) -> dict[str, int]:
+        """Rows of every matrix of one input: as given, or all of them stacked in a tensor called `fused`.
+
+        The rules hold for both forms. Where every part grows as the width, so does the stack, and in ratios to the base
+        shape its init std is that of its parts, 1/sqrt(r_n), and its LR too. What differs is a constant of the matrix
+        optimizers: the orthogonalised stack of three square matrices has a third of the squared norm that the three
+        have when orthogonalised one by one, so a base LR tuned for one form is not the other's.
+        """
+        return rows if self.projections == "split" else {fused: sum(rows.values())}
 
     def head(self, size: Size, embedding: str) -> TensorSpec:
         """The head's row: its own matrix, or the embedding's storage under the output's rule."""

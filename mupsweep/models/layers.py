@@ -1,26 +1,24 @@
 """The modules that models are built from, each of the shape that the table of tensors declares.
 
-B: batch, T: tokens, C: width, H: heads, D: head_dim.
+B: batch, T: tokens, C: width, H: heads, K: heads of keys and values, D: head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from mupsweep.models.architecture import Multipliers
-from mupsweep.models.loss import linear_cross_entropy
+from mupsweep.models.loss import linear_cross_entropy, sample_labels
 from mupsweep.scaling import TensorSpec
 from mupsweep.sizes import Size
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 Table = Mapping[str, TensorSpec]
+Part = Callable[[Table, str], nn.Module]  # makes the module of that name in the table
+Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, each (T, D)
 
 
 def parameter(table: Table, name: str) -> nn.Parameter | None:
@@ -29,7 +27,7 @@ def parameter(table: Table, name: str) -> nn.Parameter | None:
 
 
 class Affine(nn.Module):
-    """A weight, and a bias where the table declares one."""
+    """A weight and a bias, each where the table declares it."""
 
     def __init__(self, table: Table, name: str) -> None:
         super().__init__()
@@ -51,6 +49,14 @@ class LayerNorm(Affine):
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, eps=1e-5)
 
 
+class RMSNorm(Affine):
+    """x / RMS(x) over the last dimension, eps 1e-5 (Zhang and Sennrich 1910.07467); a gain where declared."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = None if self.weight is None else self.weight.to(x.dtype)  # autocast leaves queries and keys in bf16
+        return F.rms_norm(x, x.shape[-1:], gain, eps=1e-5)
+
+
 class Embedding(nn.Module):
     """A row of `weight` (rows, C) per id."""
 
@@ -62,38 +68,83 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)  # type: ignore[arg-type]
 
 
+def rotation(tokens: int, head_dim: int, theta: float, device: torch.device) -> Rotation:
+    """The angles of rotary positions (Su et al. 2104.09864): position * theta^(-2i / D) for the pair (i, i + D/2).
+
+    Pairs are half a head apart, as in transformers' Llama. The sines carry the sign of their half: -sin, then sin.
+    """
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angle = torch.arange(tokens, dtype=torch.float32, device=device)[:, None] * frequency
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def rotate(x: Tensor, angles: Rotation) -> Tensor:
+    """Every pair of features of x (B, H, T, D) turned by the angle of its position, in the dtype of x."""
+    cos, sin = (a.to(x.dtype) for a in angles)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale * q . k) v over the past, all (B, H, T, D): torch's SDPA, but written out for bf16 on a CPU.
+    """softmax(scale * q . k) v over the past: torch's SDPA, but written out for bf16 on a CPU.
 
     There SDPA's backward pass alone takes longer than the three products below, forward and backward.
+
+    Args:
+        q: (B, H, T, D).
+        k, v: (B, K, T, D); query head h attends to key head h // (H / K).
+        scale: on q . k.
     """
-    if q.device.type != "cpu" or q.dtype is not torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    T = q.shape[-2]
-    future = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1)
-    with torch.autocast("cpu", enabled=False):
-        scores = torch.baddbmm(future, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
-        return (scores.softmax(dim=-1) @ v.flatten(0, 1)).view_as(q)
+    B, H, T, D = q.shape
+    K = k.shape[1]
+    if q.device.type == "cpu" and q.dtype is torch.bfloat16:
+        future = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1).repeat(H // K, 1)
+        with torch.autocast("cpu", enabled=False):  # the queries that share a key are further rows of one product
+            scores = torch.baddbmm(future, q.reshape(B * K, -1, D), k.flatten(0, 1).mT, alpha=scale)
+            return (scores.softmax(dim=-1) @ v.flatten(0, 1)).view(B, H, T, D)
+    if K < H and q.dtype is torch.float32 and q.device.type != "cpu":
+        # fused fp32 kernels of accelerators want equal heads; enable_gqa would leave them for unfused products
+        k, v = (y[:, :, None].expand(B, K, H // K, T, D).reshape(B, H, T, D) for y in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=k.shape[1] < H)
 
 
-class Attention(nn.Module):
-    """Causal multi-head attention, softmax(scale * q . k) v."""
+class Projections(nn.Module):
+    """The linear maps of one input: a matrix per part, or one called `fused`, whichever the table declares."""
 
-    def __init__(self, table: Table, name: str, size: Size, scale: float) -> None:
+    def __init__(self, table: Table, name: str, fused: str, **rows: int) -> None:
         super().__init__()
+        self.rows = list(rows.values())
+        self.maps = [fused] if f"{name}.{fused}.weight" in table else list(rows)
+        for part in self.maps:
+            self.add_module(part, Linear(table, f"{name}.{part}"))
+
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """The parts' outputs, in order."""
+        outputs = [getattr(self, part)(x) for part in self.maps]
+        return outputs if len(outputs) > 1 else outputs[0].split(self.rows, dim=-1)
+
+
+class Attention(Projections):
+    """Causal multi-head attention, softmax(scale * q . k) v, keys and values shared where there are fewer of them.
+
+    Queries and keys are normalised per head with `qk_norm`, then turned by their positions where angles are given.
+    """
+
+    def __init__(self, table: Table, name: str, size: Size, scale: float, qk_norm: bool = False) -> None:
+        q, kv = size.heads * size.head_dim, size.kv_heads * size.head_dim
+        super().__init__(table, name, "qkv", query=q, key=kv, value=kv)
         self.head_dim, self.scale = size.head_dim, scale
-        self.query = Linear(table, f"{name}.query")
-        self.key = Linear(table, f"{name}.key")
-        self.value = Linear(table, f"{name}.value")
+        self.query_norm = RMSNorm(table, f"{name}.query_norm") if qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(table, f"{name}.key_norm") if qk_norm else nn.Identity()
         self.output = Linear(table, f"{name}.output")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, angles: Rotation | None) -> Tensor:
         B, T, _ = x.shape
-
-        def heads(y: Tensor) -> Tensor:  # (B, T, H * D) -> (B, H, T, D)
-            return y.view(B, T, -1, self.head_dim).transpose(1, 2)
-
-        q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+        # (B, T, heads * D) -> (B, heads, T, D)
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in self.project(x))
+        q, k = self.query_norm(q), self.key_norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
         y = causal_attention(q, k, v, self.scale)
         return self.output(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -110,61 +161,80 @@ class GeluMLP(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
+class SwiGLU(Projections):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2002.05202)."""
+
+    def __init__(self, table: Table, name: str) -> None:
+        ffn = table[f"{name}.down.weight"].shape[1]
+        super().__init__(table, name, "gate_up", gate=ffn, up=ffn)
+        self.down = Linear(table, f"{name}.down")
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.project(x)
+        return self.down(F.silu(gate) * up)
+
+
 class Block(nn.Module):
     """x + m * attention(norm(x)), then x + m * mlp(norm(x)), m the block multiplier."""
 
-    def __init__(
-        self,
-        table: Table,
-        name: str,
-        size: Size,
-        multipliers: Multipliers,
-        norm: Callable[[Table, str], nn.Module],
-        mlp: Callable[[Table, str], nn.Module],
-    ) -> None:
+    def __init__(self, table: Table, name: str, multiplier: float, norm: Part, attention: Part, mlp: Part) -> None:
         super().__init__()
-        self.multiplier = multipliers.block
+        self.multiplier = multiplier
         self.attention_norm = norm(table, f"{name}.attention_norm")
-        self.attention = Attention(table, f"{name}.attention", size, multipliers.attention)
+        self.attention = attention(table, f"{name}.attention")
         self.mlp_norm = norm(table, f"{name}.mlp_norm")
         self.mlp = mlp(table, f"{name}.mlp")
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.add(x, self.attention(self.attention_norm(x)), alpha=self.multiplier)
+    def forward(self, x: Tensor, angles: Rotation | None) -> Tensor:
+        x = torch.add(x, self.attention(self.attention_norm(x), angles), alpha=self.multiplier)
         return torch.add(x, self.mlp(self.mlp_norm(x)), alpha=self.multiplier)
 
 
 class Decoder(nn.Module):
-    """Embeddings, blocks, a final norm and a head: logits without targets, the mean loss in nats with them."""
+    """Embeddings, blocks, a final norm and a head: logits without targets, the mean loss in nats with them.
+
+    With `draws` (B, T) instead of targets, the loss is for labels that they pick from the predictions.
+    Positions are learned where the table has a position embedding, and rotary where `rope_theta` is given.
+    """
 
     def __init__(
         self,
         table: Table,
         size: Size,
         multipliers: Multipliers,
-        norm: Callable[[Table, str], nn.Module],
-        mlp: Callable[[Table, str], nn.Module],
+        norm: Part,
+        attention: Part,
+        mlp: Part,
+        rope_theta: float | None = None,
     ) -> None:
         super().__init__()
         self.multiplier = multipliers.output
+        self.head_dim, self.rope_theta = size.head_dim, rope_theta
         self.token_embedding = Embedding(table, "token_embedding")
-        self.position_embedding = Embedding(table, "position_embedding")
+        learned = "position_embedding.weight" in table
+        self.position_embedding = Embedding(table, "position_embedding") if learned else None
         self.blocks = nn.ModuleList(
-            Block(table, f"blocks.{i}", size, multipliers, norm, mlp) for i in range(size.depth)
+            Block(table, f"blocks.{i}", multipliers.block, norm, attention, mlp) for i in range(size.depth)
         )
         self.norm = norm(table, "norm")
         self.head = Linear(table, "head")
         if table["head.weight"].tied_to is not None:
             self.head.weight = self.token_embedding.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
         T = tokens.shape[1]
-        x = self.token_embedding(tokens) + self.position_embedding.weight[:T]  # type: ignore[index]
+        x = self.token_embedding(tokens)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding.weight[:T]  # type: ignore[index]
+        angles = None if self.rope_theta is None else rotation(T, self.head_dim, self.rope_theta, x.device)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, angles)
         x = self.norm(x)
-        if targets is None:
+        if targets is None and draws is None:
             return self.head(x) * self.multiplier
-        weight = self.head.weight
+        features, weight = x.flatten(0, 1), self.head.weight
         assert weight is not None
-        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), self.multiplier)
+        if draws is not None:
+            targets = sample_labels(features, weight, draws.flatten(), self.multiplier)
+        assert targets is not None
+        return linear_cross_entropy(features, weight, targets.flatten(), self.multiplier)

@@ -1,9 +1,10 @@
-"""NanoGPT: GPT-2 as Karpathy's nanoGPT writes it (Radford et al. 2019), with separate query, key and value matrices."""
+"""NanoGPT: GPT-2 as Karpathy's nanoGPT writes it (Radford et al. 2019)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mupsweep.models.architecture import Architecture, Multipliers
@@ -41,8 +42,9 @@ class NanoGPT(Architecture):
         yield TensorSpec("position_embedding.weight", (size.context, n), Role.INPUT, init_std=std)
         for i in range(size.depth):
             yield from norm(f"blocks.{i}.attention_norm", Role.HIDDEN_VECTOR)
-            for matrix in ("query", "key", "value", "output"):
-                yield from linear(f"blocks.{i}.attention.{matrix}", n, n)
+            for matrix, rows in self.projected("qkv", query=n, key=n, value=n).items():
+                yield from linear(f"blocks.{i}.attention.{matrix}", rows, n)
+            yield from linear(f"blocks.{i}.attention.output", n, n)
             yield from norm(f"blocks.{i}.mlp_norm", Role.HIDDEN_VECTOR)
             yield from linear(f"blocks.{i}.mlp.up", ffn, n)
             yield from linear(f"blocks.{i}.mlp.down", n, ffn)
@@ -50,6 +52,7 @@ class NanoGPT(Architecture):
         yield self.head(size, embedding="token_embedding.weight")
 
     def network(self, size: Size, multipliers: Multipliers) -> nn.Module:
-        from mupsweep.models.layers import Decoder, GeluMLP, LayerNorm
+        from mupsweep.models.layers import Attention, Decoder, GeluMLP, LayerNorm
 
-        return Decoder({t.name: t for t in self.tensors(size)}, size, multipliers, norm=LayerNorm, mlp=GeluMLP)
+        attention = partial(Attention, size=size, scale=multipliers.attention)
+        return Decoder({t.name: t for t in self.tensors(size)}, size, multipliers, LayerNorm, attention, GeluMLP)

@@ -49,6 +49,7 @@ class UpdateLaw:
         blocks: nb(n_out, n_in), the blocks that are normalised independently (Muon 1, entry-wise n_out * n_in).
         shape_factor: the factor of the shape that the implementation multiplies in itself.
         eps_power: m, when eps is added to the m-th power of a block's gradient norm; None where it does not scale.
+        eps_degree: 0 where eps is compared with entries of a normalised matrix instead of a gradient.
         weight_norm: "frobenius" or "spectral" where the update carries that norm of the weight, else None.
         full_rank: whether all singular values of an update are about equal (orthogonalised updates), so that its
             Frobenius norm is sqrt(min(n_out, n_in)) times its spectral norm.
@@ -58,6 +59,7 @@ class UpdateLaw:
     blocks: Shape = one
     shape_factor: Shape = one
     eps_power: int | None = 1
+    eps_degree: int = 1
     weight_norm: str | None = None
     full_rank: bool = False
 
@@ -98,9 +100,11 @@ def blocked(law: UpdateLaw, size: int) -> UpdateLaw:
     """The law of an optimizer that treats every `size` x `size` block of a matrix as a matrix of its own.
 
     An axis that is no longer than `size` stays whole; a remainder counts as a block (Qiu et al. 2512.05620, Table 1
-    and its code: ceil(dim / size)).
+    and its code: ceil(dim / size)). Where a block moves by a fraction of its own norm, all of them together move by
+    that fraction of the whole's, so their number does not enter.
     """
-    blocks, shape_factor = InBlocks(law.blocks, size, counted=True), InBlocks(law.shape_factor, size, counted=False)
+    blocks = InBlocks(law.blocks, size, counted=law.weight_norm is None)
+    shape_factor = InBlocks(law.shape_factor, size, counted=False)
     return replace(law, blocks=blocks, shape_factor=shape_factor, full_rank=False)
 
 

@@ -57,7 +57,7 @@ def solve(
     lr = u * rms / update
 
     decay = (u / (s * lr) if decay_rule.scaled else at(ONE)) * at(decay_rule.falls)
-    eps = at(ONE) if law.eps_power is None else (gradient / sqrt(blocks)) ** Fraction(law.eps_power)
+    eps = at(ONE) if law.eps_power is None else (gradient**law.eps_degree / sqrt(blocks)) ** Fraction(law.eps_power)
     return Rule(multiplier=at(claim.multiplier), init_std=std, lr=lr, weight_decay=decay, eps=eps)
 
 

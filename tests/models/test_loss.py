@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against torch's own: value, gradients, chunk boundaries, bf16."""
+"""The chunked cross-entropy against torch's own: value, gradients, chunk boundaries, bf16; labels drawn from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mupsweep.models import loss
-from mupsweep.models.loss import linear_cross_entropy
+from mupsweep.models.loss import DRAWS, linear_cross_entropy, sample_labels
 
 TOLERANCE = {
     "value": 2e-6,  # fp32, a loss of about 4
@@ -75,16 +75,19 @@ def test_a_vocabulary_larger_than_a_chunk_takes_one_token_at_a_time(monkeypatch:
     )
 
 
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """How many elements the largest tensor has that is made meanwhile."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
 def test_no_tensor_of_logits_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor):
-                self.elements = max(self.elements, out.numel())
-            return out
-
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 4000)
     features, weight, targets = case(256, 8, 1000)
     with Largest() as seen:
@@ -183,3 +186,76 @@ def test_equal_logits_cost_the_log_of_the_vocabulary() -> None:
     features, _, targets = case(33, 8, 1000)
     value = linear_cross_entropy(features, torch.zeros(1000, 8), targets)
     assert value.item() == pytest.approx(math.log(1000), abs=TOLERANCE["value"])
+
+
+# Labels drawn from the predictions.
+
+
+def evenly(count: int) -> Tensor:
+    """Random numbers that cover [0, DRAWS) in equal steps."""
+    return torch.arange(count) * DRAWS // count
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3, 4.0])
+def test_labels_are_drawn_in_proportion_to_their_probability(scale: float) -> None:
+    features, weight, _ = case(3, 16, 11)
+    probabilities = (scale * features.detach().double() @ weight.detach().double().T).softmax(1)
+    for row, p in zip(features.detach(), probabilities, strict=True):
+        labels = sample_labels(row.expand(5000, -1), weight, evenly(5000), scale)
+        counts = torch.bincount(labels, minlength=11)
+        assert counts.sum() == 5000
+        assert (counts - 5000 * p).abs().max() < 1 + 1e-3  # equal steps leave no chance
+
+
+def test_independent_random_numbers_give_independent_labels() -> None:
+    """One token's label says nothing of the next one's: pairs have the product of their probabilities."""
+    features, weight, _ = case(2, 4, 3)
+    p = (features.detach() @ weight.detach().T).softmax(1)
+    draws = torch.randint(DRAWS, (20_000, 2), generator=torch.Generator().manual_seed(0))
+    pairs = torch.stack([sample_labels(features.detach(), weight, d) for d in draws])
+    joint = torch.bincount(3 * pairs[:, 0] + pairs[:, 1], minlength=9) / len(pairs)
+    expected = torch.outer(p[0], p[1]).flatten()
+    assert ((joint - expected).abs() / (expected * (1 - expected) / len(pairs)).sqrt()).max() < 4.5
+
+
+@pytest.mark.parametrize("elements", [1, 257 * 4, 257 * 20 + 3, 257 * 1000])
+def test_a_label_depends_on_its_own_token_and_random_number_alone(
+    elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, weight, _ = case(64, 24, 257)
+    draws = torch.randint(DRAWS, (64,), generator=torch.Generator().manual_seed(0))
+    expected = torch.cat([sample_labels(features[i : i + 1], weight, draws[i : i + 1], 0.7) for i in range(64)])
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", elements)
+    assert torch.equal(sample_labels(features, weight, draws, 0.7), expected)
+    assert len(expected.unique()) > 32
+
+
+def test_sampling_makes_no_tensor_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 16_000)
+    features, weight, _ = case(256, 2, 1000)
+    with Largest() as seen:
+        sample_labels(features, weight, evenly(256))
+    assert seen.elements == 4000  # a quarter: its integers take several times the memory of logits
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_labels_of_broken_logits_are_still_labels(bad: float) -> None:
+    features, weight, _ = case(64, 24, 257)
+    labels = sample_labels(torch.full_like(features, bad), weight, evenly(64))
+    assert labels.min() >= 0
+    assert labels.max() < 257
+
+
+def test_a_label_without_probability_is_never_drawn() -> None:
+    logits = torch.tensor([float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")])
+    labels = sample_labels(torch.ones(3, 1), logits[:, None], torch.tensor([0, DRAWS // 2, DRAWS - 1]))
+    assert labels.tolist() == [1, 3, 3]
+
+
+def test_under_bf16_autocast_labels_come_from_the_logits_of_the_loss() -> None:
+    features, weight, _ = case(64, 24, 257)
+    draws = evenly(64)
+    logits = (features.detach().bfloat16() @ weight.detach().bfloat16().T).float()
+    expected = sample_labels(torch.eye(64), logits.T.contiguous(), draws)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(sample_labels(features, weight, draws), expected)

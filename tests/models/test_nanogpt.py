@@ -1,20 +1,19 @@
-"""NanoGPT against transformers' GPT-2 and a forward pass written out; models against their tables."""
+"""NanoGPT against transformers' GPT-2 and a forward pass written out."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from tiny import network, tokens
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mupsweep import build, config, plan
-from mupsweep.models import Architecture, Multipliers
+from mupsweep.models import Multipliers
 from mupsweep.models.nanogpt import NanoGPT
-from mupsweep.scaling import Init, Role
+from mupsweep.scaling import Init
 from mupsweep.sizes import Size
 
 TOLERANCE = {
@@ -22,9 +21,6 @@ TOLERANCE = {
     "loss": 2e-6,  # fp32, a loss of about 4
     "float64": 1e-12,
 }
-MODELS = config.choices("model")
-TINY = ["model.width=16", "model.depth=2", "model.head_dim=8", "model.context=16", "data.tokenizer=bytes"]
-RATIOS = [(1.0, 1.0), (2.0, 1.0), (1.0, 2.0), (2.0, 2.0)]
 
 
 def nanogpt(
@@ -32,23 +28,6 @@ def nanogpt(
 ) -> tuple[NanoGPT, Size]:
     model = NanoGPT(name="nanogpt", width=width, depth=depth, head_dim=head_dim, context=context, **keys)  # type: ignore[arg-type]
     return model, model.base.scaled(1.0, 1.0, vocab)
-
-
-def network(model: Architecture, size: Size, multipliers: Multipliers | None = None, std: float = 0.2) -> nn.Module:
-    """The network with every weight, gain and bias drawn at random, large enough for each to matter."""
-    made = model.network(size, multipliers or Multipliers(1.0, 1.0, size.head_dim**-0.5))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * std)
-            if p.ndim == 1:
-                p.add_(1.0)
-    return made
-
-
-def tokens(size: Size, batch: int = 3, length: int | None = None) -> Tensor:
-    shape = (batch, length or size.context)
-    return torch.randint(size.vocab_size, shape, generator=torch.Generator().manual_seed(1))
 
 
 def transformers_gpt2(size: Size, ours: dict[str, Tensor], tied: bool) -> GPT2LMHeadModel:
@@ -79,7 +58,9 @@ def transformers_gpt2(size: Size, ours: dict[str, Tensor], tied: bool) -> GPT2LM
     for i in range(size.depth):
         h, b = f"transformer.h.{i}", f"blocks.{i}"
         for kind in ("weight", "bias"):
-            qkv = torch.cat([ours[f"{b}.attention.{m}.{kind}"] for m in ("query", "key", "value")])
+            fused = ours.get(f"{b}.attention.qkv.{kind}")
+            split = [ours.get(f"{b}.attention.{m}.{kind}") for m in ("query", "key", "value")]
+            qkv = torch.cat(split) if fused is None else fused  # type: ignore[arg-type]
             theirs[f"{h}.ln_1.{kind}"] = ours[f"{b}.attention_norm.{kind}"]
             theirs[f"{h}.attn.c_attn.{kind}"] = qkv.T if kind == "weight" else qkv
             theirs[f"{h}.ln_2.{kind}"] = ours[f"{b}.mlp_norm.{kind}"]
@@ -134,6 +115,7 @@ def written_out(w: dict[str, Tensor], size: Size, m: Multipliers, ids: Tensor) -
         ({"ffn_ratio": 2.5}, 16),
         ({"context": 32}, 7),  # shorter than the longest
         ({"depth": 1}, 1),
+        ({"projections": "fused", "width": 48}, 16),
     ],
     ids=str,
 )
@@ -244,7 +226,9 @@ def test_tuned_multipliers_stand_beside_the_rule() -> None:
     ("tied", "parameters"), [(True, 124_439_808), (False, 124_439_808 + 50_257 * 768)], ids=["tied", "untied"]
 )
 def test_gpt2_has_as_many_parameters_as_in_transformers(tied: bool, parameters: int) -> None:
-    size = Size(width=768, depth=12, heads=12, head_dim=64, ffn_width=3072, vocab_size=50_257, context=1024)
+    size = Size(
+        width=768, depth=12, heads=12, kv_heads=12, head_dim=64, ffn_width=3072, vocab_size=50_257, context=1024
+    )
     table = NanoGPT(name="gpt2", width=768, depth=12, bias=True, tied=tied).tensors(size)
     assert sum(math.prod(t.shape) for t in table if t.tied_to is None) == parameters
     with torch.device("meta"):
@@ -257,91 +241,3 @@ def test_a_head_of_zeros_and_a_head_of_its_own_std_are_declared() -> None:
         model, size = nanogpt(head_init_std=std)
         head = list(model.tensors(size))[-1]
         assert (head.name, head.init, head.init_std) == ("head.weight", init, std)
-
-
-# Every model of configs/model.
-
-
-def recipe(name: str, *overrides: str) -> plan.Recipe:
-    return plan.recipe(config.load([f"model={name}", *overrides]).variants[0])
-
-
-@pytest.mark.parametrize("ratios", RATIOS, ids=str)
-@pytest.mark.parametrize("name", MODELS)
-def test_the_table_of_tensors_is_the_state_dict(name: str, ratios: tuple[float, float]) -> None:
-    made = recipe(name)
-    size = made.size(*ratios)
-    with torch.device("meta"):
-        net = made.model.network(size, build.multipliers(made, size))
-    table = {t.name: t.shape for t in made.model.tensors(size)}
-    assert len(table) == len(list(made.model.tensors(size)))
-    assert table == {key: tuple(value.shape) for key, value in net.state_dict().items()}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_roles_grow_as_declared(name: str) -> None:
-    made = recipe(name)
-    small, wide, deep = ({t.name: t for t in made.model.tensors(made.size(*r))} for r in RATIOS[:3])
-    assert small.keys() == wide.keys()
-    for key, t in small.items():
-        grew = tuple(b > s for s, b in zip(t.dims, wide[key].dims, strict=True))
-        assert grew == (t.role.grows if t.role.is_matrix else (True, False)), key
-        assert len(t.shape) == (2 if t.role.is_matrix else 1), key
-        assert deep[key] == t
-    assert all(key.startswith("blocks.") for key in deep.keys() - small.keys())
-    assert len(deep) - len(small) == sum(key.startswith("blocks.") for key in small)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_what_lies_inside_a_block_has_a_hidden_role(name: str) -> None:
-    made = recipe(name)
-    for t in made.model.tensors(made.size(1.0, 1.0)):
-        assert (t.role in (Role.HIDDEN, Role.HIDDEN_VECTOR)) == t.name.startswith("blocks."), t.name
-        assert t.decay == t.role.is_matrix, t.name
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_no_token_sees_the_future_and_every_token_sees_the_past(name: str) -> None:
-    made = recipe(name, *TINY)
-    size = made.size(1.0, 1.0)
-    net = network(made.model, size).double()
-    ids = tokens(size, batch=1)
-    for changed in (1, 9, size.context - 1):
-        other = ids.clone()
-        other[0, changed] = (ids[0, changed] + 1) % size.vocab_size
-        with torch.no_grad():
-            moved = (net(ids) - net(other)).abs().amax(dim=(0, 2))
-        assert (moved[:changed] == 0).all()
-        assert (moved[changed:] > 1e-9).all()
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_shorter_text_has_the_logits_of_its_prefix(name: str) -> None:
-    made = recipe(name, *TINY)
-    size = made.size(1.0, 1.0)
-    net = network(made.model, size).double()
-    ids = tokens(size)
-    with torch.no_grad():
-        torch.testing.assert_close(net(ids[:, :5]), net(ids)[:, :5], rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_order_of_the_tokens_matters(name: str) -> None:
-    made = recipe(name, *TINY)
-    size = made.size(1.0, 1.0)
-    net = network(made.model, size)
-    ids = tokens(size, batch=1)
-    swapped = ids.clone()
-    swapped[0, [2, 3]] = ids[0, [3, 2]]
-    assert not torch.equal(ids, swapped)
-    with torch.no_grad():
-        assert (net(ids) - net(swapped))[0, -1].abs().max() > 1e-4
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_vocabulary_changes_only_the_embedding_and_the_head(name: str) -> None:
-    made = recipe(name)
-    size = made.size(1.0, 1.0)
-    larger = replace(size, vocab_size=size.vocab_size + 64)
-    pairs = zip(made.model.tensors(size), made.model.tensors(larger), strict=True)
-    assert {a.name for a, b in pairs if a.shape != b.shape} == {"token_embedding.weight", "head.weight"}

@@ -1,0 +1,62 @@
+"""Every model of configs/model, and each of them small enough to build and train in a test."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from mupsweep import config, plan
+from mupsweep.models import Architecture, Multipliers
+from mupsweep.plan import Recipe, RunSpec
+from mupsweep.sizes import Size
+
+MODELS = config.choices("model")
+# The yamls that name a class; presets inherit theirs.
+ARCHITECTURES = [name for name in MODELS if "\nkind:" in (config.config_root() / "model" / f"{name}.yaml").read_text()]
+
+
+@cache
+def recipe(*words: str) -> Recipe:
+    """The recipe that these words choose."""
+    return plan.recipe(config.load(words).variants[0])
+
+
+def tiny(name: str, optimizer: str = "adamw", parametrization: str = "spectral", **keys: object) -> RunSpec:
+    """A run of `model=name`: width 16, two blocks, two heads, 16 tokens, at the base shape; keys are the model's."""
+    model = recipe(f"model={name}").model
+    shape: dict[str, object] = {"width": 16, "depth": 2, "head_dim": 8, "context": 16}
+    if hasattr(model, "kv_heads"):
+        shape["kv_heads"] = None
+    made = replace(
+        recipe("data.tokenizer=bytes"),
+        model=replace(model, **(shape | keys)),  # type: ignore[arg-type]
+        optimizer=recipe(f"optimizer={optimizer}").optimizer,
+        parametrization=recipe(f"parametrization={parametrization}").parametrization,
+    )
+    return RunSpec("tiny", made, made.size(1.0, 1.0), log2_lr=-6.0, seed=0, cost=made.cost(made.size(1.0, 1.0)))
+
+
+def scaled(run: RunSpec, width_ratio: float, depth_ratio: float = 1.0) -> RunSpec:
+    """The run at other ratios."""
+    return replace(run, size=run.recipe.size(width_ratio, depth_ratio))
+
+
+def network(model: Architecture, size: Size, multipliers: Multipliers | None = None, std: float = 0.2) -> nn.Module:
+    """The network with every weight, gain and bias drawn at random, large enough for each to matter."""
+    made = model.network(size, multipliers or Multipliers(1.0, 1.0, size.head_dim**-0.5))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * std)
+            if p.ndim == 1:
+                p.add_(1.0)
+    return made
+
+
+def tokens(size: Size, batch: int = 3, length: int | None = None) -> Tensor:
+    """Random token ids."""
+    shape = (batch, length or size.context)
+    return torch.randint(size.vocab_size, shape, generator=torch.Generator().manual_seed(1))
