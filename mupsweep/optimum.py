@@ -1,13 +1,18 @@
-"""Optimum: the best LR of a curve, with an interval that holds noise and the bias of fitting.
+"""Optimum: the best LR of a curve, drawn from everything that the losses around it leave possible.
 
-Everything is in octaves (log2 LR) and nats per token.
+The loss around its minimum is a parabola that bends: its third derivative is white noise of unknown strength (an
+integrated Wiener process; the posterior mean is a quintic smoothing spline, Wahba 1978). Strength of the bend and of
+the noise are shared by all sizes of a ladder and weighed by their evidence, so that the data choose between a stiff
+parabola and a lopsided valley. Draws of the whole curve give draws of its minimum; interval, drift and regret are
+quantiles of the same draws. Everything is in octaves (log2 LR) and nats per token.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,86 +21,52 @@ from scipy import stats
 from mupsweep.curves import LossCurve, Point
 
 CONFIDENCE = 0.95
-WINDOW = 1.5  # octaves on each side of the best point that a fit sees at most
+TAILS = (0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2)
+WINDOW = 2.0  # octaves on each side of the best point that are looked at
+WALL = 4.0  # standard errors by which an LR must be worse than the best of all to be worse for certain
+MIN_POINTS = 5  # on coarse grids the window reaches further, until it has so many points
+DRAWS = 2000
+CELLS = 40  # of the window, on which curves are drawn
+BENDS = np.geomspace(0.03, 4.0, 8)  # prior: third derivative, in ranges of loss per octave^2.5, each as likely
+NOISES = np.geomspace(0.6, 2.2, 6)  # in units of what the seeds say
+BLIND_NOISES = np.geomspace(0.003, 0.5, 12)  # in ranges of loss, where no seed was repeated
 PRIOR_DOF = 4  # weight of the typical point's noise against a point's own seeds
-MIN_POINTS = 5  # on coarse grids it reaches further, until it has so many points; narrow fits see just these
-Array = NDArray[np.float64]
+NEGLIGIBLE = 0.005  # relative evidence below which a setting is not drawn
+Array = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A polynomial of degree 2 or 3 through the points around the minimum.
+class Posterior:
+    """What the losses around the minimum leave possible.
 
     Attributes:
-        center: log2 LR of the best point, the origin of the polynomial.
-        xs, ys: the fitted points, xs relative to the center.
-        sds: the standard deviation of each point, up to a common factor; a fit weighs points by its inverse square.
-        beta: coefficients of 1, x, x^2 (, x^3).
-        unit: times `Noise.variance`, the covariance of beta.
-        vertex: the minimum, relative to the center.
-        others: the polynomials that were not chosen, to tell how far the choice matters.
+        grid: (cells,) log2 LRs over the fitted window.
+        draws: (draws, cells) losses; row i of every size of a ladder has the same bend and noise.
+        minima: (draws,) log2 LR of the minimum of each draw.
+        losses: (draws,) loss there.
     """
 
-    center: float
-    xs: Array
-    ys: Array
-    sds: Array
-    beta: Array
-    unit: Array
-    vertex: float
-    others: tuple[Fit, ...] = ()
+    grid: Array
+    draws: Array
+    minima: Array
+    losses: Array
 
-    def value(self, log2_lr: float) -> float:
-        x = log2_lr - self.center
-        return float(self.beta @ x ** np.arange(len(self.beta)))
+    @property
+    def mean(self) -> Array:
+        """(cells,) the expected loss."""
+        return self.draws.mean(axis=0)
 
     def covers(self, log2_lr: float) -> bool:
-        """Whether the points around an LR were fitted: beyond them the polynomial means nothing."""
-        return self.xs[0] <= log2_lr - self.center <= self.xs[-1]
+        """Whether the losses around an LR were looked at."""
+        return bool(self.grid[0] <= log2_lr <= self.grid[-1])
 
-    def slope_weights(self, x: float) -> Array:
-        """d value / dx = slope_weights(x) @ beta."""
-        k = np.arange(len(self.beta), dtype=float)
-        return np.where(k > 0, k * x ** np.maximum(k - 1, 0), 0.0)
-
-    @property
-    def slope_pull(self) -> Array:
-        """d slope at the vertex / d loss of each point."""
-        design = np.vander(self.xs, len(self.beta), increasing=True)
-        return self.slope_weights(self.vertex) @ self.unit @ (design / self.sds[:, None] ** 2).T
-
-    @property
-    def pull(self) -> dict[float, tuple[float, float]]:
-        """(d vertex / d loss of a point, the point's sd), by log2 LR, to first order."""
-        k = np.arange(len(self.beta), dtype=float)
-        curvature = float(np.where(k > 1, k * (k - 1) * self.vertex ** np.maximum(k - 2, 0), 0.0) @ self.beta)
-        moved = -self.slope_pull / curvature
-        return {
-            float(self.center + x): (float(m), float(sd)) for x, m, sd in zip(self.xs, moved, self.sds, strict=True)
-        }
-
-    @property
-    def residuals(self) -> Array:
-        """In units of the points' standard deviations."""
-        return (self.ys - np.vander(self.xs, len(self.beta), increasing=True) @ self.beta) / self.sds
-
-
-@dataclass(frozen=True)
-class Noise:
-    """How large noise is over the sizes of a ladder.
-
-    Attributes:
-        variance: of a point about the fitted polynomial, in units of the square of its `sds`.
-        dof: degrees of freedom behind it.
-    """
-
-    variance: float
-    dof: float
-
-    @property
-    def quantile(self) -> float:
-        """Student's two-sided quantile at CONFIDENCE."""
-        return float(stats.t.ppf(0.5 + CONFIDENCE / 2, max(self.dof, 1.0)))
+    def at(self, log2_lrs: Array) -> Array:
+        """(draws,) the loss of draw i at log2_lrs[i]; beyond the window that of its end."""
+        position = (log2_lrs - self.grid[0]) / (self.grid[1] - self.grid[0])
+        left = np.clip(np.floor(position).astype(int), 0, len(self.grid) - 2)
+        part = np.clip(position - left, 0.0, 1.0)
+        rows = np.arange(len(self.draws))
+        return self.draws[rows, left] * (1 - part) + self.draws[rows, left + 1] * part
 
 
 @dataclass(frozen=True)
@@ -104,12 +75,12 @@ class Optimum:
 
     Attributes:
         bracketed: whether worse LRs were trained on both sides; if not, there is no estimate, only a bound.
-        log2_lr: the fitted minimum; None where it is not bracketed.
+        log2_lr: the median of the drawn minima; None where it is not bracketed.
         low, high: interval at CONFIDENCE; None where the data give no bound on that side.
-        loss: the fitted loss at the minimum.
-        se: standard error of log2_lr, for further fits; the curves of a ladder share most of their bias.
+        loss: the loss at the minimum.
+        se: standard deviation of the drawn minima; None where a side has no bound.
         reason: why there is no estimate, or no interval.
-        fit: the polynomial, for drawing and regret.
+        posterior: the drawn curves, for drift, regret and figures.
     """
 
     curve: LossCurve
@@ -120,29 +91,106 @@ class Optimum:
     loss: float | None
     se: float | None
     reason: str | None
-    fit: Fit | None
+    posterior: Posterior | None
+
+
+@dataclass(frozen=True)
+class Window:
+    """The seed means around the best point of a curve.
+
+    Attributes:
+        center: log2 LR of the best point, the origin of `xs`.
+        xs, ys: octaves and nats.
+        sds: standard deviation of each point, up to the common factor that is estimated with the bend.
+        tilt: standard deviation of a common slope of all points, which seeds give to a whole curve, nats per octave.
+    """
+
+    center: float
+    xs: Array
+    ys: Array
+    sds: Array
+    tilt: float
 
 
 def optima(curves: Sequence[LossCurve]) -> list[Optimum]:
-    """The optimum of every curve. The curves of one ladder are given together: their noise is pooled."""
-    sds = point_sds(curves)
-    found = [candidates(curve, sd) for curve, sd in zip(curves, sds, strict=True)]
-    noise = pooled_noise([(c, fits[-1]) for c, fits in zip(curves, found, strict=True) if isinstance(fits, list)])
-    chosen = [fits if isinstance(fits, str) else _choose(fits, noise) for fits in found]
-    noise = pooled_noise([(c, made) for c, made in zip(curves, chosen, strict=True) if isinstance(made, Fit)])
-    return [_optimum(curve, made, noise, sd) for curve, made, sd in zip(curves, chosen, sds, strict=True)]
+    """The optimum of every curve. The curves of one ladder are given together: bend and noise are shared."""
+    sds, dof = point_sds(curves)
+    level = 1.0 if dof else _jaggedness(curves)
+    windows = [window(curve, sd, level) for curve, sd in zip(curves, sds, strict=True)]
+    posteriors = iter(_draw([w for w in windows if isinstance(w, Window)], dof))
+    bounds = [walls(curve, sd, level) for curve, sd in zip(curves, sds, strict=True)]
+    return [
+        Optimum(curve, False, None, *between, None, None, made, None)
+        if isinstance(made, str)
+        else _optimum(curve, between, next(posteriors))
+        for curve, made, between in zip(curves, windows, bounds, strict=True)
+    ]
 
 
-def point_sds(curves: Sequence[LossCurve]) -> list[dict[float, float]]:
-    """The standard deviation of every seed mean, by log2 LR, for each curve; 1 where no curve has several seeds.
+def window(curve: LossCurve, sds: Mapping[float, float], level: float) -> Window | str:
+    """The seed means around the best point, or the reason why it is no minimum.
+
+    The best point is lowest partly by luck, and around any luckiest point of a flat noisy curve the others look like a
+    valley. So the window holds every LR that noise may have kept from being the best.
+    """
+    points = curve.usable
+    if len(points) < 3:
+        return f"{len(points)} LRs with a loss; a minimum needs at least 3"
+    best = min(range(len(points)), key=lambda i: points[i].mean)
+    if best == 0:
+        return f"the best LR is the lowest that has a loss (2^{points[best].log2_lr:g}): train lower ones"
+    if best == len(points) - 1:
+        beyond = "the next one diverges: train LRs between" if curve.points[-1].censored else "train higher ones"
+        return f"the best LR is the highest that has a loss (2^{points[best].log2_lr:g}); {beyond}"
+    center = points[best].log2_lr
+    reach = max(WINDOW, sorted(abs(p.log2_lr - center) for p in points)[min(MIN_POINTS, len(points)) - 1])
+    worse = _worse(curve, sds, level)
+    rivals = [p.log2_lr for p in points if p.log2_lr not in worse]
+    low, high = min(center - reach, *rivals), max(center + reach, *rivals)
+    kept = [p for p in points if low - 1e-9 <= p.log2_lr <= high + 1e-9]
+    return Window(
+        center,
+        np.array([p.log2_lr - center for p in kept]),
+        np.array([p.mean for p in kept]),
+        np.array([sds[p.log2_lr] for p in kept]),
+        _tilt(kept),
+    )
+
+
+def _worse(curve: LossCurve, sds: Mapping[float, float], level: float) -> list[float]:
+    """The LRs that are worse than the best beyond what noise (`level` times the `sds`) explains, or diverge."""
+    best = min(curve.usable, key=lambda p: p.mean, default=None)
+    if best is None:
+        return []
+    return [
+        p.log2_lr
+        for p in curve.points
+        if p.censored
+        or (p.losses and p.mean - best.mean > WALL * level * math.hypot(sds[p.log2_lr], sds[best.log2_lr]))
+    ]
+
+
+def walls(curve: LossCurve, sds: Mapping[float, float], level: float) -> tuple[float | None, float | None]:
+    """The nearest LRs below and above every possible best one that are worse for certain; None where there is none."""
+    worse = _worse(curve, sds, level)
+    rivals = [p.log2_lr for p in curve.usable if p.log2_lr not in worse]
+    if not rivals:
+        return None, None
+    below, above = (x for x in worse if x < min(rivals)), (x for x in worse if x > max(rivals))
+    return max(below, default=None), min(above, default=None)
+
+
+def point_sds(curves: Sequence[LossCurve]) -> tuple[list[dict[float, float]], float]:
+    """The standard deviation of every seed mean, by log2 LR, for each curve, and the degrees of freedom behind them.
 
     Noise grows towards the cliff, so each point has its own; few seeds estimate it badly, so it is moderated: pooled
     with the typical point as if that were PRIOR_DOF further seeds (Smyth 2004, doi 10.2202/1544-6115.1027). Typical
     is a median over the points around all optima of the ladder, which one unstable run cannot move. What a seed shifts
-    at every LR alike moves no optimum and is removed.
+    at every LR alike moves no optimum and is removed. Where no LR has several seeds: 1, with no degree of freedom.
     """
     own: list[dict[float, tuple[float, int]]] = []
     near: list[float] = []
+    freedom = 0
     for curve in curves:
         points = curve.usable
         seeds = sorted(set.intersection(*(set(p.losses) for p in points))) if points else []
@@ -159,199 +207,144 @@ def point_sds(curves: Sequence[LossCurve]) -> list[dict[float, float]]:
             own[-1][point.log2_lr] = (variance, dof)
             if abs(point.log2_lr - best) <= WINDOW:
                 near.append(variance * dof / float(stats.chi2.median(dof)))
+                freedom += dof
     typical = float(np.median(near)) if near else 0.0
     if typical == 0.0:
-        return [{p.log2_lr: 1.0 for p in curve.points} for curve in curves]
+        return [{p.log2_lr: 1.0 for p in curve.points} for curve in curves], 0.0
 
     def sd(curve_own: Mapping[float, tuple[float, int]], point: Point) -> float:
         variance, dof = curve_own.get(point.log2_lr, (0.0, 0))
         moderated = (PRIOR_DOF * typical + dof * variance) / (PRIOR_DOF + dof)
         return math.sqrt(moderated / max(1, len(point.losses)))
 
-    return [{p.log2_lr: sd(mine, p) for p in c.points} for c, mine in zip(curves, own, strict=True)]
+    return [{p.log2_lr: sd(mine, p) for p in c.points} for c, mine in zip(curves, own, strict=True)], float(freedom)
 
 
-def candidates(curve: LossCurve, sds: Mapping[float, float]) -> list[Fit] | str:
-    """Polynomials through the seed means around the best point, the widest first, or the reason why there are none.
-
-    A valley is steeper towards the cliff, so a cubic; a wide window averages noise away, and where it cannot follow the
-    valley a narrower one can.
-    """
-    points = curve.usable
-    if len(points) < 3:
-        return f"{len(points)} LRs with a loss; a minimum needs at least 3"
-    best = min(range(len(points)), key=lambda i: points[i].mean)
-    if best == 0:
-        return f"the best LR is the lowest that has a loss (2^{points[best].log2_lr:g}): train lower ones"
-    if best == len(points) - 1:
-        beyond = "the next one diverges: train LRs between" if curve.points[-1].censored else "train higher ones"
-        return f"the best LR is the highest that has a loss (2^{points[best].log2_lr:g}); {beyond}"
-    center = points[best].log2_lr
-    distances = sorted(abs(p.log2_lr - center) for p in points)
-    narrow = distances[min(MIN_POINTS, len(points)) - 1]
-    wide, near = ([p for p in points if abs(p.log2_lr - center) <= r + 1e-9] for r in (max(WINDOW, narrow), narrow))
-    three = points[best - 1 : best + 2]
-    shapes = [(wide, 3), (near, 3), (near, 2), (three, 2)]
-    tried = [_polynomial(center, window, degree, sds) for window, degree in shapes if len(window) > degree]
-    fits = [made for made in tried if made is not None]
-    return fits or "the losses around the best LR have no minimum: noise, or too few LRs; add seeds or LRs between"
+def _jaggedness(curves: Sequence[LossCurve]) -> float:
+    """How far points lie from a parabola through their neighbours, typically: noise where no seed was repeated."""
+    thirds = [abs(float(d)) for c in curves for d in np.diff([p.mean for p in c.usable], 3)]
+    # of normal noise a third difference has variance 20, and half of all lie within 0.674 standard deviations
+    return float(np.median(thirds)) / (0.674 * math.sqrt(20)) if thirds else math.inf
 
 
-def _choose(fits: list[Fit], noise: Noise) -> Fit:
-    """The widest polynomial whose residuals are no larger than noise explains; the others tell its bias."""
-    for made in fits:
-        dof = len(made.ys) - len(made.beta)
-        squares = float(made.residuals @ made.residuals)
-        if dof == 0 or not squares > dof * noise.variance * stats.f.ppf(0.95, dof, max(noise.dof, 1.0)):
-            return replace(made, others=tuple(other for other in fits if other is not made))
-    return fits[-1]
+def _tilt(points: Sequence[Point]) -> float:
+    """How much more the slopes of the seeds differ than their noise explains, for the mean of the seeds."""
+    seeds = sorted(set.intersection(*(set(p.losses) for p in points)))
+    if len(seeds) < 3:  # two slopes hardly tell
+        return 0.0
+    x = np.array([p.log2_lr for p in points])
+    x = x - x.mean()
+    table = np.array([[p.losses[s] for s in seeds] for p in points])
+    rest = table - table.mean(axis=1, keepdims=True)
+    rest = rest - rest.mean(axis=0, keepdims=True)
+    slopes = x @ rest / (x @ x)
+    left = rest - np.outer(x, slopes)
+    freedom = (len(points) - 2) * (len(seeds) - 1)
+    noise = float((left**2).sum()) / max(1, freedom) / float(x @ x)
+    excess = float(slopes @ slopes) / (len(seeds) - 1) - noise
+    return math.sqrt(max(0.0, excess) / len(seeds))
 
 
-def pooled_noise(fitted: Sequence[tuple[LossCurve, Fit]]) -> Noise:
-    """How far a seed mean lies from its polynomial, over all sizes of a ladder.
-
-    Two estimates: the scatter between seeds (after removing what a seed shifts at every LR alike), and the scatter of
-    the means about the fit, which also holds what the polynomial cannot follow. Where the second is significantly
-    larger it stands alone, else both are pooled. Seeds may also tilt whole curves; where they do, the seed estimate is
-    raised to what explains the tilt.
-    """
-    pure_ss = pure_dof = fit_ss = fit_dof = tilt_ss = tilt_dof = 0.0
-    for curve, made in fitted:
-        residuals = made.residuals
-        fit_ss += float(residuals @ residuals)
-        fit_dof += len(residuals) - len(made.beta)
-        window = [p for p in curve.usable if made.covers(p.log2_lr)]
-        seeds = sorted(set.intersection(*(set(p.losses) for p in window)))
-        if len(seeds) < 2:
-            continue
-        table = np.array([[p.losses[s] for s in seeds] for p in window])  # (LRs, seeds)
-        rest = table - table.mean(axis=1, keepdims=True)
-        rest = (rest - rest.mean(axis=0, keepdims=True)) / made.sds[:, None]
-        pure_ss += float((rest**2).sum()) / len(seeds)
-        pure_dof += (len(window) - 1) * (len(seeds) - 1)
-        weights = made.slope_pull
-        slopes = weights @ table
-        tilt_ss += (
-            float(((slopes - slopes.mean()) ** 2).sum())
-            / float((weights * made.sds) @ (weights * made.sds))
-            / len(seeds)
-        )
-        tilt_dof += len(seeds) - 1
-    if not fitted:
-        return Noise(math.nan, 1.0)
-    if pure_dof == 0:
-        return Noise(fit_ss / fit_dof, fit_dof) if fit_dof else Noise(math.nan, 1.0)
-    pure = pure_ss / pure_dof
-    if tilt_dof:
-        pure = max(pure, tilt_ss / tilt_dof)
-    if fit_dof == 0:
-        return Noise(pure, pure_dof)
-    scatter = fit_ss / fit_dof
-    if scatter > pure * stats.f.ppf(0.95, fit_dof, pure_dof):
-        return Noise(scatter, fit_dof)
-    return Noise((pure * pure_dof + scatter * fit_dof) / (pure_dof + fit_dof), pure_dof + fit_dof)
+def _draw(windows: Sequence[Window], dof: float) -> list[Posterior]:
+    """Draws of every curve, the settings of bend and noise in proportion to their joint evidence."""
+    if not windows:
+        return []
+    unit = float(np.median([w.ys.max() - w.ys.min() for w in windows])) or 1.0
+    noises = NOISES if dof else BLIND_NOISES * unit
+    settings = [(unit * bend, noise) for bend in BENDS for noise in noises]
+    evidence = np.array([sum(_solve(w, *s).evidence for w in windows) + _prior(s[1], dof) for s in settings])
+    weights = np.exp(evidence - evidence.max())
+    weights[weights < NEGLIGIBLE] = 0.0
+    random = np.random.default_rng(0)  # fixed: the same records always give the same numbers
+    counts = random.multinomial(DRAWS, weights / weights.sum())
+    made = []
+    for w in windows:
+        grid = np.linspace(w.xs[0], w.xs[-1], CELLS + 1)
+        drawn = [_solve(w, *s).draw(grid, n, random) for s, n in zip(settings, counts, strict=True) if n]
+        made.append(_posterior(w.center + grid, np.concatenate(drawn)))
+    return made
 
 
-def _polynomial(center: float, points: Sequence[Point], degree: int, sd: Mapping[float, float]) -> Fit | None:
-    xs = np.array([p.log2_lr - center for p in points])
-    ys = np.array([p.mean for p in points])
-    sds = np.array([sd[p.log2_lr] for p in points])
-    design = np.vander(xs, degree + 1, increasing=True)
-    weighed = design / sds[:, None] ** 2
-    unit = np.linalg.inv(design.T @ weighed).astype(np.float64)
-    beta = unit @ weighed.T @ ys
-    roots = np.roots(np.polyder(beta[::-1]))
-    inside = [float(r.real) for r in roots if abs(r.imag) < 1e-9 and xs[0] <= r.real <= xs[-1]]
-    curvature = np.polyder(beta[::-1], 2)
-    minima = [r for r in inside if np.polyval(curvature, r) > 0]
-    if not minima or len(inside) > 1:  # a second turning point inside the window is noise, not a valley
-        return None
-    return Fit(center, xs, ys, sds, beta, unit, minima[0])
+def _prior(noise: float, dof: float) -> float:
+    """Log density of the common factor of the noise: scaled inverse chi-squared with half the seeds' freedom, as the
+    points' own estimates use it too; flat in the logarithm without seeds."""
+    return -dof / 2 * (math.log(noise) + 0.5 / noise**2) if dof else 0.0
 
 
-def _optimum(curve: LossCurve, made: Fit | str, noise: Noise, sds: Mapping[float, float]) -> Optimum:
-    if isinstance(made, str):
-        low, high = _bounds(curve)
-        return Optimum(curve, False, None, low, high, None, None, made, None)
-    best = made.center + made.vertex
-    loss = made.value(best)
-    if not math.isfinite(noise.variance):
-        return Optimum(curve, True, best, None, None, loss, None, "one seed and no spare LRs: no interval", made)
-    left, right = _valley(curve, noise, sds)
-    low, high = _root_interval(made, noise)
-    low, high = _tighter(low, left - made.center, max), _tighter(high, right - made.center, min)
-    bias = max((_disagreement(made, other, noise) for other in made.others), default=0.0)
-    # where the grid falls differs from size to size, and the bias with it: half of it does not cancel in a drift
-    se = None if low is None or high is None else math.hypot((high - low) / (2 * noise.quantile), bias / 2)
-    low, high = (None if low is None else low - bias), (None if high is None else high + bias)
-    reason = None if se is not None else "the curve is too flat or too noisy to bound its minimum: add seeds or LRs"
-    low, high = (None if x is None else made.center + x for x in (low, high))
-    return Optimum(curve, True, best, low, high, loss, se, reason, made)
+@dataclass(frozen=True)
+class Solved:
+    """The Gaussian posterior of one curve at one setting (Rasmussen and Williams 2006, section 2.7)."""
+
+    window: Window
+    bend: float
+    root: Array  # Cholesky factor of the covariance of the points
+    basis: Array  # root^-1 times 1, x, x^2 at the points
+    information: Array
+    beta: Array
+    rest: Array  # root^-1 times the residuals
+    evidence: float
+
+    def draw(self, grid: Array, count: int, random: np.random.Generator) -> Array:
+        """(count, cells) curves on a grid relative to the center."""
+        origin = self.window.xs[0]
+        across = self.bend**2 * _bent(grid - origin, self.window.xs - origin)
+        pulled = np.linalg.solve(self.root, across.T)  # (points, cells)
+        parabola = np.vander(grid, 3, increasing=True)
+        mean = parabola @ self.beta + pulled.T @ self.rest
+        open_ = parabola.T - self.basis.T @ pulled
+        within = self.bend**2 * _bent(grid - origin, grid - origin)
+        covariance = within - pulled.T @ pulled + open_.T @ np.linalg.solve(self.information, open_)
+        values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+        spread = vectors * np.sqrt(np.clip(values, 0.0, None))
+        return mean + random.standard_normal((count, len(grid))) @ spread.T
 
 
-def _disagreement(made: Fit, other: Fit, noise: Noise) -> float:
-    """Octaves between the minima of two polynomials beyond what noise explains: the bias of choosing one of them."""
-    mine, theirs = made.pull, other.pull
-    none = (0.0, 0.0)
-    variance = noise.variance * sum(
-        ((mine.get(x, none)[0] - theirs.get(x, none)[0]) * max(mine.get(x, none)[1], theirs.get(x, none)[1])) ** 2
-        for x in mine.keys() | theirs.keys()
+def _solve(w: Window, bend: float, noise: float) -> Solved:
+    from_origin = w.xs - w.xs[0]
+    covariance = bend**2 * _bent(from_origin, from_origin) + np.diag((noise * w.sds) ** 2)
+    covariance += w.tilt**2 * np.outer(w.xs, w.xs)
+    root = np.linalg.cholesky(covariance)
+    basis = np.linalg.solve(root, np.vander(w.xs, 3, increasing=True))
+    losses = np.linalg.solve(root, w.ys)
+    information = basis.T @ basis
+    beta = np.linalg.solve(information, basis.T @ losses)
+    rest = losses - basis @ beta
+    evidence = -0.5 * rest @ rest - np.log(np.diag(root)).sum() - 0.5 * np.linalg.slogdet(information)[1]
+    return Solved(w, bend, root, basis, information, beta, rest, float(evidence))
+
+
+def _bent(a: Array, b: Array) -> Array:
+    """(len(a), len(b)) covariance of the thrice integrated white noise that starts at 0, for a, b >= 0."""
+    least = np.minimum.outer(a, b)
+    gap = np.abs(np.subtract.outer(a, b))
+    return least**5 / 20 + gap * least**4 / 8 + gap**2 * least**3 / 12
+
+
+def _posterior(grid: Array, draws: Array) -> Posterior:
+    """The minimum of every draw, by a parabola through its lowest cell and the two beside it."""
+    rows, best = np.arange(len(draws)), draws.argmin(axis=1)
+    inner = np.clip(best, 1, len(grid) - 2)
+    left, middle, right = draws[rows, inner - 1], draws[rows, inner], draws[rows, inner + 1]
+    bend = left - 2 * middle + right
+    shift = np.where((best == inner) & (bend > 0), 0.5 * (left - right) / np.where(bend > 0, bend, 1.0), 0.0)
+    minima = grid[best] + shift * (grid[1] - grid[0])
+    return Posterior(grid, draws, minima, draws[rows, best] - 0.25 * (left - right) * shift)
+
+
+def _optimum(curve: LossCurve, between: tuple[float | None, float | None], posterior: Posterior) -> Optimum:
+    """The optimum from its draws; where they or the walls of the valley leave a side open, only the walls bound it."""
+    low, middle, high = (float(q) for q in np.quantile(posterior.minima, (TAILS[0], 0.5, TAILS[1])))
+    step = posterior.grid[1] - posterior.grid[0]
+    inside = posterior.grid[0] + step <= low and high <= posterior.grid[-1] - step
+    known = inside and None not in between
+    return Optimum(
+        curve,
+        bracketed=True,
+        log2_lr=middle,
+        low=low if known else between[0],
+        high=high if known else between[1],
+        loss=float(np.median(posterior.losses)),
+        se=float(posterior.minima.std()) if known else None,
+        reason=None if known else "the curve is too flat or too noisy to bound its minimum: add seeds or LRs",
+        posterior=posterior,
     )
-    gap = made.center + made.vertex - other.center - other.vertex
-    return max(0.0, abs(gap) - math.sqrt(variance))
-
-
-def _root_interval(made: Fit, noise: Noise) -> tuple[float | None, float | None]:
-    """The LRs at which the slope is not significantly different from 0, around the minimum (Fieller 1954).
-
-    None on a side where that reaches beyond the fitted points.
-    """
-
-    def undecided(x: float) -> bool:
-        weights = made.slope_weights(x)
-        slope = float(weights @ made.beta)
-        return slope**2 <= noise.quantile**2 * noise.variance * float(weights @ made.unit @ weights)
-
-    def edge(end: float) -> float | None:
-        inside, step = made.vertex, (end - made.vertex) / 256
-        for i in range(1, 257):
-            outside = made.vertex + i * step
-            if not undecided(outside):
-                for _ in range(30):
-                    middle = (inside + outside) / 2
-                    inside, outside = (middle, outside) if undecided(middle) else (inside, middle)
-                return (inside + outside) / 2
-            inside = outside
-        return None
-
-    return edge(float(made.xs[0])), edge(float(made.xs[-1]))
-
-
-def _valley(curve: LossCurve, noise: Noise, sds: Mapping[float, float]) -> tuple[float, float]:
-    """The nearest LRs on both sides with a loss significantly above the best: a valley's minimum lies between them."""
-    points = curve.usable
-    best = min(points, key=lambda p: p.mean)
-    unit = noise.quantile * math.sqrt(noise.variance)
-    floor = best.log2_lr
-    higher = [p.log2_lr for p in points if p.mean - best.mean > unit * math.hypot(sds[p.log2_lr], sds[floor])]
-    left = max((x for x in higher if x < best.log2_lr), default=-math.inf)
-    return left, min((x for x in higher if x > best.log2_lr), default=math.inf)
-
-
-def _tighter(bound: float | None, other: float, choose: Callable[[float, float], float]) -> float | None:
-    """The tighter of two bounds, either of which may be missing."""
-    if not math.isfinite(other):
-        return bound
-    return other if bound is None else choose(bound, other)
-
-
-def _bounds(curve: LossCurve) -> tuple[float | None, float | None]:
-    """What an unbracketed curve still says: the optimum lies below its second point, or above its last but one."""
-    points = curve.usable
-    if len(points) < 2:
-        return None, None
-    best = min(range(len(points)), key=lambda i: points[i].mean)
-    low = points[best - 1].log2_lr if best > 0 else None
-    high = points[best + 1].log2_lr if best + 1 < len(points) else None
-    above = [p.log2_lr for p in curve.points if p.censored and p.log2_lr > points[best].log2_lr]
-    return low, high if high is not None else min(above, default=None)

@@ -13,12 +13,11 @@ from scipy.interpolate import PchipInterpolator
 
 from mupsweep.curves import LossCurve, collect
 from mupsweep.errors import ConfigError, nearest
-from mupsweep.optimum import CONFIDENCE, Noise, Optimum, optima, pooled_noise
+from mupsweep.optimum import TAILS, Array, Optimum, optima
 
 TRANSFERS, DRIFTS, INCONCLUSIVE = "transfers", "drifts", "inconclusive"
 TOLERANCE_OCTAVES = 0.5  # of total drift from the base to the largest size: half a step of an octave grid
 TOLERANCE_NATS = 0.01  # of regret
-DRAWS = 4000  # Monte Carlo draws behind an interval of the regret
 
 
 @dataclass(frozen=True)
@@ -121,80 +120,71 @@ def ladders(curves: Sequence[LossCurve]) -> Iterable[tuple[str, list[LossCurve]]
 def group(axis: str, ladder: Sequence[LossCurve]) -> Group:
     """What one ladder says."""
     found = optima(ladder)
-    noise = pooled_noise([(o.curve, o.fit) for o in found if o.fit is not None])
     label = ladder[0].label
     unjudged = Group(*label, axis, tuple(found), _NONE, _NONE, _NONE, (), INCONCLUSIVE, ())
     position = [math.log2(unjudged.ratio(o.curve)) for o in found]
     base = next((o for o, x in zip(found, position, strict=True) if x == 0), found[0])
-    drift = _slope(position, found, noise)
-    total = _difference(base, found[-1], noise)
-    regrets = tuple(_regret(base, o, noise) for o in found)
+    drift = _slope(position, found)
+    total = _difference(base, found[-1])
+    regrets = tuple(_regret(base, o) for o in found)
     verdict, reasons = _judge(axis, found, base, drift, total, regrets)
     return Group(*label, axis, tuple(found), drift, total, regrets[-1], regrets, verdict, tuple(reasons))
 
 
-def _slope(position: Sequence[float], found: Sequence[Optimum], noise: Noise) -> Estimate:
-    """Octaves per doubling: a weighted line through the optima, its interval widened by their scatter about it."""
-    known = [(x, o.log2_lr, o.se) for x, o in zip(position, found, strict=True) if o.log2_lr is not None and o.se]
-    if len({x for x, _, _ in known}) < 2:
+def _slope(position: Sequence[float], found: Sequence[Optimum]) -> Estimate:
+    """Octaves per doubling: a weighted line through the optima of every draw, its interval widened by the scatter of
+    the optima about the line."""
+    known = [(x, o) for x, o in zip(position, found, strict=True) if o.posterior is not None and o.se]
+    if len({x for x, _ in known}) < 2:
         return _NONE
-    x, y, se = (np.array(column, dtype=float) for column in zip(*known, strict=True))
-    w = 1 / se**2
+    x = np.array([x for x, _ in known])
+    y = np.array([o.log2_lr for _, o in known], dtype=float)
+    w = 1 / np.array([o.se for _, o in known], dtype=float) ** 2
     center = (w @ x) / w.sum()
-    spread = float(w @ (x - center) ** 2)
-    slope = float(w @ ((x - center) * y)) / spread
+    pull = w * (x - center) / float(w @ (x - center) ** 2)  # slope = pull @ optima
+    slope = float(pull @ y)
     rest = y - (w @ y) / w.sum() - slope * (x - center)
     scatter = float(w @ rest**2) / (len(x) - 2) if len(x) > 2 else 1.0
-    half = noise.quantile * math.sqrt(max(1.0, scatter) / spread)
-    return Estimate(slope, slope - half, slope + half)
+    drawn = pull @ np.array([_minima(o) for _, o in known])
+    low, high = slope + math.sqrt(max(1.0, scatter)) * (np.quantile(drawn, TAILS) - slope)
+    return Estimate(slope, float(low), float(high))
 
 
-def _difference(base: Optimum, last: Optimum, noise: Noise) -> Estimate:
+def _difference(base: Optimum, last: Optimum) -> Estimate:
     """Octaves from the base's optimum to the last size's; a bound where one of them is only bounded."""
     if base is last:
         return _NONE
-    if base.log2_lr is not None and last.log2_lr is not None:
-        value = last.log2_lr - base.log2_lr
-        if base.se is None or last.se is None:
-            return Estimate(value, None, None)
-        half = noise.quantile * math.hypot(base.se, last.se)
-        return Estimate(value, value - half, value + half)
+    if base.log2_lr is not None and last.log2_lr is not None and base.se is not None and last.se is not None:
+        low, high = (float(q) for q in np.quantile(_minima(last) - _minima(base), TAILS))
+        return Estimate(last.log2_lr - base.log2_lr, low, high)
     low = None if last.low is None or base.high is None else last.low - base.high
     high = None if last.high is None or base.low is None else last.high - base.low
-    return Estimate(None, low, high)
+    both = base.log2_lr is not None and last.log2_lr is not None
+    return Estimate(last.log2_lr - base.log2_lr if both else None, low, high)  # type: ignore[operator]
 
 
-def _regret(base: Optimum, at: Optimum, noise: Noise) -> Estimate:
-    """Nats lost at a size by using the base's optimum there, by drawing both from their uncertainty."""
+def _regret(base: Optimum, at: Optimum) -> Estimate:
+    """Nats lost at a size by using the base's optimum there: draw by draw, the loss there above the minimum."""
     if base is at:
         return Estimate(0.0, 0.0, 0.0)
-    if base.log2_lr is None or base.se is None or at.fit is None or at.log2_lr is None or at.se is None:
+    if base.log2_lr is None or base.se is None or at.posterior is None or at.se is None:
         return _NONE
-    curve, made = at.curve, at.fit
-    usable = curve.usable
+    usable, starts = at.curve.usable, _minima(base)
     if not usable[0].log2_lr <= base.log2_lr <= usable[-1].log2_lr:
         return _NONE
-    random = np.random.default_rng(0)  # fixed: the same records always give the same interval
-    scale = random.standard_t(max(noise.dof, 1.0), DRAWS)
-    starts = base.log2_lr + base.se * scale
-    spread = math.sqrt(noise.variance)
-    betas = made.beta + (random.standard_t(max(noise.dof, 1.0), (DRAWS, len(made.beta))) * spread) @ (
-        np.linalg.cholesky(made.unit).T
-    )
-    inside = np.linspace(made.xs[0], made.xs[-1], 201)
-    values = betas @ np.vander(inside, len(made.beta), increasing=True).T
-    floor = values.min(axis=1)
-    # beyond the fitted points the polynomial means nothing: interpolate the means; beyond those, runs diverge
+    # beyond the drawn window: interpolate the means; beyond those, runs diverge
     line = PchipInterpolator([p.log2_lr for p in usable], [p.mean for p in usable], extrapolate=False)
-    x = np.clip(starts - made.center, made.xs[0], made.xs[-1])
-    fitted = (betas * np.vander(x, len(made.beta), increasing=True)).sum(axis=1)
-    shaken = line(starts) + spread * float(np.median(made.sds)) * random.standard_normal(DRAWS)
-    there = np.where(made.center + x == starts, fitted, np.where(np.isnan(shaken), math.inf, shaken))
-    at_base = made.value(base.log2_lr) if made.covers(base.log2_lr) else float(line(base.log2_lr))
-    lost = np.sort(np.maximum(there - floor, 0.0))
-    low, high = (float(lost[round(q * (DRAWS - 1))]) for q in (0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2))
-    value = max(0.0, at_base - made.value(at.log2_lr))
+    outside = (starts < at.posterior.grid[0]) | (starts > at.posterior.grid[-1])
+    there = np.where(outside, np.nan_to_num(line(starts), nan=math.inf), at.posterior.at(starts))
+    lost = np.sort(np.maximum(there - at.posterior.losses, 0.0))
+    low, value, high = (float(lost[round(q * (len(lost) - 1))]) for q in (TAILS[0], 0.5, TAILS[1]))
     return Estimate(value, low, high if math.isfinite(high) else None)
+
+
+def _minima(optimum: Optimum) -> Array:
+    """The drawn minima of an optimum that has them."""
+    assert optimum.posterior is not None
+    return optimum.posterior.minima
 
 
 def _judge(

@@ -64,12 +64,12 @@ def best(curve_rows: list[dict[str, Any]]) -> Optimum:
     return found
 
 
-def test_a_noiseless_parabola_is_solved_exactly() -> None:
+def test_a_noiseless_parabola_is_solved_within_what_a_bend_could_hide() -> None:
     found = best(rows(optimum=-7.3, grid=GRID))
-    assert found.log2_lr == pytest.approx(-7.3, abs=1e-9)
-    assert found.loss == pytest.approx(2.5, abs=1e-9)
-    assert found.low == pytest.approx(-7.3, abs=1e-6)
-    assert found.high == pytest.approx(-7.3, abs=1e-6)
+    assert found.log2_lr == pytest.approx(-7.3, abs=1e-3)
+    assert found.loss == pytest.approx(2.5, abs=1e-5)
+    assert found.low == pytest.approx(-7.3, abs=0.1)
+    assert found.high == pytest.approx(-7.3, abs=0.1)
 
 
 def test_the_optimum_of_a_lopsided_valley_lies_in_its_interval() -> None:

@@ -147,14 +147,13 @@ class Charts:
         return plot.svg(f"loss versus learning rate, {self.variant(group)}")
 
     def _points(self, plot: _Plot, optimum: Optimum, strip: float) -> None:
-        """What was trained, and the polynomial through it."""
-        curve, made = optimum.curve, optimum.fit
+        """What was trained, and the expected loss around the minimum."""
+        curve, made = optimum.curve, optimum.posterior
         points = [p for p in curve.usable if math.isfinite(p.mean)]
         line = f'<path class="line" d="{plot.path((p.log2_lr, p.mean) for p in points)}"/>'
         if made is not None:
-            start, end = float(made.xs[0]), float(made.xs[-1])
-            grid = [made.center + start + (end - start) * i / 40 for i in range(41)]
-            line = f'<path class="fit" d="{plot.path((x, made.value(x)) for x in grid)}"/>{line}'
+            expected = zip(made.grid.tolist(), made.mean.tolist(), strict=True)
+            line = f'<path class="fit" d="{plot.path(expected)}"/>{line}'
         plot.clipped(line)
         for p in curve.points:
             x, tip = plot.x(p.log2_lr), _tip(self.name(curve), *_facts(p))

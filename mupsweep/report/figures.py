@@ -208,9 +208,9 @@ def _curve(axes: Axes, optimum: Optimum, scale: _Scale, window: TransformedBbox)
             count = f"{p.diverged}/{p.diverged + len(p.losses)}" if p.losses else f"{p.diverged}"
             place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
             axes.annotate("" if scale.crowded else count, (p.log2_lr, height), fontsize=6, color=QUIET, **place)
-    if optimum.fit is not None:
-        grid = optimum.fit.center + np.linspace(optimum.fit.xs[0], optimum.fit.xs[-1], 81)
-        fitted = axes.plot(grid, [optimum.fit.value(x) for x in grid], color=color, linewidth=4, alpha=0.22, zorder=2)
+    if optimum.posterior is not None:
+        mean = optimum.posterior.mean
+        fitted = axes.plot(optimum.posterior.grid, mean, color=color, linewidth=4, alpha=0.22, zorder=2)
         fitted[0].set_clip_box(window)
     if optimum.log2_lr is not None and optimum.loss is not None:
         if optimum.low is not None and optimum.high is not None:

@@ -20,6 +20,8 @@ from mupsweep.cli import app, main
 from mupsweep.config import load
 from mupsweep.records import DIVERGED, DONE, FAILED, RUNNING, SweepDir
 
+DRAWN = 0.002  # octaves: an optimum is a median of draws, even where losses are without noise
+
 SMOKE = "experiment=smoke"
 HEAVY = ("torch", "wandb", "matplotlib", "transformers", "scipy", "pyarrow", "tiktoken")
 LADDER = ["experiment=smoke", "sweep.width_ratios=[1,2]", "sweep.log2_lrs=[-10,-9,-8,-7,-6]", "sweep.seeds=[0,1]"]
@@ -229,8 +231,8 @@ def test_a_drift_exits_with_3_under_strict_and_with_0_otherwise(cli: Callable[..
     code, out, err = cli("transfer", str(sweep.path), "--strict", "--json")
     (group,) = json.loads(out)["groups"]
     assert (group["verdict"], code) == ("drifts", 3), err
-    assert group["total_drift"]["octaves"] == pytest.approx(-1.0, abs=1e-6)
-    assert group["drift"]["octaves_per_doubling"] == pytest.approx(-1.0, abs=1e-6)
+    assert group["total_drift"]["octaves"] == pytest.approx(-1.0, abs=DRAWN)
+    assert group["drift"]["octaves_per_doubling"] == pytest.approx(-1.0, abs=DRAWN)
     assert cli("transfer", str(sweep.path))[0] == 0
     assert cli("run", *LADDER, "--strict")[0] == 3  # nothing is left to train
     assert cli("run", *LADDER)[0] == 0
@@ -269,7 +271,7 @@ def test_transfer_as_json_has_the_documented_keys_and_is_the_file(cli: Callable[
     for size in group["sizes"]:
         assert {"width", "depth", "ratio", "n_runs", "n_diverged", "bracketed", "log2_lr_optimum"} <= set(size)
         assert {"log2_lr_low", "log2_lr_high", "loss_optimum"} <= set(size)
-        assert size["log2_lr_optimum"] == pytest.approx(-8.0, abs=1e-6)
+        assert size["log2_lr_optimum"] == pytest.approx(-8.0, abs=DRAWN)
     header, *lines = (sweep.results / "runs.csv").read_text().splitlines()
     assert header == (
         "run_id,model,parametrization,optimizer,width,depth,width_ratio,depth_ratio,log2_lr,seed,status,steps,tokens,"
@@ -288,7 +290,7 @@ def test_a_recipe_is_printed_and_written_for_a_target(cli: Callable[..., tuple[i
     assert code == 0, err
     (recipe,) = json.loads(out)
     assert recipe == json.loads((sweep.results / "recipe-adamw-spectral-w64-d4.json").read_text())
-    assert recipe["log2_lr"] == pytest.approx(-8.0, abs=1e-6)
+    assert recipe["log2_lr"] == pytest.approx(-8.0, abs=DRAWN)
     assert recipe["target"] == {"width": 64, "depth": 4, "heads": 8, "head_dim": 8}
 
 
