@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mupsweep.errors import ConfigError
 from mupsweep.models import Multipliers
 from mupsweep.plan import Part, Recipe, RunSpec
-from mupsweep.scaling import WEIGHT_DECAY_RULES, Init, Role, Rule, TensorSpec, UpdateLaw, numeric
+from mupsweep.scaling import WEIGHT_DECAY_RULES, Init, Role, Rule, TensorSpec, UpdateLaw, numeric, symbolic
 from mupsweep.sizes import Size
 
 if TYPE_CHECKING:
@@ -124,6 +124,18 @@ def audit(recipe: Recipe) -> list[str]:
                 f"gradient clipping is off: the update of {optimizer.name} has degree {law.degree} in the gradient, "
                 "and clipping by one norm at every size would break its scaling rule"
             )
+        if optimizer.scales_start:
+            notes.append(
+                f"{optimizer.name} gives its weights a norm of its own at the start: their init std has no effect"
+            )
+        published, strict = (
+            symbolic(recipe.parametrization, of, Role.HIDDEN).lr for of in (law, optimizer.measured_law())
+        )
+        if published != strict:
+            notes.append(
+                f"the LR of {optimizer.name} follows the published rule, for hidden matrices {published}, "
+                f"but the law of its updates asks for {strict}"
+            )
     training = recipe.training
     if training.base_batch_size is not None:
         notes.append(
@@ -178,11 +190,17 @@ def initialise(parameter: torch.Tensor, row: TensorRule, seed: int) -> None:
 
     with torch.no_grad():
         if row.init is Init.NORMAL:
-            digest = hashlib.sha256(f"{seed} {row.name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * row.init_std)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator(seed, row.name)) * row.init_std)
         else:
             parameter.fill_(1.0 if row.init is Init.ONES else 0.0)
+
+
+def generator(*key: object) -> torch.Generator:
+    """Random numbers that depend on `key` alone; on the CPU, so that every device draws the same."""
+    import torch
+
+    digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class OptimizerSet:
@@ -192,6 +210,7 @@ class OptimizerSet:
         self, parts: tuple[Part, ...], groups: list[dict[str, Any]], parameters: Mapping[str, torch.Tensor]
     ) -> None:
         self.members: list[torch.optim.Optimizer] = []
+        self.curvature_every: list[int | None] = []
         for index, part in enumerate(parts):
             mine = [
                 {
@@ -208,6 +227,7 @@ class OptimizerSet:
             ]
             if mine:
                 self.members.append(part.optimizer.build(mine))
+                self.curvature_every.append(part.optimizer.curvature_every)
 
     def step(self, lr_factor: float) -> None:
         """One step at `lr_factor` times every group's peak LR, then forget the gradients."""
@@ -215,6 +235,17 @@ class OptimizerSet:
             for group in member.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
             member.step()
+            member.zero_grad(set_to_none=True)
+
+    def curvature_due(self, step: int) -> bool:
+        """Whether an optimizer wants to observe the curvature before `step` (from 0)."""
+        return any(every is not None and step % every == 0 for every in self.curvature_every)
+
+    def observe(self, step: int) -> None:
+        """Hand the gradients of a curvature estimate to the optimizers that want them at `step`, then forget them."""
+        for member, every in zip(self.members, self.curvature_every, strict=True):
+            if every is not None and step % every == 0:
+                member.observe()  # type: ignore[attr-defined]
             member.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -248,7 +279,8 @@ def _solved(recipe: Recipe, size: Size, spec: TensorSpec, small: TensorSpec) -> 
     """Everything that one tensor is trained with, as ratios to the base shape."""
     part = _taker(recipe.parts, spec)
     optimizer = part.optimizer
-    if optimizer.divides_by_weight and spec.role.is_matrix and (spec.init is Init.ZEROS or spec.init_std == 0):
+    by_its_norm = optimizer.divides_by_weight or optimizer.update_law(spec.dims).weight_norm is not None
+    if by_its_norm and spec.role.is_matrix and (spec.init is Init.ZEROS or spec.init_std == 0):
         raise ConfigError(
             f"{spec.name} starts at zero, and {optimizer.name} moves a weight in proportion to its norm: it would "
             "never leave zero; give it an init std above 0"

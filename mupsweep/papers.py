@@ -33,6 +33,7 @@ class Row:
 
     overrides: str
     dims: tuple[int, int] | None = None
+    eps: str = "eps"  # which of its thresholds the source calls eps
 
 
 # "out_side": the out axis alone is preconditioned, the other one is too long, as in the embedding of a large vocabulary
@@ -44,7 +45,7 @@ ROWS = {
     "lion": Row("optimizer=lion"),
     "sophia": Row("optimizer=sophia"),
     "adamuon": Row("optimizer=adamuon"),
-    "adam#shampoo": Row("optimizer=shampoo optimizer.graft=adamw"),
+    "adam#shampoo": Row("optimizer=shampoo optimizer.graft=adamw", eps="graft_eps"),
     "muon": Row("optimizer=muon"),
     "muon_kimi": Row("optimizer=muon_kimi"),
     "muon_bernstein": Row("optimizer=muon_bernstein"),
@@ -246,7 +247,7 @@ class Cell:
         optimizer, parametrization = configured(row.overrides), self.table.parametrization
         law = {
             "weight_decay": optimizer.decay_law(row.dims),
-            "eps": optimizer.thresholds(row.dims)["eps"].law,
+            "eps": optimizer.thresholds(row.dims)[row.eps].law,
         }.get(self.quantity, optimizer.update_law(row.dims))
         rule = symbolic(parametrization, law, self.role)
         if self.quantity == "init_var":

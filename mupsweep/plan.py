@@ -12,19 +12,20 @@ from typing import Any, NamedTuple
 
 from mupsweep.config import SweepConfig, TrainingConfig, Variant, from_tree, to_tree
 from mupsweep.cost import Cost, estimate
-from mupsweep.data import fingerprint
+from mupsweep.data import epochs_remark, fingerprint
 from mupsweep.data.tokenizers import vocab_size
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.models import Architecture
 from mupsweep.optimizers import Optimizer
 from mupsweep.records import SweepDir
-from mupsweep.scaling import Parametrization
+from mupsweep.scaling import WEIGHT_DECAY_RULES, Parametrization
 from mupsweep.sections import instantiate, refuse_foreign_code
 from mupsweep.sizes import Size
 
 VOCAB_MULTIPLE = 64  # the vocabulary is padded to this, as nanoGPT pads 50257 to 50304: aligned matrix products
+HUB_KEYS = ("hub_id", "hub_config", "revision", "data_files", "split", "validation_split", "held_out", "rows")
 UNIDENTIFYING = {
-    "data": ("path", "cache", "kind"),
+    "data": ("path", "cache", "kind", *HUB_KEYS),  # the content of the corpus stands in the identity itself
     "training": ("checkpoint_minutes",),
 }  # no effect on the numbers
 
@@ -147,8 +148,22 @@ def recipe(variant: Variant) -> Recipe:
             f"training.warmup={made.training.warmup:g} is {warmup} steps of warm-up in a run of {made.steps}: "
             "the LR would never reach its peak; lower warmup or train longer"
         )
-    _ = made.parts  # a batch rule may refuse
+    for part in made.parts:  # a batch rule may refuse
+        _check_decay(part.optimizer, made.parametrization)
     return made
+
+
+def _check_decay(optimizer: Optimizer, parametrization: Parametrization) -> None:
+    """Decay that is normalised together with the gradient is a share of the update, and shrinks by no fixed amount."""
+    rule = parametrization.weight_decay_rule
+    if not optimizer.weight_decay or WEIGHT_DECAY_RULES[rule].unit == "lr":
+        return
+    if optimizer.decay_law() != optimizer.update_law():
+        coupled = [name for name, other in WEIGHT_DECAY_RULES.items() if other.unit == "lr"]
+        raise ConfigError(
+            f"parametrization.weight_decay_rule={rule}: {optimizer.name} normalises its weight decay together with "
+            f"the gradient, so no step shrinks by a given amount; use {' or '.join(coupled)}"
+        )
 
 
 def plan(config: SweepConfig) -> list[RunSpec]:
@@ -208,6 +223,13 @@ def load(sweep: SweepDir) -> list[RunSpec]:
         size, cost = sizes(row["variant"], row["width_ratio"], row["depth_ratio"])
         runs.append(RunSpec(row["run_id"], recipes[row["variant"]], size, row["log2_lr"], row["seed"], cost))
     return runs
+
+
+def corpus_remarks(runs: Iterable[RunSpec]) -> list[str]:
+    """What to say of runs that read their corpus more than once, as far as its size is known."""
+    one_each = {run.recipe.digest: run for run in runs}
+    remarks = (epochs_remark(run.recipe.variant.data, run.cost.tokens) for run in one_each.values())
+    return list(dict.fromkeys(remark for remark in remarks if remark))
 
 
 def _planned_before(sweep: SweepDir) -> list[RunSpec]:

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mupsweep.build import Built
+from mupsweep.build import Built, generator
 from mupsweep.config import TrainingConfig
 from mupsweep.data import Dataset
 from mupsweep.files import write_bytes
+from mupsweep.models.loss import DRAWS
 from mupsweep.plan import RunSpec
 from mupsweep.records import DIVERGED, DONE, RUNNING, RunDir
 
@@ -87,6 +88,8 @@ def train(
         control.heartbeat()
         factor = lr_factor(progress.step, total, training)
         tokens = _to_device(data.train_batch(context, training.batch_size, run.seed, progress.step), device)
+        if built.optimizer.curvature_due(progress.step):
+            observe_curvature(network, built, tokens[:, :-1], run.seed, progress.step, precision)
         with autocast(precision, device):
             loss = network(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
@@ -158,6 +161,18 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def observe_curvature(
+    network: Callable[..., Tensor], built: Built, inputs: Tensor, seed: int, step: int, precision: str
+) -> None:
+    """Gradients of sqrt(tokens) times the loss for labels drawn from the predictions, never clipped: their squares
+    estimate the diagonal of the Gauss-Newton matrix (Liu et al. 2305.14342, Algorithm 2)."""
+    draws = torch.randint(DRAWS, inputs.shape, generator=generator("curvature", seed, step))
+    with autocast(precision, inputs.device):
+        loss = network(inputs, draws=draws.to(inputs.device))
+    (inputs.numel() ** 0.5 * loss).backward()
+    built.optimizer.observe(step)
 
 
 def clip(built: Built) -> Tensor | None:

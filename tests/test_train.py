@@ -137,7 +137,7 @@ def test_what_only_decides_how_often_to_log_or_save_changes_no_number(
     assert straight.summary["val_loss"] == seldom.summary["val_loss"]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sophia"])
 @pytest.mark.parametrize("stops", [(10,), (1, 1, 27), (29,), (0, 5)], ids=str)
 def test_interrupted_and_resumed_equals_uninterrupted(
     optimizer: str, stops: tuple[int, ...], data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.optimizer import MATRICES, Dims, Optimizer, Threshold
 from mupsweep.scaling import UpdateLaw
-from mupsweep.scaling.laws import SPECTRAL_NORMALISED, blocked, frobenius_normalised
+from mupsweep.scaling.laws import SPECTRAL_NORMALISED, Sizes, blocked, frobenius_normalised
 from mupsweep.sections import instantiate, require
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ class Algorithm:
     decays: bool = False  # applies weight decay inside its direction
     projects: bool = False  # puts the weights back onto a sphere after each step, so weight decay has no effect
 
+    def start(self, weights: Tensor) -> None:
+        """Put the initial weights where `project` will keep them, in place, if they are not there anyhow."""
+
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         """The memory at the start, every entry with leading dimension count."""
         raise NotImplementedError
@@ -59,7 +62,8 @@ class Algorithm:
         raise NotImplementedError
 
     def observe(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> None:
-        """Take in the gradients of a curvature estimate (`Optimizer.curvature_every`)."""
+        """Take in gradients whose squares estimate the curvature (`Optimizer.curvature_every`): those of
+        sqrt(tokens) times the mean loss, for labels drawn from the predictions."""
         raise NotImplementedError
 
     def project(self, weights: Tensor, state: dict[str, Tensor]) -> None:
@@ -119,6 +123,10 @@ class Composed(Optimizer, Algorithm):
         """The algorithm alone, for tensors of (n_out, n_in)."""
         return self
 
+    def block_sizes(self, dims: Dims | None) -> Sizes:
+        """The longest sides of a block; None leaves an axis whole."""
+        return self.block_size, self.block_size
+
     @cached_property
     def magnitude(self) -> Composed | None:
         """The optimizer that `graft` names."""
@@ -127,6 +135,8 @@ class Composed(Optimizer, Algorithm):
         made = instantiate({**self.graft, "roles": list(self.roles), "rest": self.rest}, "optimizer.graft")
         if not isinstance(made, Composed):
             raise ConfigError(f"optimizer.graft={made.name}: its update cannot be computed apart from its step")
+        if made.curvature_every is not None:
+            raise ConfigError(f"optimizer.graft={made.name}: a graft observes no curvature; graft adamw or sgd")
         return made
 
     def update_law(self, dims: Dims | None = None) -> UpdateLaw:
@@ -136,6 +146,9 @@ class Composed(Optimizer, Algorithm):
         if self.spectral_norm:
             law = replace(SPECTRAL_NORMALISED, full_rank=law.full_rank)
         return frobenius_normalised(law) if self.hyperball else law
+
+    def decay_law(self, dims: Dims | None = None) -> UpdateLaw:
+        return self._blocked_law(dims) if self.decays else self.update_law(dims)
 
     def thresholds(self, dims: Dims | None = None) -> Mapping[str, Threshold]:
         grafted = {} if self.magnitude is None else self.magnitude.thresholds(dims)
@@ -148,7 +161,7 @@ class Composed(Optimizer, Algorithm):
 
         made = self.own(dims)
         if self.block_size is not None:
-            made = Blocked(made, self.block_size)
+            made = Blocked(made, self.block_sizes(dims))
         if self.magnitude is not None:
             made = Grafted(made, self.magnitude.algorithm(dims))
         if self.spectral_norm:
@@ -162,4 +175,4 @@ class Composed(Optimizer, Algorithm):
 
     def _blocked_law(self, dims: Dims | None) -> UpdateLaw:
         law = self.own_law(dims)
-        return law if self.block_size is None else blocked(law, self.block_size)
+        return law if self.block_size is None else blocked(law, self.block_sizes(dims))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from mupsweep.errors import ConfigError, nearest
 from mupsweep.optimizers.composed import Composed, Now
 from mupsweep.optimizers.optimizer import MATRICES, Dims, check_decays
+from mupsweep.optimizers.singular_values import orthogonalise
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import jordan, match_rms_adamw, one, spectral_ratio
 from mupsweep.sections import require
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHAPE_FACTORS = {"plain": one, "jordan": jordan, "bernstein": spectral_ratio, "kimi": match_rms_adamw}
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: singular values end in about [0.7, 1.2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,20 +63,3 @@ class Muon(Composed):
         mixed = grads.lerp(average, self.momentum) if self.nesterov else average
         n_out, n_in = grads.shape[-2:]
         return orthogonalise(mixed, self.ns_steps, now.thresholds["eps"]).mul_(SHAPE_FACTORS[self.scaling](n_out, n_in))
-
-
-def orthogonalise(matrices: Tensor, steps: int, eps: float) -> Tensor:
-    """Newton-Schulz in bf16: the nearest (semi-)orthogonal matrices to a stack (count, n_out, n_in), as fp32.
-
-    `eps` bounds the Frobenius norm from below before it divides.
-    """
-    a, b, c = COEFFICIENTS
-    X = matrices.bfloat16()
-    tall = X.shape[-2] > X.shape[-1]
-    if tall:
-        X = X.mT
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # so that every singular value is at most 1
-    for _ in range(steps):
-        gram = X @ X.mT
-        X = X.baddbmm(gram.baddbmm(gram, gram, beta=b, alpha=c), X, beta=a)  # a X + (b G + c G G) X
-    return (X.mT if tall else X).float()

@@ -49,6 +49,7 @@ class Optimizer(ABC):
 
     accepts: ClassVar[tuple[str, ...]] = ROLES  # what the algorithm can take at all
     divides_by_weight: ClassVar[bool] = False  # a tensor that starts at zero would never move, or by a wrong amount
+    scales_start: ClassVar[bool] = False  # gives the weights a norm of its own before training
 
     def __post_init__(self) -> None:
         for key in ("weight_decay", "eps"):
@@ -97,6 +98,10 @@ class Optimizer(ABC):
     @abstractmethod
     def update_law(self, dims: Dims | None = None) -> UpdateLaw:
         """How large the update is at LR 1; for a tensor of (n_out, n_in) where an algorithm depends on that."""
+
+    def measured_law(self, dims: Dims | None = None) -> UpdateLaw:
+        """The law that updates obey when they are measured, where `update_law` is a published one that differs."""
+        return self.update_law(dims)
 
     def decay_law(self, dims: Dims | None = None) -> UpdateLaw:
         """The law of what weight decay is added to: the update, unless a subclass adds it further inside."""

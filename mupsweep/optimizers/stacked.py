@@ -49,6 +49,8 @@ class StackedOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {"transposed": False, "step": 0})
         self.algorithm = algorithm
         self.stacks: dict[tuple[int, ...], Stack] = {}
+        with torch.no_grad():
+            list(self._stacks())
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -78,7 +80,7 @@ class StackedOptimizer(torch.optim.Optimizer):
         self.stacks.clear()
 
     def _stacks(self) -> Iterator[tuple[dict[str, Any], Stack]]:
-        """Every stack with its group; made on first use, or again from a loaded state dict."""
+        """Every stack with its group; made again after a state dict was loaded."""
         for index, group in enumerate(self.param_groups):
             same_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
@@ -94,6 +96,9 @@ class StackedOptimizer(torch.optim.Optimizer):
         weights = torch.stack(stack.weights)
         n_out, n_in = (*weights.shape[1:], 1)[:2]
         stack.algorithm = self.algorithm((n_out, n_in))
+        if stack.algorithm.projects and not self.state[parameters[0]]:
+            stack.algorithm.start(weights)
+            torch._foreach_copy_(stack.weights, list(weights.unbind()))  # pyright: ignore
         stack.state = stack.algorithm.state(weights)
         for name, stacked in stack.state.items():
             for i, p in enumerate(parameters):

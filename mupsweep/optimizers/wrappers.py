@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mupsweep.optimizers.composed import Algorithm, Now
+from mupsweep.optimizers.singular_values import power_iterate, random_like, top_singular_pair
+from mupsweep.scaling.laws import Sizes
 
 FIRST_ITERATIONS = 10  # of power iteration from a random vector; one a step follows the update from there
 GRAFT = "graft_"
@@ -33,11 +35,11 @@ class Wrapper(Algorithm):
 
 
 class Blocked(Wrapper):
-    """Every block of at most `size` x `size` is a matrix of its own; a remainder is filled up with zeros."""
+    """Every block of at most `sizes` is a matrix of its own; a remainder is filled up with zeros."""
 
-    def __init__(self, inner: Algorithm, size: int) -> None:
+    def __init__(self, inner: Algorithm, sizes: Sizes) -> None:
         super().__init__(inner)
-        self.size = size
+        self.sizes = sizes
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         inner = self.inner.state(self.split(weights))
@@ -53,7 +55,7 @@ class Blocked(Wrapper):
 
     def split(self, stack: Tensor) -> Tensor:
         """(count, n_out, n_in) -> (count * blocks, b_out, b_in)."""
-        b_out, b_in = (min(n, self.size) for n in stack.shape[-2:])
+        b_out, b_in = (min(n, size or n) for n, size in zip(stack.shape[-2:], self.sizes, strict=True))
         stack = pad(stack, (0, -stack.shape[-1] % b_in, 0, -stack.shape[-2] % b_out))
         return stack.unflatten(-1, (-1, b_in)).unflatten(-3, (-1, b_out)).transpose(-3, -2).flatten(0, 2).contiguous()
 
@@ -83,8 +85,8 @@ class Grafted(Wrapper):
         return self.inner.state(weights) | {GRAFT + name: value for name, value in grafted.items()}
 
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
-        thresholds = _unprefixed(now.thresholds)
-        size = norm(self.magnitude.direction(grads.clone(), _unprefixed(state), replace(now, thresholds=thresholds)))
+        alone = replace(now, weight_decay=0.0, thresholds=_unprefixed(now.thresholds))  # decay is no part of the norm
+        size = norm(self.magnitude.direction(grads.clone(), _unprefixed(state), alone))
         return with_norm(self.inner.direction(grads, state, now), size)
 
 
@@ -92,18 +94,12 @@ class SpectralNormalised(Wrapper):
     """Spectral norm sqrt(n_out / n_in), by one power iteration a step from a kept vector (Qiu 2512.05620, 3.2)."""
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        vector = torch.randn(weights.shape[-1], generator=generator).to(weights)
-        return {**self.inner.state(weights), "top": vector.expand(len(weights), -1).clone()}
+        return {**self.inner.state(weights), "top": random_like(weights[:, 0]).clone()}
 
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
         update = self.inner.direction(grads, state, now)
-        top = state["top"].unsqueeze(-1)  # (count, n_in, 1), a view
-        for _ in range(FIRST_ITERATIONS if now.step == 1 else 1):
-            image = update.mT @ (update @ top)
-            length = norm(image)
-            top.copy_(torch.where(length > 0, image / length, top))  # an update of zero keeps the vector
-        sigma = norm(update @ top)
+        power_iterate(update, state["top"], FIRST_ITERATIONS if now.step <= 2 else 1)  # SOAP starts with step 2
+        sigma, _, _ = top_singular_pair(update, state["top"])
         n_out, n_in = update.shape[-2:]
         return torch.where(sigma > 0, update / sigma, update) * (n_out / n_in) ** 0.5
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from mupsweep.scaling.monomial import ONE, Monomial, maximum, minimum, sqrt
 
+Sizes = tuple[int | None, int | None]  # the longest sides of a block, (b_out, b_in); None leaves an axis whole
 Shape = Callable[[Any, Any], Any]  # (n_out, n_in), numbers or monomials -> number or monomial
 
 
@@ -85,26 +86,26 @@ def match_rms_adamw(n_out: Any, n_in: Any) -> Any:
 
 @dataclass(frozen=True)
 class InBlocks:
-    """A function of the shape of one block of at most `size` x `size`, times the number of blocks if `counted`."""
+    """A function of the shape of one block, times the number of blocks if `counted`."""
 
     of_block: Shape
-    size: int
+    sizes: Sizes
     counted: bool
 
     def __call__(self, n_out: Any, n_in: Any) -> Any:
-        value = self.of_block(_side(n_out, self.size), _side(n_in, self.size))
-        return value * _count(n_out, self.size) * _count(n_in, self.size) if self.counted else value
+        value = self.of_block(_side(n_out, self.sizes[0]), _side(n_in, self.sizes[1]))
+        return value * _count(n_out, self.sizes[0]) * _count(n_in, self.sizes[1]) if self.counted else value
 
 
-def blocked(law: UpdateLaw, size: int) -> UpdateLaw:
-    """The law of an optimizer that treats every `size` x `size` block of a matrix as a matrix of its own.
+def blocked(law: UpdateLaw, sizes: Sizes) -> UpdateLaw:
+    """The law of an optimizer that treats every block of a matrix as a matrix of its own.
 
-    An axis that is no longer than `size` stays whole; a remainder counts as a block (Qiu et al. 2512.05620, Table 1
+    An axis that is no longer than a block stays whole; a remainder counts as a block (Qiu et al. 2512.05620, Table 1
     and its code: ceil(dim / size)). Where a block moves by a fraction of its own norm, all of them together move by
     that fraction of the whole's, so their number does not enter.
     """
-    blocks = InBlocks(law.blocks, size, counted=law.weight_norm is None)
-    shape_factor = InBlocks(law.shape_factor, size, counted=False)
+    blocks = InBlocks(law.blocks, sizes, counted=law.weight_norm is None)
+    shape_factor = InBlocks(law.shape_factor, sizes, counted=False)
     return replace(law, blocks=blocks, shape_factor=shape_factor, full_rank=False)
 
 
@@ -129,11 +130,15 @@ def frobenius_normalised(law: UpdateLaw) -> UpdateLaw:
     )
 
 
-def _side(n: Any, size: int) -> Any:
+def _side(n: Any, size: int | None) -> Any:
     """The longest side of a block along an axis of length n; constant once the axis is longer than a block."""
+    if size is None:
+        return n
     return ONE if isinstance(n, Monomial) else min(n, float(size))
 
 
-def _count(n: Any, size: int) -> Any:
+def _count(n: Any, size: int | None) -> Any:
     """Blocks along an axis of length n; for a monomial as the width grows."""
+    if size is None:
+        return 1.0
     return n if isinstance(n, Monomial) else float(math.ceil(n / size))

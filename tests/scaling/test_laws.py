@@ -37,25 +37,25 @@ def at(power: str) -> Monomial:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("law", [UpdateLaw(), ENTRYWISE, UpdateLaw(blocks=rows)], ids=["whole", "entries", "rows"])
 def test_blocks_that_hold_the_whole_matrix_change_nothing(law: UpdateLaw, shape: tuple[float, float]) -> None:
-    assert blocked(law, 4096).blocks(*shape) == law.blocks(*shape)
+    assert blocked(law, (4096, 4096)).blocks(*shape) == law.blocks(*shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_blocks_of_one_entry_make_every_optimizer_entrywise(shape: tuple[float, float]) -> None:
-    assert blocked(UpdateLaw(), 1).blocks(*shape) == entries(*shape)
-    assert blocked(ENTRYWISE, 7).blocks(*shape) >= entries(*shape)  # a remainder counts as a whole block
+    assert blocked(UpdateLaw(), (1, 1)).blocks(*shape) == entries(*shape)
+    assert blocked(ENTRYWISE, (7, 7)).blocks(*shape) >= entries(*shape)  # a remainder counts as a whole block
 
 
 @pytest.mark.parametrize(("size", "count"), [(512, 2 * 1), (300, 4 * 1), (299, 4 * 2), (128, 8 * 3)])
 def test_blocks_are_counted_with_the_real_shape(size: int, count: int) -> None:
-    assert blocked(UpdateLaw(), size).blocks(1000.0, 300.0) == count
+    assert blocked(UpdateLaw(), (size, size)).blocks(1000.0, 300.0) == count
 
 
 def test_a_shape_factor_in_blocks_is_that_of_a_block() -> None:
-    law = blocked(UpdateLaw(shape_factor=match_rms_adamw), 128)
+    law = blocked(UpdateLaw(shape_factor=match_rms_adamw), (128, 128))
     assert law.shape_factor(1024.0, 512.0) == pytest.approx(0.2 * math.sqrt(128), rel=REL)
     assert law.shape_factor(R_N, R_N) == ONE
-    tall = blocked(UpdateLaw(shape_factor=spectral_ratio), 128)
+    tall = blocked(UpdateLaw(shape_factor=spectral_ratio), (128, 128))
     assert tall.shape_factor(1024.0, 32.0) == pytest.approx(2.0, rel=REL)
 
 
@@ -66,12 +66,17 @@ def test_blocks_of_a_fixed_size_turn_into_entries_as_the_width_grows(law: Update
     """Qiu, Table 1: with fixed blocks a matrix optimizer scales as its entry-wise relative."""
     entrywise = UpdateLaw(law.degree, entries, law.shape_factor, law.eps_power)
     for role in (Role.INPUT, Role.HIDDEN, Role.OUTPUT):
-        assert symbolic(MUP, blocked(law, 128), role) == symbolic(MUP, entrywise, role)
+        assert symbolic(MUP, blocked(law, (128, 128)), role) == symbolic(MUP, entrywise, role)
 
 
 @pytest.mark.parametrize(("untracked", "dims"), [(columns, (64.0, 1000.0)), (rows, (1000.0, 64.0))])
 def test_one_sided_blocks_count_entries_of_the_untracked_axis(untracked, dims: tuple[float, float]) -> None:
-    assert blocked(UpdateLaw(blocks=untracked), 50).blocks(*dims) == 2 * 20 * 50
+    assert blocked(UpdateLaw(blocks=untracked), (50, 50)).blocks(*dims) == 2 * 20 * 50
+
+
+def test_an_axis_that_is_left_whole_is_not_counted() -> None:
+    assert blocked(UpdateLaw(), (50, None)).blocks(120.0, 1000.0) == 3
+    assert blocked(UpdateLaw(), (None, 50)).blocks(120.0, 1000.0) == 20
 
 
 @pytest.mark.parametrize(

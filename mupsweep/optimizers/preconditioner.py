@@ -1,0 +1,84 @@
+"""What Shampoo and SOAP share: second moments of the gradient along both axes of a matrix, and their eigenvectors."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from mupsweep.optimizers.composed import Composed
+from mupsweep.optimizers.optimizer import MATRICES, Dims
+from mupsweep.scaling.laws import Sizes
+from mupsweep.sections import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AXES = ("out", "in")  # of a matrix (n_out, n_in): L of the papers handles the out axis, R the in axis
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preconditioned(Composed):
+    """The keys that both share.
+
+    Attributes:
+        every: steps from one eigendecomposition, or QR decomposition, to the next.
+        max_axis: a longer axis of the whole matrix is not preconditioned.
+    """
+
+    every: int = 1
+    max_axis: int = 10000
+
+    roles: tuple[str, ...] = ("hidden",)
+
+    accepts: ClassVar[tuple[str, ...]] = MATRICES
+
+    @property
+    @abstractmethod
+    def active(self) -> tuple[str, ...]:
+        """The axes that are preconditioned."""
+
+    @abstractmethod
+    def own(self, dims: Dims) -> Preconditioned: ...
+
+    def block_sizes(self, dims: Dims | None) -> Sizes:
+        """An axis that is not preconditioned is not cut either (Qiu et al. 2512.05620, code)."""
+        active = (self if dims is None else self.own(dims)).active
+        b_out, b_in = (self.block_size if axis in active else None for axis in AXES)
+        return b_out, b_in
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("every", "max_axis"):
+            require(getattr(self, key) >= 1, f"optimizer.{key}", getattr(self, key), "at least 1")
+
+
+def facing(stack: Tensor, axis: str) -> Tensor:
+    """A view of a stack (count, n_out, n_in) that has `axis` as its rows."""
+    return stack if axis == "out" else stack.mT
+
+
+def multiplied(factor: Tensor, stack: Tensor, axis: str) -> Tensor:
+    """F X along the out axis, X F^T along the in axis."""
+    return factor @ stack if axis == "out" else stack @ factor.mT
+
+
+def accumulate(moments: Tensor, grads: Tensor, axis: str, keep: float, take: float) -> None:
+    """L <- keep L + take G G^T in place, or R <- keep R + take G^T G; `moments` are (count, n, n)."""
+    rows = facing(grads, axis)
+    moments.baddbmm_(rows, rows.mT, beta=keep, alpha=take)
+
+
+def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (count, n) from small to large, and eigenvectors as columns (count, n, n), of symmetric matrices.
+
+    What is not finite counts as zero: LAPACK refuses it, but a diverged run should end by its loss.
+    """
+    import torch
+
+    finite = matrices.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    try:
+        return torch.linalg.eigh(finite)
+    except torch.linalg.LinAlgError:  # pyright: ignore  # fp32 gives up on some matrices of many equal eigenvalues
+        values, vectors = torch.linalg.eigh(finite.double())
+        return values.to(matrices.dtype), vectors.to(matrices.dtype)

@@ -1,0 +1,121 @@
+"""SSO, the spectral sphere optimizer: steepest descent in the spectral norm at a fixed spectral norm of the weight
+(Xie et al. 2601.08393; github.com/Unakar/Spectral-Sphere-Optimizer).
+
+    max <G, Phi>  with  ||Phi||_2 = 1  and  ||W - lr R Phi||_2 = ||W||_2 = R = radius sqrt(n_out / n_in)
+
+To first order the second constraint is <u v^T, Phi> = 0 for the top singular pair (u, v) of W, and the solution is
+Phi = msign(G + lam u v^T) for the one lam that meets it. Weights start on the sphere and return to it after each step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from mupsweep.optimizers.composed import Composed, Now
+from mupsweep.optimizers.optimizer import Dims, check_decays
+from mupsweep.optimizers.singular_values import msign, power_iterate, top_right_vectors, top_singular_pair
+from mupsweep.scaling import UpdateLaw
+from mupsweep.scaling.laws import spectral_ratio
+from mupsweep.sections import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FIRST_WIDTH = 1e-3  # of the bracket of lam, as in the authors' code; it doubles until it holds the root
+DOUBLINGS = 20  # |lam| is at most twice the nuclear norm of a matrix of Frobenius norm 1
+TOLERANCE = 2e-4  # of <u v^T, Phi> (section 5)
+TINY = 1e-7  # bounds the norm of a matrix of norm about 1 before it divides
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSO(Composed):
+    """W <- retract(W - lr * R * msign(momentum + lam u v^T)). lr: spectral norm of an update / that of the weight.
+
+    Attributes:
+        radius: ||W||_2 / sqrt(n_out / n_in).
+        momentum: decay of the average of gradients.
+        nesterov: take the gradient mixed with the average instead of the average.
+        power_iterations: a step, for the top singular pair, from the last step's.
+        bisections: at most, for lam; each costs an msign.
+    """
+
+    radius: float = 1.0
+    momentum: float = 0.9
+    nesterov: bool = True
+    power_iterations: int = 20
+    bisections: int = 20
+
+    roles: tuple[str, ...] = ("hidden",)
+
+    accepts: ClassVar[tuple[str, ...]] = ("hidden",)
+    divides_by_weight: ClassVar[bool] = True
+    scales_start: ClassVar[bool] = True
+    uses_weights = True
+    projects = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_decays(self, "momentum")
+        require(self.radius > 0, "optimizer.radius", self.radius, "a positive number")
+        for key in ("power_iterations", "bisections"):
+            require(getattr(self, key) >= 1, f"optimizer.{key}", getattr(self, key), "at least 1")
+
+    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
+        return UpdateLaw(shape_factor=spectral_ratio, full_rank=True)
+
+    def start(self, weights: Tensor) -> None:
+        self._retract(weights, top_right_vectors(weights))
+
+    def state(self, weights: Tensor) -> dict[str, Tensor]:
+        return {"momentum": weights.new_zeros(weights.shape), "top": top_right_vectors(weights)}
+
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+        assert now.weights is not None
+        average = state["momentum"].lerp_(grads, 1 - self.momentum)
+        M = grads.lerp(average, self.momentum) if self.nesterov else average
+        M = M / M.norm(dim=(-2, -1), keepdim=True).clamp(min=now.thresholds["eps"])
+        _, u, v = top_singular_pair(now.weights, state["top"])
+        return tangent_msign(M, u @ v.mT, self.bisections).mul_(self._radius(grads))
+
+    def project(self, weights: Tensor, state: dict[str, Tensor]) -> None:
+        power_iterate(weights, state["top"], self.power_iterations)
+        self._retract(weights, state["top"])
+
+    def _retract(self, weights: Tensor, top: Tensor) -> None:
+        """W <- R W / ||W||_2."""
+        sigma, _, _ = top_singular_pair(weights, top)
+        weights.mul_(self._radius(weights) / sigma)
+
+    def _radius(self, stack: Tensor) -> float:
+        n_out, n_in = stack.shape[-2:]
+        return self.radius * spectral_ratio(n_out, n_in)
+
+
+def tangent_msign(unit: Tensor, normal: Tensor, bisections: int) -> Tensor:
+    """Phi = msign(unit + lam normal) with <normal, Phi> = 0 within TOLERANCE, for matrices of Frobenius norm 1.
+
+    The inner product grows with lam: a bracket doubles until it holds the root, then it is halved.
+    """
+    import torch
+
+    def at(lam: Tensor) -> tuple[Tensor, Tensor]:
+        Phi = msign(unit + lam * normal, eps=TINY)
+        return Phi, (normal * Phi).sum(dim=(-2, -1), keepdim=True)
+
+    near = unit.new_zeros(len(unit), 1, 1)
+    Phi, inner = at(near)
+    side, far = inner.sign(), -FIRST_WIDTH * inner.sign()
+    for _ in range(DOUBLINGS):
+        beyond = at(far)[1] * side <= 0
+        if beyond.all():
+            break
+        near, far = torch.where(beyond, near, far), torch.where(beyond, far, 2 * far)
+    low, high = torch.minimum(near, far), torch.maximum(near, far)
+    for _ in range(bisections):
+        if (inner.abs() <= TOLERANCE).all():
+            break
+        lam = (low + high) / 2
+        Phi, inner = at(lam)
+        low, high = torch.where(inner < 0, lam, low), torch.where(inner < 0, high, lam)
+    return Phi
