@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test test-slow lint check bench docs clean
+.PHONY: help setup demo smoke test test-slow test-slurm lint check bench docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,6 +27,9 @@ test: $(READY) ## the tests
 
 test-slow: $(READY) ## the drills that take minutes
 	$(BIN)/python -m pytest -q -m slow
+
+test-slurm: $(READY) ## a Slurm cluster on this machine: limits, preemption, dead nodes, cancellation (minutes)
+	$(BIN)/python -m pytest -q -m slurm -rs tests/slurm
 
 lint: $(READY) ## ruff, pyright, import layers, generated documentation
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """Claims: who trains a run. Numbered files that are only ever added; whoever creates the next number owns the run.
 
 So two workers never train one run, on any file system with atomic link or exclusive create, and nothing is deleted
-that another worker might be looking at. A claim is free again when it was released or its owner is dead.
+that another worker might be looking at. A claim is free again when it was released or its owner is dead: told by the
+pid on this host, by Slurm where the owner was a job, by a missing heartbeat elsewhere.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mupsweep import squeue
 from mupsweep.errors import RecordError
 from mupsweep.files import make_folder, read_json, temporary_beside, write_json
 
@@ -50,7 +52,7 @@ def take(folder: Path) -> Claim | None:
     """The next claim in a run's folder of claims, or None where the newest one's owner lives."""
     make_folder(folder)
     last = newest(folder)
-    if last is not None and not is_free(last):
+    if last is not None and not is_free(last) and not _lost_its_job(last):
         return None
     path = folder / _claim_name(int(last.stem) + 1 if last is not None else 0)
     owner = _owner()
@@ -78,7 +80,7 @@ def _owner() -> dict[str, Any]:
         "boot": _boot_id(),
         "pid": os.getpid(),
         "born": _born(os.getpid()),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        **squeue.own_job(),
         "taken": time.time(),
     }
 
@@ -90,9 +92,29 @@ def is_free(path: Path) -> bool:
         return time.time() - path.stat().st_mtime > WRITING_SECONDS
     if owner.get("released"):
         return True
-    if owner.get("host") == socket.gethostname() and owner.get("boot") == _boot_id():
+    if _is_here(owner):
         return _born(int(owner["pid"])) != owner.get("born")
     return time.time() - path.stat().st_mtime > STALE_SECONDS
+
+
+def _lost_its_job(path: Path) -> bool:
+    """Whether the owner was a Slurm job of another host that is over, or this very job before Slurm restarted it.
+
+    Asked by jobs only, and apart from `is_free`, which views call for every run: it may call squeue.
+    """
+    owner, mine = read_json(path) or {}, squeue.own_job()
+    if _is_here(owner) or None in (owner.get("slurm_job"), mine["slurm_job"]):
+        return False
+    if owner["slurm_cluster"] != mine["slurm_cluster"] or path.stat().st_uid != os.getuid():
+        return False  # squeue knows its own cluster only, and may keep other people's jobs to itself
+    if owner["slurm_job"] == mine["slurm_job"]:
+        return owner["slurm_restarts"] != mine["slurm_restarts"]
+    return squeue.is_over(owner["slurm_job"])
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+    """Whether the owner's pid is one of this host's, since it was booted."""
+    return (owner.get("host"), owner.get("boot")) == (socket.gethostname(), _boot_id())
 
 
 def _create(path: Path, text: str) -> bool:

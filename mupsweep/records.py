@@ -1,6 +1,6 @@
 """Records: what a sweep leaves on disk. The only module that knows file names (design: every view reads these).
 
-    <sweep>/  config.yaml  plan.jsonl  environment.json  logs/  results/
+    <sweep>/  config.yaml  plan.jsonl  environment.json  submit-*.sbatch  jobs/  logs/  results/
     <sweep>/runs/<run-id>/  config.yaml  groups.json  status.json  metrics.jsonl  summary.json  train.log
                             claims/  checkpoint/
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,23 @@ class SweepDir:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    def script(self, name: str) -> Path:
+        """A job script as it was submitted last."""
+        return self.path / f"submit-{name}.sbatch"
+
+    @property
+    def jobs(self) -> Path:
+        return self.path / "jobs"
+
+    def read_jobs(self) -> list[dict[str, Any]]:
+        """The jobs that were ever submitted for this sweep: id, script, and the run ids of every task."""
+        return [job for path in sorted(self.jobs.glob("[0-9]*.json")) if (job := read_json(path)) is not None]
+
+    def write_job(self, job_id: str, script: Path, tasks: Sequence[Sequence[str]]) -> None:
+        """Remember a submitted job; one file each, so that nothing recorded before can be lost."""
+        make_folder(self.jobs)
+        write_json(self.jobs / f"{job_id}.json", {"job": job_id, "script": script.name, "tasks": tasks})
 
     @property
     def results(self) -> Path:

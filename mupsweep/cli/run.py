@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import TYPE_CHECKING
+from json import dumps
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mupsweep.cli.options import ConfigDir, Json, Overrides, Strict
 
 if TYPE_CHECKING:
-    from mupsweep.config import SweepConfig
+    from mupsweep.launchers import Launcher
     from mupsweep.plan import RunSpec
     from mupsweep.records import SweepDir
 
 
-def run(overrides: Overrides = None, config_dir: ConfigDir = None, json: Json = False, strict: Strict = False) -> None:
+def run(
+    overrides: Overrides = None,
+    config_dir: ConfigDir = None,
+    json: Json = False,
+    strict: Strict = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With launcher=slurm: write and print the job scripts, submit nothing.")
+    ] = False,
+) -> None:
     """Plan a sweep, train what is missing, analyse it and write the report.
 
     Run the same command again to go on after an interruption, or with a longer grid to extend the sweep.
@@ -24,31 +33,44 @@ def run(overrides: Overrides = None, config_dir: ConfigDir = None, json: Json = 
     Example: mupsweep run parametrization=sp,spectral experiment=demo
     """
     from mupsweep import config, plan
+    from mupsweep.errors import ConfigError
+    from mupsweep.launchers import Detached
     from mupsweep.report.conclude import conclude
+    from mupsweep.sections import instantiate
 
     chosen = config.load(overrides or (), config_dir)
+    launcher: Launcher = instantiate(chosen.launcher, "launcher")
+    if dry_run and not isinstance(launcher, Detached):
+        raise ConfigError(f"--dry-run: launcher={launcher.name} writes no job scripts; mupsweep plan shows the runs")
     sweep, runs = plan.save(chosen, "mupsweep " + shlex.join(sys.argv[1:]))
-    finished = train(chosen, sweep, [r for r in runs if sweep.run(r.run_id).is_open()])
+    missing = [r for r in runs if sweep.run(r.run_id).is_open()]
+    if dry_run and isinstance(launcher, Detached):
+        return launcher.preview(sweep, [r.run_id for r in missing])
+    finished = train(launcher, sweep, missing)
+    if missing and isinstance(launcher, Detached):  # a job concludes when they have ended
+        return print(dumps({"jobs": sweep.read_jobs()})) if json else None
     verdicts = conclude([sweep], as_json=json)
     raise typer.Exit(exit_code(sweep, runs, finished, strict and "drifts" in verdicts))
 
 
-def train(chosen: SweepConfig, sweep: SweepDir, runs: list[RunSpec]) -> bool:
+def train(launcher: Launcher, sweep: SweepDir, runs: list[RunSpec]) -> bool:
     """Launch the open runs; False if the user stopped them."""
     from mupsweep import data, environment
     from mupsweep.files import write_json
+    from mupsweep.plan import corpus_remarks
     from mupsweep.records import FAILED, PENDING
-    from mupsweep.sections import instantiate
 
     if not runs:
         return True
     write_json(sweep.environment_path, environment.describe())
     data.prepare(runs[0].recipe.variant.data, progress=lambda line: print(line, file=sys.stderr))
+    for remark in corpus_remarks(runs):
+        print(f"note: {remark}", file=sys.stderr)
     for spec in runs:  # what failed before gets another try
         folder = sweep.run(spec.run_id)
         if folder.status()["status"] == FAILED and not folder.is_claimed():
             folder.write_status(PENDING, durable=False)
-    return instantiate(chosen.launcher, "launcher").launch(sweep, [spec.run_id for spec in runs])
+    return launcher.launch(sweep, [spec.run_id for spec in runs])
 
 
 def exit_code(sweep: SweepDir, runs: list[RunSpec], finished: bool, drifts: bool) -> int:

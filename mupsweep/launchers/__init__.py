@@ -1,13 +1,13 @@
 """Launchers decide where runs are trained, and nothing else: one file and one yaml each.
 
-A launcher starts workers on a sweep folder and waits for them. The workers share the runs out among themselves by
-claiming them, so a launcher knows nothing of training, and two launchers on one sweep do no harm.
+A launcher starts workers on a sweep folder and waits for them, or has a scheduler do so. The workers share the runs out
+among themselves by claiming them, so a launcher knows nothing of training, and two launchers on one sweep do no harm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mupsweep.records import SweepDir
 
@@ -20,4 +20,13 @@ class Launcher(Protocol):
 
     def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
         """Train the named runs, longest first. False if the user stopped it; what is finished is recorded."""
+        ...
+
+
+@runtime_checkable
+class Detached(Launcher, Protocol):
+    """A launcher that hands the runs, and the analysis after them, to a scheduler and does not wait."""
+
+    def preview(self, sweep: SweepDir, run_ids: Sequence[str]) -> None:
+        """Write and print the scripts that `launch` would submit."""
         ...

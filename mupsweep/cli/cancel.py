@@ -1,0 +1,16 @@
+"""mupsweep cancel"""
+
+from __future__ import annotations
+
+from mupsweep.cli.options import Sweep
+
+
+def cancel(sweep: Sweep) -> None:
+    """Cancel the Slurm jobs of a sweep, queued and running; what they trained so far is kept.
+
+    Example: mupsweep cancel sweeps/demo
+    """
+    from mupsweep.launchers import slurm
+    from mupsweep.records import SweepDir
+
+    slurm.cancel(SweepDir.open(sweep))

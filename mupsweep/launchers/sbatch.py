@@ -1,0 +1,167 @@
+"""The text of job scripts: pure functions of what goes into them. Every word is quoted and every option checked."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mupsweep.cost import duration
+from mupsweep.errors import ConfigError
+
+VALUE = re.compile(r"[\w.,:@+=/*&|()\[\]!%~^][\w.,:@+=/*&|()\[\]!%~^-]*", re.ASCII)  # no blank, quote or further option
+OPTION = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(=(?P<value>.*))?", re.DOTALL)
+OURS = (  # what the script relies on
+    "array",
+    "chdir",
+    "dependency",
+    "job-name",
+    "no-requeue",
+    "ntasks",
+    "open-mode",
+    "output",
+    "requeue",
+    "signal",
+    "wrap",
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one task of a job array trains.
+
+    Attributes:
+        run_ids: in the order in which its workers take them.
+        seconds: roughly, on one worker.
+    """
+
+    run_ids: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Worker:
+    """How a task starts its workers, one process per device.
+
+    Attributes:
+        command: up to and with the sweep's folder; run ids, the device and the threads follow.
+        devices: torch devices; one that stands there twice gets two workers.
+        threads: CPU threads each.
+    """
+
+    command: tuple[str, ...]
+    devices: tuple[str, ...]
+    threads: int
+
+
+def array_script(
+    header: Sequence[str], setup: Sequence[str], tasks: Sequence[Task], worker: Worker, restarts: int
+) -> str:
+    """A job array with one task per bundle of runs, each of which may go on after `restarts` time limits."""
+    command = f'{shlex.join(worker.command)} "${{runs[@]}}" --device "$1" --threads {worker.threads}'
+    return "\n".join(
+        [
+            *header,
+            "set -e",
+            *setup,
+            "",
+            'case "$SLURM_ARRAY_TASK_ID" in',
+            *(f"{i}) runs=({shlex.join(task.run_ids)}) ;;  # {_length(task)}" for i, task in enumerate(tasks)),
+            '*) echo "no task $SLURM_ARRAY_TASK_ID in this script" >&2; exit 2 ;;',
+            "esac",
+            'echo "$(date +%FT%T) on $(hostname), GPUs: ${CUDA_VISIBLE_DEVICES:-none}: ${runs[*]}"',
+            f"devices=({shlex.join(worker.devices)})",
+            f"max_restarts={restarts}",
+            f"export OMP_NUM_THREADS={worker.threads} MKL_NUM_THREADS={worker.threads}",
+            f"work() {{ exec {command}; }}",
+            TRAIN,
+        ]
+    )
+
+
+TRAIN = """\
+
+# A worker per device. They share the runs out by claiming them, and skip what is finished.
+workers=()
+for device in "${devices[@]}"; do
+    work "$device" &
+    workers+=("$!")
+done
+
+# USR1 comes before the time limit: the workers checkpoint, and the task is queued again to go on from there.
+# TERM comes when the job is cancelled, preempted or requeued; a preempted job is queued again by Slurm itself.
+limit=""
+trap 'limit=near; kill -USR1 "${workers[@]}" 2>/dev/null || true' USR1
+trap 'kill -TERM "${workers[@]}" 2>/dev/null || true' TERM
+code=0
+for worker in "${workers[@]}"; do
+    wait "$worker" || code=$?
+    while kill -0 "$worker" 2>/dev/null; do wait "$worker" || code=$?; done  # a signal interrupts the first wait
+done
+if [ "$limit" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$max_restarts" ]; then
+    # not $SLURM_JOB_ID: for the last task of an array that is the number of the whole array
+    scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+fi
+exit "$code"
+"""
+
+
+def analysis_script(header: Sequence[str], setup: Sequence[str], command: Sequence[str]) -> str:
+    """The job that analyses the sweep after its arrays."""
+    return "\n".join([*header, "set -e", *setup, "", shlex.join(command), ""])
+
+
+def header(comment: Sequence[str], options: Sequence[str], login: bool) -> list[str]:
+    """The script's first lines: the shell (a login shell, for `module`, where asked), comments, #SBATCH options."""
+    shell = "#!/bin/bash -l" if login else "#!/bin/bash"
+    return [shell, *(f"# {line}" for line in comment), *(f"#SBATCH {quoted(option)}" for option in options)]
+
+
+def quoted(option: str) -> str:
+    """--name=value with the value quoted as for a shell, which is how sbatch reads it too; a path may be anything."""
+    if not option.isprintable():
+        raise ConfigError(f"{option!r} would be more than one line of a job script")
+    name, equals, value = option.partition("=")
+    return f"{name}{equals}{shlex.quote(value)}" if equals else name
+
+
+def file_pattern(folder: Path, name: str) -> str:
+    """A file for --output; Slurm fills in %A and the like in `name`, and leaves the folder alone.
+
+    Raises:
+        ConfigError: a folder that Slurm cannot be told.
+    """
+    if "\\" in str(folder):
+        raise ConfigError(f"{folder}: Slurm takes no path with a backslash; choose another out=DIR")
+    return f"{str(folder).replace('%', '%%')}/{name}"
+
+
+def checked_value(value: str, key: str) -> str:
+    """An option's value, refused where it could be read as anything else."""
+    if not VALUE.fullmatch(value):
+        raise ConfigError(f"{key}={value!r}: expected one word for sbatch, without blanks, quotes or a leading dash")
+    return value
+
+
+def checked_option(option: str, key: str) -> str:
+    """An option given whole, such as --exclusive or --nice=100."""
+    match = OPTION.fullmatch(option)
+    if match is None or (match["value"] is not None and not VALUE.fullmatch(match["value"])):
+        raise ConfigError(f"{key}: {option!r} is no single option of sbatch; write --name or --name=value, long names")
+    if match["name"] in OURS:
+        raise ConfigError(f"{key}: --{match['name']} is set by mupsweep, whose scripts rely on it")
+    return option
+
+
+def checked_line(line: str, key: str) -> str:
+    """A line of shell code."""
+    if not line.isprintable():
+        raise ConfigError(f"{key}: {line!r} is not one line; give a list with an entry per line")
+    return line
+
+
+def _length(task: Task) -> str:
+    count = len(task.run_ids)
+    return f"{count} run{'s' * (count > 1)}, roughly {duration(task.seconds)}"

@@ -1,0 +1,339 @@
+"""A Slurm cluster: job arrays that train bundles of runs, and a job after them that analyses the sweep.
+
+Slurm is the scheduler. This module writes job scripts that a person can read and submit again, hands them to sbatch and
+remembers the job ids; the scripts call `mupsweep worker` and `mupsweep report`, so nothing here needs to stay alive.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from mupsweep import plan, squeue
+from mupsweep.cost import duration
+from mupsweep.errors import ConfigError
+from mupsweep.files import make_folder, write_text
+from mupsweep.launchers import sbatch
+from mupsweep.records import RUNNING, SweepDir
+
+SECONDS = 120.0  # how long one call of Slurm's commands may take
+ANALYSIS = "report"
+DEFAULT_MAX_ARRAY = 1001  # MaxArraySize where Slurm's administrator chose none
+TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d):([0-5]\d)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a job script has to know of the place it is written at.
+
+    Attributes:
+        sweep: its name.
+        folder: of the sweep, absolute.
+        logs: where jobs print to, absolute.
+        cwd: the folder that relative paths of the config start from.
+        python: the interpreter that mupsweep is installed for.
+    """
+
+    sweep: str
+    folder: Path
+    logs: Path
+    cwd: Path
+    python: str
+
+    @classmethod
+    def of(cls, sweep: SweepDir) -> Site:
+        """This process's place."""
+        return cls(sweep.name, sweep.path.resolve(), sweep.logs.resolve(), Path.cwd(), sys.executable)
+
+    def mupsweep(self, command: str) -> tuple[str, ...]:
+        """The words of a command on the sweep."""
+        return self.python, "-m", "mupsweep", command, str(self.folder)
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """Job arrays on a Slurm cluster.
+
+    Attributes:
+        partition, account, qos, constraint, mem: sbatch's options of these names; None leaves them to the cluster.
+        time: limit of a task, HH:MM:SS or D-HH:MM:SS; None leaves it to the cluster.
+        gpus: per task; each gets a worker of its own.
+        gres: sbatch's --gres, where gpu:N is not what the cluster wants.
+        cpus: per task; None is one per thread of each worker.
+        workers: worker processes per task; None is one per GPU, or one.
+        device: kind of torch device; None is cuda where there are GPUs, else cpu.
+        threads: CPU threads per worker.
+        minutes_per_task: shorter runs are bundled until a task takes about so long.
+        throttle: tasks of one array that may run at once.
+        max_array: tasks per array; None asks the cluster.
+        signal_seconds: how long before the time limit the workers are told to checkpoint.
+        max_restarts: how often a task goes on in a new job after its time limit.
+        modules: arguments of `module load`, in the job's login shell.
+        setup: lines of shell code to run before the workers. Nothing else of a config is run by a shell.
+        options: further options of sbatch for the arrays; a later option wins.
+        analysis_options: the same for the job that analyses.
+    """
+
+    name: str = "slurm"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: str | None = "04:00:00"
+    mem: str | None = None
+    gpus: int = 1
+    gres: str | None = None
+    cpus: int | None = None
+    workers: int | None = None
+    device: str | None = None
+    threads: int = 1
+    minutes_per_task: float = 30.0
+    throttle: int | None = None
+    max_array: int | None = None
+    signal_seconds: int = 120
+    max_restarts: int = 100
+    modules: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    analysis_options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        least = {"gpus": 0, "max_restarts": 0} | dict.fromkeys(
+            ("cpus", "workers", "threads", "throttle", "max_array", "signal_seconds"), 1
+        )
+        for key, lowest in least.items():
+            value = getattr(self, key)
+            if value is not None and value < lowest:
+                raise ConfigError(f"launcher.{key}={value}: expected at least {lowest}")
+        if self.minutes_per_task <= 0:
+            raise ConfigError(f"launcher.minutes_per_task={self.minutes_per_task:g}: expected more than 0")
+        for key in ("partition", "account", "qos", "constraint", "mem", "gres", "device"):
+            if (value := getattr(self, key)) is not None:
+                sbatch.checked_value(value, f"launcher.{key}")
+        for key in ("options", "analysis_options"):
+            for option in getattr(self, key):
+                sbatch.checked_option(option, f"launcher.{key}")
+        for module in self.modules:
+            sbatch.checked_value(module, "launcher.modules")
+        for line in self.setup:
+            sbatch.checked_line(line, "launcher.setup")
+        self._check_time()
+        if self.gpus == 0 and self.kind_of_device == "cuda":
+            raise ConfigError("launcher.device=cuda: expected launcher.gpus to be at least 1")
+
+    def _check_time(self) -> None:
+        if self.time is None:
+            return
+        match = TIME.fullmatch(self.time)
+        if match is None:
+            raise ConfigError(
+                f"launcher.time={self.time}: expected HH:MM:SS or D-HH:MM:SS, in quotes in a yaml file, or null"
+            )
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        if ((days * 24 + hours) * 60 + minutes) * 60 + seconds <= self.signal_seconds:
+            raise ConfigError(
+                f"launcher.time={self.time}: expected more than launcher.signal_seconds={self.signal_seconds}, "
+                "the time to write a checkpoint"
+            )
+
+    @property
+    def kind_of_device(self) -> str:
+        return self.device or ("cuda" if self.gpus else "cpu")
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The device of every worker of a task."""
+        count = self.workers or max(1, self.gpus)
+        kind = self.kind_of_device
+        return tuple(f"{kind}:{i % self.gpus}" if kind == "cuda" else kind for i in range(count))
+
+    def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
+        """Submit the runs that are in no queued or running job, and the analysis after them; wait for neither."""
+        with sweep.lock():
+            recorded = sweep.read_jobs()
+            queue = squeue.of_sweep(recorded)
+            missing = [run_id for run_id in run_ids if run_id not in queue.runs]
+            submitted = {run_id for row in recorded for task in row["tasks"] for run_id in task}
+            if left := len(submitted.intersection(missing)):
+                _tell(f"{left} runs were in jobs that ended without finishing them; what they said is in {sweep.logs}")
+            if kept := len(run_ids) - len(missing):
+                _tell(f"{kept} runs are in queued or running jobs")
+            arrays = list(queue.arrays)
+            for script, tasks in self.write_arrays(sweep, missing):
+                arrays.append(submit(sweep, script, [task.run_ids for task in tasks]))
+                n_runs, longest = sum(len(task.run_ids) for task in tasks), max(task.seconds for task in tasks)
+                about = f"{n_runs} runs in {len(tasks)} tasks of roughly {duration(longest)}"
+                _tell(f"submitted job {arrays[-1]}: {about} ({script})")
+            if missing or not queue.analysis:
+                script = self.write_analysis(sweep)
+                after = submit(sweep, script, [], f"--dependency=afterany:{':'.join(arrays)}")
+                _tell(f"submitted job {after}: the analysis when these have ended ({script})")
+        _tell(f"follow with: mupsweep status {sweep.path}   stop with: mupsweep cancel {sweep.path}")
+        return True
+
+    def preview(self, sweep: SweepDir, run_ids: Sequence[str]) -> None:
+        """Write and print the scripts for these runs, and submit nothing."""
+        for script in [*(script for script, _ in self.write_arrays(sweep, run_ids)), self.write_analysis(sweep)]:
+            print(f"==> {script} <==\n{script.read_text()}")
+
+    def write_arrays(self, sweep: SweepDir, run_ids: Sequence[str]) -> Iterator[tuple[Path, list[sbatch.Task]]]:
+        """A script and its tasks for every size, the largest first, in pieces that the cluster takes as one array."""
+        wanted = set(run_ids)
+        chosen = sorted(
+            (run for run in plan.load(sweep) if run.run_id in wanted), key=lambda run: run.size, reverse=True
+        )
+        limit = self.max_array or max_array_size()
+        kind = "cuda" if self.kind_of_device == "cuda" else "cpu"
+        for size, runs in groupby(chosen, key=lambda run: run.size.name):
+            lengths = {run.run_id: run.cost.seconds(run.recipe.steps, kind) for run in runs}
+            tasks = bundled(lengths, len(self.devices), 60 * self.minutes_per_task)
+            for start in range(0, len(tasks), limit):
+                name = size if start == 0 else f"{size}-{start // limit + 1}"
+                piece = tasks[start : start + limit]
+                yield _write(sweep, name, self.array_text(Site.of(sweep), name, piece)), piece
+
+    def write_analysis(self, sweep: SweepDir) -> Path:
+        """The script of the job after the arrays."""
+        return _write(sweep, ANALYSIS, self.analysis_text(Site.of(sweep)))
+
+    def array_text(self, site: Site, name: str, tasks: Sequence[sbatch.Task]) -> str:
+        """The script of a job array, from nothing but its arguments."""
+        throttle = f"%{self.throttle}" if self.throttle else ""
+        resources = {
+            "cpus-per-task": self.cpus or self.threads * len(self.devices),
+            "gres": self.gres or (f"gpu:{self.gpus}" if self.gpus else None),
+            "mem": self.mem,
+            "time": self.time,
+        }
+        options = [
+            *self._shared_options(site, name, "%x-%A_%a.out"),
+            f"--array=0-{len(tasks) - 1}{throttle}",
+            "--requeue",
+            f"--signal=B:USR1@{self.signal_seconds}",
+            *(f"--{key}={value}" for key, value in resources.items() if value is not None),
+            *self.options,
+        ]
+        comment = [
+            "Trains runs of one size. To submit all or some of its tasks again: sbatch [--array=3,7] THIS_FILE",
+            "What is finished is skipped.",
+        ]
+        worker = sbatch.Worker(site.mupsweep("worker"), self.devices, self.threads)
+        header = sbatch.header(comment, options, login=bool(self.modules))
+        return sbatch.array_script(header, self._preamble(), tasks, worker, self.max_restarts)
+
+    def analysis_text(self, site: Site) -> str:
+        """The script of the job after the arrays, from nothing but its arguments."""
+        options = [*self._shared_options(site, ANALYSIS, "%x-%j.out"), *self.analysis_options]
+        comment = ["Analyses the sweep as it is; submitted to start after the arrays with --dependency=afterany:JOBS"]
+        header = sbatch.header(comment, options, login=bool(self.modules))
+        return sbatch.analysis_script(header, self._preamble(), site.mupsweep("report"))
+
+    def _shared_options(self, site: Site, name: str, log: str) -> Iterator[str]:
+        """The options that arrays and the analysis have in common."""
+        yield f"--job-name={re.sub('[^A-Za-z0-9_.-]', '_', site.sweep)}-{name}"
+        yield f"--output={sbatch.file_pattern(site.logs, log)}"
+        yield "--open-mode=append"
+        yield f"--chdir={site.cwd}"
+        yield "--ntasks=1"
+        for key in ("partition", "account", "qos", "constraint"):
+            if getattr(self, key) is not None:
+                yield f"--{key}={getattr(self, key)}"
+
+    def _preamble(self) -> list[str]:
+        return [*(f"module load {shlex.quote(module)}" for module in self.modules), *self.setup]
+
+
+def bundled(lengths: Mapping[str, float], workers: int, target: float) -> list[sbatch.Task]:
+    """Runs in tasks of about equal length: as few as the target allows, or where runs are longer, one per worker.
+
+    Args:
+        lengths: seconds that each run takes on one worker.
+        workers: of a task, which share its runs.
+        target: seconds that a task may take.
+    """
+    count = min(math.ceil(len(lengths) / workers), math.ceil(sum(lengths.values()) / (target * workers)))
+    bundles: list[tuple[float, int, list[str]]] = [(0.0, i, []) for i in range(count)]
+    for run_id, seconds in sorted(lengths.items(), key=lambda item: (-item[1], item[0])):
+        total, i, members = bundles[0]  # the longest run that is left goes into the shortest bundle
+        heapq.heapreplace(bundles, (total + seconds, i, [*members, run_id]))
+    bundles.sort(key=lambda bundle: bundle[1])
+    return [
+        sbatch.Task(tuple(members), max(total / workers, *(lengths[run_id] for run_id in members)))
+        for total, _, members in bundles
+    ]
+
+
+def submit(sweep: SweepDir, script: Path, tasks: Sequence[Sequence[str]], *options: str) -> str:
+    """Hand a script to sbatch and record the job's id.
+
+    Raises:
+        ConfigError: sbatch is not there or refuses the script.
+    """
+    job = call("sbatch", "--parsable", *options, str(script), hint="; change launcher.* and run the same command again")
+    job = job.strip().partition(";")[0]  # a federation adds its cluster
+    sweep.write_job(job, script, tasks)
+    return job
+
+
+def cancel(sweep: SweepDir) -> None:
+    """Stop the queued and running jobs of a sweep; what they trained is kept."""
+    queue = squeue.of_sweep(sweep.read_jobs())
+    jobs = [*(job.job_id for job in queue.analysis), *queue.arrays]  # the analysis first, or it would start
+    if jobs:
+        call("scancel", "--quiet", *jobs)
+        _tell(f"cancelled jobs {', '.join(jobs)} with {len(queue.runs)} runs; those in progress checkpoint and end")
+        _tell("go on with the command that made the sweep")
+    else:
+        _tell(f"no Slurm job of {sweep.path} is queued or running")
+    others = [row["run_id"] for row in sweep.read_plan() if sweep.state(row["run_id"])["status"] == RUNNING]
+    if others := set(others) - set(queue.runs):
+        _tell(f"{len(others)} runs are trained outside Slurm and go on: stop them where they were started")
+
+
+def max_array_size() -> int:
+    """How many tasks the cluster takes in one array."""
+    try:
+        settings = call("scontrol", "show", "config")
+    except ConfigError:
+        return DEFAULT_MAX_ARRAY
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", settings, re.MULTILINE)
+    return int(found[1]) if found else DEFAULT_MAX_ARRAY
+
+
+def call(*command: str, hint: str = "") -> str:
+    """What one of Slurm's commands prints.
+
+    Raises:
+        ConfigError: it is not there, fails or does not answer.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot run {command[0]} ({error.strerror}): launcher=slurm works on a machine that submits to a Slurm "
+            "cluster; elsewhere use launcher=local"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"{shlex.join(command)} did not answer within {SECONDS:.0f}s; try again") from error
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise ConfigError(f"{shlex.join(command)} failed: {said}{hint}")
+    return done.stdout
+
+
+def _write(sweep: SweepDir, name: str, text: str) -> Path:
+    make_folder(sweep.logs)  # Slurm makes no folder for a job's output
+    write_text(sweep.script(name), text)
+    return sweep.script(name)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)

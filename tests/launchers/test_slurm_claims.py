@@ -1,0 +1,92 @@
+"""Claims of Slurm jobs: taken over as soon as Slurm says that their job is over, and never before."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fake_slurm import Fake
+
+from mupsweep import claims
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Callable[..., Path]:
+    """A claim of another host, taken a moment ago, by a job of this cluster."""
+
+    def made(**owner: str | None) -> Path:
+        folder = tmp_path / "claims"
+        claim = claims.take(folder)
+        assert claim is not None
+        job = {"slurm_cluster": "here", "slurm_job": "50_3", "slurm_restarts": None}
+        claim.path.write_text(json.dumps({**claim.owner, "host": "another", **job, **owner}))
+        return folder
+
+    return made
+
+
+@pytest.fixture
+def in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "60")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "50")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+
+
+def test_a_claim_names_the_task_of_its_array(slurm: Fake, in_a_job: None, tmp_path: Path) -> None:
+    claim = claims.take(tmp_path / "claims")
+    assert claim is not None
+    wanted = {"slurm_cluster": "here", "slurm_job": "50_4", "slurm_restarts": None}
+    assert {key: claim.owner[key] for key in wanted} == wanted
+
+
+def test_a_claim_of_a_job_that_is_over_is_taken_over_at_once(
+    slurm: Fake, in_a_job: None, foreign: Callable[..., Path]
+) -> None:
+    folder = foreign()
+    slurm.queue("50_3|RUNNING|None")
+    assert claims.take(folder) is None
+    assert slurm.calls("squeue") == ["--noheader --array --format=%i|%T|%r --jobs=50_3"]
+    slurm.queue()
+    assert claims.take(folder) is not None
+
+
+def test_a_claim_of_a_job_that_slurm_has_forgotten_is_taken_over_at_once(
+    slurm: Fake, in_a_job: None, foreign: Callable[..., Path]
+) -> None:
+    slurm.write("squeue-says", "Invalid job id specified")
+    assert claims.take(foreign()) is not None
+
+
+def test_a_restarted_job_takes_over_what_it_had_on_another_node(
+    slurm: Fake, in_a_job: None, foreign: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm.queue("50_4|RUNNING|None")
+    folder = foreign(slurm_job="50_4")
+    assert claims.take(folder) is None  # another node of this very job
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert claims.take(folder) is not None
+    assert slurm.calls("squeue") == []
+
+
+def test_a_claim_is_left_alone_where_slurm_cannot_tell(
+    slurm: Fake, in_a_job: None, foreign: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm.queue()
+    for owner in ({"slurm_cluster": "there"}, {"slurm_job": None}):
+        folder = foreign(**owner)
+        assert claims.take(folder) is None
+        claims.newest(folder).unlink()  # type: ignore[union-attr]
+    folder = foreign()
+    (slurm.folder / "queue").unlink()
+    slurm.write("squeue-says", "Unable to contact slurm controller")
+    assert claims.take(folder) is None
+    slurm.queue()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: os.geteuid() + 1)
+        assert claims.take(folder) is None  # somebody else's, whose jobs squeue may not show
+    monkeypatch.delenv("SLURM_JOB_ID")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID")
+    assert claims.take(folder) is None  # not a job itself: it may be on another cluster

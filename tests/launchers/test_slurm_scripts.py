@@ -1,0 +1,282 @@
+"""Job scripts: their text, what a shell makes of them, and which runs share a task."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from fake_slurm import Fake
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mupsweep.config import load
+from mupsweep.errors import ConfigError
+from mupsweep.launchers import sbatch
+from mupsweep.launchers.slurm import Site, Slurm, bundled
+
+GOLDEN = Path(__file__).parents[1] / "slurm"
+SITE = Site("first sweep", Path("/data/first sweep"), Path("/data/first sweep/logs"), Path("/home/me"), "/opt/python")
+TASKS = [
+    sbatch.Task(("w64-d2-lr-9.00-s0-aa", "w64-d2-lr-8.00-s0-bb"), 1500.0),
+    sbatch.Task(("w64-d2-lr-7.00-s0-cc",), 9e4),
+]
+
+
+def test_the_scripts_are_these() -> None:
+    small = Slurm(gpus=0, mem="4G", time=None)
+    full = Slurm(
+        partition="gpu",
+        account="lab",
+        qos="long",
+        constraint="a100|h100",
+        time="1-00:00:00",
+        mem="32G",
+        gpus=2,
+        cpus=16,
+        threads=4,
+        throttle=8,
+        signal_seconds=300,
+        max_restarts=5,
+        modules=("cuda/12.4",),
+        setup=("source ~/env/bin/activate",),
+        options=("--exclusive", "--nice=100"),
+        analysis_options=("--partition=cpu",),
+    )
+    assert small.array_text(SITE, "w64-d2", TASKS) == (GOLDEN / "small.sbatch").read_text()
+    assert full.array_text(SITE, "w64-d2", TASKS) == (GOLDEN / "full.sbatch").read_text()
+    assert full.analysis_text(SITE) == (GOLDEN / "report.sbatch").read_text()
+
+
+def executed(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What a script does on this machine."""
+    return subprocess.run(
+        ["bash", "-c", script],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def test_names_that_look_like_code_stay_names(tmp_path: Path) -> None:
+    nasty = "a'; touch pwned; $(touch pwned) `touch pwned` \" & b"
+    site = Site(nasty, tmp_path / nasty, tmp_path / nasty / "logs", tmp_path / nasty, "echo")
+    made = Slurm(gpus=0)
+    array = made.array_text(site, "w64-d2", [sbatch.Task((nasty, "b"), 1.0)])
+    done = executed(array, tmp_path, SLURM_ARRAY_TASK_ID="0")
+    assert done.returncode == 0, done.stderr
+    *_, last = done.stdout.splitlines()
+    assert last == f"-m mupsweep worker {tmp_path / nasty} {nasty} b --device cpu --threads 1"
+    done = executed(made.analysis_text(site), tmp_path)
+    assert done.stdout == f"-m mupsweep report {tmp_path / nasty}\n"
+    assert list(tmp_path.iterdir()) == []
+    for line in array.splitlines():
+        if line.startswith("#SBATCH"):
+            assert len(shlex.split(line, comments=False)) == 2, line  # sbatch reads words as a shell does
+
+
+@pytest.mark.parametrize(
+    "key", ["partition", "account", "qos", "constraint", "mem", "gres", "device", "modules", "time"]
+)
+@pytest.mark.parametrize(
+    "value",
+    [
+        "debug\n#SBATCH --uid=0",
+        "debug --uid=0",
+        "--uid=0",
+        "-p",
+        "a'b",
+        'a"b',
+        "a`b`",
+        "$(b)",
+        "a;b",
+        "a#b",
+        "a\\b",
+        "",
+    ],
+)
+def test_an_option_that_is_more_than_one_word_is_refused(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^launcher\.{key}="):
+        Slurm(**{key: (value,) if key == "modules" else value})
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "exclusive",
+        "-x",
+        "--nice 100",
+        "--nice=100 --uid=0",
+        "--nice=1\n--uid=0",
+        "--nice=\n",
+        "--comment='a'",
+        "--",
+        "--=1",
+    ],
+)
+def test_a_further_option_is_one_option(option: str) -> None:
+    for key in ("options", "analysis_options"):
+        with pytest.raises(ConfigError, match=rf"^launcher\.{key}: .* is no single option of sbatch"):
+            Slurm(**{key: (option,)})
+
+
+@pytest.mark.parametrize("name", sbatch.OURS)
+def test_an_option_that_the_scripts_rely_on_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{name} is set by mupsweep"):
+        Slurm(options=(f"--{name}=1",))
+
+
+def test_a_path_that_slurm_cannot_be_told_is_refused() -> None:
+    for folder in ("/data/a\\b", "/data/a\nb"):
+        with pytest.raises(ConfigError, match=r"choose another out=DIR|more than one line"):
+            Slurm().array_text(Site("a", Path(folder), Path(folder), Path("/"), "python"), "w64-d2", TASKS)
+    with pytest.raises(ConfigError, match="more than one line"):
+        Slurm().analysis_text(Site("a", Path("/a"), Path("/a"), Path("/a\nb"), "python"))
+    with pytest.raises(ConfigError, match=r"^launcher\.setup: .* is not one line"):
+        Slurm(setup=("true\ntouch pwned",))
+
+
+@pytest.mark.parametrize("value", ["90", "1:00", "24:61:00", "1-2", "01:00:00 ", "00:02:00", "forever"])
+def test_a_time_limit_that_means_something_else_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^launcher\.time={value}: expected "):
+        Slurm(time=value)
+    assert Slurm(time="00:02:01").time == "00:02:01"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "least"),
+    [
+        ("gpus", -1, 0),
+        ("cpus", 0, 1),
+        ("workers", 0, 1),
+        ("throttle", 0, 1),
+        ("max_array", 0, 1),
+        ("max_restarts", -1, 0),
+    ],
+)
+def test_a_number_below_its_least_is_refused(key: str, value: int, least: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^launcher\.{key}={value}: expected at least {least}$"):
+        load(["launcher=slurm", f"launcher.{key}={value}"])
+
+
+def test_lists_and_numbers_of_another_type_are_refused_in_words() -> None:
+    with pytest.raises(ConfigError, match=r"^launcher\.modules='cuda': expected a list of words, such as \[a,b\]$"):
+        load(["launcher=slurm", "launcher.modules=cuda"])
+    with pytest.raises(ConfigError, match=r"^launcher\.minutes_per_task=0: expected more than 0$"):
+        load(["launcher=slurm", "launcher.minutes_per_task=0"])
+    with pytest.raises(ConfigError, match=r"^launcher\.device=cuda: expected launcher\.gpus to be at least 1$"):
+        load(["launcher=slurm", "launcher.device=cuda", "launcher.gpus=0"])
+
+
+@pytest.mark.parametrize(
+    ("made", "devices"),
+    [
+        (Slurm(), ("cuda:0",)),
+        (Slurm(gpus=2), ("cuda:0", "cuda:1")),
+        (Slurm(gpus=2, workers=4), ("cuda:0", "cuda:1", "cuda:0", "cuda:1")),
+        (Slurm(gpus=0), ("cpu",)),
+        (Slurm(gpus=0, workers=3), ("cpu", "cpu", "cpu")),
+        (Slurm(gpus=2, device="cpu"), ("cpu", "cpu")),
+        (Slurm(device="xpu"), ("xpu",)),
+    ],
+)
+def test_a_task_has_a_worker_per_gpu_or_as_many_as_asked_for(made: Slurm, devices: tuple[str, ...]) -> None:
+    assert made.devices == devices
+
+
+def start(tmp_path: Path, worker: str, restarts: int, **environment: str) -> subprocess.Popen[bytes]:
+    """A task with a worker that is a shell script, once its worker is ready."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!/bin/bash\ntrap 'echo USR1 >> told; exit 130' USR1\ntrap 'echo TERM >> told; exit 130' TERM\n{worker}"
+    )
+    python.chmod(0o755)
+    site = Site("s", tmp_path, tmp_path, tmp_path, str(python))
+    text = Slurm(gpus=0, max_restarts=restarts).array_text(site, "w64-d2", TASKS)
+    task = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "7"}
+    return subprocess.Popen(["bash", "-c", text], cwd=tmp_path, env={**os.environ, **task, **environment})
+
+
+READY = "touch ready; while :; do read -t 1 _ <> <(:) || true; done"  # waits for a signal
+
+
+def ended(process: subprocess.Popen[bytes], tmp_path: Path, number: signal.Signals) -> int:
+    """The exit code of a task that got a signal when its worker was ready."""
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+    process.send_signal(number)
+    return process.wait(30)
+
+
+def test_before_the_time_limit_the_workers_are_told_and_this_task_alone_is_queued_again(
+    slurm: Fake, tmp_path: Path
+) -> None:
+    ended(start(tmp_path, READY, restarts=2, SLURM_RESTART_COUNT="1"), tmp_path, signal.SIGUSR1)
+    assert (tmp_path / "told").read_text() == "USR1\n"
+    assert slurm.calls("scontrol") == ["requeue 7_1"]
+
+
+def test_a_task_that_was_restarted_often_enough_is_left_alone(slurm: Fake, tmp_path: Path) -> None:
+    assert ended(start(tmp_path, READY, restarts=2, SLURM_RESTART_COUNT="2"), tmp_path, signal.SIGUSR1) != 0
+    assert (tmp_path / "told").read_text() == "USR1\n"
+    assert slurm.calls("scontrol") == []
+
+
+def test_a_cancelled_task_tells_its_workers_and_is_not_queued_again(slurm: Fake, tmp_path: Path) -> None:
+    assert ended(start(tmp_path, READY, restarts=2), tmp_path, signal.SIGTERM) != 0
+    assert (tmp_path / "told").read_text() == "TERM\n"
+    assert slurm.calls("scontrol") == []
+
+
+@pytest.mark.parametrize(("worker", "code"), [("exit 0", 0), ("exit 2", 2), ("kill -ABRT $$", 134)])
+def test_a_task_ends_as_its_worker_did(worker: str, code: int, slurm: Fake, tmp_path: Path) -> None:
+    assert start(tmp_path, worker, restarts=2).wait(30) == code
+    assert slurm.calls("scontrol") == []
+
+
+def test_a_task_that_the_script_does_not_have_is_refused(tmp_path: Path) -> None:
+    done = executed(Slurm(gpus=0).array_text(SITE, "w64-d2", TASKS), tmp_path, SLURM_ARRAY_TASK_ID="2")
+    assert (done.returncode, done.stderr) == (2, "no task 2 in this script\n")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "workers", "target", "bundles"),
+    [
+        ([6] * 10, 1, 60, [[6] * 10]),
+        ([6] * 11, 1, 60, [[6] * 6, [6] * 5]),  # even, not 10 and 1
+        ([90, 70, 6, 6], 1, 60, [[90], [70], [6, 6]]),  # what is longer than the target runs alone
+        ([90, 90, 90], 1, 60, [[90], [90], [90]]),
+        ([90, 90, 90], 2, 60, [[90, 90], [90]]),  # a run for every worker
+        ([30] * 8, 4, 60, [[30] * 8]),
+        ([5], 8, 60, [[5]]),
+    ],
+)
+def test_short_runs_are_bundled_evenly(
+    lengths: list[float], workers: int, target: float, bundles: list[list[float]]
+) -> None:
+    named = {f"run-{i}": float(seconds) for i, seconds in enumerate(lengths)}
+    tasks = bundled(named, workers, target)
+    assert [[named[run_id] for run_id in task.run_ids] for task in tasks] == bundles
+    for task, bundle in zip(tasks, bundles, strict=True):
+        assert task.seconds == max(max(bundle), sum(bundle) / workers)
+
+
+@given(st.lists(st.floats(0.1, 1e5), min_size=1), st.integers(1, 8), st.floats(1, 1e4))
+def test_every_run_is_in_one_bundle_and_a_bundle_is_a_run_too_long_at_most(
+    lengths: list[float], workers: int, target: float
+) -> None:
+    named = {f"run-{i}": seconds for i, seconds in enumerate(lengths)}
+    tasks = bundled(named, workers, target)
+    assert sorted(run_id for task in tasks for run_id in task.run_ids) == sorted(named)
+    for task in tasks:
+        most = sum(lengths) / len(tasks) + max(lengths)
+        assert sum(named[run_id] for run_id in task.run_ids) <= most * (1 + 1e-9)
+    assert len(tasks) <= max(1, sum(lengths) / (target * workers) + 1)
