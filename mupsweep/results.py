@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mupsweep.curves import LossCurve
+from mupsweep.errors import DataError
 from mupsweep.files import make_folder, write_json, write_text
 from mupsweep.optimum import CONFIDENCE
-from mupsweep.records import FINISHED, SweepDir
+from mupsweep.records import DIVERGED, DONE, FINISHED, SweepDir
 from mupsweep.transfer import TOLERANCE_NATS, TOLERANCE_OCTAVES, Analysis, Estimate
 
 RUN_COLUMNS = [
@@ -56,6 +58,70 @@ def read_runs(sweeps: Sequence[SweepDir]) -> list[dict[str, Any]]:
     keys = ("model", "optimizer", "parametrization", "width", "depth", "log2_lr", "seed")
     unique = {(row["model"], row["run_id"]): row for row in rows}
     return sorted(unique.values(), key=lambda row: tuple(row[k] for k in keys))
+
+
+def read_table(path: str) -> list[dict[str, Any]]:
+    """Runs that were trained elsewhere, from a csv with columns like those of runs.csv.
+
+    parametrization, width, log2_lr (or lr) and val_loss suffice; an empty, nan or inf loss is a diverged run. Without
+    ratios the smallest width and depth are the base; without seeds, repetitions of one LR are numbered as they come.
+
+    Raises:
+        DataError: naming the line and the column that cannot be read.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            lines = [(reader.line_num, line) for line in reader]
+            columns = reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"--from {path} cannot be read: {error}") from error
+    wanted = ("parametrization", "width", "lr" if "lr" in columns and "log2_lr" not in columns else "log2_lr")
+    for column in (*wanted, "val_loss"):
+        if column not in columns:
+            raise DataError(f"--from {path} has no column {column}: it has {', '.join(columns) or 'none'}")
+    if not lines:
+        raise DataError(f"--from {path} has no runs")
+    rows, repeated = [], Counter[tuple[Any, ...]]()
+    for number, line in lines:
+        row = _foreign_run(
+            line, lambda column, what, at=number: DataError(f"--from {path}, line {at}: {column}={what}")
+        )
+        key = tuple(row[k] for k in ("model", "optimizer", "parametrization", "width", "depth", "log2_lr"))
+        rows.append({"seed": repeated[key], **row})
+        repeated[key] += 1
+    least = {key: min(row[key] for row in rows) for key in ("width", "depth")}
+    return [{"width_ratio": r["width"] / least["width"], "depth_ratio": r["depth"] / least["depth"], **r} for r in rows]
+
+
+def _foreign_run(line: Mapping[str, str | None], refuse: Callable[[str, str], DataError]) -> dict[str, Any]:
+    """One line of a table; `refuse(column, what)` makes the error."""
+
+    def number(column: str) -> float:
+        text = (line.get(column) or "").strip()
+        try:
+            return float(text)
+        except ValueError:
+            raise refuse(column, f"{text!r}: expected a number") from None
+
+    row: dict[str, Any] = {"model": "model", "optimizer": "optimizer"}
+    row |= {key: line[key] for key in ("model", "optimizer", "parametrization") if line.get(key)}
+    if not row.get("parametrization"):
+        raise refuse("parametrization", "'': expected a name such as sp or mup")
+    row |= {"width": int(number("width")), "depth": int(number("depth")) if line.get("depth") else 1}
+    row |= {key: number(key) for key in ("width_ratio", "depth_ratio") if line.get(key)}
+    row |= {"seed": int(number("seed"))} if line.get("seed") else {}
+    if line.get("log2_lr"):
+        row["log2_lr"] = number("log2_lr")
+    elif (lr := number("lr")) > 0:
+        row["log2_lr"] = math.log2(lr)
+    if row["width"] < 1 or row["depth"] < 1:
+        raise refuse("width", f"{row['width']}, depth={row['depth']}: expected positive numbers")
+    if not math.isfinite(row.get("log2_lr", math.nan)):
+        raise refuse("log2_lr or lr", f"{line.get('log2_lr') or line.get('lr')!r}: expected a finite LR")
+    loss = number("val_loss") if (line.get("val_loss") or "").strip() else math.nan
+    diverged = line.get("status") == DIVERGED or not math.isfinite(loss)
+    return row | {"status": DIVERGED if diverged else DONE, "val_loss": None if diverged else loss}
 
 
 def write_results(sweep: SweepDir, analysis: Analysis) -> None:

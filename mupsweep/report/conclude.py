@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mupsweep.errors import ConfigError, RecordError
 from mupsweep.files import make_folder, write_json
 from mupsweep.plan import RunSpec
 from mupsweep.records import SweepDir
-from mupsweep.results import read_runs, to_json, write_results
+from mupsweep.results import read_runs, read_table, to_json, write_results
 from mupsweep.transfer import Analysis, Group, analyse, select
 
 
@@ -27,6 +28,8 @@ def conclude(
     """Analyse some sweeps together, write the results of a single one, print the outcome, return the verdicts."""
     from mupsweep.report import verdicts
 
+    if not sweeps:
+        raise ConfigError("no sweep given: mupsweep transfer sweeps/NAME, or mupsweep transfer --from runs.csv")
     analysis = analyse(read_runs(sweeps))
     files = write_views(sweeps[0], analysis) if len(sweeps) == 1 else []
     groups = select(analysis, optimizer, parametrization) if analysis.groups else []
@@ -36,6 +39,23 @@ def conclude(
     else:
         verdicts.show_analysis(shown, [(s.path, s.counts()) for s in sweeps], files)
     return [group.verdict for group in groups]
+
+
+def conclude_table(
+    table: str, others: Sequence[str], as_json: bool, optimizer: str | None, parametrization: str | None
+) -> list[str]:
+    """Analyse runs that were trained elsewhere, print the outcome, return the verdicts. Writes nothing."""
+    from mupsweep.report import verdicts
+
+    if others:
+        raise ConfigError(f"--from {table} stands alone, without {others[0]}: how these runs were trained is not known")
+    analysis = analyse(read_table(table))
+    shown = replace(analysis, groups=tuple(select(analysis, optimizer, parametrization)))
+    if as_json:
+        print(json.dumps(to_json(shown), indent=2))
+    else:
+        verdicts.show_analysis(shown, [], [])
+    return [group.verdict for group in shown.groups]
 
 
 def write_views(sweep: SweepDir, analysis: Analysis) -> list[Path]:

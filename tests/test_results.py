@@ -1,0 +1,120 @@
+"""Tables of runs that were trained elsewhere."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mupsweep.errors import DataError
+from mupsweep.records import DIVERGED, DONE
+from mupsweep.report.conclude import conclude_table
+from mupsweep.results import RUN_COLUMNS, _csv, read_table
+from mupsweep.transfer import analyse
+
+WIDTHS, LRS = (128, 256, 512), range(-12, -3)
+
+
+def table(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """The rows as a csv, with the columns of the first."""
+    path = folder / "runs.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+def runs(drift: float = 0.0, **more: Any) -> list[dict[str, Any]]:
+    """Four columns suffice; above 2^-5 (plus drift) the loss is missing."""
+    rows = []
+    for octave, width in enumerate(WIDTHS):
+        for log2_lr in LRS:
+            d = log2_lr + 8 - drift * octave
+            loss = "" if d > 3 else 3 + 0.05 * d * d
+            rows.append({"parametrization": "mup", "width": width, "log2_lr": log2_lr, "val_loss": loss, **more})
+    return rows
+
+
+@pytest.mark.parametrize("drift", [0.0, -1.0])
+def test_four_columns_suffice(tmp_path: Path, drift: float) -> None:
+    [group] = analyse(read_table(table(tmp_path, runs(drift)))).groups
+    assert group.verdict == ("drifts" if drift else "transfers")
+    assert group.drift.value == pytest.approx(drift, abs=0.01)
+    assert [o.curve.width_ratio for o in group.optima] == [1, 2, 4]
+
+
+def test_an_lr_may_stand_for_its_logarithm(tmp_path: Path) -> None:
+    rows = runs()
+    plain = [{k: v for k, v in row.items() if k != "log2_lr"} | {"lr": 2.0 ** row["log2_lr"]} for row in rows]
+    assert read_table(table(tmp_path, plain)) == read_table(table(tmp_path, rows))
+
+
+@pytest.mark.parametrize("loss", ["", " ", "nan", "NaN", "inf", "-inf"])
+def test_a_loss_that_is_no_number_is_a_diverged_run(tmp_path: Path, loss: str) -> None:
+    [row] = read_table(table(tmp_path, [{"parametrization": "sp", "width": 8, "log2_lr": -3, "val_loss": loss}]))
+    assert (row["status"], row["val_loss"]) == (DIVERGED, None)
+
+
+def test_repetitions_without_seeds_are_numbered(tmp_path: Path) -> None:
+    found = read_table(table(tmp_path, runs() + runs()))
+    assert {(row["width"], row["log2_lr"], row["seed"]) for row in found} == {
+        (w, x, s) for w in WIDTHS for x in LRS for s in (0, 1)
+    }
+
+
+def test_our_own_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    rows = read_table(table(tmp_path, runs(-1.0, seed=3, model="m", optimizer="o", depth=4, depth_ratio=2.0)))
+    path = tmp_path / "again.csv"
+    path.write_text(_csv(RUN_COLUMNS, rows))
+    again = read_table(str(path))
+    assert again == rows
+    assert {row["depth_ratio"] for row in again} == {2.0}
+    assert {row["status"] for row in again} == {DONE, DIVERGED}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"width": "wide"}, ("line 2", "width='wide'", "expected a number")),
+        ({"log2_lr": "x"}, ("line 2", "log2_lr='x'")),
+        ({"log2_lr": "nan"}, ("line 2", "log2_lr", "finite")),
+        ({"width": "0"}, ("line 2", "width=0", "positive")),
+        ({"parametrization": ""}, ("line 2", "parametrization=''")),
+        ({"val_loss": "low"}, ("line 2", "val_loss='low'")),
+    ],
+)
+def test_a_bad_cell_is_named(tmp_path: Path, change: dict[str, str], told: tuple[str, ...]) -> None:
+    rows = [{**row, **(change if i == 0 else {})} for i, row in enumerate(runs())]
+    with pytest.raises(DataError) as caught:
+        read_table(table(tmp_path, rows))
+    for part in told:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["parametrization", "width", "log2_lr", "val_loss"])
+def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
+    rows = [{k: v for k, v in row.items() if k != column} for row in runs()]
+    with pytest.raises(DataError, match=f"has no column {column}: it has"):
+        read_table(table(tmp_path, rows))
+
+
+def test_no_file_and_no_runs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        read_table(str(tmp_path / "none.csv"))
+    (tmp_path / "empty.csv").write_text("parametrization,width,log2_lr,val_loss\n")
+    with pytest.raises(DataError, match="has no runs"):
+        read_table(str(tmp_path / "empty.csv"))
+
+
+def test_the_verdict_is_printed_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = table(tmp_path, runs())
+    assert conclude_table(path, [], True, None, None) == ["transfers"]
+    [group] = json.loads(capsys.readouterr().out)["groups"]
+    assert group["sizes"][0]["n_diverged"] == sum(8 + x > 3 for x in LRS)
+    assert math.isclose(group["drift"]["octaves_per_doubling"], 0.0, abs_tol=0.01)
+    assert [p.name for p in tmp_path.iterdir()] == ["runs.csv"]
