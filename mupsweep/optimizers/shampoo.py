@@ -82,7 +82,7 @@ class Shampoo(Preconditioned):
     def own_law(self, dims: Dims | None = None) -> UpdateLaw:
         active = self if dims is None else self.own(dims)
         degree = 1 - 2 * sum(active.powers.values(), Fraction(0))
-        return UpdateLaw(degree=degree, eps_power=2, full_rank=degree == 0)
+        return UpdateLaw(degree=degree, eps_power=2)
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         made = {"momentum": weights.new_zeros(weights.shape)}

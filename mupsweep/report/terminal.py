@@ -13,16 +13,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mupsweep import data, squeue
+from mupsweep import squeue
 from mupsweep.build import TensorRule, audit, multipliers, rule_record, rules
-from mupsweep.config import SweepConfig, load
+from mupsweep.config import SweepConfig
 from mupsweep.cost import FLOPS_PER_SECOND, duration, si
-from mupsweep.data import shards
 from mupsweep.environment import accelerator, cores
 from mupsweep.errors import RecordError
-from mupsweep.plan import Recipe, RunSpec, plan, recipe, sweep_name
+from mupsweep.plan import Recipe, RunSpec, corpus_remarks, plan, recipe, sweep_name
 from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING, SweepDir
-from mupsweep.scaling import Role, Rule, symbolic
+from mupsweep.scaling import Monomial, Role, Rule, symbolic
 
 RULE_KEYS = ("multiplier", "init_std", "lr", "weight_decay", "eps")
 
@@ -81,6 +80,8 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
         f"{len(left)} of {len(runs)} runs to train, {si(total)}FLOPs, roughly {duration(seconds)} on {lanes} {device} "
         f"worker(s) at {si(FLOPS_PER_SECOND[device])}FLOP/s each; while it runs you see the measured time left"
     )
+    for remark in corpus_remarks(runs):
+        console.print(f"note: {remark}")
     console.print(f"folder: {sweep.path}")
 
 
@@ -96,9 +97,12 @@ def show_rules(config: SweepConfig, as_json: bool, per_tensor: bool) -> None:
     console = console_of()
     for one in made:
         console.print(f"\n{'/'.join(one.variant.label)}", style="bold")
-        table = table_of("role", "optimizer", "multiplier", "init std", "LR", "weight decay", "eps")
-        for role, part, rule in _symbols(one):
-            table.add_row(role.value, part, *(str(getattr(rule, key)) for key in RULE_KEYS))
+        symbols = list(_symbols(one))
+        names = sorted({name for *_, thresholds in symbols for name in thresholds})
+        table = table_of("role", "optimizer", "multiplier", "init std", "LR", "weight decay", "eps", *names)
+        for role, part, rule, thresholds in symbols:
+            entries = [getattr(rule, key) for key in RULE_KEYS] + [thresholds.get(name, "") for name in names]
+            table.add_row(role.value, part, *map(str, entries))
         console.print(table)
         for r_n, r_L in config.sweep.ratios:
             size = one.size(r_n, r_L)
@@ -164,46 +168,16 @@ def _queue(sweep: SweepDir) -> squeue.Queue:
         return squeue.Queue()
 
 
-def prepare_data(overrides: Sequence[str], config_dir: str | None) -> None:
-    """Prepare the corpus of a config and say what it holds."""
-    config = load(overrides, config_dir).variants[0].data
-    made = data.prepare(config, progress=lambda line: print(line))
-    print(
-        f"{config.name}: {len(made.train):,} training and {len(made.validation):,} validation tokens, "
-        f"{made.tokenizer}, content {made.content_id[:12]}"
-    )
-
-
-def show_prepared(overrides: Sequence[str], config_dir: str | None, as_json: bool) -> None:
-    """The prepared corpora of the cache."""
-    config = load(overrides, config_dir).variants[0].data
-    found = [(folder, shards.meta(folder)) for folder in shards.prepared(config)]
-    if as_json:
-        print(json.dumps([{"folder": str(folder), **meta} for folder, meta in found]))
-        return
-    for folder, _ in found:
-        print(folder)
-    if not found:
-        print(f"nothing is prepared in {shards.cache_root(config)}; start with mupsweep data prepare")
-
-
-def verify_data(overrides: Sequence[str], config_dir: str | None) -> None:
-    """Check the shards of a config's corpus; raises what is wrong."""
-    config = load(overrides, config_dir).variants[0].data
-    folder = shards.folder(config, data.fingerprint(config))
-    shards.verify(folder)
-    print(f"{folder}: every shard has its digest")
-
-
 def _rules_document(one: Recipe, config: SweepConfig, base_lr: float) -> dict[str, Any]:
     model, optimizer, parametrization = one.variant.label
     roles = {}
-    for role, part, rule in _symbols(one):
+    for role, part, rule, thresholds in _symbols(one):
         roles[role.value] = {
             "optimizer": part,
             "multiplier": rule.multiplier.exponents,
             "init_var": (rule.init_std**2).exponents,
             **{key: getattr(rule, key).exponents for key in ("lr", "weight_decay", "eps")},
+            "thresholds": {name: monomial.exponents for name, monomial in thresholds.items()},
         }
     sizes = []
     for r_n, r_L in config.sweep.ratios:
@@ -228,17 +202,19 @@ def _rules_document(one: Recipe, config: SweepConfig, base_lr: float) -> dict[st
     }
 
 
-def _symbols(one: Recipe) -> Iterable[tuple[Role, str, Rule]]:
-    """(role, optimizer, rule as monomials)."""
+def _symbols(one: Recipe) -> Iterable[tuple[Role, str, Rule, dict[str, Monomial]]]:
+    """(role, optimizer, rule as monomials, that of every threshold beside eps)."""
     for role in Role:
         optimizer = next(p.optimizer for p in one.parts if role in p.optimizer.takes)
         rule = symbolic(one.parametrization, optimizer.update_law(), role)
         decay = symbolic(one.parametrization, optimizer.decay_law(), role).weight_decay
-        eps = symbolic(one.parametrization, optimizer.thresholds()["eps"].law, role).eps
-        yield role, optimizer.name, replace(rule, weight_decay=decay, eps=eps)
+        laws = {name: threshold.law for name, threshold in optimizer.thresholds().items()}
+        scaled = {name: symbolic(one.parametrization, law, role).eps for name, law in laws.items()}
+        yield role, optimizer.name, replace(rule, weight_decay=decay, eps=scaled.pop("eps")), scaled
 
 
 def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:
+    names = sorted({name for row in rows for name in row.thresholds})
     table = table_of(
         "tensor" if per_tensor else "role",
         "shape",
@@ -249,6 +225,7 @@ def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:
         "weight decay",
         "LR x decay",
         "eps",
+        *names,
     )
     grouped: dict[tuple[Any, ...], list[TensorRule]] = defaultdict(list)
     for row in rows:
@@ -258,8 +235,9 @@ def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:
     for (name, shape, optimizer, *_), members in grouped.items():
         one = members[0]
         std = f"{one.init_std:.4g}" if one.init.value == "normal" else one.init.value
-        numbers = (f"{x:.4g}" for x in (one.multiplier, one.lr, one.weight_decay, one.decay_per_step, one.eps))
-        table.add_row(name, "x".join(map(str, shape)), optimizer, std, *numbers)
+        numbers = (one.multiplier, one.lr, one.weight_decay, one.decay_per_step, one.eps)
+        others = (f"{one.thresholds[n]:.4g}" if n in one.thresholds else "" for n in names)
+        table.add_row(name, "x".join(map(str, shape)), optimizer, std, *(f"{x:.4g}" for x in numbers), *others)
     return table
 
 
