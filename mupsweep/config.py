@@ -23,6 +23,7 @@ COMPARABLE = (
     "parametrization",
 )  # groups that take several choices: optimizer=adamw,muon
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
+HELD_OUT = ("hash", "nanogpt")
 PRECISIONS = ("auto", "fp32", "bf16")
 NESTED = ("optimizer.rest", "optimizer.graft")  # sections that another choice of the same group fills
 BATCH_RULES = ("none", "sde")
@@ -30,7 +31,10 @@ BATCH_RULES = ("none", "sde")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A corpus and how it becomes tokens. `kind` names the source class; see `mupsweep/data`."""
+    """A corpus and how it becomes tokens. `kind` names the source class; see `mupsweep/data`.
+
+    The keys from `hub_id` on are those of a data set on the Hugging Face hub; configs/data/_hub.yaml explains them.
+    """
 
     name: str = "sotu"
     kind: str = "mupsweep.data.sources.sotu.Sotu"
@@ -40,6 +44,14 @@ class DataConfig:
     validation_fraction: float = 0.05
     max_tokens: int | None = None
     cache: str | None = None
+    hub_id: str | None = None
+    hub_config: str | None = None
+    revision: str | None = None
+    data_files: tuple[str, ...] = ()
+    split: str = "train"
+    validation_split: str | None = None
+    held_out: str = "hash"
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -49,6 +61,8 @@ class DataConfig:
             "in (0, 1)",
         )
         require(self.max_tokens is None or self.max_tokens > 0, "data.max_tokens", self.max_tokens, "positive")
+        require(self.rows is None or self.rows > 0, "data.rows", self.rows, "positive")
+        one_of(self.held_out, HELD_OUT, "data.held_out")
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,8 @@ def _expected(field_: Field[Any] | None, error: Exception) -> str:
     """What a key takes, in words, from its annotation."""
     annotation = "" if field_ is None else str(field_.type)
     if "tuple" in annotation:
-        return "expected a list of " + (
-            "whole numbers, such as [0,1]" if "int" in annotation else "numbers, as [-8,-7]"
-        )
+        what = {"int": "whole numbers, such as [0,1]", "str": "words, such as [a,b]"}
+        return "expected a list of " + next((w for t, w in what.items() if t in annotation), "numbers, as [-8,-7]")
     if "dict" in annotation:
         return "expected a section of keys, or null"
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
@@ -74,30 +73,45 @@ def _expected(field_: Field[Any] | None, error: Exception) -> str:
 
 def instantiate(section: Mapping[str, Any], where: str) -> Any:
     """The object that a section's `kind` (a dotted class path) and its other keys describe."""
+    cls = _named(section, where)
+    if not (isinstance(cls, type) and is_dataclass(cls)):
+        raise ConfigError(f"{where}.kind={section.get('kind')} is no dataclass: its fields would be the section's keys")
+    name = str(section.get("name", ""))
+    if not re.fullmatch(r"[\w.+-]*", name):
+        raise ConfigError(f"{where}.name={name}: it becomes part of file names, so use letters, digits, and . + - _")
+    return structured(cls, {k: v for k, v in section.items() if k != "kind"}, where)
+
+
+def refuse_foreign_code(section: Mapping[str, Any], where: str, allowed: bool) -> None:
+    """A config may name only our own classes, at any depth, unless the user trusts it.
+
+    A class whose keys name code too lists them as `imports`.
+    """
+    if allowed:
+        return
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            refuse_foreign_code(value, f"{where}.{key}", allowed)
+    if "kind" not in section:
+        return
+    ours = str(section["kind"]).startswith("mupsweep.")
+    for key in getattr(_named(section, where), "imports", ()) if ours else ("kind",):
+        if section.get(key) is not None:
+            raise ConfigError(
+                f"{where}.{key}={section[key]} is code outside mupsweep: add allow_imports=true if you trust it"
+            )
+
+
+def _named(section: Mapping[str, Any], where: str) -> Any:
+    """What a section's `kind` names."""
     path, _, name = str(section.get("kind")).rpartition(".")
     try:
-        cls = getattr(importlib.import_module(path), name)
+        return getattr(importlib.import_module(path), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"{where}.kind={section.get('kind')} cannot be imported ({error}): "
             f"it names a dataclass as package.module.Class"
         ) from error
-    if not (isinstance(cls, type) and is_dataclass(cls)):
-        raise ConfigError(f"{where}.kind={section.get('kind')} is no dataclass: its fields would be the section's keys")
-    name_ = str(section.get("name", ""))
-    if not re.fullmatch(r"[\w.+-]*", name_):
-        raise ConfigError(f"{where}.name={name_}: it becomes part of file names, so use letters, digits, and . + - _")
-    return structured(cls, {k: v for k, v in section.items() if k != "kind"}, where)
-
-
-def refuse_foreign_code(section: Mapping[str, Any], where: str, allowed: bool) -> None:
-    """A config may name only our own classes, at any depth, unless the user trusts it."""
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            refuse_foreign_code(value, f"{where}.{key}", allowed)
-    kind = str(section.get("kind", "mupsweep."))
-    if not kind.startswith("mupsweep.") and not allowed:
-        raise ConfigError(f"{where}.kind={kind} is code outside mupsweep: add allow_imports=true if you trust it")
 
 
 def _tuples(made: T) -> T:

@@ -4,6 +4,8 @@
     start      milliseconds of `mupsweep --help` and `mupsweep rules`, against `python -c pass`
     runner     seconds a run costs beyond its training steps, in a sweep of 40 short runs
     scale      seconds to plan 10,000 runs and to read their status
+    data       tokens/s of preparing a corpus, against a loop over tiktoken (bench_data.py)
+    optimizers an optimizer's step as a share of a training step, and against pytorch-optimizer's (bench_optimizers.py)
 
 Each side of the training pair is a process of its own; they take turns, so that both see the same machine.
 """
@@ -20,6 +22,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from bench_optimizers import optimizers
 
 WIDTHS, VOCABULARIES = (128, 256, 512), (1024, 50257)
 DEPTH, HEAD_DIM, CONTEXT, BATCH = 4, 64, 256, 8
@@ -220,6 +224,11 @@ def scale(folder: Path) -> None:
     )
 
 
+def data() -> None:
+    """Preparing a corpus."""
+    subprocess.run([sys.executable, str(Path(__file__).with_name("bench_data.py"))], check=True)
+
+
 def timed(command: list[str]) -> float:
     """Wall seconds of a whole process that must succeed."""
     begin = time.perf_counter()
@@ -230,7 +239,7 @@ def timed(command: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", choices=("training", "start", "runner", "scale"))
+    parser.add_argument("--only", choices=("training", "start", "runner", "scale", "data", "optimizers"))
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
     parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
@@ -245,6 +254,8 @@ def main() -> None:
             "start": start,
             "runner": lambda: runner(Path(folder)),
             "scale": lambda: scale(Path(folder)),
+            "data": data,
+            "optimizers": lambda: optimizers(options.threads),
         }
         for name, part in parts.items():
             if options.only in (None, name):

@@ -43,7 +43,7 @@ def test_every_shipped_experiment_composes_and_plans(name: str) -> None:
 def test_every_shipped_experiment_names_its_command_in_its_header(name: str) -> None:
     lines = (config_root() / "experiment" / f"{name}.yaml").read_text().splitlines()
     header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
-    commands = re.findall(r"mupsweep run ([^,;]*)", " ".join(line.lstrip("# ") for line in header))
+    commands = re.findall(r"mupsweep (?:run|check) ([^,;]*)", " ".join(line.lstrip("# ") for line in header))
     assert commands, header
     words = [w for w in commands[0].split() if re.fullmatch(r"[a-z_.]+=\S+", w)]
     assert f"experiment={name}" in words
@@ -52,8 +52,9 @@ def test_every_shipped_experiment_names_its_command_in_its_header(name: str) -> 
 
 @pytest.mark.parametrize("choice", choice_of_every_group())
 def test_every_choice_of_every_group_composes_and_has_the_name_of_its_file(choice: str, local_text: str) -> None:
-    made = load([choice, *([local_text] if choice == "data=local" else [])])
     group, name = choice.split("=")
+    words = {"data=local": [local_text], "model": ["sweep.width_ratios=[1]"]}  # half a preset may be no whole model
+    made = load([choice, *words.get(choice, []), *words.get(group, [])])
     section = made.variants[0]
     if group in COMPARABLE:
         assert getattr(section, group)["name"] == name

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from mupsweep.cli import data, plan, report, rules, run, status, transfer, worker
+from mupsweep.cli import cancel, check, data, plan, report, rules, run, status, transfer, worker
 from mupsweep.errors import MupsweepError
 
 app = typer.Typer(
@@ -25,7 +25,9 @@ app.command("plan")(plan.plan)
 app.command("rules")(rules.rules)
 app.command("status")(status.status)
 app.command("report")(report.report)
+app.command("cancel")(cancel.cancel)
 app.command("worker")(worker.worker)
+app.add_typer(check.app, name="check")
 app.add_typer(data.app, name="data")
 
 

@@ -13,11 +13,13 @@ app = typer.Typer(help="Prepare, list and verify token shards.", no_args_is_help
 def prepare(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
     """Tokenize a corpus now, so that no run waits for it.
 
+    Run the same command again to go on after an interruption.
+
     Example: mupsweep data prepare data=local data.path=my.jsonl data.tokenizer=gpt2
     """
-    from mupsweep.report import terminal
+    from mupsweep.report import corpora
 
-    terminal.prepare_data(overrides or (), config_dir)
+    corpora.prepare_data(overrides or (), config_dir)
 
 
 @app.command("list")
@@ -26,9 +28,9 @@ def list_prepared(overrides: Overrides = None, config_dir: ConfigDir = None, jso
 
     Example: mupsweep data list
     """
-    from mupsweep.report import terminal
+    from mupsweep.report import corpora
 
-    terminal.show_prepared(overrides or (), config_dir, as_json=json)
+    corpora.show_prepared(overrides or (), config_dir, as_json=json)
 
 
 @app.command()
@@ -37,6 +39,6 @@ def verify(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
 
     Example: mupsweep data verify data.tokenizer=bytes
     """
-    from mupsweep.report import terminal
+    from mupsweep.report import corpora
 
-    terminal.verify_data(overrides or (), config_dir)
+    corpora.verify_data(overrides or (), config_dir)

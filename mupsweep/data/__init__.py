@@ -7,11 +7,13 @@ without making it. A batch is a pure function of (content id, context, batch siz
 state, no shuffle buffer, so resuming needs only a step number. Losses of different vocabularies compare
 through `byte_count`.
 
-    sources/       where documents come from: one file a source; local.py also reads ready token files
-    tokenizers.py  bytes, gpt2 and gpt2 truncated to V tokens
-    shards.py      the prepared corpus on disk: written once, verified
-    streams.py     token files read by memory map, ours and other people's
-    sampler.py     the permutation of the blocks of an epoch
+    sources/        where documents come from: one file a source; local.py also reads ready token files
+    tokenizers.py   bytes, gpt2 and gpt2 truncated to V tokens
+    preparation.py  documents -> shards: in parallel, once, and on from where an interruption left it
+    shards.py       the prepared corpus on disk: its format, its digests
+    cache.py        where prepared corpora lie, which there are, who prepares one now
+    streams.py      token files read by memory map, ours and other people's
+    sampler.py      the permutation of the blocks of an epoch
 
 Nothing here imports torch; importing this module, `vocab_size` and `fingerprint` import no numpy either.
 """
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mupsweep.config import DataConfig
-from mupsweep.data import shards, sources, tokenizers
+from mupsweep.data import cache, preparation, shards, sources, tokenizers
 from mupsweep.data.streams import TokenStream
 from mupsweep.data.tokenizers import vocab_size
 from mupsweep.errors import DataError
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Dataset", "TokenStream", "fingerprint", "prepare", "vocab_size"]
+__all__ = ["Dataset", "TokenStream", "epochs_remark", "fingerprint", "prepare", "vocab_size"]
 
 
 def prepare(config: DataConfig, progress: Callable[[str], None] | None = None) -> Dataset:
@@ -47,12 +49,12 @@ def prepare(config: DataConfig, progress: Callable[[str], None] | None = None) -
     """
     size = tokenizers.vocab_size(config.tokenizer)
     source = sources.load(config)
-    content = shards.content_id(config, source.fingerprint())
+    content = cache.content_id(config, source.fingerprint())
     ready = source.ready_tokens()
     if ready is not None:
         train, validation = TokenStream(ready.train), TokenStream(ready.validation)
     else:
-        train, validation = shards.streams(shards.prepare(source, config, content, progress))
+        train, validation = shards.streams(preparation.prepare(source, config, content, progress))
     return Dataset(content, config.tokenizer, size, train, validation)
 
 
@@ -63,7 +65,29 @@ def fingerprint(config: DataConfig) -> str:
         DataError: an unknown tokenizer or source, or a corpus that is not there.
     """
     tokenizers.vocab_size(config.tokenizer)
-    return shards.content_id(config, sources.load(config).fingerprint())
+    return cache.content_id(config, sources.load(config).fingerprint())
+
+
+def epochs_remark(config: DataConfig, tokens: int) -> str | None:
+    """What to say of a run that trains on `tokens` tokens, more than its corpus has; None where it does not.
+
+    Also None for a corpus that is not prepared yet: nobody knows its size.
+    """
+    source = sources.load(config)
+    ready = source.ready_tokens()
+    if ready is not None:
+        size = sum(segment.tokens for segment in ready.train)
+    else:
+        folder = cache.folder(config, cache.content_id(config, source.fingerprint()))
+        if not folder.exists():
+            return None
+        size = shards.meta(folder)["splits"]["train"]["tokens"]
+    if tokens <= size:
+        return None
+    return (
+        f"a run trains on {tokens:,} tokens, {tokens / size:.1f} times the {size:,} training tokens of "
+        f"data={config.name}: text repeats after the first epoch"
+    )
 
 
 @dataclass(frozen=True)
@@ -121,10 +145,6 @@ class Dataset:
     def byte_count(self, targets: NDArray[np.integer]) -> int:
         """Bytes of text that the target ids stand for: bits per byte = summed nats / ln 2 / bytes."""
         return int(tokenizers.load(self.tokenizer).byte_lengths[targets].sum())
-
-    def epochs(self, context: int, batch_size: int, steps: int) -> float:
-        """How often `steps` optimizer steps read the training split; above 1 text repeats."""
-        return steps * batch_size / self._enough("train", self.train, context, batch_size)
 
     def _enough(self, split: str, stream: TokenStream, context: int, batch_size: int) -> int:
         """The number of blocks of the split, at least one batch of them."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+MAGIC_LLAMA3 = 20240801  # llm.c's other kind of token file
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def segment(path: Path) -> Segment:
             if size != HEADER_BYTES + 2 * count:
                 raise DataError(f"{path} is damaged: {size} bytes, but its header promises {HEADER_BYTES + 2 * count}")
             return Segment(path, HEADER_BYTES, count)
+        if magic == MAGIC_LLAMA3:
+            raise DataError(f"{path} holds Llama 3 tokens in uint32 (llm.c): only uint16 tokens are read")
     if size == 0 or size % 2:
         raise DataError(f"{path} is no token file: {size} bytes cannot be uint16 tokens")
     return Segment(path, 0, size // 2)

@@ -10,13 +10,15 @@ the small vocabularies are nested in the big one, and a CPU sweep need not pay f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,9 @@ from mupsweep.errors import DataError, nearest
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from tiktoken import Encoding
 
+END = "<|endoftext|>"
 SHIPPED = ("bytes", "gpt2", "gpt2-1024", "gpt2-4096")
 GPT2_VOCAB = 50257
 MERGES = Path(__file__).parent / "corpora" / "gpt2-vocab.bpe"
@@ -87,10 +91,22 @@ class Tokenizer:
     digest: str
     _pieces: tuple[bytes, ...]  # what each id decodes to
     _encode: Callable[[str], NDArray[np.uint16]]
+    _encode_joined: Callable[[str], NDArray[np.uint16]] | None = None  # reads END as the end of text
 
     def encode(self, text: str) -> NDArray[np.uint16]:
         """The ids (n,) of one document, without the end of text; '<|endoftext|>' is plain text."""
         return self._encode(well_formed(text))
+
+    def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.uint16]]:
+        """The ids of well-formed texts, each with the end of text: as one after the other, but a tenth faster."""
+        import numpy as np
+
+        if self._encode_joined is not None and not any(END in text for text in texts):
+            with contextlib.suppress(ValueError):  # a text that has to be cut; which one does not matter to the others
+                ids = self._encode_joined("".join(text + END for text in texts))
+                return np.split(ids, np.flatnonzero(ids == self.end_of_text)[:-1] + 1)
+        end = np.array([self.end_of_text], dtype=np.uint16)
+        return [np.concatenate([self._encode(text), end]) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; the end of text decodes to nothing, incomplete UTF-8 to U+FFFD."""
@@ -116,8 +132,11 @@ def load(name: str) -> Tokenizer:
         pieces = (b"", *(bytes([b]) for b in range(1, 256)))
         return Tokenizer(name, size, 0, digest(name), pieces, _encode_bytes)
     end = size - 1
-    ranks = {piece: rank for rank, piece in enumerate(_gpt2_pieces()[:end])}
-    return Tokenizer(name, size, end, digest(name), (*ranks, b""), _gpt2_encoder(ranks))
+    ranks = {piece: rank for rank, piece in enumerate(gpt2_pieces()[:end])}
+    encoding = _encoding_of_this_thread(ranks)
+    return Tokenizer(
+        name, size, end, digest(name), (*ranks, b""), partial(_encode_gpt2, encoding), partial(_encode_joined, encoding)
+    )
 
 
 def _encode_bytes(text: str) -> NDArray[np.uint16]:
@@ -128,35 +147,50 @@ def _encode_bytes(text: str) -> NDArray[np.uint16]:
     return ids
 
 
-def _gpt2_encoder(ranks: dict[bytes, int]) -> Callable[[str], NDArray[np.uint16]]:
+def _encode_gpt2(encoding: Callable[[], Encoding], text: str) -> NDArray[np.uint16]:
     import numpy as np
+
+    def encode(part: str) -> NDArray[np.uint16]:
+        return encoding().encode_to_numpy(part, disallowed_special=()).astype(np.uint16)
+
+    try:
+        return encode(text)
+    except ValueError:
+        # The regular expression overflows its stack on a very long run of white space: cut such runs.
+        cuts = [0, *(match.end() for match in LONG_BLANK.finditer(text)), len(text)]
+        if len(cuts) == 2:
+            raise
+        return np.concatenate([encode(text[a:b]) for a, b in itertools.pairwise(cuts)])
+
+
+def _encode_joined(encoding: Callable[[], Encoding], text: str) -> NDArray[np.uint16]:
+    import numpy as np
+
+    return encoding().encode_to_numpy(text, allowed_special={END}).astype(np.uint16)
+
+
+def _encoding_of_this_thread(ranks: dict[bytes, int]) -> Callable[[], Encoding]:
+    """Makes one for each thread: a regular expression runs a fifth slower in threads other than its first user's."""
     import tiktoken
 
-    end = len(ranks)
-    encoding = tiktoken.Encoding(
-        f"gpt2-{end + 1}",
-        pat_str=PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": end},
-        explicit_n_vocab=end + 1,
-    )
+    end, mine = len(ranks), threading.local()
 
-    def encode(text: str) -> NDArray[np.uint16]:
-        try:
-            return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-        except ValueError:
-            # The regular expression overflows its stack on a very long run of white space: cut such runs.
-            cuts = [0, *(match.end() for match in LONG_BLANK.finditer(text)), len(text)]
-            if len(cuts) == 2:
-                raise
-            parts = [encoding.encode_to_numpy(text[a:b], disallowed_special=()) for a, b in itertools.pairwise(cuts)]
-            return np.concatenate(parts).astype(np.uint16)
+    def encoding() -> Encoding:
+        if not hasattr(mine, "encoding"):
+            mine.encoding = tiktoken.Encoding(
+                f"gpt2-{end + 1}",
+                pat_str=PATTERN,
+                mergeable_ranks=ranks,
+                special_tokens={END: end},
+                explicit_n_vocab=end + 1,
+            )
+        return mine.encoding
 
-    return encode
+    return encoding
 
 
 @lru_cache(maxsize=1)
-def _gpt2_pieces() -> tuple[bytes, ...]:
+def gpt2_pieces() -> tuple[bytes, ...]:
     """The bytes of GPT-2's 50256 ranks: 256 byte values, printable ones first, then the merges in file order.
 
     The merge list writes a byte as one printable character: itself where it has a glyph, else U+0100 onwards.

@@ -214,6 +214,7 @@ BAD = {
         {"a.bin": struct.pack("<3i", 20240520, 2, 0)},
         "llm.c's header in version 2: only version 1",
     ),
+    "uint32": ("a.bin", {"a.bin": struct.pack("<3i", 20240801, 7, 0)}, "holds Llama 3 tokens in uint32 (llm.c): only"),
     "cut bin": (
         "a.bin",
         {"a.bin": struct.pack("<3i", 20240520, 1, 9)},

@@ -86,6 +86,23 @@ def test_text_survives_the_round_trip(name: str, text: str) -> None:
     assert tokenizer.end_of_text not in ids
 
 
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(st.text("ab \n'<|endoftext|>", max_size=30) | st.just("a<|endoftext|>b"), min_size=1))
+def test_documents_together_are_documents_one_by_one(name: str, texts: list[str]) -> None:
+    tokenizer = tokenizers.load(name)
+    together = tokenizer.encode_documents(texts)
+    assert [ids.tolist() for ids in together] == [[*tokenizer.encode(t).tolist(), tokenizer.end_of_text] for t in texts]
+    assert {ids.dtype for ids in together} == {np.dtype(np.uint16)}
+
+
+def test_a_document_that_must_be_cut_leaves_its_neighbours_alone() -> None:
+    tokenizer = tokenizers.load("gpt2")
+    texts = ["before", "x" + " " * 1_000_000, " " * 5000 + "after"]
+    for together, text in zip(tokenizer.encode_documents(texts), texts, strict=True):
+        assert together.tolist() == [*tokenizer.encode(text).tolist(), 50256]
+
+
 def test_special_names_in_text_are_text() -> None:
     assert tokenizers.load("gpt2").encode("<|endoftext|>").tolist() == [27, 91, 437, 1659, 5239, 91, 29]
 

@@ -1,16 +1,17 @@
 """Sources: where documents come from. A new source is one file here and one yaml in `configs/data/`.
 
 `data.kind` names the class; it is constructed with the DataConfig. Documents are encoded and split by
-`mupsweep.data.shards`; a source that holds tokens already returns them from `ready_tokens` instead.
+`mupsweep.data.preparation`; a source that holds tokens already returns them from `ready_tokens` instead.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mupsweep.config import DataConfig
 from mupsweep.errors import DataError
@@ -19,12 +20,31 @@ if TYPE_CHECKING:
     from mupsweep.data.streams import Segment
 
 
+class Document(NamedTuple):
+    """A text, and its split ("train", "validation") where the source decides that; None: its hash does."""
+
+    text: str
+    split: str | None = None
+
+
 @dataclass(frozen=True)
 class ReadyTokens:
     """Token files that are read as they are, in order."""
 
     train: tuple[Segment, ...]
     validation: tuple[Segment, ...]
+
+
+class Reader(ABC):
+    """Reads the documents of a source in order, and knows where it stands."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Document]:
+        """The documents that are left."""
+
+    @abstractmethod
+    def position(self) -> Any:
+        """Where the document after the last one given begins, for `Source.reader`; plain json."""
 
 
 class Source(ABC):
@@ -44,6 +64,36 @@ class Source(ABC):
     def ready_tokens(self) -> ReadyTokens | None:
         """The tokens of a corpus that needs no encoding, with its split; None where there are documents."""
         return None
+
+    def reader(self, position: Any = None) -> Reader:
+        """The documents from `position` on; None is the beginning.
+
+        This one reads again what lies before the position. A source that can jump has a reader of its own.
+        """
+        return _Counted(self, position or 0)
+
+    def describe(self) -> dict[str, Any]:
+        """What meta.json keeps of the source, beside its class and fingerprint."""
+        return {}
+
+    def rows(self) -> int | None:
+        """How many documents there are, to show progress; None where nobody knows before the end."""
+        return None
+
+
+class _Counted(Reader):
+    """Positions are numbers of documents."""
+
+    def __init__(self, source: Source, skip: int) -> None:
+        self._source, self._count = source, skip
+
+    def __iter__(self) -> Iterator[Document]:
+        for text in itertools.islice(self._source.documents(), self._count, None):
+            self._count += 1
+            yield Document(text)
+
+    def position(self) -> int:
+        return self._count
 
 
 def load(config: DataConfig) -> Source:

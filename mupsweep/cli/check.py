@@ -1,0 +1,64 @@
+"""mupsweep check: coordinates, law"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mupsweep.cli.options import ConfigDir, Json, Overrides
+
+
+class CoordinatesUnlessNamed(TyperGroup):
+    """`mupsweep check KEY=VALUE` is `mupsweep check coordinates KEY=VALUE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in (*self.commands, "--help"):
+            args = ["coordinates", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    name="check",
+    help="Check a parametrization along widths and depths in ten steps, or measure an optimizer's update law.",
+    cls=CoordinatesUnlessNamed,
+)
+
+
+@app.command()
+def coordinates(
+    overrides: Overrides = None,
+    config_dir: ConfigDir = None,
+    json: Json = False,
+    figure: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Draw what was measured into this .png or .svg.")
+    ] = None,
+) -> None:
+    """Fit how features, logits, weights and updates go with width and depth, and compare with what is promised.
+
+    Without an experiment it takes small models (experiment=check), SP beside them, and finds an LR by itself. Exits
+    with 1 where a promised exponent is missed by more than 0.1 beyond its interval.
+
+    Example: mupsweep check coordinates optimizer=muon parametrization=mup,spectral
+    """
+    from mupsweep.check import recipes
+    from mupsweep.report import checks
+
+    found = recipes.check(recipes.load(overrides or (), config_dir))
+    raise typer.Exit(0 if checks.show_coordinates(found, json, figure) else 1)
+
+
+@app.command()
+def law(overrides: Overrides = None, config_dir: ConfigDir = None, json: Json = False) -> None:
+    """Measure how large the updates of an optimizer are, and print the LR rule that follows.
+
+    Also of your own: optimizer=foreign optimizer.path=my_module.MyOptimizer allow_imports=true. Exits with 1 where an
+    optimizer of mupsweep does not do what it declares.
+
+    Example: mupsweep check law optimizer=adamw,muon
+    """
+    from mupsweep.config import load
+    from mupsweep.report import checks
+
+    raise typer.Exit(0 if checks.show_laws(load(overrides or (), config_dir), json) else 1)

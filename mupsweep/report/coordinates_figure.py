@@ -1,0 +1,85 @@
+"""The figure of a coordinate check: what moved against the size, one line per step count, SP beside muP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from mupsweep.check.ladder import DEPTH, WIDTH, Coordinates, Row
+from mupsweep.check.trace import ATTENTION, CHANGE, FEATURES, LOGITS, UPDATE
+from mupsweep.errors import ConfigError
+from mupsweep.report.figures import QUIET, SIZES, STYLE, VERDICT_COLORS
+from mupsweep.scaling import Role
+
+FORMATS = (".png", ".svg")
+ROWS: tuple[tuple[str, Role | None, str], ...] = (
+    (CHANGE + FEATURES, None, "change of features"),
+    (CHANGE + LOGITS, None, "change of logits"),
+    (CHANGE + ATTENTION, None, "change of attention logits"),
+    (UPDATE, Role.HIDDEN, r"$\|\Delta W\|_R$ of hidden matrices"),
+)
+
+
+def draw(checked: Sequence[Coordinates], path: Path) -> None:
+    """Draw what was measured: a column per axis and variant, a row per coordinate, both axes logarithmic.
+
+    Raises:
+        ConfigError: a path that ends in neither .png nor .svg.
+    """
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"--figure {path}: expected a path that ends in {' or '.join(FORMATS)}")
+    columns = [(axis, one) for axis in (WIDTH, DEPTH) for one in checked if axis in one.axes()]
+    shown = [key for key in ROWS if all(_row(one, axis, *key[:2]) for axis, one in columns)]
+    with matplotlib.style.context(["default", STYLE]):
+        figure = Figure(figsize=(0.6 + 2.5 * len(columns), 0.9 + 2.1 * len(shown)), layout="constrained")
+        panels = figure.subplots(len(shown), len(columns), squeeze=False, sharey="row")
+        for line, (quantity, role, name) in zip(panels, shown, strict=True):
+            line[0].set_ylabel(name)
+            for axes, (axis, one) in zip(line, columns, strict=True):
+                row = _row(one, axis, quantity, role)
+                assert row is not None
+                _panel(axes, row)
+        several = len({one.label[:2] for one in checked}) > 1
+        for axes, (_, one) in zip(panels[0], columns, strict=True):
+            title = " ".join(one.label[1:]) if several else one.label[2]
+            axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=19)
+        for axes, (axis, _) in zip(panels[-1], columns, strict=True):
+            axes.set_xlabel(axis)
+        counts = sorted({count for one in checked for row in one.rows for count in row.values if count})
+        handles = [
+            Line2D([], [], color=_shade(i, len(counts)), marker="o", markersize=4, label=f"after {count} steps")
+            for i, count in enumerate(counts)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        software = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}[path.suffix]
+        figure.savefig(path, dpi=200, metadata=software)
+
+
+def _panel(axes: Axes, row: Row) -> None:
+    for i, values in enumerate(row.values.values()):
+        axes.plot(row.sizes, values, color=_shade(i, len(row.values)), marker="o", markersize=3.5, linewidth=1.2)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(row.sizes))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    color = QUIET if row.promised is None else VERDICT_COLORS["drifts" if row.off else "transfers"]
+    promised = "" if row.promised is None else f", promised {row.promised}"
+    text = f"exponent {row.judged.value:+.2f}{promised}".replace("-", "−")
+    axes.text(0, 1.04, text, transform=axes.transAxes, fontsize=8, color=color)
+
+
+def _row(one: Coordinates, axis: str, quantity: str, role: Role | None) -> Row | None:
+    return next((r for r in one.by_role(axis) if (r.quantity, r.role) == (quantity, role)), None)
+
+
+def _shade(i: int, count: int) -> tuple[float, float, float, float]:
+    return SIZES(i / max(1, count - 1))

@@ -1,0 +1,126 @@
+"""Tokens/s of preparing a corpus, against the loop that one writes first: `make bench`.
+
+The loop encodes one document after the other with tiktoken, appends the end of text and writes uint16, as nanoGPT's
+prepare.py does in each of its processes. Both read the same parquet file; preparation also hashes every document for
+the split, and flushes and digests its shards. Each turn is a process of its own, one side after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+DOCUMENTS, CHARACTERS = 20_000, 4_000  # a web page's length
+TURNS = 5
+
+
+def write(path: Path, documents: int) -> None:
+    """A parquet file of documents: sentences of the embedded corpus."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from mupsweep.config import DataConfig
+    from mupsweep.data.sources.sotu import Sotu
+
+    sentences = [s for text in Sotu(DataConfig()).documents() for s in re.split(r"(?<=[.;]) ", text)]
+    endless = itertools.cycle(sentences)
+
+    def texts() -> Iterator[str]:
+        for _ in range(documents):
+            taken, length = [], 0
+            while length < CHARACTERS:
+                taken.append(next(endless))
+                length += len(taken[-1])
+            yield " ".join(taken)
+
+    pq.write_table(pa.table({"text": list(texts())}), path, row_group_size=1000)
+
+
+def loop(path: Path, out: Path) -> tuple[int, float]:
+    """(tokens, seconds) of the plain loop."""
+    import numpy as np
+    import tiktoken
+
+    from mupsweep.data import tokenizers
+
+    encoder = tiktoken.Encoding(
+        "gpt2",
+        pat_str=tokenizers.PATTERN,
+        mergeable_ranks={piece: rank for rank, piece in enumerate(tokenizers.gpt2_pieces())},
+        special_tokens={"<|endoftext|>": tokenizers.GPT2_VOCAB - 1},
+    )
+    tokens, begin = 0, time.perf_counter()
+    with open(out / "train.bin", "wb") as file:
+        for text in documents(path):
+            ids = encoder.encode_ordinary(text)
+            ids.append(encoder.eot_token)
+            file.write(np.array(ids, dtype=np.uint16).tobytes())
+            tokens += len(ids)
+    return tokens, time.perf_counter() - begin
+
+
+def prepare(path: Path, out: Path) -> tuple[int, float]:
+    """(tokens, seconds) of `mupsweep data prepare`."""
+    from mupsweep import data
+    from mupsweep.config import DataConfig
+    from mupsweep.data import tokenizers
+
+    tokenizers.load("gpt2")
+    kind = "mupsweep.data.sources.local.Local"
+    config = DataConfig(name="bench", kind=kind, tokenizer="gpt2", path=str(path), cache=str(out))
+    begin = time.perf_counter()
+    made = data.prepare(config)
+    return len(made.train) + len(made.validation), time.perf_counter() - begin
+
+
+def documents(path: Path) -> Iterator[str]:
+    """The texts of the parquet file."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(1024, columns=["text"]):
+            yield from batch.column(0).to_pylist()
+
+
+def turn(side: str, path: Path) -> float:
+    """Tokens/s of one turn, in a process of its own."""
+    command = [sys.executable, __file__, "--side", side, "--path", str(path)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--documents", type=int, default=DOCUMENTS)
+    parser.add_argument("--side", choices=("loop", "prepare"), help=argparse.SUPPRESS)
+    parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.side:
+            import pyarrow.parquet  # noqa: F401, neither side is asked to import it while the clock runs
+
+            tokens, seconds = {"loop": loop, "prepare": prepare}[options.side](options.path, Path(folder))
+            print(tokens / seconds)
+            return
+        path = Path(folder) / "texts.parquet"
+        write(path, options.documents)
+        turns = [(turn("prepare", path), turn("loop", path)) for _ in range(TURNS)]
+    ours, theirs = (statistics.median(side) for side in zip(*turns, strict=True))
+    ratios = sorted(a / b for a, b in turns)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    print(f"\npreparation: {options.documents:,} documents of {CHARACTERS:,} characters, gpt2, {cores} core(s)")
+    print(f"  mupsweep data prepare     {ours / 1e6:.2f} M tokens/s")
+    print(f"  a loop over tiktoken      {theirs / 1e6:.2f} M tokens/s")
+    print(f"  ratio {statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]")
+
+
+if __name__ == "__main__":
+    main()
