@@ -109,13 +109,13 @@ class Window:
     xs: Array
     ys: Array
     sds: Array
-    tilt: float
+    tilt: float = 0.0
 
 
 def optima(curves: Sequence[LossCurve]) -> list[Optimum]:
     """The optimum of every curve. The curves of one ladder are given together: bend and noise are shared."""
     sds, dof = point_sds(curves)
-    level = 1.0 if dof else _jaggedness(curves)
+    level = 1.0 if dof else _blind_noise(curves)
     windows = [window(curve, sd, level) for curve, sd in zip(curves, sds, strict=True)]
     posteriors = iter(_draw([w for w in windows if isinstance(w, Window)], dof))
     bounds = [walls(curve, sd, level) for curve, sd in zip(curves, sds, strict=True)]
@@ -220,11 +220,19 @@ def point_sds(curves: Sequence[LossCurve]) -> tuple[list[dict[float, float]], fl
     return [{p.log2_lr: sd(mine, p) for p in c.points} for c, mine in zip(curves, own, strict=True)], float(freedom)
 
 
-def _jaggedness(curves: Sequence[LossCurve]) -> float:
-    """How far points lie from a parabola through their neighbours, typically: noise where no seed was repeated."""
-    thirds = [abs(float(d)) for c in curves for d in np.diff([p.mean for p in c.usable], 3)]
-    # of normal noise a third difference has variance 20, and half of all lie within 0.674 standard deviations
-    return float(np.median(thirds)) / (0.674 * math.sqrt(20)) if thirds else math.inf
+def _blind_noise(curves: Sequence[LossCurve]) -> float:
+    """The noise of a run where no seed was repeated: what the evidence of the whole curves says."""
+    whole = [
+        Window(
+            0.0, np.array([p.log2_lr for p in c.usable]), np.array([p.mean for p in c.usable]), np.ones(len(c.usable))
+        )
+        for c in curves
+        if len(c.usable) > 3
+    ]
+    if not whole:
+        return math.inf
+    settings, weights = _settings(whole, 0.0)
+    return float(weights @ np.array([noise for _, noise in settings]))
 
 
 def _tilt(points: Sequence[Point]) -> float:
@@ -249,20 +257,25 @@ def _draw(windows: Sequence[Window], dof: float) -> list[Posterior]:
     """Draws of every curve, the settings of bend and noise in proportion to their joint evidence."""
     if not windows:
         return []
-    unit = float(np.median([w.ys.max() - w.ys.min() for w in windows])) or 1.0
-    noises = NOISES if dof else BLIND_NOISES * unit
-    settings = [(unit * bend, noise) for bend in BENDS for noise in noises]
-    evidence = np.array([sum(_solve(w, *s).evidence for w in windows) + _prior(s[1], dof) for s in settings])
-    weights = np.exp(evidence - evidence.max())
-    weights[weights < NEGLIGIBLE] = 0.0
+    settings, weights = _settings(windows, dof)
     random = np.random.default_rng(0)  # fixed: the same records always give the same numbers
-    counts = random.multinomial(DRAWS, weights / weights.sum())
+    counts = random.multinomial(DRAWS, weights)
     made = []
     for w in windows:
         grid = np.linspace(w.xs[0], w.xs[-1], CELLS + 1)
         drawn = [_solve(w, *s).draw(grid, n, random) for s, n in zip(settings, counts, strict=True) if n]
         made.append(_posterior(w.center + grid, np.concatenate(drawn)))
     return made
+
+
+def _settings(windows: Sequence[Window], dof: float) -> tuple[list[tuple[float, float]], Array]:
+    """(bend, noise) and how probable each is."""
+    unit = float(np.median([w.ys.max() - w.ys.min() for w in windows])) or 1.0
+    settings = [(unit * bend, noise) for bend in BENDS for noise in (NOISES if dof else BLIND_NOISES * unit)]
+    evidence = np.array([sum(_solve(w, *s).evidence for w in windows) + _prior(s[1], dof) for s in settings])
+    weights = np.exp(evidence - evidence.max())
+    weights[weights < NEGLIGIBLE] = 0.0
+    return settings, weights / weights.sum()
 
 
 def _prior(noise: float, dof: float) -> float:
