@@ -120,7 +120,7 @@ def test_more_seeds_give_a_narrower_interval() -> None:
 def test_a_best_lr_at_the_edge_is_a_bound_and_no_optimum(
     grid: list[float], low: float | None, high: float | None, words: str
 ) -> None:
-    found = best(rows(optimum=-7.4, grid=grid))
+    found = best(rows(optimum=-7.4, grid=grid, seeds=3, noise=0.001))
     assert not found.bracketed
     assert found.log2_lr is None
     assert (found.low, found.high) == (low, high)
@@ -128,8 +128,14 @@ def test_a_best_lr_at_the_edge_is_a_bound_and_no_optimum(
     assert words in found.reason
 
 
+def test_four_lrs_of_one_seed_bound_less_than_three_seeds_do() -> None:
+    """How large noise is, four losses hardly tell: only an LR that is much worse counts as worse."""
+    found = best(rows(optimum=-7.4, grid=[-7.0, -6.0, -5.0, -4.0]))
+    assert (found.low, found.high) == (None, -5.0)
+
+
 def test_an_optimum_next_to_the_cliff_is_bounded_by_it() -> None:
-    found = best(rows(optimum=-7.0, grid=[-10.0, -9.0, -8.0, -7.0, -6.0], cliff=0.5))
+    found = best(rows(optimum=-7.0, grid=[-10.0, -9.0, -8.0, -7.0, -6.0], cliff=0.5, seeds=3, noise=0.001))
     assert not found.bracketed
     assert (found.low, found.high) == (-8.0, -6.0)
     assert found.reason is not None
