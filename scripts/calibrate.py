@@ -42,8 +42,9 @@ def broken(d: float) -> float:
     return 0.04 * d * d + 1.0 * max(0.0, d - 2.2) ** 2
 
 
-VALLEYS = (parabola, lopsided, log_cosh, broken)
-LOWEST_OF = {v: float(min(np.linspace(-1, 1, 4001), key=v)) for v in VALLEYS}
+VALLEYS: tuple[Callable[[float], float], ...] = (parabola, lopsided, log_cosh, broken)
+GRID = np.linspace(-1, 1, 4001)
+LOWEST_OF = {v: float(GRID[np.argmin([v(float(d)) for d in GRID])]) for v in VALLEYS}
 
 
 @dataclass(frozen=True)
