@@ -44,7 +44,9 @@ def broken(d: float) -> float:
 
 VALLEYS: tuple[Callable[[float], float], ...] = (parabola, lopsided, log_cosh, broken)
 GRID = np.linspace(-1, 1, 4001)
-LOWEST_OF = {v: float(GRID[np.argmin([v(float(d)) for d in GRID])]) for v in VALLEYS}
+LOWEST_OF: dict[Callable[[float], float], float] = {
+    v: float(GRID[np.argmin([v(float(d)) for d in GRID])]) for v in VALLEYS
+}
 
 
 @dataclass(frozen=True)
