@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test test-slow test-slurm lint check bench docs clean
+.PHONY: help setup demo smoke test test-slow test-slurm chaos lint check bench docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -30,6 +30,10 @@ test-slow: $(READY) ## the drills that take minutes
 
 test-slurm: $(READY) ## a Slurm cluster on this machine: limits, preemption, dead nodes, cancellation (minutes)
 	$(BIN)/python -m pytest -q -m slurm -rs tests/slurm
+
+MINUTES ?= 10
+chaos: $(READY) ## kill, stop and damage whatever trains for MINUTES=10; the results must be those of an undisturbed sweep
+	$(BIN)/python scripts/chaos.py --minutes $(MINUTES)
 
 lint: $(READY) ## ruff, pyright, import layers, generated documentation
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,16 @@ class Claim:
         return newest(self.path.parent) == self.path
 
     def release(self) -> None:
-        write_json(self.path, {**self.owner, "released": True}, durable=False)
+        with contextlib.suppress(RecordError):  # a full disk: the claim is free when this process has ended
+            write_json(self.path, {**self.owner, "released": True}, durable=False)
 
 
 def take(folder: Path) -> Claim | None:
     """The next claim in a run's folder of claims, or None where the newest one's owner lives."""
-    make_folder(folder)
     last = newest(folder)
-    if last is not None and not is_free(last) and not _lost_its_job(last):
+    if last is None:
+        make_folder(folder)
+    elif not is_free(last) and not _lost_its_job(last):
         return None
     path = folder / _claim_name(int(last.stem) + 1 if last is not None else 0)
     owner = _owner()
@@ -65,9 +68,21 @@ def is_of(path: Path, pid: int) -> bool:
     return (owner.get("host"), owner.get("boot"), owner.get("pid")) == (socket.gethostname(), _boot_id(), pid)
 
 
+def silence(folder: Path) -> tuple[float, str] | None:
+    """Seconds since the newest claim's owner gave a sign of life, and who that is; None where nobody owns the run."""
+    path = newest(folder)
+    if path is None or is_free(path):
+        return None
+    owner = read_json(path) or {}
+    return time.time() - path.stat().st_mtime, f"pid {owner.get('pid')} on {owner.get('host')}"
+
+
 def newest(folder: Path) -> Path | None:
-    """The claim that counts."""
-    return max(folder.glob("[0-9]*.json"), default=None)
+    """The claim that counts. Cheap: every worker asks for every run, and most of them in vain."""
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # no claims yet
+        names = [name for name in os.listdir(folder) if name[0].isdigit() and name.endswith(".json")]
+    return folder / max(names) if names else None
 
 
 def _claim_name(number: int) -> str:
@@ -79,7 +94,7 @@ def _owner() -> dict[str, Any]:
         "host": socket.gethostname(),
         "boot": _boot_id(),
         "pid": os.getpid(),
-        "born": _born(os.getpid()),
+        "born": born(os.getpid()),
         **squeue.own_job(),
         "taken": time.time(),
     }
@@ -93,7 +108,7 @@ def is_free(path: Path) -> bool:
     if owner.get("released"):
         return True
     if _is_here(owner):
-        return _born(int(owner["pid"])) != owner.get("born")
+        return born(int(owner["pid"])) != owner.get("born")
     return time.time() - path.stat().st_mtime > STALE_SECONDS
 
 
@@ -102,8 +117,9 @@ def _lost_its_job(path: Path) -> bool:
 
     Asked by jobs only, and apart from `is_free`, which views call for every run: it may call squeue.
     """
-    owner, mine = read_json(path) or {}, squeue.own_job()
-    if _is_here(owner) or None in (owner.get("slurm_job"), mine["slurm_job"]):
+    mine = squeue.own_job()
+    owner = (read_json(path) or {}) if mine["slurm_job"] is not None else {}
+    if _is_here(owner) or owner.get("slurm_job") is None:
         return False
     if owner["slurm_cluster"] != mine["slurm_cluster"] or path.stat().st_uid != os.getuid():
         return False  # squeue knows its own cluster only, and may keep other people's jobs to itself
@@ -142,13 +158,14 @@ def _create(path: Path, text: str) -> bool:
             temporary.unlink()
 
 
+@cache
 def _boot_id() -> str:
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
 
-def _born(pid: int) -> str | None:
+def born(pid: int) -> str | None:
     """When a process of this host started, so that a reused pid is told apart; None where it is gone."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()

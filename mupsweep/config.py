@@ -72,6 +72,7 @@ class TrainingConfig:
     steps: int | None = None
     tokens: int | None = None
     batch_size: int = 8
+    micro_batch: int | None = None
     warmup: float = 0.1
     schedule: str = "cosine"
     min_lr_frac: float = 0.1
@@ -97,6 +98,7 @@ class TrainingConfig:
             )
         require(given[0] > 0, "training.steps or training.tokens", given[0], "positive")
         require(self.batch_size > 0, "training.batch_size", self.batch_size, "positive")
+        require(self.micro_batch is None or self.micro_batch > 0, "training.micro_batch", self.micro_batch, "positive")
         require(self.warmup >= 0, "training.warmup", self.warmup, "a fraction below 1 or a number of steps")
         one_of(self.schedule, SCHEDULES, "training.schedule")
         require(0 <= self.min_lr_frac <= 1, "training.min_lr_frac", self.min_lr_frac, "in [0, 1]")

@@ -35,8 +35,10 @@ class Cost:
         return steps * STEP_SECONDS + self.flops / FLOPS_PER_SECOND[device]
 
 
-def estimate(tensors: Iterable[TensorSpec], size: Size, steps: int, batch_size: int) -> Cost:
-    """The cost of `steps` steps of `batch_size` sequences.
+def estimate(
+    tensors: Iterable[TensorSpec], size: Size, steps: int, batch_size: int, micro_batch: int | None = None
+) -> Cost:
+    """The cost of `steps` steps of `batch_size` sequences, computed `micro_batch` at a time, on one device.
 
     FLOPs per token are 6 per weight that multiplies activations plus 12 * depth * width * context for attention scores
     and values (Chowdhery et al. 2204.02311, appendix B; causality not discounted), which grouped queries share without
@@ -48,7 +50,8 @@ def estimate(tensors: Iterable[TensorSpec], size: Size, steps: int, batch_size: 
     per_token = 6 * multiplied + 12 * size.depth * size.width * size.context
     tokens = steps * batch_size * size.context
     # what the backward pass keeps of a block comes to about the inputs and outputs of its matrices
-    activations = batch_size * size.context * sum(sum(t.shape) for t in table if t.role is Role.HIDDEN)
+    tokens_at_once = min(batch_size, micro_batch or batch_size) * size.context
+    activations = tokens_at_once * sum(sum(t.shape) for t in table if t.role is Role.HIDDEN)
     return Cost(parameters, tokens, float(per_token) * tokens, 4.0 * (4 * parameters + activations))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -26,8 +26,8 @@ VOCAB_MULTIPLE = 64  # the vocabulary is padded to this, as nanoGPT pads 50257 t
 HUB_KEYS = ("hub_id", "hub_config", "revision", "data_files", "split", "validation_split", "held_out", "rows")
 UNIDENTIFYING = {
     "data": ("path", "cache", "kind", *HUB_KEYS),  # the content of the corpus stands in the identity itself
-    "training": ("checkpoint_minutes",),
-}  # no effect on the numbers
+    "training": ("checkpoint_minutes", "micro_batch"),
+}  # no effect on the numbers; that of micro_batch is the rounding of sums taken in another order
 
 
 class Part(NamedTuple):
@@ -84,7 +84,7 @@ class Recipe:
 
     def cost(self, size: Size) -> Cost:
         """What one run at `size` takes."""
-        return estimate(self.model.tensors(size), size, self.steps, self.training.batch_size)
+        return estimate(self.model.tensors(size), size, self.steps, self.training.batch_size, self.training.micro_batch)
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,19 @@ def recipe(variant: Variant) -> Recipe:
             "the LR would never reach its peak; lower warmup or train longer"
         )
     for part in made.parts:  # a batch rule may refuse
+        part.optimizer.update_law()  # a foreign optimizer's may be unknown
         _check_decay(part.optimizer, made.parametrization)
     return made
+
+
+def _check_shares(training: TrainingConfig, launcher: Mapping[str, Any]) -> None:
+    """Devices that train a run together take equal shares of each batch."""
+    devices = int(launcher.get("devices_per_run", 1))
+    if training.batch_size % devices:
+        raise ConfigError(
+            f"training.batch_size={training.batch_size} cannot be divided among launcher.devices_per_run={devices}: "
+            "choose a multiple"
+        )
 
 
 def _check_decay(optimizer: Optimizer, parametrization: Parametrization) -> None:
@@ -168,6 +179,8 @@ def _check_decay(optimizer: Optimizer, parametrization: Parametrization) -> None
 
 def plan(config: SweepConfig) -> list[RunSpec]:
     """Every run of the grid, the most expensive first. Writes nothing."""
+    for variant in config.variants:
+        _check_shares(variant.training, config.launcher)
     runs = [
         run
         for variant in config.variants

@@ -99,13 +99,11 @@ class SweepDir:
         return self.path / "trackers"
 
     def run(self, run_id: str) -> RunDir:
-        return RunDir(self.path / "runs" / run_id)
+        return RunDir(self.path / f"runs/{run_id}")  # one join: of 100,000 runs, joining paths is what takes the time
 
     def state(self, run_id: str) -> dict[str, Any]:
-        """A run's status as it is: what its owner left as running when it died is pending again."""
-        folder = self.run(run_id)
-        status = folder.status()
-        return {"status": PENDING} if status["status"] == RUNNING and not folder.is_claimed() else status
+        """A run's status as it is."""
+        return self.run(run_id).state()
 
     def counts(self) -> Counter[str]:
         """How many runs are in each state."""
@@ -137,7 +135,8 @@ class SweepDir:
         if not self.plan_path.is_file():
             return []
         try:
-            rows = [json.loads(line) for line in self.plan_path.read_text().splitlines()]
+            lines = self.plan_path.read_text().splitlines()
+            rows = json.loads(f"[{','.join(lines)}]")  # as one document the rows share their keys: half the memory
             for row in rows:
                 if not {"run_id", "variant", "width_ratio", "depth_ratio", "log2_lr", "seed"} <= set(row):
                     raise ValueError(f"not a planned run: {row}")
@@ -154,7 +153,6 @@ class SweepDir:
         import fcntl
 
         make_folder(self.path)
-
         with (self.path / ".lock").open("w") as file:
             with contextlib.suppress(OSError):  # a file system without locks: plans are idempotent, so go on
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -196,6 +194,11 @@ class RunDir:
         """What status.json says; pending where it is missing or damaged."""
         status = read_json(self.status_path)
         return status if status is not None and "status" in status else {"status": PENDING}
+
+    def state(self) -> dict[str, Any]:
+        """The status as it is: what the owner left as running when it died is pending again."""
+        status = self.status()
+        return {"status": PENDING} if status["status"] == RUNNING and not self.is_claimed() else status
 
     def is_open(self) -> bool:
         """Whether the run still needs training: anything but a result."""
@@ -265,6 +268,10 @@ class RunDir:
         """Whether somebody alive owns this run."""
         newest = claims.newest(self.claims)
         return newest is not None and not claims.is_free(newest)
+
+    def silence(self) -> tuple[float, str] | None:
+        """Seconds since the owner's last sign of life, and who that is; None where nobody alive owns this run."""
+        return claims.silence(self.claims)
 
     def is_owned_by(self, pid: int) -> bool:
         """Whether a process of this host owns this run, or owned it last."""

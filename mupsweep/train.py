@@ -10,17 +10,20 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mupsweep.batches import Batches
 from mupsweep.build import Built, generator
 from mupsweep.config import TrainingConfig
 from mupsweep.data import Dataset
 from mupsweep.files import write_bytes
 from mupsweep.models.loss import DRAWS
 from mupsweep.plan import RunSpec
+from mupsweep.ranks import ALONE, OK, STOP, Interrupted, Ranks
 from mupsweep.records import DIVERGED, DONE, RUNNING, RunDir
 
 log = logging.getLogger("mupsweep")
@@ -29,10 +32,6 @@ ROWS = 200  # about so many rows of metrics.jsonl per run, whatever its length
 DIVERGED_RATIO = 1.05  # a mean loss above the start's by this factor is divergence, not noise
 DIGEST_BYTES = hashlib.sha256().digest_size
 STATUS_SECONDS = 0.5  # how often status.json is refreshed for whoever watches
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; it is checkpointed and goes on when it is started again."""
 
 
 class Control(Protocol):
@@ -50,90 +49,141 @@ class Progress:
     step: int = 0
     losses: list[float] = field(default_factory=list)  # of every step, nats per token
     seconds: float = 0.0  # in the loop, over all attempts
+    micro_batch: int | None = None  # that memory asked for
+
+
+@dataclass
+class Journal:
+    """What a run leaves on disk while it trains: checkpoints, rows of metrics, its status. Written by rank 0 alone.
+
+    Attributes:
+        pending: losses of the latest steps, still on the device.
+    """
+
+    built: Built
+    folder: RunDir
+    progress: Progress
+    leads: bool
+    pending: list[Tensor] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.saved = self.shown = self.started
+        self.first_step, self.spent = self.progress.step, self.progress.seconds
+        if self.leads:
+            self.folder.write_metrics(row for row in self.folder.metrics() if row["step"] <= self.first_step)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        if not self.leads:
+            return
+        flush(self.pending, self.progress)
+        self.clock()
+        save_checkpoint(self.built, self.progress, self.folder)
+        self.saved = time.monotonic()
+
+    def clock(self) -> float:
+        """Steps per second of this attempt."""
+        passed = time.monotonic() - self.started
+        self.progress.seconds = self.spent + passed
+        return (self.progress.step - self.first_step) / max(passed, 1e-9)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Log a row of metrics."""
+        if self.leads:
+            self.folder.append_metrics(row)
+
+    def show(self, row: dict[str, Any], total: int, rate: float) -> None:
+        """Tell whoever watches, now and then."""
+        if not self.leads or time.monotonic() - self.shown <= STATUS_SECONDS:
+            return
+        details = {"step": row["step"], "steps": total, "train_loss": row["train_loss"], "tokens_per_second": rate}
+        self.folder.write_status(RUNNING, durable=False, **details)
+        self.shown = time.monotonic()
 
 
 def train(
-    run: RunSpec, built: Built, data: Dataset, folder: RunDir, device: torch.device, control: Control
+    run: RunSpec,
+    built: Built,
+    data: Dataset,
+    folder: RunDir,
+    device: torch.device,
+    control: Control,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train a run to its end and return its summary.
 
     Raises:
-        Interrupted: `control` asked to stop; a checkpoint was written after a finished step.
+        Interrupted: `control` of any rank asked to stop; a checkpoint was written after a finished step.
     """
     training = run.recipe.training
     total, context = run.recipe.steps, run.size.context
     interval = max(1, total // ROWS)
     evaluations = {round(total * (i + 1) / training.evals) for i in range(training.evals)}
     precision = choose_precision(training.precision, device)
-    network: Callable[..., Tensor] = built.network
-    if training.compile:
-        torch._dynamo.reset()  # runs of other sizes in this process would use up the limit of recompilations
-        network = torch.compile(built.network, dynamic=False)
+    network = compiled(built.network) if training.compile else built.network
 
     progress = resume(built, folder, device)
-    folder.write_metrics(row for row in folder.metrics() if row["step"] <= progress.step)
-    pending: list[Tensor] = []  # losses of the latest steps, still on the device
-    started = last_checkpoint = last_status = time.monotonic()
-    first_step, spent = progress.step, progress.seconds
-
-    def save() -> None:
-        flush(pending, progress)
-        progress.seconds = spent + time.monotonic() - started
-        save_checkpoint(built, progress, folder)
-
+    batches = Batches(ranks, training.micro_batch, progress.micro_batch)
+    journal = Journal(built, folder, progress, ranks.leads)
     while progress.step < total:
-        if control.stop_requested():
-            save()
+        if ranks.exchange(STOP if control.stop_requested() else OK) == STOP:
+            journal.save()
             raise Interrupted
         control.heartbeat()
         factor = lr_factor(progress.step, total, training)
-        tokens = _to_device(data.train_batch(context, training.batch_size, run.seed, progress.step), device)
+        block = data.train_batch(context, training.batch_size, run.seed, progress.step)
+        tokens = _to_device(ranks.rows(block), device)
         if built.optimizer.curvature_due(progress.step):
-            observe_curvature(network, built, tokens[:, :-1], run.seed, progress.step, precision)
-        with autocast(precision, device):
-            loss = network(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
+            observe_curvature(network, built, tokens[:, :-1], run.seed, progress.step, precision, batches)
+        loss_of = partial(loss_of_rows, network, precision)
+        journal.pending.append(batches.backward(built.network.parameters(), loss_of, tokens))
+        progress.micro_batch = batches.forced
         grad_norm = clip(built)
         built.optimizer.step(factor)
-        pending.append(loss.detach())
         progress.step += 1
 
         if progress.step % interval == 0 or progress.step in evaluations:
-            flush(pending, progress)
-            row = {
-                "step": progress.step,
-                "tokens": progress.step * training.batch_size * context,
-                "train_loss": mean(progress.losses[-interval:]),
-                "lr": run.base_lr * factor,
-            }
-            if grad_norm is not None:
-                row["grad_norm"] = float(grad_norm)
+            flush(journal.pending, progress)
+            row = row_of(progress, interval, training.batch_size * context, run.base_lr * factor, grad_norm)
             bad_step = diverged_at(progress.losses, training.divergence_patience, total)
             if bad_step is None and progress.step in evaluations:
-                row |= evaluate(network, data, run, precision, device)
+                row |= evaluate(network, data, run, precision, device, batches)
                 if not math.isfinite(row["val_loss"]):
                     bad_step = progress.step
-            folder.append_metrics(row)
-            now = time.monotonic()
-            done_now = (progress.step - first_step) * training.batch_size * context
-            rate = done_now / max(now - started, 1e-9)
+            journal.append(row)
+            rate = journal.clock() * training.batch_size * context
             if bad_step is not None or progress.step == total:
-                progress.seconds = spent + now - started
-                return summarise(run, progress, row, bad_step, rate, precision, device)
-            if now - last_status > STATUS_SECONDS:
-                folder.write_status(
-                    RUNNING,
-                    durable=False,
-                    step=progress.step,
-                    steps=total,
-                    train_loss=row["train_loss"],
-                    tokens_per_second=rate,
-                )
-                last_status = now
-        if time.monotonic() - last_checkpoint > 60 * training.checkpoint_minutes:
-            save()
-            last_checkpoint = time.monotonic()
+                return summarise(run, progress, row, bad_step, rate, precision, device, ranks.size)
+            journal.show(row, total, rate)
+        if time.monotonic() - journal.saved > 60 * training.checkpoint_minutes:
+            journal.save()
     raise AssertionError("a finished run has no checkpoint to resume from")
+
+
+def compiled(network: nn.Module) -> Callable[..., Tensor]:
+    """The network through torch.compile."""
+    torch._dynamo.reset()  # runs of other sizes in this process would use up the limit of recompilations
+    return torch.compile(network, dynamic=False)
+
+
+def row_of(
+    progress: Progress, interval: int, tokens_per_step: int, lr: float, grad_norm: Tensor | None
+) -> dict[str, Any]:
+    """A row of metrics; its loss is the mean since the row before."""
+    row = {
+        "step": progress.step,
+        "tokens": progress.step * tokens_per_step,
+        "train_loss": mean(progress.losses[-interval:]),
+        "lr": lr,
+    }
+    return row if grad_norm is None else row | {"grad_norm": float(grad_norm)}
+
+
+def loss_of_rows(network: Callable[..., Tensor], precision: str, tokens: Tensor) -> Tensor:
+    """Mean loss of the targets [:, 1:] after the inputs [:, :-1]."""
+    with autocast(precision, tokens.device):
+        return network(tokens[:, :-1], tokens[:, 1:])
 
 
 def lr_factor(step: int, total: int, training: TrainingConfig) -> float:
@@ -164,14 +214,29 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 
 def observe_curvature(
-    network: Callable[..., Tensor], built: Built, inputs: Tensor, seed: int, step: int, precision: str
+    network: Callable[..., Tensor],
+    built: Built,
+    inputs: Tensor,
+    seed: int,
+    step: int,
+    precision: str,
+    batches: Batches | None = None,
 ) -> None:
     """Gradients of sqrt(tokens) times the loss for labels drawn from the predictions, never clipped: their squares
-    estimate the diagonal of the Gauss-Newton matrix (Liu et al. 2305.14342, Algorithm 2)."""
-    draws = torch.randint(DRAWS, inputs.shape, generator=generator("curvature", seed, step))
-    with autocast(precision, inputs.device):
-        loss = network(inputs, draws=draws.to(inputs.device))
-    (inputs.numel() ** 0.5 * loss).backward()
+    estimate the diagonal of the Gauss-Newton matrix (Liu et al. 2305.14342, Algorithm 2).
+
+    Args:
+        inputs: this rank's rows; the draws are those of the whole batch, whoever computes it.
+    """
+    batches = batches or Batches()
+    whole = (len(inputs) * batches.ranks.size, inputs.shape[1])
+    draws = torch.randint(DRAWS, whole, generator=generator("curvature", seed, step))
+
+    def loss_of(inputs: Tensor, draws: Tensor) -> Tensor:
+        with autocast(precision, inputs.device):
+            return math.prod(whole) ** 0.5 * network(inputs, draws=draws)
+
+    batches.backward(built.network.parameters(), loss_of, inputs, batches.ranks.rows(draws).to(inputs.device))
     built.optimizer.observe(step)
 
 
@@ -183,22 +248,32 @@ def clip(built: Built) -> Tensor | None:
 
 
 def evaluate(
-    network: Callable[..., Tensor], data: Dataset, run: RunSpec, precision: str, device: torch.device
+    network: Callable[..., Tensor],
+    data: Dataset,
+    run: RunSpec,
+    precision: str,
+    device: torch.device,
+    batches: Batches,
 ) -> dict[str, float]:
     """Mean loss over the fixed validation batches, in nats per token and in bits per byte of text."""
     training, context = run.recipe.training, run.size.context
-    batches = min(training.eval_batches, data.validation_batches(context, training.batch_size))
-    nats, tokens, n_bytes = 0.0, 0, 0
-    with torch.no_grad():
-        for index in range(batches):
-            block = data.validation_batch(context, training.batch_size, index)
-            batch = _to_device(block, device)
-            with autocast(precision, device):
-                loss = network(batch[:, :-1], batch[:, 1:])
-            nats += loss.item() * block[:, 1:].size
-            tokens += block[:, 1:].size
-            n_bytes += data.byte_count(block[:, 1:])
-    return {"val_loss": nats / tokens, "val_bits_per_byte": nats / math.log(2) / n_bytes}
+    tokens, n_bytes = 0, 0
+    nats = torch.zeros((), dtype=torch.float64)
+    for index in range(min(training.eval_batches, data.validation_batches(context, training.batch_size))):
+        block = data.validation_batch(context, training.batch_size, index)
+        mine = _to_device(batches.ranks.rows(block), device)
+
+        def compute(mine: Tensor = mine) -> float:
+            pieces = (piece for (piece,) in batches.pieces(mine))
+            return sum(loss_of_rows(network, precision, p).item() * p[:, 1:].numel() for p in pieces)
+
+        with torch.no_grad():
+            nats += batches.fitting(compute, len(mine))
+        tokens += block[:, 1:].size
+        n_bytes += data.byte_count(block[:, 1:])
+    batches.ranks.add([nats])
+    mean_loss = nats.item() / tokens
+    return {"val_loss": mean_loss, "val_bits_per_byte": nats.item() / math.log(2) / n_bytes}
 
 
 def diverged_at(losses: list[float], patience: float, total: int) -> int | None:
@@ -224,6 +299,7 @@ def summarise(
     rate: float,
     precision: str,
     device: torch.device,
+    devices: int,
 ) -> dict[str, Any]:
     """The run's summary.json: a line of results/runs.csv and the settings that only the machine could decide."""
     tail = max(1, progress.step // 20)
@@ -240,6 +316,7 @@ def summarise(
         "seconds": progress.seconds,
         "tokens_per_second": rate,
         "device": device_name(device),
+        "devices": devices,
         "precision": precision,
     }
 

@@ -5,26 +5,31 @@ execute -> claim -> build -> train -> summary.json -> status.json
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import signal
+import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 import torch
 
 from mupsweep import plan, trackers
+from mupsweep.batches import is_out_of_memory
 from mupsweep.build import build, group_records
 from mupsweep.claims import Claim
+from mupsweep.cost import si
 from mupsweep.data import Dataset, prepare
 from mupsweep.errors import ConfigError, MupsweepError, RecordError, nearest
 from mupsweep.plan import RunSpec
+from mupsweep.ranks import ALONE, Interrupted, Ranks, gathered
 from mupsweep.records import FAILED, FINISHED, PENDING, RUNNING, RunDir, SweepDir
-from mupsweep.train import Interrupted, train
+from mupsweep.train import device_name, train
 
 log = logging.getLogger("mupsweep")
 
@@ -40,12 +45,32 @@ def execute(
 ) -> bool:
     """Train every run of the sweep, or the named ones, that is pending and claimed by nobody; longest first.
 
+    Args:
+        device: a torch device, "auto", or several separated by commas, which train every run together.
+
     Returns:
         False if it was asked to stop before all of them were taken.
     """
-    chosen = choose_device(device)
-    configure(threads, chosen)
+    devices = choose_devices(device)
     stop = StopFlag.install()
+    words = [str(sweep.path), *run_ids, "--device", device, "--threads", str(threads)]
+    with gathered(devices, [sys.executable, "-m", "mupsweep", "worker", *words]) as ranks:
+        chosen = devices[ranks.rank]
+        configure(threads, chosen)
+        if not ranks.leads:
+            return follow(sweep, chosen, stop, ranks)
+        return lead(sweep, run_ids, chosen, stop, ranks, on_finished)
+
+
+def lead(
+    sweep: SweepDir,
+    run_ids: Sequence[str],
+    device: torch.device,
+    stop: StopFlag,
+    ranks: Ranks,
+    on_finished: Callable[[], None],
+) -> bool:
+    """`execute` on rank 0, which is all there is on one device."""
     runs = select(plan.load(sweep), run_ids)
     tracker = trackers.load(sweep)
     data: dict[str, Dataset] = {}
@@ -61,7 +86,7 @@ def execute(
                 continue
             if run.recipe.digest not in data:
                 data[run.recipe.digest] = prepare(run.recipe.variant.data)
-            execute_run(run, folder, data[run.recipe.digest], chosen, Owner(claim, stop))
+            execute_run(run, folder, data[run.recipe.digest], device, Owner(claim, stop), ranks)
             if folder.status()["status"] in FINISHED:
                 tracker.finished(folder)
         except Interrupted:
@@ -74,37 +99,93 @@ def execute(
     return True
 
 
-def execute_run(run: RunSpec, folder: RunDir, data: Dataset, device: torch.device, owner: Owner) -> None:
-    """Train one claimed run and write its records, `status.json` last. A failure is recorded, not raised."""
-    handler = logging.FileHandler(folder.log_path)
+def follow(sweep: SweepDir, device: torch.device, stop: StopFlag, ranks: Ranks) -> bool:
+    """`execute` on the other ranks: train what rank 0 begins, and write nothing. What fails is for rank 0 to record."""
+    runs = {run.run_id: run for run in plan.load(sweep)}
+    while run_id := ranks.next_run():
+        try:
+            with ranks.together():
+                run = runs[run_id]
+                data = prepare(run.recipe.variant.data)
+                train(run, build(run, device), data, sweep.run(run_id), device, Follower(stop), ranks)
+        except Exception:  # `together` has told rank 0
+            if not is_alive(device):
+                os.abort()
+    return True
+
+
+def execute_run(
+    run: RunSpec, folder: RunDir, data: Dataset, device: torch.device, owner: Owner, ranks: Ranks = ALONE
+) -> None:
+    """Train one claimed run and write its records, `status.json` last. A failure is recorded, not raised.
+
+    Raises:
+        RecordError: not even the failure can be recorded.
+    """
+    with contextlib.ExitStack() as opened:
+        try:
+            opened.enter_context(logged(folder))
+            ranks.tell(run.run_id)
+            with ranks.together():
+                folder.write_status(RUNNING, durable=False, step=0, steps=run.recipe.steps)
+                built = build(run, device)
+                folder.write_rules(run.row() | asdict(run.recipe.variant), group_records(built))
+                summary = train(run, built, data, folder, device, owner, ranks)
+                owner.check()
+                folder.write_summary(summary)
+                folder.write_status(summary["status"])
+                folder.remove_checkpoints()
+        except Interrupted:
+            log.info("stopped as asked; checkpointed")
+            raise
+        except TakenOver:
+            log.warning("another worker took this run over meanwhile; leaving the records to it")
+        except Exception as error:
+            log.error("%s", error if isinstance(error, MupsweepError) else traceback.format_exc())
+            if not is_alive(device):
+                os.abort()  # every later run of this process would fail too; the launcher starts another worker
+            if owner.claim.is_held():
+                folder.write_status(FAILED, error=told(error, run, device))
+
+
+def told(error: Exception, run: RunSpec, device: torch.device) -> str:
+    """Why a run failed, in one line."""
+    first = (str(error).splitlines() or [""])[0]
+    if not is_out_of_memory(error):
+        return str(error) if isinstance(error, MupsweepError) else f"{type(error).__name__}: {first}"
+    room = f" of {si(torch.cuda.mem_get_info(device)[1])}B" if device.type == "cuda" else ""
+    training = replace(run.recipe.training, micro_batch=1)
+    least = replace(run.recipe, variant=replace(run.recipe.variant, training=training)).cost(run.size)
+    return (
+        f"out of memory on {device_name(device)}{room}: {si(least.parameters)} parameters take roughly "
+        f"{si(least.memory)}B with one sequence at a time; use a larger device, fewer launcher.slots_per_device, "
+        f"a shorter model.context or smaller sizes ({first})"
+    )
+
+
+@contextlib.contextmanager
+def logged(folder: RunDir) -> Iterator[None]:
+    """What happens meanwhile stands in the run's log."""
+    try:
+        handler = LogFile(folder.log_path)
+    except OSError as error:
+        raise RecordError(f"cannot write {folder.log_path}: {error.strerror}") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
-        folder.write_status(RUNNING, durable=False, step=0, steps=run.recipe.steps)
-        built = build(run, device)
-        folder.write_rules(run.row() | asdict(run.recipe.variant), group_records(built))
-        summary = train(run, built, data, folder, device, owner)
-        owner.check()
-        folder.write_summary(summary)
-        folder.write_status(summary["status"])
-        folder.remove_checkpoints()
-    except Interrupted:
-        log.info("stopped as asked; checkpointed")
-        raise
-    except TakenOver:
-        log.warning("another worker took this run over meanwhile; leaving the records to it")
-    except Exception as error:
-        log.error("%s", error if isinstance(error, MupsweepError) else traceback.format_exc())
-        if not is_alive(device):
-            os.abort()  # every later run of this process would fail too; the launcher starts another worker
-        if owner.claim.is_held():
-            first = (str(error).splitlines() or [""])[0]
-            told = str(error) if isinstance(error, MupsweepError) else f"{type(error).__name__}: {first}"
-            folder.write_status(FAILED, error=told)
+        yield
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
+
+
+class LogFile(logging.FileHandler):
+    """A log that a full disk cuts short; the records say whether the run can go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        pass
 
 
 class TakenOver(Exception):
@@ -149,6 +230,19 @@ class Owner:
             raise TakenOver
 
 
+@dataclass(frozen=True)
+class Follower:
+    """The same for a rank that owns no claim."""
+
+    stop: StopFlag
+
+    def stop_requested(self) -> bool:
+        return self.stop.signalled
+
+    def heartbeat(self) -> None:
+        pass
+
+
 def select(runs: list[RunSpec], run_ids: Sequence[str]) -> list[RunSpec]:
     """The named runs, or all of them."""
     known = {run.run_id for run in runs}
@@ -157,6 +251,28 @@ def select(runs: list[RunSpec], run_ids: Sequence[str]) -> list[RunSpec]:
             hint = nearest(run_id, known) if len(known) < 20 else "see mupsweep status SWEEP --runs"
             raise RecordError(f"no run '{run_id}' in this sweep; {hint}")
     return [run for run in runs if not run_ids or run.run_id in run_ids]
+
+
+def choose_devices(device: str) -> list[torch.device]:
+    """The device of every rank, each of the kind of the first."""
+    names = [name.strip() for name in device.split(",") if name.strip()] or [device]
+    first = choose_device(names[0])
+    devices = [first, *(_parsed(name) for name in names[1:])]
+    seen = [str(d) for d in devices if d.type != "cpu"]
+    there = torch.cuda.device_count()
+    for other in devices[1:]:
+        if other.type != first.type or first.type not in ("cpu", "cuda") or (other.index or 0) >= max(1, there):
+            raise ConfigError(f"device {device}: a run takes several CUDA devices that are there, or several cpu")
+    if len(set(seen)) < len(seen):
+        raise ConfigError(f"device {device}: each rank of a run needs a GPU of its own")
+    return devices
+
+
+def _parsed(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name} is not there ({str(error).splitlines()[0]})") from error
 
 
 def choose_device(device: str) -> torch.device:

@@ -3,7 +3,7 @@
     training   tokens/s against transformers' GPT-2 with torch AdamW: same shapes, batch, precision and threads
     start      milliseconds of `mupsweep --help` and `mupsweep rules`, against `python -c pass`
     runner     seconds a run costs beyond its training steps, in a sweep of 40 short runs
-    scale      seconds to plan 10,000 runs and to read their status
+    scale      what 100,000 runs cost to plan, to look at and to analyse; claims of 64 workers (bench_scale.py)
     data       tokens/s of preparing a corpus, against a loop over tiktoken (bench_data.py)
     optimizers an optimizer's step as a share of a training step, and against pytorch-optimizer's (bench_optimizers.py)
 
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench_optimizers import optimizers
+from bench_scale import scale
 
 WIDTHS, VOCABULARIES = (128, 256, 512), (1024, 50257)
 DEPTH, HEAD_DIM, CONTEXT, BATCH = 4, 64, 256, 8
@@ -203,25 +204,6 @@ def runner(folder: Path) -> None:
     span = max(released) - min(taken)
     print(f"\nrunner: 40 runs of 20 steps on one worker: {seconds:.1f} s in all, report included")
     print(f"  in training steps and evaluation {inside:.1f} s; beyond them {(span - inside) / 40:.3f} s a run")
-
-
-def scale(folder: Path) -> None:
-    """A plan of 10,000 runs, written and then read."""
-    lrs = ",".join(f"{-12 + i / 100:g}" for i in range(1000))
-    words = [
-        f"sweep.log2_lrs=[{lrs}]",
-        "sweep.width_ratios=[0.25,0.5,1,2,4]",
-        "sweep.seeds=[0,1]",
-        f"out={folder}",
-        "sweep.name=big",
-    ]
-    print("\nscale: 10,000 runs")
-    print(f"  mupsweep plan              {timed([sys.executable, '-m', 'mupsweep', 'plan', *words]):.2f} s")
-    write = "import sys; from mupsweep import config, plan; plan.save(config.load(sys.argv[1:]), '')"
-    print(f"  plan and write the folder  {timed([sys.executable, '-c', write, *words]):.2f} s")
-    print(
-        f"  mupsweep status            {timed([sys.executable, '-m', 'mupsweep', 'status', str(folder / 'big')]):.2f} s"
-    )
 
 
 def data() -> None:

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import chosen
 import pytest
 import yaml
 
@@ -54,7 +55,7 @@ def test_every_shipped_experiment_names_its_command_in_its_header(name: str) -> 
 def test_every_choice_of_every_group_composes_and_has_the_name_of_its_file(choice: str, local_text: str) -> None:
     group, name = choice.split("=")
     words = {"data=local": [local_text], "model": ["sweep.width_ratios=[1]"]}  # half a preset may be no whole model
-    made = load([choice, *words.get(choice, []), *words.get(group, [])])
+    made = load([*chosen.words(group, name), *words.get(choice, []), *words.get(group, [])])
     section = made.variants[0]
     if group in COMPARABLE:
         assert getattr(section, group)["name"] == name

@@ -18,12 +18,12 @@ SMOKE = ("experiment=smoke",)
 # and say so in the changelog.
 GOLDEN = {
     (): {
-        "w16-d2-lr-9.00-s0-86511b59",
-        "w16-d2-lr-7.00-s0-c09ab75b",
-        "w16-d2-lr-5.00-s0-7097a08d",
-        "w32-d2-lr-9.00-s0-33b92dd4",
-        "w32-d2-lr-7.00-s0-443750d0",
-        "w32-d2-lr-5.00-s0-358cd604",
+        "w16-d2-lr-9.00-s0-060a5409",
+        "w16-d2-lr-7.00-s0-db4a6e62",
+        "w16-d2-lr-5.00-s0-e22a7b08",
+        "w32-d2-lr-9.00-s0-3d5154fe",
+        "w32-d2-lr-7.00-s0-0fba6474",
+        "w32-d2-lr-5.00-s0-c2383acf",
     },
     (
         "optimizer=muon_kimi",
@@ -31,14 +31,14 @@ GOLDEN = {
         "sweep.width_ratios=[4]",
         "sweep.log2_lrs=[-6.5]",
         "sweep.seeds=[1]",
-    ): {"w64-d2-lr-6.50-s1-d38c7702"},
+    ): {"w64-d2-lr-6.50-s1-33d0a125"},
     (
         "optimizer=sgd",
         "parametrization=sp",
         "data.tokenizer=gpt2-1024",
         "sweep.width_ratios=[1]",
         "sweep.log2_lrs=[-1]",
-    ): {"w16-d2-lr-1.00-s0-0f890eec"},
+    ): {"w16-d2-lr-1.00-s0-0957625e"},
 }
 
 

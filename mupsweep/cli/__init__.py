@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -30,6 +31,8 @@ app.command("worker")(worker.worker)
 app.add_typer(check.app, name="check")
 app.add_typer(data.app, name="data")
 
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2; a traceback is a bug of ours."""
@@ -43,3 +46,9 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe left, for instance `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        what = f"cannot write {error.filename}" if error.filename else "cannot write"
+        print(f"mupsweep: {what}: {error.strerror}; free space or choose another folder with out=DIR", file=sys.stderr)
+        sys.exit(MupsweepError.exit_code)

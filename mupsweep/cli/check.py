@@ -21,7 +21,7 @@ class CoordinatesUnlessNamed(TyperGroup):
 
 app = typer.Typer(
     name="check",
-    help="Check a parametrization along widths and depths in ten steps, or measure an optimizer's update law.",
+    help="Check a parametrization in ten steps, or measure an optimizer's update law.",
     cls=CoordinatesUnlessNamed,
 )
 
@@ -35,9 +35,9 @@ def coordinates(
         str | None, typer.Option(metavar="PATH", help="Draw what was measured into this .png or .svg.")
     ] = None,
 ) -> None:
-    """Fit how features, logits, weights and updates go with width and depth, and compare with what is promised.
+    """Fit what grows with width and depth, and compare with what is promised.
 
-    Without an experiment it takes small models (experiment=check), SP beside them, and finds an LR by itself. Exits
+    What is measured are features, logits, attention logits, weights and updates. Without an experiment it takes small models (experiment=check), SP beside them, and finds an LR by itself. Exits
     with 1 where a promised exponent is missed by more than 0.1 beyond its interval.
 
     Example: mupsweep check coordinates optimizer=muon parametrization=mup,spectral
@@ -51,7 +51,7 @@ def coordinates(
 
 @app.command()
 def law(overrides: Overrides = None, config_dir: ConfigDir = None, json: Json = False) -> None:
-    """Measure how large the updates of an optimizer are, and print the LR rule that follows.
+    """Measure how large an optimizer's updates are, and print its LR rule.
 
     Also of your own: optimizer=foreign optimizer.path=my_module.MyOptimizer allow_imports=true. Exits with 1 where an
     optimizer of mupsweep does not do what it declares.

@@ -14,7 +14,7 @@ def worker(
     run_ids: Annotated[
         list[str] | None, typer.Argument(metavar="RUN", help="Only these runs.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="A torch device, or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="A torch device, auto, or several per run: cuda:0,cuda:1.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
 ) -> None:
     """Train what is left of a planned sweep, one run after the other; what launchers call.

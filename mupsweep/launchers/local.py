@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 
 from mupsweep.environment import cores, find_devices
 from mupsweep.errors import ConfigError, RecordError
+from mupsweep.files import make_folder
 from mupsweep.launchers.progress import Progress
 from mupsweep.records import FAILED, RUNNING, SweepDir
 
@@ -27,16 +29,18 @@ class Local:
     Attributes:
         devices: "auto" finds them, or torch devices separated by commas: "cuda:0,cuda:1".
         slots_per_device: workers per device; None is one per accelerator, and cores / threads on a CPU.
-        threads: CPU threads per worker.
+        devices_per_run: how many train a run together, each its share of every batch.
+        threads: CPU threads per device's process.
     """
 
     name: str = "local"
     devices: str = "auto"
     slots_per_device: int | None = None
+    devices_per_run: int = 1
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for key in ("slots_per_device", "threads"):
+        for key in ("slots_per_device", "devices_per_run", "threads"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"launcher.{key}={value}: expected at least 1")
@@ -65,15 +69,25 @@ class Local:
         return not pool.was_stopped()
 
     def slots(self) -> list[str]:
-        """The device of every worker."""
+        """The device of every worker, or its devices separated by commas."""
         found = find_devices() if self.devices == "auto" else [d.strip() for d in self.devices.split(",") if d.strip()]
         if not found:
             raise ConfigError(f"launcher.devices={self.devices}: expected auto or a list such as cuda:0,cuda:1")
-        slots = []
-        for device in found:
-            count = self.slots_per_device or (max(1, cores() // self.threads) if device == "cpu" else 1)
-            slots += [device] * count
-        return slots
+        width = self.devices_per_run
+        if "cpu" in found:  # as many ranks as there are threads for
+            return [",".join([d] * width) for d in found for _ in range(self._slots(d))]
+        if len(found) % width:
+            raise ConfigError(
+                f"launcher.devices_per_run={width}: the {len(found)} devices ({', '.join(found)}) do not divide so; "
+                "choose another number, or name those to use in launcher.devices"
+            )
+        groups = [",".join(found[i : i + width]) for i in range(0, len(found), width)]
+        return [group for group in groups for _ in range(self._slots(group))]
+
+    def _slots(self, device: str) -> int:
+        """Workers on a device or a group of them."""
+        spare = max(1, cores() // (self.threads * self.devices_per_run)) if device == "cpu" else 1
+        return self.slots_per_device or spare
 
 
 @dataclass
@@ -88,7 +102,7 @@ class Pool:
     respawns: int = 0
 
     def start(self) -> None:
-        self.sweep.logs.mkdir(parents=True, exist_ok=True)
+        make_folder(self.sweep.logs)
         self.workers = [self.spawn(index) for index in range(len(self.slots))]
 
     def spawn(self, index: int) -> subprocess.Popen[bytes]:
@@ -130,7 +144,8 @@ class Pool:
         """The end of a dead worker's log."""
         path = self.sweep.logs / f"worker-{index}.log"
         lines = path.read_text(errors="replace").strip().splitlines()
-        return f"{lines[-1] if lines else 'no output'} (see {path})"
+        free = shutil.disk_usage(path).free
+        return f"{lines[-1] if lines else f'no output, with {free} bytes left on the disk'} (see {path})"
 
     def stop(self) -> None:
         """Ask every worker that still works to checkpoint and end, and wait; a second Ctrl-C kills them."""

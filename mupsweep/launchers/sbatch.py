@@ -47,7 +47,7 @@ class Worker:
 
     Attributes:
         command: up to and with the sweep's folder; run ids, the device and the threads follow.
-        devices: torch devices; one that stands there twice gets two workers.
+        devices: torch devices, or some separated by commas; one that stands there twice gets two workers.
         threads: CPU threads each.
     """
 

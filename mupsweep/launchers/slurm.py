@@ -65,12 +65,13 @@ class Slurm:
     Attributes:
         partition, account, qos, constraint, mem: sbatch's options of these names; None leaves them to the cluster.
         time: limit of a task, HH:MM:SS or D-HH:MM:SS; None leaves it to the cluster.
-        gpus: per task; each gets a worker of its own.
+        gpus: per task; each gets a worker of its own, or each group of `devices_per_run`.
         gres: sbatch's --gres, where gpu:N is not what the cluster wants.
         cpus: per task; None is one per thread of each worker.
-        workers: worker processes per task; None is one per GPU, or one.
+        workers: per task; None is one per GPU or group of GPUs, or one.
+        devices_per_run: how many GPUs, or CPU processes, train a run together, each its share of every batch.
         device: kind of torch device; None is cuda where there are GPUs, else cpu.
-        threads: CPU threads per worker.
+        threads: CPU threads per device's process.
         minutes_per_task: shorter runs are bundled until a task takes about so long.
         throttle: tasks of one array that may run at once.
         max_array: tasks per array; None asks the cluster.
@@ -93,6 +94,7 @@ class Slurm:
     gres: str | None = None
     cpus: int | None = None
     workers: int | None = None
+    devices_per_run: int = 1
     device: str | None = None
     threads: int = 1
     minutes_per_task: float = 30.0
@@ -107,7 +109,7 @@ class Slurm:
 
     def __post_init__(self) -> None:
         least = {"gpus": 0, "max_restarts": 0} | dict.fromkeys(
-            ("cpus", "workers", "threads", "throttle", "max_array", "signal_seconds"), 1
+            ("cpus", "workers", "devices_per_run", "threads", "throttle", "max_array", "signal_seconds"), 1
         )
         for key, lowest in least.items():
             value = getattr(self, key)
@@ -128,6 +130,10 @@ class Slurm:
         self._check_time()
         if self.gpus == 0 and self.kind_of_device == "cuda":
             raise ConfigError("launcher.device=cuda: expected launcher.gpus to be at least 1")
+        if self.kind_of_device == "cuda" and self.gpus % self.devices_per_run:
+            raise ConfigError(
+                f"launcher.devices_per_run={self.devices_per_run}: expected a divisor of launcher.gpus={self.gpus}"
+            )
 
     def _check_time(self) -> None:
         if self.time is None:
@@ -150,10 +156,11 @@ class Slurm:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The device of every worker of a task."""
-        count = self.workers or max(1, self.gpus)
-        kind = self.kind_of_device
-        return tuple(f"{kind}:{i % self.gpus}" if kind == "cuda" else kind for i in range(count))
+        """The device of every worker of a task, or its devices separated by commas."""
+        kind, width = self.kind_of_device, self.devices_per_run
+        count = self.workers or max(1, self.gpus // width)
+        names = [f"{kind}:{i % self.gpus}" if kind == "cuda" else kind for i in range(count * width)]
+        return tuple(",".join(names[i : i + width]) for i in range(0, len(names), width))
 
     def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
         """Submit the runs that are in no queued or running job, and the analysis after them; wait for neither."""
@@ -193,7 +200,7 @@ class Slurm:
         limit = self.max_array or max_array_size()
         kind = "cuda" if self.kind_of_device == "cuda" else "cpu"
         for size, runs in groupby(chosen, key=lambda run: run.size.name):
-            lengths = {run.run_id: run.cost.seconds(run.recipe.steps, kind) for run in runs}
+            lengths = {run.run_id: run.cost.seconds(run.recipe.steps, kind) / self.devices_per_run for run in runs}
             tasks = bundled(lengths, len(self.devices), 60 * self.minutes_per_task)
             for start in range(0, len(tasks), limit):
                 name = size if start == 0 else f"{size}-{start // limit + 1}"
@@ -208,7 +215,7 @@ class Slurm:
         """The script of a job array, from nothing but its arguments."""
         throttle = f"%{self.throttle}" if self.throttle else ""
         resources = {
-            "cpus-per-task": self.cpus or self.threads * len(self.devices),
+            "cpus-per-task": self.cpus or self.threads * len(self.devices) * self.devices_per_run,
             "gres": self.gres or (f"gpu:{self.gpus}" if self.gpus else None),
             "mem": self.mem,
             "time": self.time,

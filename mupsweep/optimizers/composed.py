@@ -137,6 +137,8 @@ class Composed(Optimizer, Algorithm):
             raise ConfigError(f"optimizer.graft={made.name}: its update cannot be computed apart from its step")
         if made.curvature_every is not None:
             raise ConfigError(f"optimizer.graft={made.name}: a graft observes no curvature; graft adamw or sgd")
+        if made.projects or made.hyperball:
+            raise ConfigError(f"optimizer.graft={made.name}: the norm of its update is that of the weight; graft adamw")
         return made
 
     def update_law(self, dims: Dims | None = None) -> UpdateLaw:

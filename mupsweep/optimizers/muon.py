@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 SHAPE_FACTORS = {"plain": one, "jordan": jordan, "bernstein": spectral_ratio, "kimi": match_rms_adamw}
 
 
+def convert(lr: float, source: str, target: str, n_out: int, n_in: int) -> float:
+    """The LR in convention `target` that steps an (n_out, n_in) matrix as `lr` does in convention `source`.
+
+    Weight decay is coupled to the LR as the optimizer is given it, so a coefficient converts by the inverse.
+
+    Raises:
+        ConfigError: a convention that is no key of SHAPE_FACTORS.
+    """
+    for convention in (source, target):
+        if convention not in SHAPE_FACTORS:
+            raise ConfigError(f"Muon has no convention {convention}: {nearest(convention, SHAPE_FACTORS)}")
+    return lr * SHAPE_FACTORS[source](n_out, n_in) / SHAPE_FACTORS[target](n_out, n_in)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Muon(Composed):
     """W -= lr * (shape_factor * orthogonalise(momentum) + weight_decay * W). lr: spectral norm per update (plain).

@@ -24,6 +24,8 @@ POLAR_EXPRESS: tuple[Quintic, ...] = (
     (1.8750, -1.2500, 0.3750),
 )
 
+LONGEST_SIDE = 256  # of matrices that are multiplied as stacks, per CPU thread
+
 
 def orthogonalise(matrices: Tensor, steps: int, eps: float) -> Tensor:
     """Muon's: singular values to about [0.7, 1.2], in bf16; the result is fp32.
@@ -48,8 +50,11 @@ def _newton_schulz(stack: Tensor, quintics: tuple[Quintic, ...], eps: float) -> 
     wide = stack.shape[-2] <= stack.shape[-1]
     X = stack if wide else stack.mT
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # so that every singular value is at most 1
-    X = _iterate(X, quintics) if batch_pays(X) else torch.stack([_iterate(one, quintics) for one in X])
-    return X if wide else X.mT
+    if batch_pays(X):
+        X = _iterate(X, quintics)
+        return X if wide else X.mT
+    each = (_iterate(one, quintics) for one in X)  # a large transpose is faster copied than added to a weight as it is
+    return torch.stack([one if wide else one.mT.contiguous() for one in each])
 
 
 def _iterate(rows: Tensor, quintics: tuple[Quintic, ...]) -> Tensor:
@@ -64,9 +69,14 @@ def _iterate(rows: Tensor, quintics: tuple[Quintic, ...]) -> Tensor:
 
 
 def batch_pays(stack: Tensor) -> bool:
-    """Whether one product of stacks is faster than a product per matrix: always on accelerators, whose launches cost
-    more than small products; on a CPU up to a size (`make bench`, part optimizers)."""
-    return stack.device.type != "cpu" or (len(stack) > 1 and min(stack.shape[-2:]) <= 256)
+    """Whether a product of stacks is faster than one product per matrix: always on accelerators, where a launch costs
+    more than a small product. On a CPU it parallelises over matrices, which pays until one alone fills the threads, and
+    a stack of one matrix never pays (`make bench`, part optimizers)."""
+    import torch
+
+    if stack.device.type != "cpu":
+        return True
+    return len(stack) > 1 and min(stack.shape[-2:]) <= LONGEST_SIDE * torch.get_num_threads()
 
 
 def clip(matrices: Tensor) -> Tensor:

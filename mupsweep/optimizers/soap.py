@@ -81,9 +81,9 @@ class SOAP(Preconditioned):
             moments, basis = state[axis], state[f"{axis}_basis"]
             # L <- beta L + (1 - beta) G G^T;   R likewise with G^T G
             accumulate(moments, grads, axis, self.shampoo_beta, 1 - self.shampoo_beta)
-            # Q_L: the eigenvectors of L, the largest eigenvalue first, then followed
+            # Q_L: the eigenvectors of L, followed from then on
             if step == 0:
-                basis.copy_(symmetric_eigen(moments)[1].flip(-1))
+                basis.copy_(symmetric_eigen(moments)[1])
             elif turns:
                 follow(moments, basis, facing(state["v"], axis))
         if momentum is not None:

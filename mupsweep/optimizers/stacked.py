@@ -61,7 +61,7 @@ class StackedOptimizer(torch.optim.Optimizer):
             weights, algorithm = stack.weights, stack.algorithm
             now = self._now(group, stack)
             update = algorithm.direction(stack.grads, stack.state, now)
-            if not algorithm.decays:
+            if now.weight_decay and not algorithm.decays:
                 torch._foreach_mul_(weights, 1 - now.lr * now.weight_decay)  # pyright: ignore
             torch._foreach_add_(weights, list(update.to(weights[0].dtype).unbind()), alpha=-now.lr)  # pyright: ignore
             if algorithm.projects:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from mupsweep.check.ladder import DEPTH, WIDTH, Coordinates, Row
+from mupsweep.check.ladder import DEPTH, TOLERANCE, WIDTH, Coordinates, Row
 from mupsweep.check.trace import ATTENTION, CHANGE, FEATURES, LOGITS, UPDATE
 from mupsweep.errors import ConfigError
 from mupsweep.report.figures import QUIET, SIZES, STYLE, VERDICT_COLORS
@@ -71,7 +71,7 @@ def _panel(axes: Axes, row: Row) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    color = QUIET if row.promised is None else VERDICT_COLORS["drifts" if row.off else "transfers"]
+    color = QUIET if row.promised is None else VERDICT_COLORS["drifts" if row.miss > TOLERANCE else "transfers"]
     promised = "" if row.promised is None else f", promised {row.promised}"
     text = f"exponent {row.judged.value:+.2f}{promised}".replace("-", "−")
     axes.text(0, 1.04, text, transform=axes.transAxes, fontsize=8, color=color)

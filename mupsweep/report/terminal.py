@@ -19,10 +19,12 @@ from mupsweep.config import SweepConfig
 from mupsweep.cost import FLOPS_PER_SECOND, duration, si
 from mupsweep.environment import accelerator, cores
 from mupsweep.errors import RecordError
+from mupsweep.optimizers.muon import SHAPE_FACTORS, Muon, convert
 from mupsweep.plan import Recipe, RunSpec, corpus_remarks, plan, recipe, sweep_name
 from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING, SweepDir
 from mupsweep.scaling import Monomial, Role, Rule, symbolic
 
+SILENT_SECONDS = 300.0  # a worker gives a sign of life every half minute, unless a step takes longer
 RULE_KEYS = ("multiplier", "init_std", "lr", "weight_decay", "eps")
 
 
@@ -113,6 +115,9 @@ def show_rules(config: SweepConfig, as_json: bool, per_tensor: bool) -> None:
                 f"attention scale {attention:.4g}"
             )
             console.print(_rule_table(rows, per_tensor))
+            if conventions := muon_conventions(one, rows):
+                console.print("the LR with which the other conventions of Muon take the same step:")
+                console.print(_convention_table(conventions))
         for note in audit(one):
             console.print(f"note: {note}")
     console.print("audit: every tensor has one role, one optimizer and one LR; no contradiction found")
@@ -121,7 +126,7 @@ def show_rules(config: SweepConfig, as_json: bool, per_tensor: bool) -> None:
 def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
     """How far a sweep is."""
     rows = [(row, sweep.run(row["run_id"])) for row in sweep.read_plan()]
-    states = [(row, folder, sweep.state(row["run_id"])) for row, folder in rows]
+    states = [(row, folder, folder.state()) for row, folder in rows]
     queue = _queue(sweep)
     if as_json:
         jobs = {run_id: asdict(job) for run_id, job in queue.runs.items()}
@@ -155,6 +160,13 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
     for line in queue.lines():
         console.print(line)
     for row, folder, status in states:
+        silence = folder.silence() if status["status"] == RUNNING else None
+        if silence is not None and silence[0] > SILENT_SECONDS:
+            console.print(
+                f"silent for {silence[0] / 60:.0f} min: {row['run_id']}: its worker ({silence[1]}) lives but has not "
+                "finished a step; if that goes on, kill it and run the same command again",
+                markup=False,
+            )
         if status["status"] == FAILED:
             console.print(f"failed: {row['run_id']}: {status.get('error', '')} (see {folder.log_path})", markup=False)
 
@@ -182,6 +194,7 @@ def _rules_document(one: Recipe, config: SweepConfig, base_lr: float) -> dict[st
     sizes = []
     for r_n, r_L in config.sweep.ratios:
         size = one.size(r_n, r_L)
+        rows = rules(one, size, base_lr)
         sizes.append(
             {
                 "width": size.width,
@@ -189,7 +202,8 @@ def _rules_document(one: Recipe, config: SweepConfig, base_lr: float) -> dict[st
                 "width_ratio": float(r_n),
                 "depth_ratio": float(r_L),
                 "attention_scale": multipliers(one, size).attention,
-                "tensors": [rule_record(row) for row in rules(one, size, base_lr)],
+                "tensors": [rule_record(row) for row in rows],
+                "muon_conventions": muon_conventions(one, rows),
             }
         )
     return {
@@ -238,6 +252,27 @@ def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:
         numbers = (one.multiplier, one.lr, one.weight_decay, one.decay_per_step, one.eps)
         others = (f"{one.thresholds[n]:.4g}" if n in one.thresholds else "" for n in names)
         table.add_row(name, "x".join(map(str, shape)), optimizer, std, *(f"{x:.4g}" for x in numbers), *others)
+    return table
+
+
+def muon_conventions(one: Recipe, rows: Sequence[TensorRule]) -> list[dict[str, Any]]:
+    """For every shape that a Muon without further parts steps, the LR of the same step in each convention."""
+    optimizers = {role: p.optimizer for p in reversed(one.parts) for role in p.optimizer.takes}
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        muon = optimizers[row.role]
+        if isinstance(muon, Muon) and not muon.composed:
+            n_out, n_in = row.shape[::-1] if row.role is Role.INPUT else row.shape
+            lrs = {target: convert(row.lr, muon.scaling, target, n_out, n_in) for target in SHAPE_FACTORS}
+            found[n_out, n_in, row.lr] = {"n_out": n_out, "n_in": n_in, "scaling": muon.scaling, **lrs}
+    return list(found.values())
+
+
+def _convention_table(conventions: Sequence[dict[str, Any]]) -> Table:
+    torchs = {"jordan": " (torch: original)", "kimi": " (torch: match_rms_adamw)"}
+    table = table_of("n_out x n_in", *(name + torchs.get(name, "") for name in SHAPE_FACTORS))
+    for row in conventions:
+        table.add_row(f"{row['n_out']}x{row['n_in']}", *(f"{row[name]:.4g}" for name in SHAPE_FACTORS))
     return table
 
 

@@ -120,7 +120,7 @@ def test_rules_as_json_have_the_documented_keys(cli: Callable[..., tuple[int, st
     assert set(document["roles"]) == {"input", "hidden", "output", "input_vector", "hidden_vector"}
     exponents = ("multiplier", "init_var", "lr", "weight_decay", "eps")
     for role in document["roles"].values():
-        assert set(role) == {"optimizer", *exponents}
+        assert set(role) == {"optimizer", "thresholds", *exponents}
         for key in exponents:
             assert set(role[key]) == {"r_n", "r_L"}
             assert all(str(Fraction(text)) == text for text in role[key].values()), role[key]
@@ -129,7 +129,7 @@ def test_rules_as_json_have_the_documented_keys(cli: Callable[..., tuple[int, st
     (size,) = document["sizes"]
     assert {"width", "depth", "width_ratio", "depth_ratio", "tensors"} <= set(size)
     assert [size[k] for k in ("width", "depth", "width_ratio", "depth_ratio")] == [64, 8, 4.0, 4.0]
-    numbers = ("init_std", "multiplier", "lr", "weight_decay", "eps")
+    numbers = ("init_std", "multiplier", "lr", "weight_decay", "decay_per_step", "eps")
     ratios = ("init_var_ratio", "multiplier_ratio", "lr_ratio", "weight_decay_ratio", "eps_ratio")
     for tensor in size["tensors"]:
         assert {"name", "role", "shape", "optimizer", *numbers, *ratios} <= set(tensor)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import chosen
 import pytest
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ TINY = ["experiment=smoke", "model.depth=1", "sweep.width_ratios=[2]", "sweep.lo
 
 @cache
 def run(name: str, *overrides: str) -> RunSpec:
-    (made,) = plan(config.load([*TINY, f"optimizer={name}", *overrides]))
+    (made,) = plan(config.load([*TINY, *chosen.words("optimizer", name), *overrides]))
     return made
 
 

@@ -112,7 +112,7 @@ def test_the_lr_is_the_relative_change_of_a_weight(optimizer: Composed) -> None:
     ("name", "lr"), [("muon_hyperball", ONE), ("adamw_hyperball", R_N ** Fraction(-1, 2))], ids=str
 )
 def test_the_lr_of_hidden_matrices_follows_the_rank_of_the_update(name: str, lr: Monomial) -> None:
-    """At fixed Frobenius norms full-rank updates keep their spectral norm relative to the weight's, rank-1 ones grow."""
+    """At fixed Frobenius norms full-rank updates keep their spectral norm relative to a weight's, rank-1 ones grow."""
     one = recipe(config.load([f"optimizer={name}"]).variants[0])
     assert symbolic(Spectral("mup", None), one.optimizer.update_law(), Role.HIDDEN).lr == lr
     assert one.optimizer.roles == ("hidden",)

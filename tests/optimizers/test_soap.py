@@ -54,9 +54,9 @@ def error(got: list[Tensor], expected: list[Tensor]) -> float:
     ("betas", "shampoo_beta", "every", "max_axis"),
     [
         ((0.95, 0.95), 0.95, 10, 10000),
-        ((0.9, 0.99), 0.99, 10, 10000),
+        ((0.9, 0.99), 0.97, 10, 10000),
         ((0.95, 0.95), 0.95, 5, 40),
-        ((0.8, 0.9), 0.9, 1, 20),
+        ((0.8, 0.9), 0.95, 1, 20),
     ],
 )
 def test_soap_is_pytorch_optimizers(
@@ -182,7 +182,7 @@ def test_the_spectral_norm_is_right_from_the_first_update_on() -> None:
     ("shape", "blocks"), [((40, 40), one), ((40, 60), columns), ((60, 40), rows), ((60, 60), entries)]
 )
 def test_the_law_of_a_long_axis_is_entrywise_along_it(shape: tuple[int, int], blocks: Any) -> None:
-    law = soap(max_axis=50).update_law(shape)
+    law = soap(max_axis=40).update_law(shape)
     assert (law.degree, law.eps_power) == (0, 1)
     assert law.blocks(*map(float, shape)) == blocks(*map(float, shape))
     assert soap(axes=("in", "out")).update_law().blocks is one

@@ -106,7 +106,7 @@ def test_the_direction_is_tangent_of_norm_one_and_steepest(shape: tuple[int, int
     U, _, V = torch.linalg.svd(weights, full_matrices=False)
     normal = U[..., :1] @ V[..., :1, :]
     unit = grads / grads.norm(dim=(-2, -1), keepdim=True)
-    Phi = tangent_msign(unit, normal, bisections=20)
+    Phi = tangent_msign(unit, normal, steps=20)
     assert (normal * Phi).sum(dim=(-2, -1)).abs().max() <= TOLERANCE["tangent"]
     values = torch.linalg.svdvals(Phi)
     assert (values - 1).abs().max() < TOLERANCE["polar"]
@@ -127,7 +127,7 @@ def test_a_gradient_along_the_normal_leaves_the_sphere_in_no_direction(sign: flo
     U, _, V = torch.linalg.svd(torch.randn(24, 16, generator=generator), full_matrices=False)
     normal = torch.outer(U[:, 0], V[0]).unsqueeze(0)
     unit = sign * normal + noise * torch.randn(1, 24, 16, generator=generator)
-    Phi = tangent_msign(unit / unit.norm(), normal, bisections=40)
+    Phi = tangent_msign(unit / unit.norm(), normal, steps=40)
     assert (normal * Phi).sum().abs() <= TOLERANCE["tangent"]
     assert torch.linalg.matrix_norm(Phi, ord=2).max() < 1 + TOLERANCE["polar"]
 
@@ -138,9 +138,9 @@ def test_matrices_of_a_stack_are_solved_apart() -> None:
     stack = stack / stack.norm(dim=(-2, -1), keepdim=True)
     U, _, V = torch.linalg.svd(weights)
     normal = U[..., :1] @ V[..., :1, :]
-    together = tangent_msign(stack, normal, bisections=20)
+    together = tangent_msign(stack, normal, steps=20)
     for i in range(5):
-        alone = tangent_msign(stack[i : i + 1], normal[i : i + 1], bisections=20)[0]
+        alone = tangent_msign(stack[i : i + 1], normal[i : i + 1], steps=20)[0]
         assert (together[i] - alone).norm() < 1e-2 * alone.norm()
 
 
@@ -151,7 +151,7 @@ def test_a_first_order_step_leaves_the_spectral_norm() -> None:
     S[0] = 1.5 * S[1]
     w = (U @ torch.diag(S) @ V / S[0]).float()
     grad = torch.randn(1, 32, 32, generator=generator)
-    Phi = tangent_msign(grad / grad.norm(), torch.outer(U[:, 0], V[0]).float().unsqueeze(0), bisections=20)[0]
+    Phi = tangent_msign(grad / grad.norm(), torch.outer(U[:, 0], V[0]).float().unsqueeze(0), steps=20)[0]
     grown = [spectral((w - lr * Phi).double()) - 1 for lr in (0.02, 0.01)]
     assert 0 < grown[1] < 0.02**2 * 4
     assert grown[0] / grown[1] == pytest.approx(4, rel=0.2)
@@ -167,7 +167,7 @@ def test_the_audit_says_that_the_init_std_has_no_effect() -> None:
     [
         ({"radius": 0.0}, "optimizer.radius=0.0"),
         ({"momentum": 1.0}, "optimizer.momentum=1.0"),
-        ({"bisections": 0}, "optimizer.bisections=0"),
+        ({"solver_steps": 0}, "optimizer.solver_steps=0"),
         ({"power_iterations": 0}, "optimizer.power_iterations=0"),
         ({"weight_decay": 0.1}, "optimizer.weight_decay=0.1: sso fixes the norm"),
         ({"block_size": 8}, "optimizer.block_size: sso fixes the norm"),

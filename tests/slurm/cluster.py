@@ -124,10 +124,14 @@ class Cluster:
         files = [f"--{name}={self.root}/munge.{end}" for name, end in (("socket", "sock"), ("key-file", "key"))]
         files += [f"--{name}={self.root}/munged.{end}" for name, end in (("pid-file", "pid"), ("log-file", "log"))]
         self._daemon("munged", *files, f"--seed-file={self.root}/munged.seed", "--num-threads=2")
-        self._daemon("slurmctld", "-c")
+        self.start_controller("-c")
         for node in NODES:
             self.start_node(node)
         until(lambda: self.idle() == set(NODES), f"nodes are not idle, see {self.root}/*.log", 60)
+
+    def start_controller(self, *options: str) -> None:
+        """Start slurmctld, which goes on with the jobs that it knew; with -c it knows none."""
+        self._daemon("slurmctld", *options)
 
     def start_node(self, node: str) -> None:
         """Start a node's slurmd."""
@@ -148,6 +152,13 @@ class Cluster:
                     os.kill(int(folder.name), signal.SIGKILL)
             except OSError:  # it ended meanwhile
                 continue
+
+    def kill(self, daemon: str) -> None:
+        """End one daemon at once, as its crash would; the jobs go on."""
+        pid = self._pid(daemon)
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+            until(lambda: self._pid(daemon) is None, f"{daemon} to end", 30)
 
     def ask(self, *command: str) -> str:
         """What a client prints."""

@@ -1,0 +1,62 @@
+"""Least-squares exponents with 95 % t-intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Exponent:
+    """A fitted exponent and its interval at CONFIDENCE."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        value, low, high = (round(x, 2) + 0.0 for x in (self.value, self.low, self.high))  # + 0.0 turns -0.0 into 0.0
+        return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+    def away_from(self, expected: float) -> float:
+        """How far `expected` lies outside the interval; 0 inside it."""
+        return max(0.0, self.low - expected, expected - self.high)
+
+    def widened(self, half: float) -> Exponent:
+        """The same with an interval that is at least `half` to both sides."""
+        return Exponent(self.value, min(self.low, self.value - half), max(self.high, self.value + half))
+
+    def shifted(self, by: float) -> Exponent:
+        """Value and interval plus `by`."""
+        return Exponent(self.value + by, self.low + by, self.high + by)
+
+
+def regress(columns: Sequence[ArrayLike], ys: ArrayLike, groups: Sequence[object] = ()) -> list[Exponent]:
+    """One coefficient per column of a least-squares fit of `ys`, with an intercept for every group of points.
+
+    Without a degree of freedom left, intervals are infinite.
+    """
+    y = np.asarray(ys, dtype=float)
+    names = list(groups) or [None] * len(y)
+    intercepts = [np.array([name == g for name in names], dtype=float) for g in dict.fromkeys(names)]
+    X = np.stack([*(np.asarray(c, dtype=float) for c in columns), *intercepts], axis=1)
+    beta = np.linalg.lstsq(X, y, rcond=None)[0]
+    left = len(y) - np.linalg.matrix_rank(X)
+    if left < 1:
+        return [Exponent(float(b), -math.inf, math.inf) for b in beta[: len(columns)]]
+    residual = y - X @ beta
+    variance = float(residual @ residual) / left * np.diag(np.linalg.pinv(X.T @ X))
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, left) * np.sqrt(variance)
+    return [Exponent(float(b), float(b - h), float(b + h)) for b, h in zip(beta, half, strict=True)][: len(columns)]
+
+
+def slope(sizes: Sequence[float], values: Sequence[float]) -> Exponent:
+    """The exponent of positive values in the size."""
+    return regress([np.log2(sizes)], np.log2(values))[0]

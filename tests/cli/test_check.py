@@ -1,0 +1,165 @@
+"""mupsweep check: what it prints, its JSON, its figure, its exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mupsweep import build
+from mupsweep.cli import main
+from mupsweep.optimizers.adamw import AdamW
+from mupsweep.scaling import Role
+from mupsweep.scaling.laws import GRADIENT
+
+SMALL = ("model.width=16", "sweep.depth_ratios=[1]", "sweep.seeds=[0]", "sweep.log2_lrs=[-9]", "parametrization=mup")
+FOREIGN = ("optimizer=foreign", "optimizer.path=torch.optim.NAdam", "allow_imports=true")
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """The command line in this process: (exit code, stdout, stderr)."""
+    torch.set_num_threads(1)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mupsweep", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def dropped_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden matrices keep the LR of the base."""
+    right = build.rules
+
+    def wrong(*arguments: object) -> tuple[build.TensorRule, ...]:
+        rows = right(*arguments)  # type: ignore[arg-type]
+        return tuple(replace(r, lr=r.lr / r.lr_ratio) if r.role is Role.HIDDEN else r for r in rows)
+
+    monkeypatch.setattr(build, "rules", wrong)
+
+
+def test_overrides_alone_check_coordinates_and_a_figure_is_drawn(cli: Cli, tmp_path: Path) -> None:
+    figure = tmp_path / "figures" / "check.svg"
+    code, out, _ = cli("check", *SMALL, "--figure", str(figure))
+    assert code == 0
+    assert "nanogpt/adamw/mup, base LR 2^-9" in out
+    assert "nanogpt/adamw/sp," not in out  # stands beside, in a column
+    head = next(line for line in out.splitlines() if line.startswith("exponent of the width"))
+    assert head.split()[-5:] == ["95", "%", "interval", "promised", "sp"]
+    for name in ("change of features", "change of logits", "||dW||_R hidden", "||W||_R hidden"):
+        (line,) = (line for line in out.splitlines() if line.startswith(f"{name} "))
+        assert line.endswith("ok"), line
+    assert "passed: 13 promises kept within 0.1" in out
+    assert figure.read_text().startswith("<?xml")
+
+
+def test_sp_alone_is_shown_and_promises_nothing(cli: Cli) -> None:
+    code, out, _ = cli("check", *SMALL[:-1], "parametrization=sp")
+    assert code == 0
+    assert "nanogpt/adamw/sp, base LR 2^-9" in out
+    assert "sp promises nothing along the width" in out
+
+
+def test_a_broken_rule_exits_with_1_and_names_the_tensor(cli: Cli, dropped_rule: None) -> None:
+    code, out, _ = cli("check", "coordinates", *SMALL)
+    assert code == 1
+    assert "FAILED: " in out
+    assert any(line.startswith("hidden: its LR") and "||dW||_R of blocks.*." in line for line in out.splitlines())
+    (line,) = (line for line in out.splitlines() if line.startswith("||dW||_R hidden "))
+    assert "off blocks.*." in line
+
+
+def test_coordinates_as_json(cli: Cli, dropped_rule: None) -> None:
+    code, out, _ = cli("check", *SMALL, "--json")
+    assert code == 1
+    sp, mup = json.loads(out)["variants"]
+    assert set(mup) == {"model", "optimizer", "parametrization", "log2_lr", "passed", "diverged", "causes", "rows"}
+    assert (sp["parametrization"], sp["passed"], mup["parametrization"], mup["passed"]) == ("sp", True, "mup", False)
+    assert len(mup["causes"]) == 1
+    keys = {"axis", "quantity", "tensor", "role", "promised", "off", "sizes", "after"}
+    assert all(set(row) == keys for row in mup["rows"])
+    row = next(row for row in mup["rows"] if (row["quantity"], row["tensor"]) == ("||dW||_R", "head.weight"))
+    assert (row["role"], row["promised"], row["off"], row["sizes"]) == ("output", "1", False, [16, 32, 64, 128])
+    assert set(row["after"]) == {"2", "5", "10"}
+    assert set(row["after"]["10"]) == {"value", "low", "high", "values"}
+    assert any(row["off"] and row["role"] == "hidden" for row in mup["rows"])
+
+
+def test_a_figure_of_another_format_is_refused(cli: Cli, tmp_path: Path) -> None:
+    code, out, err = cli("check", *SMALL, "--figure", str(tmp_path / "check.gif"))
+    assert (code, out) == (2, "")
+    assert err.startswith("mupsweep: --figure ")
+    assert ".png or .svg" in err
+
+
+def test_a_law_that_agrees_exits_with_0(cli: Cli) -> None:
+    code, out, _ = cli("check", "law", "optimizer=adamw")
+    assert code == 0
+    lines = {line.split("  ")[0]: line for line in out.splitlines()}
+    assert lines["degree"].endswith("+0.00  ok")
+    assert lines["n_out and n_in"].endswith("+1.00  ok")
+    assert "LR under spectral: input 1, hidden r_n^-1, output 1, input_vector 1, hidden_vector 1" in out
+    assert "weight decay: a step subtracts lr * weight_decay * W" in out
+    assert "use it" not in out
+
+
+def test_a_law_that_is_wrong_exits_with_1_and_names_its_exponents(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AdamW, "own_law", lambda self, dims=None: GRADIENT)
+    code, out, _ = cli("check", "law", "optimizer=adamw")
+    assert code == 1
+    assert "off: degree is +0.00 [-0.05, +0.05], declared +1.00" in out
+
+
+def test_a_foreign_law_is_printed_as_the_override_that_uses_it(cli: Cli) -> None:
+    code, out, _ = cli("check", "law", *FOREIGN)
+    assert code == 0
+    (line,) = (line for line in out.splitlines() if line.startswith("use it: "))
+    words = "optimizer=foreign optimizer.path=torch.optim.NAdam allow_imports=true"
+    assert line == f"use it: mupsweep run {words} 'optimizer.law={{degree: 0, n_out: 1/2, n_in: 1/2}}'"
+    law = line.rpartition("'optimizer.law=")[2].rstrip("'")
+    code, out, _ = cli("rules", "experiment=smoke", *FOREIGN, f"optimizer.law={law}")
+    assert code == 0
+    assert next(line for line in out.splitlines() if line.startswith("hidden ")).split()[4] == "r_n^-1"
+
+
+def test_laws_as_json(cli: Cli) -> None:
+    code, out, _ = cli("check", "law", *FOREIGN, "--json")
+    assert code == 0
+    (found,) = json.loads(out)["optimizers"]
+    assert found["law"] == {"degree": "0", "n_out": "1/2", "n_in": "1/2"}
+    assert found["path"] == "torch.optim.NAdam"
+    assert found["lr"]["hidden"] == "r_n^-1"
+    assert set(found["exponents"]) == {"degree", "n_out", "n_in", "n_out and n_in", "depth", "weight norm"}
+    assert set(found["exponents"]["n_out"]) == {"rank_1", "real", "declared", "snapped", "off"}
+    assert found["exponents"]["depth"]["rank_1"] is None
+    assert (found["agrees"], found["monomial"]) == (True, True)
+
+
+def test_a_foreign_optimizer_without_a_law_is_refused_in_one_line_by_rules_and_run(cli: Cli, tmp_path: Path) -> None:
+    for command in ("rules", "run", "plan"):
+        code, out, err = cli(command, "experiment=smoke", *FOREIGN)
+        assert (code, out) == (2, "")
+        assert len(err.splitlines()) == 1
+        assert "mupsweep check law optimizer=foreign optimizer.path=torch.optim.NAdam allow_imports=true" in err
+    assert not (tmp_path / "sweeps").exists()
+
+
+def test_foreign_code_is_refused_without_consent(cli: Cli) -> None:
+    code, _, err = cli("check", "law", *FOREIGN[:-1])
+    assert code == 2
+    assert "add allow_imports=true if you trust it" in err

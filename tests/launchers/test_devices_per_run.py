@@ -1,0 +1,126 @@
+"""Several devices per run: which ones, the same results, and nobody is left behind when one of them ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from outcome import results
+from test_launchers import SMALL, busy, finish, owners, start, until
+
+from mupsweep.config import load
+from mupsweep.errors import ConfigError
+from mupsweep.launchers.local import Local
+from mupsweep.launchers.slurm import Slurm
+from mupsweep.records import DONE, SweepDir
+
+SHORT = [*SMALL, "sweep.width_ratios=[1]"]
+PAIRS = ["launcher=local", "launcher.devices=cpu", "launcher.devices_per_run=2", "launcher.slots_per_device=1"]
+
+linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks /proc for the children of a process")
+
+
+@pytest.mark.parametrize(
+    ("made", "slots"),
+    [
+        (Local(devices="cuda:0,cuda:1,cuda:2,cuda:3", devices_per_run=2), ["cuda:0,cuda:1", "cuda:2,cuda:3"]),
+        (Local(devices="cuda:0,cuda:1", devices_per_run=2, slots_per_device=2), ["cuda:0,cuda:1"] * 2),
+        (Local(devices="cpu", devices_per_run=4, slots_per_device=2), ["cpu,cpu,cpu,cpu"] * 2),
+        (Local(devices="cpu", devices_per_run=4096), [",".join(["cpu"] * 4096)]),
+    ],
+)
+def test_a_slot_is_a_group_of_devices(made: Local, slots: list[str]) -> None:
+    assert made.slots() == slots
+
+
+def test_devices_that_do_not_divide_into_groups_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^launcher\.devices_per_run=2: the 3 devices \(cuda:0, cuda:1, cuda:2\)"):
+        Local(devices="cuda:0,cuda:1,cuda:2", devices_per_run=2).slots()
+    with pytest.raises(ConfigError, match=r"^launcher\.devices_per_run=3: expected a divisor of launcher\.gpus=4$"):
+        Slurm(gpus=4, devices_per_run=3)
+    with pytest.raises(ConfigError, match=r"^launcher\.devices_per_run=0: expected at least 1$"):
+        load(["launcher=local", "launcher.devices_per_run=0"])
+
+
+@pytest.mark.parametrize(
+    ("made", "devices"),
+    [
+        (Slurm(gpus=4, devices_per_run=2), ("cuda:0,cuda:1", "cuda:2,cuda:3")),
+        (Slurm(gpus=4, devices_per_run=4), ("cuda:0,cuda:1,cuda:2,cuda:3",)),
+        (Slurm(gpus=2, devices_per_run=2, workers=2), ("cuda:0,cuda:1", "cuda:0,cuda:1")),
+        (Slurm(gpus=0, devices_per_run=2, workers=2), ("cpu,cpu", "cpu,cpu")),
+    ],
+)
+def test_a_task_of_a_job_array_has_a_worker_per_group(made: Slurm, devices: tuple[str, ...]) -> None:
+    assert made.devices == devices
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, object], bytes]]:
+    """What two ranks make of the sweep, undisturbed."""
+    out = tmp_path_factory.mktemp("pairs")
+    code, _, err = finish(start("run", *SHORT, *PAIRS, f"out={out}"))
+    assert code == 0, err
+    return results(SweepDir.open(out / "smoke"))
+
+
+def ranks_of(sweep: SweepDir) -> list[int]:
+    """The processes that train a run now, rank 0 first; empty while there are not two."""
+    run = busy(sweep)
+    if run is None:
+        return []
+    leader = json.loads(max((run.path / "claims").glob("*.json")).read_text())["pid"]
+    return [leader, *map(int, Path(f"/proc/{leader}/task/{leader}/children").read_text().split())]
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+@linux
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_when_one_rank_is_killed_the_others_end_and_a_new_worker_ends_with_the_same_bits(
+    rank: int, pairs: dict[str, tuple[dict[str, object], bytes]]
+) -> None:
+    sweep = SweepDir(Path("sweeps/smoke"))
+    launcher = start("run", *SHORT, *PAIRS)
+    found: list[int] = []
+
+    def killed() -> bool:
+        found[:] = ranks_of(sweep)
+        if found:
+            os.kill(found[rank], signal.SIGKILL)
+        return bool(found)
+
+    until(killed, launcher)
+    until(lambda: all(map(is_gone, found)), launcher)
+    code, _, err = finish(launcher)
+    assert code == 0, err
+    assert len(found) == 2
+    assert results(sweep) == pairs
+    assert owners(sweep) == [1, 2]
+
+
+@linux
+def test_a_stop_ends_all_ranks_with_a_checkpoint_and_the_run_goes_on_to_the_same_bits(
+    pairs: dict[str, tuple[dict[str, object], bytes]],
+) -> None:
+    sweep = SweepDir(Path("sweeps/smoke"))
+    launcher = start("run", *SHORT, *PAIRS)
+    found: list[int] = []
+    until(lambda: bool(found.extend(ranks_of(sweep)) or found), launcher)
+    launcher.send_signal(signal.SIGTERM)
+    code, _, err = finish(launcher)
+    assert code == 130, err
+    assert all(map(is_gone, found))
+    assert sweep.counts()[DONE] < 2
+    assert list(sweep.path.glob("runs/*/checkpoint/latest.pt")) != []
+    code, _, err = finish(start("run", *SHORT, *PAIRS))
+    assert code == 0, err
+    assert results(sweep) == pairs

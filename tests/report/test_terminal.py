@@ -1,0 +1,53 @@
+"""What `mupsweep rules` says beside the rules."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mupsweep import config
+from mupsweep.optimizers.muon import SHAPE_FACTORS
+from mupsweep.report.terminal import show_rules
+
+SMALL = ["experiment=smoke", "parametrization=mup", "sweep.width_ratios=[1,2]", "sweep.log2_lrs=[-5]"]
+
+
+@pytest.mark.parametrize("name", ["muon", "muon_jordan", "muon_bernstein", "muon_kimi"])
+def test_rules_of_muon_give_the_lr_of_the_same_step_in_every_convention(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show_rules(config.load([*SMALL, f"optimizer={name}"]), as_json=True, per_tensor=False)
+    document = json.loads(capsys.readouterr().out)
+    own = name.partition("_")[2] or "plain"
+    for size in document["sizes"]:
+        lrs = {tuple(t["shape"]): t["lr"] for t in size["tensors"] if t["role"] == "hidden"}
+        rows = size["muon_conventions"]
+        assert {(row["n_out"], row["n_in"]) for row in rows} == set(lrs)
+        for row in rows:
+            n_out, n_in = row["n_out"], row["n_in"]
+            assert row["scaling"] == own
+            assert row[own] == pytest.approx(lrs[n_out, n_in])
+            plain = row["plain"]
+            assert row["jordan"] == pytest.approx(plain / max(1, n_out / n_in) ** 0.5)
+            assert row["bernstein"] == pytest.approx(plain / (n_out / n_in) ** 0.5)
+            assert row["kimi"] == pytest.approx(plain / (0.2 * max(n_out, n_in) ** 0.5))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon_hyperball", "muon optimizer.block_size=8"])
+def test_rules_of_others_give_none(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = config.load([*SMALL, *f"optimizer={name}".split()])
+    show_rules(loaded, as_json=True, per_tensor=False)
+    assert [size["muon_conventions"] for size in json.loads(capsys.readouterr().out)["sizes"]] == [[], []]
+    show_rules(loaded, as_json=False, per_tensor=False)
+    assert "the other conventions of Muon" not in capsys.readouterr().out
+
+
+def test_the_table_names_torchs_conventions(capsys: pytest.CaptureFixture[str]) -> None:
+    show_rules(config.load([*SMALL, "optimizer=muon"]), as_json=False, per_tensor=False)
+    out = capsys.readouterr().out
+    header = next(line for line in out.splitlines() if line.startswith("n_out x n_in"))
+    assert all(convention in header for convention in SHAPE_FACTORS)
+    assert "jordan (torch: original)" in header
+    assert "kimi (torch: match_rms_adamw)" in header
+    assert out.count("128x32") >= 2

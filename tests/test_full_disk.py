@@ -1,0 +1,94 @@
+"""A disk that is full or may only be read: one line, an exit code, and nothing that was trained is lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from outcome import results
+
+from mupsweep.records import SweepDir
+
+SMALL = ["experiment=smoke", "training.steps=40", "training.checkpoint_minutes=0", "sweep.width_ratios=[1]"]
+INLINE = ["launcher=inline", "launcher.device=cpu"]
+LOCAL = ["launcher=local", "launcher.devices=cpu", "launcher.slots_per_device=2"]
+ONE_CHECKPOINT = "250k"  # of the 200k that each takes
+
+
+def call(*arguments: str) -> tuple[int, list[str]]:
+    """(exit code, lines on stderr but for remarks)."""
+    command = [sys.executable, "-m", "mupsweep", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.returncode, [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a small file system with the given options, or again with others."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("may not mount a small file system")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", str(folder)], capture_output=True)
+
+
+@pytest.mark.parametrize("launcher", [INLINE, LOCAL], ids=["inline", "local"])
+def test_a_full_disk_ends_in_one_line_and_the_sweep_goes_on_when_there_is_space(
+    launcher: list[str], disk: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = disk(f"size={ONE_CHECKPOINT}")
+    code, (*_, last) = call("run", *SMALL, *launcher, f"out={out}")
+    assert code in (1, 2)
+    assert "Traceback" not in last
+    assert any(words in last for words in ("No space left on device", "runs failed", "with 0 bytes left on the disk"))
+    sweep = SweepDir(out / "smoke")
+    kept = list(sweep.path.glob("runs/*/checkpoint/*.pt"))
+    assert len(kept) == 1
+
+    disk("remount,size=20m")
+    code, lines = call("run", *SMALL, *launcher, f"out={out}")
+    assert (code, lines) == (0, [])
+    assert "resuming at step" in kept[0].parent.with_name("train.log").read_text()
+    assert call("run", *SMALL, *INLINE, f"out={tmp_path}")[0] == 0
+    assert results(sweep) == results(SweepDir(tmp_path / "smoke"))
+
+
+def test_a_folder_that_may_only_be_read_is_named_in_one_line_and_can_be_looked_at(disk: Callable[[str], Path]) -> None:
+    out = disk("size=20m")
+    sweep = str(out / "smoke")
+    assert call("run", *SMALL, *INLINE, f"out={out}")[0] == 0
+    disk("remount,ro")
+    for command in (["run", *SMALL, *INLINE, f"out={out}"], ["report", sweep], ["run", *SMALL, *LOCAL, f"out={out}"]):
+        code, lines = call(*command)
+        assert code == 2
+        (line,) = lines
+        assert line.startswith(f"mupsweep: cannot write {sweep}")
+        assert "Read-only file system" in line
+    assert call("worker", sweep) == (0, [])  # nothing is left to train
+    assert call("status", sweep) == (0, [])
+
+
+def test_a_worker_that_cannot_claim_or_log_ends_in_one_line(disk: Callable[[str], Path]) -> None:
+    out = disk("size=20m")
+    assert call("run", *SMALL, *INLINE, "sweep.log2_lrs=[-7]", f"out={out}")[0] == 0
+    (run,) = (out / "smoke" / "runs").iterdir()
+    (run / "status.json").unlink()
+    disk("remount,ro")
+    code, (line,) = call("worker", str(out / "smoke"))
+    assert code == 2
+    assert line.startswith(f"mupsweep: cannot write {run}/claims/0001.json: Read-only file system")
+
+    disk("remount,rw")
+    (run / "train.log").unlink()
+    (run / "train.log").mkdir()
+    assert call("worker", str(out / "smoke"))[0] == 0  # of this run alone
+    assert "train.log: Is a directory" in SweepDir(out / "smoke").run(run.name).status()["error"]
