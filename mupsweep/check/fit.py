@@ -22,8 +22,7 @@ class Exponent:
     high: float
 
     def __str__(self) -> str:
-        value, low, high = (round(x, 2) + 0.0 for x in (self.value, self.low, self.high))  # + 0.0 turns -0.0 into 0.0
-        return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+        return f"{signed(self.value)} [{signed(self.low)}, {signed(self.high)}]"
 
     def away_from(self, expected: float) -> float:
         """How far `expected` lies outside the interval; 0 inside it."""
@@ -36,6 +35,11 @@ class Exponent:
     def shifted(self, by: float) -> Exponent:
         """Value and interval plus `by`."""
         return Exponent(self.value + by, self.low + by, self.high + by)
+
+
+def signed(value: float) -> str:
+    """Two decimals and a sign; +0.00 for what rounds to zero from below."""
+    return f"{round(value, 2) + 0.0:+.2f}"
 
 
 def regress(columns: Sequence[ArrayLike], ys: ArrayLike, groups: Sequence[object] = ()) -> list[Exponent]:

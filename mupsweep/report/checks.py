@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from mupsweep.check import law
-from mupsweep.check.fit import Exponent
+from mupsweep.check.fit import Exponent, signed
 from mupsweep.check.ladder import TOLERANCE, WEIGHT, Coordinates, Row, kind_of_blocks
 from mupsweep.check.law import Measured
 from mupsweep.check.trace import CHANGE, UPDATE
@@ -52,16 +52,16 @@ def _coordinates_table(one: Coordinates, sp: Coordinates | None, axis: str) -> T
     counts = sorted({count for row in rows for count in row.exponents if (row.quantity == WEIGHT) == (count == 0)})
     steps = [f"after {count}" if count else "start" for count in counts]
     table = table_of(f"exponent of the {axis}", *steps, "95 % interval", "promised", *(["sp"] if sp else []), "")
-    beside = {(row.quantity, row.role): f"{row.judged.value:+.2f}" for row in sp.by_role(axis)} if sp else {}
+    beside = {(row.quantity, row.role): signed(row.judged.value) for row in sp.by_role(axis)} if sp else {}
     for row in rows:
         mine = {c: e for c, e in row.exponents.items() if (row.quantity == WEIGHT) == (c == 0)}
-        cells = [f"{mine[c].value:+.2f}" if c in mine else "" for c in counts]
+        cells = [signed(mine[c].value) if c in mine else "" for c in counts]
         theirs = [beside.get((row.quantity, row.role), "")] if sp else []
         off = [r for r in one.off if (r.axis, r.quantity, r.role) == (axis, row.quantity, row.role)]
         table.add_row(
             row.quantity if row.role is None else f"{row.quantity} {row.role.value}",
             *cells,
-            f"{row.judged.low:+.2f} to {row.judged.high:+.2f}",
+            f"{signed(row.judged.low)} to {signed(row.judged.high)}",
             "" if row.promised is None else str(row.promised),
             *theirs,
             "" if row.promised is None else f"off {off[0].tensor}".strip() if off else "ok",
@@ -151,7 +151,7 @@ def _print_law(
         said = found.declared.get(name)
         cells = ["", ""] if rank_1 is None else _cells(rank_1)
         verdict = "" if said is None else "off" if name in found.off else "ok"
-        table.add_row(name, *cells, *_cells(real), "" if said is None else f"{said:+.2f}", verdict)
+        table.add_row(name, *cells, *_cells(real), "" if said is None else signed(said), verdict)
     console.print(table)
     lines = [*_remarks(found), f"weight decay: {found.weight_decay}"]
     rule = _rule(optimizer, found)
@@ -165,13 +165,13 @@ def _print_law(
 
 
 def _cells(exponent: Exponent) -> tuple[str, str]:
-    return f"{exponent.value:+.2f}", f"{exponent.low:+.2f} to {exponent.high:+.2f}"
+    return signed(exponent.value), f"{signed(exponent.low)} to {signed(exponent.high)}"
 
 
 def _remarks(found: Measured) -> list[str]:
     """What is off, and why real gradients may say otherwise than those of rank 1."""
     lines = [
-        f"off: {name} is {found.aligned.found[name]}, declared {found.declared[name]:+.2f}: its rule would be wrong"
+        f"off: {name} is {found.aligned.found[name]}, declared {signed(found.declared[name])}: its rule would be wrong"
         for name in found.off
     ]
     apart = {
@@ -181,7 +181,7 @@ def _remarks(found: Measured) -> list[str]:
     }
     if not apart:
         return lines
-    told = ", ".join(f"{name} {real:+.2f} instead of {mine:+.2f}" for name, (mine, real) in apart.items())
+    told = ", ".join(f"{name} {signed(real)} instead of {signed(mine)}" for name, (mine, real) in apart.items())
     low, high = found.realistic.stable_ranks
     smaller = sum(real - mine for mine, real in apart.values()) < 0
     why = (

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from mupsweep.check.fit import signed
 from mupsweep.check.ladder import DEPTH, TOLERANCE, WIDTH, Coordinates, Row
 from mupsweep.check.trace import ATTENTION, CHANGE, FEATURES, LOGITS, UPDATE
 from mupsweep.errors import ConfigError
@@ -73,7 +74,7 @@ def _panel(axes: Axes, row: Row) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     color = QUIET if row.promised is None else VERDICT_COLORS["drifts" if row.miss > TOLERANCE else "transfers"]
     promised = "" if row.promised is None else f", promised {row.promised}"
-    text = f"exponent {row.judged.value:+.2f}{promised}".replace("-", "−")
+    text = f"exponent {signed(row.judged.value)}{promised}".replace("-", "−")
     axes.text(0, 1.04, text, transform=axes.transAxes, fontsize=8, color=color)
 
 

@@ -62,3 +62,4 @@ def test_the_distance_to_an_expected_value_begins_at_the_interval() -> None:
     assert e.widened(0.01) == e
     assert e.shifted(1.0) == Exponent(1.5, 1.4, 1.6)
     assert str(e) == "+0.50 [+0.40, +0.60]"
+    assert str(Exponent(-1e-9, -0.12, 0.0)) == "+0.00 [-0.12, +0.00]"
