@@ -380,9 +380,9 @@ def test_without_warm_up_the_first_step_is_at_the_peak() -> None:
 
 @given(
     total=st.integers(1, 400),
-    warmup=st.one_of(st.floats(0, 0.9), st.integers(1, 50)),
+    warmup=st.one_of(st.floats(0, 0.9, allow_subnormal=False), st.integers(1, 50)),
     schedule=st.sampled_from(config.SCHEDULES),
-    floor=st.floats(0, 1),
+    floor=st.floats(0, 1, allow_subnormal=False),
     decay=st.floats(0.01, 1),
 )
 def test_every_schedule_rises_to_one_then_falls_to_its_floor(
