@@ -32,6 +32,7 @@ NOISES = np.geomspace(0.6, 2.2, 6)  # in units of what the seeds say
 BLIND_NOISES = np.geomspace(0.003, 0.5, 12)  # in ranges of loss, where no seed was repeated
 PRIOR_DOF = 4  # weight of the typical point's noise against a point's own seeds
 NEGLIGIBLE = 0.005  # relative evidence below which a setting is not drawn
+ROUNDING = 1e-9  # nats: seeds that differ by less were not different
 Array = NDArray[np.floating[Any]]
 
 
@@ -209,7 +210,7 @@ def point_sds(curves: Sequence[LossCurve]) -> tuple[list[dict[float, float]], fl
                 near.append(variance * dof / float(stats.chi2.median(dof)))
                 freedom += dof
     typical = float(np.median(near)) if near else 0.0
-    if typical == 0.0:
+    if typical < ROUNDING**2:
         return [{p.log2_lr: 1.0 for p in curve.points} for curve in curves], 0.0
 
     def sd(curve_own: Mapping[float, tuple[float, int]], point: Point) -> float:

@@ -1,4 +1,35 @@
-"""The coordinate check of a model and a training step of your own."""
+"""The coordinate check of a model and a training step of your own.
+
+Example: a muP network that ends in 4 logits, trained by Adam.
+
+>>> import torch
+>>> from torch import nn
+>>> from mupsweep.check import coordinates
+>>> x, y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 4
+>>> class Net(nn.Module):
+...     def __init__(self, width):
+...         super().__init__()
+...         self.body = nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
+...         self.head, self.scale = nn.Linear(width, 4, bias=False), 32 / width
+...         nn.init.normal_(self.head.weight, std=0.02)
+...     def forward(self, x):
+...         return self.head(self.body(x)) * self.scale
+>>> def model_fn(width, depth):
+...     net = Net(width)
+...     hidden = [{"params": net.body[2].weight, "lr": 0.01 * 32 / width}]
+...     rest = [{"params": [p for p in net.parameters() if p is not net.body[2].weight], "lr": 0.01}]
+...     adam = torch.optim.Adam(hidden + rest)
+...     def step():
+...         adam.zero_grad()
+...         nn.functional.cross_entropy(net(x), y).backward()
+...         adam.step()
+...     return net, step
+>>> found = coordinates(model_fn, probe=(x,), features=lambda net: net.body, widths=[32, 64, 128, 256])
+>>> found.passed
+True
+>>> round(found.row("width", "change of logits").judged.value)
+0
+"""
 
 from __future__ import annotations
 
@@ -48,36 +79,6 @@ def coordinates(
 
     Raises:
         ConfigError: a ladder of two sizes, none, or a tensor with more than two dimensions.
-
-    Example: a muP network that ends in 4 logits, trained by Adam.
-
-    >>> import torch
-    >>> from torch import nn
-    >>> from mupsweep.check import coordinates
-    >>> x, y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 4
-    >>> class Net(nn.Module):
-    ...     def __init__(self, width):
-    ...         super().__init__()
-    ...         self.body = nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
-    ...         self.head, self.scale = nn.Linear(width, 4, bias=False), 32 / width
-    ...         nn.init.normal_(self.head.weight, std=0.02)
-    ...     def forward(self, x):
-    ...         return self.head(self.body(x)) * self.scale
-    >>> def model_fn(width, depth):
-    ...     net = Net(width)
-    ...     hidden = [{"params": net.body[2].weight, "lr": 0.01 * 32 / width}]
-    ...     rest = [{"params": [p for p in net.parameters() if p is not net.body[2].weight], "lr": 0.01}]
-    ...     adam = torch.optim.Adam(hidden + rest)
-    ...     def step():
-    ...         adam.zero_grad()
-    ...         nn.functional.cross_entropy(net(x), y).backward()
-    ...         adam.step()
-    ...     return net, step
-    >>> found = coordinates(model_fn, probe=(x,), features=lambda net: net.body, widths=[32, 64, 128, 256])
-    >>> found.passed
-    True
-    >>> round(found.row("width", "change of logits").judged.value)
-    0
     """
     ladders = {axis: sizes for axis, sizes in ((WIDTH, widths), (DEPTH, depths)) if len(sizes) > 1}
     if not ladders:

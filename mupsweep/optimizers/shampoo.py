@@ -77,7 +77,7 @@ class Shampoo(Preconditioned):
                 f"optimizer.max_axis={self.max_axis}: {self.name} has no axis of a {dims} matrix to precondition; "
                 "raise max_axis, or leave such matrices to optimizer.rest"
             )
-        return replace(self, exponents=kept)
+        return self if kept == tuple(self.exponents) else replace(self, exponents=kept)
 
     def own_law(self, dims: Dims | None = None) -> UpdateLaw:
         active = self if dims is None else self.own(dims)

@@ -59,7 +59,7 @@ class SOAP(Preconditioned):
 
     def own(self, dims: Dims) -> SOAP:
         kept = tuple(axis for axis, n in zip(AXES, dims, strict=True) if axis in self.axes and n <= self.max_axis)
-        return replace(self, axes=kept)
+        return self if kept == tuple(self.axes) else replace(self, axes=kept)
 
     def own_law(self, dims: Dims | None = None) -> UpdateLaw:
         active = self if dims is None else self.own(dims)

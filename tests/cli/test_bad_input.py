@@ -332,6 +332,7 @@ def test_a_worker_refuses_a_run_that_is_not_planned_and_a_device_that_is_none(sw
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (["transfer"], "no sweep given: mupsweep transfer sweeps/NAME, or mupsweep transfer --from runs.csv"),
         (["run", SMOKE, "optimizer=adam"], "did you mean 'adamw'?"),
         (["status", "sweeps/none"], "is not a sweep"),
         (["rules", SMOKE, "sweep.seeds=[0,"], "key=value"),
@@ -345,7 +346,7 @@ def test_a_refusal_is_the_same_in_a_process_of_its_own(arguments: list[str], tol
 
 
 @pytest.mark.parametrize(
-    "arguments", [["plan", "--nonsense"], ["nonsense"], ["status"], ["worker", "x", "--threads", "0"], ["transfer"]]
+    "arguments", [["plan", "--nonsense"], ["nonsense"], ["status"], ["worker", "x", "--threads", "0"]]
 )
 def test_wrong_usage_exits_with_2_and_no_traceback(arguments: list[str], cli: Callable[..., Outcome]) -> None:
     outcome = cli(*arguments)
