@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from mupsweep import build
-from mupsweep.cli import main
 from mupsweep.optimizers.adamw import AdamW
 from mupsweep.scaling import Role
 from mupsweep.scaling.laws import GRADIENT
@@ -23,22 +21,9 @@ FOREIGN = ("optimizer=foreign", "optimizer.path=torch.optim.NAdam", "allow_impor
 Cli = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """The command line in this process: (exit code, stdout, stderr)."""
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
     torch.set_num_threads(1)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mupsweep", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return (code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture

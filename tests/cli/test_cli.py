@@ -16,7 +16,7 @@ import pytest
 import typer
 
 from mupsweep import plan
-from mupsweep.cli import app, main
+from mupsweep.cli import app
 from mupsweep.config import load
 from mupsweep.records import DIVERGED, DONE, FAILED, RUNNING, SweepDir
 
@@ -41,23 +41,6 @@ def commands() -> list[tuple[str, ...]]:
 
     walk(typer.main.get_command(app), ())
     return found
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mupsweep", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return (code, *capsys.readouterr())
-
-    return call
 
 
 def test_the_commands_are_those_of_the_documentation() -> None:
