@@ -5,6 +5,7 @@
     runner     seconds a run costs beyond its training steps, in a sweep of 40 short runs
     scale      what 100,000 runs cost to plan, to look at and to analyse; claims of 64 workers (bench_scale.py)
     data       tokens/s of preparing a corpus, against a loop over tiktoken (bench_data.py)
+    loss       the head and its loss at a large vocabulary, speed and memory against torch's (bench_loss.py)
     optimizers an optimizer's step as a share of a training step, and against pytorch-optimizer's (bench_optimizers.py)
 
 Each side of the training pair is a process of its own; they take turns, so that both see the same machine.
@@ -211,6 +212,11 @@ def data() -> None:
     subprocess.run([sys.executable, str(Path(__file__).with_name("bench_data.py"))], check=True)
 
 
+def loss() -> None:
+    """The head and its loss."""
+    subprocess.run([sys.executable, str(Path(__file__).with_name("bench_loss.py"))], check=True)
+
+
 def timed(command: list[str]) -> float:
     """Wall seconds of a whole process that must succeed."""
     begin = time.perf_counter()
@@ -221,7 +227,7 @@ def timed(command: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", choices=("training", "start", "runner", "scale", "data", "optimizers"))
+    parser.add_argument("--only", choices=("training", "start", "runner", "scale", "data", "loss", "optimizers"))
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
     parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
@@ -237,6 +243,7 @@ def main() -> None:
             "runner": lambda: runner(Path(folder)),
             "scale": lambda: scale(Path(folder)),
             "data": data,
+            "loss": loss,
             "optimizers": lambda: optimizers(options.threads),
         }
         for name, part in parts.items():
