@@ -346,11 +346,10 @@ def _posterior(grid: Array, draws: Array) -> Posterior:
 
 
 def _optimum(curve: LossCurve, between: tuple[float | None, float | None], posterior: Posterior) -> Optimum:
-    """The optimum from its draws; where they or the walls of the valley leave a side open, only the walls bound it."""
+    """The optimum from its draws; where they reach an end of the window, only the walls of the valley bound it."""
     low, middle, high = (float(q) for q in np.quantile(posterior.minima, (TAILS[0], 0.5, TAILS[1])))
     step = posterior.grid[1] - posterior.grid[0]
-    inside = posterior.grid[0] + step <= low and high <= posterior.grid[-1] - step
-    known = inside and None not in between
+    known = posterior.grid[0] + step <= low and high <= posterior.grid[-1] - step
     return Optimum(
         curve,
         bracketed=True,
