@@ -47,15 +47,15 @@ def side(name: str) -> None:
 def compare() -> None:
     """Print the ratio of both sides."""
     speed, memory = [], []
+    found: dict[str, list[float]] = {}
     for _ in range(TURNS):
-        found = {}
         for name in ("ours", "torch"):
             command = [sys.executable, __file__, name]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found[name] = [float(word) for word in done.stdout.split()]
         speed.append(found["ours"][0] / found["torch"][0])
         memory.append(found["ours"][1] / found["torch"][1])
-        ours, theirs = found["ours"], found["torch"]
+    ours, theirs = found["ours"], found["torch"]  # of the last turn
     print(
         f"loss: vocabulary {VOCABULARY}, width {WIDTH}: {ours[0]:,.0f} against {theirs[0]:,.0f} tokens/s, ratio "
         f"{statistics.median(speed):.2f} [{min(speed):.2f}, {max(speed):.2f}]; peak {ours[1] / 2**20:,.0f} against "
