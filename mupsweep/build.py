@@ -251,12 +251,10 @@ def _solved(recipe: Recipe, size: Size, spec: TensorSpec, small: TensorSpec) -> 
         )
 
     rule, decay = ratios(optimizer.update_law), ratios(optimizer.decay_law)
-    thresholds = {
-        name: threshold.value * ratios(lambda dims, name=name: optimizer.thresholds(dims)[name].law).eps
-        for name, threshold in optimizer.thresholds(spec.dims).items()
-    }
-    eps_ratio = ratios(lambda dims: optimizer.thresholds(dims)["eps"].law).eps
-    return Solved(part, replace(rule, weight_decay=decay.weight_decay, eps=eps_ratio), thresholds)
+    values = {name: threshold.value for name, threshold in optimizer.thresholds(spec.dims).items()}
+    scales = {name: ratios(lambda dims, name=name: optimizer.thresholds(dims)[name].law).eps for name in values}
+    thresholds = {name: value * scales[name] for name, value in values.items()}
+    return Solved(part, replace(rule, weight_decay=decay.weight_decay, eps=scales["eps"]), thresholds)
 
 
 def _row(spec: TensorSpec, solved: Solved, recipe: Recipe, forward: Multipliers, base_lr: float) -> TensorRule:
