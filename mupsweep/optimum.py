@@ -1,10 +1,7 @@
 """Optimum: the best LR of a curve, drawn from everything that the losses around it leave possible.
 
-The loss around its minimum is a parabola that bends: its third derivative is white noise of unknown strength (an
-integrated Wiener process; the posterior mean is a quintic smoothing spline, Wahba 1978). Strength of the bend and of
-the noise are shared by all sizes of a ladder and weighed by their evidence, so that the data choose between a stiff
-parabola and a lopsided valley. Draws of the whole curve give draws of its minimum; interval, drift and regret are
-quantiles of the same draws. Everything is in octaves (log2 LR) and nats per token.
+Draws of whole curves (see valleys) give draws of their minima; interval, drift and regret are quantiles of the same
+draws. Everything is in octaves (log2 LR) and nats per token.
 """
 
 from __future__ import annotations
@@ -12,28 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from mupsweep.curves import LossCurve, Point
+from mupsweep.valleys import Array, Window, draw, noise_without_seeds
 
 CONFIDENCE = 0.95
 TAILS = (0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2)
 WINDOW = 2.0  # octaves on each side of the best point that are looked at
 WALL = 4.0  # standard errors by which an LR must be worse than the best of all to be worse for certain
 MIN_POINTS = 5  # on coarse grids the window reaches further, until it has so many points
-DRAWS = 2000
-CELLS = 40  # of the window, on which curves are drawn
-BENDS = np.geomspace(0.03, 4.0, 8)  # prior: third derivative, in ranges of loss per octave^2.5, each as likely
-NOISES = np.geomspace(0.6, 2.2, 6)  # in units of what the seeds say
-BLIND_NOISES = np.geomspace(0.003, 0.5, 12)  # in ranges of loss, where no seed was repeated
 PRIOR_DOF = 4  # weight of the typical point's noise against a point's own seeds
-NEGLIGIBLE = 0.005  # relative evidence below which a setting is not drawn
 ROUNDING = 1e-9  # nats: seeds that differ by less were not different
-Array = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -95,35 +84,17 @@ class Optimum:
     posterior: Posterior | None
 
 
-@dataclass(frozen=True)
-class Window:
-    """The seed means around the best point of a curve.
-
-    Attributes:
-        center: log2 LR of the best point, the origin of `xs`.
-        xs, ys: octaves and nats.
-        sds: standard deviation of each point, up to the common factor that is estimated with the bend.
-        tilt: standard deviation of a common slope of all points, which seeds give to a whole curve, nats per octave.
-    """
-
-    center: float
-    xs: Array
-    ys: Array
-    sds: Array
-    tilt: float = 0.0
-
-
 def optima(curves: Sequence[LossCurve]) -> list[Optimum]:
     """The optimum of every curve. The curves of one ladder are given together: bend and noise are shared."""
     sds, dof = point_sds(curves)
     level = 1.0 if dof else _blind_noise(curves)
     windows = [window(curve, sd, level) for curve, sd in zip(curves, sds, strict=True)]
-    posteriors = iter(_draw([w for w in windows if isinstance(w, Window)], dof))
+    drawn = iter(draw([w for w in windows if isinstance(w, Window)], dof))
     bounds = [walls(curve, sd, level) for curve, sd in zip(curves, sds, strict=True)]
     return [
         Optimum(curve, False, None, *between, None, None, made, None)
         if isinstance(made, str)
-        else _optimum(curve, between, next(posteriors))
+        else _optimum(curve, between, _posterior(*next(drawn)))
         for curve, made, between in zip(curves, windows, bounds, strict=True)
     ]
 
@@ -232,8 +203,7 @@ def _blind_noise(curves: Sequence[LossCurve]) -> float:
     ]
     if not whole:
         return math.inf
-    settings, weights = _settings(whole, 0.0)
-    return float(weights @ np.array([noise for _, noise in settings]))
+    return noise_without_seeds(whole)
 
 
 def _tilt(points: Sequence[Point]) -> float:
@@ -252,86 +222,6 @@ def _tilt(points: Sequence[Point]) -> float:
     noise = float((left**2).sum()) / max(1, freedom) / float(x @ x)
     excess = float(slopes @ slopes) / (len(seeds) - 1) - noise
     return math.sqrt(max(0.0, excess) / len(seeds))
-
-
-def _draw(windows: Sequence[Window], dof: float) -> list[Posterior]:
-    """Draws of every curve, the settings of bend and noise in proportion to their joint evidence."""
-    if not windows:
-        return []
-    settings, weights = _settings(windows, dof)
-    random = np.random.default_rng(0)  # fixed: the same records always give the same numbers
-    counts = random.multinomial(DRAWS, weights)
-    made = []
-    for w in windows:
-        grid = np.linspace(w.xs[0], w.xs[-1], CELLS + 1)
-        drawn = [_solve(w, *s).draw(grid, n, random) for s, n in zip(settings, counts, strict=True) if n]
-        made.append(_posterior(w.center + grid, np.concatenate(drawn)))
-    return made
-
-
-def _settings(windows: Sequence[Window], dof: float) -> tuple[list[tuple[float, float]], Array]:
-    """(bend, noise) and how probable each is."""
-    unit = float(np.median([w.ys.max() - w.ys.min() for w in windows])) or 1.0
-    settings = [(unit * bend, noise) for bend in BENDS for noise in (NOISES if dof else BLIND_NOISES * unit)]
-    evidence = np.array([sum(_solve(w, *s).evidence for w in windows) + _prior(s[1], dof) for s in settings])
-    weights = np.exp(evidence - evidence.max())
-    weights[weights < NEGLIGIBLE] = 0.0
-    return settings, weights / weights.sum()
-
-
-def _prior(noise: float, dof: float) -> float:
-    """Log density of the common factor of the noise: scaled inverse chi-squared with half the seeds' freedom, as the
-    points' own estimates use it too; flat in the logarithm without seeds."""
-    return -dof / 2 * (math.log(noise) + 0.5 / noise**2) if dof else 0.0
-
-
-@dataclass(frozen=True)
-class Solved:
-    """The Gaussian posterior of one curve at one setting (Rasmussen and Williams 2006, section 2.7)."""
-
-    window: Window
-    bend: float
-    root: Array  # Cholesky factor of the covariance of the points
-    basis: Array  # root^-1 times 1, x, x^2 at the points
-    information: Array
-    beta: Array
-    rest: Array  # root^-1 times the residuals
-    evidence: float
-
-    def draw(self, grid: Array, count: int, random: np.random.Generator) -> Array:
-        """(count, cells) curves on a grid relative to the center."""
-        origin = self.window.xs[0]
-        across = self.bend**2 * _bent(grid - origin, self.window.xs - origin)
-        pulled = np.linalg.solve(self.root, across.T)  # (points, cells)
-        parabola = np.vander(grid, 3, increasing=True)
-        mean = parabola @ self.beta + pulled.T @ self.rest
-        open_ = parabola.T - self.basis.T @ pulled
-        within = self.bend**2 * _bent(grid - origin, grid - origin)
-        covariance = within - pulled.T @ pulled + open_.T @ np.linalg.solve(self.information, open_)
-        values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-        spread = vectors * np.sqrt(np.clip(values, 0.0, None))
-        return mean + random.standard_normal((count, len(grid))) @ spread.T
-
-
-def _solve(w: Window, bend: float, noise: float) -> Solved:
-    from_origin = w.xs - w.xs[0]
-    covariance = bend**2 * _bent(from_origin, from_origin) + np.diag((noise * w.sds) ** 2)
-    covariance += w.tilt**2 * np.outer(w.xs, w.xs)
-    root = np.linalg.cholesky(covariance)
-    basis = np.linalg.solve(root, np.vander(w.xs, 3, increasing=True))
-    losses = np.linalg.solve(root, w.ys)
-    information = basis.T @ basis
-    beta = np.linalg.solve(information, basis.T @ losses)
-    rest = losses - basis @ beta
-    evidence = -0.5 * rest @ rest - np.log(np.diag(root)).sum() - 0.5 * np.linalg.slogdet(information)[1]
-    return Solved(w, bend, root, basis, information, beta, rest, float(evidence))
-
-
-def _bent(a: Array, b: Array) -> Array:
-    """(len(a), len(b)) covariance of the thrice integrated white noise that starts at 0, for a, b >= 0."""
-    least = np.minimum.outer(a, b)
-    gap = np.abs(np.subtract.outer(a, b))
-    return least**5 / 20 + gap * least**4 / 8 + gap**2 * least**3 / 12
 
 
 def _posterior(grid: Array, draws: Array) -> Posterior:

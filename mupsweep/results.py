@@ -13,8 +13,9 @@ from mupsweep.curves import LossCurve
 from mupsweep.errors import DataError
 from mupsweep.files import make_folder, write_json, write_text
 from mupsweep.optimum import CONFIDENCE
+from mupsweep.quality import comparisons, quality
 from mupsweep.records import DIVERGED, DONE, FINISHED, SweepDir
-from mupsweep.transfer import TOLERANCE_NATS, TOLERANCE_OCTAVES, Analysis, Estimate
+from mupsweep.transfer import TOLERANCE_NATS, TOLERANCE_OCTAVES, Analysis, Estimate, Group
 
 RUN_COLUMNS = [
     "run_id",
@@ -37,6 +38,7 @@ RUN_COLUMNS = [
     "seconds",
     "tokens_per_second",
     "device",
+    "flops",
 ]
 
 
@@ -54,7 +56,7 @@ def read_runs(sweeps: Sequence[SweepDir]) -> list[dict[str, Any]]:
             label = (summary["model"], summary["optimizer"], summary["parametrization"])
             if variants.setdefault(label, planned["variant"]) != planned["variant"]:
                 summary |= {"model": f"{summary['model']} ({sweep.name})"}
-            rows.append(summary)
+            rows.append({**summary, "flops": planned["flops"]})
     keys = ("model", "optimizer", "parametrization", "width", "depth", "log2_lr", "seed")
     unique = {(row["model"], row["run_id"]): row for row in rows}
     return sorted(unique.values(), key=lambda row: tuple(row[k] for k in keys))
@@ -111,6 +113,7 @@ def _foreign_run(line: Mapping[str, str | None], refuse: Callable[[str, str], Da
     row |= {"width": int(number("width")), "depth": int(number("depth")) if line.get("depth") else 1}
     row |= {key: number(key) for key in ("width_ratio", "depth_ratio") if line.get(key)}
     row |= {"seed": int(number("seed"))} if line.get("seed") else {}
+    row |= {"flops": number("flops")} if line.get("flops") else {}
     if line.get("log2_lr"):
         row["log2_lr"] = number("log2_lr")
     elif (lr := number("lr")) > 0:
@@ -163,12 +166,41 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
                 "regret": _interval("nats", g.regret),
                 "verdict": g.verdict,
                 "reasons": list(g.reasons),
+                "quality": _quality(g),
             }
             for g in analysis.groups
+        ],
+        "comparisons": [
+            {
+                "of": list(c.of),
+                "over": list(c.over),
+                "axis": c.axis,
+                "width": c.width,
+                "depth": c.depth,
+                "lower": _interval("nats", c.lower),
+                "speed_up": _interval("factor", c.speed_up),
+                "asymptotic_penalty": _interval("nats", c.asymptotic_penalty),
+            }
+            for c in comparisons(analysis)
         ],
         "remarks": list(analysis.remarks),
         "confidence": CONFIDENCE,
         "tolerance": {"octaves": TOLERANCE_OCTAVES, "nats": TOLERANCE_NATS},
+    }
+
+
+def _quality(group: Group) -> dict[str, Any]:
+    found = quality(group)
+    held_out = found.held_out and {
+        "predicted": _interval("log2_lr", found.held_out.predicted),
+        "error": _interval("octaves", found.held_out.error),
+        "regret": _interval("nats", found.held_out.regret),
+    }
+    return {
+        "fit_error": _interval("octaves", found.fit_error),
+        "robustness": _interval("exponent", found.robustness),
+        "asymptotic_loss": _interval("nats", found.asymptotic_loss),
+        "held_out": held_out,
     }
 
 

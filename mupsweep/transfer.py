@@ -13,7 +13,8 @@ from scipy.interpolate import PchipInterpolator
 
 from mupsweep.curves import LossCurve, collect
 from mupsweep.errors import ConfigError, nearest
-from mupsweep.optimum import TAILS, Array, Optimum, optima
+from mupsweep.optimum import TAILS, Optimum, optima
+from mupsweep.valleys import Array
 
 TRANSFERS, DRIFTS, INCONCLUSIVE = "transfers", "drifts", "inconclusive"
 TOLERANCE_OCTAVES = 0.5  # of total drift from the base to the largest size: half a step of an octave grid
@@ -132,8 +133,7 @@ def group(axis: str, ladder: Sequence[LossCurve]) -> Group:
 
 
 def _slope(position: Sequence[float], found: Sequence[Optimum]) -> Estimate:
-    """Octaves per doubling: a weighted line through the optima of every draw, its interval widened by the scatter of
-    the optima about the line."""
+    """Octaves per doubling: a weighted line through the optima of every draw."""
     known = [(x, o) for x, o in zip(position, found, strict=True) if o.posterior is not None and o.se]
     if len({x for x, _ in known}) < 2:
         return _NONE
@@ -143,10 +143,8 @@ def _slope(position: Sequence[float], found: Sequence[Optimum]) -> Estimate:
     center = (w @ x) / w.sum()
     pull = w * (x - center) / float(w @ (x - center) ** 2)  # slope = pull @ optima
     slope = float(pull @ y)
-    rest = y - (w @ y) / w.sum() - slope * (x - center)
-    scatter = float(w @ rest**2) / (len(x) - 2) if len(x) > 2 else 1.0
     drawn = pull @ np.array([_minima(o) for _, o in known])
-    low, high = slope + math.sqrt(max(1.0, scatter)) * (np.quantile(drawn, TAILS) - slope)
+    low, high = np.quantile(drawn, TAILS)
     return Estimate(slope, float(low), float(high))
 
 

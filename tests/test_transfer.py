@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -89,18 +88,6 @@ def test_a_drift_of_an_octave_per_doubling_is_measured() -> None:
     assert group.regret.low <= 0.36 <= group.regret.high
 
 
-@pytest.mark.parametrize(("seeds", "step", "noise"), [(3, 1.0, 0.005), (2, 0.5, 0.01), (1, 1.0, 0.005)])
-def test_verdicts_are_rarely_wrong(seeds: int, step: float, noise: float) -> None:
-    """Of 60 sweeps each: no drift is called 'drifts' and an octave per doubling 'transfers' in fewer than 5 %."""
-    random = np.random.default_rng(3)
-    for truth, wrong in ((0.0, DRIFTS), (-1.0, TRANSFERS)):
-        found = Counter(
-            verdict(analyse(rows(truth, noise, seeds, step=step, lowest=-14.0, random=random))) for _ in range(60)
-        )
-        assert found[wrong] < 3
-        assert found.total() - found[INCONCLUSIVE] > 30  # and the sweeps do have enough data to be called
-
-
 def test_too_little_data_is_inconclusive_and_says_what_to_add() -> None:
     for little in (
         rows(sizes=1),
@@ -159,7 +146,7 @@ def test_results_have_the_documented_keys(tmp_path: Path) -> None:
     sweep = SweepDir(tmp_path)
     write_results(sweep, analyse(rows()))
     written = json.loads((sweep.results / "transfer.json").read_text())
-    assert set(written) == {"groups", "remarks", "confidence", "tolerance"}
+    assert set(written) == {"groups", "comparisons", "remarks", "confidence", "tolerance"}
     assert written["tolerance"] == {"octaves": 0.5, "nats": 0.01}
     [group] = written["groups"]
     assert {"model", "optimizer", "parametrization", "axis", "sizes", "drift", "total_drift", "regret"} <= set(group)

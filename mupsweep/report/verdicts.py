@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ from rich.table import Table
 
 from mupsweep.cost import si
 from mupsweep.optimum import CONFIDENCE
+from mupsweep.quality import Comparison, comparisons, quality
 from mupsweep.records import DIVERGED, DONE
 from mupsweep.report.curves_text import curve_text
 from mupsweep.report.terminal import console_of, table_of
 from mupsweep.transfer import DRIFTS, TRANSFERS, Analysis, Estimate, Group
+from mupsweep.validation import Validation
 
 
 def show_analysis(analysis: Analysis, sweeps: Sequence[tuple[Path, Counter[str]]], files: Sequence[Path]) -> None:
@@ -41,8 +43,10 @@ def show_analysis(analysis: Analysis, sweeps: Sequence[tuple[Path, Counter[str]]
         console.print(
             f"  drift {group.drift} octaves per doubling, {group.total_drift} in all; regret {_nats(group.regret)}"
         )
-        for reason in group.reasons:
-            console.print(f"  {reason}", markup=False)
+        for line in (*group.reasons, *_quality(group)):
+            console.print(f"  {line}", markup=False)
+    for compared in comparisons(analysis):
+        console.print(_comparison(compared), markup=False)
     for remark in analysis.remarks:
         console.print(remark, markup=False)
     console.print(f"intervals: {CONFIDENCE:.0%}")
@@ -50,8 +54,8 @@ def show_analysis(analysis: Analysis, sweeps: Sequence[tuple[Path, Counter[str]]
         console.print(f"wrote {file}", markup=False)
 
 
-def show_recipe(content: dict[str, Any], path: Path) -> None:
-    """What to train a target with."""
+def show_recipe(content: dict[str, Any], files: Sequence[Path], limits: Sequence[str]) -> None:
+    """What to train a target with, and what the last of the files cannot express of it."""
     console = console_of()
     target = content["target"]
     console.print(
@@ -62,6 +66,7 @@ def show_recipe(content: dict[str, Any], path: Path) -> None:
     interval = Estimate(content["log2_lr"], content["log2_lr_low"], content["log2_lr_high"])
     console.print(f"base LR {content['base_lr']:.3g}, log2 {interval}")
     console.print(content["basis"])
+    console.print(f"LR {content['horizon']['note']}", markup=False)
     roles: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     keys = ("role", "optimizer", "init", "init_std", "multiplier", "lr", "weight_decay", "eps")
     for row in content["tensors"]:
@@ -72,7 +77,23 @@ def show_recipe(content: dict[str, Any], path: Path) -> None:
         table.add_row(role, optimizer, str(len(names)), start, *(f"{n:.4g}" for n in numbers))
     console.print(table)
     console.print(f"attention scale {content['attention_scale']:.4g}, gradient clipping {content['clip']}")
-    console.print(f"wrote {path}", markup=False)
+    for path in files:
+        console.print(f"wrote {path}", markup=False)
+    for limit in limits:
+        console.print(f"not in {files[-1].name}: {limit}", markup=False)
+
+
+def show_validation(outcome: Validation) -> None:
+    """What the transferred LR was worth at a target that has been trained since."""
+    console = console_of()
+    where = f"{'/'.join(outcome.label)} at width {outcome.size.width}, depth {outcome.size.depth}"
+    console.print(f"\n{where}: validation of the transferred LR", style="bold")
+    console.print(
+        f"transferred log2 LR {outcome.log2_lr:g}, from the smaller sizes; best there {outcome.optimum}"
+        + (f"; regret {_nats(outcome.regret)}" if outcome.regret.value is not None else "; regret unknown")
+    )
+    for reason in outcome.reasons:
+        console.print(reason, markup=False)
 
 
 def _optimum_table(group: Group) -> Table:
@@ -90,6 +111,39 @@ def _optimum_table(group: Group) -> Table:
             _nats(regret),
         )
     return table
+
+
+def _quality(group: Group) -> Iterator[str]:
+    """What is known of a ladder beyond its verdict."""
+    found = quality(group)
+    if found.held_out is not None:
+        lost = "" if found.held_out.regret.value is None else f", which costs {_nats(found.held_out.regret)}"
+        yield f"the smaller sizes predict the largest one's optimum {found.held_out.error} octaves off{lost}"
+    told = {"E": found.fit_error, "kappa": found.robustness, "asymptotic loss": found.asymptotic_loss}
+    known = [f"{name} {estimate}" for name, estimate in told.items() if estimate.value is not None]
+    if known:
+        yield f"Kalra-Barkeshli: {', '.join(known)}"
+
+
+def _comparison(c: Comparison) -> str:
+    """One line on what a variant is worth against another."""
+    of, over = (
+        "/".join(name for i, name in enumerate(label) if i == 0 or c.of[i] != c.over[i]) for label in (c.of, c.over)
+    )
+    line = f"{of} against {over} at width {c.width}, depth {c.depth}, each at its optimum: {_nats(c.lower)} lower"
+    if (speed_up := _factor(c.speed_up)) is not None:
+        line += f", compute-equivalent speed-up {speed_up}"
+    if c.asymptotic_penalty.value is not None:
+        line += f", R(inf) {_nats(c.asymptotic_penalty)}"
+    return line
+
+
+def _factor(estimate: Estimate) -> str | None:
+    ends = [("at least", estimate.low), ("at most", estimate.high)]
+    bounds = " and ".join(f"{word} {end:.2f}" for word, end in ends if end is not None)
+    if estimate.value is None:
+        return bounds or None
+    return f"{estimate.value:.2f} ({bounds})" if bounds else f"{estimate.value:.2f}"
 
 
 def _nats(estimate: Estimate) -> str:
