@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**22  # logits per chunk on a CPU: 16 MiB in fp32, near what its caches hold
-ACCELERATOR_CHUNK_ELEMENTS = 2**28  # 1 GiB in fp32: few large products
+CHUNK_ELEMENTS = 2**24  # logits per chunk on a CPU: 64 MiB in fp32; smaller ones add up the weight's gradient too often
+ACCELERATOR_CHUNK_ELEMENTS = 2**27  # 512 MiB in fp32: few large products
 DRAWS = 2**31  # random numbers of `sample_labels` are whole numbers below this
 
 
@@ -35,26 +35,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros_like(weight) if needs_grad else None
         for start in range(0, n_tokens, rows):
             part = slice(start, start + rows)
-            logits = _logits(h[part], w, scale)
-            log_z = logits.logsumexp(dim=1, keepdim=True)
+            log_p = _logits(h[part], w, scale).log_softmax(dim=1)
             target = targets[part, None]
-            total += (log_z - logits.gather(1, target)).sum()
+            total -= log_p.gather(1, target).sum()
             if grad_h is None or grad_w is None:
                 continue
-            grad = logits.sub_(log_z).exp_()  # softmax, in the logits' memory
-            grad.scatter_add_(1, target, torch.full_like(log_z, -1.0))
-            grad = grad.mul_(scale / n_tokens).to(dtype)
+            grad = log_p.exp_()  # softmax, in the same memory
+            grad.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=grad.dtype))
+            grad = grad.to(dtype)
             grad_h[part] = grad @ w
             grad_w += grad.T @ h[part]
         if grad_h is not None:
             ctx.save_for_backward(grad_h, grad_w)
+            ctx.share = scale / n_tokens
         return total / n_tokens
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grads[0], grad_w * grads[0], None, None, None, None
+        share = grads[0] * ctx.share
+        return grad_h * share, grad_w * share, None, None, None, None
 
 
 def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
