@@ -48,7 +48,11 @@ class Point:
 
 @dataclass(frozen=True)
 class LossCurve:
-    """Loss versus LR at one size of one variant, by rising LR."""
+    """Loss versus LR at one size of one variant, by rising LR.
+
+    Attributes:
+        horizon: tokens after which the losses were taken; None where runs have no branches and so but one horizon.
+    """
 
     model: str
     optimizer: str
@@ -58,6 +62,7 @@ class LossCurve:
     width_ratio: float
     depth_ratio: float
     points: tuple[Point, ...]
+    horizon: int | None = None
 
     @property
     def label(self) -> tuple[str, str, str]:
@@ -67,6 +72,11 @@ class LossCurve:
     def usable(self) -> tuple[Point, ...]:
         """The points with a loss."""
         return tuple(p for p in self.points if p.losses and not p.censored)
+
+    def place(self, axis: str) -> str:
+        """What tells this curve from the others of its ladder."""
+        names = {"width": f"width {self.width}", "depth": f"depth {self.depth}", "horizon": f"{self.horizon} tokens"}
+        return names.get(axis, f"{self.width}x{self.depth}")
 
     @property
     def n_runs(self) -> int:
@@ -83,7 +93,7 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> list[LossCurve]:
     for row in rows:
         if row["status"] in (DONE, DIVERGED):
             key = tuple(row[k] for k in ("model", "optimizer", "parametrization", "width", "depth"))
-            sizes[(*key, row["width_ratio"], row["depth_ratio"])][row["log2_lr"]].append(row)
+            sizes[(*key, row["width_ratio"], row["depth_ratio"], row.get("horizon"))][row["log2_lr"]].append(row)
     curves = []
     for key, by_lr in sizes.items():
         points = []
@@ -91,6 +101,6 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> list[LossCurve]:
             runs = sorted(members, key=lambda r: r["seed"])
             losses = {r["seed"]: r["val_loss"] for r in runs if r["status"] == DONE and r["val_loss"] is not None}
             points.append(Point(log2_lr, losses, len(runs) - len(losses)))
-        model, optimizer, parametrization, width, depth, r_n, r_L = key
-        curves.append(LossCurve(model, optimizer, parametrization, width, depth, r_n, r_L, tuple(points)))
-    return sorted(curves, key=lambda c: (c.label, c.width_ratio * c.depth_ratio, c.width_ratio))
+        model, optimizer, parametrization, width, depth, r_n, r_L, horizon = key
+        curves.append(LossCurve(model, optimizer, parametrization, width, depth, r_n, r_L, tuple(points), horizon))
+    return sorted(curves, key=lambda c: (c.label, c.width_ratio * c.depth_ratio, c.width_ratio, c.horizon or 0))

@@ -98,7 +98,7 @@ def quality(group: Group) -> Quality:
 def comparisons(analysis: Analysis) -> list[Comparison]:
     """Every optimizer against AdamW and every parametrization against SP, or against the first there is."""
     flops = {
-        (row["model"], row["optimizer"], row["parametrization"], row["width"], row["depth"]): row["flops"]
+        tuple(row.get(k) for k in ("model", "optimizer", "parametrization", "width", "depth", "horizon")): row["flops"]
         for row in analysis.rows
         if row.get("flops")
     }
@@ -118,8 +118,8 @@ def _pairs(groups: Sequence[Group]) -> Iterable[tuple[Group, Group]]:
 
 def _shared(a: Group, b: Group) -> list[tuple[Optimum, Optimum]]:
     """The optima of the sizes that two groups have in common."""
-    mine = {(o.curve.width, o.curve.depth): o for o in _known(b)}
-    return [(o, mine[key]) for o in _known(a) if (key := (o.curve.width, o.curve.depth)) in mine]
+    mine = {(o.curve.width, o.curve.depth, o.curve.horizon): o for o in _known(b)}
+    return [(o, mine[key]) for o in _known(a) if (key := (o.curve.width, o.curve.depth, o.curve.horizon)) in mine]
 
 
 def _compare(a: Group, b: Group, flops: Mapping[tuple[Any, ...], float]) -> Comparison:
@@ -147,7 +147,8 @@ def _speed_up(
 
     A line reaches no further than the sizes it goes through: beyond, only a bound is told.
     """
-    compute = [flops.get((*o.curve.label, o.curve.width, o.curve.depth)) for o in (ours, *theirs)]
+    curves = [o.curve for o in (ours, *theirs)]
+    compute = [flops.get((*c.label, c.width, c.depth, c.horizon)) for c in curves]
     if len(theirs) < 2 or any(c is None for c in compute):
         return _NONE
     own, *x = (math.log2(c) for c in compute if c is not None)

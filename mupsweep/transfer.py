@@ -17,6 +17,8 @@ from mupsweep.optimum import TAILS, Optimum, optima
 from mupsweep.valleys import Array
 
 TRANSFERS, DRIFTS, INCONCLUSIVE = "transfers", "drifts", "inconclusive"
+HORIZON = "horizon"  # the axis of training tokens
+DOUBLED = {"joint": "size", HORIZON: "tokens"}  # what an axis counts, where that is not its name
 TOLERANCE_OCTAVES = 0.5  # of total drift from the base to the largest size: half a step of an octave grid
 TOLERANCE_NATS = 0.01  # of regret
 
@@ -43,7 +45,8 @@ class Group:
     """One ladder of sizes of one variant: what it says about transfer.
 
     Attributes:
-        axis: "width" (at the base depth), "depth" (at the base width) or "joint" (both change).
+        axis: "width" (at the base depth), "depth" (at the base width), "joint" (both change), or "horizon": tokens of
+            training, at the base size.
         optima: by rising ratio.
         drift: octaves per doubling of the axis.
         total_drift: octaves from the base to the largest size.
@@ -71,7 +74,9 @@ class Group:
         return self.model, self.optimizer, self.parametrization
 
     def ratio(self, curve: LossCurve) -> float:
-        """The position of a size on this ladder's axis, target / base."""
+        """The position of a size on this ladder's axis, target / base; of a horizon, to the shortest."""
+        if self.axis == HORIZON:
+            return (curve.horizon or 1) / (self.optima[0].curve.horizon or 1)
         return {"width": curve.width_ratio, "depth": curve.depth_ratio}.get(
             self.axis, curve.width_ratio * curve.depth_ratio
         )
@@ -107,13 +112,19 @@ def analyse(rows: Iterable[Mapping[str, Any]]) -> Analysis:
 
 
 def ladders(curves: Sequence[LossCurve]) -> Iterable[tuple[str, list[LossCurve]]]:
-    """The ladders that the sizes of one variant form: width at the base depth, depth at the base width, and joint."""
-    width = [c for c in curves if c.depth_ratio == 1]
-    depth = [c for c in curves if c.width_ratio == 1]
-    joint = [c for c in curves if (c.width_ratio == 1) == (c.depth_ratio == 1)]
-    found = [("width", width), ("depth", depth), ("joint", joint)]
+    """The ladders that the sizes of one variant form: width at the base depth, depth at the base width, and joint, each
+    after the longest training; and the horizons of the base."""
+    longest = max((c.horizon for c in curves if c.horizon is not None), default=None)
+    whole = [c for c in curves if c.horizon == longest]
+    width = [c for c in whole if c.depth_ratio == 1]
+    depth = [c for c in whole if c.width_ratio == 1]
+    joint = [c for c in whole if (c.width_ratio == 1) == (c.depth_ratio == 1)]
+    horizon = [c for c in curves if c.horizon is not None and c.width_ratio == c.depth_ratio == 1]
+    found = [("width", width), ("depth", depth), ("joint", joint), (HORIZON, horizon)]
     long = [
-        (axis, sorted(sizes, key=lambda c: c.width_ratio * c.depth_ratio)) for axis, sizes in found if len(sizes) > 1
+        (axis, sorted(sizes, key=lambda c: (c.width_ratio * c.depth_ratio, c.horizon or 0)))
+        for axis, sizes in found
+        if len(sizes) > 1
     ]
     return long or [("width", list(curves)[:1])]
 
@@ -199,8 +210,8 @@ def _judge(
     size's regret below TOLERANCE_NATS (a valley so flat that the exact LR does not matter). Drifts: the interval
     excludes no drift and the drift exceeds the tolerance. Everything else is inconclusive.
     """
-    names = f"from {base.curve.width}x{base.curve.depth} to {found[-1].curve.width}x{found[-1].curve.depth}"
-    reasons = [f"width {o.curve.width}, depth {o.curve.depth}: {o.reason}" for o in found if o.reason is not None]
+    names = f"from {_named(axis, base)} to {_named(axis, found[-1])}"
+    reasons = [f"{_size(axis, o)}: {o.reason}" for o in found if o.reason is not None]
     if len(found) < 2 or base is found[-1]:
         return INCONCLUSIVE, [
             f"no size larger than the base on the {axis} axis: add ratios above 1",
@@ -224,7 +235,7 @@ def _judge(
     )
     up = total.low is not None and total.low > 0 and (total.value if total.value is not None else total.low) > tolerance
     if down or up:
-        per_doubling = f"{drift} octaves per doubling of {'size' if axis == 'joint' else axis}"
+        per_doubling = f"{drift} octaves per doubling of {DOUBLED.get(axis, axis)}"
         return DRIFTS, [f"{width}: more than {tolerance:g}", per_doubling, *reasons]
     if total.value is None and total.low is None and total.high is None:
         return INCONCLUSIVE, reasons or ["the optimum of the base or of the largest size is unknown"]
@@ -233,6 +244,15 @@ def _judge(
         "add seeds, or LRs around the optimum",
         *reasons,
     ]
+
+
+def _named(axis: str, one: Optimum) -> str:
+    return one.curve.place(axis) if axis == HORIZON else one.curve.place("joint")
+
+
+def _size(axis: str, one: Optimum) -> str:
+    size = f"width {one.curve.width}, depth {one.curve.depth}"
+    return f"{size}, {one.curve.place(axis)}" if axis == HORIZON else size
 
 
 def _mixtures(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
@@ -248,7 +268,7 @@ def _remarks(groups: Sequence[Group]) -> Iterable[str]:
     ends: dict[tuple[str, int, int], list[tuple[Group, Optimum]]] = defaultdict(list)
     for one in groups:
         last = one.optima[-1]
-        if last.loss is not None:
+        if last.loss is not None and one.axis != HORIZON:
             ends[one.axis, last.curve.width, last.curve.depth].append((one, last))
     for (_, width, depth), members in ends.items():
         if len(members) < 2:

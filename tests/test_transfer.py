@@ -157,6 +157,7 @@ def test_results_have_the_documented_keys(tmp_path: Path) -> None:
     header = (sweep.results / "curves.csv").read_text().splitlines()[0]
     assert header == (
         "model,parametrization,optimizer,width,depth,width_ratio,depth_ratio,log2_lr,n_seeds,loss_mean,loss_sem,censored"
+        ",horizon"
     )
     assert (sweep.results / "runs.csv").read_text().startswith("run_id,model,parametrization,optimizer,width,depth,")
 
@@ -208,3 +209,21 @@ def test_runs_of_several_sweeps_are_read_together(tmp_path: Path) -> None:
             folder.write_status("done")
     found = read_runs([SweepDir.open(tmp_path / "a"), SweepDir.open(tmp_path / "b")])
     assert [row["log2_lr"] for row in found] == [-9.0, -7.0, -5.0]  # the run that both planned counts once
+
+
+def test_horizons_are_a_ladder_of_their_own_and_the_longest_stands_for_a_size() -> None:
+    """The optimum falls by 0.3 octaves per doubling of the tokens and by none per doubling of the width."""
+    made = []
+    for doublings in range(3):
+        horizon = 100_000 * 2**doublings
+        for row in rows(sizes=2, step=0.5):
+            made.append(row | {"log2_lr": row["log2_lr"] - 0.3 * doublings, "horizon": horizon})
+    width, horizon = analyse(made).groups
+    assert (width.axis, horizon.axis) == ("width", "horizon")
+    assert [o.curve.horizon for o in width.optima] == [400_000, 400_000]
+    assert [horizon.ratio(o.curve) for o in horizon.optima] == [1, 2, 4]
+    assert {o.curve.width for o in horizon.optima} == {32}
+    assert horizon.drift.value == pytest.approx(-0.3, abs=0.03)
+    assert "from 100000 tokens to 400000 tokens" in horizon.reasons[0]
+    sizes = to_json(analyse(made))["groups"][1]["sizes"]
+    assert [size["horizon"] for size in sizes] == [100_000, 200_000, 400_000]
