@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mupsweep.ranks import ALONE, OK, OUT_OF_MEMORY, OutOfMemory, Ranks
+from mupsweep.ranks import ALONE, OK, OUT_OF_MEMORY, OutOfMemory, PeerLacksMemory, Ranks
 
 log = logging.getLogger("mupsweep")
 
@@ -28,11 +28,13 @@ class Batches:
         ranks: who shares them.
         micro_batch: the most sequences of a piece; None for no limit.
         forced: the same, found by running out of memory.
+        rewrap: of a sharded run (`Built.rewrap`).
     """
 
     ranks: Ranks = field(default_factory=lambda: ALONE)
     micro_batch: int | None = None
     forced: int | None = None
+    rewrap: Callable[[], None] | None = None
 
     def pieces(self, *tensors: Any) -> Iterator[tuple[Any, ...]]:
         """This rank's rows of some tensors, piece by piece."""
@@ -41,7 +43,7 @@ class Batches:
             yield tuple(tensor[start : start + step] for tensor in tensors)
 
     def backward(self, parameters: Iterable[Parameter], loss_of: Callable[..., Tensor], *mine: Tensor) -> Tensor:
-        """Leave the gradient of the global batch's mean loss in the parameters, the same on every rank.
+        """Leave the gradient of the global batch's mean loss in the parameters, or in this rank's shards of them.
 
         Args:
             loss_of: the mean loss of a piece, given its rows of `mine`.
@@ -63,7 +65,8 @@ class Batches:
             return total
 
         loss = self.fitting(compute, len(mine[0]))
-        self.ranks.add([*(w.grad for w in weights if w.grad is not None), loss])
+        whole = [] if self.rewrap else [w.grad for w in weights if w.grad is not None]
+        self.ranks.add([*whole, loss])
         return loss
 
     def fitting(self, compute: Callable[[], T], n_rows: int) -> T:
@@ -76,13 +79,17 @@ class Batches:
             made, word, cause = None, OK, ""
             try:
                 made = compute()
+            except PeerLacksMemory:
+                word = None
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 word, cause = OUT_OF_MEMORY, f"{type(error).__name__}: {error}".splitlines()[0]
             # what the failed try held is free from here on
-            if self.ranks.exchange(word) != OUT_OF_MEMORY:
+            if word is not None and self.ranks.exchange(word) != OUT_OF_MEMORY:
                 return made  # type: ignore[return-value]
+            if self.rewrap:
+                self.rewrap()
             if self._rows(n_rows) == 1:
                 raise OutOfMemory(cause or "on another rank")
             self.forced = self._rows(n_rows) // 2

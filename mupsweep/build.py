@@ -65,12 +65,19 @@ class Solved(NamedTuple):
 
 @dataclass(frozen=True)
 class Built:
-    """A run ready to train."""
+    """A run ready to train.
+
+    Attributes:
+        clip: norm that gradients are clipped to.
+        rewrap: where weights are sharded, so that the backward pass also sums gradients over the ranks: makes the
+            network usable again after an error within a pass.
+    """
 
     network: nn.Module
     optimizer: OptimizerSet
     groups: list[dict[str, Any]]
     clip: float | None
+    rewrap: Callable[[], None] | None = None
 
 
 def rules(recipe: Recipe, size: Size, base_lr: float) -> tuple[TensorRule, ...]:
@@ -82,16 +89,16 @@ def rules(recipe: Recipe, size: Size, base_lr: float) -> tuple[TensorRule, ...]:
     base = {t.name: t for t in recipe.model.tensors(recipe.size(1.0, 1.0))}
     target = list(recipe.model.tensors(size))
     _check_roles(recipe)
-    solved = {}
+    by_name = {}
     for spec in target:
         # blocks beyond the base depth repeat the shapes of the base's first block
         small = base.get(spec.name) or base[_first_block(spec.name)]
-        solved[spec.name] = _solved(recipe, size, spec, small)
+        by_name[spec.name] = solved(recipe, size.width_ratio, size.depth_ratio, spec, small)
     for spec in target:
         if spec.tied_to is not None:
-            _check_tie(recipe, spec, solved[spec.name], solved[spec.tied_to])
+            _check_tie(recipe, spec, by_name[spec.name], by_name[spec.tied_to])
     forward = multipliers(recipe, size)
-    return tuple(_row(spec, solved[spec.name], recipe, forward, base_lr) for spec in target)
+    return tuple(_row(spec, by_name[spec.name], recipe, forward, base_lr) for spec in target)
 
 
 def multipliers(recipe: Recipe, size: Size) -> Multipliers:
@@ -160,12 +167,7 @@ def build(run: RunSpec, device: torch.device) -> Built:
     Initial values depend on (seed, tensor name, shape) alone: they are drawn on the CPU, so that every device starts
     from the same numbers.
     """
-    import torch
-
-    rows = rules(run.recipe, run.size, run.base_lr)
-    with torch.device("meta"):
-        network = run.recipe.model.network(run.size, multipliers(run.recipe, run.size))
-    _check_shapes(network, rows)
+    network, rows = skeleton(run)
     network.to_empty(device=device)
     for row in rows:  # leaving the meta device gave every module a parameter of its own
         if row.tied_to is not None:
@@ -174,13 +176,24 @@ def build(run: RunSpec, device: torch.device) -> Built:
     for row in rows:
         if row.tied_to is None:
             initialise(parameters[row.name], row, run.seed)
-    groups = list(_groups(run.recipe, rows))
+    groups = list(parameter_groups(run.recipe, rows))
     return Built(
         network,
         OptimizerSet([part.optimizer for part in run.recipe.parts], groups, parameters),
         groups,
         clip_norm(run.recipe),
     )
+
+
+def skeleton(run: RunSpec) -> tuple[nn.Module, tuple[TensorRule, ...]]:
+    """The network on the meta device, without values, and the rule of every tensor."""
+    import torch
+
+    rows = rules(run.recipe, run.size, run.base_lr)
+    with torch.device("meta"):
+        network = run.recipe.model.network(run.size, multipliers(run.recipe, run.size))
+    _check_shapes(network, rows)
+    return network, rows
 
 
 def initialise(parameter: torch.Tensor, row: TensorRule, seed: int) -> None:
@@ -209,7 +222,7 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _groups(recipe: Recipe, rows: tuple[TensorRule, ...]) -> Iterator[dict[str, Any]]:
+def parameter_groups(recipe: Recipe, rows: tuple[TensorRule, ...]) -> Iterator[dict[str, Any]]:
     """Parameter groups: the tensors of one part of the optimizer that share all numbers."""
     grouped: dict[tuple[Any, ...], list[TensorRule]] = {}
     for row in rows:
@@ -228,8 +241,8 @@ def _groups(recipe: Recipe, rows: tuple[TensorRule, ...]) -> Iterator[dict[str, 
         }
 
 
-def _solved(recipe: Recipe, size: Size, spec: TensorSpec, small: TensorSpec) -> Solved:
-    """Everything that one tensor is trained with, as ratios to the base shape."""
+def solved(recipe: Recipe, r_n: float, r_L: float, spec: TensorSpec, small: TensorSpec) -> Solved:  # noqa: N803
+    """Everything that one tensor is trained with, as ratios to the tensor `small` of the base shape."""
     part = _taker(recipe.parts, spec)
     optimizer = part.optimizer
     by_its_norm = optimizer.divides_by_weight or optimizer.update_law(spec.dims).weight_norm is not None
@@ -246,9 +259,7 @@ def _solved(recipe: Recipe, size: Size, spec: TensorSpec, small: TensorSpec) -> 
                 f"{spec.name}: {optimizer.name} treats {spec.dims} otherwise than the base's {small.dims}, as one of "
                 "them has an axis beyond optimizer.max_axis, so no rule leads from one to the other; raise max_axis"
             )
-        return numeric(
-            recipe.parametrization, laws[0], spec, small, size.width_ratio, size.depth_ratio, base_law=laws[1]
-        )
+        return numeric(recipe.parametrization, laws[0], spec, small, r_n, r_L, base_law=laws[1])
 
     rule, decay = ratios(optimizer.update_law), ratios(optimizer.decay_law)
     values = {name: threshold.value for name, threshold in optimizer.thresholds(spec.dims).items()}
@@ -348,3 +359,16 @@ def group_records(built: Built) -> list[dict[str, Any]]:
 def rule_record(row: TensorRule) -> dict[str, Any]:
     """A rule as `rules --json` and recipes hold it."""
     return {k: (v.value if isinstance(v, Role | Init) else v) for k, v in asdict(row).items()}
+
+
+def role_records(run: RunSpec) -> dict[str, dict[str, Any]]:
+    """What the tensors of every role are trained with, as a run's config holds it; a list where shapes differ in it."""
+    found: dict[str, dict[str, set[Any]]] = {}
+    for row in rules(run.recipe, run.size, run.base_lr):
+        of_role = found.setdefault(row.role.value, {})
+        for key in ("optimizer", "init_std", "multiplier", "lr", "weight_decay", "eps"):
+            of_role.setdefault(key, set()).add(getattr(row, key))
+    return {
+        role: {key: values.pop() if len(values) == 1 else sorted(values) for key, values in numbers.items()}
+        for role, numbers in found.items()
+    }

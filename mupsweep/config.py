@@ -17,16 +17,13 @@ from typing import Any
 from mupsweep.errors import ConfigError, nearest
 from mupsweep.sections import boolean, instantiate, one_of, refuse_foreign_code, require, structured
 
-COMPARABLE = (
-    "model",
-    "optimizer",
-    "parametrization",
-)  # groups that take several choices: optimizer=adamw,muon
+COMPARABLE = ("model", "optimizer", "parametrization")  # take several choices: optimizer=adamw,muon
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 HELD_OUT = ("hash", "nanogpt")
 PRECISIONS = ("auto", "fp32", "bf16")
 NESTED = ("optimizer.rest", "optimizer.graft")  # sections that another choice of the same group fills
 BATCH_RULES = ("none", "sde")
+GRID, ADAPTIVE = "grid", "adaptive"
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,10 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class GridConfig:
-    """The grid of a sweep. Ratios are target / base; `log2_lrs` are base LRs in octaves."""
+    """The grid of a sweep. Ratios are target / base; `log2_lrs` are base LRs in octaves.
+
+    With `search=adaptive` runs are chosen round by round (mupsweep/search.py), and `log2_lrs` is where that begins.
+    """
 
     name: str | None = None
     width_ratios: tuple[float, ...] = (1.0,)
@@ -146,8 +146,16 @@ class GridConfig:
     log2_lrs: tuple[float, ...] = (-8.0,)
     seeds: tuple[int, ...] = (0,)
     pair: bool = False
+    search: str = GRID
+    half_width: float = 0.25
+    max_seeds: int = 3
+    max_runs: int = 18
 
     def __post_init__(self) -> None:
+        one_of(self.search, (GRID, ADAPTIVE), "sweep.search")
+        require(0.01 <= self.half_width <= 4, "sweep.half_width", self.half_width, "octaves, 0.01 to 4")
+        require(self.max_seeds > 0, "sweep.max_seeds", self.max_seeds, "positive")
+        require(self.max_runs > 0, "sweep.max_runs", self.max_runs, "positive")
         for key in ("width_ratios", "depth_ratios", "log2_lrs", "seeds"):
             values = getattr(self, key)
             require(len(values) > 0, f"sweep.{key}", list(values), "a list with at least one value")

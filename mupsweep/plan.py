@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mupsweep.config import SweepConfig, TrainingConfig, Variant, from_tree, to_tree
+from mupsweep.config import GRID, GridConfig, SweepConfig, TrainingConfig, Variant, from_tree, to_tree
 from mupsweep.cost import Cost, estimate
 from mupsweep.data import epochs_remark, fingerprint
 from mupsweep.data.tokenizers import vocab_size
@@ -177,16 +177,29 @@ def _check_decay(optimizer: Optimizer, parametrization: Parametrization) -> None
         )
 
 
-def plan(config: SweepConfig) -> list[RunSpec]:
-    """Every run of the grid, the most expensive first. Writes nothing."""
+def plan(config: SweepConfig, finished: Iterable[Mapping[str, Any]] = ()) -> list[RunSpec]:
+    """Every run of the grid, or those of a search's next round, the most expensive first. Writes nothing.
+
+    Args:
+        finished: summaries of the runs from which a search goes on; it searches each variant on its own.
+    """
     for variant in config.variants:
         _check_shares(variant.training, config.launcher)
-    runs = [
-        run
-        for variant in config.variants
-        for run in _grid(recipe(variant), config.sweep.ratios, config.sweep.log2_lrs, config.sweep.seeds)
+    rows = list(finished)
+    return _longest_first(run for made in map(recipe, config.variants) for run in _chosen(made, config.sweep, rows))
+
+
+def _chosen(made: Recipe, grid: GridConfig, finished: Iterable[Mapping[str, Any]]) -> Iterable[RunSpec]:
+    """The runs of one variant that are to be planned."""
+    if grid.search == GRID:
+        return _grid(made, grid.ratios, grid.log2_lrs, grid.seeds)
+    from mupsweep.search import propose  # which needs scipy
+
+    label = dict(zip(("model", "optimizer", "parametrization"), made.variant.label, strict=True))
+    mine = [row for row in finished if label.items() <= row.items()]
+    return [
+        run for r_n, r_L, log2_lr, seed in propose(mine, grid) for run in _grid(made, [(r_n, r_L)], [log2_lr], [seed])
     ]
-    return sorted(runs, key=lambda run: (-run.cost.flops, run.run_id))
 
 
 def sweep_name(config: SweepConfig) -> str:
@@ -199,25 +212,53 @@ def sweep_name(config: SweepConfig) -> str:
     return f"{readable}-{digest[:6]}"
 
 
-def save(config: SweepConfig, header: str) -> tuple[SweepDir, list[RunSpec]]:
+def save(config: SweepConfig, header: str, sweep: SweepDir | None = None) -> tuple[SweepDir, list[RunSpec]]:
     """Add the plan to the sweep's folder and return every run of the sweep, planned now or before.
+
+    Args:
+        sweep: the folder; None is that of the config.
 
     Raises:
         ConfigError: the folder holds a variant of the same name with other settings.
     """
     new = plan(config)
-    sweep = SweepDir(Path(config.out) / sweep_name(config))
+    sweep = SweepDir(Path(config.out) / sweep_name(config)) if sweep is None else sweep
     with sweep.lock():
         old = _planned_before(sweep)
         variants = {run.recipe.digest: run.recipe.variant for run in [*old, *new]}
         _refuse_namesakes(variants.values(), sweep)
         for variant in variants.values():
             refuse_foreign_code(asdict(variant), str(sweep.path), config.allow_imports)
+        if old and config.sweep.search != GRID:
+            new = next_round(config, sweep)
         runs = {run.run_id: run for run in [*old, *new]}
-        ordered = sorted(runs.values(), key=lambda run: (-run.cost.flops, run.run_id))
+        ordered = _longest_first(runs.values())
         sweep.write_config(to_tree(replace(config, variants=tuple(variants.values()))), header)
         sweep.write_plan(run.row() for run in ordered)
     return sweep, ordered
+
+
+def next_round(config: SweepConfig, sweep: SweepDir) -> list[RunSpec]:
+    """What a search adds to its sweep: nothing while a run is not finished, so that what it adds depends on whole
+    rounds alone and not on when it was interrupted."""
+    finished, ended = [], True
+    for row in sweep.read_plan():
+        folder = sweep.run(row["run_id"])
+        summary = None if folder.is_open() else folder.summary()
+        ended = ended and summary is not None
+        finished.append(summary or {})
+    return plan(config, finished) if ended else []
+
+
+def extend(
+    sweep: SweepDir, made: Recipe, ratios: tuple[float, float], log2_lrs: Iterable[float], seeds: Iterable[int]
+) -> list[RunSpec]:
+    """Add runs of one size of a variant to a sweep's plan, and return them; its config stays as it is."""
+    new = list(_grid(made, [ratios], log2_lrs, seeds))
+    with sweep.lock():
+        runs = {run.run_id: run for run in [*load(sweep), *new]}
+        sweep.write_plan(run.row() for run in _longest_first(runs.values()))
+    return new
 
 
 def load(sweep: SweepDir) -> list[RunSpec]:
@@ -255,6 +296,10 @@ def _planned_before(sweep: SweepDir) -> list[RunSpec]:
     except RecordError:
         return []
     return load(sweep)
+
+
+def _longest_first(runs: Iterable[RunSpec]) -> list[RunSpec]:
+    return sorted(runs, key=lambda run: (-run.cost.flops, run.run_id))
 
 
 def _grid(

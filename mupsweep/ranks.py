@@ -1,9 +1,9 @@
 """Ranks: the processes that train one run together, a device each, and how they agree.
 
-Rank 0 is the worker: it claims runs, starts the other ranks and alone writes records. Every rank holds all weights and
-optimizer state, computes the gradient of its rows of the global batch, and sums it with the others'. What only one of
-them knows (a signal, an error, memory that ran out) is told in `exchange`, which comes before every sum and at the end
-of every run: so nobody waits for a rank that has left the run.
+Rank 0 is the worker: it claims runs, starts the other ranks and alone writes records. Every rank computes the gradient
+of its rows of the global batch, and sums it with the others'; all weights and optimizer state are on each, unless they
+are sharded. What only one of them knows (a signal, an error, memory that ran out) is told in `exchange`, which comes
+before whatever takes all of them, and at the end of every run: so nobody waits for a rank that has left the run.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,9 @@ from mupsweep.errors import ConfigError
 
 log = logging.getLogger("mupsweep")
 
-OK, STOP, OUT_OF_MEMORY, FAILED = range(4)  # the worst of the ranks' words is everybody's
+T = TypeVar("T")
+
+OK, SAVE, STOP, OUT_OF_MEMORY, FAILED = range(5)  # the worst of the ranks' words is everybody's
 BUCKET = 2**24  # numbers that are summed at once: 64 MiB in fp32
 RANK, PORT = "MUPSWEEP_RANK", "MUPSWEEP_PORT"  # of the environment that rank 0 gives to the others
 LONG = timedelta(days=30)  # how long a rank waits for its next run
@@ -48,6 +50,10 @@ class PeerFailed(Agreed):
     """Another rank cannot go on, with its reason."""
 
 
+class PeerLacksMemory(Exception):
+    """Another rank has too little memory for the step that all are at; nothing is left to be exchanged about it."""
+
+
 class OutOfMemory(Agreed):
     """Some device has too little memory for a step with the smallest pieces."""
 
@@ -59,12 +65,14 @@ class Ranks:
     Attributes:
         rank: of this process; 0 leads.
         size: how many there are.
+        shard: whether weights, gradients and optimizer state are divided among them, or else are whole on each.
         store: what they read and write outside of training; None for a process alone.
         told: how many runs were begun.
     """
 
     rank: int = 0
     size: int = 1
+    shard: bool = False
     store: Any = None
     told: int = 0
 
@@ -104,11 +112,35 @@ class Ranks:
         """Replace every tensor by its sum over the ranks; they are of one dtype and one device."""
         if self.size == 1:
             return
-        for bucket in _buckets(tensors):
+        for bucket in packed(tensors, Tensor.numel):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
             dist.all_reduce(flat)
             for tensor, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(total.view_as(tensor))
+
+    def go_on(self) -> None:
+        """Find out, before anything that takes all of them, whether all of them come.
+
+        Raises:
+            PeerFailed: a rank left the run.
+            PeerLacksMemory: a rank left this step.
+        """
+        if self.exchange() == OUT_OF_MEMORY:
+            raise PeerLacksMemory
+
+    def trade(self, parcels: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send every rank the next `sent` numbers of `parcels`; what came from each, `received` of them, in order."""
+        came = parcels.new_empty(sum(received))
+        self.go_on()
+        dist.all_to_all_single(came, parcels, list(received), list(sent))
+        return came
+
+    def collect(self, value: Any) -> list[Any]:
+        """Everybody's value on rank 0, and nothing elsewhere."""
+        everybody = [None] * self.size if self.leads else None
+        self.go_on()
+        dist.gather_object(value, everybody)
+        return everybody or []
 
     def tell(self, run_id: str) -> None:
         """Begin a run on every other rank; "" ends them."""
@@ -161,12 +193,13 @@ ALONE = Ranks()
 
 
 @contextlib.contextmanager
-def gathered(devices: Sequence[torch.device], command: Sequence[str]) -> Iterator[Ranks]:
+def gathered(devices: Sequence[torch.device], command: Sequence[str], shard: bool = False) -> Iterator[Ranks]:
     """This process among those of `devices`: rank 0, which starts the others, or one that rank 0 started.
 
     Args:
         devices: one per rank.
         command: starts this program; the other ranks are told theirs by the environment.
+        shard: as in `Ranks`.
     """
     if len(devices) == 1:
         yield ALONE
@@ -176,7 +209,7 @@ def gathered(devices: Sequence[torch.device], command: Sequence[str]) -> Iterato
     if RANK in os.environ:
         _die_with_parent()
         rank = int(os.environ[RANK])
-        with connected(rank, devices, TCPStore("127.0.0.1", int(os.environ[PORT]))) as ranks:
+        with connected(rank, devices, TCPStore("127.0.0.1", int(os.environ[PORT])), shard) as ranks:
             yield ranks
         return
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -184,7 +217,7 @@ def gathered(devices: Sequence[torch.device], command: Sequence[str]) -> Iterato
     try:
         for rank in range(1, len(devices)):
             followers.start(rank, command, store.port)
-        with connected(0, devices, store) as ranks:
+        with connected(0, devices, store, shard) as ranks:
             try:
                 yield ranks
             finally:
@@ -195,14 +228,14 @@ def gathered(devices: Sequence[torch.device], command: Sequence[str]) -> Iterato
 
 
 @contextlib.contextmanager
-def connected(rank: int, devices: Sequence[torch.device], store: Any) -> Iterator[Ranks]:
+def connected(rank: int, devices: Sequence[torch.device], store: Any, shard: bool = False) -> Iterator[Ranks]:
     """A process group with a rank per device: gloo between CPUs, and for words; NCCL between GPUs."""
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     backend = "cpu:gloo,cuda:nccl" if devices[rank].type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=len(devices))
     try:
-        yield Ranks(rank, len(devices), store)
+        yield Ranks(rank, len(devices), shard, store)
     finally:
         dist.destroy_process_group()
 
@@ -235,14 +268,14 @@ class Followers:
             os.abort()
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in order, as many at a time as fill a bucket."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET:
+def packed(things: Iterable[T], numbers: Callable[[T], int]) -> Iterator[list[T]]:
+    """Things in order, as many at a time as their numbers fill a bucket."""
+    bucket: list[T] = []
+    for thing in things:
+        if bucket and sum(map(numbers, bucket)) + numbers(thing) > BUCKET:
             yield bucket
             bucket = []
-        bucket.append(tensor)
+        bucket.append(thing)
     if bucket:
         yield bucket
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,11 @@ from mupsweep import build
 from mupsweep.errors import RecordError
 from mupsweep.optimum import Optimum
 from mupsweep.plan import Recipe
-from mupsweep.transfer import DRIFTS, TRANSFERS, Estimate, Group
+from mupsweep.sizes import Size
+from mupsweep.transfer import DRIFTS, HORIZON, INCONCLUSIVE, TRANSFERS, Estimate, Group
+
+SHAPE = ("width", "depth", "heads", "kv_heads", "head_dim", "ffn_width", "vocab_size", "context")
+SCHEDULE = ("batch_size", "schedule", "min_lr_frac", "decay_fraction", "precision")
 
 
 def recommend(one: Group, doublings: float) -> tuple[Estimate, str]:
@@ -56,38 +61,138 @@ def axis_of(made: Recipe, width: int, depth: int) -> str | None:
     return "joint" if wider and deeper else "width" if wider else "depth" if deeper else None
 
 
-def recipe(one: Group, made: Recipe, width: int, depth: int) -> dict[str, Any]:
+def leading(groups: Sequence[Group], made: Recipe, width: int, depth: int) -> Group:
+    """The ladder of a variant that leads to a target, or else its first; horizons alone are one size, the base."""
+    axis = axis_of(made, width, depth)
+    sizes = [group for group in groups if group.axis != HORIZON]
+    if not sizes:
+        base = groups[0]
+        return replace(base, axis="width", optima=base.optima[-1:], regrets=base.regrets[-1:], verdict=INCONCLUSIVE)
+    return next((group for group in sizes if group.axis == axis), sizes[0])
+
+
+def exponent_of(groups: Sequence[Group]) -> Estimate | None:
+    """x in LR ~ tokens^x as the horizons of a variant measured it: the drift in octaves per doubling of tokens."""
+    return next((group.drift for group in groups if group.axis == HORIZON), None)
+
+
+def doublings_to(one: Group, size: Size) -> float:
+    """How far a size lies from the base on the group's axis."""
+    ratio = {"width": size.width_ratio, "depth": size.depth_ratio}.get(one.axis, size.width_ratio * size.depth_ratio)
+    return math.log2(ratio)
+
+
+def recipe(
+    one: Group,
+    made: Recipe,
+    width: int,
+    depth: int,
+    tokens: int | None = None,
+    horizon_exponent: Estimate | None = None,
+) -> dict[str, Any]:
     """How to train a target that was never trained: its LR with an interval, and every tensor's numbers.
+
+    Args:
+        tokens: what the target is trained on; None: as many as the sweep's runs.
+        horizon_exponent: a measured x in LR ~ tokens^x, with its interval, for sweeps whose training.horizon_exponent
+            does not say it already, as `exponent_of` finds it.
 
     Raises:
         ConfigError: a target that is no multiple of the base shape.
     """
     size = made.size(width / made.model.width, depth / made.model.depth)
-    ratio = {"width": size.width_ratio, "depth": size.depth_ratio}.get(one.axis, size.width_ratio * size.depth_ratio)
-    choice, basis = recommend(one, math.log2(ratio))
-    assert choice.value is not None
+    choice, basis = recommend(one, doublings_to(one, size))
     axis = axis_of(made, width, depth)
     if axis not in (None, one.axis):
         basis = f"untested: the target lies on the {axis} axis, but only {one.axis} was measured; there, {basis}"
-    forward = build.multipliers(made, size)
+    final = made if tokens is None else replace(made, variant=_trained_on(made, tokens))
+    choice, horizon = _carried(choice, made, final, horizon_exponent)
+    assert choice.value is not None
     return {
         "model": one.model,
         "optimizer": one.optimizer,
         "parametrization": one.parametrization,
-        "target": {"width": size.width, "depth": size.depth, "heads": size.heads, "head_dim": size.head_dim},
         "verdict": one.verdict,
         "basis": basis,
         "log2_lr": choice.value,
         "log2_lr_low": choice.low,
         "log2_lr_high": choice.high,
-        "base_lr": 2.0**choice.value,
+        "horizon": horizon,
+        **settings(final, size, 2.0**choice.value),
+    }
+
+
+def settings(made: Recipe, size: Size, base_lr: float) -> dict[str, Any]:
+    """Everything that a run of `made` at a size is trained with; all that an export to another trainer needs."""
+    forward = build.multipliers(made, size)
+    training = made.training
+    return {
+        "target": {key: getattr(size, key) for key in SHAPE},
+        "base": {key: getattr(made.size(1.0, 1.0), key) for key in SHAPE},
+        "base_lr": base_lr,
         "parameters": made.cost(size).parameters,
         "block_multiplier": forward.block,
         "output_multiplier": forward.output,
         "attention_scale": forward.attention,
         "clip": build.clip_norm(made),
-        "tensors": [build.rule_record(row) for row in build.rules(made, size, 2.0**choice.value)],
+        "architecture": dict(made.variant.model),
+        "training": {
+            "tokens": _tokens(made),
+            "steps": made.steps,
+            "warmup_steps": training.warmup_steps(made.steps),
+            **{key: getattr(training, key) for key in SCHEDULE},
+        },
+        "optimizers": [
+            {
+                "kind": f"{type(part.optimizer).__module__}.{type(part.optimizer).__qualname__}",
+                **asdict(part.optimizer),
+            }
+            for part in made.parts
+        ],
+        "tensors": [build.rule_record(row) for row in build.rules(made, size, base_lr)],
     }
+
+
+def _carried(
+    choice: Estimate, made: Recipe, final: Recipe, exponent: Estimate | None
+) -> tuple[Estimate, dict[str, Any]]:
+    """The LR at the target's horizon, and what is to be said of it."""
+    measured, wanted = _tokens(made), _tokens(final)
+    octaves = math.log2(wanted / measured)
+    factor, note = 1.0, f"for the {measured:,} tokens that the sweep's runs were trained on"
+    if octaves and made.training.base_tokens is not None:  # the parts of the recipe carry the LR themselves
+        factor = final.parts[0].lr_ratio / made.parts[0].lr_ratio
+        note = f"carried from {measured:,} to {wanted:,} tokens by {_power(made.training.horizon_exponent)}"
+    elif octaves and exponent is not None and exponent.value is not None:
+        factor = 2.0 ** (octaves * exponent.value)
+        ends = [None if e is None else octaves * e for e in (exponent.low, exponent.high)]
+        low, high = ends if octaves > 0 else ends[::-1]
+        choice = Estimate(*map(_sum, (choice.value, choice.low, choice.high), (octaves * exponent.value, low, high)))
+        note = f"carried from {measured:,} to {wanted:,} tokens by the measured {_power(exponent.value)}"
+    elif octaves:
+        note = (
+            f"NOT carried to {wanted:,} tokens: measured at {measured:,}, and the best LR falls with the horizon; "
+            "set training.horizon_exponent and training.base_tokens, or sweep at several horizons"
+        )
+    return choice, {"tokens": wanted, "measured_tokens": measured, "lr_factor": factor, "note": note}
+
+
+def _sum(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a + b
+
+
+def _power(exponent: float) -> str:
+    return f"LR ~ tokens^{exponent:.3g}"
+
+
+def _tokens(made: Recipe) -> int:
+    """Training tokens of a run."""
+    return made.steps * made.training.batch_size * made.model.context
+
+
+def _trained_on(made: Recipe, tokens: int) -> Any:
+    """The variant with another token budget; a warm-up given as a fraction, and decay rules per run, follow it."""
+    return replace(made.variant, training=replace(made.training, steps=None, tokens=tokens))
 
 
 def _half_width(found: Sequence[Optimum]) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,11 @@ class SweepDir:
         return self.path / "results"
 
     @property
+    def check_path(self) -> Path:
+        """The outcome of a coordinate check of this sweep's choices, if one was kept."""
+        return self.results / "check.json"
+
+    @property
     def figures(self) -> Path:
         return self.results / "figures"
 
@@ -97,6 +103,17 @@ class SweepDir:
     def trackers(self) -> Path:
         """Where a tracker keeps its own files."""
         return self.path / "trackers"
+
+    @property
+    def runs(self) -> Path:
+        return self.path / "runs"
+
+    def started(self) -> list[str]:
+        """The names of the runs that have a folder."""
+        try:
+            return os.listdir(self.runs)
+        except OSError:  # none yet
+            return []
 
     def run(self, run_id: str) -> RunDir:
         return RunDir(self.path / f"runs/{run_id}")  # one join: of 100,000 runs, joining paths is what takes the time

@@ -39,6 +39,7 @@ RUN_COLUMNS = [
     "tokens_per_second",
     "device",
     "flops",
+    "horizon",
 ]
 
 
@@ -56,10 +57,23 @@ def read_runs(sweeps: Sequence[SweepDir]) -> list[dict[str, Any]]:
             label = (summary["model"], summary["optimizer"], summary["parametrization"])
             if variants.setdefault(label, planned["variant"]) != planned["variant"]:
                 summary |= {"model": f"{summary['model']} ({sweep.name})"}
-            rows.append({**summary, "flops": planned["flops"]})
+            rows += _horizons({**summary, "flops": planned["flops"]})
     keys = ("model", "optimizer", "parametrization", "width", "depth", "log2_lr", "seed")
     unique = {(row["model"], row["run_id"]): row for row in rows}
     return sorted(unique.values(), key=lambda row: tuple(row[k] for k in keys))
+
+
+def _horizons(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A run, and a row for every branch of it that ended earlier; those that divergence left no time for diverged."""
+    branches = row.pop("branches", None)
+    if not branches:
+        return [row]
+    made = [{**row, "horizon": row["planned_tokens"]}]
+    for branch in branches:
+        share = branch["tokens"] / row["planned_tokens"]
+        run_id = f"{row['run_id']}@{branch['tokens']}"
+        made.append({**row, **branch, "run_id": run_id, "horizon": branch["tokens"], "flops": row["flops"] * share})
+    return made
 
 
 def read_table(path: str) -> list[dict[str, Any]]:
@@ -114,6 +128,7 @@ def _foreign_run(line: Mapping[str, str | None], refuse: Callable[[str, str], Da
     row |= {key: number(key) for key in ("width_ratio", "depth_ratio") if line.get(key)}
     row |= {"seed": int(number("seed"))} if line.get("seed") else {}
     row |= {"flops": number("flops")} if line.get("flops") else {}
+    row |= {"horizon": int(number("horizon"))} if line.get("horizon") else {}
     if line.get("log2_lr"):
         row["log2_lr"] = number("log2_lr")
     elif (lr := number("lr")) > 0:
@@ -131,7 +146,7 @@ def write_results(sweep: SweepDir, analysis: Analysis) -> None:
     """results/runs.csv, curves.csv and transfer.json."""
     make_folder(sweep.results)
     write_text(sweep.results / "runs.csv", _csv(RUN_COLUMNS, analysis.rows))
-    write_text(sweep.results / "curves.csv", _csv(*_curve_table(analysis.curves)))
+    write_text(sweep.results / "curves.csv", _csv(*curve_table(analysis.curves)))
     write_json(sweep.results / "transfer.json", to_json(analysis))
 
 
@@ -148,6 +163,7 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
                     {
                         "width": o.curve.width,
                         "depth": o.curve.depth,
+                        "horizon": o.curve.horizon,
                         "ratio": g.ratio(o.curve),
                         "n_runs": o.curve.n_runs,
                         "n_diverged": o.curve.n_diverged,
@@ -208,7 +224,8 @@ def _interval(unit: str, estimate: Estimate) -> dict[str, float | None]:
     return {unit: estimate.value, "low": estimate.low, "high": estimate.high}
 
 
-def _curve_table(curves: Sequence[LossCurve]) -> tuple[list[str], list[dict[str, Any]]]:
+def curve_table(curves: Sequence[LossCurve]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The columns and lines of curves.csv."""
     keys = ["model", "parametrization", "optimizer", "width", "depth", "width_ratio", "depth_ratio"]
     rows = [
         {
@@ -218,11 +235,12 @@ def _curve_table(curves: Sequence[LossCurve]) -> tuple[list[str], list[dict[str,
             "loss_mean": None if math.isnan(p.mean) else p.mean,
             "loss_sem": p.sem,
             "censored": p.censored,
+            "horizon": curve.horizon,
         }
         for curve in curves
         for p in curve.points
     ]
-    return [*keys, "log2_lr", "n_seeds", "loss_mean", "loss_sem", "censored"], rows
+    return [*keys, "log2_lr", "n_seeds", "loss_mean", "loss_sem", "censored", "horizon"], rows
 
 
 def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:

@@ -23,7 +23,7 @@ from mupsweep.data import Dataset
 from mupsweep.files import write_bytes
 from mupsweep.models.loss import DRAWS
 from mupsweep.plan import RunSpec
-from mupsweep.ranks import ALONE, OK, STOP, Interrupted, Ranks
+from mupsweep.ranks import ALONE, OK, SAVE, STOP, Interrupted, Ranks
 from mupsweep.records import DIVERGED, DONE, RUNNING, RunDir
 
 log = logging.getLogger("mupsweep")
@@ -57,6 +57,7 @@ class Journal:
     """What a run leaves on disk while it trains: checkpoints, rows of metrics, its status. Written by rank 0 alone.
 
     Attributes:
+        seconds: between two checkpoints.
         pending: losses of the latest steps, still on the device.
     """
 
@@ -64,6 +65,7 @@ class Journal:
     folder: RunDir
     progress: Progress
     leads: bool
+    seconds: float
     pending: list[Tensor] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
@@ -73,13 +75,17 @@ class Journal:
         if self.leads:
             self.folder.write_metrics(row for row in self.folder.metrics() if row["step"] <= self.first_step)
 
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return self.leads and time.monotonic() - self.saved > self.seconds
+
     def save(self) -> None:
-        """Write a checkpoint."""
-        if not self.leads:
-            return
+        """Write a checkpoint; what is sharded is collected from every rank."""
         flush(self.pending, self.progress)
         self.clock()
-        save_checkpoint(self.built, self.progress, self.folder)
+        state = {"network": self.built.network.state_dict(), "optimizer": self.built.optimizer.state_dict()}
+        if self.leads:
+            save_checkpoint({**state, **asdict(self.progress)}, self.folder)
         self.saved = time.monotonic()
 
     def clock(self) -> float:
@@ -123,12 +129,14 @@ def train(
     precision = choose_precision(training.precision, device)
     network = compiled(built.network) if training.compile else built.network
 
-    progress = resume(built, folder, device)
-    batches = Batches(ranks, training.micro_batch, progress.micro_batch)
-    journal = Journal(built, folder, progress, ranks.leads)
+    progress = resume(built, folder)
+    batches = Batches(ranks, training.micro_batch, progress.micro_batch, built.rewrap)
+    journal = Journal(built, folder, progress, ranks.leads, 60 * training.checkpoint_minutes)
     while progress.step < total:
-        if ranks.exchange(STOP if control.stop_requested() else OK) == STOP:
+        word = ranks.exchange(STOP if control.stop_requested() else SAVE if journal.due() else OK)
+        if word in (SAVE, STOP):
             journal.save()
+        if word == STOP:
             raise Interrupted
         control.heartbeat()
         factor = lr_factor(progress.step, total, training)
@@ -156,8 +164,6 @@ def train(
             if bad_step is not None or progress.step == total:
                 return summarise(run, progress, row, bad_step, rate, precision, device, ranks.size)
             journal.show(row, total, rate)
-        if time.monotonic() - journal.saved > 60 * training.checkpoint_minutes:
-            journal.save()
     raise AssertionError("a finished run has no checkpoint to resume from")
 
 
@@ -244,7 +250,8 @@ def clip(built: Built) -> Tensor | None:
     """Clip the global gradient norm where the rule allows it; the norm before clipping."""
     if built.clip is None:
         return None
-    return nn.utils.clip_grad_norm_(built.network.parameters(), built.clip)
+    norm = nn.utils.clip_grad_norm_(built.network.parameters(), built.clip)
+    return norm.full_tensor() if built.rewrap else norm  # type: ignore[attr-defined]
 
 
 def evaluate(
@@ -321,20 +328,19 @@ def summarise(
     }
 
 
-def save_checkpoint(built: Built, progress: Progress, folder: RunDir) -> None:
+def save_checkpoint(state: dict[str, Any], folder: RunDir) -> None:
     """Everything that the rest of the run depends on, followed by its digest; the checkpoint before is kept."""
     latest, previous = folder.checkpoints
     latest.parent.mkdir(exist_ok=True)
     buffer = io.BytesIO()
-    state = {"network": built.network.state_dict(), "optimizer": built.optimizer.state_dict()}
-    torch.save({**state, **asdict(progress)}, buffer)
+    torch.save(state, buffer)
     content = buffer.getvalue()
     if latest.exists():
         latest.replace(previous)
     write_bytes(latest, content + hashlib.sha256(content).digest())
 
 
-def resume(built: Built, folder: RunDir, device: torch.device) -> Progress:
+def resume(built: Built, folder: RunDir) -> Progress:
     """Load the newest whole checkpoint into the run; a fresh start where there is none."""
     for path in folder.checkpoints:
         if not path.exists():
@@ -344,7 +350,7 @@ def resume(built: Built, folder: RunDir, device: torch.device) -> Progress:
         if hashlib.sha256(content).digest() != digest:
             log.warning("%s is damaged; trying an older one", path)
             continue
-        saved = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         built.network.load_state_dict(saved.pop("network"))
         built.optimizer.load_state_dict(saved.pop("optimizer"))
         log.info("resuming at step %d from %s", saved["step"], path.name)

@@ -19,9 +19,9 @@ from types import FrameType
 
 import torch
 
-from mupsweep import plan, trackers
+from mupsweep import plan
 from mupsweep.batches import is_out_of_memory
-from mupsweep.build import build, group_records
+from mupsweep.build import Built, build, group_records, role_records
 from mupsweep.claims import Claim
 from mupsweep.cost import si
 from mupsweep.data import Dataset, prepare
@@ -29,10 +29,12 @@ from mupsweep.errors import ConfigError, MupsweepError, RecordError, nearest
 from mupsweep.plan import RunSpec
 from mupsweep.ranks import ALONE, Interrupted, Ranks, gathered
 from mupsweep.records import FAILED, FINISHED, PENDING, RUNNING, RunDir, SweepDir
-from mupsweep.train import device_name, train
+from mupsweep.trackers.live import Live
+from mupsweep.train import choose_precision, device_name, train
 
 log = logging.getLogger("mupsweep")
 
+LITTLE, MUCH = 2**20, 2**31 - 1  # bytes; of `set_kept_memory`
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -42,24 +44,27 @@ def execute(
     device: str = "auto",
     threads: int = 1,
     on_finished: Callable[[], None] = lambda: None,
+    shard: bool = False,
 ) -> bool:
     """Train every run of the sweep, or the named ones, that is pending and claimed by nobody; longest first.
 
     Args:
         device: a torch device, "auto", or several separated by commas, which train every run together.
+        shard: divide weights, gradients and optimizer state among several devices.
 
     Returns:
         False if it was asked to stop before all of them were taken.
     """
-    devices = choose_devices(device)
     stop = StopFlag.install()
-    words = [str(sweep.path), *run_ids, "--device", device, "--threads", str(threads)]
-    with gathered(devices, [sys.executable, "-m", "mupsweep", "worker", *words]) as ranks:
+    devices = choose_devices(device)
+    words = [str(sweep.path), *run_ids, "--device", device, "--threads", str(threads), *["--shard"] * shard]
+    with gathered(devices, [sys.executable, "-m", "mupsweep", "worker", *words], shard) as ranks:
         chosen = devices[ranks.rank]
-        configure(threads, chosen)
+        configure(threads, chosen, shard)
         if not ranks.leads:
             return follow(sweep, chosen, stop, ranks)
-        return lead(sweep, run_ids, chosen, stop, ranks, on_finished)
+        with Live(sweep) as tracker:
+            return lead(sweep, run_ids, chosen, stop, ranks, on_finished, tracker)
 
 
 def lead(
@@ -69,10 +74,10 @@ def lead(
     stop: StopFlag,
     ranks: Ranks,
     on_finished: Callable[[], None],
+    tracker: Live,
 ) -> bool:
     """`execute` on rank 0, which is all there is on one device."""
     runs = select(plan.load(sweep), run_ids)
-    tracker = trackers.load(sweep)
     data: dict[str, Dataset] = {}
     for run in runs:
         folder = sweep.run(run.run_id)
@@ -86,9 +91,8 @@ def lead(
                 continue
             if run.recipe.digest not in data:
                 data[run.recipe.digest] = prepare(run.recipe.variant.data)
-            execute_run(run, folder, data[run.recipe.digest], device, Owner(claim, stop), ranks)
-            if folder.status()["status"] in FINISHED:
-                tracker.finished(folder)
+            with tracker.showing(folder):
+                execute_run(run, folder, data[run.recipe.digest], device, Owner(claim, stop), ranks)
         except Interrupted:
             if claim.is_held():
                 folder.write_status(PENDING)
@@ -107,7 +111,7 @@ def follow(sweep: SweepDir, device: torch.device, stop: StopFlag, ranks: Ranks) 
             with ranks.together():
                 run = runs[run_id]
                 data = prepare(run.recipe.variant.data)
-                train(run, build(run, device), data, sweep.run(run_id), device, Follower(stop), ranks)
+                train(run, built_on(ranks, run, device), data, sweep.run(run_id), device, Follower(stop), ranks)
         except Exception:  # `together` has told rank 0
             if not is_alive(device):
                 os.abort()
@@ -128,8 +132,9 @@ def execute_run(
             ranks.tell(run.run_id)
             with ranks.together():
                 folder.write_status(RUNNING, durable=False, step=0, steps=run.recipe.steps)
-                built = build(run, device)
-                folder.write_rules(run.row() | asdict(run.recipe.variant), group_records(built))
+                built = built_on(ranks, run, device)
+                config = run.row() | asdict(run.recipe.variant) | {"rules": role_records(run)}
+                folder.write_rules(config, group_records(built))
                 summary = train(run, built, data, folder, device, owner, ranks)
                 owner.check()
                 folder.write_summary(summary)
@@ -148,6 +153,16 @@ def execute_run(
                 folder.write_status(FAILED, error=told(error, run, device))
 
 
+def built_on(ranks: Ranks, run: RunSpec, device: torch.device) -> Built:
+    """The network and its optimizers, whole or this rank's shard of them."""
+    if not ranks.shard:
+        return build(run, device)
+    from mupsweep.sharding import build_sharded  # imports FSDP, which takes a while
+
+    bf16 = choose_precision(run.recipe.training.precision, device) == "bf16"
+    return build_sharded(run, device, ranks, torch.bfloat16 if bf16 else None)
+
+
 def told(error: Exception, run: RunSpec, device: torch.device) -> str:
     """Why a run failed, in one line."""
     first = (str(error).splitlines() or [""])[0]
@@ -158,8 +173,9 @@ def told(error: Exception, run: RunSpec, device: torch.device) -> str:
     least = replace(run.recipe, variant=replace(run.recipe.variant, training=training)).cost(run.size)
     return (
         f"out of memory on {device_name(device)}{room}: {si(least.parameters)} parameters take roughly "
-        f"{si(least.memory)}B with one sequence at a time; use a larger device, fewer launcher.slots_per_device, "
-        f"a shorter model.context or smaller sizes ({first})"
+        f"{si(least.memory)}B with one sequence at a time; use a larger device, several that share a run "
+        "(launcher.devices_per_run and launcher.shard), fewer launcher.slots_per_device, a shorter model.context or "
+        f"smaller sizes ({first})"
     )
 
 
@@ -207,6 +223,7 @@ class StopFlag:
 
         for number in STOP_SIGNALS:
             signal.signal(number, handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # which a launcher holds back until now
         return flag
 
 
@@ -292,11 +309,11 @@ def choose_device(device: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def configure(threads: int, device: torch.device) -> None:
-    """Settings of the process that make runs reproducible and fast."""
+def configure(threads: int, device: torch.device, shard: bool = False) -> None:
+    """Settings of the process that make runs reproducible, and fast, or small where they are sharded."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    keep_freed_memory()
+    set_kept_memory(LITTLE if shard else MUCH)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory and capability checks use the current device
     if device.type != "cpu":  # CPU kernels are deterministic anyhow, and asking for it imports half of torch
@@ -315,10 +332,14 @@ def is_alive(device: torch.device) -> bool:
     return True
 
 
-def keep_freed_memory() -> None:
-    """Stop glibc from returning big blocks to the kernel at every step, which doubles a step at large vocabularies."""
+def set_kept_memory(size: int) -> None:
+    """From which size on glibc returns freed blocks to the kernel.
+
+    To return them at every step doubles it at large vocabularies. To keep them leaves holes between the weights that a
+    sharded run gathers and frees, block by block, and in the end as much memory as whole weights would take.
+    """
     if Path("/proc/self").exists():
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+            libc.mallopt(-3, size)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, size)  # M_TRIM_THRESHOLD

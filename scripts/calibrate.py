@@ -80,8 +80,8 @@ def drawn(random: np.random.Generator) -> Setting:
     )
 
 
-def sweep(random: np.random.Generator, s: Setting) -> list[dict[str, Any]]:
-    """The runs of one synthetic sweep."""
+def sweep(random: np.random.Generator, s: Setting, missing: float = 0.03) -> list[dict[str, Any]]:
+    """The runs of one synthetic sweep, some of them missing."""
     rows = []
     for k in range(s.sizes):
         optimum = s.start + DRIFT[s.drift] * k
@@ -92,7 +92,7 @@ def sweep(random: np.random.Generator, s: Setting) -> list[dict[str, Any]]:
                 noise = s.noise * (1 + 0.5 * max(0.0, d)) * (4 if random.random() < 0.02 else 1)
                 loss = 2.5 - 0.1 * k + s.steepness * s.valley(d) + shift + tilt * d + random.normal(0, noise)
                 diverged = d > CLIFF + random.normal(0, 0.2)
-                if random.random() < 0.03:
+                if random.random() < missing:
                     continue
                 rows.append(
                     {

@@ -31,6 +31,9 @@ def main(venv: str) -> None:
         )
     if subprocess.run([*pip, "-e", f"{ROOT}[dev]"]).returncode != 0:
         sys.exit("cannot install mupsweep's dependencies: see pip's message above")
+    # A reference for tests, which are skipped without it. It wants a torchvision that does not fit torch's CPU build.
+    if subprocess.run([*pip, "--no-deps", "mup"]).returncode != 0:
+        print("cannot install mup: the tests that compare with it will be skipped", file=sys.stderr)
 
 
 def wanted_torch() -> str:

@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from mupsweep.cli import cancel, check, data, plan, report, rules, run, status, transfer, worker
+from mupsweep.cli import cancel, check, data, plan, report, rules, run, status, sync, transfer, worker
 from mupsweep.errors import MupsweepError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("plan")(plan.plan)
 app.command("rules")(rules.rules)
 app.command("status")(status.status)
 app.command("report")(report.report)
+app.command("sync")(sync.sync)
 app.command("cancel")(cancel.cancel)
 app.command("worker")(worker.worker)
 app.add_typer(check.app, name="check")

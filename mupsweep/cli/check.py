@@ -34,6 +34,9 @@ def coordinates(
     figure: Annotated[
         str | None, typer.Option(metavar="PATH", help="Draw what was measured into this .png or .svg.")
     ] = None,
+    into: Annotated[
+        str | None, typer.Option(metavar="SWEEP", help="Keep the outcome with this sweep, for its report.html.")
+    ] = None,
 ) -> None:
     """Fit what grows with width and depth, and compare with what is promised.
 
@@ -44,10 +47,12 @@ def coordinates(
     Example: mupsweep check coordinates optimizer=muon parametrization=mup,spectral
     """
     from mupsweep.check import recipes
+    from mupsweep.records import SweepDir
     from mupsweep.report import checks
 
+    sweep = None if into is None else SweepDir.open(into)
     found = recipes.check(recipes.load(overrides or (), config_dir))
-    raise typer.Exit(0 if checks.show_coordinates(found, json, figure) else 1)
+    raise typer.Exit(0 if checks.show_coordinates(found, json, figure, sweep) else 1)
 
 
 @app.command()

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from mupsweep.cli.options import Sweep
 
 
-def report(sweep: Sweep) -> None:
+def report(
+    sweep: Sweep,
+    next_round: Annotated[
+        bool,
+        typer.Option(
+            "--next-round", help="With sweep.search=adaptive: train what it wants next; Slurm's jobs call it."
+        ),
+    ] = False,
+    figures: Annotated[
+        str | None,
+        typer.Option(metavar="LOOK", help="Also draw the figures in this look: paper adds PDF at journal widths."),
+    ] = None,
+) -> None:
     """Analyse a sweep again and write its tables, figures and report.html.
 
     Example: mupsweep report sweeps/demo
     """
+    from mupsweep.cli.run import go_on
     from mupsweep.records import SweepDir
     from mupsweep.report.conclude import conclude
 
-    conclude([SweepDir.open(sweep)])
+    try:
+        if next_round:
+            go_on(SweepDir.open(sweep))
+    finally:
+        conclude([SweepDir.open(sweep)], figures=figures)

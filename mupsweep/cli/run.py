@@ -28,7 +28,8 @@ def run(
 ) -> None:
     """Plan a sweep, train what is missing, analyse it and write the report.
 
-    Run the same command again to go on after an interruption, or with a longer grid to extend the sweep.
+    Run the same command again to go on after an interruption, or with a longer grid to extend the sweep. With
+    sweep.search=adaptive it trains round after round, until the optimal LR of every size is known.
 
     Example: mupsweep run parametrization=sp,spectral experiment=demo
     """
@@ -42,13 +43,17 @@ def run(
     launcher: Launcher = instantiate(chosen.launcher, "launcher")
     if dry_run and not isinstance(launcher, Detached):
         raise ConfigError(f"--dry-run: launcher={launcher.name} writes no job scripts; mupsweep plan shows the runs")
-    sweep, runs = plan.save(chosen, "mupsweep " + shlex.join(sys.argv[1:]))
-    missing = [r for r in runs if sweep.run(r.run_id).is_open()]
-    if dry_run and isinstance(launcher, Detached):
-        return launcher.preview(sweep, [r.run_id for r in missing])
-    finished = train(launcher, sweep, missing)
-    if missing and isinstance(launcher, Detached):  # a job concludes when they have ended
-        return print(dumps({"jobs": sweep.read_jobs()})) if json else None
+    while True:
+        sweep, runs = plan.save(chosen, "mupsweep " + shlex.join(sys.argv[1:]))
+        missing = [r for r in runs if sweep.run(r.run_id).is_open()]
+        if dry_run and isinstance(launcher, Detached):
+            return launcher.preview(sweep, [r.run_id for r in missing])
+        finished = train(launcher, sweep, missing)
+        if missing and isinstance(launcher, Detached):  # a job goes on or concludes when they have ended
+            return print(dumps({"jobs": sweep.read_jobs()})) if json else None
+        unfinished = not finished or any(sweep.run(r.run_id).is_open() for r in missing)
+        if not missing or unfinished or chosen.sweep.search == config.GRID:
+            break
     verdicts = conclude([sweep], as_json=json)
     raise typer.Exit(exit_code(sweep, runs, finished, strict and "drifts" in verdicts))
 
@@ -71,6 +76,21 @@ def train(launcher: Launcher, sweep: SweepDir, runs: list[RunSpec]) -> bool:
         if folder.status()["status"] == FAILED and not folder.is_claimed():
             folder.write_status(PENDING, durable=False)
     return launcher.launch(sweep, [spec.run_id for spec in runs])
+
+
+def go_on(sweep: SweepDir) -> None:
+    """Train the next round of a search by the sweep's launcher, where its last round is finished and it wants one."""
+    from mupsweep import config, plan
+    from mupsweep.sections import instantiate
+
+    chosen = config.from_tree(sweep.read_config())
+    if chosen.sweep.search == config.GRID:
+        return
+    if left := sum(sweep.run(row["run_id"]).is_open() for row in sweep.read_plan()):
+        print(f"the search stops here: {left} runs are not finished; the command that made the sweep goes on")
+        return
+    _, runs = plan.save(chosen, "mupsweep run " + shlex.join(chosen.overrides), sweep)
+    train(instantiate(chosen.launcher, "launcher"), sweep, [r for r in runs if sweep.run(r.run_id).is_open()])
 
 
 def exit_code(sweep: SweepDir, runs: list[RunSpec], finished: bool, drifts: bool) -> int:

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mupsweep.cli.options import Json, Strict
+from mupsweep.exports import JSON, names
+
+if TYPE_CHECKING:
+    from mupsweep.plan import RunSpec
+    from mupsweep.records import SweepDir
 
 
 def transfer(
     sweeps: Annotated[list[str] | None, typer.Argument(metavar="SWEEP", help="Sweep folders, finished or not.")] = None,
     to: Annotated[
         str | None,
-        typer.Option(metavar="width=N", help="A target, e.g. --to width=4096 depth=32: print and write its recipe."),
+        typer.Option(
+            metavar="width=N",
+            help="A target, e.g. --to width=4096 depth=32 tokens=2000000000: print and write its recipe.",
+        ),
     ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help=f"Write the recipe also for another trainer: {', '.join(name for name in names() if name != JSON)}.",
+        ),
+    ] = JSON,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Train the target at the transferred LR and around it; judge that LR.")
+    ] = False,
     table: Annotated[
         str | None,
         typer.Option(
@@ -30,8 +50,11 @@ def transfer(
 ) -> None:
     """Say whether the LR transfers, and what to use at a target.
 
-    Example: mupsweep transfer sweeps/demo --to width=4096 depth=32
+    With --validate the sweep grows by the runs of the target; the same command goes on after an interruption.
+
+    Example: mupsweep transfer sweeps/demo --to width=4096 depth=32 --format pytorch
     """
+    from mupsweep.errors import ConfigError
     from mupsweep.records import SweepDir
     from mupsweep.report.conclude import conclude, conclude_table, export
 
@@ -40,8 +63,49 @@ def transfer(
         verdicts = conclude_table(table, [*sweeps, *([to] if to else [])], json, optimizer, parametrization)
         raise typer.Exit(3 if strict and "drifts" in verdicts else 0)
     folders, target = [SweepDir.open(s) for s in sweeps if "=" not in s], [s for s in sweeps if "=" in s]
+    if validate:
+        if len(folders) != 1 or to is None:
+            raise ConfigError(
+                "--validate trains one target in one sweep: mupsweep transfer sweeps/NAME --validate --to width=N"
+            )
+        verdicts, code = train_target(folders[0], [to, *target], optimizer, parametrization, json)
+        raise typer.Exit(code or (3 if strict and "drifts" in verdicts else 0))
     if to is not None or target:
-        export(folders, [*([to] if to else []), *target], optimizer, parametrization, as_json=json)
+        export(folders, [*([to] if to else []), *target], optimizer, parametrization, as_json=json, form=form)
         return
+    if form != JSON:
+        raise ConfigError(f"--format {form} is of a recipe: name its target with --to width=N depth=N")
     verdicts = conclude(folders, as_json=json, optimizer=optimizer, parametrization=parametrization)
     raise typer.Exit(3 if strict and "drifts" in verdicts else 0)
+
+
+def train_target(
+    sweep: SweepDir, target: Sequence[str], optimizer: str | None, parametrization: str | None, as_json: bool
+) -> tuple[list[str], int]:
+    """Train what the validation of a target needs, by the sweep's launcher; the verdicts, and an exit code."""
+    from mupsweep import config, validation
+    from mupsweep.cli.run import exit_code, train
+    from mupsweep.launchers import Detached, Launcher
+    from mupsweep.report.conclude import conclude, conclude_validation, read_target
+    from mupsweep.results import read_runs
+    from mupsweep.sections import instantiate
+
+    launcher: Launcher = instantiate(config.from_tree(sweep.read_config()).launcher, "launcher")
+    trials = validation.trials(sweep, read_target(target), optimizer, parametrization)
+    runs: list[RunSpec] = []
+    finished = True
+    while finished:
+        rows = read_runs([sweep])
+        runs = [run for trial in trials for run in validation.extend(sweep, trial, rows)]
+        missing = [run for run in runs if sweep.run(run.run_id).is_open()]
+        if not missing:
+            break
+        finished = train(launcher, sweep, missing)
+        if isinstance(launcher, Detached):
+            print(f"the same command goes on when the jobs have ended; see mupsweep status {sweep.path}")
+            return [], 0
+        if any(sweep.run(run.run_id).is_open() for run in missing):  # failed, or trained by another process
+            break
+    verdicts = conclude([sweep], as_json=as_json, optimizer=optimizer, parametrization=parametrization)
+    conclude_validation(sweep, trials, as_json)
+    return verdicts, exit_code(sweep, runs, finished, drifts=False)

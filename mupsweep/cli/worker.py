@@ -16,6 +16,7 @@ def worker(
     ] = None,
     device: Annotated[str, typer.Option(help="A torch device, auto, or several per run: cuda:0,cuda:1.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    shard: Annotated[bool, typer.Option("--shard", help="Divide weights and optimizer state among them.")] = False,
 ) -> None:
     """Train what is left of a planned sweep, one run after the other; what launchers call.
 
@@ -26,4 +27,4 @@ def worker(
     from mupsweep.records import SweepDir
     from mupsweep.worker import execute
 
-    raise typer.Exit(0 if execute(SweepDir.open(sweep), run_ids or (), device, threads) else 130)
+    raise typer.Exit(0 if execute(SweepDir.open(sweep), run_ids or (), device, threads, shard=shard) else 130)

@@ -30,5 +30,5 @@ class Inline:
     def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
         from mupsweep.worker import execute
 
-        with Progress(sweep, run_ids) as progress:
+        with Progress(sweep) as progress:
             return execute(sweep, run_ids, self.device, self.threads, on_finished=progress.refresh)

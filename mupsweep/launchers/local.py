@@ -20,6 +20,7 @@ from mupsweep.records import FAILED, RUNNING, SweepDir
 
 POLL_SECONDS = 0.3
 DEATHS = 2  # a run that kills its worker this often is recorded as failed
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Local:
         devices: "auto" finds them, or torch devices separated by commas: "cuda:0,cuda:1".
         slots_per_device: workers per device; None is one per accelerator, and cores / threads on a CPU.
         devices_per_run: how many train a run together, each its share of every batch.
+        shard: divide the weights, gradients and optimizer state of a run among its devices.
         threads: CPU threads per device's process.
     """
 
@@ -37,6 +39,7 @@ class Local:
     devices: str = "auto"
     slots_per_device: int | None = None
     devices_per_run: int = 1
+    shard: bool = False
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -44,14 +47,16 @@ class Local:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"launcher.{key}={value}: expected at least 1")
+        if self.shard and self.devices_per_run == 1:
+            raise ConfigError("launcher.shard=true: expected launcher.devices_per_run to be at least 2")
 
     def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
         slots = self.slots()[: max(1, len(run_ids))]
-        pool = Pool(sweep, slots, self.threads)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # as Ctrl-C: the workers must not outlive us
+        pool = Pool(sweep, slots, self.threads, self.shard)
+        for number in STOPS:  # as Ctrl-C: the workers must not outlive us
             signal.signal(number, signal.default_int_handler)
         try:
-            with Progress(sweep, run_ids) as progress:
+            with Progress(sweep) as progress:
                 pool.start()
                 while pool.is_alive(run_ids):
                     polled = time.monotonic()
@@ -97,6 +102,7 @@ class Pool:
     sweep: SweepDir
     slots: list[str]
     threads: int
+    shard: bool = False
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
     deaths: dict[str, int] = field(default_factory=dict)
     respawns: int = 0
@@ -108,12 +114,16 @@ class Pool:
     def spawn(self, index: int) -> subprocess.Popen[bytes]:
         """A worker on slot `index`; what it prints goes to logs/."""
         command = [sys.executable, "-m", "mupsweep", "worker", str(self.sweep.path)]
-        command += ["--device", self.slots[index], "--threads", str(self.threads)]
+        command += ["--device", self.slots[index], "--threads", str(self.threads), *["--shard"] * self.shard]
         threads = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
         with (self.sweep.logs / f"worker-{index}.log").open("ab") as output:
-            return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, **threads}
-            )
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # a worker that starts hears them when it can stop
+            try:
+                return subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, **threads}
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
     def is_alive(self, run_ids: Sequence[str]) -> bool:
         """Whether any worker still works; one that died is replaced while runs are left."""

@@ -1,47 +1,38 @@
-"""What a user sees while runs are trained: a live table in a terminal, a line per finished run elsewhere."""
+"""What a user sees while runs are trained: a live board in a terminal, a line per finished run elsewhere."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
-from rich.table import Table
 
-from mupsweep.cost import duration
-from mupsweep.records import FAILED, FINISHED, RUNNING, RunDir, SweepDir
+from mupsweep.records import DIVERGED, FAILED, PENDING, RUNNING, SweepDir
+from mupsweep.report.board import Board
+from mupsweep.report.board_text import BoardText
+
+POLL_SECONDS = 1.0
+STILL_POLLS = 10  # a search plans further runs when all have ended: all is over only when it has not for so long
 
 
 class Progress:
-    """Follows the records of some runs; `refresh` looks at them again."""
+    """Follows the runs of a sweep, those that are planned meanwhile included; `refresh` looks at them again."""
 
-    def __init__(self, sweep: SweepDir, run_ids: Sequence[str], console: Console | None = None) -> None:
+    def __init__(self, sweep: SweepDir, console: Console | None = None, keep: bool = False) -> None:
         self.console = console or Console(highlight=False)
-        self.folders = [sweep.run(run_id) for run_id in run_ids]
-        self.open = {f.run_id: f for f in self.folders if f.status()["status"] not in FINISHED}
-        self.total = len(self.open)
-        self.flops = {row["run_id"]: row["flops"] for row in sweep.read_plan()}
-        self.flops_done = 0.0
-        self.started = time.monotonic()
-        self.bar = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=self.console,
-        )
-        self.task = self.bar.add_task("runs", total=self.total, left="")
-        self.live = Live(console=self.console, transient=True, auto_refresh=False)
+        self.board = Board(sweep)
+        self.text = BoardText(self.board)
+        # what is drawn last stays only where nothing else is printed after it
+        self.live = Live(console=self.console, transient=not keep, auto_refresh=False)
 
     def __enter__(self) -> Progress:
         if self.console.is_terminal:
             self.live.start()
+            self._draw()
         return self
 
     def __exit__(
@@ -51,23 +42,21 @@ class Progress:
         self.live.stop()
 
     def refresh(self) -> None:
-        """Read the open runs' status, tell of those that ended since, redraw the live ones."""
-        running = []
-        for run_id, folder in list(self.open.items()):
-            status = folder.status()
-            if status["status"] == RUNNING:
-                running.append((run_id, status))
-            elif status["status"] in (*FINISHED, FAILED):
-                del self.open[run_id]
-                self.flops_done += self.flops.get(run_id, 0.0)
-                self.tell(folder, status)
+        """Look at the open runs again, tell of those that ended since, redraw the board."""
+        ended = self.board.look()
+        first = self.board.finished + self.board.counts[FAILED] - len(ended) + 1
+        for count, (run_id, status) in enumerate(ended, first):
+            if status["status"] == FAILED or not self.live.is_started:  # the board shows the others
+                self._tell(count, run_id, status)
         if self.live.is_started:
-            self.bar.update(self.task, completed=self.total - len(self.open), left=self.time_left(running))
-            self.live.update(Group(self.bar, _table(running)), refresh=True)
+            self._draw()
 
-    def tell(self, folder: RunDir, status: dict[str, Any]) -> None:
+    def _draw(self) -> None:
+        self.live.update(self.text.draw(*self.console.size), refresh=True)
+
+    def _tell(self, count: int, run_id: str, status: Mapping[str, Any]) -> None:
         """One line for a run that ended."""
-        count = f"[{self.total - len(self.open):>{len(str(self.total))}}/{self.total}]"
+        folder, total = self.board.sweep.run(run_id), len(self.board.planned)
         summary = folder.summary() or {}
         if status["status"] == FAILED:
             detail = f"{status.get('error', '')}  (see {folder.log_path})"
@@ -76,30 +65,32 @@ class Progress:
         else:
             detail = f"val_loss {summary['val_loss']:.4f}"
         speed = f"  {summary['seconds']:.1f}s  {summary['tokens_per_second']:,.0f} tok/s" if summary else ""
-        self.console.print(
-            f"{count} {folder.run_id}  {status['status']}  {detail}{speed}", markup=False, soft_wrap=True
-        )
-
-    def time_left(self, running: list[tuple[str, dict[str, Any]]]) -> str:
-        """How long the rest takes at the speed so far, by FLOPs."""
-        partial = sum(self.flops.get(r, 0.0) * s.get("step", 0) / max(1, s.get("steps", 1)) for r, s in running)
-        done = self.flops_done + partial
-        if done == 0:
-            return ""
-        left = sum(self.flops.get(r, 0.0) for r in self.open) - partial
-        return f"about {duration((time.monotonic() - self.started) * left / done)} left"
+        line = f"[{count:>{len(str(total))}}/{total}] {run_id}  {status['status']}  {detail}{speed}"
+        self.console.print(line, markup=False, soft_wrap=True)
 
 
-def _table(running: list[tuple[str, dict[str, Any]]]) -> Table:
-    table = Table(box=None, header_style="dim")
-    for column in ("run", "step", "loss", "tok/s"):
-        table.add_column(column, justify="left" if column == "run" else "right")
-    for run_id, status in running:
-        loss = status.get("train_loss")
-        table.add_row(
-            run_id,
-            f"{status.get('step', 0)}/{status.get('steps', '?')}",
-            "" if loss is None else f"{loss:.3f}",
-            f"{status.get('tokens_per_second') or 0:,.0f}",
-        )
-    return table
+def watch(sweep: SweepDir, console: Console | None = None, pause: Callable[[float], None] = time.sleep) -> None:
+    """Show a sweep, whoever trains it, until all its runs have ended."""
+    with Progress(sweep, console, keep=True) as progress:
+        board, still = progress.board, 0
+        say = _silent if progress.live.is_started else partial(progress.console.print, markup=False, soft_wrap=True)
+        say(_counts(board))
+        while board.open or still < STILL_POLLS:
+            looked = time.process_time()
+            progress.refresh()
+            still = 0 if board.running else still + 1
+            if still == STILL_POLLS and board.open:
+                say(f"nobody trains the {board.open} open runs now; waiting (mupsweep run goes on with them)")
+            # a look at many open runs takes a while itself: never spend more than a tenth of the time on it
+            pause(max(POLL_SECONDS, 9 * (time.process_time() - looked)))
+        say(_counts(board))
+
+
+def _silent(line: str) -> None:
+    """A board says everything itself."""
+
+
+def _counts(board: Board) -> str:
+    states = (RUNNING, PENDING, DIVERGED, FAILED)
+    told = [f"{board.counts[state]} {state}" for state in states if board.counts[state]]
+    return f"{board.sweep.name}: " + ", ".join([f"{board.finished} of {len(board.planned)} runs finished", *told])

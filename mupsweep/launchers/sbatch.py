@@ -11,6 +11,7 @@ from pathlib import Path
 from mupsweep.cost import duration
 from mupsweep.errors import ConfigError
 
+DEATHS = 3  # a worker's place in a task is left empty after so many of them
 VALUE = re.compile(r"[\w.,:@+=/*&|()\[\]!%~^][\w.,:@+=/*&|()\[\]!%~^-]*", re.ASCII)  # no blank, quote or further option
 OPTION = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(=(?P<value>.*))?", re.DOTALL)
 OURS = (  # what the script relies on
@@ -49,11 +50,13 @@ class Worker:
         command: up to and with the sweep's folder; run ids, the device and the threads follow.
         devices: torch devices, or some separated by commas; one that stands there twice gets two workers.
         threads: CPU threads each.
+        shard: whether devices that train a run together divide its state.
     """
 
     command: tuple[str, ...]
     devices: tuple[str, ...]
     threads: int
+    shard: bool = False
 
 
 def array_script(
@@ -61,6 +64,7 @@ def array_script(
 ) -> str:
     """A job array with one task per bundle of runs, each of which may go on after `restarts` time limits."""
     command = f'{shlex.join(worker.command)} "${{runs[@]}}" --device "$1" --threads {worker.threads}'
+    command += " --shard" * worker.shard
     return "\n".join(
         [
             *header,
@@ -74,14 +78,42 @@ def array_script(
             'echo "$(date +%FT%T) on $(hostname), GPUs: ${CUDA_VISIBLE_DEVICES:-none}: ${runs[*]}"',
             f"devices=({shlex.join(worker.devices)})",
             f"max_restarts={restarts}",
+            f"max_deaths={DEATHS}",
             f"export OMP_NUM_THREADS={worker.threads} MKL_NUM_THREADS={worker.threads}",
-            f"work() {{ exec {command}; }}",
+            f"train() {{ exec {command}; }}",
             TRAIN,
         ]
     )
 
 
 TRAIN = """\
+
+# When a signal kills a worker, as the kernel does where memory runs out, another goes on from the last checkpoint.
+work() {
+    stopped=""
+    trap 'stopped=yes; kill -USR1 "$worker" 2>/dev/null || true' USR1
+    trap 'stopped=yes; kill -TERM "$worker" 2>/dev/null || true' TERM
+    for ((deaths = 1; ; deaths++)); do
+        [ -z "$stopped" ] || exit 130
+        train "$1" &
+        worker=$!
+        await "$worker"
+        if [ "$stopped" ] || [ "$code" -le 128 ] || [ "$code" -eq 130 ] || [ "$deaths" -ge "$max_deaths" ]; then
+            exit "$code"
+        fi
+        echo "$(date +%FT%T) the worker on $1 ended with code $code; starting another" >&2
+    done
+}
+
+# Sets code to how a process ended; a signal for this one interrupts `wait`.
+await() {
+    code=0
+    wait "$1" || code=$?
+    while kill -0 "$1" 2>/dev/null; do
+        code=0
+        wait "$1" || code=$?
+    done
+}
 
 # A worker per device. They share the runs out by claiming them, and skip what is finished.
 workers=()
@@ -95,16 +127,16 @@ done
 limit=""
 trap 'limit=near; kill -USR1 "${workers[@]}" 2>/dev/null || true' USR1
 trap 'kill -TERM "${workers[@]}" 2>/dev/null || true' TERM
-code=0
+worst=0
 for worker in "${workers[@]}"; do
-    wait "$worker" || code=$?
-    while kill -0 "$worker" 2>/dev/null; do wait "$worker" || code=$?; done  # a signal interrupts the first wait
+    await "$worker"
+    [ "$code" -eq 0 ] || worst=$code
 done
 if [ "$limit" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$max_restarts" ]; then
     # not $SLURM_JOB_ID: for the last task of an array that is the number of the whole array
     scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
 fi
-exit "$code"
+exit "$worst"
 """
 
 

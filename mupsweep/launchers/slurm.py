@@ -16,8 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from mupsweep import plan, squeue
+from mupsweep.config import GRID, from_tree
 from mupsweep.cost import duration
 from mupsweep.errors import ConfigError
 from mupsweep.files import make_folder, write_text
@@ -26,6 +28,7 @@ from mupsweep.records import RUNNING, SweepDir
 
 SECONDS = 120.0  # how long one call of Slurm's commands may take
 ANALYSIS = "report"
+NEXT = ("--next-round",)  # what makes that command go on with a search
 DEFAULT_MAX_ARRAY = 1001  # MaxArraySize where Slurm's administrator chose none
 TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d):([0-5]\d)", re.ASCII)
 
@@ -53,9 +56,9 @@ class Site:
         """This process's place."""
         return cls(sweep.name, sweep.path.resolve(), sweep.logs.resolve(), Path.cwd(), sys.executable)
 
-    def mupsweep(self, command: str) -> tuple[str, ...]:
+    def mupsweep(self, command: str, *options: str) -> tuple[str, ...]:
         """The words of a command on the sweep."""
-        return self.python, "-m", "mupsweep", command, str(self.folder)
+        return self.python, "-m", "mupsweep", command, str(self.folder), *options
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Slurm:
         cpus: per task; None is one per thread of each worker.
         workers: per task; None is one per GPU or group of GPUs, or one.
         devices_per_run: how many GPUs, or CPU processes, train a run together, each its share of every batch.
+        shard: divide the weights, gradients and optimizer state of a run among its devices.
         device: kind of torch device; None is cuda where there are GPUs, else cpu.
         threads: CPU threads per device's process.
         minutes_per_task: shorter runs are bundled until a task takes about so long.
@@ -95,6 +99,7 @@ class Slurm:
     cpus: int | None = None
     workers: int | None = None
     devices_per_run: int = 1
+    shard: bool = False
     device: str | None = None
     threads: int = 1
     minutes_per_task: float = 30.0
@@ -128,6 +133,8 @@ class Slurm:
         for line in self.setup:
             sbatch.checked_line(line, "launcher.setup")
         self._check_time()
+        if self.shard and self.devices_per_run == 1:
+            raise ConfigError("launcher.shard=true: expected launcher.devices_per_run to be at least 2")
         if self.gpus == 0 and self.kind_of_device == "cuda":
             raise ConfigError("launcher.device=cuda: expected launcher.gpus to be at least 1")
         if self.kind_of_device == "cuda" and self.gpus % self.devices_per_run:
@@ -167,6 +174,9 @@ class Slurm:
         with sweep.lock():
             recorded = sweep.read_jobs()
             queue = squeue.of_sweep(recorded)
+            if was_cancelled(recorded, queue):
+                _tell("this job was cancelled: it submits nothing")
+                return False
             missing = [run_id for run_id in run_ids if run_id not in queue.runs]
             submitted = {run_id for row in recorded for task in row["tasks"] for run_id in task}
             if left := len(submitted.intersection(missing)):
@@ -209,7 +219,8 @@ class Slurm:
 
     def write_analysis(self, sweep: SweepDir) -> Path:
         """The script of the job after the arrays."""
-        return _write(sweep, ANALYSIS, self.analysis_text(Site.of(sweep)))
+        searches = from_tree(sweep.read_config()).sweep.search != GRID
+        return _write(sweep, ANALYSIS, self.analysis_text(Site.of(sweep), searches))
 
     def array_text(self, site: Site, name: str, tasks: Sequence[sbatch.Task]) -> str:
         """The script of a job array, from nothing but its arguments."""
@@ -232,16 +243,17 @@ class Slurm:
             "Trains runs of one size. To submit all or some of its tasks again: sbatch [--array=3,7] THIS_FILE",
             "What is finished is skipped.",
         ]
-        worker = sbatch.Worker(site.mupsweep("worker"), self.devices, self.threads)
+        worker = sbatch.Worker(site.mupsweep("worker"), self.devices, self.threads, self.shard)
         header = sbatch.header(comment, options, login=bool(self.modules))
         return sbatch.array_script(header, self._preamble(), tasks, worker, self.max_restarts)
 
-    def analysis_text(self, site: Site) -> str:
-        """The script of the job after the arrays, from nothing but its arguments."""
+    def analysis_text(self, site: Site, searches: bool = False) -> str:
+        """The script of the job after the arrays, from nothing but its arguments. In a search it submits what follows:
+        arrays, and itself after them."""
         options = [*self._shared_options(site, ANALYSIS, "%x-%j.out"), *self.analysis_options]
         comment = ["Analyses the sweep as it is; submitted to start after the arrays with --dependency=afterany:JOBS"]
         header = sbatch.header(comment, options, login=bool(self.modules))
-        return sbatch.analysis_script(header, self._preamble(), site.mupsweep("report"))
+        return sbatch.analysis_script(header, self._preamble(), site.mupsweep("report", *NEXT * searches))
 
     def _shared_options(self, site: Site, name: str, log: str) -> Iterator[str]:
         """The options that arrays and the analysis have in common."""
@@ -290,12 +302,21 @@ def submit(sweep: SweepDir, script: Path, tasks: Sequence[Sequence[str]], *optio
     return job
 
 
+def was_cancelled(jobs: Sequence[Mapping[str, Any]], queue: squeue.Queue) -> bool:
+    """Whether this process is an analysis of the sweep that Slurm is about to end; it must not submit any more."""
+    mine = squeue.own_job()["slurm_job"]
+    alive = {job.job_id for job in queue.analysis if job.state == "RUNNING"}
+    return mine in {job["job"] for job in jobs} - alive
+
+
 def cancel(sweep: SweepDir) -> None:
-    """Stop the queued and running jobs of a sweep; what they trained is kept."""
-    queue = squeue.of_sweep(sweep.read_jobs())
-    jobs = [*(job.job_id for job in queue.analysis), *queue.arrays]  # the analysis first, or it would start
+    """Stop the queued and running jobs of a sweep, the next rounds of a search included; what they trained is kept."""
+    with sweep.lock():  # an analysis may be submitting: its jobs are recorded when it is done, or it sees its end
+        queue = squeue.of_sweep(sweep.read_jobs())
+        jobs = [*(job.job_id for job in queue.analysis), *queue.arrays]  # the analysis first, or it would start
+        if jobs:
+            call("scancel", "--quiet", *jobs)
     if jobs:
-        call("scancel", "--quiet", *jobs)
         _tell(f"cancelled jobs {', '.join(jobs)} with {len(queue.runs)} runs; those in progress checkpoint and end")
         _tell("go on with the command that made the sweep")
     else:

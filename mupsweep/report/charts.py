@@ -21,9 +21,11 @@ from mupsweep.report.curves_text import (
     size_of,
     variant_name,
 )
+from mupsweep.report.svg import Plot, minus, round_numbers, tip_of
 from mupsweep.transfer import TOLERANCE_OCTAVES, Analysis, Estimate, Group
 
 THINNED = 80  # points of a training curve: more than a panel can show
+SMOOTHED = 40  # means that a noisy curve is reduced to
 DIAMOND = "M0-5.5L5.5 0L0 5.5L-5.5 0Z"
 MARKERS = (  # paths around the origin, one per variant
     "M0-4.5A4.5 4.5 0 1 1 0 4.5A4.5 4.5 0 1 1 0-4.5Z",
@@ -47,11 +49,6 @@ def words(estimate: Estimate, unit: str = "", spec: str = "+.2f") -> str:
     return f"{minus(text)} {unit}".rstrip()
 
 
-def minus(number: str) -> str:
-    """A number with the minus sign of print."""
-    return number.replace("-", "−")
-
-
 class Charts:
     """Draws an analysis; sizes share their colours, and variants their markers, on the whole page.
 
@@ -66,7 +63,7 @@ class Charts:
         self.groups = in_order(analysis.groups)
         self.labels = list(dict.fromkeys(g.label for g in self.groups))
         sizes = ordered_sizes(self.groups)
-        self.names = dict(zip(sizes, size_names(list(sizes.values())), strict=True))
+        self.names = dict(zip(sizes, size_names(list(sizes)), strict=True))
         self.several_axes = len({g.axis for g in self.groups}) > 1
         ends = chain(*((e.low, e.value, e.high) for e in (g.total_drift for g in self.groups)))
         self._reach = 1.15 * max([1.0, *(abs(x) for x in ends if x is not None)])
@@ -131,7 +128,7 @@ class Charts:
         diverged = [size for size in self.names if size in unstable]
         pitch = min(9.0, 64 / max(1, len(diverged)))  # of the rows of crosses, one per size
         strip = pitch * len(diverged) + 4 if diverged else 0.0
-        plot = _Plot((min(lrs) - pad, max(lrs) + pad), loss_range(optima), "peak learning rate", strip)
+        plot = Plot((min(lrs) - pad, max(lrs) + pad), loss_range(optima), "peak learning rate", strip)
         plot.y_ticks()
         plot.lr_ticks()
         base = base_of(group)
@@ -146,7 +143,7 @@ class Charts:
             plot.add("</g>")
         return plot.svg(f"loss versus learning rate, {self.variant(group)}")
 
-    def _points(self, plot: _Plot, optimum: Optimum, strip: float) -> None:
+    def _points(self, plot: Plot, optimum: Optimum, strip: float) -> None:
         """What was trained, and the expected loss around the minimum."""
         curve, made = optimum.curve, optimum.posterior
         points = [p for p in curve.usable if math.isfinite(p.mean)]
@@ -154,19 +151,35 @@ class Charts:
         if made is not None:
             expected = zip(made.grid.tolist(), made.mean.tolist(), strict=True)
             line = f'<path class="fit" d="{plot.path(expected)}"/>{line}'
+        bars = [(plot.x(p.log2_lr), p.mean, p.sem) for p in points if p.sem is not None and p.mean <= plot.ys[1]]
+        line += "".join(f'<path class="bar" d="M{x} {plot.y(m - sem)}V{plot.y(m + sem)}"/>' for x, m, sem in bars)
         plot.clipped(line)
+        self._seeds(plot, curve)
         for p in curve.points:
-            x, tip = plot.x(p.log2_lr), _tip(self.name(curve), *_facts(p))
+            x, tip = plot.x(p.log2_lr), tip_of(self.name(curve), *_facts(p))
             if p.censored:
                 plot.add(f'<path class="pt cross" {tip} d="M{x - 3:.1f} {strip - 3}l6 6m0-6l-6 6"/>')
             elif p in points and p.mean > plot.ys[1]:
                 plot.add(f'<path class="pt" {tip} transform="translate({x} {plot.upper + 5})" d="M0-5L4 3H-4Z"/>')
             elif p in points:
-                if p.sem is not None:
-                    plot.add(f'<path class="bar" d="M{x} {plot.y(p.mean - p.sem)}V{plot.y(p.mean + p.sem)}"/>')
                 plot.add(f'<circle class="pt" {tip} cx="{x}" cy="{plot.y(p.mean)}" r="2.8"/>')
 
-    def _best(self, plot: _Plot, optimum: Optimum) -> None:
+    def _seeds(self, plot: Plot, curve: LossCurve) -> None:
+        """Every seed's own losses, hidden until they are asked for."""
+        seeds = sorted({seed for p in curve.points for seed in p.losses})
+        if len(seeds) < 2:
+            return
+        plot.add('<g class="off" data-seeds="each">')
+        for seed in seeds:
+            losses = [(p.log2_lr, p.losses[seed]) for p in curve.points if seed in p.losses]
+            plot.clipped(f'<path class="faint" d="{plot.path(losses)}"/>')
+            for lr, loss in losses:
+                if plot.ys[0] <= loss <= plot.ys[1]:
+                    tip = tip_of(f"{self.name(curve)}, seed {seed}", f"LR 2^{lr:g}", f"loss {loss:.4f}")
+                    plot.add(f'<circle class="pt" {tip} cx="{plot.x(lr)}" cy="{plot.y(loss)}" r="1.6"/>')
+        plot.add("</g>")
+
+    def _best(self, plot: Plot, optimum: Optimum) -> None:
         """The fitted minimum and its interval."""
         if optimum.log2_lr is None or optimum.loss is None:
             return
@@ -177,7 +190,7 @@ class Charts:
             plot.add(f'<path class="interval" d="M{ends[0]} {y}H{ends[1]}{caps}"/>')
         exponent = words(Estimate(optimum.log2_lr, optimum.low, optimum.high), spec=".2f")
         rate, loss = f"{2**optimum.log2_lr:.3g}, log2 {exponent}", f"loss {optimum.loss:.4f}"
-        tip = _tip(f"{self.name(optimum.curve)}: best rate", rate, loss)
+        tip = tip_of(f"{self.name(optimum.curve)}: best rate", rate, loss)
         plot.add(f'<path class="pt best" {tip} transform="translate({x} {y})" d="{DIAMOND}"/>')
 
     def ladder(self, groups: Sequence[Group], values: Sequence[Sequence[Estimate]], tolerance: float, unit: str) -> str:
@@ -188,7 +201,7 @@ class Charts:
         low = min([-tolerance * 1.5, *known]) if octaves else 0.0
         room = 0.12 * (top - low)  # for the arrows of bounds too
         at = {math.log2(g.ratio(o.curve)): o.curve for g in groups for o in g.optima}
-        plot = _Plot((min(at) - 0.3, max(at) + 0.3), (low - room * octaves, top + room), axis_name(groups[0].axis))
+        plot = Plot((min(at) - 0.3, max(at) + 0.3), (low - room * octaves, top + room), axis_name(groups[0].axis))
         plot.band(plot.y(tolerance), plot.y(-tolerance if octaves else 0.0))
         plot.y_ticks()
         plot.x_ticks((x, self.number(curve)) for x, curve in at.items())
@@ -203,7 +216,7 @@ class Charts:
                 if estimate.value is not None:
                     line.append(f"{x:.1f} {plot.y(estimate.value)}")
                 value = words(estimate, unit, "+.2f" if octaves else ".4f")
-                tip = _tip(f"{self.variant(group)}, {self.name(optimum.curve)}", value)
+                tip = tip_of(f"{self.variant(group)}, {self.name(optimum.curve)}", value)
                 plot.estimate(x, estimate, tip, MARKERS[variant % 6])
             if len(line) > 1:
                 plot.add(f'<path class="faint" d="M{"L".join(line)}"/>')
@@ -212,7 +225,7 @@ class Charts:
 
     def training(self, runs: Iterable[tuple[Size, Mapping[str, Any], Sequence[Mapping[str, Any]]]]) -> str:
         """Loss by step of some runs, each with its size, its row and its metrics; nothing where none was logged."""
-        series = [(size, row, *(_column(log, key) for key in ("train_loss", "val_loss"))) for size, row, log in runs]
+        series = [(size, row, _smooth(_column(log, "train_loss")), _column(log, "val_loss")) for size, row, log in runs]
         every = [point for _, _, train, val in series for point in chain(train, val)]
         if not every:
             return ""
@@ -221,17 +234,17 @@ class Charts:
         settled = [loss for step, loss in every if step >= 0.1 * last]
         low, high = min(settled), max(settled)
         pad = 0.05 * (high - low) or 0.01
-        plot = _Plot((0, last), (low - pad, high + pad), "step")
+        plot = Plot((0, last), (low - pad, high + pad), "step")
         plot.y_ticks()
-        plot.x_ticks((t, f"{t:g}") for t in _ticks(0, last))
+        plot.x_ticks((t, f"{t:g}") for t in round_numbers(0, last))
         for size, row, train, val in series:
             plot.add(self._group(size))
-            lines = {"faint": train, "line": val}
-            plot.clipped("".join(f'<path class="{k}" d="{plot.path(_thin(v))}"/>' for k, v in lines.items()))
+            lines = {"smooth": train, "line": _thin(val)}
+            plot.clipped("".join(f'<path class="{k}" d="{plot.path(v)}"/>' for k, v in lines.items()))
             for step, loss in _thin(val):
                 if loss <= plot.ys[1]:
                     run = f"{self.names[size]}, LR 2^{row['log2_lr']:g}, seed {row['seed']}"
-                    tip = _tip(run, f"step {step:g}: {loss:.4f}")
+                    tip = tip_of(run, f"step {step:g}: {loss:.4f}")
                     plot.add(f'<circle class="pt" {tip} cx="{plot.x(step)}" cy="{plot.y(loss)}" r="2.4"/>')
             plot.add("</g>")
         return plot.svg("loss by training step")
@@ -240,105 +253,9 @@ class Charts:
         return f'<g data-size="{size_id(size)}" {self.shade(size)}>'
 
 
-class _Plot:
-    """One SVG: scales, axes, and what is added to it."""
-
-    WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 300, 50, 432, 8, 258
-
-    def __init__(self, xs: tuple[float, float], ys: tuple[float, float], title: str, strip: float = 0.0) -> None:
-        self.xs, self.ys, self.title = xs, ys, title
-        self.upper = self.TOP + strip  # where the largest y lies
-        self.parts: list[str] = []
-        if strip:
-            self.band(self.TOP, self.upper)
-            self.add(f'<text x="{self.LEFT + 5}" y="{self.TOP + 11}">diverged</text>')
-
-    def add(self, part: str) -> None:
-        self.parts.append(part)
-
-    def band(self, top: float, bottom: float) -> None:
-        """Shade the whole width between two heights."""
-        width = self.RIGHT - self.LEFT
-        self.add(f'<rect class="band" x="{self.LEFT}" y="{top}" width="{width}" height="{bottom - top:.1f}"/>')
-
-    def clipped(self, parts: str) -> None:
-        """Add lines that may leave the plot: a nested svg cuts them at its edge."""
-        x, y, w, h = self.LEFT, self.upper, self.RIGHT - self.LEFT, self.BOTTOM - self.upper
-        box = f'x="{x}" y="{y}" width="{w}" height="{h}" viewBox="{x} {y} {w} {h}"'
-        self.add(f'<svg {box} style="overflow:hidden">{parts}</svg>')
-
-    def estimate(self, x: float, estimate: Estimate, tip: str, marker: str) -> None:
-        """Add a value with its interval, or an arrow away from the one bound there is."""
-        if estimate.low is not None and estimate.high is not None:
-            low, high = self.y(estimate.low), self.y(estimate.high)
-            self.add(f'<path class="bar" d="M{x - 4:.1f} {low}h8M{x - 4:.1f} {high}h8M{x:.1f} {low}V{high}"/>')
-        if estimate.value is not None:
-            place = f'transform="translate({x:.1f} {self.y(estimate.value)})"'
-            self.add(f'<path class="pt best" {tip} {place} d="{marker}"/>')
-            return
-        for bound, sign in ((estimate.low, -1), (estimate.high, 1)):
-            if bound is not None:
-                y = self.y(bound)
-                arrow = f"M{x - 5:.1f} {y}h10M{x:.1f} {y}v{18 * sign}m-4 {-5 * sign}l4 {5 * sign}l4 {-5 * sign}"
-                self.add(f'<path class="bar" {tip} d="{arrow}"/>')
-
-    def x(self, value: float) -> float:
-        return round(self.LEFT + (value - self.xs[0]) / (self.xs[1] - self.xs[0]) * (self.RIGHT - self.LEFT), 1)
-
-    def y(self, value: float) -> float:
-        return round(self.BOTTOM - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (self.BOTTOM - self.upper), 1)
-
-    def path(self, points: Iterable[tuple[float, float]]) -> str:
-        """The d of a line; nothing where there are no points."""
-        line = "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points)
-        return f"M{line}" if line else ""
-
-    def y_ticks(self) -> None:
-        for value in _ticks(*self.ys):
-            y = self.y(value)
-            self.add(f'<path class="grid" d="M{self.LEFT} {y}H{self.RIGHT}"/>')
-            self.add(f'<text class="end" x="{self.LEFT - 6}" y="{y + 4:.1f}">{minus(f"{value:g}")}</text>')
-
-    def x_ticks(self, ticks: Iterable[tuple[float, str]]) -> None:
-        """Labels are SVG already."""
-        for value, label in ticks:
-            x = self.x(value)
-            self.add(f'<path class="frame" d="M{x} {self.BOTTOM}v4"/>')
-            self.add(f'<text class="middle" x="{x}" y="{self.BOTTOM + 17}">{label}</text>')
-
-    def lr_ticks(self) -> None:
-        """Powers of two."""
-        low, high = self.xs
-        step = next(s for s in (0.5, 1, 2, 4, 8, 16, 1000) if (high - low) / s <= 9)
-        lrs = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-        self.x_ticks((lr, f'2<tspan dy="-4" style="font-size:8.5px">{minus(f"{lr:g}")}</tspan>') for lr in lrs)
-
-    def svg(self, label: str) -> str:
-        middle = (self.LEFT + self.RIGHT) / 2
-        return (
-            f'<svg class="chart" viewBox="0 0 {self.WIDTH} {self.HEIGHT}" role="img" aria-label="{escape(label)}">'
-            + "".join(self.parts)
-            + f'<path class="frame" d="M{self.LEFT} {self.TOP}V{self.BOTTOM}H{self.RIGHT}"/>'
-            f'<text class="name middle" x="{middle}" y="{self.HEIGHT - 6}">{escape(self.title)}</text></svg>'
-        )
-
-
 def size_id(size: Size) -> str:
     """What marks all that is drawn of a size, for the buttons."""
     return f"{size[0]}x{size[1]}"
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """About five round numbers within a range."""
-    raw = (high - low) / 5
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
-    return [round(k * step, 10) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def _tip(*lines: str) -> str:
-    """The attribute that holds what hovering a point says."""
-    return f'data-tip="{escape(chr(10).join(lines))}"'
 
 
 def _facts(point: Point) -> Iterable[str]:
@@ -355,6 +272,13 @@ def _column(metrics: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float,
     """(step, value) wherever a value was logged."""
     pairs = ((row.get("step"), row.get(key)) for row in metrics)
     return [(step, v) for step, v in pairs if step is not None and v is not None and math.isfinite(v)]
+
+
+def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Means of neighbouring steps, SMOOTHED of them: of single batches one sees the noise only."""
+    width = math.ceil(len(points) / SMOOTHED) or 1
+    parts = (points[i : i + width] for i in range(0, len(points), width))
+    return [(part[-1][0], sum(loss for _, loss in part) / len(part)) for part in parts]
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -16,8 +16,10 @@ from mupsweep.check.ladder import TOLERANCE, WEIGHT, Coordinates, Row, kind_of_b
 from mupsweep.check.law import Measured
 from mupsweep.check.trace import CHANGE, UPDATE
 from mupsweep.config import SweepConfig
+from mupsweep.files import make_folder, write_json
 from mupsweep.optimizers import Optimizer
 from mupsweep.optimizers.foreign import Foreign
+from mupsweep.records import SweepDir
 from mupsweep.report.terminal import console_of, table_of
 from mupsweep.scaling import Parametrization, Role, UpdateLaw, symbolic
 from mupsweep.sections import instantiate
@@ -25,15 +27,21 @@ from mupsweep.sections import instantiate
 SP = "sp"
 
 
-def show_coordinates(checked: Iterable[Coordinates], as_json: bool, figure: str | None = None) -> bool:
+def show_coordinates(
+    checked: Iterable[Coordinates], as_json: bool, figure: str | None = None, into: SweepDir | None = None
+) -> bool:
     """The exponents of every variant, SP's beside them; whether all promises are kept."""
     found = list(checked)
+    document = {"variants": [_document(one) for one in found]}
+    if into is not None:
+        make_folder(into.results)
+        write_json(into.check_path, document)
     if figure is not None:
         from mupsweep.report import coordinates_figure
 
         coordinates_figure.draw(found, Path(figure))
     if as_json:
-        print(json.dumps({"variants": [_document(one) for one in found]}))
+        print(json.dumps(document))
         return all(one.passed for one in found)
     console = console_of()
     beside = {one.label[:2]: one for one in found if one.label[2] == SP}
@@ -44,6 +52,8 @@ def show_coordinates(checked: Iterable[Coordinates], as_json: bool, figure: str 
             console.print(_coordinates_table(one, None if sp is one else sp, axis))
         for line in _conclusion(one):
             console.print(line, markup=False, soft_wrap=True)
+    if into is not None:
+        console.print(f"wrote {into.check_path}; mupsweep report {into.path} shows it", markup=False)
     return all(one.passed for one in found)
 
 
@@ -57,7 +67,7 @@ def _coordinates_table(one: Coordinates, sp: Coordinates | None, axis: str) -> T
         mine = {c: e for c, e in row.exponents.items() if (row.quantity == WEIGHT) == (c == 0)}
         cells = [signed(mine[c].value) if c in mine else "" for c in counts]
         theirs = [beside.get((row.quantity, row.role), "")] if sp else []
-        off = [r for r in one.off if (r.axis, r.quantity, r.role) == (axis, row.quantity, row.role)]
+        off = [r for r in one.off if _key(r) == _key(row)]
         table.add_row(
             row.quantity if row.role is None else f"{row.quantity} {row.role.value}",
             *cells,
@@ -93,22 +103,6 @@ def _conclusion(one: Coordinates) -> list[str]:
 
 def _document(one: Coordinates) -> dict[str, Any]:
     model, optimizer, parametrization = one.label
-    rows = [
-        {
-            "axis": row.axis,
-            "quantity": row.quantity,
-            "tensor": row.tensor or None,
-            "role": None if row.role is None else row.role.value,
-            "promised": None if row.promised is None else str(row.promised),
-            "off": row in one.off,
-            "sizes": list(row.sizes),
-            "after": {
-                str(count): {**_interval(exponent), "values": list(row.values[count])}
-                for count, exponent in row.exponents.items()
-            },
-        }
-        for row in one.rows
-    ]
     return {
         "model": model,
         "optimizer": optimizer,
@@ -117,8 +111,33 @@ def _document(one: Coordinates) -> dict[str, Any]:
         "passed": one.passed,
         "diverged": list(one.diverged),
         "causes": one.causes(),
-        "rows": rows,
+        "roles": [_of_role(one, row) for axis in one.axes() for row in one.by_role(axis)],
+        "rows": [{**_row(row), "tensor": row.tensor or None, "off": row in one.off} for row in one.rows],
     }
+
+
+def _of_role(one: Coordinates, row: Row) -> dict[str, Any]:
+    """The tensors of a role as one, as tables show it; off are those that break its promise."""
+    off = [broken.tensor for broken in one.off if _key(broken) == _key(row)]
+    return {**_row(row), "judged": _interval(row.judged), "shown": _is_shown(row), "off": off}
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return {
+        "axis": row.axis,
+        "quantity": row.quantity,
+        "role": None if row.role is None else row.role.value,
+        "promised": None if row.promised is None else str(row.promised),
+        "sizes": list(row.sizes),
+        "after": {
+            str(count): {**_interval(exponent), "values": list(row.values[count])}
+            for count, exponent in row.exponents.items()
+        },
+    }
+
+
+def _key(row: Row) -> tuple[str, str, Role | None]:
+    return row.axis, row.quantity, row.role
 
 
 def _interval(exponent: Exponent) -> dict[str, float]:

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mupsweep import plan, recipe, trackers
+from mupsweep import exports, plan, recipe, trackers, validation
 from mupsweep.build import rules
 from mupsweep.errors import ConfigError, RecordError
-from mupsweep.files import make_folder, write_json
+from mupsweep.files import make_folder, write_json, write_text
 from mupsweep.plan import RunSpec
 from mupsweep.records import SweepDir
 from mupsweep.results import read_runs, read_table, to_json, write_results
-from mupsweep.transfer import Analysis, Group, analyse, select
+from mupsweep.transfer import Analysis, analyse, select
 
 
 def conclude(
@@ -24,14 +24,19 @@ def conclude(
     as_json: bool = False,
     optimizer: str | None = None,
     parametrization: str | None = None,
+    figures: str | None = None,
 ) -> list[str]:
-    """Analyse some sweeps together, write the results of a single one, print the outcome, return the verdicts."""
+    """Analyse some sweeps together, write the results of a single one, print the outcome, return the verdicts.
+
+    Args:
+        figures: a further look to draw the figures in, a key of `figures.LOOKS`.
+    """
     from mupsweep.report import verdicts
 
     if not sweeps:
         raise ConfigError("no sweep given: mupsweep transfer sweeps/NAME, or mupsweep transfer --from runs.csv")
     analysis = analyse(read_runs(sweeps))
-    files = write_views(sweeps[0], analysis) if len(sweeps) == 1 else []
+    files = write_views(sweeps[0], analysis, figures) if len(sweeps) == 1 else []
     groups = select(analysis, optimizer, parametrization) if analysis.groups else []
     shown = Analysis(analysis.rows, analysis.curves, tuple(groups), analysis.remarks)
     if as_json:
@@ -58,7 +63,7 @@ def conclude_table(
     return [group.verdict for group in shown.groups]
 
 
-def write_views(sweep: SweepDir, analysis: Analysis) -> list[Path]:
+def write_views(sweep: SweepDir, analysis: Analysis, look: str | None = None) -> list[Path]:
     """results/: tables, and figures and the report once there is something to see."""
     write_results(sweep, analysis)
     files = [sweep.results / "transfer.json", sweep.results / "runs.csv"]
@@ -66,9 +71,24 @@ def write_views(sweep: SweepDir, analysis: Analysis) -> list[Path]:
         from mupsweep.report import figures, html
 
         figures.draw(analysis, sweep.figures)
+        if look is not None:
+            files += figures.draw(analysis, sweep.figures / look, look)
         files = [html.write(sweep, analysis, list(_rules_at_sizes(plan.load(sweep)))), sweep.figures, *files]
-    trackers.load(sweep).analysed()
+    trackers.analysed(sweep)
     return files
+
+
+def conclude_validation(sweep: SweepDir, trials: Sequence[validation.Trial], silent: bool) -> None:
+    """Write what the transferred LR was worth at a target, and print it unless `silent`."""
+    from mupsweep.report import verdicts
+
+    analysis = analyse(read_runs([sweep]))
+    for outcome in (validation.judge(analysis, trial) for trial in trials):
+        _, optimizer, parametrization = outcome.label
+        name = f"validation-{optimizer}-{parametrization}-{outcome.size.name}.json"
+        write_json(sweep.results / name, validation.to_json(outcome))
+        if not silent:
+            verdicts.show_validation(outcome)
 
 
 def export(
@@ -77,23 +97,26 @@ def export(
     optimizer: str | None,
     parametrization: str | None,
     as_json: bool = False,
+    form: str = exports.JSON,
 ) -> None:
-    """Print the recipe of every chosen variant for a target, and write it beside the first sweep's results."""
+    """Print the recipe of every chosen variant for a target, and write it beside the first sweep's results.
+
+    Args:
+        form: of the file that is written beside the JSON, a name of `exports.names()`.
+    """
     from mupsweep.report import verdicts
 
-    dims = _target(target)
+    dims = read_target(target)
+    exports.check(form)
     if not sweeps:
         raise ConfigError(f"no sweep given: mupsweep transfer sweeps/NAME --to {' '.join(target)}")
-    recipes: dict[tuple[str, str, str], plan.Recipe] = {}
-    for sweep in sweeps:
-        for run in plan.load(sweep):
-            recipes.setdefault(run.recipe.variant.label, run.recipe)
+    recipes = {run.recipe.variant.label: run.recipe for sweep in reversed(sweeps) for run in plan.load(sweep)}
     groups = select(analyse(read_runs(sweeps)), optimizer, parametrization)
     if not groups:
         raise RecordError(
             f"{sweeps[0].path} has no finished runs, so there is no LR --to {' '.join(target)}: mupsweep run first"
         )
-    made: list[tuple[Group, dict[str, Any]]] = []
+    made: list[dict[str, Any]] = []
     refused: list[str] = []
     for label in dict.fromkeys(group.label for group in groups):
         if label not in recipes:
@@ -101,34 +124,51 @@ def export(
             continue
         chosen = recipes[label]
         width, depth = dims.get("width", chosen.model.width), dims.get("depth", chosen.model.depth)
-        mine = {group.axis: group for group in groups if group.label == label}
-        best = mine.get(recipe.axis_of(chosen, width, depth) or "", next(iter(mine.values())))
+        mine = [group for group in groups if group.label == label]
+        best, exponent = recipe.leading(mine, chosen, width, depth), recipe.exponent_of(mine)
         try:
-            made.append((best, recipe.recipe(best, chosen, width, depth)))
+            made.append(recipe.recipe(best, chosen, width, depth, dims.get("tokens"), exponent))
         except RecordError as error:
             refused.append(str(error))
     if not made:
         raise RecordError("; ".join(refused))
     for line in refused:
         print(f"no recipe for {line}", file=sys.stderr)
-    for group, content in made:
-        size = content["target"]
-        name = f"recipe-{group.optimizer}-{group.parametrization}-w{size['width']}-d{size['depth']}.json"
-        make_folder(sweeps[0].results)
-        write_json(sweeps[0].results / name, content)
+    several = len({content["model"] for content in made}) > 1
+    make_folder(sweeps[0].results)
+    for content in made:
+        path = sweeps[0].results / f"{_file_name(content, several, 'tokens' in dims)}.json"
+        write_json(path, content)
+        exported = None if form == exports.JSON else exports.export(form, content)
+        beside = path
+        if exported is not None:
+            beside = path.with_name(f"{path.stem}-{form}{exported.suffix}")
+            write_text(beside, exported.text)
         if not as_json:
-            verdicts.show_recipe(content, sweeps[0].results / name)
+            verdicts.show_recipe(content, list(dict.fromkeys((path, beside))), exported.limits if exported else ())
     if as_json:
-        print(json.dumps([content for _, content in made], indent=2))
+        print(json.dumps(made, indent=2))
 
 
-def _target(words: Sequence[str]) -> dict[str, int]:
-    """width=4096 depth=32 -> {"width": 4096, "depth": 32}."""
+def _file_name(content: dict[str, Any], several_models: bool, of_horizon: bool) -> str:
+    """recipe-adamw-spectral-w4096-d32, with the model or the horizon where they tell recipes apart."""
+    size = content["target"]
+    model = f"{content['model']}-" if several_models else ""
+    horizon = f"-t{content['horizon']['tokens']}" if of_horizon else ""
+    return (
+        f"recipe-{model}{content['optimizer']}-{content['parametrization']}-w{size['width']}-d{size['depth']}{horizon}"
+    )
+
+
+def read_target(words: Sequence[str]) -> dict[str, int]:
+    """width=4096 depth=32 tokens=2000000000 -> {"width": 4096, "depth": 32, "tokens": 2000000000}."""
     dims = {}
     for word in words:
         key, _, value = word.partition("=")
-        if key not in ("width", "depth") or not value.isdecimal() or not value.isascii() or int(value) < 1:
-            raise ConfigError(f"--to {word}: expected width=N and depth=N, for example --to width=4096 depth=32")
+        if key not in ("width", "depth", "tokens") or not value.isdecimal() or not value.isascii() or int(value) < 1:
+            raise ConfigError(
+                f"--to {word}: expected width=N, depth=N and tokens=N, for example --to width=4096 depth=32"
+            )
         dims[key] = int(value)
     return dims
 

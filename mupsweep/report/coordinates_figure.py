@@ -15,7 +15,7 @@ from mupsweep.check.fit import signed
 from mupsweep.check.ladder import DEPTH, TOLERANCE, WIDTH, Coordinates, Row
 from mupsweep.check.trace import ATTENTION, CHANGE, FEATURES, LOGITS, UPDATE
 from mupsweep.errors import ConfigError
-from mupsweep.report.figures import QUIET, SIZES, STYLE, VERDICT_COLORS
+from mupsweep.report.looks import METADATA, QUIET, SIZES, STYLE, VERDICT_COLORS
 from mupsweep.scaling import Role
 
 FORMATS = (".png", ".svg")
@@ -59,8 +59,7 @@ def draw(checked: Sequence[Coordinates], path: Path) -> None:
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
         path.parent.mkdir(parents=True, exist_ok=True)
-        software = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}[path.suffix]
-        figure.savefig(path, dpi=200, metadata=software)
+        figure.savefig(path, dpi=200, metadata=METADATA[path.suffix])
 
 
 def _panel(axes: Axes, row: Row) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 from rich.text import Text
 
@@ -27,10 +28,14 @@ def variant_name(label: tuple[str, str, str], among: Sequence[tuple[str, str, st
     return " · ".join([*said, NAMES.get(label[2], label[2])])
 
 
+def variant_order(label: tuple[str, str, str]) -> tuple[Any, ...]:
+    """Sorts variants as people compare them: SP first, beside the other parametrizations of its optimizer."""
+    return label[:2], [*NAMES, label[2]].index(label[2]), label[2]
+
+
 def in_order(groups: Iterable[Group]) -> list[Group]:
-    """Groups as people compare them: SP first, beside the other parametrizations of its optimizer."""
-    known = list(NAMES)
-    return sorted(groups, key=lambda g: (g.label[:2], [*known, g.parametrization].index(g.parametrization), g.label[2]))
+    """Groups in the order of their variants."""
+    return sorted(groups, key=lambda g: variant_order(g.label))
 
 
 def drift_words(group: Group) -> str:
@@ -75,13 +80,13 @@ def ordered_sizes(groups: Sequence[Group]) -> dict[Size, LossCurve]:
     return {size_of(c): c for c in sorted(curves, key=lambda c: (c.width * c.depth, c.width))}
 
 
-def size_names(curves: Sequence[LossCurve]) -> list[str]:
-    """What tells the sizes apart: width 64, depth 8, or 64x8."""
-    if len({c.depth for c in curves}) == 1:
-        return [f"width {c.width}" for c in curves]
-    if len({c.width for c in curves}) == 1:
-        return [f"depth {c.depth}" for c in curves]
-    return [f"{c.width}x{c.depth}" for c in curves]
+def size_names(sizes: Sequence[Size]) -> list[str]:
+    """What tells sizes apart: width 64, depth 8, or 64x8."""
+    if len({depth for _, depth in sizes}) == 1:
+        return [f"width {width}" for width, _ in sizes]
+    if len({width for width, _ in sizes}) == 1:
+        return [f"depth {depth}" for _, depth in sizes]
+    return [f"{width}x{depth}" for width, depth in sizes]
 
 
 def loss_range(found: Sequence[Optimum]) -> tuple[float, float]:
@@ -98,7 +103,7 @@ def loss_range(found: Sequence[Optimum]) -> tuple[float, float]:
     return low - margin, top + margin
 
 
-def curve_text(curves: Sequence[LossCurve], width: int = 72, height: int = 14) -> Text:
+def curve_text(curves: Sequence[LossCurve], width: int = 72, height: int = 14, fitted: bool = True) -> Text:
     """Loss versus log2 LR of several sizes.
 
     Every size is a letter at its seed means, its capital letter at the fitted optimum; in the top row `x` is
@@ -108,11 +113,12 @@ def curve_text(curves: Sequence[LossCurve], width: int = 72, height: int = 14) -
         curves: one line each; their optima share a noise, as those of a ladder do.
         width: columns in all.
         height: rows of the plot; the axis and the legend come below.
+        fitted: False draws and names the lowest seed means instead of the fitted optima, which take longer.
     """
     lrs = [p.log2_lr for curve in curves for p in curve.points]
     if not lrs:
         return Text("no finished runs yet")
-    found = optima(curves)
+    found = optima(curves) if fitted else [_lowest(curve) for curve in curves]
     low, high = loss_range(found)
     digits = min(5, max(2, 1 - math.floor(math.log10(high - low))))
     margin = len(f"{high:.{digits}f}") + 2
@@ -129,23 +135,30 @@ def curve_text(curves: Sequence[LossCurve], width: int = 72, height: int = 14) -
         text.append("\n")
     for line in canvas.axis():
         text.append(" " * (margin - 1) + line.rstrip() + "\n", "dim")
-    return text.append_text(_legend(found, width))
+    return text.append_text(_legend(found, width, "best" if fitted else "lowest"))
 
 
-def _legend(found: Sequence[Optimum], width: int) -> Text:
+def _lowest(curve: LossCurve) -> Optimum:
+    """The LR with the lowest mean in the place of the fitted optimum."""
+    best = min((p for p in curve.usable if math.isfinite(p.mean)), key=lambda p: p.mean, default=None)
+    log2_lr, loss = (None, None) if best is None else (best.log2_lr, best.mean)
+    return Optimum(curve, False, log2_lr, None, None, loss, None, None, None)
+
+
+def _legend(found: Sequence[Optimum], width: int, best: str) -> Text:
     curves = [optimum.curve for optimum in found]
     labels = list(dict.fromkeys(c.label for c in curves))
     text, column = Text(), 0
-    for i, (optimum, name) in enumerate(zip(found, size_names(curves), strict=True)):
-        best = "no optimum" if optimum.log2_lr is None else f"best 2^{optimum.log2_lr:.1f}"
+    for i, (optimum, name) in enumerate(zip(found, size_names([size_of(c) for c in curves]), strict=True)):
+        where = "no optimum" if optimum.log2_lr is None else f"{best} 2^{optimum.log2_lr:.1f}"
         variant = f"{variant_name(optimum.curve.label, labels)} " if len(labels) > 1 else ""
-        entry = f"{chr(ord('a') + i % 26)} {variant}{name}: {best}"[:width]
+        entry = f"{chr(ord('a') + i % 26)} {variant}{name}: {where}"[:width]
         if column and column + 3 + len(entry) > width:
             text.append("\n")
             column = 0
         text.append(("   " if column else "") + entry, COLORS[i % len(COLORS)])
         column += len(entry) + (3 if column else 0)
-    marks = "capital: optimum   x: diverged   ^: higher loss"
+    marks = f"capital: {'optimum' if best == 'best' else 'lowest'}   x: diverged   ^: higher loss"
     return text.append("\n" + marks[:width], "dim")
 
 

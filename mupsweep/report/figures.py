@@ -1,4 +1,4 @@
-"""The figures of a sweep, as PNG and SVG. The same analysis always gives the same bytes."""
+"""The figures of a sweep, for screens and for papers. The same analysis always gives the same bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -20,6 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator
 from matplotlib.transforms import Bbox, TransformedBbox
 
 from mupsweep.curves import LossCurve
+from mupsweep.errors import ConfigError
 from mupsweep.optimum import Optimum
 from mupsweep.report.curves_text import (
     Size,
@@ -34,63 +34,43 @@ from mupsweep.report.curves_text import (
     size_of,
     variant_name,
 )
+from mupsweep.report.looks import BAND, GROUPS, INK, LOOKS, MARKERS, METADATA, QUIET, SIZES, VERDICT_COLORS, Look
 from mupsweep.transfer import TOLERANCE_OCTAVES, Analysis, Group
 
-INK, QUIET, BAND = "#1f2328", "#6b7280", "#f1f3f5"
-VERDICT_COLORS = {"transfers": "#17734a", "drifts": "#b3400a", "inconclusive": QUIET}
-# light and small to dark and large, of falling lightness in every kind of colour vision
-SIZES = LinearSegmentedColormap.from_list("sizes", ["#9fd49b", "#45b5a5", "#2a86b5", "#33529b", "#2d1857"])
-# Okabe and Ito, jfly.uni-koeln.de/color
-GROUPS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-MARKERS = ("o", "s", "D", "^", "v", "P")
-STYLE = {
-    "svg.hashsalt": "mupsweep",  # element ids that do not change from one drawing to the next
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": "#9aa1a9",
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#e8eaed",
-    "grid.linewidth": 0.6,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-}
 COLUMNS = 3  # panels side by side
 STRIP = 0.05, 0.22  # height of a row of diverged points, and of all rows at most, as fractions of the panel
 
 
-def draw(analysis: Analysis, folder: Path) -> list[Path]:
+def draw(analysis: Analysis, folder: Path, look: str = "screen") -> list[Path]:
     """Loss curves and drift of every axis that was swept.
 
     Args:
         folder: gets curves.png, curves.svg, drift.png, drift.svg for widths, curves-depth.png etc. for others.
+        look: a key of LOOKS; that of papers adds PDF.
 
     Returns:
         The written files.
     """
+    if look not in LOOKS:
+        raise ConfigError(f"--figures {look}: expected {' or '.join(LOOKS)}")
+    chosen = LOOKS[look]
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with matplotlib.style.context(["default", STYLE]):
+    with matplotlib.style.context(["default", chosen.style]):
         for axis in dict.fromkeys(g.axis for g in analysis.groups):
             groups = in_order(g for g in analysis.groups if g.axis == axis)
             suffix = "" if axis == "width" else f"-{axis}"
-            for name, figure in (("curves", _curves(groups)), ("drift", _drift(groups))):
-                written += _save(figure, folder / f"{name}{suffix}")
+            for name, figure in (("curves", _curves(groups, chosen)), ("drift", _drift(groups, chosen))):
+                for line in (line for axes in figure.axes for line in axes.get_lines()):
+                    line.set_linewidth(chosen.lines * line.get_linewidth())
+                    line.set_markersize(chosen.lines * line.get_markersize())
+                written += [_save(figure, folder / f"{name}{suffix}{kind}") for kind in chosen.suffixes]
     return written
 
 
-def _save(figure: Figure, stem: Path) -> list[Path]:
-    png, svg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
-    figure.savefig(png, dpi=200, metadata={"Software": None})
-    figure.savefig(svg, metadata={"Date": None, "Creator": None})
-    return [png, svg]
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=200, metadata=METADATA[path.suffix])
+    return path
 
 
 # Loss versus LR
@@ -116,7 +96,7 @@ class _Scale:
     crowded: bool
 
 
-def _curves(groups: Sequence[Group]) -> Figure:
+def _curves(groups: Sequence[Group], look: Look) -> Figure:
     families: dict[tuple[str, str], list[Group]] = {}
     for group in groups:
         families.setdefault(group.label[:2], []).append(group)
@@ -124,14 +104,14 @@ def _curves(groups: Sequence[Group]) -> Figure:
         families = {groups[0].label[:2]: list(groups)}
     rows = [f[i : i + COLUMNS] for f in families.values() for i in range(0, len(f), COLUMNS)]
     columns = max(map(len, rows))
-    figure = Figure(figsize=(0.5 + 4.1 * columns, 0.7 + 3.7 * len(rows)), layout=_layout())
+    figure = Figure(figsize=look.size(columns, len(rows)), layout=_layout())
     axes = figure.subplots(len(rows), columns, squeeze=False, sharey="row", sharex=True)
     sizes = ordered_sizes(groups)
     shades = {key: i / max(1, len(sizes) - 1) for i, key in enumerate(sizes)}
     for panels, members in zip(axes, rows, strict=True):
         scale = _scale(members, shades)
         for panel, group in zip(panels, members, strict=False):
-            _panel(panel, group, groups, scale)
+            _panel(panel, group, groups, scale, look)
         for panel in panels[len(members) :]:
             panel.set_axis_off()
         panels[0].set_ylabel("validation loss (nats per token)")
@@ -142,7 +122,7 @@ def _curves(groups: Sequence[Group]) -> Figure:
         if panel.axison and (below is None or not below.axison):
             panel.set_xlabel("peak learning rate at the base shape")
             panel.tick_params(labelbottom=True)
-    names = size_names(list(sizes.values()))
+    names = size_names(list(sizes))
     lines = [
         Line2D([], [], color=SIZES(shades[key]), marker="o", markersize=4, label=name)
         for key, name in zip(sizes, names, strict=True)
@@ -167,27 +147,31 @@ def _scale(members: Sequence[Group], shades: dict[Size, float]) -> _Scale:
     return _Scale(low, high, top, {key: i for i, key in enumerate(diverged)}, shades, crowded)
 
 
-def _panel(axes: Axes, group: Group, groups: Sequence[Group], scale: _Scale) -> None:
+def _panel(axes: Axes, group: Group, groups: Sequence[Group], scale: _Scale, look: Look) -> None:
     # curves leave through the upper edge of the losses, not through the strip
     window = TransformedBbox(Bbox([[0, scale.low], [1, scale.high]]), axes.get_yaxis_transform())
     if scale.rows:
         axes.axhspan(scale.high, scale.top, color=BAND, linewidth=0, zorder=0.5)
         place = {"xy": (0, scale.top), "xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
-        axes.annotate("diverged", xytext=(4, -3), va="top", fontsize=7, color=QUIET, **place)
+        axes.annotate("diverged", xytext=(4, -3), va="top", fontsize=look.small, color=QUIET, **place)
     for optimum in group.optima:
-        _curve(axes, optimum, scale, window)
+        _curve(axes, optimum, scale, window, look.small - 1)
     base = base_of(group)
     if base.log2_lr is not None:
         axes.axvline(base.log2_lr, color=QUIET, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
     for artist in (*axes.lines, *axes.collections, *axes.texts):
         artist.set_in_layout(False)  # what leaves the panel is clipped, so it must not push the panels apart
     name = variant_name(group.label, [g.label for g in groups])
-    axes.set_title(_plain(name), loc="left", fontsize=11, fontweight="bold", pad=19)
-    axes.set_title(group.verdict, loc="right", fontsize=11, color=VERDICT_COLORS[group.verdict], pad=19)
+    if not look.told:
+        letter = chr(ord("a") + list(groups).index(group) % 26)
+        axes.set_title(f"({letter}) {_plain(name)}", loc="left", fontsize=look.title, pad=7)
+        return
+    axes.set_title(_plain(name), loc="left", fontsize=look.title, fontweight="bold", pad=19)
+    axes.set_title(group.verdict, loc="right", fontsize=look.title, color=VERDICT_COLORS[group.verdict], pad=19)
     axes.text(0, 1.025, _plain(drift_words(group)), transform=axes.transAxes, color=QUIET, fontsize=8.5)
 
 
-def _curve(axes: Axes, optimum: Optimum, scale: _Scale, window: TransformedBbox) -> None:
+def _curve(axes: Axes, optimum: Optimum, scale: _Scale, window: TransformedBbox, small: float) -> None:
     curve = optimum.curve
     key = size_of(curve)
     color = SIZES(scale.shades[key])
@@ -207,7 +191,7 @@ def _curve(axes: Axes, optimum: Optimum, scale: _Scale, window: TransformedBbox)
             axes.plot([p.log2_lr], [height], "x", color=color, markersize=4, markeredgewidth=1.3)
             count = f"{p.diverged}/{p.diverged + len(p.losses)}" if p.losses else f"{p.diverged}"
             place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
-            axes.annotate("" if scale.crowded else count, (p.log2_lr, height), fontsize=6, color=QUIET, **place)
+            axes.annotate("" if scale.crowded else count, (p.log2_lr, height), fontsize=small, color=QUIET, **place)
     if optimum.posterior is not None:
         mean = optimum.posterior.mean
         fitted = axes.plot(optimum.posterior.grid, mean, color=color, linewidth=4, alpha=0.22, zorder=2)
@@ -232,8 +216,9 @@ def _lr_axis(axes: Axes, lrs: Sequence[float]) -> None:
 # Drift of the optimum
 
 
-def _drift(groups: Sequence[Group]) -> Figure:
-    figure = Figure(figsize=(5.8, 4.1 + 0.22 * len(groups)), layout=_layout())
+def _drift(groups: Sequence[Group], look: Look) -> Figure:
+    wide, high = look.drift
+    figure = Figure(figsize=(wide, high + 0.22 * len(groups) * look.told), layout=_layout())
     axes = figure.subplots()
     axes.axhspan(-TOLERANCE_OCTAVES, TOLERANCE_OCTAVES, color=BAND, linewidth=0, zorder=0.5)
     axes.axhline(0, color=QUIET, linewidth=0.8, zorder=1)
@@ -252,13 +237,21 @@ def _drift(groups: Sequence[Group]) -> Figure:
     axes.set_xlim(min(names) - 0.25, max(names) + 0.25)
     axes.grid(axis="x", visible=False)
     axes.set_xlabel(f"{axis_name(groups[0].axis)} (log scale)")
-    axes.set_ylabel("optimal LR relative to the base's (octaves)")
+    axes.set_ylabel("optimal LR relative to the base's (octaves)" if look.told else "shift of the optimal LR (octaves)")
     lines = [
-        Line2D([], [], color=GROUPS[i % 6], marker=MARKERS[i % 6], markersize=5.5, label=_drift_legend(g, groups))
+        Line2D(
+            [],
+            [],
+            color=GROUPS[i % 6],
+            marker=MARKERS[i % 6],
+            markersize=5.5,
+            label=_drift_legend(g, groups, look.told),
+        )
         for i, g in enumerate(groups)
     ]
     band = Patch(color=BAND, label=f"tolerance, ±{TOLERANCE_OCTAVES:g} octaves")
-    figure.legend(handles=[*lines, band], loc="outside lower left", handlelength=2.4)
+    columns = 1 if look.told else 3
+    figure.legend(handles=[*lines, band], loc="outside lower left", handlelength=2.4, ncols=columns)
     return figure
 
 
@@ -297,8 +290,9 @@ def _bound(axes: Axes, x: float, low: float | None, high: float | None, color: s
             axes.plot(x, start, "_", color=color, markersize=9, markeredgewidth=1.6, zorder=3)
 
 
-def _drift_legend(group: Group, groups: Sequence[Group]) -> str:
-    return _plain(f"{variant_name(group.label, [g.label for g in groups])}: {group.verdict}, {drift_words(group)}")
+def _drift_legend(group: Group, groups: Sequence[Group], told: bool) -> str:
+    name = variant_name(group.label, [g.label for g in groups])
+    return _plain(f"{name}: {group.verdict}, {drift_words(group)}" if told else name)
 
 
 def _position_name(axis: str, curve: LossCurve) -> str:

@@ -16,8 +16,10 @@ from mupsweep.cost import duration, si
 from mupsweep.files import read_json, write_text
 from mupsweep.optimum import CONFIDENCE, Optimum
 from mupsweep.records import DIVERGED, DONE, FAILED, SweepDir
-from mupsweep.report.charts import Charts, minus, size_id, words
+from mupsweep.report import coordinates_html
+from mupsweep.report.charts import Charts, size_id, words
 from mupsweep.report.curves_text import axis_name, base_of, moves, size_of, variant_name
+from mupsweep.report.svg import minus
 from mupsweep.transfer import (
     DRIFTS,
     INCONCLUSIVE,
@@ -62,7 +64,7 @@ def write(sweep: SweepDir, analysis: Analysis, rules: Sequence[tuple[str, Sequen
         sections += [_verdicts(charts, analysis), _curves(charts), _drift(charts), _training(charts, sweep, analysis)]
     else:
         sections.append("<p>No run has finished yet, so there is nothing to judge.</p>")
-    sections += [_rules(rules), _runs(sweep, analysis), _provenance(sweep)]
+    sections += [_check(sweep), _rules(rules), _runs(sweep, analysis), _provenance(sweep)]
     css, js = (resources.files("mupsweep.report").joinpath(n).read_text("utf-8") for n in ("report.css", "report.js"))
     text = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -153,6 +155,11 @@ def _toggles(charts: Charts) -> str:
             f"{escape(variant_name(label, charts.labels))}</button>"
             for i, label in enumerate(charts.labels)
         ]
+    if any(len(p.losses) > 1 for g in charts.groups for o in g.optima for p in o.curve.points):
+        buttons.append('<span class="gap"></span>')
+        buttons.append(
+            '<button type="button" aria-pressed="false" data-key="seeds" data-value="each">each seed</button>'
+        )
     return f'<div class="toggles" role="group" aria-label="what the charts show">{"".join(buttons)}</div>'
 
 
@@ -216,7 +223,10 @@ def _training(charts: Charts, sweep: SweepDir, analysis: Analysis) -> str:
             panels.append(_figure(charts, group, chart, _axis(charts, group)))
     if not panels:
         return ""
-    note = "The run nearest to each size's best rate: dots are validation loss, thin lines training loss."
+    note = (
+        "The run nearest to each size's best rate: dots are validation loss, thin lines the training loss, each point "
+        "the mean over the steps since the one before."
+    )
     return _title("Training curves", note) + f'<div class="panels">{"".join(panels)}</div>'
 
 
@@ -248,7 +258,21 @@ def _axis(charts: Charts, group: Group) -> str:
     return f'<span class="quiet">in {escape(axis_name(group.axis))}</span>' if charts.several_axes else ""
 
 
-# The rules, the runs, and how to repeat them
+# The check, the rules, the runs, and how to repeat them
+
+
+def _check(sweep: SweepDir) -> str:
+    """The coordinate check that was kept with the sweep."""
+    found = coordinates_html.read(sweep)
+    if not found:
+        return ""
+    table = _table(coordinates_html.COLUMNS, coordinates_html.lines(found), "words")
+    return (
+        _title("Coordinate check", coordinates_html.NOTE)
+        + coordinates_html.verdicts(found)
+        + coordinates_html.panels(found)
+        + f"<details><summary>exponents</summary>{table}</details>"
+    )
 
 
 def _rules(rules: Sequence[tuple[str, Sequence[TensorRule]]]) -> str:

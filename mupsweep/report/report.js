@@ -54,7 +54,7 @@
   const toggle = (button) => {
     const shown = button.getAttribute("aria-pressed") !== "true";
     button.setAttribute("aria-pressed", String(shown));
-    const { key, value } = button.dataset; // key is "size" or "variant"
+    const { key, value } = button.dataset; // key is "size", "variant" or "seeds"
     for (const element of document.querySelectorAll(`[data-${key}]`)) {
       if (element.dataset[key] === value) element.classList.toggle("off", !shown);
     }

@@ -15,12 +15,12 @@ from rich.table import Table
 
 from mupsweep import squeue
 from mupsweep.build import TensorRule, audit, multipliers, rule_record, rules
-from mupsweep.config import SweepConfig
+from mupsweep.config import GRID, SweepConfig, from_tree
 from mupsweep.cost import FLOPS_PER_SECOND, duration, si
 from mupsweep.environment import accelerator, cores
-from mupsweep.errors import RecordError
+from mupsweep.errors import MupsweepError, RecordError
 from mupsweep.optimizers.muon import SHAPE_FACTORS, Muon, convert
-from mupsweep.plan import Recipe, RunSpec, corpus_remarks, plan, recipe, sweep_name
+from mupsweep.plan import Recipe, RunSpec, corpus_remarks, load, next_round, plan, recipe, sweep_name
 from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING, SweepDir
 from mupsweep.scaling import Monomial, Role, Rule, symbolic
 
@@ -33,6 +33,9 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
     runs = plan(config)
     sweep = SweepDir(Path(config.out) / sweep_name(config))
     exists = sweep.plan_path.is_file()
+    searches = config.sweep.search != GRID
+    if searches and exists:
+        runs = [*load(sweep), *next_round(config, sweep)]
     status = {r.run_id: sweep.run(r.run_id).status()["status"] if exists else PENDING for r in runs}
     left = [r for r in runs if status[r.run_id] not in (DONE, DIVERGED)]
     device = accelerator()
@@ -56,6 +59,7 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
                         "tokens": sum(r.cost.tokens for r in runs),
                         "seconds_estimate": seconds,
                     },
+                    "search": config.sweep.search,
                 }
             )
         )
@@ -82,9 +86,24 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
         f"{len(left)} of {len(runs)} runs to train, {si(total)}FLOPs, roughly {duration(seconds)} on {lanes} {device} "
         f"worker(s) at {si(FLOPS_PER_SECOND[device])}FLOP/s each; while it runs you see the measured time left"
     )
+    if searches:
+        console.print(_search_remark(config, first=not exists))
     for remark in corpus_remarks(runs):
         console.print(f"note: {remark}")
     console.print(f"folder: {sweep.path}")
+
+
+def _search_remark(config: SweepConfig, first: bool) -> str:
+    """What the runs that are shown are of a search."""
+    grid = config.sweep
+    most = [
+        grid.max_runs * made.cost(made.size(*at)).flops for made in map(recipe, config.variants) for at in grid.ratios
+    ]
+    return (
+        f"adaptive search: {'only the first round is shown' if first else 'later rounds are not shown'}; which runs "
+        f"follow, the losses say. It ends when every optimum is known to +-{grid.half_width:g} octaves, or "
+        f"after {grid.max_runs} runs of a size: at most {grid.max_runs * len(most)} runs, {si(sum(most))}FLOPs"
+    )
 
 
 def show_rules(config: SweepConfig, as_json: bool, per_tensor: bool) -> None:
@@ -157,7 +176,7 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
             table.add_row(*map(str, key), *(str(counts[s] or "") for s in (DONE, DIVERGED, RUNNING, PENDING, FAILED)))
     console.print(table)
     console.print("  ".join(f"{name} {count}" for name, count in _counts(states).items()))
-    for line in queue.lines():
+    for line in [*queue.lines(), *_search_lines(sweep, sum(_counts(states)[s] for s in (RUNNING, PENDING, FAILED)))]:
         console.print(line)
     for row, folder, status in states:
         silence = folder.silence() if status["status"] == RUNNING else None
@@ -169,6 +188,29 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
             )
         if status["status"] == FAILED:
             console.print(f"failed: {row['run_id']}: {status.get('error', '')} (see {folder.log_path})", markup=False)
+
+
+def _search_lines(sweep: SweepDir, left: int) -> Iterable[str]:
+    """Where a search stands: `left` runs of its round are not finished."""
+    try:
+        config = from_tree(sweep.read_config())
+    except MupsweepError:  # of a damaged config, the next run of the command tells
+        return
+    if config.sweep.search == GRID:
+        return
+    if left:
+        yield f"adaptive search: {left} runs of this round are left; more may follow"
+        return
+    from mupsweep.results import read_runs
+    from mupsweep.search import outlook  # which needs scipy
+
+    rows = read_runs([sweep])
+    for variant in config.variants:
+        mine = [row for row in rows if (row["model"], row["optimizer"], row["parametrization"]) == variant.label]
+        for one in outlook(mine, config.sweep):
+            wanted = f"; the next round trains {len(one.wanted)} runs" if one.wanted else ""
+            r_n, r_L = one.ratios
+            yield f"adaptive search, {'/'.join(variant.label)}, width x{r_n:g}, depth x{r_L:g}: {one.reason}{wanted}"
 
 
 def _queue(sweep: SweepDir) -> squeue.Queue:

@@ -89,8 +89,8 @@ def show_validation(outcome: Validation) -> None:
     where = f"{'/'.join(outcome.label)} at width {outcome.size.width}, depth {outcome.size.depth}"
     console.print(f"\n{where}: validation of the transferred LR", style="bold")
     console.print(
-        f"transferred log2 LR {outcome.log2_lr:g}, from the smaller sizes; best there {outcome.optimum}"
-        + (f"; regret {_nats(outcome.regret)}" if outcome.regret.value is not None else "; regret unknown")
+        f"transferred log2 LR {outcome.log2_lr:g}, from the smaller sizes; best there {outcome.optimum}; "
+        f"regret {_nats(outcome.regret)}"
     )
     for reason in outcome.reasons:
         console.print(reason, markup=False)

@@ -1,50 +1,121 @@
 """Trackers show the records to somebody else: one file and one yaml each. They read records and decide nothing.
 
-A tracker is told when a run ended and when a sweep was analysed; what goes wrong there is a warning, never an error.
+A tracker shows a run while it trains (`live`) and catches up with whatever it has not seen whole when a sweep is
+analysed. What goes wrong there is a warning, never an error: `mupsweep sync` makes up for it from the records.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import logging
-from typing import Protocol
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
+from mupsweep.errors import ConfigError
+from mupsweep.files import make_folder, write_text
 from mupsweep.records import RunDir, SweepDir
 from mupsweep.sections import instantiate
 
 log = logging.getLogger("mupsweep")
 
 
+class Page(Protocol):
+    """One run as a tracker shows it."""
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """The next row of metrics."""
+        ...
+
+    def close(self, status: str) -> None:
+        """No more rows: the run ended with this status, or goes on later where it is none of those that end a run."""
+        ...
+
+
 class Tracker(Protocol):
     """A dataclass under `trackers/`; its fields are the keys of its yaml."""
 
-    def finished(self, sweep: SweepDir, run: RunDir) -> None:
-        """A run ended with a result."""
+    @property
+    def active(self) -> bool:
+        """Whether it is told anything while a sweep runs."""
+        ...
+
+    def open(self, sweep: SweepDir, run: RunDir) -> Page:
+        """The run's page, the one that is there already or a new one; rows that it shows already are added again."""
+        ...
+
+    def held(self, sweep: SweepDir) -> Mapping[str, str]:
+        """The fingerprints of the runs that it shows whole, by run id."""
         ...
 
     def analysed(self, sweep: SweepDir) -> None:
-        """The sweep's results were written."""
+        """The sweep's results were written and every run is shown."""
         ...
 
 
-class Safe:
-    """Carries on without a tracker that fails."""
-
-    def __init__(self, tracker: Tracker, sweep: SweepDir) -> None:
-        self.tracker, self.sweep = tracker, sweep
-
-    def finished(self, run: RunDir) -> None:
-        self._try(lambda: self.tracker.finished(self.sweep, run))
-
-    def analysed(self) -> None:
-        self._try(lambda: self.tracker.analysed(self.sweep))
-
-    def _try(self, call: object) -> None:
-        try:
-            call()  # type: ignore[operator]
-        except Exception as error:  # a tracker is a view: nothing that it does may cost a run
-            log.warning("tracker: %s: %s; training goes on, the records are complete", type(error).__name__, error)
-
-
-def load(sweep: SweepDir) -> Safe:
+def load(sweep: SweepDir) -> Tracker:
     """The tracker that a sweep's config names."""
-    return Safe(instantiate(sweep.read_config()["tracker"], "tracker"), sweep)
+    return instantiate(sweep.read_config()["tracker"], "tracker")
+
+
+def analysed(sweep: SweepDir) -> None:
+    """Tell the sweep's tracker that results were written, and show it the runs that it missed."""
+    from mupsweep.trackers.live import catch_up
+
+    try:
+        tracker = load(sweep)
+        if tracker.active:
+            catch_up(tracker, sweep, running=False)
+    except Exception as error:  # a tracker is a view: nothing that it does may cost a result
+        warn(sweep, error)
+
+
+def warn(sweep: SweepDir, error: BaseException) -> None:
+    """Say that a tracker failed, in one line, and how to make up for it."""
+    first = (str(error).splitlines() or [""])[0]
+    log.warning(
+        "tracker: %s: %s; the records are complete, `mupsweep sync %s` mirrors them later",
+        type(error).__name__,
+        first,
+        sweep.path,
+    )
+
+
+def fingerprint(run: RunDir) -> str:
+    """Changes with whatever of a run a tracker shows."""
+    digest = hashlib.sha256(run.status()["status"].encode())
+    for path in (run.metrics_path, run.summary_path):
+        digest.update(path.read_bytes() if path.is_file() else b"")
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
+
+
+class Ledger:
+    """The fingerprints of what a tracker without a server holds: a file for each run, so that workers need no lock."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self) -> dict[str, str]:
+        """Run id -> fingerprint."""
+        return {path.name: path.read_text() for path in self.folder.glob("*")}
+
+    def remove(self, run: RunDir) -> None:
+        """The run is not shown whole."""
+        (self.folder / run.run_id).unlink(missing_ok=True)
+
+    def write(self, run: RunDir) -> None:
+        """The run is shown as its records are now."""
+        make_folder(self.folder)
+        write_text(self.folder / run.run_id, fingerprint(run), durable=False)
+
+
+def require_package(tracker: str, package: str) -> None:
+    """Refuse a tracker whose package is not installed.
+
+    Raises:
+        ConfigError: saying what to install.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"tracker={tracker} needs the package {package}: pip install 'mupsweep[{tracker}]'")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mupsweep.records import RunDir, SweepDir
+from mupsweep.trackers import Page
 
 
 @dataclass(frozen=True)
@@ -13,8 +15,15 @@ class Jsonl:
 
     name: str = "jsonl"
 
-    def finished(self, sweep: SweepDir, run: RunDir) -> None:
-        pass
+    @property
+    def active(self) -> bool:
+        return False
+
+    def open(self, sweep: SweepDir, run: RunDir) -> Page:
+        raise NotImplementedError("the records are there already")
+
+    def held(self, sweep: SweepDir) -> Mapping[str, str]:
+        return {}
 
     def analysed(self, sweep: SweepDir) -> None:
         pass

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mupsweep import build
+from mupsweep import build, config, plan
 from mupsweep.optimizers.adamw import AdamW
+from mupsweep.report import coordinates_html
 from mupsweep.scaling import Role
 from mupsweep.scaling.laws import GRADIENT
 
@@ -53,6 +54,19 @@ def test_overrides_alone_check_coordinates_and_a_figure_is_drawn(cli: Cli, tmp_p
     assert figure.read_text().startswith("<?xml")
 
 
+def test_the_outcome_is_kept_with_a_sweep_for_its_report(cli: Cli, tmp_path: Path) -> None:
+    assert cli("check", *SMALL, "--into", "sweeps/none")[0] == 2
+    sweep, _ = plan.save(config.load(["experiment=smoke", f"out={tmp_path}"]), "")
+    code, out, _ = cli("check", *SMALL, "--json", "--into", str(sweep.path))
+    assert code == 0
+    assert json.loads(sweep.check_path.read_text()) == json.loads(out)
+    (label, mup), *_ = [pair for pair in coordinates_html.read(sweep) if pair[0][2] == "mup"]
+    assert label == ("nanogpt", "adamw", "mup")
+    lines = {line[2]: line for line in coordinates_html.lines([(label, mup)])}
+    assert lines["change of features"][4:] == ("0", "ok")
+    assert "13 of 13 promises kept" in coordinates_html.verdicts([(label, mup)])
+
+
 def test_sp_alone_is_shown_and_promises_nothing(cli: Cli) -> None:
     code, out, _ = cli("check", *SMALL[:-1], "parametrization=sp")
     assert code == 0
@@ -73,7 +87,8 @@ def test_coordinates_as_json(cli: Cli, dropped_rule: None) -> None:
     code, out, _ = cli("check", *SMALL, "--json")
     assert code == 1
     sp, mup = json.loads(out)["variants"]
-    assert set(mup) == {"model", "optimizer", "parametrization", "log2_lr", "passed", "diverged", "causes", "rows"}
+    label = {"model", "optimizer", "parametrization"}
+    assert set(mup) == label | {"log2_lr", "passed", "diverged", "causes", "roles", "rows"}
     assert (sp["parametrization"], sp["passed"], mup["parametrization"], mup["passed"]) == ("sp", True, "mup", False)
     assert len(mup["causes"]) == 1
     keys = {"axis", "quantity", "tensor", "role", "promised", "off", "sizes", "after"}

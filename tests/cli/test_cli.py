@@ -274,7 +274,8 @@ def test_a_recipe_is_printed_and_written_for_a_target(cli: Callable[..., tuple[i
     (recipe,) = json.loads(out)
     assert recipe == json.loads((sweep.results / "recipe-adamw-spectral-w64-d4.json").read_text())
     assert recipe["log2_lr"] == pytest.approx(-8.0, abs=DRAWN)
-    assert recipe["target"] == {"width": 64, "depth": 4, "heads": 8, "head_dim": 8}
+    shape = {"width": 64, "depth": 4, "heads": 8, "kv_heads": 8, "head_dim": 8, "ffn_width": 256}
+    assert recipe["target"] == shape | {"vocab_size": 256, "context": 32}
 
 
 def test_a_sweep_with_a_failed_run_exits_with_1_and_names_its_log(cli: Callable[..., tuple[int, str, str]]) -> None:

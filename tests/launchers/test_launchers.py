@@ -88,6 +88,16 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str
     return results(trained_inline(SMALL, tmp_path_factory.mktemp("inline")))
 
 
+def test_a_stop_while_the_workers_still_start_ends_them_without_a_word(tmp_path: Path) -> None:
+    launcher = start("run", *SMALL, *ONE_SLOT)
+    log = Path("sweeps/smoke/logs/worker-0.log")
+    until(log.exists, launcher)
+    launcher.send_signal(signal.SIGTERM)
+    code, _, err = finish(launcher)
+    assert code == 130, err
+    assert log.read_text() == ""
+
+
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_every_launcher_has_the_name_of_its_file_and_can_be_made(name: str) -> None:
     config = load([f"launcher={name}"])

@@ -190,7 +190,7 @@ def test_a_task_has_a_worker_per_gpu_or_as_many_as_asked_for(made: Slurm, device
     assert made.devices == devices
 
 
-def start(tmp_path: Path, worker: str, restarts: int, **environment: str) -> subprocess.Popen[bytes]:
+def start(tmp_path: Path, worker: str, restarts: int, gpus: int = 0, **environment: str) -> subprocess.Popen[bytes]:
     """A task with a worker that is a shell script, once its worker is ready."""
     python = tmp_path / "python"
     python.write_text(
@@ -198,7 +198,7 @@ def start(tmp_path: Path, worker: str, restarts: int, **environment: str) -> sub
     )
     python.chmod(0o755)
     site = Site("s", tmp_path, tmp_path, tmp_path, str(python))
-    text = Slurm(gpus=0, max_restarts=restarts).array_text(site, "w64-d2", TASKS)
+    text = Slurm(gpus=gpus, max_restarts=restarts).array_text(site, "w64-d2", TASKS)
     task = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "7"}
     return subprocess.Popen(["bash", "-c", text], cwd=tmp_path, env={**os.environ, **task, **environment})
 
@@ -240,6 +240,26 @@ def test_a_cancelled_task_tells_its_workers_and_is_not_queued_again(slurm: Fake,
 def test_a_task_ends_as_its_worker_did(worker: str, code: int, slurm: Fake, tmp_path: Path) -> None:
     assert start(tmp_path, worker, restarts=2).wait(30) == code
     assert slurm.calls("scontrol") == []
+
+
+@pytest.mark.parametrize(("deaths", "code", "starts"), [(1, 0, 2), (2, 0, 3), (9, 137, 3)])
+def test_a_worker_that_is_killed_is_started_again_some_times_while_the_others_go_on(
+    deaths: int, code: int, starts: int, slurm: Fake, tmp_path: Path
+) -> None:
+    dying = f'echo >> started; [ "$(wc -l < started)" -gt {deaths} ] || kill -KILL $$'
+    # the second worker ends when the first has been started as often as it will be
+    waiting = f'until [ "$(wc -l < started)" -ge {starts} ]; do read -t 0.1 _ <> <(:) || true; done; echo >> trained'
+    worker = f'touch started; case "$*" in *cuda:1*) {waiting} ;; *) {dying} ;; esac'
+    assert start(tmp_path, worker, restarts=2, gpus=2).wait(30) == code
+    assert len((tmp_path / "started").read_text().splitlines()) == starts
+    assert (tmp_path / "trained").read_text() == "\n"
+
+
+def test_a_worker_that_is_killed_when_it_was_told_to_stop_is_not_started_again(slurm: Fake, tmp_path: Path) -> None:
+    worker = f"echo >> started; trap 'kill -KILL $$' USR1; {READY}"
+    assert ended(start(tmp_path, worker, restarts=2), tmp_path, signal.SIGUSR1) == 137
+    assert (tmp_path / "started").read_text() == "\n"
+    assert slurm.calls("scontrol") == ["requeue 7_1"]
 
 
 def test_a_task_that_the_script_does_not_have_is_refused(tmp_path: Path) -> None:

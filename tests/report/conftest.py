@@ -81,7 +81,7 @@ def write_sweep(folder: Path, rows: Rows, pending: int = 0, name: str = "demo") 
     sweep.path.mkdir(parents=True)
     keys = [k for k in rows[0] if k not in ("status", "train_loss", "val_loss")] if rows else []
     plan = [
-        {k: row[k] for k in keys} | {"variant": "v", "parameters": 12 * 4 * row["width"] ** 2, "flops": 1e12}
+        {k: row[k] for k in keys} | {"variant": "v", "parameters": 12 * 4 * row["width"] ** 2, "flops": _flops(row)}
         for row in rows
     ]
     plan += [{**plan[0], "run_id": f"pending-{i}"} for i in range(pending)]
@@ -94,6 +94,10 @@ def write_sweep(folder: Path, rows: Rows, pending: int = 0, name: str = "demo") 
             run.path.mkdir(parents=True)
             run.write_metrics(logged(row["val_loss"] or 6.0))
     return sweep
+
+
+def _flops(row: dict[str, Any]) -> float:
+    return 6.0 * 12 * row["depth"] * row["width"] ** 2 * row["tokens"]
 
 
 def logged(end: float) -> Rows:
@@ -141,3 +145,25 @@ def rule() -> TensorRule:
         eps_ratio=0.25,
         tied_to=None,
     )
+
+
+@pytest.fixture(scope="session")
+def check() -> Callable[[], dict[str, Any]]:
+    """Makes what `mupsweep check --into SWEEP` keeps: SP grows with the width, muP breaks one promise."""
+    return lambda: {"variants": [checked("sp", 1.0), checked("mup", 0.0)]}
+
+
+def checked(name: str, exponent: float) -> dict[str, Any]:
+    """One variant, whose features and logits grow with this exponent."""
+
+    def row(quantity: str, role: str | None, promised: str | None, off: list[str]) -> dict[str, Any]:
+        interval = {"value": exponent, "low": exponent - 0.02, "high": exponent + 0.02}
+        after = {str(n): {**interval, "values": [n * (w / 32) ** exponent for w in (32, 64, 128)]} for n in (2, 10)}
+        shared = {"axis": "width", "quantity": quantity, "role": role, "promised": promised, "sizes": [32, 64, 128]}
+        return {**shared, "judged": interval, "after": after, "shown": True, "off": off}
+
+    kept = "0" if exponent == 0 else None
+    rows = [row("change of features", None, kept, []), row("change of logits", None, kept, [])]
+    rows.append(row("||dW||_R", "hidden", kept, ["blocks.*.mlp.up.weight"] if kept else []))
+    label = {"model": "nanogpt", "optimizer": "adamw", "parametrization": name}
+    return {**label, "log2_lr": -8.0, "passed": kept is None, "causes": ["its LR & eps"] if kept else [], "roles": rows}

@@ -16,6 +16,7 @@ import pytest
 from matplotlib.image import imread
 
 from mupsweep.build import TensorRule
+from mupsweep.files import write_json
 from mupsweep.report import html
 from mupsweep.transfer import DRIFTS, TRANSFERS, analyse
 
@@ -31,6 +32,7 @@ HOSTILE = '"><img src=x onerror=document.documentElement.id="hit">'
 PROBE = """<script>
 const find = (selector) => [...document.querySelectorAll(selector)];
 const shown = (selector) => find(selector).filter((e) => e.getClientRects().length).length;
+const seeds = () => shown('[data-seeds="each"] .pt');
 const counts = () => ({ 64: shown('[data-size="64x4"]'), 32: shown('[data-size="32x4"]'),
                         first: shown('[data-variant="0"]'), second: shown('[data-variant="1"]') });
 const click = (key, value) => {
@@ -53,7 +55,8 @@ const seen = {
   overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   before: counts(), size_off: click("size", "64x4"), size_on: click("size", "64x4"),
   variant_off: click("variant", "1"), variant_on: click("variant", "1"),
-  hovers: find(".pt[data-tip]").filter((_, i) => i % 5 === 0).map(hover),
+  seeds_before: seeds(), seeds_on: (click("seeds", "each"), seeds()), seeds_off: (click("seeds", "each"), seeds()),
+  hovers: find(".pt[data-tip]").filter((e) => e.getClientRects().length).filter((_, i) => i % 5 === 0).map(hover),
   elements: find("img, [onerror], [onload], [onclick]").length,
 };
 const report = document.createElement("pre");
@@ -82,9 +85,13 @@ def probed(page: Path, *flags: str) -> tuple[str, dict[str, Any], list[str]]:
 
 
 @pytest.fixture(scope="module")
-def page(rows: Callable, rule: TensorRule, save: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(
+    rows: Callable, rule: TensorRule, save: Callable, check: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     runs = rows(seeds=2)
     sweep = save(tmp_path_factory.mktemp("browser"), runs)
+    sweep.results.mkdir()
+    write_json(sweep.check_path, check())
     return html.write(sweep, analyse(runs), [(f"rules {i}", [rule] * 3) for i in range(60)])
 
 
@@ -98,7 +105,7 @@ def test_it_draws_without_an_error(opened: tuple) -> None:
     assert console == []
     assert [badge.split()[-1] for badge in seen["badges"]] == [DRIFTS, TRANSFERS]
     assert "The learning rate drifts." in dom
-    assert len(seen["charts"]) == 8  # a bar, a curve and a training panel per variant; drift and regret
+    assert len(seen["charts"]) == 10  # a bar, curve, training and check panel per variant; drift and regret
     assert all(width > 200 and height > 30 for width, height in seen["charts"])
     assert seen["overflow"] == 0
 
@@ -112,6 +119,12 @@ def test_buttons_hide_a_size_and_a_variant_everywhere_and_bring_them_back(opened
     assert (without["second"], without["first"]) == (0, before["first"])
     assert without["32"] == before["32"] // 2
     assert seen["size_on"] == seen["variant_on"] == {**before, "pressed": "true"}
+
+
+def test_each_seed_is_shown_when_asked_for(opened: tuple) -> None:
+    seen = opened[1]
+    assert (seen["seeds_before"], seen["seeds_off"]) == (0, 0)
+    assert seen["seeds_on"] > 60  # of two variants, four widths, eight LRs and two seeds, what lies within the axes
 
 
 def test_hovering_a_point_says_its_values(opened: tuple) -> None:
@@ -146,11 +159,20 @@ def test_paper_shows_what_is_closed_on_screen(page: Path) -> None:
     assert pages[0] == pages[1] > 5
 
 
-def test_hostile_names_are_text(rows: Callable, rule: TensorRule, save: Callable, tmp_path: Path) -> None:
+def test_hostile_names_are_text(
+    rows: Callable, rule: TensorRule, save: Callable, check: Callable, tmp_path: Path
+) -> None:
     script = "</script><script>document.documentElement.id='hit'</script>"
     runs = rows(model=HOSTILE + script, parametrizations=["mup", HOSTILE], optimizer=HOSTILE, widths=(32, 64), seeds=2)
     runs += rows(widths=(32, 64), seeds=2)
     sweep = save(tmp_path, runs, name=HOSTILE)
+    kept = check()
+    for variant in kept["variants"]:
+        variant |= {"model": HOSTILE + script, "causes": [HOSTILE + script]}
+        for row in variant["roles"]:
+            row |= {"quantity": HOSTILE, "axis": HOSTILE, "off": [HOSTILE + script]}
+    sweep.results.mkdir()
+    write_json(sweep.check_path, kept)
     sweep.write_config({"sweep": {"name": HOSTILE + script}}, f"mupsweep run {HOSTILE}{script}")
     page = html.write(sweep, analyse(runs), [(HOSTILE + script, [rule])])
     dom, seen, console = probed(page, "--window-size=420,900")

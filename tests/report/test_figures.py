@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from mupsweep.errors import ConfigError
 from mupsweep.report.figures import draw
 from mupsweep.transfer import analyse
 
@@ -44,6 +46,26 @@ def test_every_axis_has_its_own_figures(rows: Callable, tmp_path: Path) -> None:
 )
 def test_degenerate_analyses_are_drawn(rows: Callable, tmp_path: Path, grid: dict) -> None:
     assert len(draw(analyse(rows(**grid)), tmp_path)) == 4
+
+
+def test_a_paper_gets_pdf_at_journal_widths_and_the_same_bytes_every_time(rows: Callable, tmp_path: Path) -> None:
+    analysis = analyse(rows(widths=(32, 64), seeds=2))
+    first, second = (draw(analysis, tmp_path / name, "paper") for name in ("first", "second"))
+    assert [p.name for p in first] == [f"{n}.{s}" for n in ("curves", "drift") for s in ("png", "svg", "pdf")]
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    for pdf, inches in ((first[2], 6.9), (first[5], 3.35)):
+        content = pdf.read_bytes()
+        assert b"/FontFile2" in content  # TrueType
+        assert b"/Type3" not in content
+        box = re.search(rb"/MediaBox \[ 0 0 ([\d.]+) ", content)
+        assert box is not None
+        assert float(box[1]) == pytest.approx(72 * inches)
+
+
+def test_an_unknown_look_is_refused(rows: Callable, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--figures poster: expected screen or paper"):
+        draw(analyse(rows(widths=(32,), seeds=1)), tmp_path, "poster")
 
 
 def test_no_runs_no_figures(tmp_path: Path) -> None:

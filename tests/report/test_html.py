@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import pytest
 
 from mupsweep.build import TensorRule
+from mupsweep.files import write_json
 from mupsweep.report import html
 from mupsweep.transfer import Estimate, analyse
 
@@ -110,6 +111,25 @@ def test_degenerate_sweeps_have_a_page(rows: Callable, save_sweep: Callable, gri
     Page(text)
     assert not re.search(r"\b(nan|NaN|None|null|inf)\b", body.replace("gpu: null", ""))
     assert not re.search(r' d="M?"/>', body.replace(' d=""', ""))
+
+
+def test_a_kept_check_is_shown_with_what_it_found(rows: Callable, save_sweep: Callable, check: Callable) -> None:
+    runs = rows(widths=(32, 64), seeds=1)
+    sweep = save_sweep(runs)
+    assert "Coordinate check" not in html.write(sweep, analyse(runs), []).read_text()
+    write_json(sweep.check_path, check())
+    text = html.write(sweep, analyse(runs), []).read_text()
+    Page(text)
+    section = text[text.index("Coordinate check") : text.index("Runs and cost")]
+    assert "<li>SP promises nothing</li><li>μP failed: 2 of 3 promises kept</li><li>its LR &amp; eps</li>" in section
+    assert (
+        "<td>||dW||_R hidden</td><td>+0.00 [−0.02, +0.02]</td><td>0</td><td>off blocks.*.mlp.up.weight</td>" in section
+    )
+    assert "width 128: 4 times that of width 32" in section  # SP's features
+    assert section.count("width 128: 1 times that of width 32") == 2
+    for damaged in ("{", "{}", '{"variants": 3}', '{"variants": [{}]}'):
+        sweep.check_path.write_text(damaged)
+        assert "Coordinate check" not in html.write(sweep, analyse(runs), []).read_text()
 
 
 def test_an_unfinished_sweep_has_a_page(save_sweep: Callable) -> None:

@@ -1,0 +1,184 @@
+"""What formats share: tensors as patterns of names, torch's classes for our optimizers, multipliers folded away."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from mupsweep.errors import ConfigError
+from mupsweep.optimizers.muon import convert
+
+Row = Mapping[str, Any]  # a tensor of a recipe
+Recipe = Mapping[str, Any]
+
+COMPOSED = ("block_size", "graft", "spectral_norm", "hyperball")  # parts that torch's classes do not have
+TORCH = {  # ours -> torch's class, and what its constructor takes beside the groups
+    "AdamW": ("AdamW", ("betas",)),
+    "SGD": ("SGD", ("momentum", "nesterov")),
+    "Muon": ("Muon", ("momentum", "nesterov", "ns_steps")),
+}
+MUON = {"kimi": ("kimi", "match_rms_adamw")}  # convention -> the one of torch's that its LR is given in, and its name
+
+# A weight W behind a constant a trains as V = a W without it: the gradient of V is 1/a of that of W, and V has to move
+# a times as far. The powers of a in the LR and in eps, for updates of degree 0 (AdamW, Muon) and 1 (SGD).
+FOLDED = {"AdamW": (1, -1), "Muon": (1, -1), "SGD": (2, 0)}
+LAST_OF_BRANCH = ("attention.output.", "mlp.down.")
+
+
+def kind(optimizer: Mapping[str, Any]) -> str:
+    """The class of an optimizer, or "" where its algorithm is combined with parts that torch's classes lack."""
+    return "" if any(optimizer.get(key) for key in COMPOSED) else str(optimizer["kind"]).rpartition(".")[2]
+
+
+def kinds(recipe: Recipe) -> dict[str, str]:
+    """Name of an optimizer -> its class."""
+    return {optimizer["name"]: kind(optimizer) for optimizer in recipe["optimizers"]}
+
+
+def only_adamw(recipe: Recipe) -> bool:
+    """Whether AdamW takes every tensor."""
+    return set(kinds(recipe).values()) == {"AdamW"}
+
+
+def torch_class(optimizer: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The name of torch's class and its arguments; None where torch has none."""
+    if kind(optimizer) not in TORCH:
+        return None
+    name, keys = TORCH[kind(optimizer)]
+    more = {"adjust_lr_fn": MUON.get(optimizer["scaling"], ("", "original"))[1]} if name == "Muon" else {}
+    values = {key: optimizer[key] for key in keys}
+    return name, {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()} | more
+
+
+def as_torch(row: Row, optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a tensor's group as torch's class takes them; the LR of Muon in the convention of torch's."""
+    numbers = {"lr": row["lr"], "weight_decay": row["weight_decay"], "eps": row["eps"], **row["thresholds"]}
+    if kind(optimizer) == "Muon":
+        n_out, n_in = row["shape"]
+        convention = MUON.get(optimizer["scaling"], ("jordan", ""))[0]
+        factor = convert(1.0, optimizer["scaling"], convention, n_out, n_in)
+        numbers |= {"lr": row["lr"] * factor, "weight_decay": row["weight_decay"] / factor}
+    if kind(optimizer) == "SGD":
+        del numbers["eps"]
+    if torch_class(optimizer) is None and row["role"] == "input":
+        numbers["transposed"] = True  # embeddings are stored (n_in, n_out), which only ours ask
+    return numbers
+
+
+def groups(recipe: Recipe, rename: Callable[[str], str] = str) -> list[dict[str, Any]]:
+    """The tensors that share an optimizer and its numbers, each group with the patterns of its names."""
+    optimizers = {optimizer["name"]: optimizer for optimizer in recipe["optimizers"]}
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in own(recipe):
+        numbers = as_torch(row, optimizers[row["optimizer"]])
+        group = found.setdefault(
+            (row["optimizer"], *numbers.items()), {"optimizer": row["optimizer"], **numbers, "patterns": []}
+        )
+        group["patterns"] = unique([*group["patterns"], pattern(rename(row["name"]))])
+    _check_partition([rename(row["name"]) for row in own(recipe)], list(found.values()))
+    return list(found.values())
+
+
+def starts(recipe: Recipe, rename: Callable[[str], str] = str) -> dict[str, float | str]:
+    """Pattern of names -> the standard deviation that tensors start with, or "ones" or "zeros"."""
+    return {
+        pattern(rename(row["name"])): row["init_std"] if row["init"] == "normal" else row["init"] for row in own(recipe)
+    }
+
+
+def own(recipe: Recipe) -> list[Row]:
+    """The tensors that have storage of their own."""
+    return [row for row in recipe["tensors"] if row["tied_to"] is None]
+
+
+def pattern(name: str) -> str:
+    r"""A regular expression for a name in every block: ^blocks\.\d+\.mlp\.up\.weight$."""
+    return "^" + r"\.".join(r"\d+" if part.isdecimal() else part for part in name.split(".")) + "$"
+
+
+def unique(items: Iterable[Any]) -> list[Any]:
+    """Each once, in order."""
+    return list(dict.fromkeys(items))
+
+
+def folded(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The same training without multipliers in the forward pass, for models that have none, and what is lost by it."""
+    factors = {"block": recipe["block_multiplier"], "output": recipe["output_multiplier"]}
+    if set(factors.values()) == {1.0}:
+        return recipe, []
+    if any(row["tied_to"] for row in recipe["tensors"]) and factors["output"] != 1:
+        return recipe, [
+            f"the logits' multiplier {factors['output']:.6g}: a tied head cannot take it up, so multiply the logits"
+        ]
+    strange = unique(k or n for n, k in kinds(recipe).items() if k not in FOLDED)
+    if strange:
+        return recipe, [
+            f"multipliers {factors['block']:.6g} on every branch and {factors['output']:.6g} on the logits: "
+            f"{', '.join(strange)} cannot take them up, so put them into the model"
+        ]
+    rows = [_fold(row, kinds(recipe)[row["optimizer"]], factors) for row in recipe["tensors"]]
+    limits = []
+    if recipe["clip"] is not None:
+        limits = [
+            f"clipping as it was swept (norm {recipe['clip']:g}): multipliers are folded into the weights, whose "
+            "gradients are larger by as much; set the norm so high that it meets only spikes, or put the multipliers "
+            f"({factors['block']:.6g} on every branch, {factors['output']:.6g} on the logits) into the model"
+        ]
+    return {**recipe, "tensors": rows, "block_multiplier": 1.0, "output_multiplier": 1.0}, limits
+
+
+def _fold(row: Row, kind: str, factors: Mapping[str, float]) -> Row:
+    """A tensor that takes up the constant behind it, where it is the last one before it."""
+    last = "output" if row["role"] == "output" else "block" if any(s in row["name"] for s in LAST_OF_BRANCH) else ""
+    a = factors.get(last, 1.0)
+    lr, eps = FOLDED[kind]
+    changed = {"init_std": row["init_std"] * a, "lr": row["lr"] * a**lr, "eps": row["eps"] * a**eps}
+    return {**row, **changed, "weight_decay": row["weight_decay"] / a**lr, "multiplier": 1.0}
+
+
+def _check_partition(names: Iterable[str], found: list[dict[str, Any]]) -> None:
+    """Every name fits the patterns of exactly one group."""
+    for name in names:
+        fits = [g for g in found if any(re.search(p, name) for p in g["patterns"])]
+        assert len(fits) == 1, f"{name} is in {len(fits)} groups"
+
+
+def differences(recipe: Recipe, theirs: Callable[[Row], Mapping[str, float]], remedies: Mapping[str, str]) -> list[str]:
+    """Where a trainer would train a tensor with other numbers than the rule's, a line per kind of tensor.
+
+    Args:
+        theirs: a tensor -> the numbers that the trainer gives it with the settings that are exported.
+        remedies: what to do, by the key of the number.
+    """
+    found: dict[tuple[str, float, float], list[str]] = {}
+    for row in own(recipe):
+        for key, value in theirs(row).items():
+            if not math.isclose(value, row[key], rel_tol=1e-6, abs_tol=1e-30):
+                short = row["name"].split(".", 2)[-1] if row["name"].startswith("blocks.") else row["name"]
+                found.setdefault((key, value, row[key]), []).append(short)
+    return [
+        f"{key.replace('_', ' ')} {right:.4g} of {', '.join(unique(names))}: it would be {wrong:.4g}; {remedies[key]}"
+        for (key, wrong, right), names in found.items()
+    ]
+
+
+def ratios(recipe: Recipe) -> tuple[float, float]:
+    """Width and depth of the target / those of the base."""
+    target, base = recipe["target"], recipe["base"]
+    return target["width"] / base["width"], target["depth"] / base["depth"]
+
+
+def named(recipe: Recipe, ending: str) -> Row:
+    """The first tensor whose name ends so."""
+    return next(row for row in recipe["tensors"] if row["name"].endswith(ending))
+
+
+def need_model(recipe: Recipe, trainer: str, wanted: str, others: str) -> None:
+    """Refuse a model that the trainer does not build."""
+    if not recipe["architecture"]["kind"].endswith(f".{wanted}"):
+        raise ConfigError(
+            f"{trainer} builds no {recipe['model']} model ({recipe['architecture']['kind'].rpartition('.')[2]}), only "
+            f"{wanted}: use --format {others}"
+        )

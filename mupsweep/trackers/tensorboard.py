@@ -1,0 +1,76 @@
+"""TensorBoard: a folder of event files per run, written by tensorboardX, which needs neither torch nor TensorFlow.
+
+`tensorboard --logdir SWEEP/trackers/tensorboard` shows rows over steps, and the runs as hyperparameter trials.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mupsweep.records import RunDir, SweepDir
+from mupsweep.trackers import Ledger, Page, require_package
+
+TRIAL = ("model", "optimizer", "parametrization", "width", "depth", "log2_lr", "seed")
+
+
+@dataclass
+class TensorBoard:
+    """Writes event files under the sweep.
+
+    Attributes:
+        flush_seconds: how long a row may wait for its way to the disk.
+    """
+
+    name: str = "tensorboard"
+    flush_seconds: int = 10
+
+    def __post_init__(self) -> None:
+        require_package(self.name, "tensorboardX")
+
+    @property
+    def active(self) -> bool:
+        return True
+
+    def open(self, sweep: SweepDir, run: RunDir) -> Page:
+        folder = sweep.trackers / self.name / run.run_id
+        ledger = self._ledger(sweep)
+        ledger.remove(run)
+        shutil.rmtree(folder, ignore_errors=True)  # event files can only grow: a resumed run is written anew
+        return TensorBoardPage(run, folder, self.flush_seconds, ledger)
+
+    def held(self, sweep: SweepDir) -> Mapping[str, str]:
+        return self._ledger(sweep).read()
+
+    def analysed(self, sweep: SweepDir) -> None:
+        pass
+
+    def _ledger(self, sweep: SweepDir) -> Ledger:
+        return Ledger(sweep.trackers / f"{self.name}-held")
+
+
+class TensorBoardPage:
+    """One run's event files."""
+
+    def __init__(self, run: RunDir, folder: Path, flush_seconds: int, ledger: Ledger) -> None:
+        from tensorboardX import SummaryWriter
+
+        self.run, self.ledger = run, ledger
+        self.writer = SummaryWriter(logdir=str(folder), flush_secs=flush_seconds)
+        self.writer.add_text("config", f"```\n{run.config_path.read_text()}\n```")
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        for key, value in row.items():
+            if key not in ("step", "tokens") and value is not None:
+                self.writer.add_scalar(key, value, global_step=row["step"])
+
+    def close(self, status: str) -> None:
+        summary = self.run.summary()
+        if summary is not None:
+            measured = {key: summary[key] for key in ("val_loss", "train_loss") if summary[key] is not None}
+            self.writer.add_hparams({key: summary[key] for key in TRIAL} | {"status": status}, measured, name="trial")
+        self.writer.close()
+        self.ledger.write(self.run)

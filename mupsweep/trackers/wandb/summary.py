@@ -1,0 +1,122 @@
+"""The W&B run that sums a sweep up: charts, tables, verdicts and the report, from the files of `results/`."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mupsweep.files import read_json
+from mupsweep.records import SweepDir
+
+FILES = ("runs.csv", "curves.csv", "transfer.json")
+LABEL = ("model", "optimizer", "parametrization")
+SIZE = ("width", "depth", "ratio", "n_runs", "n_diverged", "log2_lr_optimum", "log2_lr_low", "log2_lr_high")
+
+
+def digest(sweep: SweepDir) -> str | None:
+    """Changes with the results; None before there are any."""
+    if read_json(sweep.results / "transfer.json") is None:
+        return None
+    return hashlib.sha256(b"".join((sweep.results / name).read_bytes() for name in FILES)).hexdigest()[:16]
+
+
+def tags(sweep: SweepDir) -> list[str]:
+    """The verdicts that occur."""
+    return sorted({group["verdict"] for group in _groups(sweep)})
+
+
+def verdicts(sweep: SweepDir) -> dict[str, Any]:
+    """Verdict, drift and regret of every group: what a table of summary runs compares sweeps by."""
+    told: dict[str, Any] = {}
+    for group in _groups(sweep):
+        of = f"{_label(group)}/{group['axis']}"
+        told[f"verdict/{of}"] = group["verdict"]
+        told[f"drift/{of}"] = group["drift"]["octaves_per_doubling"]
+        told[f"regret/{of}"] = group["regret"]["nats"]
+    return {key: value for key, value in told.items() if value is not None}
+
+
+def curve_charts(sweep: SweepDir) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Key of a chart -> size -> (log2 LR, loss): one chart for each label."""
+    charts: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in _read(sweep, "curves.csv"):
+        lines = charts.setdefault(f"loss_vs_lr/{_label(row)}", {})
+        if row["loss_mean"] != "":
+            point = float(row["log2_lr"]), float(row["loss_mean"])
+            lines.setdefault(f"width {row['width']}, depth {row['depth']}", []).append(point)
+    return charts
+
+
+def drift_charts(sweep: SweepDir) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Key of a chart -> label -> (octaves of size, log2 of the best LR): one chart for each axis."""
+    charts: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for group in _groups(sweep):
+        lines = charts.setdefault(f"drift/{group['axis']}", {})
+        points = [(math.log2(s["ratio"]), s["log2_lr_optimum"]) for s in group["sizes"]]
+        lines[_label(group)] = [point for point in points if point[1] is not None]
+    return charts
+
+
+def content(sweep: SweepDir) -> dict[str, Any]:
+    """All that is logged, ready for the client."""
+    import wandb
+
+    shown: dict[str, Any] = {}
+    for charts, xname in ((curve_charts(sweep), "log2 LR"), (drift_charts(sweep), "log2 of size / base size")):
+        for key, named in charts.items():
+            lines = {name: points for name, points in named.items() if points}
+            if lines:
+                shown[key] = wandb.plot.line_series(
+                    xs=[[x for x, _ in points] for points in lines.values()],
+                    ys=[[y for _, y in points] for points in lines.values()],
+                    keys=list(lines),
+                    title=key,
+                    xname=xname,
+                )
+    groups = _groups(sweep)
+    shown |= {f"tables/{name}": _table(_read(sweep, f"{name}.csv")) for name in ("runs", "curves")}
+    shown["tables/drift"] = _table(
+        {"group": _label(g), "axis": g["axis"], **{key: size[key] for key in SIZE}, "loss": size["loss_optimum"]}
+        for g in groups
+        for size in g["sizes"]
+    )
+    shown["tables/verdicts"] = _table(
+        {"group": _label(g), "axis": g["axis"], "verdict": g["verdict"], "reasons": "; ".join(g["reasons"])}
+        for g in groups
+    )
+    report = sweep.results / "report.html"
+    if report.is_file():
+        shown["report"] = wandb.Html(report.read_text(), inject=False)
+    return shown
+
+
+def _table(rows: Iterable[Mapping[str, Any]]) -> Any:
+    import wandb
+
+    rows = list(rows)
+    columns: list[str | int] = list(rows[0]) if rows else ["empty"]
+    return wandb.Table(columns=columns, data=[[_cell(row[str(key)]) for key in columns] for row in rows])
+
+
+def _cell(value: Any) -> Any:
+    """A csv's numbers as numbers; W&B's columns have one type each."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value or None
+
+
+def _read(sweep: SweepDir, name: str) -> list[dict[str, str]]:
+    with (sweep.results / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _groups(sweep: SweepDir) -> list[dict[str, Any]]:
+    return (read_json(sweep.results / "transfer.json") or {"groups": []})["groups"]
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return "/".join(row[key] for key in LABEL)

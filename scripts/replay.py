@@ -1,0 +1,217 @@
+"""What a search finds and costs beside the dense grid it is replayed on: `python scripts/replay.py sweeps/dense`.
+
+Takes finished sweeps on a grid of half octaves, or their runs.csv, and lets sweep.search=adaptive ask them for losses
+instead of training. Every replay shuffles the seeds and draws other log2_lrs to begin from, so that one sweep gives
+many searches. `--synthetic 200` adds sweeps with a known truth (scripts/calibrate.py). With OMP_NUM_THREADS=1 it is
+three times as fast, since the matrices are small.
+
+Printed are, per variant and in all: the share of the grid's runs and FLOPs that the search took, its rounds, how far
+its optima are from those of the whole grid (octaves), and the half-widths of the intervals of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import calibrate
+import numpy as np
+
+from mupsweep.config import ADAPTIVE, GridConfig
+from mupsweep.curves import collect
+from mupsweep.optimum import Optimum, optima
+from mupsweep.records import SweepDir
+from mupsweep.results import read_runs, read_table
+from mupsweep.search import Proposal, propose
+
+STEP = 0.5  # octaves
+WITHIN = 0.25  # octaves: the aim is to be so near the grid's optimum
+TRIM = 3  # LRs that a replay may leave out at each end of where it begins
+Row = Mapping[str, Any]
+Table = dict[Proposal, Row]
+
+
+@dataclass
+class Tally:
+    """What replays came to.
+
+    Attributes:
+        runs, flops: shares of the grid's.
+        errors: octaves from the grid's optimum, for every size that has one.
+        truth, grid_truth: octaves from the truth, of the search and of the grid, where it is known.
+        widths, grid_widths: half-widths of the intervals.
+    """
+
+    runs: list[float] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    truth: list[float] = field(default_factory=list)
+    grid_truth: list[float] = field(default_factory=list)
+    widths: list[float] = field(default_factory=list)
+    grid_widths: list[float] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        for key, values in vars(self).items():
+            values += getattr(other, key)
+
+    def line(self) -> str:
+        errors = np.array(self.errors)
+        columns = [
+            f"{len(self.runs):7d}",
+            f"{np.mean(self.runs):5.0%}",
+            f"{np.mean(self.flops):5.0%} {max(self.flops):5.0%}",
+            f"{np.mean(self.rounds):6.1f}",
+            f"{np.median(errors):6.2f} {np.quantile(errors, 0.95):5.2f} {np.mean(errors <= WITHIN):6.1%}",
+            f"{np.median(self.widths):6.2f} {np.median(self.grid_widths):5.2f}",
+        ]
+        if self.truth:
+            near, grid = (np.mean(np.array(values) <= WITHIN) for values in (self.truth, self.grid_truth))
+            columns.append(f"{near:6.1%} {grid:6.1%}")
+        return "  ".join(columns)
+
+
+HEADER = (
+    f"{'':30}  replays   runs  FLOPs   max  rounds   error   p95  <=0.25   half  grid's  (of the truth: <=0.25, grid's)"
+)
+
+
+def search(table: Table, grid: GridConfig) -> tuple[list[Row], int]:
+    """The rows that a search asks a table for, and its rounds. A run that the table does not have ends it there."""
+    lrs = [key.log2_lr for key in table]
+    rows: Table = {}
+    rounds = 0
+    while new := [p for p in propose(rows.values(), grid, (min(lrs), max(lrs))) if p not in rows and p in table]:
+        rows |= {key: table[key] for key in new}
+        rounds += 1
+    return list(rows.values()), rounds
+
+
+def compare(table: Table, grid: GridConfig, dense: list[Optimum], truth: Mapping[float, float] | None = None) -> Tally:
+    """One search beside the grid.
+
+    Args:
+        dense: the optima of the whole table.
+        truth: the true optimum by width ratio.
+    """
+    rows, rounds = search(table, grid)
+    whole = sum(map(cost, table.values()))
+    made = Tally([len(rows) / len(table)], [sum(map(cost, rows)) / whole], [rounds])
+    found = {(o.curve.width_ratio, o.curve.depth_ratio): o for o in optima(collect(rows))}
+    for aim in dense:
+        if aim.log2_lr is None:
+            continue
+        mine = found.get((aim.curve.width_ratio, aim.curve.depth_ratio))
+        place = np.inf if mine is None or mine.log2_lr is None else mine.log2_lr
+        made.errors.append(abs(place - aim.log2_lr))
+        made.widths.append(half_width(mine))
+        made.grid_widths.append(half_width(aim))
+        if truth is not None:
+            true = truth[aim.curve.width_ratio]
+            made.truth.append(abs(place - true))
+            made.grid_truth.append(abs(aim.log2_lr - true))
+    return made
+
+
+def half_width(o: Optimum | None) -> float:
+    return np.inf if o is None or o.se is None or o.low is None or o.high is None else (o.high - o.low) / 2
+
+
+def cost(row: Row) -> float:
+    """FLOPs of a run, up to a factor where the table does not say."""
+    return float(row.get("flops") or row["width_ratio"] ** 2 * row["depth_ratio"])
+
+
+def on_sweep(rows: Iterable[Row], replays: int, seed: int, keys: Mapping[str, Any]) -> Tally:
+    """Replays of the search on the runs of one variant."""
+    random = np.random.default_rng(seed)
+    rows = complete(rows)
+    dense = optima(collect(rows))
+    seeds, lrs = (sorted({row[key] for row in rows}) for key in ("seed", "log2_lr"))
+    ratios = sorted({(row["width_ratio"], row["depth_ratio"]) for row in rows})
+    tally = Tally()
+    for _ in range(replays):
+        renamed = dict(zip(seeds, random.permutation(len(seeds)).tolist(), strict=True))
+        moved = [{**row, "seed": renamed[row["seed"]]} for row in rows]
+        table: Table = {Proposal(r["width_ratio"], r["depth_ratio"], r["log2_lr"], r["seed"]): r for r in moved}
+        begin = lrs[random.integers(0, TRIM + 1) : len(lrs) - random.integers(0, TRIM + 1)]
+        tally.add(compare(table, adaptive(ratios, begin, len(seeds), keys), dense))
+    return tally
+
+
+def complete(rows: Iterable[Row]) -> list[Row]:
+    """The runs at the longest row of neighbouring half octaves that every size has with every seed."""
+    rows = [row for row in rows if row["log2_lr"] % STEP == 0]
+    cells = {(row["width_ratio"], row["depth_ratio"], row["seed"]) for row in rows}
+    having: dict[float, set[Any]] = defaultdict(set)
+    for row in rows:
+        having[row["log2_lr"]].add((row["width_ratio"], row["depth_ratio"], row["seed"]))
+    stretches: list[list[float]] = [[]]
+    for log2_lr in sorted(x for x, had in having.items() if had == cells):
+        if stretches[-1] and log2_lr - stretches[-1][-1] > STEP:
+            stretches.append([])
+        stretches[-1].append(log2_lr)
+    longest = max(stretches, key=len)
+    return [row for row in rows if row["log2_lr"] in longest]
+
+
+def adaptive(ratios: list[tuple[float, float]], lrs: list[float], seeds: int, keys: Mapping[str, Any]) -> GridConfig:
+    widths, depths = (tuple(sorted(set(of))) for of in zip(*ratios, strict=True))
+    return GridConfig(None, widths, depths, tuple(lrs), search=ADAPTIVE, max_seeds=seeds, **keys)
+
+
+def on_synthetic(count: int, seed: int, keys: Mapping[str, Any]) -> Tally:
+    """The search on synthetic sweeps of 15 LRs and three seeds, which may go beyond those."""
+    random = np.random.default_rng(seed)
+    tally = Tally()
+    for _ in range(count):
+        s = calibrate.drawn(random)
+        rows = calibrate.sweep(random, replace(s, seeds=3, step=STEP), missing=0.0)
+        first = -11.0 + STEP * int(random.integers(0, 2))
+        lrs = [first + STEP * i for i in range(15)]
+        table: Table = {Proposal(r["width_ratio"], r["depth_ratio"], r["log2_lr"], r["seed"]): r for r in rows}
+        truth = {2.0**k: s.optimum(k) for k in range(s.sizes)}
+        grid = adaptive([(2.0**k, 1.0) for k in range(s.sizes)], lrs, 3, keys)
+        within: Table = {key: row for key, row in table.items() if key.log2_lr in lrs}
+        tally.add(compare(within, grid, optima(collect(within.values())), truth))
+    return tally
+
+
+def variants(path: str) -> Iterator[tuple[str, list[Row]]]:
+    """(name, runs) of every variant in a sweep's folder or a table."""
+    rows = read_table(path) if Path(path).is_file() else read_runs([SweepDir.open(path)])
+    grouped: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        grouped[f"{Path(path).stem}: {row['optimizer']}/{row['parametrization']}"].append(row)
+    yield from grouped.items()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweeps", nargs="*", help="folders, or tables like runs.csv")
+    parser.add_argument("--replays", type=int, default=30, help="of every variant")
+    parser.add_argument("--synthetic", type=int, default=0, help="sweeps with a known truth")
+    parser.add_argument("--half-width", type=float, default=WITHIN)
+    parser.add_argument("--max-runs", type=int, default=GridConfig.max_runs)
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    keys = {"half_width": given.half_width, "max_runs": given.max_runs}
+    print(HEADER)
+    total = Tally()
+    for path in given.sweeps:
+        for variant, rows in variants(path):
+            tally = on_sweep(rows, given.replays, given.seed, keys)
+            print(f"{variant:30}  {tally.line()}", flush=True)
+            total.add(tally)
+    if total.runs:
+        print(f"{'all':30}  {total.line()}")
+    if given.synthetic:
+        print(f"{'synthetic':30}  {on_synthetic(given.synthetic, given.seed, keys).line()}")
+
+
+if __name__ == "__main__":
+    main()

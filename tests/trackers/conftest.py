@@ -1,0 +1,28 @@
+"""A W&B server of one's own, and a client that knows no other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from wandb_server import API_KEY, WandbServer, serving
+
+from mupsweep.trackers import live
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbServer]:
+    wandb = pytest.importorskip("wandb")
+    with serving() as made:
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.setenv("WANDB_BASE_URL", made.url)
+        monkeypatch.setenv("WANDB_API_KEY", API_KEY)
+        monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")  # seconds, the least there is
+        for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
+            monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "client"))
+        monkeypatch.setattr(live, "POLL", 0.02)
+        wandb.teardown()
+        yield made
+        wandb.teardown()
+        assert made.unknown == []

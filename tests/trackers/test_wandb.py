@@ -1,0 +1,317 @@
+"""W&B: what the real client tells a server is the records, whole and once, whatever happened to the sweep."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from outcome import OF_THE_CLOCK
+from wandb_server import API_KEY, StoredRun, WandbServer
+
+from mupsweep import plan
+from mupsweep.config import load
+from mupsweep.records import DONE, RunDir, SweepDir
+from mupsweep.report.conclude import conclude
+from mupsweep.trackers import live
+from mupsweep.trackers.wandb import wandb_id
+from mupsweep.worker import execute
+
+SMALL = ["experiment=smoke", "sweep.width_ratios=[1,2]", "sweep.log2_lrs=[-9,-7]", "sweep.name=tracked"]
+ONLINE = ["tracker=wandb", "tracker.mode=online"]
+ONE = ["sweep.width_ratios=[1]", "sweep.log2_lrs=[-8]", "training.steps=60", *ONLINE]
+HELD = 20  # the step at which a test interferes
+
+
+DRAWN = 0.01  # octaves: an optimum is a median of draws, even where losses are without noise
+
+# wandb-workspaces still makes validators in the way of pydantic 1
+of_the_clients_own = pytest.mark.filterwarnings("ignore:Pydantic V1 style")
+
+
+def planned(*words: str) -> SweepDir:
+    sweep, _ = plan.save(load([*SMALL, *words]), "")
+    return sweep
+
+
+def worker_of(sweep: SweepDir, first: str = "") -> list[str]:
+    """The command of a worker that looks at its records as often as those of this process do."""
+    code = f"import mupsweep.cli, mupsweep.trackers.live as live; live.POLL = {live.POLL}\n{first}\nmupsweep.cli.main()"
+    return [sys.executable, "-c", code, "worker", str(sweep.path), "--device", "cpu"]
+
+
+def interfere(monkeypatch: pytest.MonkeyPatch, server: WandbServer, act: Callable[[], None]) -> None:
+    """Do something once, when a run's training is at step HELD and the server knows it."""
+    append, waiting = RunDir.append_metrics, [act]
+
+    def hold(run: RunDir, row: dict[str, Any]) -> None:
+        append(run, row)
+        if row["step"] == HELD and waiting:
+            (name,) = server.runs
+            server.wait_for_rows(name, HELD)
+            waiting.pop()()
+
+    monkeypatch.setattr(RunDir, "append_metrics", hold)
+
+
+def content(run: StoredRun) -> dict[str, Any]:
+    """What should not depend on how a run got to the server."""
+    told = run.content
+    told["summary"] = {k: v for k, v in told["summary"].items() if k not in (*OF_THE_CLOCK, "mirrored")}
+    return told
+
+
+def assert_mirrored(server: WandbServer, sweep: SweepDir) -> None:
+    """Every run of the sweep is on the server as the records tell it, each row once; no other run is."""
+    ids = {row["run_id"]: wandb_id(sweep, row["run_id"]) for row in sweep.read_plan()}
+    assert {name for name in server.runs if not name.endswith("summary")} == set(ids.values())
+    for run_id, name in ids.items():
+        record, stored = sweep.run(run_id), server.runs[name]
+        rows = [{"_step" if k == "step" else k: v for k, v in row.items() if v is not None} for row in record.metrics()]
+        assert stored.history == rows
+        summary = record.summary()
+        assert summary is not None
+        assert {k: stored.summary.get(k) for k in summary} == summary
+        assert stored.state == "finished"
+
+
+def test_a_sweep_is_pushed_while_it_trains_with_its_rules_and_axes(server: WandbServer) -> None:
+    sweep = planned(*ONLINE)
+    assert execute(sweep)
+    assert_mirrored(server, sweep)
+    run = next(r for name, r in server.runs.items() if "w32" in name)
+    assert run.fields["groupName"] == "tracked"
+    assert run.fields["jobType"] == "train"
+    assert run.fields["tags"] == ["nanogpt", "adamw", "spectral", "done"]
+    assert set(run.config["rules"]) == {"input", "hidden", "output", "input_vector", "hidden_vector"}
+    hidden = run.config["rules"]["hidden"]
+    assert hidden["optimizer"] == "adamw"
+    assert hidden["lr"] == pytest.approx(2 ** run.config["log2_lr"] / 2)  # the hidden LR of AdamW is 1 / width
+    assert run.config["curve"] == "nanogpt/adamw/spectral"
+    metrics = json.loads(run.fields["config"])["_wandb"]["value"]["m"]
+    assert {metric.get("1") or metric.get("2") for metric in metrics} >= {"tokens", "*"}
+    assert {metric.get("5") for metric in metrics} == {None, 1}  # all but the tokens are drawn over the first metric
+
+
+def analysed(*words: str) -> SweepDir:
+    """A sweep without rows whose losses are parabolas over log2 LR, lowest at -8 + log2(width / 16) / 2."""
+    sweep = planned(*ONLINE, "sweep.log2_lrs=[-11,-10,-9,-8,-7,-6,-5]", *words)
+    for run in plan.load(sweep):
+        best = -8 + math.log2(run.size.width_ratio) / 2
+        loss = 3 + 0.1 * (run.log2_lr - best) ** 2
+        measured = {"status": DONE, "steps": 30, "tokens": 3840, "train_loss": loss, "val_loss": loss}
+        unknown = dict.fromkeys(("val_bits_per_byte", "diverged_at_step", "tokens_per_second"))
+        folder = sweep.run(run.run_id)
+        folder.path.mkdir(parents=True)
+        folder.write_summary(
+            {"run_id": run.run_id, **run.identity(), **measured, **unknown, "seconds": 1, "device": "cpu"}
+        )
+        folder.write_status(DONE)
+    conclude([sweep])
+    return sweep
+
+
+@of_the_clients_own
+def test_the_summary_run_has_charts_tables_verdicts_and_the_report(server: WandbServer) -> None:
+    sweep = analysed("parametrization=sp,spectral")
+    assert set(server.runs) == {"tracked-summary"}
+    run = server.runs["tracked-summary"]
+    assert run.state == "finished"
+    assert run.fields["jobType"] == "summary"
+    charts = json.loads(run.fields["config"])["_wandb"]["value"]["visualize"]
+    curves = [f"loss_vs_lr/nanogpt/adamw/{name}" for name in ("sp", "spectral")]
+    assert {key: chart["panel_config"]["panelDefId"] for key, chart in charts.items()} == dict.fromkeys(
+        [*curves, "drift/width"], "wandb/lineseries/v0"
+    )
+    drawn = {key: table(run, f"{key}_table") for key in charts}
+    assert len(drawn[curves[0]]) == 14
+    assert drawn[curves[0]]["width 32, depth 2", -8.0] == pytest.approx(3 + 0.1 * 0.5**2)
+    for name in ("sp", "spectral"):
+        assert drawn["drift/width"][f"nanogpt/adamw/{name}", 0] == pytest.approx(-8, abs=DRAWN)
+        assert drawn["drift/width"][f"nanogpt/adamw/{name}", 1] == pytest.approx(-7.5, abs=DRAWN)
+    assert run.summary["tables/runs"]["nrows"] == 28
+    assert run.summary["tables/drift"]["nrows"] == 4
+    assert run.summary["tables/verdicts"]["nrows"] == 2
+    assert run.summary["drift/nanogpt/adamw/sp/width"] == pytest.approx(0.5, abs=DRAWN)
+    (verdict,) = {run.summary[f"verdict/nanogpt/adamw/{name}/width"] for name in ("sp", "spectral")}
+    assert run.fields["tags"] == [verdict]
+    report = next(body for name, body in run.files.items() if name.endswith(".html"))
+    assert report.decode() == (sweep.results / "report.html").read_text()
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What mupsweep warned of."""
+    return [r.message for r in caplog.records if r.name == "mupsweep" and r.levelno >= logging.WARNING]
+
+
+def table(run: StoredRun, key: str) -> dict[tuple[str, float], float]:
+    """(line, x) -> y of a line-series chart."""
+    (path,) = [run.summary[key]["path"]]
+    return {(line, x): y for x, line, y in json.loads(run.files[path])["data"]}
+
+
+@of_the_clients_own
+def test_pushing_again_sends_nothing(server: WandbServer, cli: Callable[..., tuple[int, str, str]]) -> None:
+    sweep = planned(*ONLINE)
+    assert execute(sweep)
+    conclude([sweep])
+    before = {name: (run.sessions, dict(run.lines)) for name, run in server.runs.items()}
+    conclude([sweep])
+    code, out, err = cli("sync", str(sweep.path))
+    assert (code, out, err) == (0, "0 of 4 runs pushed to lab/mupsweep, group tracked\n", "")
+    assert {name: (run.sessions, dict(run.lines)) for name, run in server.runs.items()} == before
+
+
+@of_the_clients_own
+def test_an_offline_sweep_that_is_synced_ends_like_an_online_one(
+    server: WandbServer, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    online = planned(*ONLINE)
+    assert execute(online)
+    conclude([online])
+    expected = {name: content(run) for name, run in server.runs.items()}
+    offline = planned("out=elsewhere")  # tracker=jsonl
+    assert execute(offline)
+    conclude([offline])
+    code, out, _ = cli("sync", str(offline.path), "--project", "later")
+    assert code == 0
+    assert out == "4 of 4 runs pushed to lab/later, group tracked\n"
+    got = {name: content(run) for name, run in server.runs.items()}
+    for stored in (expected, got):  # tables are named by what is in them, and that holds seconds
+        stored.pop("tracked-summary")
+    for name, run in expected.items():
+        for key, value in run.items():
+            assert got[name][key] == value
+
+
+def test_a_stopped_run_is_preempted_and_ends_like_an_undisturbed_one(
+    server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = planned(*ONE)
+    interfere(monkeypatch, server, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert not execute(sweep)
+    (run,) = server.runs.values()
+    assert run.state == "preempted"
+    assert len(run.lines) == HELD
+    assert execute(sweep)
+    assert_mirrored(server, sweep)
+    assert len(run.lines) == 60
+
+
+def test_a_killed_worker_leaves_neither_doubled_nor_missing_rows(server: WandbServer) -> None:
+    sweep = planned(*ONE)
+    hang = f"""
+import time
+from mupsweep.records import RunDir
+append = RunDir.append_metrics
+RunDir.append_metrics = lambda run, row: (append(run, row), row["step"] < {HELD} or time.sleep(600))
+"""
+    with subprocess.Popen(worker_of(sweep, hang)) as worker:
+        try:
+            server.wait_for_rows(wandb_id(sweep, sweep.read_plan()[0]["run_id"]), HELD)
+        finally:
+            worker.kill()  # no checkpoint yet: the run starts again, behind what the server holds
+    assert sweep.counts()["done"] == 0
+    assert execute(sweep)
+    assert_mirrored(server, sweep)
+
+
+@pytest.mark.slow
+@of_the_clients_own
+def test_two_workers_on_one_sweep_push_every_run_once(server: WandbServer) -> None:
+    sweep = planned(*ONLINE)
+    workers = [subprocess.Popen(worker_of(sweep)) for _ in range(2)]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    conclude([sweep])
+    assert_mirrored(server, sweep)
+    assert {run.sessions for run in server.runs.values()} == {1}
+
+
+@of_the_clients_own
+def test_an_unreachable_server_costs_one_warning_and_no_run(
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    cli: Callable[..., tuple[int, str, str]],
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: nothing listens
+    sweep = planned(*ONLINE, "tracker.init_timeout=1")
+    with caplog.at_level(logging.WARNING, logger="mupsweep"):
+        assert execute(sweep)
+    assert sweep.counts()["done"] == 4
+    assert [line.split(":")[0] for line in said(caplog)] == ["tracker"]
+    assert f"`mupsweep sync {sweep.path}` mirrors them later" in said(caplog)[0]
+    code, _, err = cli("sync", str(sweep.path))
+    assert code == 2
+    assert err.startswith(f"mupsweep: W&B does not take {sweep.path}: ")
+    assert err.count("\n") == 1
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    pytest.importorskip("wandb").teardown()  # a new process finds the server
+    assert cli("sync", str(sweep.path))[0] == 0
+    assert_mirrored(server, sweep)
+
+
+@of_the_clients_own
+@pytest.mark.parametrize("fault", ["broken", "silent"])
+def test_a_server_that_fails_in_the_middle_is_caught_up_with_later(
+    fault: str,
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    cli: Callable[..., tuple[int, str, str]],
+) -> None:
+    sweep = planned(*ONE, "tracker.finish_timeout=1", "tracker.init_timeout=1")
+    interfere(monkeypatch, server, lambda: setattr(server, fault, True))
+    with caplog.at_level(logging.WARNING, logger="mupsweep"):
+        assert execute(sweep)
+    assert sweep.counts()["done"] == 1
+    assert [line.split(":")[0] for line in said(caplog)] == ["tracker"]
+    setattr(server, fault, False)
+    pytest.importorskip("wandb").teardown()  # a new process finds a new server
+    assert cli("sync", str(sweep.path))[0] == 0
+    assert_mirrored(server, sweep)
+
+
+@of_the_clients_own
+def test_the_workspace_shows_curves_and_drift_and_is_saved_once(server: WandbServer) -> None:
+    pytest.importorskip("wandb_workspaces")
+    sweep = analysed("parametrization=sp,spectral")
+    conclude([sweep])
+    (view,) = server.views.values()
+    assert view["displayName"] == "tracked LR transfer"
+    section = json.loads(view["spec"])["section"]
+    shown = {p["name"]: json.dumps(p["panels"]) for p in section["panelBankConfig"]["sections"] if p["panels"]}
+    for name in ("sp", "spectral"):
+        assert f"loss_vs_lr/nanogpt/adamw/{name}_table" in shown["Loss versus LR"]
+    assert "drift/width_table" in shown["Drift of the best LR"]
+    assert '"tracked"' in json.dumps(section["runSets"])
+
+
+def test_without_the_workspaces_package_one_line_says_what_to_install(
+    server: WandbServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
+    sweep = planned(*ONLINE, "sweep.width_ratios=[1]")
+    assert execute(sweep)
+    with caplog.at_level(logging.WARNING, logger="mupsweep"):
+        conclude([sweep])
+    assert said(caplog) == ["no W&B Workspace: pip install 'mupsweep[workspaces]', or set tracker.workspace=false"]
+    assert "tracked-summary" in server.runs
+
+
+@of_the_clients_own
+def test_no_key_reaches_the_records_and_no_environment_the_server(server: WandbServer) -> None:
+    sweep = planned(*ONLINE, "sweep.width_ratios=[1]")
+    assert execute(sweep)
+    conclude([sweep])
+    for path in sweep.path.rglob("*"):
+        assert not path.is_file() or API_KEY.encode() not in path.read_bytes(), path
+    uploaded = {name for run in server.runs.values() for name in run.files}
+    assert not uploaded & {"wandb-metadata.json", "requirements.txt", "output.log"}

@@ -1,0 +1,317 @@
+"""A W&B server on this machine's loopback: what the real client sent is what a test asserts on.
+
+It keeps a run's history as the real one does: lines at the offsets that the client names, the later line wins. Unknown
+operations are remembered in `unknown`, so that a test which asks for an empty list notices what it does not serve.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import gzip
+import json
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import quote, unquote
+
+API_KEY = "0123456789" * 4
+ENTITY = {"id": "RW50aXR5", "name": "lab", "username": "lab"}
+
+
+@dataclass
+class StoredRun:
+    """One run as the server holds it."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    lines: dict[int, str] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    state: str = "running"
+    sessions: int = 0
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config without the client's own entries."""
+        pairs = json.loads(self.fields["config"]).items()
+        return {key: entry["value"] for key, entry in pairs if not key.startswith("_")}
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The rows in order, without the client's clock."""
+        assert sorted(self.lines) == list(range(len(self.lines))), "a hole in the history"
+        rows = [json.loads(self.lines[i]) for i in range(len(self.lines))]
+        return [{k: v for k, v in row.items() if k not in ("_timestamp", "_runtime")} for row in rows]
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """All that should be the same, however the run got here."""
+        summary = {k: v for k, v in self.summary.items() if not k.startswith("_")}
+        kept = ("displayName", "groupName", "jobType", "tags")
+        return {
+            "fields": {key: self.fields.get(key) for key in kept},
+            "config": self.config,
+            "history": self.history,
+            "summary": summary,
+            "state": self.state,
+        }
+
+
+class WandbServer(ThreadingHTTPServer):
+    """`runs` and `views` by name; `broken` makes every answer an error, `silent` leaves every request unanswered."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.runs: dict[str, StoredRun] = {}
+        self.views: dict[str, dict[str, Any]] = {}
+        self.artifacts: list[str] = []
+        self.unknown: list[str] = []
+        self.lock = threading.Lock()
+        self.broken = False
+        self.silent = False
+        self.released = threading.Event()
+        self.arrived = threading.Condition(self.lock)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is none of a test's business."""
+
+    def wait_for_rows(self, run_id: str, count: int, seconds: float = 120.0) -> None:
+        """Until so many rows of a run have arrived."""
+        with self.arrived:
+            there = self.arrived.wait_for(
+                lambda: run_id in self.runs and len(self.runs[run_id].lines) >= count, seconds
+            )
+        assert there, f"{run_id} has not got {count} rows"
+
+    def run(self, run_id: str) -> StoredRun:
+        return self.runs.setdefault(run_id, StoredRun())
+
+    def answer(self, operation: str, given: dict[str, Any]) -> dict[str, Any]:
+        """What a GraphQL operation returns."""
+        name = re.sub(r"(?<!^)(?=[A-Z])", "_", operation).lower()
+        served = getattr(self, f"gql_{name}", None)
+        if served is None:
+            self.unknown.append(operation)
+            return {}
+        return served(given)
+
+    def gql_viewer(self, given: dict[str, Any]) -> dict[str, Any]:
+        nobody = {"edges": []}
+        viewer = {"id": "VXNlcg==", "entity": "lab", "username": "lab", "name": "lab", "email": "lab@example.org"}
+        more = {"flags": "{}", "teams": nobody, "apiKeys": nobody, "defaultEntity": ENTITY, "admin": False}
+        return {"viewer": viewer | more | {"deletedAt": None}}
+
+    gql_get_default_entity = gql_get_viewer = gql_viewer
+
+    def gql_server_features_query(self, given: dict[str, Any]) -> dict[str, Any]:
+        return {"serverInfo": {"features": []}}
+
+    def gql_upsert_bucket(self, given: dict[str, Any]) -> dict[str, Any]:
+        name = given.get("name") or _decoded(given["id"])
+        new = name not in self.runs
+        run = self.run(name)
+        run.fields |= {k: v for k, v in given.items() if v is not None}
+        if given.get("summaryMetrics"):
+            run.summary = json.loads(given["summaryMetrics"])
+        project = {"id": "UHJvamVjdA==", "name": run.fields.get("project"), "entity": ENTITY}
+        told = {key: run.fields.get(key) for key in ("displayName", "config", "summaryMetrics")}
+        told |= {"id": _encoded(name), "name": name, "description": "", "sweepName": None, "project": project}
+        return {"upsertBucket": {"bucket": told | {"historyLineCount": len(run.lines)}, "inserted": new}}
+
+    def gql_run_resume_status(self, given: dict[str, Any]) -> dict[str, Any]:
+        known = given["name"] in self.runs
+        run = self.run(given["name"])
+        run.sessions += 1
+        run.state = "running"
+        if not known:
+            return {"model": None}
+        started = json.loads(run.fields["config"])["_wandb"]["value"].get("t")
+        told = {"id": _encoded(given["name"]), "name": given["name"], "summaryMetrics": json.dumps(run.summary)}
+        told |= {"displayName": run.fields.get("displayName"), "notes": None, "tags": run.fields.get("tags")}
+        told |= {"logLineCount": 0, "historyLineCount": len(run.lines), "eventsLineCount": 0, "eventsTail": "[]"}
+        told |= {"historyTail": json.dumps([run.lines[i] for i in sorted(run.lines)][-1:])}
+        told |= {"config": run.fields["config"], "wandbConfig": json.dumps({"t": started})}
+        return {"model": {"id": "UHJvamVjdA==", "name": given["project"], "entity": ENTITY, "bucket": told}}
+
+    def gql_create_run_files(self, given: dict[str, Any]) -> dict[str, Any]:
+        at = f"{self.url}/upload/{given['run']}/"
+        files = [{"name": name, "uploadUrl": at + quote(name, safe="")} for name in given["files"]]
+        return {"createRunFiles": {"runID": _encoded(given["run"]), "uploadHeaders": [], "files": files}}
+
+    def gql_runs(self, given: dict[str, Any]) -> dict[str, Any]:
+        group = json.loads(given["filters"])["group"]
+        nodes = []
+        for name, run in self.runs.items():
+            if run.fields.get("groupName") == group and run.fields.get("project") == given["project"]:
+                told = {"id": _encoded(name), "name": name, "state": run.state, "tags": run.fields.get("tags")}
+                told |= {
+                    "displayName": run.fields.get("displayName"),
+                    "group": group,
+                    "user": ENTITY,
+                    "sweepName": None,
+                }
+                told |= {"config": run.fields["config"], "summaryMetrics": json.dumps(run.summary), "projectId": "1"}
+                told |= {"systemMetrics": "{}", "historyKeys": None, "createdAt": "", "heartbeatAt": ""}
+                nodes.append(told)
+        page = {"endCursor": None, "hasNextPage": False}
+        edges = [{"node": node, "cursor": node["name"]} for node in nodes]
+        known = any(run.fields.get("project") == given["project"] for run in self.runs.values())
+        runs = {"runCount": len(nodes), "readOnly": False, "runs": {"edges": edges, "pageInfo": page}}
+        return {"project": {"internalId": "1"} | runs if known else None}
+
+    def gql_artifact_type(self, given: dict[str, Any]) -> dict[str, Any]:
+        return {"project": {"artifact": {"artifactType": {"name": "run_table"}}}}
+
+    def gql_create_artifact(self, given: dict[str, Any]) -> dict[str, Any]:
+        self.artifacts.append(given["input"]["artifactCollectionName"] if "input" in given else str(given))
+        made = {"id": "QXJ0aWZhY3Q=", "state": "PENDING", "artifactSequence": {"id": "c2Vx", "latestArtifact": None}}
+        return {"createArtifact": {"artifact": made}}
+
+    def _manifest(self) -> dict[str, Any]:
+        name = "wandb_manifest.json"
+        file = {"id": "Zg==", "name": name, "displayName": name, "uploadHeaders": []}
+        return {"artifactManifest": {"id": "bQ==", "file": file | {"uploadUrl": f"{self.url}/upload/-/manifest"}}}
+
+    def gql_create_artifact_manifest(self, given: dict[str, Any]) -> dict[str, Any]:
+        return {"createArtifactManifest": self._manifest()}
+
+    def gql_update_artifact_manifest(self, given: dict[str, Any]) -> dict[str, Any]:
+        return {"updateArtifactManifest": self._manifest()}
+
+    def gql_create_artifact_files(self, given: dict[str, Any]) -> dict[str, Any]:
+        edges = []
+        for file in given["input"]["artifactFiles"]:
+            told = {"id": "Zg==", "name": file["name"], "displayName": file["name"], "uploadHeaders": []}
+            told |= {"uploadUrl": f"{self.url}/upload/-/{quote(file['name'], safe='')}", "storagePath": None}
+            edges.append({"node": told | {"artifact": {"id": "QXJ0aWZhY3Q="}, "uploadMultipartUrls": None}})
+        return {"createArtifactFiles": {"files": {"edges": edges}}}
+
+    def gql_commit_artifact(self, given: dict[str, Any]) -> dict[str, Any]:
+        return {"commitArtifact": {"artifact": {"id": "QXJ0aWZhY3Q=", "digest": "d"}}}
+
+    def gql_upsert_view2(self, given: dict[str, Any]) -> dict[str, Any]:
+        new = given["name"] not in self.views
+        self.views[given["name"]] = given
+        return {"upsertView": {"view": {"id": _encoded(given["name"]), "name": given["name"]}, "inserted": new}}
+
+    def gql_view(self, given: dict[str, Any]) -> dict[str, Any]:
+        found = [view for name, view in self.views.items() if name == given["viewName"]]
+        nodes = [{"id": _encoded(v["name"]), "displayName": v["displayName"], "spec": v["spec"]} for v in found]
+        return {"project": {"allViews": {"edges": [{"node": node} for node in nodes]}}}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The three ways in which a client talks: GraphQL, a run's file stream, uploads."""
+
+    protocol_version = "HTTP/1.1"
+    server: WandbServer
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        pass
+
+    def _served(self) -> bytes | None:
+        """The request's body; None where the server is out of order."""
+        body = self._body()
+        if self.server.silent:
+            self.server.released.wait()
+            self.close_connection = True
+            return None
+        if self.server.broken:
+            self._send({"error": "out of order"}, 503)
+            return None
+        return body
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            body = b""
+            while size := int(self.rfile.readline().strip() or b"0", 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
+
+    def _send(self, content: Any, code: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        if self._served() is not None:
+            self._send({})
+
+    def do_PUT(self) -> None:
+        body = self._served()
+        if body is None:
+            return
+        _, _, run_id, name = self.path.split("/", 3)
+        with self.server.lock:
+            if run_id != "-":
+                self.server.run(run_id).files[unquote(name)] = body
+        self._send({})
+
+    def do_POST(self) -> None:
+        body = self._served()
+        if body is None:
+            return
+        if self.path.endswith("/graphql"):
+            query = json.loads(body)
+            found = re.search(r"(?:query|mutation)\s+(\w+)", query["query"])
+            with self.server.lock:
+                told = self.server.answer(found[1] if found else "?", query.get("variables") or {})
+            self._send({"data": told})
+        elif self.path.endswith("/file_stream"):
+            with self.server.arrived:
+                self._stream(self.server.run(unquote(self.path.split("/")[-2])), json.loads(body))
+                self.server.arrived.notify_all()
+            self._send({"exitcode": None, "limits": {}})
+        else:
+            if "/otel/" not in self.path:  # how the client itself is doing
+                self.server.unknown.append(self.path)
+            self._send({})
+
+    def _stream(self, run: StoredRun, sent: dict[str, Any]) -> None:
+        for name, chunk in (sent.get("files") or {}).items():
+            if name == "wandb-history.jsonl":
+                run.lines |= {chunk["offset"] + i: line for i, line in enumerate(chunk["content"])}
+            elif name == "wandb-summary.json":
+                run.summary = json.loads(chunk["content"][-1])
+        if sent.get("preempting"):
+            run.state = "preempting"
+        if sent.get("complete"):
+            stopped = run.state == "preempting" and sent.get("exitcode")
+            run.state = "preempted" if stopped else "failed" if sent.get("exitcode") else "finished"
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[WandbServer]:
+    """A server for the time of a test."""
+    server = WandbServer()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.released.set()
+        server.shutdown()
+        server.server_close()
+
+
+def _encoded(name: str) -> str:
+    return base64.b64encode(name.encode()).decode()
+
+
+def _decoded(name: str) -> str:
+    return base64.b64decode(name).decode()
