@@ -85,6 +85,7 @@ class TrainingConfig:
     base_batch_size: int | None = None
     horizon_exponent: float = 0.0
     base_tokens: int | None = None
+    branches: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         given = [v for v in (self.steps, self.tokens) if v is not None]
@@ -112,6 +113,13 @@ class TrainingConfig:
         require(self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "at least 0")
         require(self.divergence_patience > 0, "training.divergence_patience", self.divergence_patience, "positive")
         one_of(self.batch_rule, BATCH_RULES, "training.batch_rule")
+        rising = [0.0, *self.branches, 1.0]
+        require(
+            all(a < b for a, b in itertools.pairwise(rising)) and (self.schedule == "wsd" or not self.branches),
+            "training.branches",
+            list(self.branches),
+            "rising fractions of the run, between 0 and 1, with training.schedule=wsd",
+        )
         for key, used, other in (
             ("base_batch_size", self.batch_rule != "none", "batch_rule=sde"),
             ("base_tokens", self.horizon_exponent != 0, "horizon_exponent=NUMBER"),
@@ -127,6 +135,11 @@ class TrainingConfig:
             return self.steps
         assert self.tokens is not None
         return max(1, math.ceil(self.tokens / (self.batch_size * context)))
+
+    def horizons(self, total: int) -> tuple[tuple[int, int], ...]:
+        """(first step of the decay, step at the end) of every branch, and of the run itself, the shortest first."""
+        ends = [*(round(share * total) for share in self.branches), total]
+        return tuple((end - round(self.decay_fraction * end), end) for end in ends)
 
     def warmup_steps(self, total: int) -> int:
         """Steps of linear warm-up: `warmup` itself, or that fraction of `total` where it is below 1."""

@@ -164,12 +164,12 @@ def point_sds(curves: Sequence[LossCurve]) -> tuple[list[dict[float, float]], fl
     near: list[float] = []
     freedom = 0
     for curve in curves:
-        points = curve.usable
+        points = [p for p in curve.usable if len(p.losses) > 1]  # a search repeats seeds near the optimum only
         seeds = sorted(set.intersection(*(set(p.losses) for p in points))) if points else []
         own.append({})
         if len(seeds) < 2:
             continue
-        best = min(points, key=lambda p: p.mean).log2_lr
+        best = min(curve.usable, key=lambda p: p.mean).log2_lr
         table = np.array([[p.losses[s] for s in seeds] for p in points])  # (LRs, seeds)
         rest = table - table.mean(axis=1, keepdims=True)
         rest = rest - np.median(rest, axis=0, keepdims=True)

@@ -77,6 +77,11 @@ class Recipe:
         """Optimizer steps of every run of this variant."""
         return self.training.total_steps(self.model.context)
 
+    @property
+    def trained_steps(self) -> int:
+        """Those, and the steps of the branches that leave the run before its end."""
+        return self.steps + sum(end - start for start, end in self.training.horizons(self.steps)[:-1])
+
     def size(self, width_ratio: float, depth_ratio: float) -> Size:
         """The shape at the given ratios to the base, with a padded vocabulary."""
         padded = -(-vocab_size(self.variant.data.tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -84,7 +89,8 @@ class Recipe:
 
     def cost(self, size: Size) -> Cost:
         """What one run at `size` takes."""
-        return estimate(self.model.tensors(size), size, self.steps, self.training.batch_size, self.training.micro_batch)
+        tensors, training = self.model.tensors(size), self.training
+        return estimate(tensors, size, self.trained_steps, training.batch_size, training.micro_batch)
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,12 @@ def recipe(variant: Variant) -> Recipe:
         raise ConfigError(
             f"training.warmup={made.training.warmup:g} is {warmup} steps of warm-up in a run of {made.steps}: "
             "the LR would never reach its peak; lower warmup or train longer"
+        )
+    starts = [start for start, _ in made.training.horizons(made.steps)]
+    if made.training.branches and (starts[0] < warmup or len({*starts}) < len(starts)):
+        raise ConfigError(
+            f"training.branches={list(made.training.branches)}: in a run of {made.steps} steps, {warmup} of them "
+            f"warm-up, the branches would leave at steps {starts}; choose larger fractions or train longer"
         )
     for part in made.parts:  # a batch rule may refuse
         part.optimizer.update_law()  # a foreign optimizer's may be unknown
@@ -334,6 +346,8 @@ def _identifying(variant: Variant) -> dict[str, Any]:
     for section, keys in UNIDENTIFYING.items():
         for key in keys:
             del tree[section][key]
+    if not tree["training"]["branches"]:
+        del tree["training"]["branches"]  # the run itself is the same with and without the key
     return tree
 
 

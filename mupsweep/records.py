@@ -207,6 +207,11 @@ class RunDir:
         """(latest, the one before)."""
         return self.path / "checkpoint" / "latest.pt", self.path / "checkpoint" / "previous.pt"
 
+    @property
+    def trunk_checkpoint(self) -> Path:
+        """Where a branch left the run, which goes on from there when the branch has ended."""
+        return self.path / "checkpoint" / "trunk.pt"
+
     def status(self) -> dict[str, Any]:
         """What status.json says; pending where it is missing or damaged."""
         status = read_json(self.status_path)
@@ -268,7 +273,7 @@ class RunDir:
             raise RecordError(f"cannot write {self.metrics_path}: {error.strerror}") from error
 
     def remove_checkpoints(self) -> None:
-        for path in self.checkpoints:
+        for path in (*self.checkpoints, self.trunk_checkpoint):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.checkpoints[0].parent.rmdir()

@@ -57,23 +57,19 @@ def read_runs(sweeps: Sequence[SweepDir]) -> list[dict[str, Any]]:
             label = (summary["model"], summary["optimizer"], summary["parametrization"])
             if variants.setdefault(label, planned["variant"]) != planned["variant"]:
                 summary |= {"model": f"{summary['model']} ({sweep.name})"}
-            rows += _horizons({**summary, "flops": planned["flops"]})
+            rows += _horizons(summary, planned)
     keys = ("model", "optimizer", "parametrization", "width", "depth", "log2_lr", "seed")
     unique = {(row["model"], row["run_id"]): row for row in rows}
     return sorted(unique.values(), key=lambda row: tuple(row[k] for k in keys))
 
 
-def _horizons(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """A run, and a row for every branch of it that ended earlier; those that divergence left no time for diverged."""
-    branches = row.pop("branches", None)
-    if not branches:
-        return [row]
-    made = [{**row, "horizon": row["planned_tokens"]}]
-    for branch in branches:
-        share = branch["tokens"] / row["planned_tokens"]
-        run_id = f"{row['run_id']}@{branch['tokens']}"
-        made.append({**row, **branch, "run_id": run_id, "horizon": branch["tokens"], "flops": row["flops"] * share})
-    return made
+def _horizons(row: dict[str, Any], planned: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A run, and a row for every branch that left it to end earlier; the FLOPs are those of a run of its own."""
+    branches = row.pop("branches", [])
+    ends = [row, *({**row, **branch, "run_id": f"{row['run_id']}@{branch['horizon']}"} for branch in branches)]
+    return [
+        end | {"flops": planned["flops"] * end.get("horizon", planned["tokens"]) / planned["tokens"]} for end in ends
+    ]
 
 
 def read_table(path: str) -> list[dict[str, Any]]:

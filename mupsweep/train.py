@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
-import logging
 import math
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,18 +15,14 @@ from mupsweep.batches import Batches
 from mupsweep.build import Built, generator
 from mupsweep.config import TrainingConfig
 from mupsweep.data import Dataset
-from mupsweep.files import write_bytes
+from mupsweep.journal import Journal, Progress, mean
 from mupsweep.models.loss import DRAWS
 from mupsweep.plan import RunSpec
 from mupsweep.ranks import ALONE, OK, SAVE, STOP, Interrupted, Ranks
-from mupsweep.records import DIVERGED, DONE, RUNNING, RunDir
-
-log = logging.getLogger("mupsweep")
+from mupsweep.records import DIVERGED, DONE, RunDir
 
 ROWS = 200  # about so many rows of metrics.jsonl per run, whatever its length
 DIVERGED_RATIO = 1.05  # a mean loss above the start's by this factor is divergence, not noise
-DIGEST_BYTES = hashlib.sha256().digest_size
-STATUS_SECONDS = 0.5  # how often status.json is refreshed for whoever watches
 
 
 class Control(Protocol):
@@ -40,72 +31,6 @@ class Control(Protocol):
     def stop_requested(self) -> bool: ...
 
     def heartbeat(self) -> None: ...
-
-
-@dataclass
-class Progress:
-    """What a checkpoint holds beside weights and optimizer state."""
-
-    step: int = 0
-    losses: list[float] = field(default_factory=list)  # of every step, nats per token
-    seconds: float = 0.0  # in the loop, over all attempts
-    micro_batch: int | None = None  # that memory asked for
-
-
-@dataclass
-class Journal:
-    """What a run leaves on disk while it trains: checkpoints, rows of metrics, its status. Written by rank 0 alone.
-
-    Attributes:
-        seconds: between two checkpoints.
-        pending: losses of the latest steps, still on the device.
-    """
-
-    built: Built
-    folder: RunDir
-    progress: Progress
-    leads: bool
-    seconds: float
-    pending: list[Tensor] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self.saved = self.shown = self.started
-        self.first_step, self.spent = self.progress.step, self.progress.seconds
-        if self.leads:
-            self.folder.write_metrics(row for row in self.folder.metrics() if row["step"] <= self.first_step)
-
-    def due(self) -> bool:
-        """Whether it is time for a checkpoint."""
-        return self.leads and time.monotonic() - self.saved > self.seconds
-
-    def save(self) -> None:
-        """Write a checkpoint; what is sharded is collected from every rank."""
-        flush(self.pending, self.progress)
-        self.clock()
-        state = {"network": self.built.network.state_dict(), "optimizer": self.built.optimizer.state_dict()}
-        if self.leads:
-            save_checkpoint({**state, **asdict(self.progress)}, self.folder)
-        self.saved = time.monotonic()
-
-    def clock(self) -> float:
-        """Steps per second of this attempt."""
-        passed = time.monotonic() - self.started
-        self.progress.seconds = self.spent + passed
-        return (self.progress.step - self.first_step) / max(passed, 1e-9)
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Log a row of metrics."""
-        if self.leads:
-            self.folder.append_metrics(row)
-
-    def show(self, row: dict[str, Any], total: int, rate: float) -> None:
-        """Tell whoever watches, now and then."""
-        if not self.leads or time.monotonic() - self.shown <= STATUS_SECONDS:
-            return
-        details = {"step": row["step"], "steps": total, "train_loss": row["train_loss"], "tokens_per_second": rate}
-        self.folder.write_status(RUNNING, durable=False, **details)
-        self.shown = time.monotonic()
 
 
 def train(
@@ -124,22 +49,26 @@ def train(
     """
     training = run.recipe.training
     total, context = run.recipe.steps, run.size.context
-    interval = max(1, total // ROWS)
+    per_step = training.batch_size * context
+    interval, horizons = max(1, total // ROWS), training.horizons(total)
     evaluations = {round(total * (i + 1) / training.evals) for i in range(training.evals)}
     precision = choose_precision(training.precision, device)
     network = compiled(built.network) if training.compile else built.network
 
-    progress = resume(built, folder)
-    batches = Batches(ranks, training.micro_batch, progress.micro_batch, built.rewrap)
-    journal = Journal(built, folder, progress, ranks.leads, 60 * training.checkpoint_minutes)
-    while progress.step < total:
+    journal = Journal(built, folder, ranks.leads, 60 * training.checkpoint_minutes)
+    batches = Batches(ranks, training.micro_batch, journal.progress.micro_batch, built.rewrap)
+    while True:
+        progress = journal.progress
+        decay, end = horizons[progress.horizon]
         word = ranks.exchange(STOP if control.stop_requested() else SAVE if journal.due() else OK)
         if word in (SAVE, STOP):
             journal.save()
         if word == STOP:
             raise Interrupted
         control.heartbeat()
-        factor = lr_factor(progress.step, total, training)
+        if progress.step == decay and end < total and not progress.branching:
+            journal.branch_off()
+        factor = lr_factor(progress.step, total, training, end)
         block = data.train_batch(context, training.batch_size, run.seed, progress.step)
         tokens = _to_device(ranks.rows(block), device)
         if built.optimizer.curvature_due(progress.step):
@@ -150,21 +79,26 @@ def train(
         grad_norm = clip(built)
         built.optimizer.step(factor)
         progress.step += 1
+        journal.steps += 1
 
-        if progress.step % interval == 0 or progress.step in evaluations:
-            flush(journal.pending, progress)
-            row = row_of(progress, interval, training.batch_size * context, run.base_lr * factor, grad_norm)
+        at_end = progress.step == end
+        if at_end or progress.step % interval == 0 or (progress.step in evaluations and not progress.branching):
+            journal.flush()
+            row = row_of(progress, interval, per_step, run.base_lr * factor, grad_norm)
             bad_step = diverged_at(progress.losses, training.divergence_patience, total)
-            if bad_step is None and progress.step in evaluations:
+            if bad_step is None and (at_end or (progress.step in evaluations and not progress.branching)):
                 row |= evaluate(network, data, run, precision, device, batches)
                 if not math.isfinite(row["val_loss"]):
                     bad_step = progress.step
+            if progress.branching:
+                if at_end or bad_step is not None:
+                    journal.rejoin({"horizon": end * per_step, **outcome(progress.losses, row, bad_step, per_step)})
+                continue
             journal.append(row)
-            rate = journal.clock() * training.batch_size * context
-            if bad_step is not None or progress.step == total:
+            rate = journal.clock() * per_step
+            if bad_step is not None or at_end:
                 return summarise(run, progress, row, bad_step, rate, precision, device, ranks.size)
             journal.show(row, total, rate)
-    raise AssertionError("a finished run has no checkpoint to resume from")
 
 
 def compiled(network: nn.Module) -> Callable[..., Tensor]:
@@ -192,13 +126,17 @@ def loss_of_rows(network: Callable[..., Tensor], precision: str, tokens: Tensor)
         return network(tokens[:, :-1], tokens[:, 1:])
 
 
-def lr_factor(step: int, total: int, training: TrainingConfig) -> float:
-    """The LR of `step` (from 0) / the peak LR: linear warm-up, then the schedule down to `min_lr_frac`."""
-    warmup = training.warmup_steps(total)
+def lr_factor(step: int, total: int, training: TrainingConfig, end: int | None = None) -> float:
+    """The LR of `step` (from 0) / the peak LR: linear warm-up, then the schedule down to `min_lr_frac`.
+
+    Args:
+        end: of the branch that the step belongs to; None: of the run, after `total` steps.
+    """
+    warmup, end = training.warmup_steps(total), end or total
     if step < warmup:
         return (step + 1) / warmup
-    start = {"wsd": total - round(training.decay_fraction * total), "constant": total}.get(training.schedule, warmup)
-    done = min(1.0, max(0.0, (step - start) / max(1, total - start)))
+    start = {"wsd": end - round(training.decay_fraction * end), "constant": end}.get(training.schedule, warmup)
+    done = min(1.0, max(0.0, (step - start) / max(1, end - start)))
     shape = 0.5 * (1 + math.cos(math.pi * done)) if training.schedule == "cosine" else 1 - done
     return training.min_lr_frac + (1 - training.min_lr_frac) * shape
 
@@ -298,6 +236,20 @@ def diverged_at(losses: list[float], patience: float, total: int) -> int | None:
     return None
 
 
+def outcome(losses: list[float], row: dict[str, Any], bad_step: int | None, per_step: int) -> dict[str, Any]:
+    """What a run, or a branch of one, came to."""
+    tail = max(1, len(losses) // 20)
+    return {
+        "status": DONE if bad_step is None else DIVERGED,
+        "steps": len(losses),
+        "tokens": len(losses) * per_step,
+        "train_loss": mean(losses[-tail:]),
+        "val_loss": row.get("val_loss") if bad_step is None else None,
+        "val_bits_per_byte": row.get("val_bits_per_byte") if bad_step is None else None,
+        "diverged_at_step": bad_step,
+    }
+
+
 def summarise(
     run: RunSpec,
     progress: Progress,
@@ -309,17 +261,15 @@ def summarise(
     devices: int,
 ) -> dict[str, Any]:
     """The run's summary.json: a line of results/runs.csv and the settings that only the machine could decide."""
-    tail = max(1, progress.step // 20)
+    per_step = run.recipe.training.batch_size * run.size.context
+    *branches, (_, last) = run.recipe.training.horizons(run.recipe.steps)
+    reached = progress.branches
+    lost = [{"horizon": end * per_step, "status": DIVERGED, "val_loss": None} for _, end in branches[len(reached) :]]
     return {
         "run_id": run.run_id,
         **run.identity(),
-        "status": DONE if bad_step is None else DIVERGED,
-        "steps": progress.step,
-        "tokens": row["tokens"],
-        "train_loss": mean(progress.losses[-tail:]),
-        "val_loss": row.get("val_loss") if bad_step is None else None,
-        "val_bits_per_byte": row.get("val_bits_per_byte") if bad_step is None else None,
-        "diverged_at_step": bad_step,
+        **outcome(progress.losses, row, bad_step, per_step),
+        **({"horizon": last * per_step, "branches": [*reached, *lost]} if branches else {}),
         "seconds": progress.seconds,
         "tokens_per_second": rate,
         "device": device_name(device),
@@ -328,51 +278,9 @@ def summarise(
     }
 
 
-def save_checkpoint(state: dict[str, Any], folder: RunDir) -> None:
-    """Everything that the rest of the run depends on, followed by its digest; the checkpoint before is kept."""
-    latest, previous = folder.checkpoints
-    latest.parent.mkdir(exist_ok=True)
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getvalue()
-    if latest.exists():
-        latest.replace(previous)
-    write_bytes(latest, content + hashlib.sha256(content).digest())
-
-
-def resume(built: Built, folder: RunDir) -> Progress:
-    """Load the newest whole checkpoint into the run; a fresh start where there is none."""
-    for path in folder.checkpoints:
-        if not path.exists():
-            continue
-        stored = path.read_bytes()
-        content, digest = stored[:-DIGEST_BYTES], stored[-DIGEST_BYTES:]
-        if hashlib.sha256(content).digest() != digest:
-            log.warning("%s is damaged; trying an older one", path)
-            continue
-        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        built.network.load_state_dict(saved.pop("network"))
-        built.optimizer.load_state_dict(saved.pop("optimizer"))
-        log.info("resuming at step %d from %s", saved["step"], path.name)
-        return Progress(**saved)
-    return Progress()
-
-
-def flush(pending: list[Tensor], progress: Progress) -> None:
-    """Read the pending losses off the device, once for many steps."""
-    if pending:
-        progress.losses += torch.stack(pending).tolist()
-        pending.clear()
-
-
 def device_name(device: torch.device) -> str:
     """What results call the device: cpu, or the accelerator's own name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def mean(values: list[float]) -> float:
-    """The arithmetic mean."""
-    return sum(values) / len(values)
 
 
 def _to_device(block: Any, device: torch.device) -> Tensor:
