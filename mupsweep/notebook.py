@@ -68,6 +68,10 @@ class Run:
     tokens_per_second: float | None
     device: str | None
     flops: float | None
+    horizon: int | None
+    hyperparameter: str | None
+    value: float | None
+    default: float | None
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ class Sweep:
     def runs(self) -> tuple[Run, ...]:
         """Every finished run, by rising size."""
         names = [field.name for field in fields(Run)]
-        return tuple(Run(**{name: row.get(name) for name in names}) for row in self.analysis.rows)
+        lines: list[dict[str, Any]] = [{name: row.get(name) for name in names} for row in (*self.analysis.rows, *self.analysis.changed)]
+        return tuple(Run(**line) for line in lines)
 
     @property
     def curves(self) -> tuple[LossCurve, ...]:
@@ -156,4 +161,4 @@ def _frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = No
         raise ConfigError("frames need pandas: pip install 'mupsweep[notebook]'") from error
     # nan keeps a column of numbers numeric where some are not known
     known = [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
-    return pandas.DataFrame(known, columns=columns and list(columns))
+    return pandas.DataFrame(known, columns=None if columns is None else list(columns))

@@ -32,6 +32,9 @@ app.command("worker")(worker.worker)
 app.add_typer(check.app, name="check")
 app.add_typer(data.app, name="data")
 
+# An analysis is thousands of products of small matrices, on which numpy's threads only wait for one another and for the
+# runs that train beside it. This counts as long as numpy is not imported yet.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 

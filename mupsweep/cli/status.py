@@ -22,13 +22,14 @@ def status(
     Example: mupsweep status sweeps/demo
     """
     from mupsweep.errors import ConfigError
-    from mupsweep.launchers import progress
     from mupsweep.records import SweepDir
     from mupsweep.report import terminal
 
     if watch and (runs or json):
         raise ConfigError(f"--watch shows a board of its own: leave out {'--runs' if runs else '--json'}")
     if watch:
+        from mupsweep.launchers import progress
+
         progress.watch(SweepDir.open(sweep))
     else:
         terminal.show_status(SweepDir.open(sweep), per_run=runs, as_json=json)

@@ -59,10 +59,10 @@ class Local:
             with Progress(sweep) as progress:
                 pool.start()
                 while pool.is_alive(run_ids):
-                    polled = time.monotonic()
+                    polled = time.process_time()
                     progress.refresh()
                     # a poll over many open runs takes a while itself: never spend more than a tenth of the time on it
-                    time.sleep(max(POLL_SECONDS, 9 * (time.monotonic() - polled)))
+                    time.sleep(max(POLL_SECONDS, 9 * (time.process_time() - polled)))
         except KeyboardInterrupt:
             print(
                 "stopping: each run finishes its step and is checkpointed; Ctrl-C again to stop at once",

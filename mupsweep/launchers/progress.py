@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
 
 from mupsweep.records import DIVERGED, FAILED, PENDING, RUNNING, SweepDir
 from mupsweep.report.board import Board
-from mupsweep.report.board_text import BoardText
+
+if TYPE_CHECKING:
+    from mupsweep.report.board_text import BoardText
 
 POLL_SECONDS = 1.0
 STILL_POLLS = 10  # a search plans further runs when all have ended: all is over only when it has not for so long
@@ -25,14 +27,17 @@ class Progress:
     def __init__(self, sweep: SweepDir, console: Console | None = None, keep: bool = False) -> None:
         self.console = console or Console(highlight=False)
         self.board = Board(sweep)
-        self.text = BoardText(self.board)
+        self.text: BoardText | None = None
         # what is drawn last stays only where nothing else is printed after it
         self.live = Live(console=self.console, transient=not keep, auto_refresh=False)
 
     def __enter__(self) -> Progress:
         if self.console.is_terminal:
+            from mupsweep.report.board_text import BoardText  # which imports scipy
+
+            self.text = BoardText(self.board)
             self.live.start()
-            self._draw()
+        self._draw()
         return self
 
     def __exit__(
@@ -48,11 +53,11 @@ class Progress:
         for count, (run_id, status) in enumerate(ended, first):
             if status["status"] == FAILED or not self.live.is_started:  # the board shows the others
                 self._tell(count, run_id, status)
-        if self.live.is_started:
-            self._draw()
+        self._draw()
 
     def _draw(self) -> None:
-        self.live.update(self.text.draw(*self.console.size), refresh=True)
+        if self.text is not None:
+            self.live.update(self.text.draw(*self.console.size), refresh=True)
 
     def _tell(self, count: int, run_id: str, status: Mapping[str, Any]) -> None:
         """One line for a run that ended."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mupsweep.axes import Label, label_of
 from mupsweep.records import DONE, FAILED, FINISHED, PENDING, RUNNING, SweepDir
 
 SETTLED_SECONDS = 2.0  # a file changed again within the grain of its clock looks unchanged: until then it is read again
-Label = tuple[str, str, str]  # model, optimizer, parametrization
 Row = tuple[Label, int, int]  # variant, width, depth
 
 
@@ -113,8 +113,7 @@ class Board:
 
     def label(self, run_id: str) -> Label:
         """The variant of a run."""
-        row = self.planned[run_id]
-        return row["model"], row["optimizer"], row["parametrization"]
+        return label_of(self.planned[run_id])
 
     @property
     def finished(self) -> int:

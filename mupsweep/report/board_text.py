@@ -11,10 +11,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mupsweep.axes import Label
 from mupsweep.cost import duration
 from mupsweep.curves import LossCurve, collect
 from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING
-from mupsweep.report.board import Board, Cell, Label, Row
+from mupsweep.report.board import Board, Cell, Row
 from mupsweep.report.curves_text import curve_text, size_names, variant_name, variant_order
 from mupsweep.report.terminal import table_of
 from mupsweep.transfer import ladders

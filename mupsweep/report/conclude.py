@@ -38,7 +38,7 @@ def conclude(
     analysis = analyse(read_runs(sweeps))
     files = write_views(sweeps[0], analysis, figures) if len(sweeps) == 1 else []
     groups = select(analysis, optimizer, parametrization) if analysis.groups else []
-    shown = Analysis(analysis.rows, analysis.curves, tuple(groups), analysis.remarks)
+    shown = replace(analysis, groups=tuple(groups))
     if as_json:
         print(json.dumps(to_json(shown), indent=2))
     else:
@@ -176,7 +176,7 @@ def read_target(words: Sequence[str]) -> dict[str, int]:
 def _rules_at_sizes(runs: Sequence[RunSpec]):
     """(heading, rules) for every variant and size of a sweep, at the middle LR of its grid."""
     middle = sorted({run.log2_lr for run in runs})[len({run.log2_lr for run in runs}) // 2]
-    seen = {(run.recipe.variant.label, run.size): run for run in runs}
+    seen = {(run.recipe.variant.label, run.size): run for run in runs if run.recipe.variant.change is None}
     for (label, size), run in sorted(seen.items(), key=lambda item: (item[0][0], item[0][1])):
         heading = f"{'/'.join(label)}, width {size.width}, depth {size.depth}, at base LR 2^{middle:g}"
         yield heading, rules(run.recipe, size, 2.0**middle)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
+from mupsweep.axes import Label
 from mupsweep.curves import LossCurve
 from mupsweep.optimum import Optimum, optima
 from mupsweep.transfer import Estimate, Group
@@ -22,15 +23,15 @@ Cell = tuple[str, str]  # character, style
 Size = tuple[int, int]  # width, depth
 
 
-def variant_name(label: tuple[str, str, str], among: Sequence[tuple[str, str, str]]) -> str:
-    """A variant's parametrization, after its model and optimizer where these differ among the others."""
+def variant_name(label: Label, among: Sequence[Label]) -> str:
+    """A variant's parametrization and its change, after its model and optimizer where these differ among the others."""
     said = [label[i] for i in (0, 1) if len({other[i] for other in among}) > 1]
-    return " · ".join([*said, NAMES.get(label[2], label[2])])
+    return " · ".join([*said, NAMES.get(label[2], label[2]), *label[3:]])
 
 
-def variant_order(label: tuple[str, str, str]) -> tuple[Any, ...]:
+def variant_order(label: Label) -> tuple[Any, ...]:
     """Sorts variants as people compare them: SP first, beside the other parametrizations of its optimizer."""
-    return label[:2], [*NAMES, label[2]].index(label[2]), label[2]
+    return label[:2], [*NAMES, label[2]].index(label[2]), label[2:]
 
 
 def in_order(groups: Iterable[Group]) -> list[Group]:

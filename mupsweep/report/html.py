@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mupsweep
+from mupsweep.axes import label_of
 from mupsweep.build import TensorRule
 from mupsweep.cost import duration, si
 from mupsweep.files import read_json, write_text
@@ -208,7 +209,7 @@ def _training(charts: Charts, sweep: SweepDir, analysis: Analysis) -> str:
     runs = defaultdict(list)
     for row in analysis.rows:
         if row["status"] == DONE:
-            runs[_label(row), (row["width"], row["depth"])].append(row)
+            runs[label_of(row), (row["width"], row["depth"])].append(row)
     panels = []
     for group in charts.groups:
         chosen = []
@@ -304,7 +305,7 @@ def _runs(sweep: SweepDir, analysis: Analysis) -> str:
     sizes: dict[tuple[Any, ...], Counter[str]] = defaultdict(Counter)
     parameters = {}
     for row in sweep.read_plan() or analysis.rows:
-        key = (*_label(row), row["width"], row["depth"])
+        key = (*label_of(row), row["width"], row["depth"])
         parameters[key] = row.get("parameters")
         known = finished.get(row["run_id"]) or sweep.state(row["run_id"])
         status = known["status"] if known["status"] in (DONE, DIVERGED, FAILED) else "open"
@@ -357,10 +358,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]
             yield from _flat(value, f"{prefix}{key} ")
         elif value is not None:
             yield f"{prefix}{key}", str(value)
-
-
-def _label(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return row["model"], row["optimizer"], row["parametrization"]
 
 
 # Pieces of the page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mupsweep import squeue
+from mupsweep.axes import label_of
 from mupsweep.build import TensorRule, audit, multipliers, rule_record, rules
 from mupsweep.config import GRID, SweepConfig, from_tree
 from mupsweep.cost import FLOPS_PER_SECOND, duration, si
@@ -99,10 +101,11 @@ def _search_remark(config: SweepConfig, first: bool) -> str:
     most = [
         grid.max_runs * made.cost(made.size(*at)).flops for made in map(recipe, config.variants) for at in grid.ratios
     ]
+    flops = min(sum(most), math.inf if grid.max_flops is None else grid.max_flops)
     return (
         f"adaptive search: {'only the first round is shown' if first else 'later rounds are not shown'}; which runs "
         f"follow, the losses say. It ends when every optimum is known to +-{grid.half_width:g} octaves, or "
-        f"after {grid.max_runs} runs of a size: at most {grid.max_runs * len(most)} runs, {si(sum(most))}FLOPs"
+        f"after {grid.max_runs} runs of a size: at most {grid.max_runs * len(most)} runs, {si(flops)}FLOPs"
     )
 
 
@@ -159,7 +162,7 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
             loss, speed = status.get("train_loss"), status.get("tokens_per_second")
             table.add_row(
                 row["run_id"],
-                f"{row['optimizer']}/{row['parametrization']}",
+                "/".join(label_of(row)[1:]),
                 status["status"],
                 f"{status['step']}/{status['steps']}" if "steps" in status else "",
                 "" if loss is None else f"{loss:.3f}",
@@ -170,7 +173,7 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
         table = table_of("variant", "width", "depth", DONE, DIVERGED, RUNNING, PENDING, FAILED)
         sizes: dict[tuple[Any, ...], Counter[str]] = defaultdict(Counter)
         for row, _, status in states:
-            key = (f"{row['model']}/{row['optimizer']}/{row['parametrization']}", row["width"], row["depth"])
+            key = ("/".join(label_of(row)), row["width"], row["depth"])
             sizes[key][status["status"]] += 1
         for key, counts in sorted(sizes.items()):
             table.add_row(*map(str, key), *(str(counts[s] or "") for s in (DONE, DIVERGED, RUNNING, PENDING, FAILED)))
@@ -202,15 +205,13 @@ def _search_lines(sweep: SweepDir, left: int) -> Iterable[str]:
         yield f"adaptive search: {left} runs of this round are left; more may follow"
         return
     from mupsweep.results import read_runs
-    from mupsweep.search import outlook  # which needs scipy
+    from mupsweep.rounds import survey  # which needs scipy
 
-    rows = read_runs([sweep])
-    for variant in config.variants:
-        mine = [row for row in rows if (row["model"], row["optimizer"], row["parametrization"]) == variant.label]
-        for one in outlook(mine, config.sweep):
+    for label, looks in survey(config.variants, read_runs([sweep]), config.sweep).items():
+        for one in looks:
             wanted = f"; the next round trains {len(one.wanted)} runs" if one.wanted else ""
             r_n, r_L = one.ratios
-            yield f"adaptive search, {'/'.join(variant.label)}, width x{r_n:g}, depth x{r_L:g}: {one.reason}{wanted}"
+            yield f"adaptive search, {'/'.join(label)}, width x{r_n:g}, depth x{r_L:g}: {one.reason}{wanted}"
 
 
 def _queue(sweep: SweepDir) -> squeue.Queue:
@@ -223,7 +224,7 @@ def _queue(sweep: SweepDir) -> squeue.Queue:
 
 
 def _rules_document(one: Recipe, config: SweepConfig, base_lr: float) -> dict[str, Any]:
-    model, optimizer, parametrization = one.variant.label
+    model, optimizer, parametrization = one.variant.names
     roles = {}
     for role, part, rule, thresholds in _symbols(one):
         roles[role.value] = {
