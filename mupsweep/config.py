@@ -1,7 +1,7 @@
-"""Configs: overrides in, one validated and frozen SweepConfig out. `DictConfig` never leaves this module.
+"""Configs: overrides in, one validated and frozen SweepConfig out.
 
-Hydra composes the yaml groups of `configs/`; the dataclasses here and the ones that a yaml names under `kind`
-say which keys exist and of what type they are. A section with a `kind` (model, optimizer, parametrization,
+`composition.py` composes the yaml groups of `configs/`; the dataclasses here and the ones that a yaml names under
+`kind` say which keys exist and of what type they are. A section with a `kind` (model, optimizer, parametrization,
 launcher, tracker) stays a plain mapping until `instantiate` turns it into that class.
 """
 
@@ -11,17 +11,18 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
+from mupsweep.axes import Change, Label, expand
+from mupsweep.composition import COMPARABLE, composed, split
+from mupsweep.composition import choices as choices
+from mupsweep.composition import config_root as config_root
 from mupsweep.errors import ConfigError, nearest
 from mupsweep.sections import boolean, instantiate, one_of, refuse_foreign_code, require, structured
 
-COMPARABLE = ("model", "optimizer", "parametrization")  # take several choices: optimizer=adamw,muon
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 HELD_OUT = ("hash", "nanogpt")
 PRECISIONS = ("auto", "fp32", "bf16")
-NESTED = ("optimizer.rest", "optimizer.graft")  # sections that another choice of the same group fills
 BATCH_RULES = ("none", "sde")
 GRID, ADAPTIVE = "grid", "adaptive"
 
@@ -151,6 +152,7 @@ class GridConfig:
     """The grid of a sweep. Ratios are target / base; `log2_lrs` are base LRs in octaves.
 
     With `search=adaptive` runs are chosen round by round (mupsweep/search.py), and `log2_lrs` is where that begins.
+    `axes` are the values that other hyperparameters take, one at a time (mupsweep/axes.py).
     """
 
     name: str | None = None
@@ -163,12 +165,18 @@ class GridConfig:
     half_width: float = 0.25
     max_seeds: int = 3
     max_runs: int = 18
+    axes: Any = None  # a mapping, whose keys the variants decide on
+    max_flops: float | None = None
 
     def __post_init__(self) -> None:
         one_of(self.search, (GRID, ADAPTIVE), "sweep.search")
         require(0.01 <= self.half_width <= 4, "sweep.half_width", self.half_width, "octaves, 0.01 to 4")
         require(self.max_seeds > 0, "sweep.max_seeds", self.max_seeds, "positive")
         require(self.max_runs > 0, "sweep.max_runs", self.max_runs, "positive")
+        require(self.max_flops is None or self.max_flops > 0, "sweep.max_flops", self.max_flops, "positive or null")
+        require(self.axes is None or isinstance(self.axes, dict), "sweep.axes", self.axes, "{optimizer.lr_ratio:[1,2]}")
+        if self.max_flops is not None and self.search != ADAPTIVE:
+            raise ConfigError("sweep.max_flops limits a search, and a grid trains all of itself: sweep.search=adaptive")
         for key in ("width_ratios", "depth_ratios", "log2_lrs", "seeds"):
             values = getattr(self, key)
             require(len(values) > 0, f"sweep.{key}", list(values), "a list with at least one value")
@@ -199,18 +207,28 @@ class GridConfig:
 
 @dataclass(frozen=True)
 class Variant:
-    """One choice of everything that is held fixed along a loss-versus-LR curve and a ladder of sizes."""
+    """One choice of everything that is held fixed along a loss-versus-LR curve and a ladder of sizes.
+
+    Attributes:
+        change: the hyperparameter that is not the default's, of a variant that `sweep.axes` makes.
+    """
 
     model: dict[str, Any]
     optimizer: dict[str, Any]
     parametrization: dict[str, Any]
     data: DataConfig
     training: TrainingConfig
+    change: Change | None = None
 
     @property
-    def label(self) -> tuple[str, str, str]:
-        """(model, optimizer, parametrization): the names a sweep tells its variants apart by."""
+    def names(self) -> tuple[str, str, str]:
+        """(model, optimizer, parametrization)."""
         return self.model["name"], self.optimizer["name"], self.parametrization["name"]
+
+    @property
+    def label(self) -> Label:
+        """The names, and the change if there is one: what a sweep tells its variants apart by."""
+        return self.names if self.change is None else (*self.names, self.change.name)
 
 
 @dataclass(frozen=True)
@@ -237,14 +255,17 @@ def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> SweepC
     Raises:
         ConfigError: an unknown group, choice, key or value, in one line with the nearest valid names.
     """
-    choices, rest = _split(overrides, config_dir)
-    composed = [
-        _compose([*(f"{g}={c}" for g, c in zip(choices, combination, strict=True)), *rest], config_dir)
-        for combination in itertools.product(*choices.values())
+    groups, rest = split(overrides, config_dir)
+    trees = [
+        composed([*(f"{g}={c}" for g, c in zip(groups, combination, strict=True)), *rest], config_dir)
+        for combination in itertools.product(*groups.values())
     ]
-    variants = tuple({key: tree[key] for key in (*COMPARABLE, "data", "training")} for tree in composed)
-    shared = {key: composed[0][key] for key in ("sweep", "launcher", "tracker", "out", "allow_imports")}
-    return from_tree({**shared, "variants": variants, "overrides": tuple(overrides)})
+    variants = [{key: tree[key] for key in (*COMPARABLE, "data", "training")} for tree in trees]
+    shared = {key: trees[0][key] for key in ("sweep", "launcher", "tracker", "out", "allow_imports")}
+    made = from_tree({**shared, "variants": variants, "overrides": tuple(overrides)})
+    if made.sweep.axes is None:
+        return made
+    return from_tree({**to_tree(made), "variants": expand(variants, made.sweep.axes)})
 
 
 def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
@@ -259,6 +280,7 @@ def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
                 **{group: dict(v[group]) for group in COMPARABLE},
                 data=structured(DataConfig, v["data"], "data"),
                 training=structured(TrainingConfig, v["training"], "training"),
+                change=None if v.get("change") is None else Change(**v["change"]),
             )
             for v in tree["variants"]
         ),
@@ -279,129 +301,6 @@ def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
 def to_tree(config: SweepConfig) -> dict[str, Any]:
     """The inverse of `from_tree`: plain mappings and lists, ready for yaml or json."""
     return asdict(config)
-
-
-def choices(group: str, config_dir: str | None = None) -> list[str]:
-    """The names of a config group, the user's own folder included."""
-    roots = [Path(config_dir), config_root()] if config_dir else [config_root()]
-    return sorted({p.stem for root in roots for p in (root / group).glob("[!_]*.yaml")})
-
-
-def config_root() -> Path:
-    """The shipped `configs/` folder: inside an installed package, beside the package in a checkout."""
-    package = Path(__file__).parent
-    for root in (package / "configs", package.parent / "configs"):
-        if (root / "mupsweep.yaml").is_file():
-            return root
-    raise ConfigError(f"configs/mupsweep.yaml is in neither {package} nor {package.parent}: install mupsweep again")
-
-
-def _split(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, list[str]], list[str]]:
-    """Overrides -> ({comparable group: choices}, everything else), each checked as far as names go."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    groups = sorted(p.name for p in config_root().iterdir() if p.is_dir())
-    comparable: dict[str, list[str]] = {}
-    rest: list[str] = []
-    for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            hint = "write key=value; quote lists for the shell: 'sweep.seeds=[0,1]'"
-            raise ConfigError(f"cannot read the override {text!r}: {hint}") from error
-        key = override.key_or_group
-        if override.is_add() or override.is_force_add() or override.is_delete():
-            raise ConfigError(f"override {text!r}: every key exists already, so write it without the sign: {key}=VALUE")
-        if not key:
-            raise ConfigError(f"cannot read the override {text!r}: write key=value")
-        if key.startswith("hydra"):
-            raise ConfigError(f"override {text!r}: Hydra only composes here and has no keys; {nearest(key, groups)}")
-        if key in NESTED and not override.is_sweep_override() and isinstance(override.value(), str):
-            group, name = key.split(".")[0], str(override.value())
-            if name not in choices(group, config_dir):
-                raise ConfigError(f"no {group} named '{name}' for {key}; {nearest(name, choices(group, config_dir))}")
-            rest.append(f"{group}@{key}={name}")
-            continue
-        if key not in groups:
-            if override.is_sweep_override():
-                raise ConfigError(
-                    f"override {text!r}: only {', '.join(COMPARABLE)} take several choices; write a list as [a,b]"
-                )
-            rest.append(text)
-            continue
-        value = override.value()
-        names = [str(v) for v in value.list] if override.is_sweep_override() else [str(value)]  # type: ignore[union-attr]
-        if len(set(names)) < len(names):
-            raise ConfigError(f"override {text!r}: each choice once")
-        if len(names) > 1 and key not in COMPARABLE:
-            raise ConfigError(f"override {text!r}: only {', '.join(COMPARABLE)} take several choices")
-        for name in names:
-            if name not in choices(key, config_dir) and text != "experiment=null":
-                raise ConfigError(f"no {key} named '{name}'; {nearest(name, choices(key, config_dir))}")
-        if key in COMPARABLE:
-            comparable[key] = names
-        else:
-            rest.append(text)
-    return comparable, rest
-
-
-def _compose(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
-    """One Hydra composition as plain containers."""
-    import yaml
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
-    if config_dir and not Path(config_dir).is_dir():
-        raise ConfigError(
-            f"--config-dir {config_dir} is not a folder: it holds yaml groups such as optimizer/mine.yaml"
-        )
-
-    def composed(words: list[str]) -> dict[str, Any]:
-        try:
-            tree = OmegaConf.to_container(compose("mupsweep", [*search, *words]), resolve=True)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"a yaml file cannot be read: {' '.join(str(error).split())}") from error
-        assert isinstance(tree, dict)
-        return {str(k): v for k, v in tree.items()}
-
-    for mine in Path(config_dir).glob("*/*.yaml") if config_dir else ():
-        if (config_root() / mine.parent.name / mine.name).exists():
-            raise ConfigError(f"{mine}: mupsweep ships {mine.parent.name}={mine.stem} itself; give yours another name")
-
-    with initialize_config_dir(str(config_root().resolve()), version_base="1.3"):
-        try:
-            return composed(overrides)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            try:
-                known = list(_dotted(composed([o for o in overrides if _is_group(o)])))
-            except (HydraException, OmegaConfBaseException, ValueError):
-                known = []
-            for override in overrides:
-                key = override.split("=")[0]
-                if known and not _is_group(override) and key not in known:
-                    raise ConfigError(f"unknown key '{key}'; {nearest_key(key, known)}") from error
-            raise ConfigError(" ".join(str(error).split())) from error
-
-
-def nearest_key(key: str, known: Iterable[str]) -> str:
-    """The hint for a dotted key: its nearest spelling, and the keys of its own group only."""
-    siblings = [k for k in known if k.split(".")[0] == key.split(".")[0]]
-    return nearest(key, siblings or sorted({k.split(".")[0] for k in known}))
-
-
-def _is_group(override: str) -> bool:
-    return (config_root() / override.split("=")[0]).is_dir()
-
-
-def _dotted(tree: Any, prefix: str = "") -> Iterable[str]:
-    for key, value in tree.items():
-        yield prefix + str(key)
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
 
 
 def _sections(config: SweepConfig) -> Iterable[tuple[str, Mapping[str, Any]]]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mupsweep.axes import Change, Label
 from mupsweep.records import DIVERGED, DONE
 
 
@@ -52,6 +53,7 @@ class LossCurve:
 
     Attributes:
         horizon: tokens after which the losses were taken; None where runs have no branches and so but one horizon.
+        change: the hyperparameter that is not the default's, if any.
     """
 
     model: str
@@ -63,10 +65,15 @@ class LossCurve:
     depth_ratio: float
     points: tuple[Point, ...]
     horizon: int | None = None
+    change: Change | None = None
 
     @property
-    def label(self) -> tuple[str, str, str]:
+    def names(self) -> tuple[str, str, str]:
         return self.model, self.optimizer, self.parametrization
+
+    @property
+    def label(self) -> Label:
+        return self.names if self.change is None else (*self.names, self.change.name)
 
     @property
     def usable(self) -> tuple[Point, ...]:
@@ -93,7 +100,8 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> list[LossCurve]:
     for row in rows:
         if row["status"] in (DONE, DIVERGED):
             key = tuple(row[k] for k in ("model", "optimizer", "parametrization", "width", "depth"))
-            sizes[(*key, row["width_ratio"], row["depth_ratio"], row.get("horizon"))][row["log2_lr"]].append(row)
+            ratios = row["width_ratio"], row["depth_ratio"]
+            sizes[(*key, *ratios, row.get("horizon"), Change.of(row))][row["log2_lr"]].append(row)
     curves = []
     for key, by_lr in sizes.items():
         points = []
@@ -101,6 +109,6 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> list[LossCurve]:
             runs = sorted(members, key=lambda r: r["seed"])
             losses = {r["seed"]: r["val_loss"] for r in runs if r["status"] == DONE and r["val_loss"] is not None}
             points.append(Point(log2_lr, losses, len(runs) - len(losses)))
-        model, optimizer, parametrization, width, depth, r_n, r_L, horizon = key
-        curves.append(LossCurve(model, optimizer, parametrization, width, depth, r_n, r_L, tuple(points), horizon))
+        *place, horizon, change = key
+        curves.append(LossCurve(*place, tuple(points), horizon, change))  # type: ignore[call-arg]
     return sorted(curves, key=lambda c: (c.label, c.width_ratio * c.depth_ratio, c.width_ratio, c.horizon or 0))

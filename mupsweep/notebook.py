@@ -91,7 +91,9 @@ class Sweep:
     def runs(self) -> tuple[Run, ...]:
         """Every finished run, by rising size."""
         names = [field.name for field in fields(Run)]
-        lines: list[dict[str, Any]] = [{name: row.get(name) for name in names} for row in (*self.analysis.rows, *self.analysis.changed)]
+        lines: list[dict[str, Any]] = [
+            {name: row.get(name) for name in names} for row in (*self.analysis.rows, *self.analysis.changed)
+        ]
         return tuple(Run(**line) for line in lines)
 
     @property

@@ -86,7 +86,11 @@ class Optimum:
 
 def optima(curves: Sequence[LossCurve]) -> list[Optimum]:
     """The optimum of every curve. The curves of one ladder are given together: bend and noise are shared."""
-    sds, dof = point_sds(curves)
+    return located(curves, *point_sds(curves))
+
+
+def located(curves: Sequence[LossCurve], sds: Sequence[Mapping[float, float]], dof: float) -> list[Optimum]:
+    """The same with the noise of every point given, as `point_sds` gives it."""
     level = 1.0 if dof else _blind_noise(curves)
     windows = [window(curve, sd, level) for curve, sd in zip(curves, sds, strict=True)]
     drawn = iter(draw([w for w in windows if isinstance(w, Window)], dof))

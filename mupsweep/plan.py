@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mupsweep.axes import Label
 from mupsweep.config import GRID, GridConfig, SweepConfig, TrainingConfig, Variant, from_tree, to_tree
 from mupsweep.cost import Cost, estimate
-from mupsweep.data import epochs_remark, fingerprint
+from mupsweep.data import epochs_remark
 from mupsweep.data.tokenizers import vocab_size
 from mupsweep.errors import ConfigError, RecordError
+from mupsweep.identity import digest_of, refuse_namesakes
 from mupsweep.models import Architecture
 from mupsweep.optimizers import Optimizer
 from mupsweep.records import SweepDir
@@ -22,12 +24,10 @@ from mupsweep.scaling import WEIGHT_DECAY_RULES, Parametrization
 from mupsweep.sections import instantiate, refuse_foreign_code
 from mupsweep.sizes import Size
 
+if TYPE_CHECKING:
+    from mupsweep.search import Outlook
+
 VOCAB_MULTIPLE = 64  # the vocabulary is padded to this, as nanoGPT pads 50257 to 50304: aligned matrix products
-HUB_KEYS = ("hub_id", "hub_config", "revision", "data_files", "split", "validation_split", "held_out", "rows")
-UNIDENTIFYING = {
-    "data": ("path", "cache", "kind", *HUB_KEYS),  # the content of the corpus stands in the identity itself
-    "training": ("checkpoint_minutes", "micro_batch"),
-}  # no effect on the numbers; that of micro_batch is the rounding of sums taken in another order
 
 
 class Part(NamedTuple):
@@ -121,11 +121,13 @@ class RunSpec:
 
     def identity(self) -> dict[str, Any]:
         """The columns that tell runs apart in every table."""
-        model, optimizer, parametrization = self.recipe.variant.label
+        model, optimizer, parametrization = self.recipe.variant.names
+        change = self.recipe.variant.change
         return {
             "model": model,
             "parametrization": parametrization,
             "optimizer": optimizer,
+            **({} if change is None else asdict(change)),
             "width": self.size.width,
             "depth": self.size.depth,
             "width_ratio": self.size.width_ratio,
@@ -146,7 +148,7 @@ def recipe(variant: Variant) -> Recipe:
         model=instantiate(variant.model, "model"),
         optimizer=instantiate(variant.optimizer, "optimizer"),
         parametrization=instantiate(variant.parametrization, "parametrization"),
-        digest=_digest(variant),
+        digest=digest_of(variant),
     )
     warmup = made.training.warmup_steps(made.steps)
     if warmup >= made.steps:
@@ -193,34 +195,54 @@ def plan(config: SweepConfig, finished: Iterable[Mapping[str, Any]] = ()) -> lis
     """Every run of the grid, or those of a search's next round, the most expensive first. Writes nothing.
 
     Args:
-        finished: summaries of the runs from which a search goes on; it searches each variant on its own.
+        finished: summaries of the runs from which a search goes on, with the FLOPs that were planned for each.
     """
     for variant in config.variants:
         _check_shares(variant.training, config.launcher)
-    rows = list(finished)
-    return _longest_first(run for made in map(recipe, config.variants) for run in _chosen(made, config.sweep, rows))
+    recipes = [recipe(variant) for variant in config.variants]
+    if config.sweep.search != GRID:
+        return _longest_first(_next(recipes, config.sweep, list(finished)))
+    grid = config.sweep
+    return _longest_first(run for made in recipes for run in _grid(made, grid.ratios, grid.log2_lrs, grid.seeds))
 
 
-def _chosen(made: Recipe, grid: GridConfig, finished: Iterable[Mapping[str, Any]]) -> Iterable[RunSpec]:
-    """The runs of one variant that are to be planned."""
-    if grid.search == GRID:
-        return _grid(made, grid.ratios, grid.log2_lrs, grid.seeds)
-    from mupsweep.search import propose  # which needs scipy
+def _next(recipes: Sequence[Recipe], grid: GridConfig, finished: Sequence[Mapping[str, Any]]) -> list[RunSpec]:
+    """The next round of a search: size by size, as far as its budget goes, which the defaults draw on first."""
+    from mupsweep.rounds import survey  # which needs scipy
 
-    label = dict(zip(("model", "optimizer", "parametrization"), made.variant.label, strict=True))
-    mine = [row for row in finished if label.items() <= row.items()]
-    return [
-        run for r_n, r_L, log2_lr, seed in propose(mine, grid) for run in _grid(made, [(r_n, r_L)], [log2_lr], [seed])
+    left = math.inf if grid.max_flops is None else grid.max_flops - sum(row["flops"] for row in finished)
+    chosen: list[RunSpec] = []
+    for patient in (True, False) if grid.max_flops is not None else (False,):
+        looks = survey([made.variant for made in recipes], finished, grid, patient)
+        for runs in _wanted(recipes, looks):
+            cost = sum(run.cost.flops for run in runs)
+            if cost <= left:
+                chosen += runs
+                left -= cost
+        if chosen:
+            break
+    return chosen
+
+
+def _wanted(recipes: Iterable[Recipe], looks: Mapping[Label, Sequence[Outlook]]) -> list[list[RunSpec]]:
+    """The runs that a search wants of each size, the defaults first, then by cost."""
+    sizes = [
+        [run for r_n, r_L, log2_lr, seed in one.wanted for run in _grid(made, [(r_n, r_L)], [log2_lr], [seed])]
+        for made in recipes
+        for one in looks[made.variant.label]
+        if one.wanted
     ]
+    return sorted(sizes, key=lambda runs: (runs[0].recipe.variant.change is not None, runs[0].cost.flops))
 
 
 def sweep_name(config: SweepConfig) -> str:
     """`sweep.name`, or one made from the choices, the same for the same choices whatever the grid."""
     if config.sweep.name is not None:
         return config.sweep.name
-    columns = zip(*(variant.label for variant in config.variants), strict=True)
+    defaults = [variant for variant in config.variants if variant.change is None]
+    columns = zip(*(variant.names for variant in defaults), strict=True)
     readable = "-".join("+".join(dict.fromkeys(names)) for names in columns)
-    digest = hashlib.sha256("".join(_digest(v) for v in config.variants).encode()).hexdigest()
+    digest = hashlib.sha256("".join(digest_of(v) for v in defaults).encode()).hexdigest()
     return f"{readable}-{digest[:6]}"
 
 
@@ -238,7 +260,7 @@ def save(config: SweepConfig, header: str, sweep: SweepDir | None = None) -> tup
     with sweep.lock():
         old = _planned_before(sweep)
         variants = {run.recipe.digest: run.recipe.variant for run in [*old, *new]}
-        _refuse_namesakes(variants.values(), sweep)
+        refuse_namesakes(variants.values(), sweep)
         for variant in variants.values():
             refuse_foreign_code(asdict(variant), str(sweep.path), config.allow_imports)
         if old and config.sweep.search != GRID:
@@ -258,7 +280,7 @@ def next_round(config: SweepConfig, sweep: SweepDir) -> list[RunSpec]:
         folder = sweep.run(row["run_id"])
         summary = None if folder.is_open() else folder.summary()
         ended = ended and summary is not None
-        finished.append(summary or {})
+        finished.append({**(summary or {}), "flops": row["flops"]})
     return plan(config, finished) if ended else []
 
 
@@ -330,45 +352,3 @@ def _grid(
 def _sized(made: Recipe, r_n: float, r_L: float) -> tuple[Size, Cost]:  # noqa: N803
     size = made.size(r_n, r_L)
     return size, made.cost(size)
-
-
-def _digest(variant: Variant) -> str:
-    """Identifies a variant by everything that decides what its runs compute, the content of the corpus included."""
-    tree = _identifying(variant)
-    tree["data"]["content"] = fingerprint(variant.data)
-    canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def _identifying(variant: Variant) -> dict[str, Any]:
-    """A variant's keys without those that have no effect on its numbers."""
-    tree = asdict(variant)
-    for section, keys in UNIDENTIFYING.items():
-        for key in keys:
-            del tree[section][key]
-    if not tree["training"]["branches"]:
-        del tree["training"]["branches"]  # the run itself is the same with and without the key
-    return tree
-
-
-def _refuse_namesakes(variants: Iterable[Variant], sweep: SweepDir) -> None:
-    """Two variants of one label would be drawn as one curve."""
-    seen: dict[tuple[str, str, str], Variant] = {}
-    for variant in variants:
-        other = seen.setdefault(variant.label, variant)
-        if other is variant:
-            continue
-        mine, theirs = _flat(_identifying(variant)), _flat(_identifying(other))
-        different = [k for k in mine | theirs if mine.get(k) != theirs.get(k)]
-        shown = ", ".join(f"{k}={mine.get(k)} (there: {theirs.get(k)})" for k in different[:3]) or "another corpus"
-        raise ConfigError(
-            f"sweep {sweep.path} already holds {'/'.join(variant.label)} with other settings: {shown}; "
-            "choose another sweep.name, or give this choice a name of its own such as optimizer.name=adamw-2"
-        )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mupsweep.axes import label_of
 from mupsweep.optimum import TAILS, Optimum
 from mupsweep.transfer import Analysis, Estimate, Group
 from mupsweep.valleys import Array
@@ -97,15 +98,21 @@ def quality(group: Group) -> Quality:
 
 def comparisons(analysis: Analysis) -> list[Comparison]:
     """Every optimizer against AdamW and every parametrization against SP, or against the first there is."""
-    flops = {
-        tuple(row.get(k) for k in ("model", "optimizer", "parametrization", "width", "depth", "horizon")): row["flops"]
-        for row in analysis.rows
+    flops = flops_of(analysis)
+    return [compare(a, b, flops) for a, b in pairs(analysis.groups) if _shared(a, b)]
+
+
+def flops_of(analysis: Analysis) -> dict[tuple[Any, ...], float]:
+    """The cost of a run by variant, width, depth and horizon, where it is known."""
+    return {
+        (*label_of(row), row["width"], row["depth"], row.get("horizon")): row["flops"]
+        for row in (*analysis.rows, *analysis.changed)
         if row.get("flops")
     }
-    return [_compare(a, b, flops) for a, b in _pairs(analysis.groups) if _shared(a, b)]
 
 
-def _pairs(groups: Sequence[Group]) -> Iterable[tuple[Group, Group]]:
+def pairs(groups: Sequence[Group]) -> Iterable[tuple[Group, Group]]:
+    """Ladders that differ in their optimizer or their parametrization alone: (one, the reference)."""
     for position, reference in ((1, REFERENCE), (2, STANDARD)):
         alike: dict[tuple[str, ...], list[Group]] = defaultdict(list)
         for group in groups:
@@ -122,7 +129,8 @@ def _shared(a: Group, b: Group) -> list[tuple[Optimum, Optimum]]:
     return [(o, mine[key]) for o in _known(a) if (key := (o.curve.width, o.curve.depth, o.curve.horizon)) in mine]
 
 
-def _compare(a: Group, b: Group, flops: Mapping[tuple[Any, ...], float]) -> Comparison:
+def compare(a: Group, b: Group, flops: Mapping[tuple[Any, ...], float]) -> Comparison:
+    """What `a` is worth against `b`, which share a size of known optima; FLOPs by variant, width, depth and horizon."""
     ours, theirs = _shared(a, b)[-1]
     random = np.random.default_rng(1)  # the draws of two ladders have nothing to do with one another
     shuffled = random.permutation(len(_drawn(ours)[0]))
@@ -149,7 +157,7 @@ def _speed_up(
     """
     curves = [o.curve for o in (ours, *theirs)]
     compute = [flops.get((*c.label, c.width, c.depth, c.horizon)) for c in curves]
-    if len(theirs) < 2 or any(c is None for c in compute):
+    if len(set(compute[1:])) < 2 or None in compute:
         return _NONE
     own, *x = (math.log2(c) for c in compute if c is not None)
     losses = np.array([_drawn(o)[1][shuffled] for o in theirs])

@@ -7,16 +7,20 @@ import io
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from mupsweep.curves import LossCurve
+from mupsweep.axes import NAMES, label_of
+from mupsweep.curves import LossCurve, collect
 from mupsweep.errors import DataError
 from mupsweep.files import make_folder, write_json, write_text
 from mupsweep.optimum import CONFIDENCE
-from mupsweep.quality import comparisons, quality
+from mupsweep.quality import Comparison, comparisons, quality
 from mupsweep.records import DIVERGED, DONE, FINISHED, SweepDir
 from mupsweep.transfer import TOLERANCE_NATS, TOLERANCE_OCTAVES, Analysis, Estimate, Group
+from mupsweep.tuning import closings, remarks, tunings
 
+CHANGE_COLUMNS = ["hyperparameter", "value", "default"]  # of a variant that is not the default's
 RUN_COLUMNS = [
     "run_id",
     "model",
@@ -40,6 +44,7 @@ RUN_COLUMNS = [
     "device",
     "flops",
     "horizon",
+    *CHANGE_COLUMNS,
 ]
 
 
@@ -47,20 +52,23 @@ def read_runs(sweeps: Sequence[SweepDir]) -> list[dict[str, Any]]:
     """The finished runs of some sweeps, by rising size; two variants of one name are told apart by their sweep."""
     rows, variants = [], {}
     for sweep in sweeps:
-        for planned in sweep.read_plan():
+        plan = sweep.read_plan()
+        namesakes = {
+            label[:3] for row in plan if variants.setdefault(label := label_of(row), row["variant"]) != row["variant"]
+        }
+        for planned in plan:
             folder = sweep.run(planned["run_id"])
             if folder.status()["status"] not in FINISHED:
                 continue
             summary = folder.summary()
             if summary is None:
                 continue
-            label = (summary["model"], summary["optimizer"], summary["parametrization"])
-            if variants.setdefault(label, planned["variant"]) != planned["variant"]:
+            if label_of(summary)[:3] in namesakes:
                 summary |= {"model": f"{summary['model']} ({sweep.name})"}
             rows += _horizons(summary, planned)
-    keys = ("model", "optimizer", "parametrization", "width", "depth", "log2_lr", "seed")
+    keys = ("width", "depth", "log2_lr", "seed")
     unique = {(row["model"], row["run_id"]): row for row in rows}
-    return sorted(unique.values(), key=lambda row: tuple(row[k] for k in keys))
+    return sorted(unique.values(), key=lambda row: (label_of(row), *(row[k] for k in keys)))
 
 
 def _horizons(row: dict[str, Any], planned: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -99,7 +107,7 @@ def read_table(path: str) -> list[dict[str, Any]]:
         row = _foreign_run(
             line, lambda column, what, at=number: DataError(f"--from {path}, line {at}: {column}={what}")
         )
-        key = tuple(row[k] for k in ("model", "optimizer", "parametrization", "width", "depth", "log2_lr"))
+        key = (label_of(row), *(row[k] for k in ("width", "depth", "log2_lr")))
         rows.append({"seed": repeated[key], **row})
         repeated[key] += 1
     least = {key: min(row[key] for row in rows) for key in ("width", "depth")}
@@ -125,6 +133,9 @@ def _foreign_run(line: Mapping[str, str | None], refuse: Callable[[str, str], Da
     row |= {"seed": int(number("seed"))} if line.get("seed") else {}
     row |= {"flops": number("flops")} if line.get("flops") else {}
     row |= {"horizon": int(number("horizon"))} if line.get("horizon") else {}
+    if line.get("hyperparameter"):
+        row |= {"hyperparameter": line["hyperparameter"], "value": number("value")}
+        row |= {"default": number("default")} if line.get("default") else {}
     if line.get("log2_lr"):
         row["log2_lr"] = number("log2_lr")
     elif (lr := number("lr")) > 0:
@@ -141,8 +152,8 @@ def _foreign_run(line: Mapping[str, str | None], refuse: Callable[[str, str], Da
 def write_results(sweep: SweepDir, analysis: Analysis) -> None:
     """results/runs.csv, curves.csv and transfer.json."""
     make_folder(sweep.results)
-    write_text(sweep.results / "runs.csv", _csv(RUN_COLUMNS, analysis.rows))
-    write_text(sweep.results / "curves.csv", _csv(*curve_table(analysis.curves)))
+    write_text(sweep.results / "runs.csv", _csv(RUN_COLUMNS, [*analysis.rows, *analysis.changed]))
+    write_text(sweep.results / "curves.csv", _csv(*curve_table([*analysis.curves, *collect(analysis.changed)])))
     write_json(sweep.results / "transfer.json", to_json(analysis))
 
 
@@ -182,22 +193,70 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
             }
             for g in analysis.groups
         ],
-        "comparisons": [
-            {
-                "of": list(c.of),
-                "over": list(c.over),
-                "axis": c.axis,
-                "width": c.width,
-                "depth": c.depth,
-                "lower": _interval("nats", c.lower),
-                "speed_up": _interval("factor", c.speed_up),
-                "asymptotic_penalty": _interval("nats", c.asymptotic_penalty),
-            }
-            for c in comparisons(analysis)
-        ],
+        "comparisons": [_comparison(c) for c in comparisons(analysis)],
+        **_tuning(analysis),
         "remarks": list(analysis.remarks),
         "confidence": CONFIDENCE,
         "tolerance": {"octaves": TOLERANCE_OCTAVES, "nats": TOLERANCE_NATS},
+    }
+
+
+def _comparison(c: Comparison) -> dict[str, Any]:
+    return {
+        "of": list(c.of),
+        "over": list(c.over),
+        "axis": c.axis,
+        "width": c.width,
+        "depth": c.depth,
+        "lower": _interval("nats", c.lower),
+        "speed_up": _interval("factor", c.speed_up),
+        "asymptotic_penalty": _interval("nats", c.asymptotic_penalty),
+    }
+
+
+def _tuning(analysis: Analysis) -> dict[str, Any]:
+    """The other hyperparameters of a sweep, and what tuning each does to the gaps to SP; empty without any."""
+    tuned = tunings(analysis)
+    if not tuned:
+        return {}
+    closed = closings(analysis, tuned)
+    return {
+        "tuning": [
+            {
+                **dict(zip(NAMES, one.names, strict=True)),
+                "hyperparameter": one.hyperparameter,
+                "default": one.default,
+                "axis": one.axis,
+                "sizes": [
+                    {
+                        "width": at.width,
+                        "depth": at.depth,
+                        "horizon": at.horizon,
+                        "values": [{"value": v, **_interval("loss", loss)} for v, loss in at.losses.items()],
+                        "best": at.best,
+                        "log2_lr_optimum": at.optimum.log2_lr,
+                        "gain": _interval("nats", at.gain),
+                        "regret": _interval("nats", at.regret),
+                        "minimum": _interval("value", at.minimum),
+                    }
+                    for at in one.sizes
+                ],
+                "total_drift": _interval("octaves", one.moves),
+                "verdict": one.verdict,
+                "reasons": list(one.reasons),
+            }
+            for one in tuned
+        ],
+        "closings": [
+            {
+                "hyperparameter": one.hyperparameter,
+                "share": one.share,
+                "before": [_comparison(c) for c in one.before],
+                "after": [_comparison(c) for c in one.after],
+            }
+            for one in closed
+        ],
+        "tuning_remarks": remarks(closed),
     }
 
 
@@ -232,11 +291,12 @@ def curve_table(curves: Sequence[LossCurve]) -> tuple[list[str], list[dict[str, 
             "loss_sem": p.sem,
             "censored": p.censored,
             "horizon": curve.horizon,
+            **({} if curve.change is None else asdict(curve.change)),
         }
         for curve in curves
         for p in curve.points
     ]
-    return [*keys, "log2_lr", "n_seeds", "loss_mean", "loss_sem", "censored", "horizon"], rows
+    return [*keys, "log2_lr", "n_seeds", "loss_mean", "loss_sem", "censored", "horizon", *CHANGE_COLUMNS], rows
 
 
 def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
+from mupsweep.axes import Change, Label
 from mupsweep.curves import LossCurve, collect
 from mupsweep.errors import ConfigError, nearest
 from mupsweep.optimum import TAILS, Optimum, optima
@@ -87,28 +88,32 @@ class Analysis:
     """Everything that is said about some runs.
 
     Attributes:
-        rows: the runs, as in results/runs.csv.
+        rows: the runs of the defaults, as in results/runs.csv.
         groups: one verdict each.
         remarks: what a reader should know beyond the verdicts, such as SP ending lower at the largest size.
+        changed: the runs in which a hyperparameter is not the default's: see mupsweep/tuning.py.
     """
 
     rows: tuple[Mapping[str, Any], ...]
     curves: tuple[LossCurve, ...]
     groups: tuple[Group, ...]
     remarks: tuple[str, ...]
+    changed: tuple[Mapping[str, Any], ...] = ()
 
 
 def analyse(rows: Iterable[Mapping[str, Any]]) -> Analysis:
     """Curves, optima, drift, regret and verdict of every ladder in the rows; half-finished sweeps are welcome."""
-    rows = tuple(rows)
+    everything = tuple(rows)
+    rows = tuple(row for row in everything if Change.of(row) is None)
+    changed = tuple(row for row in everything if Change.of(row) is not None)
     curves = collect(rows)
-    by_label: dict[tuple[str, str, str], list[LossCurve]] = defaultdict(list)
+    by_label: dict[Label, list[LossCurve]] = defaultdict(list)
     for curve in curves:
         by_label[curve.label].append(curve)
     groups = tuple(
         group(axis, ladder) for mine in by_label.values() for axis, ladder in ladders(mine) if len(ladder) > 0
     )
-    return Analysis(rows, tuple(curves), groups, (*_remarks(groups), *_mixtures(rows)))
+    return Analysis(rows, tuple(curves), groups, (*_remarks(groups), *_mixtures(rows)), changed)
 
 
 def ladders(curves: Sequence[LossCurve]) -> Iterable[tuple[str, list[LossCurve]]]:
@@ -131,15 +136,19 @@ def ladders(curves: Sequence[LossCurve]) -> Iterable[tuple[str, list[LossCurve]]
 
 def group(axis: str, ladder: Sequence[LossCurve]) -> Group:
     """What one ladder says."""
-    found = optima(ladder)
-    label = ladder[0].label
+    return judge(axis, optima(ladder))
+
+
+def judge(axis: str, found: Sequence[Optimum], of: str = "LR") -> Group:
+    """What the optima of one ladder say, those of the LR or of another hyperparameter."""
+    label = found[0].curve.names
     unjudged = Group(*label, axis, tuple(found), _NONE, _NONE, _NONE, (), INCONCLUSIVE, ())
     position = [math.log2(unjudged.ratio(o.curve)) for o in found]
     base = next((o for o, x in zip(found, position, strict=True) if x == 0), found[0])
     drift = _slope(position, found)
     total = _difference(base, found[-1])
     regrets = tuple(_regret(base, o) for o in found)
-    verdict, reasons = _judge(axis, found, base, drift, total, regrets)
+    verdict, reasons = _judge(axis, found, base, drift, total, regrets, of)
     return Group(*label, axis, tuple(found), drift, total, regrets[-1], regrets, verdict, tuple(reasons))
 
 
@@ -203,6 +212,7 @@ def _judge(
     drift: Estimate,
     total: Estimate,
     regrets: Sequence[Estimate],
+    of: str,
 ) -> tuple[str, list[str]]:
     """The verdict and why.
 
@@ -224,7 +234,7 @@ def _judge(
     worst = max((r.high for r in regrets if r.high is not None), default=math.inf)
     if all(r.high is not None for r in regrets) and worst <= TOLERANCE_NATS:
         return TRANSFERS, [
-            f"using the base's LR costs at most {worst:.4f} nats at every size, under {TOLERANCE_NATS:g}",
+            f"using the base's {of} costs at most {worst:.4f} nats at every size, under {TOLERANCE_NATS:g}",
             width,
             *reasons,
         ]
@@ -241,7 +251,7 @@ def _judge(
         return INCONCLUSIVE, reasons or ["the optimum of the base or of the largest size is unknown"]
     return INCONCLUSIVE, [
         f"{width}: the interval is neither within +-{tolerance:g} nor clearly outside; "
-        "add seeds, or LRs around the optimum",
+        f"add seeds, or {of}s around the optimum",
         *reasons,
     ]
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mupsweep import plan, recipe
+from mupsweep.axes import label_of
 from mupsweep.curves import collect
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.optimum import TAILS, Optimum
@@ -78,16 +79,17 @@ def trials(
     rows = read_runs([sweep])
     found = []
     for made in {run.recipe.digest: run.recipe for run in runs}.values():
-        if optimizer not in (None, made.variant.label[1]) or parametrization not in (None, made.variant.label[2]):
+        names = made.variant.names
+        if made.variant.change or optimizer not in (None, names[1]) or parametrization not in (None, names[2]):
             continue
         width, depth = target.get("width", made.model.width), target.get("depth", made.model.depth)
         size = made.size(width / made.model.width, depth / made.model.depth)
         _check(target, made, size)
-        smaller = [row for row in rows if _label(row) == made.variant.label and _ratio(row) < _ratio(vars(size)) - 1e-9]
+        smaller = [row for row in rows if label_of(row) == names and _ratio(row) < _ratio(vars(size)) - 1e-9]
         groups = analyse(smaller).groups
         if not groups:
             raise RecordError(
-                f"{sweep.path} has no finished runs of {'/'.join(made.variant.label)} below width {width}, depth "
+                f"{sweep.path} has no finished runs of {'/'.join(names)} below width {width}, depth "
                 f"{depth}, so there is no LR to validate: mupsweep run first"
             )
         one = recipe.leading(groups, made, width, depth)
@@ -137,7 +139,7 @@ def _unbounded(best: Estimate, losses: Mapping[float, float], step: float) -> li
 
 def judge(analysis: Analysis, trial: Trial) -> Validation:
     """The best LR at the target and the regret of the transferred one, from all runs so far."""
-    label = trial.made.variant.label
+    label = trial.made.variant.names
     groups = [group for group in analysis.groups if group.label == label and _optimum(group, trial.size) is not None]
     if not groups:
         reason = f"no run of width {trial.size.width}, depth {trial.size.depth} is finished yet"
@@ -201,16 +203,12 @@ def _step(runs: Sequence[RunSpec]) -> float:
 def _of(trial: Trial, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The rows of a trial's variant and size."""
     size = (trial.size.width, trial.size.depth)
-    return [row for row in rows if _label(row) == trial.made.variant.label and (row["width"], row["depth"]) == size]
+    return [row for row in rows if label_of(row) == trial.made.variant.names and (row["width"], row["depth"]) == size]
 
 
 def _optimum(group: Group, size: Size) -> Optimum | None:
     shape = size.width, size.depth
     return next((o for o in group.optima if (o.curve.width, o.curve.depth) == shape), None)
-
-
-def _label(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return row["model"], row["optimizer"], row["parametrization"]
 
 
 def _ratio(row: Mapping[str, Any]) -> float:

@@ -3,49 +3,134 @@
 A block is a comment that holds a command, followed by a fenced text block with what the command prints:
 
     <!-- $ mupsweep --help -->
+
+Commands run in a shell, in an empty folder. Those that name sweeps/demo find it finished, with the losses that
+`make demo` measured (configs/experiment/demo.csv). Numbers that are fitted to them may differ in their last digits from
+one machine to the next, so --check allows such blocks TOLERANCE; how long something takes is compared nowhere.
 """
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import math
 import os
 import re
-import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from mupsweep import plan
+from mupsweep.config import load
+from mupsweep.records import DONE, SweepDir
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "mupsweep").rglob("*.md")), *sorted((ROOT / "configs").rglob("*.md"))]
-BLOCK = re.compile(r"<!-- \$ (?P<command>.+?) -->\n```text\n.*?```", re.DOTALL)
+BLOCK = re.compile(r"<!-- \$ (?P<command>.+?) -->\n```text\n(?P<output>.*?)```", re.DOTALL)
+DEMO = ["experiment=demo", "parametrization=sp,mup"]
+LOSSES = ROOT / "configs" / "experiment" / "demo.csv"
+FIGURE = LOSSES.with_suffix(".svg")  # made from the losses too
+TOLERANCE = 0.03  # absolute, or relative where that is more
+NUMBER = re.compile(r"[+-]?\d+\.\d+(?:e[+-]\d+)?")  # with a fraction: counts and sizes are exact
+TIMED = "worker(s) at"  # in a line that depends on the machine
 
 
-def generated(text: str) -> str:
+def generated(text: str, folder: Path) -> str:
     """A document with every block replaced by what its command prints now."""
-    return BLOCK.sub(lambda match: f"<!-- $ {match['command']} -->\n```text\n{output(match['command'])}```", text)
-
-
-def output(command: str) -> str:
-    """What a mupsweep command prints in a terminal of 100 columns."""
-    words = shlex.split(command)
-    assert words[0] == "mupsweep", command
-    done = subprocess.run(
-        [sys.executable, "-m", "mupsweep", *words[1:]],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "COLUMNS": "100", "TERM": "dumb"},
+    return BLOCK.sub(
+        lambda match: f"<!-- $ {match['command']} -->\n```text\n{output(match['command'], folder)}```", text
     )
+
+
+def outdated(text: str, folder: Path) -> Iterator[str]:
+    """The commands of a document whose blocks do not say what they print now."""
+    for match in BLOCK.finditer(text):
+        if not same(match["output"], output(match["command"], folder), fitted="sweeps/demo" in match["command"]):
+            yield match["command"]
+
+
+def output(command: str, folder: Path) -> str:
+    """What a command prints in a terminal of 100 columns; `folder` is that of `prepared`."""
+    where = folder / ("finished" if "sweeps/demo" in command else "empty")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "COLUMNS": "100", "TERM": "dumb"}
+    done = subprocess.run(command, shell=True, cwd=where, capture_output=True, text=True, env=env)
+    if done.returncode:
+        sys.exit(f"$ {command}\n{done.stderr}")
     return "\n".join(line.rstrip() for line in done.stdout.strip("\n").splitlines()) + "\n"
 
 
+def same(old: str, new: str, fitted: bool) -> bool:
+    """Whether two outputs say the same, up to fitted numbers and times."""
+    old, new = ("\n".join(line for line in text.splitlines() if TIMED not in line) for text in (old, new))
+    if not fitted:
+        return old == new
+    numbers = [[float(number) for number in NUMBER.findall(text)] for text in (old, new)]
+    words = [" ".join(NUMBER.sub("#", text).split()) for text in (old, new)]  # columns are as wide as their numbers
+    return words[0] == words[1] and all(
+        math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE) for a, b in zip(*numbers, strict=True)
+    )
+
+
+def demo(*overrides: str) -> SweepDir:
+    """The sweep of `make demo` in ./sweeps, finished, with the recorded losses instead of training."""
+    sweep, runs = plan.save(load([*DEMO, *overrides]), f"mupsweep run {' '.join(DEMO)}")
+    with LOSSES.open(newline="") as file:
+        losses = {
+            (row["parametrization"], int(row["width"]), float(row["log2_lr"]), int(row["seed"])): row
+            for row in csv.DictReader(file)
+        }
+    for run in runs:
+        row = run.row()
+        lost = losses[row["parametrization"], row["width"], row["log2_lr"], row["seed"]]
+        folder = sweep.run(run.run_id)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        kept = ("run_id", "model", "parametrization", "optimizer", "width", "depth", "width_ratio", "depth_ratio")
+        folder.write_summary(
+            {
+                **{key: row[key] for key in (*kept, "log2_lr", "seed", "tokens")},
+                "status": DONE,
+                "steps": run.recipe.steps,
+                "train_loss": float(lost["train_loss"]),
+                "val_loss": float(lost["val_loss"]),
+                "val_bits_per_byte": float(lost["val_loss"]) / math.log(2),
+                **dict.fromkeys(("diverged_at_step", "seconds", "tokens_per_second")),
+                "device": "cpu",
+                "precision": "fp32",
+            }
+        )
+        folder.write_status(DONE, durable=False)
+    return sweep
+
+
+@contextlib.contextmanager
+def prepared() -> Iterator[Path]:
+    """A folder with the folders that commands run in."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for inner in ("empty", "finished"):
+            (folder / inner).mkdir()
+        with contextlib.chdir(folder / "finished"):
+            demo()
+        yield folder
+
+
 def main() -> None:
-    for document in DOCUMENTS:
-        old = document.read_text()
-        new = generated(old)
+    with prepared() as folder:
+        for document in DOCUMENTS:
+            text = document.read_text()
+            if "--check" not in sys.argv:
+                document.write_text(generated(text, folder))
+            elif stale := list(outdated(text, folder)):
+                sys.exit(
+                    f"{document.relative_to(ROOT)}, {stale[0]}: out of date; run `make docs` and commit what it changes"
+                )
         if "--check" not in sys.argv:
-            document.write_text(new)
-        elif old != new:
-            sys.exit(f"{document.relative_to(ROOT)} is out of date: run `make docs` and commit what it changes")
+            output("mupsweep report sweeps/demo", folder)
+            shutil.copy(folder / "finished/sweeps/demo/results/figures/curves.svg", FIGURE)
 
 
 if __name__ == "__main__":

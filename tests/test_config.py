@@ -11,7 +11,8 @@ import chosen
 import pytest
 import yaml
 
-from mupsweep import config, plan
+from mupsweep import plan
+from mupsweep.composition import nearest_key
 from mupsweep.config import COMPARABLE, choices, config_root, from_tree, load, to_tree
 from mupsweep.errors import ConfigError
 
@@ -197,5 +198,5 @@ def test_the_hint_for_an_unknown_name_puts_the_nearest_first() -> None:
     with pytest.raises(ConfigError, match=r"^unknown key 'training\.stpes'; did you mean 'training\.steps'\? valid: "):
         load(["training.stpes=3"])
     assert (
-        config.nearest_key("mdel.width", ["model", "model.width", "out"]) == "did you mean 'model'? valid: model, out"
+        nearest_key("mdel.width", ["model", "model.width", "out"]) == "did you mean 'model'? valid: model, out"
     )

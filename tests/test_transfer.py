@@ -157,7 +157,7 @@ def test_results_have_the_documented_keys(tmp_path: Path) -> None:
     header = (sweep.results / "curves.csv").read_text().splitlines()[0]
     assert header == (
         "model,parametrization,optimizer,width,depth,width_ratio,depth_ratio,log2_lr,n_seeds,loss_mean,loss_sem,censored"
-        ",horizon"
+        ",horizon,hyperparameter,value,default"
     )
     assert (sweep.results / "runs.csv").read_text().startswith("run_id,model,parametrization,optimizer,width,depth,")
 

@@ -46,9 +46,9 @@ def check(chosen: SweepConfig) -> Iterator[Coordinates]:
     given = any(word.startswith("sweep.log2_lrs=") for word in chosen.overrides)
     lrs = sorted(chosen.sweep.log2_lrs)
     found: dict[tuple[str, str], float] = {}
-    for variant in chosen.variants:
+    for variant in [variant for variant in chosen.variants if variant.change is None]:
         # the LR is that of the base shape, where all parametrizations are one
-        label = variant.label[:2]
+        label = variant.names[:2]
         if label not in found:
             found[label] = lrs[len(lrs) // 2] if given else suitable_log2_lr(variant)
         yield coordinates_of(variant, chosen.sweep, found[label])
@@ -82,7 +82,7 @@ def coordinates_of(variant: Variant, grid: GridConfig, log2_lr: float) -> Coordi
     parametrization = made[0].recipe.parametrization
     roles = {family(t.name): t.role for t in made[0].recipe.model.tensors(made[0].size)}
     promised = {axis: promises(parametrization, axis) for axis in ladders}
-    return fit(variant.label, log2_lr, points, roles, promised)
+    return fit(variant.names, log2_lr, points, roles, promised)
 
 
 def runs_of(variant: Variant, grid: GridConfig) -> list[RunSpec]:

@@ -189,7 +189,7 @@ def _most_telling(board: Board, rows: int) -> list[Row]:
 
 
 def _row_names(labels: Sequence[Label], rows: Sequence[Row]) -> list[str]:
-    sizes = size_names([(width, depth) for _, width, depth in rows])
+    sizes = size_names([(width, depth, None) for _, width, depth in rows])
     if len(labels) == 1:
         return sizes
     return [f"{variant_name(row[0], labels)} {size}" for row, size in zip(rows, sizes, strict=True)]

@@ -73,12 +73,12 @@ class Charts:
         return variant_name(group.label, self.labels)
 
     def name(self, curve: LossCurve) -> str:
-        """A size: width 64, depth 8 or 64x8."""
+        """A size: width 64, depth 8, 64x8 or 400k tokens."""
         return self.names[size_of(curve)]
 
     def number(self, curve: LossCurve) -> str:
-        """A size where it is known what is meant: 64, 8 or 64x8."""
-        return self.name(curve).rpartition(" ")[2]
+        """A size where it is known what is meant: 64, 8, 64x8 or 400k."""
+        return self.name(curve).removeprefix("width ").removeprefix("depth ").removesuffix(" tokens")
 
     def shade(self, size: Size) -> str:
         """Where a size lies between the colours of the smallest and the largest."""
@@ -255,7 +255,7 @@ class Charts:
 
 def size_id(size: Size) -> str:
     """What marks all that is drawn of a size, for the buttons."""
-    return f"{size[0]}x{size[1]}"
+    return "x".join(str(number) for number in size if number is not None)
 
 
 def _facts(point: Point) -> Iterable[str]:

@@ -11,16 +11,17 @@ from typing import Any
 from rich.text import Text
 
 from mupsweep.axes import Label
+from mupsweep.cost import si
 from mupsweep.curves import LossCurve
 from mupsweep.optimum import Optimum, optima
-from mupsweep.transfer import Estimate, Group
+from mupsweep.transfer import DOUBLED, HORIZON, Estimate, Group
 
 # of the user's own theme: readable on any background
 COLORS = ("cyan", "blue", "magenta", "red", "yellow", "green")
 NAMES = {"sp": "SP", "mup": "μP", "depth_mup": "depth-μP"}
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # bits of a braille cell by (column, row)
 Cell = tuple[str, str]  # character, style
-Size = tuple[int, int]  # width, depth
+Size = tuple[int, int, int | None]  # width, depth, and the tokens of training where runs have several horizons
 
 
 def variant_name(label: Label, among: Sequence[Label]) -> str:
@@ -41,7 +42,7 @@ def in_order(groups: Iterable[Group]) -> list[Group]:
 
 def drift_words(group: Group) -> str:
     """How far the optimum of a ladder moves, as far as it is known."""
-    doubling = "size" if group.axis == "joint" else group.axis
+    doubling = DOUBLED.get(group.axis, group.axis)
     if group.drift.value is not None:
         return f"{group.drift} octaves per doubling of {doubling}"
     if group.total_drift != group.drift:  # a bound only
@@ -51,7 +52,7 @@ def drift_words(group: Group) -> str:
 
 def axis_name(axis: str) -> str:
     """An axis of sizes, as charts write it below themselves."""
-    return {"joint": "width x depth"}.get(axis, axis)
+    return {"joint": "width x depth", HORIZON: "tokens"}.get(axis, axis)
 
 
 def base_of(group: Group) -> Optimum:
@@ -71,23 +72,30 @@ def moves(group: Group) -> list[Estimate]:
 
 
 def size_of(curve: LossCurve) -> Size:
-    """The width and depth of a curve."""
-    return curve.width, curve.depth
+    """What tells the sizes of a ladder apart."""
+    return curve.width, curve.depth, curve.horizon
 
 
 def ordered_sizes(groups: Sequence[Group]) -> dict[Size, LossCurve]:
     """Every size, the smallest first."""
     curves = [o.curve for g in groups for o in g.optima]
-    return {size_of(c): c for c in sorted(curves, key=lambda c: (c.width * c.depth, c.width))}
+    return {size_of(c): c for c in sorted(curves, key=lambda c: (c.width * c.depth, c.width, c.horizon or 0))}
 
 
 def size_names(sizes: Sequence[Size]) -> list[str]:
-    """What tells sizes apart: width 64, depth 8, or 64x8."""
-    if len({depth for _, depth in sizes}) == 1:
-        return [f"width {width}" for width, _ in sizes]
-    if len({width for width, _ in sizes}) == 1:
-        return [f"depth {depth}" for _, depth in sizes]
-    return [f"{width}x{depth}" for width, depth in sizes]
+    """What tells sizes apart: width 64, depth 8, 64x8, or 400k tokens, the last beside the others where both differ."""
+    widths, depths, horizons = (set(values) for values in zip(*sizes, strict=True)) if sizes else ({0}, {0}, {0})
+    if len(horizons) > 1:
+        tokens = [f"{si(horizon or 0)} tokens" for *_, horizon in sizes]
+        if len(widths) == len(depths) == 1:
+            return tokens
+        shapes = size_names([(width, depth, None) for width, depth, _ in sizes])
+        return [f"{shape}, {horizon}" for shape, horizon in zip(shapes, tokens, strict=True)]
+    if len(depths) == 1:
+        return [f"width {width}" for width, *_ in sizes]
+    if len(widths) == 1:
+        return [f"depth {depth}" for _, depth, _ in sizes]
+    return [f"{width}x{depth}" for width, depth, _ in sizes]
 
 
 def loss_range(found: Sequence[Optimum]) -> tuple[float, float]:

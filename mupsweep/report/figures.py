@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator
 from matplotlib.transforms import Bbox, TransformedBbox
 
+from mupsweep.cost import si
 from mupsweep.curves import LossCurve
 from mupsweep.errors import ConfigError
 from mupsweep.optimum import Optimum
@@ -35,7 +36,7 @@ from mupsweep.report.curves_text import (
     variant_name,
 )
 from mupsweep.report.looks import BAND, GROUPS, INK, LOOKS, MARKERS, METADATA, QUIET, SIZES, VERDICT_COLORS, Look
-from mupsweep.transfer import TOLERANCE_OCTAVES, Analysis, Group
+from mupsweep.transfer import HORIZON, TOLERANCE_OCTAVES, Analysis, Group
 
 COLUMNS = 3  # panels side by side
 STRIP = 0.05, 0.22  # height of a row of diverged points, and of all rows at most, as fractions of the panel
@@ -296,7 +297,8 @@ def _drift_legend(group: Group, groups: Sequence[Group], told: bool) -> str:
 
 
 def _position_name(axis: str, curve: LossCurve) -> str:
-    return {"width": f"{curve.width}", "depth": f"{curve.depth}"}.get(axis, f"{curve.width}x{curve.depth}")
+    names = {"width": f"{curve.width}", "depth": f"{curve.depth}", HORIZON: si(curve.horizon or 0)}
+    return names.get(axis, f"{curve.width}x{curve.depth}")
 
 
 # Shared by both figures

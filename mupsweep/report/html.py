@@ -16,11 +16,13 @@ from mupsweep.build import TensorRule
 from mupsweep.cost import duration, si
 from mupsweep.files import read_json, write_text
 from mupsweep.optimum import CONFIDENCE, Optimum
+from mupsweep.quality import comparisons
 from mupsweep.records import DIVERGED, DONE, FAILED, SweepDir
 from mupsweep.report import coordinates_html
 from mupsweep.report.charts import Charts, size_id, words
 from mupsweep.report.curves_text import axis_name, base_of, moves, size_of, variant_name
 from mupsweep.report.svg import minus
+from mupsweep.report.verdicts import comparison_line, quality_lines
 from mupsweep.transfer import (
     DRIFTS,
     INCONCLUSIVE,
@@ -96,7 +98,8 @@ def _verdicts(charts: Charts, analysis: Analysis) -> str:
         f"tolerance of ±{TOLERANCE_OCTAVES:g} octaves."
     )
     cards = "\n".join(_card(charts, group) for group in charts.groups)
-    remarks = "".join(f"<li>{escape(r)}</li>" for r in analysis.remarks)
+    told = (*analysis.remarks, *map(comparison_line, comparisons(analysis)))
+    remarks = "".join(f"<li>{escape(line)}</li>" for line in told)
     return (
         _title("Does the learning rate transfer?", note)
         + f'<div class="cards">\n{cards}\n</div>'
@@ -120,7 +123,7 @@ def _card(charts: Charts, group: Group) -> str:
         best = f"2<sup>{minus(f'{base.log2_lr:.2f}')}</sup> = {2**base.log2_lr:.3g}"
         facts.append((f"best at {charts.name(base.curve)}", best))
     listed = "".join(f"<dt>{escape(k)}</dt><dd>{v}</dd>" for k, v in facts)
-    reasons = "".join(f"<li>{escape(r)}</li>" for r in group.reasons)
+    reasons = "".join(f"<li>{escape(r)}</li>" for r in (*group.reasons, *quality_lines(group)))
     return (
         f'<article class="card {group.verdict}" data-variant="{charts.labels.index(group.label)}">'
         f"<header><h3>{escape(charts.variant(group))} {_axis(charts, group)}</h3>"
@@ -209,7 +212,7 @@ def _training(charts: Charts, sweep: SweepDir, analysis: Analysis) -> str:
     runs = defaultdict(list)
     for row in analysis.rows:
         if row["status"] == DONE:
-            runs[label_of(row), (row["width"], row["depth"])].append(row)
+            runs[label_of(row), (row["width"], row["depth"], row.get("horizon"))].append(row)
     panels = []
     for group in charts.groups:
         chosen = []
@@ -305,7 +308,7 @@ def _runs(sweep: SweepDir, analysis: Analysis) -> str:
     sizes: dict[tuple[Any, ...], Counter[str]] = defaultdict(Counter)
     parameters = {}
     for row in sweep.read_plan() or analysis.rows:
-        key = (*label_of(row), row["width"], row["depth"])
+        key = (label_of(row), row["width"], row["depth"])
         parameters[key] = row.get("parameters")
         known = finished.get(row["run_id"]) or sweep.state(row["run_id"])
         status = known["status"] if known["status"] in (DONE, DIVERGED, FAILED) else "open"
@@ -319,8 +322,8 @@ def _runs(sweep: SweepDir, analysis: Analysis) -> str:
         return [*(row.get(k) or "" for k in counts), *(said(row[k]) if row.get(k) else "" for k, said in costs.items())]
 
     rows = [
-        (" / ".join(label), width, depth, si(n) if (n := parameters[*label, width, depth]) else "", *cells(row))
-        for (*label, width, depth), row in sorted(sizes.items())
+        (" / ".join(label), width, depth, si(n) if (n := parameters[label, width, depth]) else "", *cells(row))
+        for (label, width, depth), row in sorted(sizes.items())
     ]
     rows.append(("all", "", "", "", *cells(sum(sizes.values(), Counter()))))
     note = (

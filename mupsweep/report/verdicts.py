@@ -15,7 +15,8 @@ from mupsweep.quality import Comparison, comparisons, quality
 from mupsweep.records import DIVERGED, DONE
 from mupsweep.report.curves_text import curve_text
 from mupsweep.report.terminal import console_of, table_of
-from mupsweep.transfer import DRIFTS, TRANSFERS, Analysis, Estimate, Group
+from mupsweep.report.tuning_text import factor, nats, tuning_text
+from mupsweep.transfer import DRIFTS, HORIZON, TRANSFERS, Analysis, Estimate, Group
 from mupsweep.validation import Validation
 
 
@@ -41,14 +42,16 @@ def show_analysis(analysis: Analysis, sweeps: Sequence[tuple[Path, Counter[str]]
         console.print(f"{'/'.join(group.label)} in {group.axis}: ", end="")
         console.print(group.verdict.upper(), style=style)
         console.print(
-            f"  drift {group.drift} octaves per doubling, {group.total_drift} in all; regret {_nats(group.regret)}"
+            f"  drift {group.drift} octaves per doubling, {group.total_drift} in all; regret {nats(group.regret)}"
         )
-        for line in (*group.reasons, *_quality(group)):
+        for line in (*group.reasons, *quality_lines(group)):
             console.print(f"  {line}", markup=False)
     for compared in comparisons(analysis):
-        console.print(_comparison(compared), markup=False)
+        console.print(comparison_line(compared), markup=False)
     for remark in analysis.remarks:
         console.print(remark, markup=False)
+    for told in tuning_text(analysis):
+        console.print(told, markup=False)
     console.print(f"intervals: {CONFIDENCE:.0%}")
     for file in files:
         console.print(f"wrote {file}", markup=False)
@@ -90,65 +93,55 @@ def show_validation(outcome: Validation) -> None:
     console.print(f"\n{where}: validation of the transferred LR", style="bold")
     console.print(
         f"transferred log2 LR {outcome.log2_lr:g}, from the smaller sizes; best there {outcome.optimum}; "
-        f"regret {_nats(outcome.regret)}"
+        f"regret {nats(outcome.regret)}"
     )
     for reason in outcome.reasons:
         console.print(reason, markup=False)
 
 
 def _optimum_table(group: Group) -> Table:
-    table = table_of("width", "depth", "runs", "diverged", "optimal log2 LR", "loss there", "regret of the base's LR")
+    tokens = ["tokens"] if group.axis == HORIZON else []
+    rest = ("runs", "diverged", "optimal log2 LR", "loss there", "regret of the base's LR")
+    table = table_of("width", "depth", *tokens, *rest)
     for o, regret in zip(group.optima, group.regrets, strict=True):
         where = str(Estimate(o.log2_lr, o.low, o.high)).replace("+", "")
         loss = "" if o.loss is None else f"{o.loss:.4f}"
         table.add_row(
             str(o.curve.width),
             str(o.curve.depth),
+            *(si(o.curve.horizon or 0) for _ in tokens),
             str(o.curve.n_runs),
             str(o.curve.n_diverged or ""),
             where,
             loss,
-            _nats(regret),
+            nats(regret),
         )
     return table
 
 
-def _quality(group: Group) -> Iterator[str]:
+def quality_lines(group: Group) -> Iterator[str]:
     """What is known of a ladder beyond its verdict."""
     found = quality(group)
     if found.held_out is not None:
-        lost = "" if found.held_out.regret.value is None else f", which costs {_nats(found.held_out.regret)}"
-        yield f"the smaller sizes predict the largest one's optimum {found.held_out.error} octaves off{lost}"
+        lost = "" if found.held_out.regret.value is None else f", which costs {nats(found.held_out.regret)}"
+        shorter = (
+            "shorter horizons predict the longest" if group.axis == HORIZON else "smaller sizes predict the largest"
+        )
+        yield f"the {shorter} one's optimum {found.held_out.error} octaves off{lost}"
     told = {"E": found.fit_error, "kappa": found.robustness, "asymptotic loss": found.asymptotic_loss}
     known = [f"{name} {estimate}" for name, estimate in told.items() if estimate.value is not None]
     if known:
         yield f"Kalra-Barkeshli: {', '.join(known)}"
 
 
-def _comparison(c: Comparison) -> str:
+def comparison_line(c: Comparison) -> str:
     """One line on what a variant is worth against another."""
     of, over = (
         "/".join(name for i, name in enumerate(label) if i == 0 or c.of[i] != c.over[i]) for label in (c.of, c.over)
     )
-    line = f"{of} against {over} at width {c.width}, depth {c.depth}, each at its optimum: {_nats(c.lower)} lower"
-    if (speed_up := _factor(c.speed_up)) is not None:
+    line = f"{of} against {over} at width {c.width}, depth {c.depth}, each at its optimum: {nats(c.lower)} lower"
+    if (speed_up := factor(c.speed_up)) is not None:
         line += f", compute-equivalent speed-up {speed_up}"
     if c.asymptotic_penalty.value is not None:
-        line += f", R(inf) {_nats(c.asymptotic_penalty)}"
+        line += f", R(inf) {nats(c.asymptotic_penalty)}"
     return line
-
-
-def _factor(estimate: Estimate) -> str | None:
-    ends = [("at least", estimate.low), ("at most", estimate.high)]
-    bounds = " and ".join(f"{word} {end:.2f}" for word, end in ends if end is not None)
-    if estimate.value is None:
-        return bounds or None
-    return f"{estimate.value:.2f} ({bounds})" if bounds else f"{estimate.value:.2f}"
-
-
-def _nats(estimate: Estimate) -> str:
-    if estimate.value is None:
-        return "unknown"
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.4f} nats"
-    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}] nats"

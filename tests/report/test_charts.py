@@ -104,11 +104,11 @@ def test_the_bar_of_a_bound_is_an_arrow(bound: Estimate, range_: str, arrows: st
 def test_a_long_training_curve_is_thinned_to_its_last_point(rows: Callable) -> None:
     run = rows(widths=[32], log2_lrs=[-7], seeds=1, parametrizations=["sp"])
     metrics = [{"step": step, "val_loss": 3 + math.exp(-step / 500)} for step in range(1, 5001)]
-    svg = Charts(analyse(run)).training([((32, 4), run[0], metrics)])
+    svg = Charts(analyse(run)).training([((32, 4, None), run[0], metrics)])
     steps = [int(step) for step in re.findall(r"\nstep (\d+): ", svg)]
     assert steps[-1] == 5000
     assert THINNED // 2 < len(steps) <= THINNED
-    assert Charts(analyse(run)).training([((32, 4), run[0], [{"step": 1, "val_loss": math.nan}])]) == ""
+    assert Charts(analyse(run)).training([((32, 4, None), run[0], [{"step": 1, "val_loss": math.nan}])]) == ""
 
 
 def test_a_base_beyond_the_grid_leaves_bounds(rows: Callable) -> None:

@@ -8,11 +8,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mupsweep.axes import label_of
 from mupsweep.files import read_json
 from mupsweep.records import SweepDir
 
 FILES = ("runs.csv", "curves.csv", "transfer.json")
-LABEL = ("model", "optimizer", "parametrization")
 SIZE = ("width", "depth", "ratio", "n_runs", "n_diverged", "log2_lr_optimum", "log2_lr_low", "log2_lr_high")
 
 
@@ -119,4 +119,4 @@ def _groups(sweep: SweepDir) -> list[dict[str, Any]]:
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    return "/".join(row[key] for key in LABEL)
+    return "/".join(label_of(row))

@@ -1,0 +1,67 @@
+"""What is printed of hyperparameters that were varied beside the LR."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from mupsweep.report.terminal import table_of
+from mupsweep.transfer import Analysis, Estimate
+from mupsweep.tuning import Closing, Tuning, closings, remarks, tunings
+
+
+def tuning_text(analysis: Analysis) -> Iterator[str | Table]:
+    """A line per variant and hyperparameter, the gaps to SP at every size, and what closes them."""
+    tuned = tunings(analysis)
+    yield from map(tuning_line, tuned)
+    closed = closings(analysis, tuned)
+    for of, axis in dict.fromkeys((c.before[-1].of, c.before[-1].axis) for c in closed):
+        yield gap_table([c for c in closed if (c.before[-1].of, c.before[-1].axis) == (of, axis)])
+    yield from remarks(closed)
+
+
+def tuning_line(one: Tuning) -> str:
+    """The best value at the base and at the largest size, what it gains there, and whether it transfers."""
+    ends = dict.fromkeys((one.sizes[0], one.sizes[-1]))
+    best = ", ".join(f"{_said(at.best)} at {at.width}x{at.depth}" for at in ends)
+    why = f" ({one.reasons[0]})" if one.reasons else ""
+    return (
+        f"{'/'.join(one.names[1:])}, {one.hyperparameter} in {one.axis}: best {best}; {nats(one.sizes[-1].gain)} lower "
+        f"there than the default, {_said(one.default)}; {one.verdict}{why}"
+    )
+
+
+def gap_table(closed: list[Closing]) -> Table:
+    """A parametrization against SP at every size, each at its own optimum."""
+    first = closed[0].before[0]
+    title = f"{first.of[2]} against {first.over[2]}, {first.of[1]}, {first.axis}"
+    table = table_of(title, "width", "depth", "lower by", "compute-equivalent speed-up")
+    rows = [("both at the defaults", closed[0].before)]
+    rows += [(f"each at its best {c.hyperparameter}", c.after) for c in closed]
+    for name, sizes in rows:
+        for c in sizes:
+            table.add_row(name, str(c.width), str(c.depth), nats(c.lower), factor(c.speed_up) or "")
+    return table
+
+
+def _said(value: float | None) -> str:
+    return "null" if value is None else f"{value:g}"
+
+
+def factor(estimate: Estimate) -> str | None:
+    """How many times as much, or what bounds are known; None where nothing is."""
+    ends = [("at least", estimate.low), ("at most", estimate.high)]
+    bounds = " and ".join(f"{word} {end:.2f}" for word, end in ends if end is not None)
+    if estimate.value is None:
+        return bounds or None
+    return f"{estimate.value:.2f} ({bounds})" if bounds else f"{estimate.value:.2f}"
+
+
+def nats(estimate: Estimate) -> str:
+    """A difference of losses."""
+    if estimate.value is None:
+        return "unknown"
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.4f} nats"
+    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}] nats"
