@@ -38,6 +38,8 @@ def _identifying(variant: Variant) -> dict[str, Any]:
             del tree[section][key]
     if not tree["training"]["branches"]:
         del tree["training"]["branches"]  # the run itself is the same with and without the key
+    if tree["model"].get("attention_multiplier") == 1:
+        del tree["model"]["attention_multiplier"]  # and so it is here
     return tree
 
 

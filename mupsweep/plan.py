@@ -93,7 +93,7 @@ class Recipe:
         return estimate(tensors, size, self.trained_steps, training.batch_size, training.micro_batch)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RunSpec:
     """One training run: a recipe at a size, a base LR and a seed."""
 
@@ -300,8 +300,9 @@ def load(sweep: SweepDir) -> list[RunSpec]:
     config = from_tree(sweep.read_config())
     recipes = {made.digest: made for made in map(recipe, config.variants)}
     sizes = cache(lambda digest, r_n, r_L: _sized(recipes[digest], r_n, r_L))  # noqa: N803
-    runs = []
-    for row in sweep.read_plan():
+    runs, rows = [], sweep.read_plan()[::-1]
+    while rows:  # each freed as it is used: 100,000 rows take more memory than their runs
+        row = rows.pop()
         if row["variant"] not in recipes:
             where = {made.variant.data.path or made.variant.data.name for made in recipes.values()}
             raise RecordError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -56,7 +57,8 @@ def read_runs(sweeps: Sequence[SweepDir]) -> list[dict[str, Any]]:
         namesakes = {
             label[:3] for row in plan if variants.setdefault(label := label_of(row), row["variant"]) != row["variant"]
         }
-        for planned in plan:
+        while plan:  # each freed as it is used: 100,000 runs are not held twice
+            planned = plan.pop()
             folder = sweep.run(planned["run_id"])
             if folder.status()["status"] not in FINISHED:
                 continue
@@ -75,9 +77,13 @@ def _horizons(row: dict[str, Any], planned: Mapping[str, Any]) -> list[dict[str,
     """A run, and a row for every branch that left it to end earlier; the FLOPs are those of a run of its own."""
     branches = row.pop("branches", [])
     ends = [row, *({**row, **branch, "run_id": f"{row['run_id']}@{branch['horizon']}"} for branch in branches)]
-    return [
-        end | {"flops": planned["flops"] * end.get("horizon", planned["tokens"]) / planned["tokens"]} for end in ends
-    ]
+    share = planned["flops"] / planned["tokens"]
+    return [_interned(end | {"flops": share * end.get("horizon", planned["tokens"])}) for end in ends]
+
+
+def _interned(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with names that all rows share: of 100,000 runs they would take more memory than the numbers."""
+    return {sys.intern(key): sys.intern(value) if isinstance(value, str) else value for key, value in row.items()}
 
 
 def read_table(path: str) -> list[dict[str, Any]]:
@@ -238,6 +244,7 @@ def _tuning(analysis: Analysis) -> dict[str, Any]:
                         "gain": _interval("nats", at.gain),
                         "regret": _interval("nats", at.regret),
                         "minimum": _interval("value", at.minimum),
+                        "unbounded": list(at.unbounded),
                     }
                     for at in one.sizes
                 ],

@@ -40,6 +40,7 @@ class AtSize:
         gain: nats per token by which the best value ends below the default.
         regret: nats per token by which the base's best value ends above this size's.
         minimum: the best value between those trained; its value is None where these do not bracket it.
+        unbounded: values whose best LR lies beyond those trained, and that end below the best value already.
     """
 
     width: int
@@ -51,6 +52,7 @@ class AtSize:
     gain: Estimate
     regret: Estimate
     minimum: Estimate
+    unbounded: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ class Closing:
     """What tuning one hyperparameter of both does to the gap between a parametrization and SP.
 
     Attributes:
-        before, after: the comparisons at every size, each at its own optimal LR: at the defaults, and each at its own
-            best value too.
+        before, after: the comparisons at every size where they are known, each at its own optimal LR: at the defaults,
+            and each at its own best value too.
     """
 
     hyperparameter: str
@@ -120,8 +122,10 @@ def closings(analysis: Analysis, tuned: Sequence[Tuning]) -> list[Closing]:
         for key in dict.fromkeys(one.hyperparameter for one in tuned):
             ours, theirs = _tuned(a, key, tuned), _tuned(b, key, tuned)
             if ours is not a or theirs is not b:
-                before, after = _along(a, b, flops), _along(ours, theirs, flops)
-                found += [Closing(key, before, after)] if before and after else []
+                after = _along(ours, theirs, flops)
+                both = {(c.width, c.depth) for c in after}
+                before = tuple(c for c in _along(a, b, flops) if (c.width, c.depth) in both)
+                found += [Closing(key, before, after)] if len(before) == len(after) > 0 else []
     return sorted(found, key=lambda c: (c.before[-1].of, c.before[-1].axis, -(c.share or -math.inf)))
 
 
@@ -155,7 +159,11 @@ def _tuning(group: Group, key: str, default: float | None, curves: Mapping[float
         ladder = sorted((c for c in mine if _size(c) in sizes), key=lambda c: sizes.index(_size(c)))
         by_value[value] = {_size(o.curve): o for o in (optima(ladder) if ladder else [])}
     drawn = {
-        size: {value: _losses(at[size], i) for i, (value, at) in enumerate(by_value.items()) if _is_known(at.get(size))}
+        size: {
+            value: _losses(at[size], i)
+            for i, (value, at) in enumerate(by_value.items())
+            if size in at and at[size].posterior is not None
+        }
         for size in sizes
     }
     kept = [size for size in sizes if default in drawn[size] and len(drawn[size]) > 1]
@@ -168,6 +176,8 @@ def _tuning(group: Group, key: str, default: float | None, curves: Mapping[float
     for size, minimum in zip(kept, over.optima, strict=True):
         losses = drawn[size]
         best = _best(losses)
+        bar = float(np.median(losses[best]))
+        edges = {value: at[size].curve.usable for value, at in by_value.items() if size in at and value not in losses}
         found.append(
             AtSize(
                 *size,
@@ -177,9 +187,13 @@ def _tuning(group: Group, key: str, default: float | None, curves: Mapping[float
                 gain=_estimate(losses[default] - losses[best]),
                 regret=_estimate(losses[first] - losses[best]) if first in losses else _NONE,
                 minimum=_value(key, minimum),
+                unbounded=tuple(value for value, points in edges.items() if any(p.mean < bar for p in points)),
             )
         )
     verdict, reasons = over.verdict, over.reasons
+    if edge := [f"{key}={_said(v)} at {at.width}x{at.depth}" for at in found for v in at.unbounded]:
+        told = f"lower already, with a best LR beyond those trained: {', '.join(edge)}; add LRs"
+        return Tuning(group.label, key, default, group.axis, tuple(found), _NONE, INCONCLUSIVE, (told, *reasons))
     cheap = all(one.regret.high is not None and one.regret.high <= TOLERANCE_NATS for one in found)
     if verdict == INCONCLUSIVE and cheap and len(kept) == len(sizes) > 1:
         verdict = TRANSFERS
@@ -224,11 +238,14 @@ def _reason(key: str, optimum: Optimum) -> str | None:
 
 
 def _tuned(group: Group, key: str, tuned: Iterable[Tuning]) -> Group:
-    """A ladder with the optima at the best values of one hyperparameter, where it was tuned."""
+    """A ladder with the optima at the best values of one hyperparameter, where it was tuned; without the sizes where
+    the best value is not known."""
     for one in tuned:
         if (one.names, one.axis, one.hyperparameter) == (group.label, group.axis, key):
-            best = {(at.width, at.depth, at.horizon): at.optimum for at in one.sizes}
-            return replace(group, optima=tuple(best.get(_size(o.curve), o) for o in group.optima))
+            best = {(at.width, at.depth, at.horizon): at for at in one.sizes}
+            optima_ = [(o, best.get(_size(o.curve))) for o in group.optima]
+            kept = tuple(o if at is None else at.optimum for o, at in optima_ if at is None or not at.unbounded)
+            return replace(group, optima=kept)
     return group
 
 

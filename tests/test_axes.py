@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mupsweep import plan
+from mupsweep import build, plan
 from mupsweep.axes import Change, label_of
 from mupsweep.config import from_tree, load, to_tree
 from mupsweep.errors import ConfigError
@@ -138,3 +139,13 @@ def test_a_budget_is_one_of_a_search() -> None:
     assert load([*SMOKE, "sweep.max_flops=1e12", "sweep.search=adaptive"]).sweep.max_flops == 1e12
     with pytest.raises(ConfigError, match=r"sweep\.max_flops=0"):
         load([*SMOKE, "sweep.max_flops=0", "sweep.search=adaptive"])
+
+
+def test_an_attention_multiplier_scales_the_attention_logits_and_at_one_changes_no_run() -> None:
+    default, doubled = load([*SMOKE, "sweep.axes={model.attention_multiplier:[2]}"]).variants
+    plain, twice = plan.recipe(default), plan.recipe(doubled)
+    size = plain.size(2.0, 1.0)
+    assert build.multipliers(twice, size).attention == 2 * build.multipliers(plain, size).attention
+    before = dict(default.model)
+    del before["attention_multiplier"]  # as sweeps hold it that are older than the key
+    assert plan.recipe(replace(default, model=before)).digest == plain.digest != twice.digest

@@ -197,6 +197,4 @@ def test_warmup_below_one_is_a_fraction_and_from_one_on_a_number_of_steps() -> N
 def test_the_hint_for_an_unknown_name_puts_the_nearest_first() -> None:
     with pytest.raises(ConfigError, match=r"^unknown key 'training\.stpes'; did you mean 'training\.steps'\? valid: "):
         load(["training.stpes=3"])
-    assert (
-        nearest_key("mdel.width", ["model", "model.width", "out"]) == "did you mean 'model'? valid: model, out"
-    )
+    assert nearest_key("mdel.width", ["model", "model.width", "out"]) == "did you mean 'model'? valid: model, out"

@@ -114,6 +114,19 @@ def test_two_values_or_a_zero_have_losses_and_a_gain_but_no_minimum_between_them
     assert "the base's best value, 0, costs at most 0.01 nats at every size" in one.reasons
 
 
+def test_a_value_that_is_lower_already_at_the_edge_of_its_lrs_leaves_the_best_unknown() -> None:
+    mup = [r for r in rows(best={RATIO: 4.0}) if r.get("value") != 4.0 or r["width"] < 128 or r["log2_lr"] < -7.4]
+    analysis = analyse([*rows("sp"), *mup])
+    one = next(one for one in tunings(analysis) if one.names[2] == "mup" and one.hyperparameter == RATIO)
+    assert [at.unbounded for at in one.sizes] == [(), (), (4.0,)]
+    assert one.verdict == INCONCLUSIVE
+    assert one.reasons[0].startswith(
+        "lower already, with a best LR beyond those trained: optimizer.lr_ratio=4 at 128x4"
+    )
+    [ratio] = [c for c in closings(analysis, tunings(analysis)) if c.hyperparameter == RATIO]
+    assert [[c.width for c in sizes] for sizes in (ratio.before, ratio.after)] == [[32, 64], [32, 64]]
+
+
 def test_values_that_make_no_difference_gain_nothing() -> None:
     one = of(tunings(analyse(rows(noise=1e-3))), STD)
     for at in one.sizes:

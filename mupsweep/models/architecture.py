@@ -47,7 +47,8 @@ class Architecture(ABC):
             stacks them into one tensor each.
         tied: whether the head shares the token embedding.
         init_std: standard deviation of every matrix at the base shape; `head_init_std` overrides the head's (0: zeros).
-        block_multiplier, output_multiplier: forward constants at the base shape, tunable at small size.
+        block_multiplier, output_multiplier, attention_multiplier: forward constants at the base shape, tunable at small
+            size: on residual branches, logits and attention logits.
         attention_scale: "parametrization" follows the rule; "standard" (1/sqrt(d)) and "mup" (1/d) force one.
     """
 
@@ -64,6 +65,7 @@ class Architecture(ABC):
     head_init_std: float | None = None
     block_multiplier: float = 1.0
     output_multiplier: float = 1.0
+    attention_multiplier: float = 1.0
     attention_scale: str = "parametrization"
 
     def __post_init__(self) -> None:
@@ -85,14 +87,14 @@ class Architecture(ABC):
     def multipliers(self, size: Size, block: float, output: float, attention_power: float) -> Multipliers:
         """Forward constants at `size`, given the rules' ratios and the power of d_head in the attention scale.
 
-        At the base shape the attention scale is exactly 1/sqrt(d_head) for every power.
+        At the base shape the attention scale is exactly attention_multiplier/sqrt(d_head) for every power.
         """
         power = {"parametrization": attention_power, "standard": -0.5, "mup": -1.0}[self.attention_scale]
         base = self.base.scaled(1.0, 1.0, size.vocab_size)
         return Multipliers(
             block=self.block_multiplier * block,
             output=self.output_multiplier * output,
-            attention=base.head_dim**-0.5 * (size.head_dim / base.head_dim) ** power,
+            attention=self.attention_multiplier * base.head_dim**-0.5 * (size.head_dim / base.head_dim) ** power,
         )
 
     def projected(self, fused: str, **rows: int) -> dict[str, int]:

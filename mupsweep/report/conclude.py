@@ -35,6 +35,8 @@ def conclude(
 
     if not sweeps:
         raise ConfigError("no sweep given: mupsweep transfer sweeps/NAME, or mupsweep transfer --from runs.csv")
+    for sweep in sweeps:
+        sweep.read_config()  # a damaged one is told before anything is written
     analysis = analyse(read_runs(sweeps))
     files = write_views(sweeps[0], analysis, figures) if len(sweeps) == 1 else []
     groups = select(analysis, optimizer, parametrization) if analysis.groups else []

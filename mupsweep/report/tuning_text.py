@@ -23,13 +23,12 @@ def tuning_text(analysis: Analysis) -> Iterator[str | Table]:
 
 def tuning_line(one: Tuning) -> str:
     """The best value at the base and at the largest size, what it gains there, and whether it transfers."""
-    ends = dict.fromkeys((one.sizes[0], one.sizes[-1]))
+    ends = one.sizes if len(one.sizes) == 1 else (one.sizes[0], one.sizes[-1])
     best = ", ".join(f"{_said(at.best)} at {at.width}x{at.depth}" for at in ends)
     why = f" ({one.reasons[0]})" if one.reasons else ""
-    return (
-        f"{'/'.join(one.names[1:])}, {one.hyperparameter} in {one.axis}: best {best}; {nats(one.sizes[-1].gain)} lower "
-        f"there than the default, {_said(one.default)}; {one.verdict}{why}"
-    )
+    last, default = one.sizes[-1], _said(one.default)
+    than = f"{nats(last.gain)} lower there than the default, {default}" if last.best != one.default else "the default"
+    return f"{'/'.join(one.names[1:])}, {one.hyperparameter} in {one.axis}: best {best}, {than}; {one.verdict}{why}"
 
 
 def gap_table(closed: list[Closing]) -> Table:
@@ -37,7 +36,7 @@ def gap_table(closed: list[Closing]) -> Table:
     first = closed[0].before[0]
     title = f"{first.of[2]} against {first.over[2]}, {first.of[1]}, {first.axis}"
     table = table_of(title, "width", "depth", "lower by", "compute-equivalent speed-up")
-    rows = [("both at the defaults", closed[0].before)]
+    rows = [("both at the defaults", max((c.before for c in closed), key=len))]
     rows += [(f"each at its best {c.hyperparameter}", c.after) for c in closed]
     for name, sizes in rows:
         for c in sizes:

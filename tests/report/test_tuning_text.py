@@ -1,0 +1,83 @@
+"""What is printed and written of a sweep whose hyperparameters were varied beside the LR."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from mupsweep import plan
+from mupsweep.cli.run import train
+from mupsweep.config import load
+from mupsweep.launchers import Launcher
+from mupsweep.quality import Comparison
+from mupsweep.report.conclude import conclude
+from mupsweep.report.terminal import show_status
+from mupsweep.report.tuning_text import gap_table, tuning_line
+from mupsweep.sections import instantiate
+from mupsweep.transfer import TRANSFERS, Estimate
+from mupsweep.tuning import AtSize, Closing, Tuning
+
+NONE = Estimate(None, None, None)
+
+
+def at(width: int, best: float, gain: float) -> AtSize:
+    told = Estimate(gain, gain - 0.01, gain + 0.01)
+    return AtSize(width, 4, None, {1.0: told, best: told}, best, None, told, NONE, NONE)  # type: ignore[arg-type]
+
+
+def test_a_hyperparameter_is_a_line_with_its_ends() -> None:
+    names = ("nanogpt", "adamw", "mup")
+    sizes = (at(32, 4.0, 0.02), at(64, 2.0, 0.03), at(128, 4.0, 0.05))
+    one = Tuning(names, "optimizer.lr_ratio", 1.0, "width", sizes, NONE, TRANSFERS, ("it stays",))
+    assert tuning_line(one) == (
+        "adamw/mup, optimizer.lr_ratio in width: best 4 at 32x4, 4 at 128x4, 0.0500 [0.0400, 0.0600] nats lower there "
+        "than the default, 1; transfers (it stays)"
+    )
+
+
+def test_the_gap_has_a_line_for_every_size_and_hyperparameter() -> None:
+    def along(*lower: float) -> tuple[Comparison, ...]:
+        of, over = ("nanogpt", "adamw", "mup"), ("nanogpt", "adamw", "sp")
+        sizes = (32, 64)
+        return tuple(
+            Comparison(of, over, "width", size, 4, Estimate(gap, None, None), Estimate(1.5, None, None), NONE)
+            for size, gap in zip(sizes, lower, strict=True)
+        )
+
+    closed = [Closing("a", along(-0.02, -0.04), along(0.0, 0.01)), Closing("b", along(-0.02, -0.04), along(0.0, -0.03))]
+    table = gap_table(closed)
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[0] == ["both at the defaults"] * 2 + ["each at its best a"] * 2 + ["each at its best b"] * 2
+    assert cells[1] == ["32", "64"] * 3
+    assert cells[3][1] == "-0.0400 nats"
+    assert cells[3][3] == "0.0100 nats"
+    assert set(cells[4]) == {"1.50"}
+    assert [c.share for c in closed] == [pytest.approx(1.25), pytest.approx(0.25)]
+
+
+def test_a_sweep_with_axes_is_reported_with_its_values_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "experiment=smoke",
+        "parametrization=sp,mup",
+        "sweep.axes={model.init_std:[0.08],training.min_lr_frac:[0]}",
+        "launcher=inline",
+    ]
+    chosen = load([*words, f"out={tmp_path}"])
+    sweep, runs = plan.save(chosen, "")
+    launcher: Launcher = instantiate(chosen.launcher, "launcher")
+    assert train(launcher, sweep, runs)
+    conclude([sweep])
+    show_status(sweep, per_run=False, as_json=False)
+    told = capsys.readouterr().out
+    assert "nanogpt/adamw/mup/model.init_std=0.08" in told  # the status
+    with (sweep.results / "runs.csv").open(newline="") as file:
+        values = [row["value"] for row in csv.DictReader(file)]
+    assert {value: values.count(value) for value in set(values)} == {"": 12, "0.08": 12, "0.0": 12}
+    written = json.loads((sweep.results / "transfer.json").read_text())
+    assert [size["n_runs"] for group in written["groups"] for size in group["sizes"]] == [3, 3, 3, 3]
+    assert "nanogpt / adamw / mup / model.init_std=0.08" in (sweep.results / "report.html").read_text()
