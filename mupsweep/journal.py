@@ -84,8 +84,8 @@ class Journal:
         return Progress()
 
     def due(self) -> bool:
-        """Whether it is time for a checkpoint."""
-        return self.leads and time.monotonic() - self.saved > self.interval
+        """Whether it is time for a checkpoint, and there is something new to keep."""
+        return self.leads and self.steps > 0 and time.monotonic() - self.saved > self.interval
 
     def save(self) -> None:
         """Write a checkpoint, and keep the one before; what is sharded is collected from every rank."""

@@ -134,7 +134,8 @@ def test_a_plan_as_json_has_exactly_the_documented_keys_and_writes_nothing(
     code, out, err = cli("plan", SMOKE, "--json")
     assert (code, err) == (0, "")
     document = json.loads(out)
-    assert set(document) == {"runs", "totals"}
+    assert set(document) == {"runs", "search", "totals"}
+    assert document["search"] == "grid"
     assert set(document["totals"]) == {"runs", "flops", "tokens", "seconds_estimate"}
     for run in document["runs"]:
         assert set(run) == {
@@ -258,12 +259,13 @@ def test_transfer_as_json_has_the_documented_keys_and_is_the_file(cli: Callable[
     header, *lines = (sweep.results / "runs.csv").read_text().splitlines()
     assert header == (
         "run_id,model,parametrization,optimizer,width,depth,width_ratio,depth_ratio,log2_lr,seed,status,steps,tokens,"
-        "train_loss,val_loss,val_bits_per_byte,diverged_at_step,seconds,tokens_per_second,device"
+        "train_loss,val_loss,val_bits_per_byte,diverged_at_step,seconds,tokens_per_second,device,"
+        "flops,horizon,hyperparameter,value,default"
     )
     assert len(lines) == 20
     header, *lines = (sweep.results / "curves.csv").read_text().splitlines()
     assert header.startswith("model,parametrization,optimizer,width,depth,width_ratio,depth_ratio,log2_lr,n_seeds,")
-    assert header.endswith("loss_mean,loss_sem,censored")
+    assert header.endswith("loss_mean,loss_sem,censored,horizon,hyperparameter,value,default")
     assert len(lines) == 10
 
 

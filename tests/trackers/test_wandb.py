@@ -54,8 +54,7 @@ def interfere(monkeypatch: pytest.MonkeyPatch, server: WandbServer, act: Callabl
     def hold(run: RunDir, row: dict[str, Any]) -> None:
         append(run, row)
         if row["step"] == HELD and waiting:
-            (name,) = server.runs
-            server.wait_for_rows(name, HELD)
+            server.wait_for_rows(wandb_id(SweepDir(run.path.parents[1]), run.run_id), HELD)
             waiting.pop()()
 
     monkeypatch.setattr(RunDir, "append_metrics", hold)
