@@ -84,7 +84,8 @@ def write(sweep: SweepDir, analysis: Analysis, rules: Sequence[tuple[str, Sequen
 
 def _header(sweep: SweepDir, analysis: Analysis) -> str:
     names = [", ".join(dict.fromkeys(row[k] for row in analysis.rows)) for k in ("model", "optimizer")]
-    line = " · ".join(n for n in [*names, f"{len(analysis.rows)} finished runs"] if n)
+    runs = {row["run_id"].partition("@")[0] for row in analysis.rows}  # without the branches of a run
+    line = " · ".join(n for n in [*names, f"{len(runs)} finished runs"] if n)
     return f'<h1>{escape(sweep.name)}</h1>\n<p class="quiet">{escape(line)} · losses in nats per token</p>'
 
 

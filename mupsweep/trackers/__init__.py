@@ -111,6 +111,26 @@ class Ledger:
         write_text(self.folder / run.run_id, fingerprint(run), durable=False)
 
 
+class WithoutServer:
+    """What trackers share that keep all they show on this machine: a ledger of it, and no page of the sweep."""
+
+    name: str
+
+    @property
+    def active(self) -> bool:
+        return True
+
+    def held(self, sweep: SweepDir) -> Mapping[str, str]:
+        return self.ledger(sweep).read()
+
+    def analysed(self, sweep: SweepDir) -> None:
+        pass
+
+    def ledger(self, sweep: SweepDir) -> Ledger:
+        """What is shown whole."""
+        return Ledger(sweep.trackers / f"{self.name}-held")
+
+
 def require_package(tracker: str, package: str) -> None:
     """Refuse a tracker whose package is not installed.
 

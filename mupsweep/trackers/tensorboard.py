@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mupsweep.records import RunDir, SweepDir
-from mupsweep.trackers import Ledger, Page, require_package
+from mupsweep.trackers import Ledger, Page, WithoutServer, require_package
 
 TRIAL = ("model", "optimizer", "parametrization", "width", "depth", "log2_lr", "seed")
 
 
 @dataclass
-class TensorBoard:
+class TensorBoard(WithoutServer):
     """Writes event files under the sweep.
 
     Attributes:
@@ -31,25 +31,12 @@ class TensorBoard:
     def __post_init__(self) -> None:
         require_package(self.name, "tensorboardX")
 
-    @property
-    def active(self) -> bool:
-        return True
-
     def open(self, sweep: SweepDir, run: RunDir) -> Page:
         folder = sweep.trackers / self.name / run.run_id
-        ledger = self._ledger(sweep)
+        ledger = self.ledger(sweep)
         ledger.remove(run)
         shutil.rmtree(folder, ignore_errors=True)  # event files can only grow: a resumed run is written anew
         return TensorBoardPage(run, folder, self.flush_seconds, ledger)
-
-    def held(self, sweep: SweepDir) -> Mapping[str, str]:
-        return self._ledger(sweep).read()
-
-    def analysed(self, sweep: SweepDir) -> None:
-        pass
-
-    def _ledger(self, sweep: SweepDir) -> Ledger:
-        return Ledger(sweep.trackers / f"{self.name}-held")
 
 
 class TensorBoardPage:

@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 
 from mupsweep.records import RunDir, SweepDir
-from mupsweep.trackers import Ledger, Page, require_package
+from mupsweep.trackers import Ledger, Page, WithoutServer, require_package
 
 
 @dataclass
-class Trackio:
+class Trackio(WithoutServer):
     """Writes runs to trackio's database.
 
     Attributes:
@@ -28,23 +28,10 @@ class Trackio:
     def __post_init__(self) -> None:
         require_package(self.name, "trackio")
 
-    @property
-    def active(self) -> bool:
-        return True
-
     def open(self, sweep: SweepDir, run: RunDir) -> Page:
-        ledger = self._ledger(sweep)
+        ledger = self.ledger(sweep)
         ledger.remove(run)
         return TrackioPage(self.project, sweep, run, ledger)
-
-    def held(self, sweep: SweepDir) -> Mapping[str, str]:
-        return self._ledger(sweep).read()
-
-    def analysed(self, sweep: SweepDir) -> None:
-        pass
-
-    def _ledger(self, sweep: SweepDir) -> Ledger:
-        return Ledger(sweep.trackers / f"{self.name}-held")
 
 
 class TrackioPage:
