@@ -14,7 +14,7 @@ from mupsweep.records import SweepDir
 
 SMALL = ["experiment=smoke", "training.steps=40", "training.checkpoint_minutes=0", "sweep.width_ratios=[1]"]
 INLINE = ["launcher=inline", "launcher.device=cpu"]
-LOCAL = ["launcher=local", "launcher.devices=cpu", "launcher.slots_per_device=2"]
+LOCAL = ["launcher=local", "launcher.devices=cpu", "launcher.slots_per_device=1"]  # two could both lack the room
 ONE_CHECKPOINT = "250k"  # of the 200k that each takes
 
 
