@@ -22,6 +22,7 @@ from mupsweep.report import coordinates_html
 from mupsweep.report.charts import Charts, size_id, words
 from mupsweep.report.curves_text import axis_name, base_of, moves, size_of, variant_name
 from mupsweep.report.svg import minus
+from mupsweep.report.tuning_text import told
 from mupsweep.report.verdicts import comparison_line, quality_lines
 from mupsweep.transfer import (
     DRIFTS,
@@ -64,7 +65,8 @@ def write(sweep: SweepDir, analysis: Analysis, rules: Sequence[tuple[str, Sequen
     charts = Charts(analysis)
     sections = [_header(sweep, analysis)]
     if charts.groups:
-        sections += [_verdicts(charts, analysis), _curves(charts), _drift(charts), _training(charts, sweep, analysis)]
+        sections += [_verdicts(charts, analysis), _curves(charts), _drift(charts)]
+        sections += [_tuning(analysis), _training(charts, sweep, analysis)]
     else:
         sections.append("<p>No run has finished yet, so there is nothing to judge.</p>")
     sections += [_check(sweep), _rules(rules), _runs(sweep, analysis), _provenance(sweep)]
@@ -206,6 +208,16 @@ def _ladders(charts: Charts, groups: Sequence[Group]) -> str:
     ]
     table = _table(SIZE_COLUMNS, rows)
     return f'<div class="keys">{charts.keys(groups)}</div><div class="panels">{figures}</div>{table}'
+
+
+def _tuning(analysis: Analysis) -> str:
+    """What was varied beside the LR, and what it does to the gap to SP; nothing where nothing was."""
+    lines, gaps = told(analysis)
+    if not lines:
+        return ""
+    listed = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    tables = "".join(_table(head, rows, "words") for head, rows in gaps)
+    return _title("Other hyperparameters", "Each value at its own best rate.") + f"<ul>{listed}</ul>{tables}"
 
 
 def _training(charts: Charts, sweep: SweepDir, analysis: Analysis) -> str:

@@ -10,15 +10,27 @@ from mupsweep.report.terminal import table_of
 from mupsweep.transfer import Analysis, Estimate
 from mupsweep.tuning import Closing, Tuning, closings, remarks, tunings
 
+Gap = tuple[tuple[str, ...], list[tuple[str, ...]]]  # head and rows of a table
+
 
 def tuning_text(analysis: Analysis) -> Iterator[str | Table]:
     """A line per variant and hyperparameter, the gaps to SP at every size, and what closes them."""
+    lines, gaps = told(analysis)
+    yield from lines
+    for head, rows in gaps:
+        table = table_of(*head)
+        for row in rows:
+            table.add_row(*row)
+        yield table
+
+
+def told(analysis: Analysis) -> tuple[list[str], list[Gap]]:
+    """What stands in every view: a line per hyperparameter and the remarks, and the tables of the gaps to SP."""
     tuned = tunings(analysis)
-    yield from map(tuning_line, tuned)
     closed = closings(analysis, tuned)
-    for of, axis in dict.fromkeys((c.before[-1].of, c.before[-1].axis) for c in closed):
-        yield gap_table([c for c in closed if (c.before[-1].of, c.before[-1].axis) == (of, axis)])
-    yield from remarks(closed)
+    kinds = dict.fromkeys((c.before[-1].of, c.before[-1].axis) for c in closed)
+    gaps = [gap([c for c in closed if (c.before[-1].of, c.before[-1].axis) == kind]) for kind in kinds]
+    return [*map(tuning_line, tuned), *remarks(closed)], gaps
 
 
 def tuning_line(one: Tuning) -> str:
@@ -31,17 +43,19 @@ def tuning_line(one: Tuning) -> str:
     return f"{'/'.join(one.names[1:])}, {one.hyperparameter} in {one.axis}: best {best}, {than}; {one.verdict}{why}"
 
 
-def gap_table(closed: list[Closing]) -> Table:
+def gap(closed: list[Closing]) -> Gap:
     """A parametrization against SP at every size, each at its own optimum."""
     first = closed[0].before[0]
     title = f"{first.of[2]} against {first.over[2]}, {first.of[1]}, {first.axis}"
-    table = table_of(title, "width", "depth", "lower by", "compute-equivalent speed-up")
-    rows = [("both at the defaults", max((c.before for c in closed), key=len))]
-    rows += [(f"each at its best {c.hyperparameter}", c.after) for c in closed]
-    for name, sizes in rows:
-        for c in sizes:
-            table.add_row(name, str(c.width), str(c.depth), nats(c.lower), factor(c.speed_up) or "")
-    return table
+    head = (title, "width", "depth", "lower by", "compute-equivalent speed-up")
+    sides = [("both at the defaults", max((c.before for c in closed), key=len))]
+    sides += [(f"each at its best {c.hyperparameter}", c.after) for c in closed]
+    rows = [
+        (name, str(c.width), str(c.depth), nats(c.lower), factor(c.speed_up) or "")
+        for name, sizes in sides
+        for c in sizes
+    ]
+    return head, rows
 
 
 def _said(value: float | None) -> str:

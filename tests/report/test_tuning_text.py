@@ -15,7 +15,7 @@ from mupsweep.launchers import Launcher
 from mupsweep.quality import Comparison
 from mupsweep.report.conclude import conclude
 from mupsweep.report.terminal import show_status
-from mupsweep.report.tuning_text import gap_table, tuning_line
+from mupsweep.report.tuning_text import gap, tuning_line
 from mupsweep.sections import instantiate
 from mupsweep.transfer import TRANSFERS, Estimate
 from mupsweep.tuning import AtSize, Closing, Tuning
@@ -43,13 +43,13 @@ def test_the_gap_has_a_line_for_every_size_and_hyperparameter() -> None:
         of, over = ("nanogpt", "adamw", "mup"), ("nanogpt", "adamw", "sp")
         sizes = (32, 64)
         return tuple(
-            Comparison(of, over, "width", size, 4, Estimate(gap, None, None), Estimate(1.5, None, None), NONE)
-            for size, gap in zip(sizes, lower, strict=True)
+            Comparison(of, over, "width", size, 4, Estimate(nats, None, None), Estimate(1.5, None, None), NONE)
+            for size, nats in zip(sizes, lower, strict=True)
         )
 
     closed = [Closing("a", along(-0.02, -0.04), along(0.0, 0.01)), Closing("b", along(-0.02, -0.04), along(0.0, -0.03))]
-    table = gap_table(closed)
-    cells = [list(column.cells) for column in table.columns]
+    _, rows = gap(closed)
+    cells = [list(column) for column in zip(*rows, strict=True)]
     assert cells[0] == ["both at the defaults"] * 2 + ["each at its best a"] * 2 + ["each at its best b"] * 2
     assert cells[1] == ["32", "64"] * 3
     assert cells[3][1] == "-0.0400 nats"
