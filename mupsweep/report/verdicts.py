@@ -101,7 +101,7 @@ def show_validation(outcome: Validation) -> None:
 
 def _optimum_table(group: Group) -> Table:
     tokens = ["tokens"] if group.axis == HORIZON else []
-    rest = ("runs", "diverged", "optimal log2 LR", "loss there", "regret of the base's LR")
+    rest = ("runs", "x", "optimal log2 LR", "loss", "the base's LR costs")  # 80 columns hold them
     table = table_of("width", "depth", *tokens, *rest)
     for o, regret in zip(group.optima, group.regrets, strict=True):
         where = str(Estimate(o.log2_lr, o.low, o.high)).replace("+", "")
@@ -114,7 +114,7 @@ def _optimum_table(group: Group) -> Table:
             str(o.curve.n_diverged or ""),
             where,
             loss,
-            nats(regret),
+            nats(regret).removesuffix(" nats"),
         )
     return table
 
