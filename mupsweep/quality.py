@@ -15,7 +15,7 @@ import numpy as np
 
 from mupsweep.axes import label_of
 from mupsweep.optimum import TAILS, Optimum
-from mupsweep.transfer import Analysis, Estimate, Group
+from mupsweep.transfer import UNKNOWN, Analysis, Estimate, Group
 from mupsweep.valleys import Array
 
 POWERS = (0.5, 2.0)  # finite-size corrections fall as size^-p; p is drawn between these, since few sizes cannot tell it
@@ -83,16 +83,16 @@ def quality(group: Group) -> Quality:
     """The metrics of one ladder; unknown where its optima are."""
     known = _known(group)
     if len(known) < 2:
-        return Quality(_NONE, _NONE, _NONE, None)
+        return Quality(UNKNOWN, UNKNOWN, UNKNOWN, None)
     x, minima = _positions(group, known), np.array([_drawn(o)[0] for o in known])
-    fit = _NONE
+    fit = UNKNOWN
     if len(known) > 2:
         rest = minima - _line(x, minima, x)
-        fit = _estimate(np.sqrt((rest**2).mean(axis=0)))
+        fit = Estimate.of(np.sqrt((rest**2).mean(axis=0)))
     prices = np.log2(np.maximum([_price(o) for o in known], 1e-9))
     center = x - x.mean()
     return Quality(
-        fit, _estimate(center @ prices / (center @ center)), _estimate(_asymptote(group)), _held_out(x, known)
+        fit, Estimate.of(center @ prices / (center @ center)), Estimate.of(_asymptote(group)), _held_out(x, known)
     )
 
 
@@ -142,9 +142,9 @@ def compare(a: Group, b: Group, flops: Mapping[tuple[Any, ...], float]) -> Compa
         b.label,
         a.axis,
         *size,
-        _estimate(_drawn(theirs)[1][shuffled] - _drawn(ours)[1]),
+        Estimate.of(_drawn(theirs)[1][shuffled] - _drawn(ours)[1]),
         _speed_up(ours, _known(b), flops, shuffled),
-        _estimate(penalty),
+        Estimate.of(penalty),
     )
 
 
@@ -158,7 +158,7 @@ def _speed_up(
     curves = [o.curve for o in (ours, *theirs)]
     compute = [flops.get((*c.label, c.width, c.depth, c.horizon)) for c in curves]
     if len(set(compute[1:])) < 2 or None in compute:
-        return _NONE
+        return UNKNOWN
     own, *x = (math.log2(c) for c in compute if c is not None)
     losses = np.array([_drawn(o)[1][shuffled] for o in theirs])
     place = np.array(x)
@@ -206,7 +206,7 @@ def _held_out(x: Array, known: Sequence[Optimum]) -> HeldOut | None:
     inside = bool(
         np.mean((predicted >= last.posterior.grid[0]) & (predicted <= last.posterior.grid[-1])) > 2 * TAILS[1] - 1
     )
-    return HeldOut(_estimate(predicted), _estimate(predicted - lowest), _estimate(lost) if inside else _NONE)
+    return HeldOut(Estimate.of(predicted), Estimate.of(predicted - lowest), Estimate.of(lost) if inside else UNKNOWN)
 
 
 def _line(x: Array, values: Array, at: Array) -> Array:
@@ -235,13 +235,3 @@ def _drawn(optimum: Optimum) -> tuple[Array, Array]:
     """(draws,) log2 LRs of the minima, and the losses there."""
     assert optimum.posterior is not None
     return optimum.posterior.minima, optimum.posterior.losses
-
-
-def _estimate(draws: Array) -> Estimate:
-    if not len(draws):
-        return _NONE
-    low, value, high = (float(q) for q in np.quantile(draws, (TAILS[0], 0.5, TAILS[1])))
-    return Estimate(value, low, high)
-
-
-_NONE = Estimate(None, None, None)

@@ -32,6 +32,14 @@ class Estimate:
     low: float | None
     high: float | None
 
+    @classmethod
+    def of(cls, draws: Array) -> Estimate:
+        """The median and the interval of some draws; unknown without any."""
+        if not len(draws):
+            return UNKNOWN
+        low, value, high = (float(q) for q in np.quantile(draws, (TAILS[0], 0.5, TAILS[1])))
+        return cls(value, low, high)
+
     def __str__(self) -> str:
         if self.value is None:
             ends = [("at least", self.low), ("at most", self.high)]
@@ -39,6 +47,9 @@ class Estimate:
         if self.low is None or self.high is None:
             return f"{self.value:+.2f} [no interval]"
         return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+UNKNOWN = Estimate(None, None, None)
 
 
 @dataclass(frozen=True)
@@ -142,7 +153,7 @@ def group(axis: str, ladder: Sequence[LossCurve]) -> Group:
 def judge(axis: str, found: Sequence[Optimum], of: str = "LR") -> Group:
     """What the optima of one ladder say, those of the LR or of another hyperparameter."""
     label = found[0].curve.names
-    unjudged = Group(*label, axis, tuple(found), _NONE, _NONE, _NONE, (), INCONCLUSIVE, ())
+    unjudged = Group(*label, axis, tuple(found), UNKNOWN, UNKNOWN, UNKNOWN, (), INCONCLUSIVE, ())
     position = [math.log2(unjudged.ratio(o.curve)) for o in found]
     base = next((o for o, x in zip(found, position, strict=True) if x == 0), found[0])
     drift = _slope(position, found)
@@ -156,7 +167,7 @@ def _slope(position: Sequence[float], found: Sequence[Optimum]) -> Estimate:
     """Octaves per doubling: a weighted line through the optima of every draw."""
     known = [(x, o) for x, o in zip(position, found, strict=True) if o.posterior is not None and o.se]
     if len({x for x, _ in known}) < 2:
-        return _NONE
+        return UNKNOWN
     x = np.array([x for x, _ in known])
     y = np.array([o.log2_lr for _, o in known], dtype=float)
     w = 1 / np.array([o.se for _, o in known], dtype=float) ** 2
@@ -171,7 +182,7 @@ def _slope(position: Sequence[float], found: Sequence[Optimum]) -> Estimate:
 def _difference(base: Optimum, last: Optimum) -> Estimate:
     """Octaves from the base's optimum to the last size's; a bound where one of them is only bounded."""
     if base is last:
-        return _NONE
+        return UNKNOWN
     if base.log2_lr is not None and last.log2_lr is not None and base.se is not None and last.se is not None:
         low, high = (float(q) for q in np.quantile(_minima(last) - _minima(base), TAILS))
         return Estimate(last.log2_lr - base.log2_lr, low, high)
@@ -186,10 +197,10 @@ def _regret(base: Optimum, at: Optimum) -> Estimate:
     if base is at:
         return Estimate(0.0, 0.0, 0.0)
     if base.log2_lr is None or base.se is None or at.posterior is None or at.se is None:
-        return _NONE
+        return UNKNOWN
     usable, starts = at.curve.usable, _minima(base)
     if not usable[0].log2_lr <= base.log2_lr <= usable[-1].log2_lr:
-        return _NONE
+        return UNKNOWN
     # beyond the drawn window: interpolate the means; beyond those, runs diverge
     line = PchipInterpolator([p.log2_lr for p in usable], [p.mean for p in usable], extrapolate=False)
     outside = (starts < at.posterior.grid[0]) | (starts > at.posterior.grid[-1])
@@ -304,6 +315,3 @@ def select(analysis: Analysis, optimizer: str | None, parametrization: str | Non
             raise ConfigError(f"no {key} '{wanted}' in this sweep; {nearest(wanted, names)}")
         chosen = [g for g in chosen if wanted in (None, getattr(g, key))]
     return chosen
-
-
-_NONE = Estimate(None, None, None)

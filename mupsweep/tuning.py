@@ -18,9 +18,19 @@ import numpy as np
 
 from mupsweep.axes import Label
 from mupsweep.curves import LossCurve, Point, collect
-from mupsweep.optimum import TAILS, Optimum, located, optima
+from mupsweep.optimum import Optimum, located, optima
 from mupsweep.quality import STANDARD, Comparison, compare, flops_of, pairs
-from mupsweep.transfer import HORIZON, INCONCLUSIVE, TOLERANCE_NATS, TRANSFERS, Analysis, Estimate, Group, judge
+from mupsweep.transfer import (
+    HORIZON,
+    INCONCLUSIVE,
+    TOLERANCE_NATS,
+    TRANSFERS,
+    UNKNOWN,
+    Analysis,
+    Estimate,
+    Group,
+    judge,
+)
 from mupsweep.valleys import Array
 
 KNOWN = 1000.0  # degrees of freedom of a noise that draws tell
@@ -168,7 +178,7 @@ def _tuning(group: Group, key: str, default: float | None, curves: Mapping[float
     }
     kept = [size for size in sizes if default in drawn[size] and len(drawn[size]) > 1]
     if not kept:
-        return Tuning(group.label, key, default, group.axis, (), _NONE, INCONCLUSIVE, ())
+        return Tuning(group.label, key, default, group.axis, (), UNKNOWN, INCONCLUSIVE, ())
     over = _over_values(group, key, kept, by_value, drawn)
     base = kept[next((i for i, o in enumerate(over.optima) if over.ratio(o.curve) == 1), 0)]
     first = _best(drawn[base])
@@ -181,23 +191,23 @@ def _tuning(group: Group, key: str, default: float | None, curves: Mapping[float
         found.append(
             AtSize(
                 *size,
-                losses={value: _estimate(x) for value, x in losses.items()},
+                losses={value: Estimate.of(x) for value, x in losses.items()},
                 best=best,
                 optimum=by_value[best][size],
-                gain=_estimate(losses[default] - losses[best]),
-                regret=_estimate(losses[first] - losses[best]) if first in losses else _NONE,
+                gain=Estimate.of(losses[default] - losses[best]),
+                regret=Estimate.of(losses[first] - losses[best]) if first in losses else UNKNOWN,
                 minimum=_value(key, minimum),
                 unbounded=tuple(value for value, points in edges.items() if any(p.mean < bar for p in points)),
             )
         )
     verdict, reasons = over.verdict, over.reasons
-    if edge := [f"{key}={_said(v)} at {at.width}x{at.depth}" for at in found for v in at.unbounded]:
+    if edge := [f"{key}={said(v)} at {at.width}x{at.depth}" for at in found for v in at.unbounded]:
         told = f"lower already, with a best LR beyond those trained: {', '.join(edge)}; add LRs"
-        return Tuning(group.label, key, default, group.axis, tuple(found), _NONE, INCONCLUSIVE, (told, *reasons))
+        return Tuning(group.label, key, default, group.axis, tuple(found), UNKNOWN, INCONCLUSIVE, (told, *reasons))
     cheap = all(one.regret.high is not None and one.regret.high <= TOLERANCE_NATS for one in found)
     if verdict == INCONCLUSIVE and cheap and len(kept) == len(sizes) > 1:
         verdict = TRANSFERS
-        told = f"the base's best value, {_said(first)}, costs at most {TOLERANCE_NATS:g} nats at every size"
+        told = f"the base's best value, {said(first)}, costs at most {TOLERANCE_NATS:g} nats at every size"
         reasons = (told, *reasons)
     return Tuning(group.label, key, default, group.axis, tuple(found), over.total_drift, verdict, reasons)
 
@@ -294,13 +304,6 @@ def _value(key: str, minimum: Optimum) -> Estimate:
     return Estimate(*(None if end is None else _at(key, end) for end in ends))
 
 
-def _said(value: float | None) -> str:
+def said(value: float | None) -> str:
+    """A hyperparameter's value in words."""
     return "null" if value is None else f"{value:g}"
-
-
-def _estimate(draws: Array) -> Estimate:
-    low, value, high = (float(q) for q in np.quantile(draws, (TAILS[0], 0.5, TAILS[1])))
-    return Estimate(value, low, high)
-
-
-_NONE = Estimate(None, None, None)

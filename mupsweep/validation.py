@@ -18,12 +18,12 @@ from mupsweep import plan, recipe
 from mupsweep.axes import label_of
 from mupsweep.curves import collect
 from mupsweep.errors import ConfigError, RecordError
-from mupsweep.optimum import TAILS, Optimum
+from mupsweep.optimum import Optimum
 from mupsweep.plan import Recipe, RunSpec
 from mupsweep.records import SweepDir
 from mupsweep.results import read_runs
 from mupsweep.sizes import Size
-from mupsweep.transfer import Analysis, Estimate, Group, analyse, select
+from mupsweep.transfer import UNKNOWN, Analysis, Estimate, Group, analyse, select
 
 GRAIN = 8  # parts of an octave that a transferred LR is rounded to: a refit that moves less plans no new runs
 STEPS = (0.5, 1.0)  # octaves between neighbours, at least and at most; the spacing of the sweep's grid between them
@@ -143,7 +143,7 @@ def judge(analysis: Analysis, trial: Trial) -> Validation:
     groups = [group for group in analysis.groups if group.label == label and _optimum(group, trial.size) is not None]
     if not groups:
         reason = f"no run of width {trial.size.width}, depth {trial.size.depth} is finished yet"
-        return Validation(label, trial.size, trial.log2_lr, _NONE, _NONE, (reason,))
+        return Validation(label, trial.size, trial.log2_lr, UNKNOWN, UNKNOWN, (reason,))
     there = _optimum(recipe.leading(groups, trial.made, trial.size.width, trial.size.depth), trial.size)
     assert there is not None
     reasons = () if there.reason is None else (there.reason,)
@@ -155,10 +155,9 @@ def regret(there: Optimum, log2_lr: float) -> Estimate:
     """Nats per token that an LR loses against the best of a size; without an interval where there is no fit."""
     if there.posterior is not None and there.posterior.covers(log2_lr):
         draws = there.posterior.at(np.full(len(there.posterior.draws), log2_lr)) - there.posterior.losses
-        low, value, high = (float(q) for q in np.quantile(np.maximum(draws, 0.0), (TAILS[0], 0.5, TAILS[1])))
-        return Estimate(value, low, high)
+        return Estimate.of(np.maximum(draws, 0.0))
     means = {p.log2_lr: p.mean for p in there.curve.usable}
-    return Estimate(means[log2_lr] - min(means.values()), None, None) if log2_lr in means else _NONE
+    return Estimate(means[log2_lr] - min(means.values()), None, None) if log2_lr in means else UNKNOWN
 
 
 def to_json(outcome: Validation) -> dict[str, Any]:
@@ -213,6 +212,3 @@ def _optimum(group: Group, size: Size) -> Optimum | None:
 
 def _ratio(row: Mapping[str, Any]) -> float:
     return row["width_ratio"] * row["depth_ratio"]
-
-
-_NONE = Estimate(None, None, None)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from mupsweep.report.terminal import table_of
 from mupsweep.transfer import Analysis, Estimate
-from mupsweep.tuning import Closing, Tuning, closings, remarks, tunings
+from mupsweep.tuning import Closing, Tuning, closings, remarks, said, tunings
 
 Gap = tuple[tuple[str, ...], list[tuple[str, ...]]]  # head and rows of a table
 
@@ -36,9 +36,9 @@ def told(analysis: Analysis) -> tuple[list[str], list[Gap]]:
 def tuning_line(one: Tuning) -> str:
     """The best value at the base and at the largest size, what it gains there, and whether it transfers."""
     ends = one.sizes if len(one.sizes) == 1 else (one.sizes[0], one.sizes[-1])
-    best = ", ".join(f"{_said(at.best)} at {at.width}x{at.depth}" for at in ends)
+    best = ", ".join(f"{said(at.best)} at {at.width}x{at.depth}" for at in ends)
     why = f" ({one.reasons[0]})" if one.reasons else ""
-    last, default = one.sizes[-1], _said(one.default)
+    last, default = one.sizes[-1], said(one.default)
     than = f"{nats(last.gain)} lower there than the default, {default}" if last.best != one.default else "the default"
     return f"{'/'.join(one.names[1:])}, {one.hyperparameter} in {one.axis}: best {best}, {than}; {one.verdict}{why}"
 
@@ -56,10 +56,6 @@ def gap(closed: list[Closing]) -> Gap:
         for c in sizes
     ]
     return head, rows
-
-
-def _said(value: float | None) -> str:
-    return "null" if value is None else f"{value:g}"
 
 
 def factor(estimate: Estimate) -> str | None:
