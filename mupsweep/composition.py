@@ -9,6 +9,7 @@ from typing import Any
 from mupsweep.errors import ConfigError, nearest
 
 COMPARABLE = ("model", "optimizer", "parametrization")  # take several choices: optimizer=adamw,muon
+MAPPINGS = ("launcher.sizes", "sweep.axes")
 NESTED = ("optimizer.rest", "optimizer.graft")  # sections that another choice of the same group fills
 
 
@@ -60,8 +61,8 @@ def split(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, l
                     f"override {text!r}: only {', '.join(COMPARABLE)} take several choices; write a list as [a,b], "
                     f"and values to compare as sweep.axes={{{key}:[a,b]}}"
                 )
-            # Hydra merges mappings key by key; the axes of a command line replace those of an experiment
-            rest += ["sweep.axes=null", text] if key == "sweep.axes" else [text]
+            # Hydra merges mappings key by key; one of a command line replaces that of an experiment
+            rest += [f"{key}=null", text] if key in MAPPINGS else [text]
             continue
         value = override.value()
         names = [str(v) for v in value.list] if override.is_sweep_override() else [str(value)]  # type: ignore[union-attr]

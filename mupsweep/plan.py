@@ -15,7 +15,7 @@ from mupsweep.config import GRID, GridConfig, SweepConfig, TrainingConfig, Varia
 from mupsweep.cost import Cost, estimate
 from mupsweep.data import epochs_remark
 from mupsweep.data.tokenizers import vocab_size
-from mupsweep.errors import ConfigError, RecordError
+from mupsweep.errors import ConfigError, RecordError, nearest
 from mupsweep.identity import digest_of, refuse_namesakes
 from mupsweep.models import Architecture
 from mupsweep.optimizers import Optimizer
@@ -170,12 +170,22 @@ def recipe(variant: Variant) -> Recipe:
 
 def _check_shares(training: TrainingConfig, launcher: Mapping[str, Any]) -> None:
     """Devices that train a run together take equal shares of each batch."""
-    devices = int(launcher.get("devices_per_run", 1))
-    if training.batch_size % devices:
-        raise ConfigError(
-            f"training.batch_size={training.batch_size} cannot be divided among launcher.devices_per_run={devices}: "
-            "choose a multiple"
-        )
+    sections = {"launcher": launcher} | {f"launcher.sizes.{k}": v for k, v in (launcher.get("sizes") or {}).items()}
+    for where, section in sections.items():
+        devices = int(section.get("devices_per_run", 1))
+        if training.batch_size % devices:
+            raise ConfigError(
+                f"training.batch_size={training.batch_size} cannot be divided among {where}.devices_per_run={devices}: "
+                "choose a multiple"
+            )
+
+
+def _check_sizes(recipes: Sequence[Recipe], config: SweepConfig) -> None:
+    """What a launcher says of sizes names sizes of the sweep."""
+    known = {made.size(*ratios).name for made in recipes for ratios in config.sweep.ratios}
+    for name in config.launcher.get("sizes") or ():
+        if name not in known:
+            raise ConfigError(f"launcher.sizes.{name}: the sweep has no such size; {nearest(name, known)}")
 
 
 def _check_decay(optimizer: Optimizer, parametrization: Parametrization) -> None:
@@ -199,7 +209,8 @@ def plan(config: SweepConfig, finished: Iterable[Mapping[str, Any]] = ()) -> lis
     """
     for variant in config.variants:
         _check_shares(variant.training, config.launcher)
-    recipes = [recipe(variant) for variant in config.variants]
+    recipes = [recipe(variant, config.launcher) for variant in config.variants]
+    _check_sizes(recipes, config)
     if config.sweep.search != GRID:
         return _longest_first(_next(recipes, config.sweep, list(finished)))
     grid = config.sweep

@@ -1,9 +1,10 @@
 """Ranks: the processes that train one run together, a device each, and how they agree.
 
-Rank 0 is the worker: it claims runs, starts the other ranks and alone writes records. Every rank computes the gradient
-of its rows of the global batch, and sums it with the others'; all weights and optimizer state are on each, unless they
-are sharded. What only one of them knows (a signal, an error, memory that ran out) is told in `exchange`, which comes
-before whatever takes all of them, and at the end of every run: so nobody waits for a rank that has left the run.
+Rank 0 is the worker: it claims runs and alone writes records. It starts the other ranks, unless torchrun or a job
+script started all of them, on one machine or on several. Every rank computes the gradient of its rows of the global
+batch, and sums it with the others'; all weights and optimizer state are on each, unless they are sharded. What only one
+of them knows (a signal, an error, memory that ran out) is told in `exchange`, which comes before whatever takes all of
+them, and at the end of every run: so nobody waits for a rank that has left the run.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import ctypes
 import logging
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -33,9 +36,11 @@ T = TypeVar("T")
 
 OK, SAVE, STOP, OUT_OF_MEMORY, FAILED = range(5)  # the worst of the ranks' words is everybody's
 BUCKET = 2**24  # numbers that are summed at once: 64 MiB in fp32
-RANK, PORT = "MUPSWEEP_RANK", "MUPSWEEP_PORT"  # of the environment that rank 0 gives to the others
+TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun's variables
+FOLLOWS = "MUPSWEEP_FOLLOWS"  # of the environment of a rank that rank 0 started
 LONG = timedelta(days=30)  # how long a rank waits for its next run
 PR_SET_PDEATHSIG = 1  # prctl(2)
+SIOCGIFADDR = 0x8915  # netdevice(7)
 
 
 class Interrupted(Exception):
@@ -65,6 +70,7 @@ class Ranks:
     Attributes:
         rank: of this process; 0 leads.
         size: how many there are.
+        local: number of this process among those on its machine.
         shard: whether weights, gradients and optimizer state are divided among them, or else are whole on each.
         store: what they read and write outside of training; None for a process alone.
         told: how many runs were begun.
@@ -72,6 +78,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    local: int = 0
     shard: bool = False
     store: Any = None
     told: int = 0
@@ -192,52 +199,87 @@ class Ranks:
 ALONE = Ranks()
 
 
+def own_place() -> dict[str, str]:
+    """What torchrun, a job script or rank 0 said to this process of its place among several; empty for one alone."""
+    said = {name: os.environ.get(name, "") for name in TOLD}
+    return said if all(said.values()) and int(said["WORLD_SIZE"]) > 1 else {}
+
+
 @contextlib.contextmanager
 def gathered(devices: Sequence[torch.device], command: Sequence[str], shard: bool = False) -> Iterator[Ranks]:
-    """This process among those of `devices`: rank 0, which starts the others, or one that rank 0 started.
+    """This process among those that train together: one that was told its place, or rank 0, which starts the others.
 
     Args:
-        devices: one per rank.
-        command: starts this program; the other ranks are told theirs by the environment.
+        devices: of the processes on this machine, one each.
+        command: starts this program.
         shard: as in `Ranks`.
     """
+    if place := own_place():
+        from torch.distributed.rendezvous import rendezvous
+
+        if FOLLOWS in os.environ:
+            _die_with_parent()
+        store, _, _ = next(rendezvous("env://"))
+        with connected(place, devices[int(place["LOCAL_RANK"])], store, shard) as ranks:
+            yield ranks
+        return
     if len(devices) == 1:
         yield ALONE
         return
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-    if RANK in os.environ:
-        _die_with_parent()
-        rank = int(os.environ[RANK])
-        with connected(rank, devices, TCPStore("127.0.0.1", int(os.environ[PORT])), shard) as ranks:
-            yield ranks
-        return
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    leader, *others = places(len(devices), store.port)
     followers = Followers()
     try:
-        for rank in range(1, len(devices)):
-            followers.start(rank, command, store.port)
-        with connected(0, devices, store, shard) as ranks:
+        for place in others:
+            followers.start(place, command)
+        with connected(leader, devices[0], store, shard) as ranks:
             try:
                 yield ranks
             finally:
                 followers.ending = True
-                ranks.tell("")
     finally:
         followers.wait()
 
 
+def places(size: int, port: int) -> list[dict[str, str]]:
+    """What each of several processes on this machine is told."""
+    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{k: str(v) for k, v in {"RANK": i, "LOCAL_RANK": i, **shared}.items()} for i in range(size)]
+
+
 @contextlib.contextmanager
-def connected(rank: int, devices: Sequence[torch.device], store: Any, shard: bool = False) -> Iterator[Ranks]:
+def connected(place: Mapping[str, str], device: torch.device, store: Any, shard: bool = False) -> Iterator[Ranks]:
     """A process group with a rank per device: gloo between CPUs, and for words; NCCL between GPUs."""
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
-    backend = "cpu:gloo,cuda:nccl" if devices[rank].type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=len(devices))
+    if interface := interface_to(place["MASTER_ADDR"]):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # or the one of this machine's name: often a loopback
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    rank, size = int(place["RANK"]), int(place["WORLD_SIZE"])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    ranks = Ranks(rank, size, int(place["LOCAL_RANK"]), shard, store)
     try:
-        yield Ranks(rank, len(devices), shard, store)
+        yield ranks
     finally:
+        if ranks.leads:
+            ranks.tell("")
         dist.destroy_process_group()
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface by which this machine reaches a host; None where that cannot be told."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has no address
+                if fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24] == own:
+                    return name
+    return None
 
 
 class Followers:
@@ -247,12 +289,12 @@ class Followers:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.ending = False
 
-    def start(self, rank: int, command: Sequence[str], port: int) -> None:
+    def start(self, place: Mapping[str, str], command: Sequence[str]) -> None:
         """One more."""
-        environment = {**os.environ, RANK: str(rank), PORT: str(port)}
+        environment = {**os.environ, **place, FOLLOWS: "1"}
         process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, env=environment)
         self.processes.append(process)
-        threading.Thread(target=self._watch, args=(rank, process), daemon=True).start()
+        threading.Thread(target=self._watch, args=(place["RANK"], process), daemon=True).start()
 
     def wait(self) -> None:
         """Until all have ended, as they were told to; where they could not be told, they are killed."""
@@ -261,10 +303,10 @@ class Followers:
                 process.kill()
             process.wait()
 
-    def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
+    def _watch(self, rank: str, process: subprocess.Popen[bytes]) -> None:
         code = process.wait()
         if not self.ending:
-            log.error("rank %d ended with exit code %d: this worker ends, its run is kept to go on", rank, code)
+            log.error("rank %s ended with exit code %d: this worker ends, its run is kept to go on", rank, code)
             os.abort()
 
 

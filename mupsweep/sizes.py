@@ -39,7 +39,12 @@ class Size:
     @property
     def name(self) -> str:
         """Short and readable: w512-d4."""
-        return f"w{self.width}-d{self.depth}"
+        return size_name(self.width, self.depth)
+
+
+def size_name(width: int, depth: int) -> str:
+    """What a size is called wherever one is named."""
+    return f"w{width}-d{depth}"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from mupsweep.cost import si
 from mupsweep.data import Dataset, prepare
 from mupsweep.errors import ConfigError, MupsweepError, RecordError, nearest
 from mupsweep.plan import RunSpec
-from mupsweep.ranks import ALONE, Interrupted, Ranks, gathered
+from mupsweep.ranks import ALONE, Interrupted, Ranks, gathered, own_place
 from mupsweep.records import FAILED, FINISHED, PENDING, RUNNING, RunDir, SweepDir
 from mupsweep.trackers.live import Live
 from mupsweep.train import choose_precision, device_name, train
@@ -49,17 +49,19 @@ def execute(
     """Train every run of the sweep, or the named ones, that is pending and claimed by nobody; longest first.
 
     Args:
-        device: a torch device, "auto", or several separated by commas, which train every run together.
+        run_ids: of the runs to train, or names of their sizes.
+        device: a torch device, "auto", or several separated by commas, which train every run together. Where torchrun
+            started this process and others, the device of each on this machine, or one name for all.
         shard: divide weights, gradients and optimizer state among several devices.
 
     Returns:
         False if it was asked to stop before all of them were taken.
     """
     stop = StopFlag.install()
-    devices = choose_devices(device)
+    devices = choose_devices(device, int(own_place().get("LOCAL_WORLD_SIZE", 1)))
     words = [str(sweep.path), *run_ids, "--device", device, "--threads", str(threads), *["--shard"] * shard]
     with gathered(devices, [sys.executable, "-m", "mupsweep", "worker", *words], shard) as ranks:
-        chosen = devices[ranks.rank]
+        chosen = devices[ranks.local]
         configure(threads, chosen, shard)
         if not ranks.leads:
             return follow(sweep, chosen, stop, ranks)
@@ -260,20 +262,32 @@ class Follower:
         pass
 
 
-def select(runs: list[RunSpec], run_ids: Sequence[str]) -> list[RunSpec]:
-    """The named runs, or all of them."""
-    known = {run.run_id for run in runs}
-    for run_id in run_ids:
-        if run_id not in known:
-            hint = nearest(run_id, known) if len(known) < 20 else "see mupsweep status SWEEP --runs"
-            raise RecordError(f"no run '{run_id}' in this sweep; {hint}")
-    return [run for run in runs if not run_ids or run.run_id in run_ids]
+def select(runs: list[RunSpec], names: Sequence[str]) -> list[RunSpec]:
+    """The runs of these names, or of sizes of these names; all where there are none."""
+    known = {run.run_id for run in runs} | {run.size.name for run in runs}
+    for name in names:
+        if name not in known:
+            hint = nearest(name, known) if len(known) < 20 else "see mupsweep status SWEEP --runs"
+            raise RecordError(f"no run '{name}' in this sweep; {hint}")
+    wanted = set(names) or known
+    return [run for run in runs if run.run_id in wanted or run.size.name in wanted]
 
 
-def choose_devices(device: str) -> list[torch.device]:
-    """The device of every rank, each of the kind of the first."""
+def choose_devices(device: str, processes: int = 1) -> list[torch.device]:
+    """The device of every rank, each of the kind of the first.
+
+    Args:
+        processes: that were started on this machine; for several, one device without a number stands for all.
+    """
     names = [name.strip() for name in device.split(",") if name.strip()] or [device]
     first = choose_device(names[0])
+    if processes > 1 and device in ("auto", first.type):
+        names = [f"{first.type}:{i}" if first.type == "cuda" else first.type for i in range(processes)]
+    if processes > 1 and len(names) != processes:
+        raise ConfigError(
+            f"device {device}: {processes} processes of a run were started on this machine (LOCAL_WORLD_SIZE); name a "
+            "device for each, or auto"
+        )
     devices = [first, *(_parsed(name) for name in names[1:])]
     seen = [str(d) for d in devices if d.type != "cpu"]
     there = torch.cuda.device_count()

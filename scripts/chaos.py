@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from mupsweep.records import RunDir, SweepDir
 OF_THE_CLOCK = ("seconds", "tokens_per_second")  # all else in a summary is a result
 SWEEP = ["experiment=smoke", "training.checkpoint_minutes=0.002", "sweep.log2_lrs=[-10,-9,-8,-7,-6,-5]"]
 ON_CPU = ["launcher=local", "launcher.devices=cpu", "launcher.slots_per_device=3"]
+ON_CPU += ["launcher.sizes={w32-d2:{devices_per_run:2}}"]  # the larger size takes two ranks
 BETWEEN_FAULTS = 0.8  # seconds, on average
 OFTEN = 8  # times as often as a fault of the launcher is one of a run: a command takes seconds to start again
 SUSPENDED = 4.0  # seconds at most
@@ -61,6 +62,7 @@ class Drill:
         self.suspended: dict[int, tuple[str | None, float]] = {}
         self.faults: dict[str, Callable[[], bool]] = {
             "worker killed": lambda: self.hit(signal.SIGKILL),
+            "process without a run killed": self.kill_other,
             "worker told TERM": lambda: self.hit(signal.SIGTERM),
             "worker told USR1": lambda: self.hit(signal.SIGUSR1),
             "worker suspended": self.suspend,
@@ -169,6 +171,13 @@ class Drill:
         chosen = self.victim()
         return chosen is not None and _send(chosen[1], number)
 
+    def kill_other(self) -> bool:
+        """Kill a process that trains along with a worker, or is between two runs."""
+        owners = {pid for _, pid in self.workers()}
+        command = [sys.executable, "-m", "mupsweep", "worker", str(self.sweep.path)]
+        others = [pid for pid, words in commands() if words[: len(command)] == command and pid not in owners]
+        return bool(others) and _send(self.rng.choice(others), signal.SIGKILL)
+
     def suspend(self) -> bool:
         """Stop a worker for a while."""
         chosen = self.victim()
@@ -219,6 +228,13 @@ class Drill:
         if number == signal.SIGKILL:
             self.command.wait()
         return True
+
+
+def commands() -> Iterator[tuple[int, list[str]]]:
+    """Every process of this machine, with the words of its command."""
+    for path in sorted(Path("/proc").glob("[0-9]*/cmdline")):
+        with contextlib.suppress(OSError):
+            yield int(path.parent.name), os.fsdecode(path.read_bytes()).split("\0")
 
 
 def _send(pid: int, number: signal.Signals) -> bool:

@@ -22,6 +22,7 @@ from mupsweep import squeue
 from mupsweep.errors import RecordError
 
 ON_SLURM = ["launcher=slurm", "launcher.device=cpu", "launcher.gpus=0", "launcher.minutes_per_task=0.1"]
+ON_SLURM += ["launcher.sizes={w32-d2:{nodes:2,devices_per_run:2}}"]
 DOWN = (1.0, 10.0)  # seconds that a daemon is away; slurmctld gives a node up after 5
 
 

@@ -25,7 +25,7 @@ from mupsweep.config import load
 from mupsweep.data import Dataset, prepare
 from mupsweep.errors import ConfigError
 from mupsweep.plan import plan
-from mupsweep.ranks import ALONE, Interrupted, PeerFailed, Ranks, connected
+from mupsweep.ranks import ALONE, Interrupted, PeerFailed, Ranks, connected, places
 from mupsweep.records import RunDir
 from mupsweep.train import observe_curvature, train
 from mupsweep.worker import choose_devices
@@ -64,7 +64,7 @@ def joined(rank: int, size: int, port: int, job: Callable[..., Any], arguments: 
     torch.set_num_threads(1)
     if size == 1:
         return job(ALONE, *arguments)
-    with connected(rank, [CPU] * size, TCPStore("127.0.0.1", port)) as made:
+    with connected(places(size, port)[rank], CPU, TCPStore("127.0.0.1", port)) as made:
         return job(made, *arguments)
 
 

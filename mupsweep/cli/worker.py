@@ -12,7 +12,8 @@ from mupsweep.cli.options import Sweep
 def worker(
     sweep: Sweep,
     run_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="RUN", help="Only these runs.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="RUN", help="Only these runs, or those of a size: w512-d4.", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option(help="A torch device, auto, or several per run: cuda:0,cuda:1.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,

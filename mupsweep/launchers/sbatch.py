@@ -20,7 +20,9 @@ OURS = (  # what the script relies on
     "dependency",
     "job-name",
     "no-requeue",
+    "nodes",
     "ntasks",
+    "ntasks-per-node",
     "open-mode",
     "output",
     "requeue",
@@ -51,12 +53,16 @@ class Worker:
         devices: torch devices, or some separated by commas; one that stands there twice gets two workers.
         threads: CPU threads each.
         shard: whether devices that train a run together divide its state.
+        nodes: that train each run together; `devices` then has one entry, the devices of each node.
+        cpus: of each process, where there are several nodes.
     """
 
     command: tuple[str, ...]
     devices: tuple[str, ...]
     threads: int
     shard: bool = False
+    nodes: int = 1
+    cpus: int = 1
 
 
 def array_script(
@@ -65,6 +71,17 @@ def array_script(
     """A job array with one task per bundle of runs, each of which may go on after `restarts` time limits."""
     command = f'{shlex.join(worker.command)} "${{runs[@]}}" --device "$1" --threads {worker.threads}'
     command += " --shard" * worker.shard
+    start = f"train() {{ exec {command}; }}"
+    if worker.nodes > 1:
+        processes = len(worker.devices[0].split(","))
+        start = SPREAD.format(
+            python=shlex.quote(worker.command[0]),
+            nodes=worker.nodes,
+            processes=processes,
+            world=worker.nodes * processes,
+            cpus=worker.cpus,
+            command=command,
+        )
     return "\n".join(
         [
             *header,
@@ -80,19 +97,29 @@ def array_script(
             f"max_restarts={restarts}",
             f"max_deaths={DEATHS}",
             f"export OMP_NUM_THREADS={worker.threads} MKL_NUM_THREADS={worker.threads}",
-            f"train() {{ exec {command}; }}",
+            start,
             TRAIN,
         ]
     )
 
+
+SPREAD = """\
+
+# A process for every device of every node, each told its place as torchrun would tell it.
+train() {{
+    MASTER_PORT=$({python} -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+    export MASTER_PORT WORLD_SIZE={world} LOCAL_WORLD_SIZE={processes}
+    exec srun --nodes={nodes} --ntasks-per-node={processes} --cpus-per-task={cpus} --kill-on-bad-exit bash -c '
+        export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID MASTER_ADDR=$SLURM_LAUNCH_NODE_IPADDR
+        exec "$@"' mupsweep {command}
+}}"""
 
 TRAIN = """\
 
 # When a signal kills a worker, as the kernel does where memory runs out, another goes on from the last checkpoint.
 work() {
     stopped=""
-    trap 'stopped=yes; kill -USR1 "$worker" 2>/dev/null || true' USR1
-    trap 'stopped=yes; kill -TERM "$worker" 2>/dev/null || true' TERM
+    trap 'stopped=yes; kill -USR1 "$worker" 2>/dev/null || true' USR1 TERM
     for ((deaths = 1; ; deaths++)); do
         [ -z "$stopped" ] || exit 130
         train "$1" &

@@ -23,7 +23,7 @@ from mupsweep.config import GRID, from_tree
 from mupsweep.cost import duration
 from mupsweep.errors import ConfigError
 from mupsweep.files import make_folder, write_text
-from mupsweep.launchers import sbatch
+from mupsweep.launchers import by_size, sbatch
 from mupsweep.records import RUNNING, SweepDir
 
 SECONDS = 120.0  # how long one call of Slurm's commands may take
@@ -68,9 +68,10 @@ class Slurm:
     Attributes:
         partition, account, qos, constraint, mem: sbatch's options of these names; None leaves them to the cluster.
         time: limit of a task, HH:MM:SS or D-HH:MM:SS; None leaves it to the cluster.
-        gpus: per task; each gets a worker of its own, or each group of `devices_per_run`.
+        gpus: per task and node; each gets a worker of its own, or each group of `devices_per_run`.
+        nodes: per task; several train one run together.
         gres: sbatch's --gres, where gpu:N is not what the cluster wants.
-        cpus: per task; None is one per thread of each worker.
+        cpus: per task and node; None is one per thread of each worker.
         workers: per task; None is one per GPU or group of GPUs, or one.
         devices_per_run: how many GPUs, or CPU processes, train a run together, each its share of every batch.
         shard: divide the weights, gradients and optimizer state of a run among its devices.
@@ -85,6 +86,7 @@ class Slurm:
         setup: lines of shell code to run before the workers. Nothing else of a config is run by a shell.
         options: further options of sbatch for the arrays; a later option wins.
         analysis_options: the same for the job that analyses.
+        sizes: other values of these keys for some sizes, by the size's name.
     """
 
     name: str = "slurm"
@@ -95,6 +97,7 @@ class Slurm:
     time: str | None = "04:00:00"
     mem: str | None = None
     gpus: int = 1
+    nodes: int = 1
     gres: str | None = None
     cpus: int | None = None
     workers: int | None = None
@@ -111,10 +114,11 @@ class Slurm:
     setup: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     analysis_options: tuple[str, ...] = ()
+    sizes: Any = None
 
     def __post_init__(self) -> None:
         least = {"gpus": 0, "max_restarts": 0} | dict.fromkeys(
-            ("cpus", "workers", "devices_per_run", "threads", "throttle", "max_array", "signal_seconds"), 1
+            ("cpus", "nodes", "workers", "devices_per_run", "threads", "throttle", "max_array", "signal_seconds"), 1
         )
         for key, lowest in least.items():
             value = getattr(self, key)
@@ -137,10 +141,23 @@ class Slurm:
             raise ConfigError("launcher.shard=true: expected launcher.devices_per_run to be at least 2")
         if self.gpus == 0 and self.kind_of_device == "cuda":
             raise ConfigError("launcher.device=cuda: expected launcher.gpus to be at least 1")
-        if self.kind_of_device == "cuda" and self.gpus % self.devices_per_run:
+        self._check_devices()
+        by_size.check(self)
+
+    def _check_devices(self) -> None:
+        width, where = self.devices_per_run, f"launcher.devices_per_run={self.devices_per_run}"
+        if self.nodes == 1:
+            if self.kind_of_device == "cuda" and self.gpus % width:
+                raise ConfigError(f"{where}: expected a divisor of launcher.gpus={self.gpus}")
+            return
+        if self.workers not in (None, 1):
+            raise ConfigError(f"launcher.workers={self.workers}: launcher.nodes={self.nodes} train one run at a time")
+        if self.kind_of_device == "cuda" and width != self.nodes * self.gpus:
             raise ConfigError(
-                f"launcher.devices_per_run={self.devices_per_run}: expected a divisor of launcher.gpus={self.gpus}"
+                f"{where}: expected all GPUs of the nodes, launcher.nodes * launcher.gpus = {self.nodes * self.gpus}"
             )
+        if width % self.nodes:
+            raise ConfigError(f"{where}: expected a multiple of launcher.nodes={self.nodes}")
 
     def _check_time(self) -> None:
         if self.time is None:
@@ -163,8 +180,8 @@ class Slurm:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The device of every worker of a task, or its devices separated by commas."""
-        kind, width = self.kind_of_device, self.devices_per_run
+        """The device of every worker of a task, or its devices separated by commas; of a node where there are more."""
+        kind, width = self.kind_of_device, self.devices_per_run // self.nodes
         count = self.workers or max(1, self.gpus // width)
         names = [f"{kind}:{i % self.gpus}" if kind == "cuda" else kind for i in range(count * width)]
         return tuple(",".join(names[i : i + width]) for i in range(0, len(names), width))
@@ -208,14 +225,15 @@ class Slurm:
             (run for run in plan.load(sweep) if run.run_id in wanted), key=lambda run: run.size, reverse=True
         )
         limit = self.max_array or max_array_size()
-        kind = "cuda" if self.kind_of_device == "cuda" else "cpu"
         for size, runs in groupby(chosen, key=lambda run: run.size.name):
-            lengths = {run.run_id: run.cost.seconds(run.recipe.steps, kind) / self.devices_per_run for run in runs}
-            tasks = bundled(lengths, len(self.devices), 60 * self.minutes_per_task)
+            mine = by_size.for_size(self, size)
+            kind = "cuda" if mine.kind_of_device == "cuda" else "cpu"
+            lengths = {run.run_id: run.cost.seconds(run.recipe.steps, kind) / mine.devices_per_run for run in runs}
+            tasks = bundled(lengths, len(mine.devices), 60 * mine.minutes_per_task)
             for start in range(0, len(tasks), limit):
                 name = size if start == 0 else f"{size}-{start // limit + 1}"
                 piece = tasks[start : start + limit]
-                yield _write(sweep, name, self.array_text(Site.of(sweep), name, piece)), piece
+                yield _write(sweep, name, mine.array_text(Site.of(sweep), name, piece)), piece
 
     def write_analysis(self, sweep: SweepDir) -> Path:
         """The script of the job after the arrays."""
@@ -225,14 +243,20 @@ class Slurm:
     def array_text(self, site: Site, name: str, tasks: Sequence[sbatch.Task]) -> str:
         """The script of a job array, from nothing but its arguments."""
         throttle = f"%{self.throttle}" if self.throttle else ""
+        share = self.devices_per_run // self.nodes  # of a run's devices on a node
+        processes = share if self.nodes > 1 else 1  # on a node that Slurm starts; on one alone, they start each other
+        cpus = max(1, (self.cpus or self.threads * len(self.devices) * share) // processes)
         resources = {
-            "cpus-per-task": self.cpus or self.threads * len(self.devices) * self.devices_per_run,
+            "nodes": self.nodes if self.nodes > 1 else None,
+            "ntasks-per-node": processes if self.nodes > 1 else None,
+            "cpus-per-task": cpus,
             "gres": self.gres or (f"gpu:{self.gpus}" if self.gpus else None),
             "mem": self.mem,
             "time": self.time,
         }
         options = [
             *self._shared_options(site, name, "%x-%A_%a.out"),
+            *(["--ntasks=1"] if self.nodes == 1 else []),
             f"--array=0-{len(tasks) - 1}{throttle}",
             "--requeue",
             f"--signal=B:USR1@{self.signal_seconds}",
@@ -243,14 +267,14 @@ class Slurm:
             "Trains runs of one size. To submit all or some of its tasks again: sbatch [--array=3,7] THIS_FILE",
             "What is finished is skipped.",
         ]
-        worker = sbatch.Worker(site.mupsweep("worker"), self.devices, self.threads, self.shard)
+        worker = sbatch.Worker(site.mupsweep("worker"), self.devices, self.threads, self.shard, self.nodes, cpus)
         header = sbatch.header(comment, options, login=bool(self.modules))
         return sbatch.array_script(header, self._preamble(), tasks, worker, self.max_restarts)
 
     def analysis_text(self, site: Site, searches: bool = False) -> str:
         """The script of the job after the arrays, from nothing but its arguments. In a search it submits what follows:
         arrays, and itself after them."""
-        options = [*self._shared_options(site, ANALYSIS, "%x-%j.out"), *self.analysis_options]
+        options = [*self._shared_options(site, ANALYSIS, "%x-%j.out"), "--ntasks=1", *self.analysis_options]
         comment = ["Analyses the sweep as it is; submitted to start after the arrays with --dependency=afterany:JOBS"]
         header = sbatch.header(comment, options, login=bool(self.modules))
         return sbatch.analysis_script(header, self._preamble(), site.mupsweep("report", *NEXT * searches))
@@ -261,7 +285,6 @@ class Slurm:
         yield f"--output={sbatch.file_pattern(site.logs, log)}"
         yield "--open-mode=append"
         yield f"--chdir={site.cwd}"
-        yield "--ntasks=1"
         for key in ("partition", "account", "qos", "constraint"):
             if getattr(self, key) is not None:
                 yield f"--{key}={getattr(self, key)}"

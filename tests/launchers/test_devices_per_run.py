@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from outcome import results
 from test_launchers import SMALL, busy, finish, owners, start, until
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from mupsweep.config import load
 from mupsweep.errors import ConfigError
 from mupsweep.launchers.local import Local
 from mupsweep.launchers.slurm import Slurm
+from mupsweep.plan import plan, save
 from mupsweep.records import DONE, SweepDir
 
 TOLERANCE = {"loss": 1e-3}  # relative, after 60 steps: fp32 sums in another order, bf16 products where there are any
@@ -44,6 +48,45 @@ def test_devices_that_do_not_divide_into_groups_are_refused() -> None:
         Slurm(gpus=4, devices_per_run=3)
     with pytest.raises(ConfigError, match=r"^launcher\.devices_per_run=0: expected at least 1$"):
         load(["launcher=local", "launcher.devices_per_run=0"])
+    with pytest.raises(ConfigError, match=r"=2: expected all GPUs of the nodes, .*nodes \* launcher\.gpus = 4$"):
+        Slurm(gpus=2, nodes=2, devices_per_run=2)
+    with pytest.raises(ConfigError, match=r"^launcher\.devices_per_run=3: expected a multiple of launcher\.nodes=2$"):
+        Slurm(gpus=0, nodes=2, devices_per_run=3)
+    with pytest.raises(ConfigError, match=r"^launcher\.workers=2: launcher\.nodes=2 train one run at a time$"):
+        Slurm(gpus=0, nodes=2, devices_per_run=2, workers=2)
+
+
+@pytest.mark.parametrize("launcher", [["launcher=local"], ["launcher=slurm", "launcher.gpus=0"]])
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ("5", r"launcher\.sizes=5: expected keys for sizes, such as \{w512-d4:"),
+        ("{w32-d2:4}", r"launcher\.sizes=\{.*\}: expected keys for sizes"),
+        ("{w32-d2:{thread:2}}", r"unknown key 'launcher\.sizes\.w32-d2\.thread'; .*threads"),
+        ("{w32-d2:{threads:two}}", r"launcher\.sizes\.w32-d2\.threads='two': expected a whole number"),
+        ("{w32-d2:{threads:0}}", r"launcher\.sizes\.w32-d2: launcher\.threads=0: expected at least 1"),
+        ("{w32-d2:{sizes:{}}}", r"launcher\.sizes\.w32-d2\.sizes: it is the same for all sizes"),
+        ("{w64-d2:{threads:2}}", r"launcher\.sizes\.w64-d2: the sweep has no such size; .*w32-d2"),
+        (
+            "{w32-d2:{devices_per_run:3}}",
+            r"training.batch_size=4 cannot be .* launcher\.sizes\.w32-d2\.devices_per_run=3",
+        ),
+    ],
+)
+def test_what_is_said_of_a_size_is_checked_before_anything_is_written(
+    launcher: list[str], sizes: str, told: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{told}"):
+        plan(load(["experiment=smoke", *launcher, f"launcher.sizes={sizes}"]))
+
+
+def test_sizes_get_the_devices_that_they_need_and_the_rest_what_the_launcher_says() -> None:
+    sizes = "launcher.sizes={w32-d2:{devices_per_run:2}}"
+    code, _, err = finish(start("run", *SMALL, "launcher=local", "launcher.devices=cpu", sizes))
+    assert code == 0, err
+    sweep = SweepDir(Path("sweeps/smoke"))
+    found = {row["run_id"]: (row["width"], sweep.run(row["run_id"]).summary()["devices"]) for row in sweep.read_plan()}
+    assert sorted(found.values()) == [(16, 1), (16, 1), (32, 2), (32, 2)]
 
 
 @pytest.mark.parametrize(
@@ -53,6 +96,8 @@ def test_devices_that_do_not_divide_into_groups_are_refused() -> None:
         (Slurm(gpus=4, devices_per_run=4), ("cuda:0,cuda:1,cuda:2,cuda:3",)),
         (Slurm(gpus=2, devices_per_run=2, workers=2), ("cuda:0,cuda:1", "cuda:0,cuda:1")),
         (Slurm(gpus=0, devices_per_run=2, workers=2), ("cpu,cpu", "cpu,cpu")),
+        (Slurm(gpus=2, nodes=3, devices_per_run=6), ("cuda:0,cuda:1",)),
+        (Slurm(gpus=0, nodes=2, devices_per_run=2), ("cpu",)),
     ],
 )
 def test_a_task_of_a_job_array_has_a_worker_per_group(made: Slurm, devices: tuple[str, ...]) -> None:
@@ -116,6 +161,26 @@ def test_a_sharded_sweep_has_the_losses_of_a_whole_one(pairs: dict[str, tuple[di
     assert found.keys() == pairs.keys()
     for run_id, (summary, _) in found.items():
         assert summary["val_loss"] == pytest.approx(pairs[run_id][0]["val_loss"], rel=TOLERANCE["loss"])
+
+
+def test_processes_that_torchrun_starts_on_two_machines_train_together(
+    pairs: dict[str, tuple[dict[str, object], bytes]],
+) -> None:
+    sweep = save(load([*SHORT]), "")[0]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+    ]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the agents meet here
+    where = [f"--rdzv-endpoint=127.0.0.1:{store.port}", "--rdzv-conf=is_host=false"]
+    command = [*torchrun, *where, "-m", "mupsweep", "worker", str(sweep.path), "--device", "cpu"]
+    agents = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [agent.communicate()[1] * agent.returncode for agent in agents] == ["", ""]
+    assert results(sweep) == pairs
 
 
 @linux

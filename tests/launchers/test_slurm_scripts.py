@@ -47,8 +47,10 @@ def test_the_scripts_are_these() -> None:
         options=("--exclusive", "--nice=100"),
         analysis_options=("--partition=cpu",),
     )
+    nodes = Slurm(gpus=4, nodes=2, devices_per_run=8, shard=True, cpus=32, threads=8)
     assert small.array_text(SITE, "w64-d2", TASKS) == (GOLDEN / "small.sbatch").read_text()
     assert full.array_text(SITE, "w64-d2", TASKS) == (GOLDEN / "full.sbatch").read_text()
+    assert nodes.array_text(SITE, "w4096-d4", TASKS[1:]) == (GOLDEN / "nodes.sbatch").read_text()
     assert full.analysis_text(SITE) == (GOLDEN / "report.sbatch").read_text()
 
 
@@ -232,7 +234,7 @@ def test_a_task_that_was_restarted_often_enough_is_left_alone(slurm: Fake, tmp_p
 
 def test_a_cancelled_task_tells_its_workers_and_is_not_queued_again(slurm: Fake, tmp_path: Path) -> None:
     assert ended(start(tmp_path, READY, restarts=2), tmp_path, signal.SIGTERM) != 0
-    assert (tmp_path / "told").read_text() == "TERM\n"
+    assert (tmp_path / "told").read_text() == "USR1\n"
     assert slurm.calls("scontrol") == []
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, missing, until
+from cluster import NODES, Cluster, missing, until
 from outcome import results
 
 from mupsweep import data, plan
@@ -46,10 +46,21 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, object], bytes]]:
     """What one process makes of all runs of this file."""
-    config = load([*SMOKE, f"out={tmp_path_factory.mktemp('undisturbed')}", "sweep.log2_lrs=[-10,-9,-8,-7]"])
+    return trained(tmp_path_factory.mktemp("undisturbed"), "cpu", "sweep.log2_lrs=[-10,-9,-8,-7]")
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, object], bytes]]:
+    """What two ranks on one machine make of one run."""
+    return trained(tmp_path_factory.mktemp("by-two"), "cpu,cpu", *ONE)
+
+
+def trained(out: Path, device: str, *overrides: str) -> dict[str, tuple[dict[str, object], bytes]]:
+    """What one worker makes of a sweep."""
+    config = load([*SMOKE, f"out={out}", *overrides])
     data.prepare(config.variants[0].data)
     sweep = plan.save(config, "")[0]
-    subprocess.run([sys.executable, "-m", "mupsweep", "worker", str(sweep.path), "--device", "cpu"], check=True)
+    subprocess.run([sys.executable, "-m", "mupsweep", "worker", str(sweep.path), "--device", device], check=True)
     return results(sweep)
 
 
@@ -198,6 +209,36 @@ def test_a_run_of_a_dead_node_goes_on_at_once_on_another(
     assert first["slurm_job"] == second["slurm_job"]
     assert "released" not in first
     assert re.search(r"resuming at step \d+ from ", run.log_path.read_text())
+
+
+def test_a_run_on_two_nodes_survives_a_time_limit_and_the_death_of_its_second_node(
+    cluster: Cluster, by_two: dict[str, tuple[dict[str, object], bytes]]
+) -> None:
+    if not cluster.has_host_names:
+        pytest.skip("no right to give the nodes host names of their own")
+    larger = "launcher.sizes={w16-d2:{nodes:2,devices_per_run:2}}"
+    sweep = submit(*ONE, larger)
+    run, job = only_run(sweep), min(row["job"] for row in sweep.read_jobs())
+    pid = suspended(run)
+    cluster.ask("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
+    until(lambda: has_waiting(pid, signal.SIGUSR1), "the signal")
+    os.kill(pid, signal.SIGCONT)
+    until(lambda: len(owners(run)) == 2, "the second attempt")
+    suspended(run)
+    other = next(node for node in NODES if node != owners(run)[-1]["host"])
+    try:
+        cluster.fail_node(other)
+        until(lambda: show(job)[0]["JobState"] == "PENDING", "the job to be queued again")
+    finally:
+        cluster.start_node(other)
+    concluded(sweep)
+    assert results(sweep) == by_two
+    assert show(job)[0]["NumNodes"] == "2"
+    first, second, third = owners(run)
+    assert [claim["slurm_restarts"] for claim in (first, second, third)] == [None, "1", "2"]
+    assert first["released"]
+    assert "released" not in second
+    assert {claim["slurm_job"] for claim in (first, second, third)} == {f"{job}_0"}
 
 
 def test_a_cancelled_sweep_keeps_what_it_has_and_submits_only_what_is_missing(
