@@ -11,10 +11,13 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mupsweep.axes import Change, Label
 from mupsweep.records import DIVERGED, DONE
+
+Size = tuple[int, int, int | None]  # width, depth, and the tokens of training where runs have several horizons
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,11 @@ class Point:
         """A point with a diverged seed has no mean: its loss is only known to be high."""
         return self.diverged > 0
 
-    @property
+    @cached_property
     def mean(self) -> float:
         return sum(self.losses.values()) / len(self.losses) if self.losses else math.nan
 
-    @property
+    @cached_property
     def sem(self) -> float | None:
         """Standard error of the mean over seeds; None with fewer than two."""
         if len(self.losses) < 2:
@@ -74,6 +77,11 @@ class LossCurve:
     @property
     def label(self) -> Label:
         return self.names if self.change is None else (*self.names, self.change.name)
+
+    @property
+    def size(self) -> Size:
+        """What tells the curves of one variant apart."""
+        return self.width, self.depth, self.horizon
 
     @property
     def usable(self) -> tuple[Point, ...]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,15 @@ def write_text(path: Path, text: str, durable: bool = True) -> None:
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
     """Replace `path` by `content` in one step."""
+    write_parts(path, (content,), durable)
+
+
+def write_parts(path: Path, parts: Iterable[bytes], durable: bool = True) -> None:
+    """The same for what is too large to be held as a whole."""
     temporary = temporary_beside(path)
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            file.writelines(parts)
             file.flush()
             if durable:
                 os.fsync(file.fileno())

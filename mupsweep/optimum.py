@@ -83,6 +83,11 @@ class Optimum:
     reason: str | None
     posterior: Posterior | None
 
+    @property
+    def known(self) -> bool:
+        """Whether it has draws that differ: what is derived from optima is told of such only."""
+        return self.posterior is not None and bool(self.se)
+
 
 def optima(curves: Sequence[LossCurve]) -> list[Optimum]:
     """The optimum of every curve. The curves of one ladder are given together: bend and noise are shared."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from mupsweep.axes import label_of
 from mupsweep.optimum import TAILS, Optimum
 from mupsweep.transfer import UNKNOWN, Analysis, Estimate, Group
 from mupsweep.valleys import Array
@@ -98,17 +97,7 @@ def quality(group: Group) -> Quality:
 
 def comparisons(analysis: Analysis) -> list[Comparison]:
     """Every optimizer against AdamW and every parametrization against SP, or against the first there is."""
-    flops = flops_of(analysis)
-    return [compare(a, b, flops) for a, b in pairs(analysis.groups) if _shared(a, b)]
-
-
-def flops_of(analysis: Analysis) -> dict[tuple[Any, ...], float]:
-    """The cost of a run by variant, width, depth and horizon, where it is known."""
-    return {
-        (*label_of(row), row["width"], row["depth"], row.get("horizon")): row["flops"]
-        for row in (*analysis.rows, *analysis.changed)
-        if row.get("flops")
-    }
+    return [compare(a, b, analysis.flops) for a, b in pairs(analysis.groups) if shared(a, b)]
 
 
 def pairs(groups: Sequence[Group]) -> Iterable[tuple[Group, Group]]:
@@ -123,15 +112,15 @@ def pairs(groups: Sequence[Group]) -> Iterable[tuple[Group, Group]]:
             yield from ((group, over) for group in members if group is not over)
 
 
-def _shared(a: Group, b: Group) -> list[tuple[Optimum, Optimum]]:
+def shared(a: Group, b: Group) -> list[tuple[Optimum, Optimum]]:
     """The optima of the sizes that two groups have in common."""
-    mine = {(o.curve.width, o.curve.depth, o.curve.horizon): o for o in _known(b)}
-    return [(o, mine[key]) for o in _known(a) if (key := (o.curve.width, o.curve.depth, o.curve.horizon)) in mine]
+    mine = {o.curve.size: o for o in _known(b)}
+    return [(o, mine[o.curve.size]) for o in _known(a) if o.curve.size in mine]
 
 
 def compare(a: Group, b: Group, flops: Mapping[tuple[Any, ...], float]) -> Comparison:
     """What `a` is worth against `b`, which share a size of known optima; FLOPs by variant, width, depth and horizon."""
-    ours, theirs = _shared(a, b)[-1]
+    ours, theirs = shared(a, b)[-1]
     random = np.random.default_rng(1)  # the draws of two ladders have nothing to do with one another
     shuffled = random.permutation(len(_drawn(ours)[0]))
     size = ours.curve.width, ours.curve.depth
@@ -156,7 +145,7 @@ def _speed_up(
     A line reaches no further than the sizes it goes through: beyond, only a bound is told.
     """
     curves = [o.curve for o in (ours, *theirs)]
-    compute = [flops.get((*c.label, c.width, c.depth, c.horizon)) for c in curves]
+    compute = [flops.get((*c.label, *c.size)) for c in curves]
     if len(set(compute[1:])) < 2 or None in compute:
         return UNKNOWN
     own, *x = (math.log2(c) for c in compute if c is not None)
@@ -224,7 +213,7 @@ def _price(optimum: Optimum) -> Array:
 
 
 def _known(group: Group) -> list[Optimum]:
-    return [o for o in group.optima if o.posterior is not None and o.se]
+    return [o for o in group.optima if o.known]
 
 
 def _positions(group: Group, known: Sequence[Optimum]) -> Array:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mupsweep.axes import NAMES, label_of
+from mupsweep.axes import NAMES, Label, label_of
 from mupsweep.curves import LossCurve, collect
 from mupsweep.errors import DataError
-from mupsweep.files import make_folder, write_json, write_text
+from mupsweep.files import make_folder, write_json, write_parts
 from mupsweep.optimum import CONFIDENCE
 from mupsweep.quality import Comparison, comparisons, quality
 from mupsweep.records import DIVERGED, DONE, FINISHED, SweepDir
@@ -47,12 +46,21 @@ RUN_COLUMNS = [
     "horizon",
     *CHANGE_COLUMNS,
 ]
+# variant, width, depth, parameters -> "runs", as many of each state, and their tokens, flops and seconds
+Ledger = dict[tuple[Label, int, int, int | None], Counter[str]]
 
 
 def read_runs(sweeps: Sequence[SweepDir]) -> list[dict[str, Any]]:
     """The finished runs of some sweeps, by rising size; two variants of one name are told apart by their sweep."""
+    return read(sweeps)[0]
+
+
+def read(sweeps: Sequence[SweepDir]) -> tuple[list[dict[str, Any]], list[Ledger]]:
+    """The same, and what every sweep planned: of 100,000 runs, each walk through a plan takes seconds and memory."""
     rows, variants = [], {}
+    ledgers: list[Ledger] = []
     for sweep in sweeps:
+        ledgers.append({})
         plan = sweep.read_plan()
         namesakes = {
             label[:3] for row in plan if variants.setdefault(label := label_of(row), row["variant"]) != row["variant"]
@@ -60,9 +68,9 @@ def read_runs(sweeps: Sequence[SweepDir]) -> list[dict[str, Any]]:
         while plan:  # each freed as it is used: 100,000 runs are not held twice
             planned = plan.pop()
             folder = sweep.run(planned["run_id"])
-            if folder.status()["status"] not in FINISHED:
-                continue
-            summary = folder.summary()
+            status = folder.status()
+            summary = folder.summary() if status["status"] in FINISHED else None
+            _enter(ledgers[-1], planned, status["status"], summary or status)
             if summary is None:
                 continue
             if label_of(summary)[:3] in namesakes:
@@ -70,7 +78,16 @@ def read_runs(sweeps: Sequence[SweepDir]) -> list[dict[str, Any]]:
             rows += _horizons(summary, planned)
     keys = ("width", "depth", "log2_lr", "seed")
     unique = {(row["model"], row["run_id"]): row for row in rows}
-    return sorted(unique.values(), key=lambda row: (label_of(row), *(row[k] for k in keys)))
+    return sorted(unique.values(), key=lambda row: (label_of(row), *(row[k] for k in keys))), ledgers
+
+
+def _enter(ledger: Ledger, planned: Mapping[str, Any], status: str, known: Mapping[str, Any]) -> None:
+    """Count a run."""
+    key = label_of(planned), planned["width"], planned["depth"], planned.get("parameters")
+    costs = {"tokens": planned.get("tokens"), "flops": planned.get("flops"), "seconds": known.get("seconds")}
+    counts = ledger.setdefault(key, Counter())
+    for name, amount in {"runs": 1, status: 1, **costs}.items():
+        counts[name] += amount or 0
 
 
 def _horizons(row: dict[str, Any], planned: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -158,8 +175,8 @@ def _foreign_run(line: Mapping[str, str | None], refuse: Callable[[str, str], Da
 def write_results(sweep: SweepDir, analysis: Analysis) -> None:
     """results/runs.csv, curves.csv and transfer.json."""
     make_folder(sweep.results)
-    write_text(sweep.results / "runs.csv", _csv(RUN_COLUMNS, [*analysis.rows, *analysis.changed]))
-    write_text(sweep.results / "curves.csv", _csv(*curve_table([*analysis.curves, *collect(analysis.changed)])))
+    write_parts(sweep.results / "runs.csv", _csv(RUN_COLUMNS, [*analysis.rows, *analysis.changed]))
+    write_parts(sweep.results / "curves.csv", _csv(*curve_table([*analysis.curves, *collect(analysis.changed)])))
     write_json(sweep.results / "transfer.json", to_json(analysis))
 
 
@@ -306,9 +323,15 @@ def curve_table(curves: Sequence[LossCurve]) -> tuple[list[str], list[dict[str, 
     return [*keys, "log2_lr", "n_seeds", "loss_mean", "loss_sem", "censored", "horizon", *CHANGE_COLUMNS], rows
 
 
-def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+class _Line:
+    """A file for csv.writer, whose writerow then answers the line."""
+
+    write = staticmethod(str.encode)
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
+    """Line by line: of 100,000 runs the whole text would take 70 MB."""
+    writer = csv.writer(_Line(), lineterminator="\n")
+    yield writer.writerow(columns)
+    for row in rows:
+        yield writer.writerow([row.get(column, "") for column in columns])

@@ -6,12 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from mupsweep.axes import Change, Label
+from mupsweep.axes import Change, Label, label_of
 from mupsweep.curves import LossCurve, collect
 from mupsweep.errors import ConfigError, nearest
 from mupsweep.optimum import TAILS, Optimum, optima
@@ -40,13 +41,25 @@ class Estimate:
         low, value, high = (float(q) for q in np.quantile(draws, (TAILS[0], 0.5, TAILS[1])))
         return cls(value, low, high)
 
-    def __str__(self) -> str:
+    @property
+    def negated(self) -> Estimate:
+        """By how much less, where this is by how much more."""
+        value, low, high = (None if end is None else -end for end in (self.value, self.high, self.low))
+        return Estimate(value, low, high)
+
+    def __format__(self, spec: str) -> str:
+        """The value and its interval, or the bound there is, each number by `spec` and none of them -0.00."""
+        spec = (spec or "+.2f").replace(".", "z.")
+        ends = [("at least", self.low), ("at most", self.high)]
+        bounds = " and ".join(f"{word} {end:{spec}}" for word, end in ends if end is not None)
         if self.value is None:
-            ends = [("at least", self.low), ("at most", self.high)]
-            return " and ".join(f"{word} {end:+.2f}" for word, end in ends if end is not None) or "unknown"
-        if self.low is None or self.high is None:
-            return f"{self.value:+.2f} [no interval]"
-        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+            return bounds or "unknown"
+        if self.low is not None and self.high is not None:
+            bounds = f"{self.low:{spec}}, {self.high:{spec}}"
+        return f"{self.value:{spec}} [{bounds or 'no interval'}]"
+
+    def __str__(self) -> str:
+        return format(self)
 
 
 UNKNOWN = Estimate(None, None, None)
@@ -111,6 +124,15 @@ class Analysis:
     remarks: tuple[str, ...]
     changed: tuple[Mapping[str, Any], ...] = ()
 
+    @cached_property
+    def flops(self) -> dict[tuple[Any, ...], float]:
+        """The cost of a run by variant, width, depth and horizon, where it is known."""
+        return {
+            (*label_of(row), row["width"], row["depth"], row.get("horizon")): row["flops"]
+            for row in (*self.rows, *self.changed)
+            if row.get("flops")
+        }
+
 
 def analyse(rows: Iterable[Mapping[str, Any]]) -> Analysis:
     """Curves, optima, drift, regret and verdict of every ladder in the rows; half-finished sweeps are welcome."""
@@ -159,13 +181,13 @@ def judge(axis: str, found: Sequence[Optimum], of: str = "LR") -> Group:
     drift = _slope(position, found)
     total = _difference(base, found[-1])
     regrets = tuple(_regret(base, o) for o in found)
-    verdict, reasons = _judge(axis, found, base, drift, total, regrets, of)
+    verdict, reasons = _judge(axis, found, base, total, regrets, of)
     return Group(*label, axis, tuple(found), drift, total, regrets[-1], regrets, verdict, tuple(reasons))
 
 
 def _slope(position: Sequence[float], found: Sequence[Optimum]) -> Estimate:
     """Octaves per doubling: a weighted line through the optima of every draw."""
-    known = [(x, o) for x, o in zip(position, found, strict=True) if o.posterior is not None and o.se]
+    known = [(x, o) for x, o in zip(position, found, strict=True) if o.known]
     if len({x for x, _ in known}) < 2:
         return UNKNOWN
     x = np.array([x for x, _ in known])
@@ -220,7 +242,6 @@ def _judge(
     axis: str,
     found: Sequence[Optimum],
     base: Optimum,
-    drift: Estimate,
     total: Estimate,
     regrets: Sequence[Estimate],
     of: str,
@@ -231,7 +252,7 @@ def _judge(
     size's regret below TOLERANCE_NATS (a valley so flat that the exact LR does not matter). Drifts: the interval
     excludes no drift and the drift exceeds the tolerance. Everything else is inconclusive.
     """
-    names = f"from {_named(axis, base)} to {_named(axis, found[-1])}"
+    names = f"from {base.curve.place(axis)} to {found[-1].curve.place(axis)}"
     reasons = [f"{_size(axis, o)}: {o.reason}" for o in found if o.reason is not None]
     if len(found) < 2 or base is found[-1]:
         return INCONCLUSIVE, [
@@ -256,8 +277,7 @@ def _judge(
     )
     up = total.low is not None and total.low > 0 and (total.value if total.value is not None else total.low) > tolerance
     if down or up:
-        per_doubling = f"{drift} octaves per doubling of {DOUBLED.get(axis, axis)}"
-        return DRIFTS, [f"{width}: more than {tolerance:g}", per_doubling, *reasons]
+        return DRIFTS, [f"{width}: more than {tolerance:g}", *reasons]
     if total.value is None and total.low is None and total.high is None:
         return INCONCLUSIVE, reasons or ["the optimum of the base or of the largest size is unknown"]
     return INCONCLUSIVE, [
@@ -265,10 +285,6 @@ def _judge(
         f"add seeds, or {of}s around the optimum",
         *reasons,
     ]
-
-
-def _named(axis: str, one: Optimum) -> str:
-    return one.curve.place(axis) if axis == HORIZON else one.curve.place("joint")
 
 
 def _size(axis: str, one: Optimum) -> str:

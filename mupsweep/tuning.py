@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from mupsweep.axes import Label
-from mupsweep.curves import LossCurve, Point, collect
+from mupsweep.curves import LossCurve, Point, Size, collect
 from mupsweep.optimum import Optimum, located, optima
-from mupsweep.quality import STANDARD, Comparison, compare, flops_of, pairs
+from mupsweep.quality import STANDARD, Comparison, compare, pairs, shared
 from mupsweep.transfer import (
     HORIZON,
     INCONCLUSIVE,
@@ -36,7 +36,6 @@ from mupsweep.valleys import Array
 KNOWN = 1000.0  # degrees of freedom of a noise that draws tell
 DECAYS = ("beta", "momentum")  # in the last words of keys whose octaves are those of 1 - value
 NOTHING = 0.0005  # nats: a gap below the last digit that is told is none to close
-Size = tuple[int, int, int | None]  # width, depth, horizon
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,6 @@ def tunings(analysis: Analysis) -> list[Tuning]:
 
 def closings(analysis: Analysis, tuned: Sequence[Tuning]) -> list[Closing]:
     """What each hyperparameter does to the gap of every parametrization to SP, the one that closes most of it first."""
-    flops = flops_of(analysis)
     found = []
     for a, b in pairs([group for group in analysis.groups if group.axis != HORIZON]):
         if a.label[:2] != b.label[:2] or b.parametrization != STANDARD:
@@ -132,9 +130,9 @@ def closings(analysis: Analysis, tuned: Sequence[Tuning]) -> list[Closing]:
         for key in dict.fromkeys(one.hyperparameter for one in tuned):
             ours, theirs = _tuned(a, key, tuned), _tuned(b, key, tuned)
             if ours is not a or theirs is not b:
-                after = _along(ours, theirs, flops)
+                after = _along(ours, theirs, analysis.flops)
                 both = {(c.width, c.depth) for c in after}
-                before = tuple(c for c in _along(a, b, flops) if (c.width, c.depth) in both)
+                before = tuple(c for c in _along(a, b, analysis.flops) if (c.width, c.depth) in both)
                 found += [Closing(key, before, after)] if len(before) == len(after) > 0 else []
     return sorted(found, key=lambda c: (c.before[-1].of, c.before[-1].axis, -(c.share or -math.inf)))
 
@@ -163,11 +161,11 @@ def remarks(found: Sequence[Closing]) -> list[str]:
 
 def _tuning(group: Group, key: str, default: float | None, curves: Mapping[float, Sequence[LossCurve]]) -> Tuning:
     """One hyperparameter along one ladder of the default."""
-    sizes = [_size(o.curve) for o in group.optima]
-    by_value: dict[float | None, dict[Size, Optimum]] = {default: {_size(o.curve): o for o in group.optima}}
+    sizes = [o.curve.size for o in group.optima]
+    by_value: dict[float | None, dict[Size, Optimum]] = {default: {o.curve.size: o for o in group.optima}}
     for value, mine in sorted(curves.items()):
-        ladder = sorted((c for c in mine if _size(c) in sizes), key=lambda c: sizes.index(_size(c)))
-        by_value[value] = {_size(o.curve): o for o in (optima(ladder) if ladder else [])}
+        ladder = sorted((c for c in mine if c.size in sizes), key=lambda c: sizes.index(c.size))
+        by_value[value] = {o.curve.size: o for o in (optima(ladder) if ladder else [])}
     drawn = {
         size: {
             value: _losses(at[size], i)
@@ -221,7 +219,7 @@ def _over_values(
 ) -> Group:
     """The ladder of the best values: curves of the losses at the optimal LRs over the log2 of the value."""
     curves, sds = [], []
-    own = {_size(o.curve): o.curve for o in group.optima}
+    own = {o.curve.size: o.curve for o in group.optima}
     for size in sizes:
         points, sd = [], {}
         for value in by_value:
@@ -252,8 +250,8 @@ def _tuned(group: Group, key: str, tuned: Iterable[Tuning]) -> Group:
     the best value is not known."""
     for one in tuned:
         if (one.names, one.axis, one.hyperparameter) == (group.label, group.axis, key):
-            best = {(at.width, at.depth, at.horizon): at for at in one.sizes}
-            optima_ = [(o, best.get(_size(o.curve))) for o in group.optima]
+            best = {at.optimum.curve.size: at for at in one.sizes}
+            optima_ = [(o, best.get(o.curve.size)) for o in group.optima]
             kept = tuple(o if at is None else at.optimum for o, at in optima_ if at is None or not at.unbounded)
             return replace(group, optima=kept)
     return group
@@ -261,17 +259,8 @@ def _tuned(group: Group, key: str, tuned: Iterable[Tuning]) -> Group:
 
 def _along(a: Group, b: Group, flops: Mapping[tuple[Any, ...], float]) -> tuple[Comparison, ...]:
     """The comparison at every size at which both have an optimum."""
-    theirs = {_size(o.curve) for o in b.optima if _is_known(o)}
-    ours = [o for o in a.optima if _is_known(o) and _size(o.curve) in theirs]
+    ours = [optimum for optimum, _ in shared(a, b)]
     return tuple(compare(replace(a, optima=tuple(ours[: i + 1])), b, flops) for i in range(len(ours)))
-
-
-def _size(curve: LossCurve) -> Size:
-    return curve.width, curve.depth, curve.horizon
-
-
-def _is_known(optimum: Optimum | None) -> bool:
-    return optimum is not None and optimum.posterior is not None and bool(optimum.se)
 
 
 def _losses(optimum: Optimum, seed: int) -> Array:

@@ -112,6 +112,7 @@ def claim(sweep: SweepDir, run_ids: list[str], start: Any, answers: Any) -> None
         if mine is None:
             continue
         if run.is_open():
+            write_json(run.summary_path, {}, durable=False)
             run.write_status(DONE, durable=False)
             taken.append(run.run_id)
         mine.release()

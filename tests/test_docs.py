@@ -23,7 +23,6 @@ import typer
 
 from mupsweep import config
 from mupsweep.cli import app
-from mupsweep.launchers import progress
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -56,6 +55,7 @@ CHECK = [
 # Commands that get more words, or others, and why.
 MORE = {
     "sweep.search=adaptive": ["sweep.max_runs=4", "sweep.width_ratios=[1]"],  # 18 runs of each size
+    'launcher.sizes={w128-d4:{nodes:2,gpus:4,devices_per_run:8,time:"24:00:00"}}': ["training.batch_size=8"],
     "launcher=slurm": ["sweep.seeds=[0,1,2]"],  # the sweep is finished: another seed is there to be submitted
     "sweep.name=llama": [  # as long as it is, since the next command needs an optimum between the LRs
         *("training.steps=30", "training.batch_size=4", "training.eval_batches=4", "model.context=32"),
@@ -64,6 +64,7 @@ MORE = {
 }
 PLAN_ONLY = {
     "launcher.devices_per_run=4": "wants four accelerators",
+    "launcher.sizes={w2048-d32:{devices_per_run:4,shard:true}}": "the same",
     "training.micro_batch=2": "a model of 640 M parameters",
     "experiment=zheng_width": "weeks on a GPU, and 300 M tokens of OpenWebText",
 }
@@ -219,7 +220,6 @@ def desk(
         clients: list[Any] = []
         for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
             monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "wandb"))
-        monkeypatch.setattr(progress, "STILL_POLLS", 1)  # seconds that `status --watch` stays beyond the end
         (tmp_path / "slurm").mkdir()
         monkeypatch.setenv("PATH", f"{tmp_path / 'slurm'}:{Path(sys.executable).parent}:/usr/bin:/bin")
         monkeypatch.setenv("FAKE", str(tmp_path / "slurm"))

@@ -5,15 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import math
+import tracemalloc
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mupsweep import plan
+from mupsweep.config import load
 from mupsweep.errors import DataError
-from mupsweep.records import DIVERGED, DONE
+from mupsweep.files import write_json, write_parts
+from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING
 from mupsweep.report.conclude import conclude_table
-from mupsweep.results import RUN_COLUMNS, _csv, read_table
+from mupsweep.results import RUN_COLUMNS, _csv, read, read_runs, read_table
 from mupsweep.transfer import analyse
 
 WIDTHS, LRS = (128, 256, 512), range(-12, -3)
@@ -70,11 +75,43 @@ def test_repetitions_without_seeds_are_numbered(tmp_path: Path) -> None:
 def test_our_own_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     rows = read_table(table(tmp_path, runs(-1.0, seed=3, model="m", optimizer="o", depth=4, depth_ratio=2.0)))
     path = tmp_path / "again.csv"
-    path.write_text(_csv(RUN_COLUMNS, rows))
+    path.write_bytes(b"".join(_csv(RUN_COLUMNS, rows)))
     again = read_table(str(path))
     assert again == rows
     assert {row["depth_ratio"] for row in again} == {2.0}
     assert {row["status"] for row in again} == {DONE, DIVERGED}
+
+
+def test_a_table_is_written_without_holding_its_text(tmp_path: Path) -> None:
+    row = runs(seed=3, model="m", optimizer="o")[0]
+    tracemalloc.start()
+    write_parts(tmp_path / "runs.csv", _csv(RUN_COLUMNS, (row for _ in range(20_000))), durable=False)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (tmp_path / "runs.csv").stat().st_size > 800_000
+    assert peak < 200_000
+
+
+def test_one_walk_through_a_plan_finds_runs_states_and_costs(tmp_path: Path) -> None:
+    sweep, planned = plan.save(load(["experiment=smoke", f"out={tmp_path}"]), "")
+    states = (DONE, DIVERGED, FAILED, RUNNING, PENDING, PENDING)
+    for run, row, state in zip(planned, sweep.read_plan(), states, strict=True):
+        folder = sweep.run(run.run_id)
+        if state != PENDING:
+            folder.path.mkdir(parents=True)
+            folder.write_status(state)
+        if state in (DONE, DIVERGED):
+            write_json(folder.summary_path, {**row, "status": state, "val_loss": 3.0, "seconds": 1.5})
+    rows, [ledger] = read([sweep])
+    assert {row["run_id"]: row["status"] for row in rows} == dict(
+        zip([r.run_id for r in planned], states[:2], strict=False)
+    )
+    assert rows == read_runs([sweep])
+    counts = sum(ledger.values(), Counter())
+    assert [counts[key] for key in ("runs", DONE, DIVERGED, FAILED, RUNNING, PENDING)] == [6, 1, 1, 1, 1, 2]
+    assert counts["seconds"] == 3.0
+    assert counts["flops"] == sum(run.cost.flops for run in planned)
+    assert {key[1:] for key in ledger} == {(r.size.width, r.size.depth, r.cost.parameters) for r in planned}
 
 
 @pytest.mark.parametrize(

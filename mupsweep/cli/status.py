@@ -27,9 +27,10 @@ def status(
 
     if watch and (runs or json):
         raise ConfigError(f"--watch shows a board of its own: leave out {'--runs' if runs else '--json'}")
-    if watch:
+    folder = SweepDir.open(sweep)
+    if watch and not terminal.is_over(folder):
         from mupsweep.launchers import progress
 
-        progress.watch(SweepDir.open(sweep))
+        progress.watch(folder, lambda: terminal.is_over(folder))
     else:
-        terminal.show_status(SweepDir.open(sweep), per_run=runs, as_json=json)
+        terminal.show_status(folder, per_run=runs, as_json=json)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mupsweep.report.board_text import BoardText
 
 POLL_SECONDS = 1.0
-STILL_POLLS = 10  # a search plans further runs when all have ended: all is over only when it has not for so long
+STILL_POLLS = 10  # whoever trains a sweep may add runs when all have ended; looks after which it seems that nobody does
 
 
 class Progress:
@@ -74,13 +74,22 @@ class Progress:
         self.console.print(line, markup=False, soft_wrap=True)
 
 
-def watch(sweep: SweepDir, console: Console | None = None, pause: Callable[[float], None] = time.sleep) -> None:
-    """Show a sweep, whoever trains it, until all its runs have ended."""
+def watch(
+    sweep: SweepDir,
+    is_over: Callable[[], bool],
+    console: Console | None = None,
+    pause: Callable[[float], None] = time.sleep,
+) -> None:
+    """Show a sweep, whoever trains it, until all its runs have ended and none are added.
+
+    Args:
+        is_over: whether a sweep without open runs is known to be complete.
+    """
     with Progress(sweep, console, keep=True) as progress:
         board, still = progress.board, 0
         say = _silent if progress.live.is_started else partial(progress.console.print, markup=False, soft_wrap=True)
         say(_counts(board))
-        while board.open or still < STILL_POLLS:
+        while board.open or (still < STILL_POLLS and not is_over()):
             looked = time.process_time()
             progress.refresh()
             still = 0 if board.running else still + 1

@@ -14,10 +14,11 @@ from rich.text import Text
 from mupsweep.axes import Label
 from mupsweep.cost import duration
 from mupsweep.curves import LossCurve, collect
+from mupsweep.optimum import optima
 from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING
 from mupsweep.report.board import Board, Cell, Row
-from mupsweep.report.curves_text import curve_text, size_names, variant_name, variant_order
-from mupsweep.report.terminal import table_of
+from mupsweep.report.console import table_of
+from mupsweep.report.curves_text import curve_text, lowest, size_names, variant_name, variant_order
 from mupsweep.transfer import ladders
 
 GLYPHS = {FAILED: "!", RUNNING: ">", DIVERGED: "x", DONE: "o", PENDING: "·"}  # of several seeds the first that applies
@@ -152,7 +153,8 @@ class BoardText:
             title = Text.assemble((f"loss so far: {variant_name(label, list(self.board.labels))}, by {axis}\n", "dim"))
             began = time.monotonic()
             fitted = sum(len(curve.points) for curve in curves) <= FITTED
-            self._plots[key] = drawn = done, title.append_text(curve_text(curves, min(width, 100), height, fitted))
+            found = optima(curves) if fitted else [lowest(curve) for curve in curves]
+            self._plots[key] = drawn = done, title.append_text(curve_text(found, min(width, 100), height, fitted))
             self._next_fit = time.monotonic() + (time.monotonic() - began) / SHARE
         return drawn[1]
 

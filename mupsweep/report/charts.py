@@ -8,24 +8,23 @@ from html import escape
 from itertools import chain
 from typing import Any
 
-from mupsweep.curves import LossCurve, Point
+from mupsweep.curves import LossCurve, Point, Size
 from mupsweep.optimum import Optimum
 from mupsweep.report.curves_text import (
-    Size,
     axis_name,
     base_of,
     in_order,
     loss_range,
     ordered_sizes,
     size_names,
-    size_of,
     variant_name,
 )
 from mupsweep.report.svg import Plot, minus, round_numbers, tip_of
-from mupsweep.transfer import TOLERANCE_OCTAVES, Analysis, Estimate, Group
+from mupsweep.transfer import TOLERANCE_OCTAVES, UNKNOWN, Analysis, Estimate, Group
 
 THINNED = 80  # points of a training curve: more than a panel can show
 SMOOTHED = 40  # means that a noisy curve is reduced to
+SEED_POINTS = 2000  # of one loss curve, seed by seed: more make a page that nobody waits for
 DIAMOND = "M0-5.5L5.5 0L0 5.5L-5.5 0Z"
 MARKERS = (  # paths around the origin, one per variant
     "M0-4.5A4.5 4.5 0 1 1 0 4.5A4.5 4.5 0 1 1 0-4.5Z",
@@ -38,15 +37,8 @@ MARKERS = (  # paths around the origin, one per variant
 
 
 def words(estimate: Estimate, unit: str = "", spec: str = "+.2f") -> str:
-    """A value with its interval, or the bound there is."""
-    value, low, high = (None if v is None else f"{v:{spec}}" for v in (estimate.value, estimate.low, estimate.high))
-    if value is not None:
-        text = f"{value} [no interval]" if low is None or high is None else f"{value} [{low}, {high}]"
-    elif low is None and high is None:
-        return "unknown"
-    else:
-        text = " and ".join(f"{word} {end}" for word, end in (("at least", low), ("at most", high)) if end is not None)
-    return f"{minus(text)} {unit}".rstrip()
+    """A value with its interval, or the bound there is, typeset."""
+    return "unknown" if estimate == UNKNOWN else f"{minus(f'{estimate:{spec}}')} {unit}".rstrip()
 
 
 class Charts:
@@ -74,7 +66,7 @@ class Charts:
 
     def name(self, curve: LossCurve) -> str:
         """A size: width 64, depth 8, 64x8 or 400k tokens."""
-        return self.names[size_of(curve)]
+        return self.names[curve.size]
 
     def number(self, curve: LossCurve) -> str:
         """A size where it is known what is meant: 64, 8, 64x8 or 400k."""
@@ -124,7 +116,7 @@ class Charts:
         curves = [o.curve for o in optima]
         lrs = [p.log2_lr for c in curves for p in c.points]
         pad = 0.06 * (max(lrs) - min(lrs)) or 0.5
-        unstable = {size_of(c) for c in curves if c.n_diverged}
+        unstable = {c.size for c in curves if c.n_diverged}
         diverged = [size for size in self.names if size in unstable]
         pitch = min(9.0, 64 / max(1, len(diverged)))  # of the rows of crosses, one per size
         strip = pitch * len(diverged) + 4 if diverged else 0.0
@@ -135,7 +127,7 @@ class Charts:
         if base.log2_lr is not None:
             plot.add(f'<path class="base" d="M{plot.x(base.log2_lr)} {plot.TOP}V{plot.BOTTOM}"/>')
         for optimum in group.optima:
-            size = size_of(optimum.curve)
+            size = optimum.curve.size
             row = diverged.index(size) if size in diverged else 0
             plot.add(self._group(size))
             self._points(plot, optimum, plot.upper - pitch * (row + 0.5) - 2)
@@ -166,11 +158,11 @@ class Charts:
 
     def _seeds(self, plot: Plot, curve: LossCurve) -> None:
         """Every seed's own losses, hidden until they are asked for."""
-        seeds = sorted({seed for p in curve.points for seed in p.losses})
-        if len(seeds) < 2:
+        shown, every = drawn_seeds(curve)
+        if len(every) < 2:
             return
         plot.add('<g class="off" data-seeds="each">')
-        for seed in seeds:
+        for seed in shown:
             losses = [(p.log2_lr, p.losses[seed]) for p in curve.points if seed in p.losses]
             plot.clipped(f'<path class="faint" d="{plot.path(losses)}"/>')
             for lr, loss in losses:
@@ -251,6 +243,12 @@ class Charts:
 
     def _group(self, size: Size) -> str:
         return f'<g data-size="{size_id(size)}" {self.shade(size)}>'
+
+
+def drawn_seeds(curve: LossCurve) -> tuple[list[int], list[int]]:
+    """The seeds of a loss curve that are drawn, and all it has."""
+    every = sorted({seed for p in curve.points for seed in p.losses})
+    return every[: max(1, SEED_POINTS // max(1, len(curve.points)))], every
 
 
 def size_id(size: Size) -> str:

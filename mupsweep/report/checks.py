@@ -20,7 +20,7 @@ from mupsweep.files import make_folder, write_json
 from mupsweep.optimizers import Optimizer
 from mupsweep.optimizers.foreign import Foreign
 from mupsweep.records import SweepDir
-from mupsweep.report.terminal import console_of, table_of
+from mupsweep.report.console import console_of, table_of
 from mupsweep.scaling import Parametrization, Role, UpdateLaw, symbolic
 from mupsweep.sections import instantiate
 
@@ -49,9 +49,9 @@ def show_coordinates(
         console.print(f"\n{'/'.join(one.label)}, base LR 2^{one.log2_lr:g}", style="bold")
         sp = beside.get(one.label[:2])
         for axis in one.axes():
-            console.print(_coordinates_table(one, None if sp is one else sp, axis))
+            console.show(_coordinates_table(one, None if sp is one else sp, axis))
         for line in _conclusion(one):
-            console.print(line, markup=False, soft_wrap=True)
+            console.say(line)
     if into is not None:
         console.print(f"wrote {into.check_path}; mupsweep report {into.path} shows it", markup=False)
     return all(one.passed for one in found)
@@ -171,7 +171,7 @@ def _print_law(
         cells = ["", ""] if rank_1 is None else _cells(rank_1)
         verdict = "" if said is None else "off" if name in found.off else "ok"
         table.add_row(name, *cells, *_cells(real), "" if said is None else signed(said), verdict)
-    console.print(table)
+    console.show(table)
     lines = [*_remarks(found), f"weight decay: {found.weight_decay}"]
     rule = _rule(optimizer, found)
     if rule is not None:
@@ -180,7 +180,7 @@ def _print_law(
     if not found.declared:
         lines += _next_steps(found, overrides)
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        console.say(line)
 
 
 def _cells(exponent: Exponent) -> tuple[str, str]:

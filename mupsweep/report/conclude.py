@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mupsweep import exports, plan, recipe, trackers, validation
-from mupsweep.build import rules
+from mupsweep.build import TensorRule, rules
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.files import make_folder, write_json, write_text
 from mupsweep.plan import RunSpec
 from mupsweep.records import SweepDir
-from mupsweep.results import read_runs, read_table, to_json, write_results
+from mupsweep.results import Ledger, read, read_runs, read_table, to_json, write_results
 from mupsweep.transfer import Analysis, analyse, select
 
 
@@ -37,14 +38,18 @@ def conclude(
         raise ConfigError("no sweep given: mupsweep transfer sweeps/NAME, or mupsweep transfer --from runs.csv")
     for sweep in sweeps:
         sweep.read_config()  # a damaged one is told before anything is written
-    analysis = analyse(read_runs(sweeps))
-    files = write_views(sweeps[0], analysis, figures) if len(sweeps) == 1 else []
+    # before the runs are read: of 100,000, plan and results together would take the most memory
+    shown_rules = list(_rules_at_sizes(plan.load(sweeps[0]))) if len(sweeps) == 1 else []
+    rows, ledgers = read(sweeps)
+    analysis = analyse(rows)
+    files = write_views(sweeps[0], analysis, shown_rules, ledgers[0], figures) if len(sweeps) == 1 else []
     groups = select(analysis, optimizer, parametrization) if analysis.groups else []
     shown = replace(analysis, groups=tuple(groups))
     if as_json:
         print(json.dumps(to_json(shown), indent=2))
     else:
-        verdicts.show_analysis(shown, [(s.path, s.counts()) for s in sweeps], files)
+        counts = [sum(ledger.values(), Counter()) for ledger in ledgers]
+        verdicts.show_analysis(shown, list(zip((s.path for s in sweeps), counts, strict=True)), files)
     return [group.verdict for group in groups]
 
 
@@ -65,7 +70,13 @@ def conclude_table(
     return [group.verdict for group in shown.groups]
 
 
-def write_views(sweep: SweepDir, analysis: Analysis, look: str | None = None) -> list[Path]:
+def write_views(
+    sweep: SweepDir,
+    analysis: Analysis,
+    shown_rules: Sequence[tuple[str, Sequence[TensorRule]]],
+    ledger: Ledger,
+    look: str | None,
+) -> list[Path]:
     """results/: tables, and figures and the report once there is something to see."""
     write_results(sweep, analysis)
     files = [sweep.results / "transfer.json", sweep.results / "runs.csv"]
@@ -75,7 +86,7 @@ def write_views(sweep: SweepDir, analysis: Analysis, look: str | None = None) ->
         figures.draw(analysis, sweep.figures)
         if look is not None:
             files += figures.draw(analysis, sweep.figures / look, look)
-        files = [html.write(sweep, analysis, list(_rules_at_sizes(plan.load(sweep)))), sweep.figures, *files]
+        files = [html.write(sweep, analysis, shown_rules, ledger), sweep.figures, *files]
     trackers.analysed(sweep)
     return files
 
@@ -175,10 +186,10 @@ def read_target(words: Sequence[str]) -> dict[str, int]:
     return dims
 
 
-def _rules_at_sizes(runs: Sequence[RunSpec]):
+def _rules_at_sizes(runs: Sequence[RunSpec]) -> Iterator[tuple[str, Sequence[TensorRule]]]:
     """(heading, rules) for every variant and size of a sweep, at the middle LR of its grid."""
-    middle = sorted({run.log2_lr for run in runs})[len({run.log2_lr for run in runs}) // 2]
+    lrs = sorted({run.log2_lr for run in runs})
     seen = {(run.recipe.variant.label, run.size): run for run in runs if run.recipe.variant.change is None}
     for (label, size), run in sorted(seen.items(), key=lambda item: (item[0][0], item[0][1])):
-        heading = f"{'/'.join(label)}, width {size.width}, depth {size.depth}, at base LR 2^{middle:g}"
-        yield heading, rules(run.recipe, size, 2.0**middle)
+        heading = f"{'/'.join(label)}, width {size.width}, depth {size.depth}, at base LR 2^{lrs[len(lrs) // 2]:g}"
+        yield heading, rules(run.recipe, size, 2.0 ** lrs[len(lrs) // 2])

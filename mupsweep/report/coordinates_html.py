@@ -11,6 +11,7 @@ from mupsweep.files import read_json
 from mupsweep.records import SweepDir
 from mupsweep.report.curves_text import variant_name, variant_order
 from mupsweep.report.svg import Plot, minus, tip_of
+from mupsweep.transfer import Estimate
 
 NOTE = (
     "Small models after a few steps at several sizes. Each line is a coordinate against the size, as a multiple of "
@@ -86,12 +87,7 @@ def _said(row: Mapping[str, Any]) -> str:
 
 
 def _interval(row: Mapping[str, Any]) -> str:
-    value, low, high = (_number(row["judged"][key]) for key in ("value", "low", "high"))
-    return minus(f"{value} [{low}, {high}]")
-
-
-def _number(value: float | None) -> str:
-    return "?" if value is None else f"{value:+.2f}"
+    return minus(f"{Estimate(*(row['judged'][key] for key in ('value', 'low', 'high')))}")
 
 
 def _name(row: Mapping[str, Any]) -> str:

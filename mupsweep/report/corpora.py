@@ -13,7 +13,7 @@ from mupsweep.config import DataConfig, load
 from mupsweep.cost import si
 from mupsweep.data import cache, shards, sources
 from mupsweep.errors import DataError
-from mupsweep.report.terminal import console_of, table_of
+from mupsweep.report.console import console_of, table_of
 
 
 def prepare_data(overrides: Sequence[str], config_dir: str | None) -> None:
@@ -63,7 +63,7 @@ def show_prepared(overrides: Sequence[str], config_dir: str | None, as_json: boo
             entry.content_id[:12],
             entry.state,
         )
-    console_of().print(table)
+    console_of().show(table)
     for entry in found:
         if entry.state in ADVICE:
             print(f"{entry.state}: {entry.folder}: {ADVICE[entry.state]}")

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from mupsweep.axes import Label
 from mupsweep.cost import si
-from mupsweep.curves import LossCurve
-from mupsweep.optimum import Optimum, optima
+from mupsweep.curves import LossCurve, Size
+from mupsweep.optimum import Optimum
 from mupsweep.transfer import DOUBLED, HORIZON, Estimate, Group
 
 # of the user's own theme: readable on any background
@@ -21,7 +21,6 @@ COLORS = ("cyan", "blue", "magenta", "red", "yellow", "green")
 NAMES = {"sp": "SP", "mup": "μP", "depth_mup": "depth-μP"}
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # bits of a braille cell by (column, row)
 Cell = tuple[str, str]  # character, style
-Size = tuple[int, int, int | None]  # width, depth, and the tokens of training where runs have several horizons
 
 
 def variant_name(label: Label, among: Sequence[Label]) -> str:
@@ -71,15 +70,10 @@ def moves(group: Group) -> list[Estimate]:
     return [Estimate(less(o.log2_lr, base.log2_lr), less(o.low, high), less(o.high, low)) for o in group.optima]
 
 
-def size_of(curve: LossCurve) -> Size:
-    """What tells the sizes of a ladder apart."""
-    return curve.width, curve.depth, curve.horizon
-
-
 def ordered_sizes(groups: Sequence[Group]) -> dict[Size, LossCurve]:
     """Every size, the smallest first."""
     curves = [o.curve for g in groups for o in g.optima]
-    return {size_of(c): c for c in sorted(curves, key=lambda c: (c.width * c.depth, c.width, c.horizon or 0))}
+    return {c.size: c for c in sorted(curves, key=lambda c: (c.width * c.depth, c.width, c.horizon or 0))}
 
 
 def size_names(sizes: Sequence[Size]) -> list[str]:
@@ -112,22 +106,21 @@ def loss_range(found: Sequence[Optimum]) -> tuple[float, float]:
     return low - margin, top + margin
 
 
-def curve_text(curves: Sequence[LossCurve], width: int = 72, height: int = 14, fitted: bool = True) -> Text:
+def curve_text(found: Sequence[Optimum], width: int = 72, height: int = 14, fitted: bool = True) -> Text:
     """Loss versus log2 LR of several sizes.
 
     Every size is a letter at its seed means, its capital letter at the fitted optimum; in the top row `x` is
     an LR with a diverged seed and `^` a loss above the axis. Nothing is told by colour alone.
 
     Args:
-        curves: one line each; their optima share a noise, as those of a ladder do.
+        found: one line each.
         width: columns in all.
         height: rows of the plot; the axis and the legend come below.
-        fitted: False draws and names the lowest seed means instead of the fitted optima, which take longer.
+        fitted: False where they are the `lowest` seed means.
     """
-    lrs = [p.log2_lr for curve in curves for p in curve.points]
+    lrs = [p.log2_lr for optimum in found for p in optimum.curve.points]
     if not lrs:
         return Text("no finished runs yet")
-    found = optima(curves) if fitted else [_lowest(curve) for curve in curves]
     low, high = loss_range(found)
     digits = min(5, max(2, 1 - math.floor(math.log10(high - low))))
     margin = len(f"{high:.{digits}f}") + 2
@@ -147,8 +140,8 @@ def curve_text(curves: Sequence[LossCurve], width: int = 72, height: int = 14, f
     return text.append_text(_legend(found, width, "best" if fitted else "lowest"))
 
 
-def _lowest(curve: LossCurve) -> Optimum:
-    """The LR with the lowest mean in the place of the fitted optimum."""
+def lowest(curve: LossCurve) -> Optimum:
+    """The LR with the lowest mean in the place of the fitted optimum, which takes longer to find."""
     best = min((p for p in curve.usable if math.isfinite(p.mean)), key=lambda p: p.mean, default=None)
     log2_lr, loss = (None, None) if best is None else (best.log2_lr, best.mean)
     return Optimum(curve, False, log2_lr, None, None, loss, None, None, None)
@@ -158,8 +151,8 @@ def _legend(found: Sequence[Optimum], width: int, best: str) -> Text:
     curves = [optimum.curve for optimum in found]
     labels = list(dict.fromkeys(c.label for c in curves))
     text, column = Text(), 0
-    for i, (optimum, name) in enumerate(zip(found, size_names([size_of(c) for c in curves]), strict=True)):
-        where = "no optimum" if optimum.log2_lr is None else f"{best} 2^{optimum.log2_lr:.1f}"
+    for i, (optimum, name) in enumerate(zip(found, size_names([c.size for c in curves]), strict=True)):
+        where = "no optimum" if optimum.log2_lr is None else f"{best} 2^{optimum.log2_lr:z.1f}"
         variant = f"{variant_name(optimum.curve.label, labels)} " if len(labels) > 1 else ""
         entry = f"{chr(ord('a') + i % 26)} {variant}{name}: {where}"[:width]
         if column and column + 3 + len(entry) > width:

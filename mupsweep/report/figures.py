@@ -19,11 +19,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator
 from matplotlib.transforms import Bbox, TransformedBbox
 
 from mupsweep.cost import si
-from mupsweep.curves import LossCurve
+from mupsweep.curves import LossCurve, Size
 from mupsweep.errors import ConfigError
 from mupsweep.optimum import Optimum
 from mupsweep.report.curves_text import (
-    Size,
     axis_name,
     base_of,
     drift_words,
@@ -32,7 +31,6 @@ from mupsweep.report.curves_text import (
     moves,
     ordered_sizes,
     size_names,
-    size_of,
     variant_name,
 )
 from mupsweep.report.looks import BAND, GROUPS, INK, LOOKS, MARKERS, METADATA, QUIET, SIZES, VERDICT_COLORS, Look
@@ -141,7 +139,7 @@ def _curves(groups: Sequence[Group], look: Look) -> Figure:
 def _scale(members: Sequence[Group], shades: dict[Size, float]) -> _Scale:
     low, high = loss_range([o for g in members for o in g.optima])
     curves = [o.curve for g in members for o in g.optima]
-    diverged = [key for key in shades if any(c.n_diverged for c in curves if size_of(c) == key)]
+    diverged = [key for key in shades if any(c.n_diverged for c in curves if c.size == key)]
     strip = min(STRIP[0] * len(diverged) + 0.02, STRIP[1]) if diverged else 0.0
     top = high + (high - low) * strip / (1 - strip)
     crowded = len({p.log2_lr for c in curves for p in c.points}) > 12
@@ -174,7 +172,7 @@ def _panel(axes: Axes, group: Group, groups: Sequence[Group], scale: _Scale, loo
 
 def _curve(axes: Axes, optimum: Optimum, scale: _Scale, window: TransformedBbox, small: float) -> None:
     curve = optimum.curve
-    key = size_of(curve)
+    key = curve.size
     color = SIZES(scale.shades[key])
     points = [p for p in curve.usable if math.isfinite(p.mean)]
     xs, ys = [p.log2_lr for p in points], [p.mean for p in points]
@@ -209,7 +207,7 @@ def _lr_axis(axes: Axes, lrs: Sequence[float]) -> None:
     low, high = min(lrs), max(lrs)
     step = next(s for s in (0.5, 1, 2, 4, 8, 16, 1000) if (high - low) / s <= 8)
     axes.xaxis.set_major_locator(MultipleLocator(step))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"$2^{{{x:g}}}$"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"$2^{{{x:zg}}}$"))
     pad = 0.06 * (high - low) or 0.5
     axes.set_xlim(low - pad, high + pad)
 

@@ -19,11 +19,12 @@ from mupsweep.optimum import CONFIDENCE, Optimum
 from mupsweep.quality import comparisons
 from mupsweep.records import DIVERGED, DONE, FAILED, SweepDir
 from mupsweep.report import coordinates_html
-from mupsweep.report.charts import Charts, size_id, words
-from mupsweep.report.curves_text import axis_name, base_of, moves, size_of, variant_name
+from mupsweep.report.charts import Charts, drawn_seeds, size_id, words
+from mupsweep.report.curves_text import axis_name, base_of, moves, variant_name
 from mupsweep.report.svg import minus
 from mupsweep.report.tuning_text import told
 from mupsweep.report.verdicts import comparison_line, quality_lines
+from mupsweep.results import Ledger
 from mupsweep.transfer import (
     DRIFTS,
     INCONCLUSIVE,
@@ -51,13 +52,16 @@ SIZE_COLUMNS = (
 )
 
 
-def write(sweep: SweepDir, analysis: Analysis, rules: Sequence[tuple[str, Sequence[TensorRule]]]) -> Path:
+def write(
+    sweep: SweepDir, analysis: Analysis, rules: Sequence[tuple[str, Sequence[TensorRule]]], ledger: Ledger
+) -> Path:
     """Write results/report.html.
 
     Args:
         sweep: whose plan, environment and training curves are shown.
         analysis: what its runs say.
         rules: a heading and the tensors under it, for every variant and size.
+        ledger: the sweep's runs by state, and what they cost.
 
     Returns:
         The path of the report.
@@ -69,7 +73,7 @@ def write(sweep: SweepDir, analysis: Analysis, rules: Sequence[tuple[str, Sequen
         sections += [_tuning(analysis), _training(charts, sweep, analysis)]
     else:
         sections.append("<p>No run has finished yet, so there is nothing to judge.</p>")
-    sections += [_check(sweep), _rules(rules), _runs(sweep, analysis), _provenance(sweep)]
+    sections += [_check(sweep), _rules(rules), _runs(ledger), _provenance(sweep)]
     css, js = (resources.files("mupsweep.report").joinpath(n).read_text("utf-8") for n in ("report.css", "report.js"))
     text = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -123,7 +127,7 @@ def _card(charts: Charts, group: Group) -> str:
             ("regret", words(group.regret, "nats per token", ".4f")),
         ]
     if base.log2_lr is not None:
-        best = f"2<sup>{minus(f'{base.log2_lr:.2f}')}</sup> = {2**base.log2_lr:.3g}"
+        best = f"2<sup>{minus(f'{base.log2_lr:z.2f}')}</sup> = {2**base.log2_lr:.3g}"
         facts.append((f"best at {charts.name(base.curve)}", best))
     listed = "".join(f"<dt>{escape(k)}</dt><dd>{v}</dd>" for k, v in facts)
     reasons = "".join(f"<li>{escape(r)}</li>" for r in (*group.reasons, *quality_lines(group)))
@@ -146,7 +150,16 @@ def _curves(charts: Charts) -> str:
         "dashed line the best rate of the base. A cross in the upper band is a rate at which seeds diverged, "
         "a triangle a loss beyond the axis."
     )
+    shown, every = _seeds(charts)
+    if shown < every:
+        note += f" Of {every} seeds, {shown} can be shown one by one."
     return _title("Loss versus learning rate", note) + _toggles(charts) + _by_axis(charts, _panels)
+
+
+def _seeds(charts: Charts) -> tuple[int, int]:
+    """How many seeds of a curve are drawn, of how many, where the most are left out."""
+    seeds = [drawn_seeds(o.curve) for g in charts.groups for o in g.optima]
+    return max(((len(shown), len(every)) for shown, every in seeds), key=lambda pair: (pair[1] - pair[0], pair[1]))
 
 
 def _toggles(charts: Charts) -> str:
@@ -162,11 +175,11 @@ def _toggles(charts: Charts) -> str:
             f"{escape(variant_name(label, charts.labels))}</button>"
             for i, label in enumerate(charts.labels)
         ]
-    if any(len(p.losses) > 1 for g in charts.groups for o in g.optima for p in o.curve.points):
+    shown, every = _seeds(charts)
+    if every > 1:
+        said = "each seed" if shown == every else f"{shown} of {every} seeds"
         buttons.append('<span class="gap"></span>')
-        buttons.append(
-            '<button type="button" aria-pressed="false" data-key="seeds" data-value="each">each seed</button>'
-        )
+        buttons.append(f'<button type="button" aria-pressed="false" data-key="seeds" data-value="each">{said}</button>')
     return f'<div class="toggles" role="group" aria-label="what the charts show">{"".join(buttons)}</div>'
 
 
@@ -230,7 +243,7 @@ def _training(charts: Charts, sweep: SweepDir, analysis: Analysis) -> str:
     for group in charts.groups:
         chosen = []
         for optimum in group.optima:
-            best, size = _best(optimum), size_of(optimum.curve)
+            best, size = _best(optimum), optimum.curve.size
             found = runs[group.label, size]
             if best is not None and found:
                 row = min(found, key=lambda r: (abs(r["log2_lr"] - best), r["seed"]))
@@ -315,35 +328,28 @@ def _alike(tensors: Iterable[TensorRule]) -> list[tuple[str, ...]]:
     return [(*row, ", ".join(names)) for row, names in rows.items()]
 
 
-def _runs(sweep: SweepDir, analysis: Analysis) -> str:
+def _runs(ledger: Ledger) -> str:
     """Runs by state, and what they cost, per variant and size."""
-    finished = {row["run_id"]: row for row in analysis.rows}
-    sizes: dict[tuple[Any, ...], Counter[str]] = defaultdict(Counter)
-    parameters = {}
-    for row in sweep.read_plan() or analysis.rows:
-        key = (label_of(row), row["width"], row["depth"])
-        parameters[key] = row.get("parameters")
-        known = finished.get(row["run_id"]) or sweep.state(row["run_id"])
-        status = known["status"] if known["status"] in (DONE, DIVERGED, FAILED) else "open"
-        cost = {"tokens": row.get("tokens"), "FLOPs": row.get("flops"), "time": known.get("seconds")}
-        sizes[key].update({"runs": 1, status: 1, **{k: v or 0 for k, v in cost.items()}})
-    if not sizes:
+    if not ledger:
         return ""
-    counts, costs = ("runs", DONE, DIVERGED, FAILED, "open"), {"tokens": si, "FLOPs": si, "time": duration}
 
-    def cells(row: Mapping[str, float]) -> Iterable[Any]:
-        return [*(row.get(k) or "" for k in counts), *(said(row[k]) if row.get(k) else "" for k, said in costs.items())]
+    def cells(counted: Counter[str]) -> Iterable[Any]:
+        counts = [counted[name] for name in ("runs", DONE, DIVERGED, FAILED)]
+        counts.append(counted["runs"] - sum(counts[1:]))
+        costs = [(counted["tokens"], si), (counted["flops"], si), (counted["seconds"], duration)]
+        return [*(n or "" for n in counts), *(said(cost) if cost else "" for cost, said in costs)]
 
-    rows = [
-        (" / ".join(label), width, depth, si(n) if (n := parameters[label, width, depth]) else "", *cells(row))
-        for (label, width, depth), row in sorted(sizes.items())
+    rows: list[tuple[Any, ...]] = [
+        (" / ".join(label), width, depth, si(parameters) if parameters else "", *cells(counted))
+        for (label, width, depth, parameters), counted in sorted(ledger.items())
     ]
-    rows.append(("all", "", "", "", *cells(sum(sizes.values(), Counter()))))
+    rows.append(("all", "", "", "", *cells(sum(ledger.values(), Counter()))))
     note = (
         "Tokens and FLOPs as planned, time as measured. "
         "A diverged run is a result; a failed one is tried again by the next run of the command."
     )
-    head = ("variant", "width", "depth", "parameters", *counts, *costs)
+    head = ("variant", "width", "depth", "parameters")
+    head = (*head, "runs", DONE, DIVERGED, FAILED, "open", "tokens", "FLOPs", "time")
     return _title("Runs and cost", note) + _table(head, rows, "total")
 
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from rich.table import Table
 
 from mupsweep.papers import TABLES, Cell, cells
-from mupsweep.report.terminal import console_of, table_of
+from mupsweep.report.console import console_of, table_of
 
 
 def show_papers(as_json: bool) -> None:
@@ -32,7 +32,7 @@ def show_papers(as_json: bool) -> None:
     for one in TABLES:
         found = list(one.cells())
         console.print(f"\n{one.source}", style="bold")
-        console.print(_drawn(found))
+        console.show(_drawn(found))
         equal, total = equal + sum(c.solved() == c.printed for c in found), total + len(found)
     console.print(f"\n{equal} of {total} published cells equal what the solver gives")
 

@@ -9,9 +9,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from shlex import quote
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mupsweep import squeue
@@ -23,8 +23,12 @@ from mupsweep.environment import accelerator, cores
 from mupsweep.errors import MupsweepError, RecordError
 from mupsweep.optimizers.muon import SHAPE_FACTORS, Muon, convert
 from mupsweep.plan import Recipe, RunSpec, corpus_remarks, load, next_round, plan, recipe, sweep_name
-from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING, SweepDir
+from mupsweep.records import DIVERGED, DONE, FAILED, FINISHED, PENDING, RUNNING, SweepDir
+from mupsweep.report.console import console_of, table_of
 from mupsweep.scaling import Monomial, Role, Rule, symbolic
+
+if TYPE_CHECKING:
+    from mupsweep.rounds import Looks
 
 SILENT_SECONDS = 300.0  # a worker gives a sign of life every half minute, unless a step takes longer
 RULE_KEYS = ("multiplier", "init_std", "lr", "weight_decay", "eps")
@@ -82,17 +86,17 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
             si(one.cost.flops),
             si(one.cost.memory) + "B",
         )
-    console.print(table)
+    console.show(table)
     total = sum(r.cost.flops for r in left)
-    console.print(
+    console.say(
         f"{len(left)} of {len(runs)} runs to train, {si(total)}FLOPs, roughly {duration(seconds)} on {lanes} {device} "
         f"worker(s) at {si(FLOPS_PER_SECOND[device])}FLOP/s each; while it runs you see the measured time left"
     )
     if searches:
-        console.print(_search_remark(config, first=not exists))
+        console.say(_search_remark(config, first=not exists))
     for remark in corpus_remarks(runs):
-        console.print(f"note: {remark}")
-    console.print(f"folder: {sweep.path}")
+        console.say(f"note: {remark}")
+    console.say(f"folder: {sweep.path}")
 
 
 def _search_remark(config: SweepConfig, first: bool) -> str:
@@ -127,7 +131,7 @@ def show_rules(config: SweepConfig, as_json: bool, per_tensor: bool) -> None:
         for role, part, rule, thresholds in symbols:
             entries = [getattr(rule, key) for key in RULE_KEYS] + [thresholds.get(name, "") for name in names]
             table.add_row(role.value, part, *map(str, entries))
-        console.print(table)
+        console.show(table)
         for r_n, r_L in config.sweep.ratios:
             size = one.size(r_n, r_L)
             rows = rules(one, size, base_lr)
@@ -136,13 +140,13 @@ def show_rules(config: SweepConfig, as_json: bool, per_tensor: bool) -> None:
                 f"width {size.width} (x{r_n:g}), depth {size.depth} (x{r_L:g}), base LR 2^{lrs[len(lrs) // 2]:g}, "
                 f"attention scale {attention:.4g}"
             )
-            console.print(_rule_table(rows, per_tensor))
+            console.show(_rule_table(rows, per_tensor))
             if conventions := muon_conventions(one, rows):
                 console.print("the LR with which the other conventions of Muon take the same step:")
-                console.print(_convention_table(conventions))
+                console.show(_convention_table(conventions))
         for note in audit(one):
-            console.print(f"note: {note}")
-    console.print("audit: every tensor has one role, one optimizer and one LR; no contradiction found")
+            console.say(f"note: {note}")
+    console.say("audit: every tensor has one role, one optimizer and one LR; no contradiction found")
 
 
 def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
@@ -177,37 +181,60 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
             sizes[key][status["status"]] += 1
         for key, counts in sorted(sizes.items()):
             table.add_row(*map(str, key), *(str(counts[s] or "") for s in (DONE, DIVERGED, RUNNING, PENDING, FAILED)))
-    console.print(table)
-    console.print("  ".join(f"{name} {count}" for name, count in _counts(states).items()))
-    for line in [*queue.lines(), *_search_lines(sweep, sum(_counts(states)[s] for s in (RUNNING, PENDING, FAILED)))]:
-        console.print(line)
+    console.show(table)
+    counts = _counts(states)
+    left = sum(counts[s] for s in (RUNNING, PENDING, FAILED))
+    console.print("  ".join(f"{name} {count}" for name, count in counts.items()))
+    for line in [*queue.lines(), *_search_lines(sweep, left)]:
+        console.say(line)
+    if states and not left:
+        console.say(f"all planned runs have ended; what they say: mupsweep transfer {quote(str(sweep.path))}")
     for row, folder, status in states:
         silence = folder.silence() if status["status"] == RUNNING else None
         if silence is not None and silence[0] > SILENT_SECONDS:
-            console.print(
+            console.say(
                 f"silent for {silence[0] / 60:.0f} min: {row['run_id']}: its worker ({silence[1]}) lives but has not "
-                "finished a step; if that goes on, kill it and run the same command again",
-                markup=False,
+                "finished a step; if that goes on, kill it and run the same command again"
             )
         if status["status"] == FAILED:
-            console.print(f"failed: {row['run_id']}: {status.get('error', '')} (see {folder.log_path})", markup=False)
+            console.say(f"failed: {row['run_id']}: {status.get('error', '')} (see {folder.log_path})")
+
+
+def is_over(sweep: SweepDir) -> bool:
+    """Whether every planned run has its result, and no search wants further ones."""
+    plan = sweep.read_plan()
+    if not plan or any(sweep.run(row["run_id"]).status()["status"] not in FINISHED for row in plan):
+        return False
+    config = _searching(sweep)
+    return config is None or not any(one.wanted for looks in _survey(config, sweep).values() for one in looks)
+
+
+def _searching(sweep: SweepDir) -> SweepConfig | None:
+    """The config of a sweep that searches; None where it does not."""
+    try:
+        config = from_tree(sweep.read_config())
+    except MupsweepError:  # of a damaged config, the next run of the command tells
+        return None
+    return None if config.sweep.search == GRID else config
+
+
+def _survey(config: SweepConfig, sweep: SweepDir) -> Looks:
+    """Where a search stands, by variant."""
+    from mupsweep.results import read_runs
+    from mupsweep.rounds import survey  # which needs scipy
+
+    return survey(config.variants, read_runs([sweep]), config.sweep)
 
 
 def _search_lines(sweep: SweepDir, left: int) -> Iterable[str]:
     """Where a search stands: `left` runs of its round are not finished."""
-    try:
-        config = from_tree(sweep.read_config())
-    except MupsweepError:  # of a damaged config, the next run of the command tells
-        return
-    if config.sweep.search == GRID:
+    config = _searching(sweep)
+    if config is None:
         return
     if left:
         yield f"adaptive search: {left} runs of this round are left; more may follow"
         return
-    from mupsweep.results import read_runs
-    from mupsweep.rounds import survey  # which needs scipy
-
-    for label, looks in survey(config.variants, read_runs([sweep]), config.sweep).items():
+    for label, looks in _survey(config, sweep).items():
         for one in looks:
             wanted = f"; the next round trains {len(one.wanted)} runs" if one.wanted else ""
             r_n, r_L = one.ratios
@@ -329,25 +356,3 @@ def _by_size(runs: Sequence[RunSpec]) -> dict[tuple[Any, ...], list[RunSpec]]:
 def _counts(states: Iterable[tuple[Any, Any, dict[str, Any]]]) -> dict[str, int]:
     counts = Counter(status["status"] for _, _, status in states)
     return {name: counts[name] for name in (DONE, DIVERGED, RUNNING, PENDING, FAILED)}
-
-
-def table_of(*columns: str) -> Table:
-    """An empty table without a box: the first column left, numbers right."""
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    return table
-
-
-class PipeConsole(Console):
-    """A console that leaves a closed pipe to the command line, as `print` does."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
-def console_of() -> Console:
-    """The terminal, or a wide page where there is none."""
-    console = PipeConsole(highlight=False)
-    # a pipe has no width: never wrap or cut what a script reads
-    return console if console.is_terminal else PipeConsole(highlight=False, width=160)

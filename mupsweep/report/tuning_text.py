@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from mupsweep.report.terminal import table_of
-from mupsweep.transfer import Analysis, Estimate
+from mupsweep.report.console import table_of
+from mupsweep.transfer import UNKNOWN, Analysis, Estimate
 from mupsweep.tuning import Closing, Tuning, closings, remarks, said, tunings
 
 Gap = tuple[tuple[str, ...], list[tuple[str, ...]]]  # head and rows of a table
@@ -51,26 +51,13 @@ def gap(closed: list[Closing]) -> Gap:
     sides = [("both at the defaults", max((c.before for c in closed), key=len))]
     sides += [(f"each at its best {c.hyperparameter}", c.after) for c in closed]
     rows = [
-        (name, str(c.width), str(c.depth), nats(c.lower), factor(c.speed_up) or "")
+        (name, str(c.width), str(c.depth), nats(c.lower), "" if c.speed_up == UNKNOWN else f"{c.speed_up:.2f}")
         for name, sizes in sides
         for c in sizes
     ]
     return head, rows
 
 
-def factor(estimate: Estimate) -> str | None:
-    """How many times as much, or what bounds are known; None where nothing is."""
-    ends = [("at least", estimate.low), ("at most", estimate.high)]
-    bounds = " and ".join(f"{word} {end:.2f}" for word, end in ends if end is not None)
-    if estimate.value is None:
-        return bounds or None
-    return f"{estimate.value:.2f} ({bounds})" if bounds else f"{estimate.value:.2f}"
-
-
 def nats(estimate: Estimate) -> str:
     """A difference of losses."""
-    if estimate.value is None:
-        return "unknown"
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.4f} nats"
-    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}] nats"
+    return "unknown" if estimate == UNKNOWN else f"{estimate:.4f} nats"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.table import Table
@@ -13,10 +14,10 @@ from mupsweep.cost import si
 from mupsweep.optimum import CONFIDENCE
 from mupsweep.quality import Comparison, comparisons, quality
 from mupsweep.records import DIVERGED, DONE
-from mupsweep.report.curves_text import curve_text
-from mupsweep.report.terminal import console_of, table_of
-from mupsweep.report.tuning_text import factor, nats, tuning_text
-from mupsweep.transfer import DRIFTS, HORIZON, TRANSFERS, Analysis, Estimate, Group
+from mupsweep.report.console import console_of, table_of
+from mupsweep.report.curves_text import base_of, curve_text, drift_words
+from mupsweep.report.tuning_text import nats, tuning_text
+from mupsweep.transfer import DRIFTS, HORIZON, TRANSFERS, UNKNOWN, Analysis, Estimate, Group
 from mupsweep.validation import Validation
 
 
@@ -24,37 +25,34 @@ def show_analysis(analysis: Analysis, sweeps: Sequence[tuple[Path, Counter[str]]
     """Curves, the optimum of every size, and the verdicts."""
     console = console_of()
     for path, counts in sweeps:
-        unfinished = sum(n for status, n in counts.items() if status not in (DONE, DIVERGED))
-        if unfinished:
-            console.print(
-                f"{path}: {unfinished} of {counts.total()} runs are not finished; what follows rests on the rest"
+        unfinished = counts["runs"] - counts[DONE] - counts[DIVERGED]
+        if 0 < unfinished < counts["runs"]:
+            console.say(
+                f"{path}: {unfinished} of {counts['runs']} runs are not finished; what follows rests on the rest"
             )
     if not analysis.groups:
         console.print("no finished runs yet: go on with mupsweep run")
         return
     for group in analysis.groups:
         console.print(f"\n{'/'.join(group.label)}, {group.axis} ladder", style="bold")
-        console.print(curve_text([o.curve for o in group.optima]))
-        console.print(_optimum_table(group))
+        console.print(curve_text(group.optima))
+        console.show(_optimum_table(group))
     console.print()
     for group in analysis.groups:
         style = {TRANSFERS: "bold green", DRIFTS: "bold red"}.get(group.verdict, "bold yellow")
         console.print(f"{'/'.join(group.label)} in {group.axis}: ", end="")
         console.print(group.verdict.upper(), style=style)
-        console.print(
-            f"  drift {group.drift} octaves per doubling, {group.total_drift} in all; regret {nats(group.regret)}"
-        )
-        for line in (*group.reasons, *quality_lines(group)):
-            console.print(f"  {line}", markup=False)
-    for compared in comparisons(analysis):
-        console.print(comparison_line(compared), markup=False)
-    for remark in analysis.remarks:
-        console.print(remark, markup=False)
+        for line in (*group.reasons, *_known_lines(group), *quality_lines(group)):
+            console.say(line, indent=2)
+    for line in (*map(comparison_line, comparisons(analysis)), *analysis.remarks):
+        console.say(line)
     for told in tuning_text(analysis):
-        console.print(told, markup=False)
-    console.print(f"intervals: {CONFIDENCE:.0%}")
+        console.say(told) if isinstance(told, str) else console.show(told)
+    console.say(f"in brackets: {CONFIDENCE:.0%} intervals")
+    if len(sweeps) == 1 and any(o.log2_lr is not None for group in analysis.groups for o in group.optima):
+        console.say(f"for the LR of a larger model: mupsweep transfer {quote(str(sweeps[0][0]))} --to width=N")
     for file in files:
-        console.print(f"wrote {file}", markup=False)
+        console.say(f"wrote {file}")
 
 
 def show_recipe(content: dict[str, Any], files: Sequence[Path], limits: Sequence[str]) -> None:
@@ -68,8 +66,8 @@ def show_recipe(content: dict[str, Any], files: Sequence[Path], limits: Sequence
     )
     interval = Estimate(content["log2_lr"], content["log2_lr_low"], content["log2_lr_high"])
     console.print(f"base LR {content['base_lr']:.3g}, log2 {interval}")
-    console.print(content["basis"])
-    console.print(f"LR {content['horizon']['note']}", markup=False)
+    console.say(content["basis"])
+    console.say(f"LR {content['horizon']['note']}")
     roles: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     keys = ("role", "optimizer", "init", "init_std", "multiplier", "lr", "weight_decay", "eps")
     for row in content["tensors"]:
@@ -78,12 +76,12 @@ def show_recipe(content: dict[str, Any], files: Sequence[Path], limits: Sequence
     for (role, optimizer, init, std, *numbers), names in roles.items():
         start = f"{std:.4g}" if init == "normal" else init
         table.add_row(role, optimizer, str(len(names)), start, *(f"{n:.4g}" for n in numbers))
-    console.print(table)
-    console.print(f"attention scale {content['attention_scale']:.4g}, gradient clipping {content['clip']}")
+    console.show(table)
+    console.say(f"attention scale {content['attention_scale']:.4g}, gradient clipping {content['clip']}")
     for path in files:
-        console.print(f"wrote {path}", markup=False)
+        console.say(f"wrote {path}")
     for limit in limits:
-        console.print(f"not in {files[-1].name}: {limit}", markup=False)
+        console.say(f"not in {files[-1].name}: {limit}")
 
 
 def show_validation(outcome: Validation) -> None:
@@ -91,12 +89,12 @@ def show_validation(outcome: Validation) -> None:
     console = console_of()
     where = f"{'/'.join(outcome.label)} at width {outcome.size.width}, depth {outcome.size.depth}"
     console.print(f"\n{where}: validation of the transferred LR", style="bold")
-    console.print(
+    console.say(
         f"transferred log2 LR {outcome.log2_lr:g}, from the smaller sizes; best there {outcome.optimum}; "
         f"regret {nats(outcome.regret)}"
     )
     for reason in outcome.reasons:
-        console.print(reason, markup=False)
+        console.say(reason)
 
 
 def _optimum_table(group: Group) -> Table:
@@ -104,7 +102,6 @@ def _optimum_table(group: Group) -> Table:
     rest = ("runs", "x", "optimal log2 LR", "loss", "the base's LR costs")  # 80 columns hold them
     table = table_of("width", "depth", *tokens, *rest)
     for o, regret in zip(group.optima, group.regrets, strict=True):
-        where = str(Estimate(o.log2_lr, o.low, o.high)).replace("+", "")
         loss = "" if o.loss is None else f"{o.loss:.4f}"
         table.add_row(
             str(o.curve.width),
@@ -112,11 +109,24 @@ def _optimum_table(group: Group) -> Table:
             *(si(o.curve.horizon or 0) for _ in tokens),
             str(o.curve.n_runs),
             str(o.curve.n_diverged or ""),
-            where,
+            f"{Estimate(o.log2_lr, o.low, o.high):.2f}",
             loss,
-            nats(regret).removesuffix(" nats"),
+            "base" if o is base_of(group) else f"{regret:.4f}",
         )
     return table
+
+
+def _known_lines(group: Group) -> Iterator[str]:
+    """The LR that a ladder begins with, and what becomes of it along the ladder."""
+    base, last = base_of(group), group.optima[-1]
+    if base.log2_lr is not None:
+        at = Estimate(base.log2_lr, base.low, base.high)
+        yield f"best LR at {base.curve.place(group.axis)}: {2**base.log2_lr:.3g}, log2 {at:.2f}"
+    told = [] if group.drift.value is None else [drift_words(group)]
+    if base is not last and group.regret != UNKNOWN:
+        told.append(f"at {last.curve.place(group.axis)} the base's LR costs {nats(group.regret)}")
+    if told:
+        yield "; ".join(told)
 
 
 def quality_lines(group: Group) -> Iterator[str]:
@@ -128,10 +138,20 @@ def quality_lines(group: Group) -> Iterator[str]:
             "shorter horizons predict the longest" if group.axis == HORIZON else "smaller sizes predict the largest"
         )
         yield f"the {shorter} one's optimum {found.held_out.error} octaves off{lost}"
-    told = {"E": found.fit_error, "kappa": found.robustness, "asymptotic loss": found.asymptotic_loss}
-    known = [f"{name} {estimate}" for name, estimate in told.items() if estimate.value is not None]
-    if known:
+    told = [
+        (found.fit_error, f"E {found.fit_error:.2f} octaves"),
+        (found.robustness, f"kappa {found.robustness}"),
+        (found.asymptotic_loss, f"asymptotic loss {nats(found.asymptotic_loss)}"),
+    ]
+    if known := [words for estimate, words in told if estimate.value is not None]:
         yield f"Kalra-Barkeshli: {', '.join(known)}"
+
+
+def _apart(lower: Estimate) -> str:
+    """A difference of losses with its direction in words."""
+    if lower.value is not None and lower.value < 0:
+        return f"{nats(lower.negated)} higher"
+    return f"{nats(lower)} lower"
 
 
 def comparison_line(c: Comparison) -> str:
@@ -139,9 +159,9 @@ def comparison_line(c: Comparison) -> str:
     of, over = (
         "/".join(name for i, name in enumerate(label) if i == 0 or c.of[i] != c.over[i]) for label in (c.of, c.over)
     )
-    line = f"{of} against {over} at width {c.width}, depth {c.depth}, each at its optimum: {nats(c.lower)} lower"
-    if (speed_up := factor(c.speed_up)) is not None:
-        line += f", compute-equivalent speed-up {speed_up}"
+    line = f"{of} against {over} at width {c.width}, depth {c.depth}, each at its optimum: {_apart(c.lower)}"
+    if c.speed_up != UNKNOWN:
+        line += f", compute-equivalent speed-up {c.speed_up:.2f}"
     if c.asymptotic_penalty.value is not None:
-        line += f", R(inf) {nats(c.asymptotic_penalty)}"
+        line += f"; extrapolated to infinite size: {_apart(c.asymptotic_penalty.negated)}"
     return line

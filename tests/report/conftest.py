@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ import pytest
 from mupsweep.build import TensorRule
 from mupsweep.files import write_json
 from mupsweep.records import SweepDir
+from mupsweep.report import html
+from mupsweep.results import read
 from mupsweep.scaling import Init, Role
+from mupsweep.transfer import Analysis
 
 Rows = list[dict[str, Any]]
 TREE = {"variants": [], "sweep": {"name": "demo"}, "launcher": {}, "tracker": {}}
@@ -114,6 +117,21 @@ def logged(end: float) -> Rows:
 def save() -> Callable[..., SweepDir]:
     """Writes rows as a sweep folder: `save(folder, rows, pending=0, name="demo")`."""
     return write_sweep
+
+
+@pytest.fixture(scope="session")
+def write_html() -> Callable[..., Path]:
+    """Writes the report of a saved sweep, whose runs it finishes first: `write_html(sweep, analysis, rules=())`."""
+    return finish_and_write
+
+
+def finish_and_write(sweep: SweepDir, analysis: Analysis, rules: Sequence[tuple[str, list[TensorRule]]] = ()) -> Path:
+    for row in analysis.rows:
+        run = sweep.run(row["run_id"])
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_json(run.summary_path, row, durable=False)
+        run.write_status(row["status"], durable=False)
+    return html.write(sweep, analysis, rules, read([sweep])[1][0])
 
 
 @pytest.fixture

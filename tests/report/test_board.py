@@ -17,6 +17,7 @@ from mupsweep.launchers.progress import Progress, watch
 from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING, RunDir, SweepDir
 from mupsweep.report.board import Board
 from mupsweep.report.board_text import BoardText
+from mupsweep.report.terminal import is_over
 
 Rows = list[dict[str, Any]]
 
@@ -174,7 +175,8 @@ def test_watching_ends_with_the_sweep_and_leaves_plain_lines_where_there_is_no_t
         if pauses == 13:
             finish(sweep, rows[2:])
 
-    watch(sweep, console, pause)
+    watch(sweep, lambda: is_over(sweep), console, pause)
+    assert pauses == 14
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert lines[0] == "demo: 2 of 16 runs finished, 14 pending"
     assert lines[1] == "nobody trains the 14 open runs now; waiting (mupsweep run goes on with them)"

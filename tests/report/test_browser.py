@@ -17,7 +17,6 @@ from matplotlib.image import imread
 
 from mupsweep.build import TensorRule
 from mupsweep.files import write_json
-from mupsweep.report import html
 from mupsweep.transfer import DRIFTS, TRANSFERS, analyse
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -86,13 +85,18 @@ def probed(page: Path, *flags: str) -> tuple[str, dict[str, Any], list[str]]:
 
 @pytest.fixture(scope="module")
 def page(
-    rows: Callable, rule: TensorRule, save: Callable, check: Callable, tmp_path_factory: pytest.TempPathFactory
+    rows: Callable,
+    rule: TensorRule,
+    save: Callable,
+    check: Callable,
+    tmp_path_factory: pytest.TempPathFactory,
+    write_html: Callable,
 ) -> Path:
     runs = rows(seeds=2)
     sweep = save(tmp_path_factory.mktemp("browser"), runs)
     sweep.results.mkdir()
     write_json(sweep.check_path, check())
-    return html.write(sweep, analyse(runs), [(f"rules {i}", [rule] * 3) for i in range(60)])
+    return write_html(sweep, analyse(runs), [(f"rules {i}", [rule] * 3) for i in range(60)])
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +164,7 @@ def test_paper_shows_what_is_closed_on_screen(page: Path) -> None:
 
 
 def test_hostile_names_are_text(
-    rows: Callable, rule: TensorRule, save: Callable, check: Callable, tmp_path: Path
+    rows: Callable, rule: TensorRule, save: Callable, check: Callable, tmp_path: Path, write_html: Callable
 ) -> None:
     script = "</script><script>document.documentElement.id='hit'</script>"
     runs = rows(model=HOSTILE + script, parametrizations=["mup", HOSTILE], optimizer=HOSTILE, widths=(32, 64), seeds=2)
@@ -174,7 +178,7 @@ def test_hostile_names_are_text(
     sweep.results.mkdir()
     write_json(sweep.check_path, kept)
     sweep.write_config({"sweep": {"name": HOSTILE + script}}, f"mupsweep run {HOSTILE}{script}")
-    page = html.write(sweep, analyse(runs), [(HOSTILE + script, [rule])])
+    page = write_html(sweep, analyse(runs), [(HOSTILE + script, [rule])])
     dom, seen, console = probed(page, "--window-size=420,900")
     assert console == []
     assert text.escape(HOSTILE, quote=False) in dom

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mupsweep.report.charts import THINNED, Charts, words
+from mupsweep.report.charts import SEED_POINTS, THINNED, Charts, drawn_seeds, words
 from mupsweep.report.curves_text import moves
 from mupsweep.transfer import TOLERANCE_OCTAVES, Estimate, analyse
 
@@ -38,6 +38,8 @@ def scale(svg: str, kind: str) -> np.poly1d:
     [
         (Estimate(-1.0, -1.25, -0.5), "−1.00 [−1.25, −0.50] octaves"),
         (Estimate(0.5, None, None), "+0.50 [no interval] octaves"),
+        (Estimate(0.5, 0.25, None), "+0.50 [at least +0.25] octaves"),
+        (Estimate(-0.001, -0.004, 0.004), "+0.00 [+0.00, +0.00] octaves"),  # there is no negative zero
         (Estimate(None, None, -0.5), "at most −0.50 octaves"),
         (Estimate(None, -1.0, -0.5), "at least −1.00 and at most −0.50 octaves"),
         (Estimate(None, None, None), "unknown"),
@@ -57,6 +59,31 @@ def test_points_lie_at_their_rates_and_losses(rows: Callable) -> None:
         assert lrs(float(x)) == pytest.approx(float(log2_lr), abs=0.01)
         assert losses(float(y) + 4) == pytest.approx(float(loss), abs=0.002)  # a label stands 4 pixels lower
     assert len(re.findall(r'class="pt best" data-tip="width \d+: best rate', svg)) == 2
+
+
+def test_of_very_many_seeds_the_first_are_drawn_and_the_page_says_so(
+    rows: Callable, save_sweep: Callable, write_html: Callable
+) -> None:
+    lrs = [-12 + i / 50 for i in range(100)]
+    runs = rows(widths=[32], log2_lrs=lrs, parametrizations=["sp"], seeds=SEED_POINTS // 100 + 5)
+    analysis = analyse(runs)
+    (group,) = analysis.groups
+    shown, every = drawn_seeds(group.optima[0].curve)
+    assert (shown, every) == (list(range(20)), list(range(25)))
+    svg = Charts(analysis).curves(group, [group])
+    assert {int(seed) for seed in re.findall(r", seed (\d+)", svg)} == set(shown)
+    text = write_html(save_sweep(runs), analysis).read_text()
+    assert ">20 of 25 seeds</button>" in text
+    assert "Of 25 seeds, 20 can be shown one by one." in text
+
+
+def test_of_few_seeds_all_are_drawn(rows: Callable, save_sweep: Callable, write_html: Callable) -> None:
+    runs = rows(widths=[32], parametrizations=["sp"], seeds=5)
+    analysis = analyse(runs)
+    assert drawn_seeds(analysis.curves[0]) == (list(range(5)), list(range(5)))
+    text = write_html(save_sweep(runs), analysis).read_text()
+    assert ">each seed</button>" in text
+    assert "one by one" not in text
 
 
 def test_the_ladder_shows_how_far_the_optimum_moves(rows: Callable) -> None:

@@ -29,19 +29,19 @@ capital: optimum   x: diverged   ^: higher loss
 
 def test_a_small_plot_is_as_recorded(rows: Callable) -> None:
     curves = analyse(rows(widths=(32, 128), parametrizations=["sp"], noise=0.0)).curves
-    plain = curve_text(curves, width=60, height=9).plain
+    plain = curve_text(optima(curves), width=60, height=9).plain
     assert [line.rstrip() for line in plain.splitlines()] == GOLDEN.splitlines()
 
 
 @pytest.mark.parametrize(("width", "height"), [(24, 4), (40, 8), (72, 14), (80, 20)])
 def test_width_and_height_are_respected(rows: Callable, width: int, height: int) -> None:
-    lines = curve_text(analyse(rows()).curves, width, height).plain.splitlines()
+    lines = curve_text(optima(analyse(rows()).curves), width, height).plain.splitlines()
     assert max(map(len, lines)) <= width
     assert lines[height].lstrip()[0] == "└"
 
 
 def test_diverged_and_optimal_rates_are_marked(rows: Callable) -> None:
-    lines = curve_text(analyse(rows(parametrizations=["sp"])).curves).plain.splitlines()
+    lines = curve_text(optima(analyse(rows(parametrizations=["sp"])).curves)).plain.splitlines()
     assert "x" in lines[0]
     assert all(any(letter in line for line in lines[1:14]) for letter in "ABCD")
 
@@ -49,7 +49,7 @@ def test_diverged_and_optimal_rates_are_marked(rows: Callable) -> None:
 def test_degenerate_curves_are_drawn(rows: Callable) -> None:
     assert "no finished runs" in curve_text([]).plain
     for grid in ({"log2_lrs": [-1]}, {"log2_lrs": [-7], "widths": [32]}, {"log2_lrs": [-40, -7, 0]}):
-        assert "no optimum" in curve_text(analyse(rows(**grid)).curves).plain
+        assert "no optimum" in curve_text(optima(analyse(rows(**grid)).curves)).plain
 
 
 def test_an_exploding_loss_does_not_flatten_the_valleys(rows: Callable) -> None:

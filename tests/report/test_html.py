@@ -13,7 +13,6 @@ import pytest
 
 from mupsweep.build import TensorRule
 from mupsweep.files import write_json
-from mupsweep.report import html
 from mupsweep.transfer import Estimate, analyse
 
 VOID = {"meta", "br", "hr", "input"}
@@ -41,18 +40,20 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_needs_nothing_else(rows: Callable, save_sweep: Callable) -> None:
+def test_the_page_needs_nothing_else(rows: Callable, save_sweep: Callable, write_html: Callable) -> None:
     runs = rows()
-    text = html.write(save_sweep(runs), analyse(runs), []).read_text()
+    text = write_html(save_sweep(runs), analyse(runs)).read_text()
     page = Page(text)
     assert not [a for a in page.attributes if a[1] in ("src", "href", "srcset", "action") or a[0] in ("link", "iframe")]
     assert not re.search(r"https?://|//[a-z]|@import|url\(", text.replace("// ", ""))
 
 
-def test_verdicts_and_numbers_come_first(rows: Callable, save_sweep: Callable, rule: TensorRule) -> None:
+def test_verdicts_and_numbers_come_first(
+    rows: Callable, save_sweep: Callable, rule: TensorRule, write_html: Callable
+) -> None:
     runs = rows()
     analysis = analyse(runs)
-    text = html.write(save_sweep(runs, pending=3), analysis, [("mup, width 64", [rule])]).read_text()
+    text = write_html(save_sweep(runs, pending=3), analysis, [("mup, width 64", [rule])]).read_text()
     top = text[: text.index("Loss versus learning rate")]
     assert "drifts" in top
     assert "transfers" in top
@@ -70,25 +71,27 @@ def test_verdicts_and_numbers_come_first(rows: Callable, save_sweep: Callable, r
     assert "<td>27</td><td>24</td>" in text  # the runs of a size with 3 pending, and the done ones
 
 
-def test_a_regret_without_a_value_says_why(rows: Callable, save_sweep: Callable) -> None:
+def test_a_regret_without_a_value_says_why(rows: Callable, save_sweep: Callable, write_html: Callable) -> None:
     analysis = analyse(rows(widths=(32, 64), parametrizations=["sp"], seeds=1))
     (group,), unknown = analysis.groups, Estimate(None, None, None)
     group = replace(
         group, regret=unknown, regrets=(group.regrets[0], unknown), reasons=("2^-7 diverges at width < 65",)
     )
-    text = html.write(save_sweep([]), replace(analysis, groups=(group,)), []).read_text()
+    text = write_html(save_sweep([]), replace(analysis, groups=(group,))).read_text()
     assert "<dt>regret</dt><dd>unknown</dd>" in text
     assert "<li>2^-7 diverges at width &lt; 65</li>" in text
     assert re.search(r"<td>width 32</td>.*<td>base</td>", text)
     assert re.search(r"<td>width 64</td>.*<td>unknown</td>", text)
 
 
-def test_what_a_config_says_is_escaped(rows: Callable, save_sweep: Callable, rule: TensorRule) -> None:
+def test_what_a_config_says_is_escaped(
+    rows: Callable, save_sweep: Callable, rule: TensorRule, write_html: Callable
+) -> None:
     evil = "<script>alert('x')</script>\"&"
     runs = rows(model=evil, optimizer=evil, widths=(32, 64)) + rows(widths=(32, 64))
     sweep = save_sweep(runs)
     sweep.write_config({"sweep": {"name": evil}}, f"mupsweep run {evil}")
-    text = html.write(sweep, analyse(runs), [(evil, [rule])]).read_text()
+    text = write_html(sweep, analyse(runs), [(evil, [rule])]).read_text()
     assert text.count("<script>") == 1
     assert text.count("</script>") == 1
     Page(text)
@@ -104,21 +107,23 @@ def test_what_a_config_says_is_escaped(rows: Callable, save_sweep: Callable, rul
         {"widths": [32, 64], "depths": [4, 8]},
     ],
 )
-def test_degenerate_sweeps_have_a_page(rows: Callable, save_sweep: Callable, grid: dict) -> None:
+def test_degenerate_sweeps_have_a_page(rows: Callable, save_sweep: Callable, grid: dict, write_html: Callable) -> None:
     runs = rows(**grid)
-    text = html.write(save_sweep(runs), analyse(runs), []).read_text()
+    text = write_html(save_sweep(runs), analyse(runs)).read_text()
     body = text[text.index("<body>") : text.index("<script>")]
     Page(text)
     assert not re.search(r"\b(nan|NaN|None|null|inf)\b", body.replace("gpu: null", ""))
     assert not re.search(r' d="M?"/>', body.replace(' d=""', ""))
 
 
-def test_a_kept_check_is_shown_with_what_it_found(rows: Callable, save_sweep: Callable, check: Callable) -> None:
+def test_a_kept_check_is_shown_with_what_it_found(
+    rows: Callable, save_sweep: Callable, check: Callable, write_html: Callable
+) -> None:
     runs = rows(widths=(32, 64), seeds=1)
     sweep = save_sweep(runs)
-    assert "Coordinate check" not in html.write(sweep, analyse(runs), []).read_text()
+    assert "Coordinate check" not in write_html(sweep, analyse(runs)).read_text()
     write_json(sweep.check_path, check())
-    text = html.write(sweep, analyse(runs), []).read_text()
+    text = write_html(sweep, analyse(runs)).read_text()
     Page(text)
     section = text[text.index("Coordinate check") : text.index("Runs and cost")]
     assert "<li>SP promises nothing</li><li>μP failed: 2 of 3 promises kept</li><li>its LR &amp; eps</li>" in section
@@ -129,19 +134,21 @@ def test_a_kept_check_is_shown_with_what_it_found(rows: Callable, save_sweep: Ca
     assert section.count("width 128: 1 times that of width 32") == 2
     for damaged in ("{", "{}", '{"variants": 3}', '{"variants": [{}]}'):
         sweep.check_path.write_text(damaged)
-        assert "Coordinate check" not in html.write(sweep, analyse(runs), []).read_text()
+        assert "Coordinate check" not in write_html(sweep, analyse(runs)).read_text()
 
 
-def test_an_unfinished_sweep_has_a_page(save_sweep: Callable) -> None:
+def test_an_unfinished_sweep_has_a_page(save_sweep: Callable, write_html: Callable) -> None:
     sweep = save_sweep([])
     sweep.config_path.unlink()
     sweep.environment_path.unlink()
-    text = html.write(sweep, analyse([]), []).read_text()
+    text = write_html(sweep, analyse([])).read_text()
     Page(text)
     assert "nothing to judge" in text
 
 
-def test_a_large_sweep_stays_small_and_quick(rows: Callable, save_sweep: Callable, rule: TensorRule) -> None:
+def test_a_large_sweep_stays_small_and_quick(
+    rows: Callable, save_sweep: Callable, rule: TensorRule, write_html: Callable
+) -> None:
     runs = rows(
         parametrizations=("sp", "mup", "spectral", "depth_mup"),
         widths=(16, 32, 64, 128, 256, 512),
@@ -151,6 +158,6 @@ def test_a_large_sweep_stays_small_and_quick(rows: Callable, save_sweep: Callabl
     assert len(runs) == 2496
     sweep, analysis = save_sweep(runs), analyse(runs)
     start = time.process_time()
-    path = html.write(sweep, analysis, [(f"variant {i}", [rule] * 40) for i in range(24)])
+    path = write_html(sweep, analysis, [(f"variant {i}", [rule] * 40) for i in range(24)])
     assert time.process_time() - start < 10
     assert path.stat().st_size < 1_500_000

@@ -1,14 +1,18 @@
-"""What `mupsweep rules` says beside the rules."""
+"""What `mupsweep rules` says beside the rules, and when a sweep is over."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from mupsweep import config
+from mupsweep import config, plan
+from mupsweep.files import write_json
 from mupsweep.optimizers.muon import SHAPE_FACTORS
-from mupsweep.report.terminal import show_rules
+from mupsweep.records import DONE, FAILED, RUNNING, SweepDir
+from mupsweep.report.terminal import is_over, show_rules
 
 SMALL = ["experiment=smoke", "parametrization=mup", "sweep.width_ratios=[1,2]", "sweep.log2_lrs=[-5]"]
 
@@ -51,3 +55,31 @@ def test_the_table_names_torchs_conventions(capsys: pytest.CaptureFixture[str]) 
     assert "jordan (torch: original)" in header
     assert "kimi (torch: match_rms_adamw)" in header
     assert out.count("128x32") >= 2
+
+
+def end(sweep: SweepDir, state: str = DONE) -> None:
+    """Every run of a sweep has ended, with a loss that falls with the LR."""
+    for row in sweep.read_plan():
+        run = sweep.run(row["run_id"])
+        run.path.mkdir(parents=True)
+        run.write_status(state, durable=False)
+        write_json(run.summary_path, {**row, "status": state, "val_loss": 3 - 0.1 * row["log2_lr"]}, durable=False)
+
+
+def test_a_grid_is_over_when_every_run_has_its_result(tmp_path: Path, cli: Callable) -> None:
+    sweep, runs = plan.save(config.load(["experiment=smoke", f"out={tmp_path}"]), "")
+    assert not is_over(sweep)
+    end(sweep)
+    assert is_over(sweep)
+    code, out, _ = cli("status", str(sweep.path), "--watch")  # which does not stay
+    assert code == 0
+    assert f"all planned runs have ended; what they say: mupsweep transfer {sweep.path}" in out
+    for state in (RUNNING, FAILED):
+        sweep.run(runs[0].run_id).write_status(state)
+        assert not is_over(sweep)
+
+
+def test_a_search_is_not_over_while_it_wants_runs(tmp_path: Path) -> None:
+    sweep, _ = plan.save(config.load(["experiment=smoke", "sweep.search=adaptive", f"out={tmp_path}"]), "")
+    end(sweep)
+    assert not is_over(sweep)  # the best LR is the highest

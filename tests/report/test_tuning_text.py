@@ -43,8 +43,8 @@ def test_the_gap_has_a_line_for_every_size_and_hyperparameter() -> None:
         of, over = ("nanogpt", "adamw", "mup"), ("nanogpt", "adamw", "sp")
         sizes = (32, 64)
         return tuple(
-            Comparison(of, over, "width", size, 4, Estimate(nats, None, None), Estimate(1.5, None, None), NONE)
-            for size, nats in zip(sizes, lower, strict=True)
+            Comparison(of, over, "width", size, 4, Estimate(nats, nats - 0.01, nats + 0.01), speed_up, NONE)
+            for size, nats, speed_up in zip(sizes, lower, (Estimate(1.5, 1.2, None), NONE), strict=True)
         )
 
     closed = [Closing("a", along(-0.02, -0.04), along(0.0, 0.01)), Closing("b", along(-0.02, -0.04), along(0.0, -0.03))]
@@ -52,9 +52,9 @@ def test_the_gap_has_a_line_for_every_size_and_hyperparameter() -> None:
     cells = [list(column) for column in zip(*rows, strict=True)]
     assert cells[0] == ["both at the defaults"] * 2 + ["each at its best a"] * 2 + ["each at its best b"] * 2
     assert cells[1] == ["32", "64"] * 3
-    assert cells[3][1] == "-0.0400 nats"
-    assert cells[3][3] == "0.0100 nats"
-    assert set(cells[4]) == {"1.50"}
+    assert cells[3][1] == "-0.0400 [-0.0500, -0.0300] nats"
+    assert cells[3][3] == "0.0100 [0.0000, 0.0200] nats"
+    assert set(cells[4]) == {"1.50 [at least 1.20]", ""}
     assert [c.share for c in closed] == [pytest.approx(1.25), pytest.approx(0.25)]
 
 

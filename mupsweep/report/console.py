@@ -1,0 +1,68 @@
+"""Where commands print: a terminal of any width, or a pipe, which has none."""
+
+from __future__ import annotations
+
+import re
+from textwrap import wrap
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+PIPE_COLUMNS = 10_000  # a script reads whole lines
+
+
+class PipeConsole(Console):
+    """A console that leaves a closed pipe to the command line, as `print` does, and cuts no number and no path."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+    def say(self, line: str, indent: int = 0) -> None:
+        """A line of prose; where a terminal is too narrow for it, it goes on below, further to the right."""
+        whole = re.sub(r"\[[^][]*]", lambda interval: interval[0].replace(" ", "\xa0"), line)
+        lines = wrap(
+            whole,
+            self.width,
+            initial_indent=" " * indent,
+            subsequent_indent=" " * (indent + 2),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        self.print("\n".join(lines).replace("\xa0", " "), markup=False, soft_wrap=True)
+
+    def show(self, table: Table) -> None:
+        """A table; in a terminal too narrow for it closer together, its titles on two lines, and never cut."""
+        if self._columns(table) > self.width:
+            for column in table.columns:
+                column.header = _halved(str(column.header))
+        if self._columns(table) > self.width:
+            table.padding = (0, 1, 0, 0)
+        width = max(self.width, self._columns(table))
+        colors = {"force_terminal": self.is_terminal, "color_system": self.color_system}
+        PipeConsole(file=self.file, highlight=False, width=width, **colors).print(table)  # type: ignore[arg-type]
+
+    def _columns(self, table: Table) -> int:
+        """What a table takes uncut."""
+        return Measurement.get(self, self.options.update(width=PIPE_COLUMNS), table).maximum
+
+
+def _halved(title: str) -> str:
+    """On two lines, broken at the space or slash nearest to its middle."""
+    breaks = [i for i, character in enumerate(title) if character in " /"]
+    middle = min(breaks, key=lambda i: abs(i - len(title) / 2), default=len(title))
+    return f"{title[:middle]}\n{title[middle:].lstrip()}".rstrip()
+
+
+def console_of() -> PipeConsole:
+    """The terminal, or a page without an edge where there is none."""
+    console = PipeConsole(highlight=False)
+    return console if console.is_terminal else PipeConsole(highlight=False, width=PIPE_COLUMNS)
+
+
+def table_of(*columns: str) -> Table:
+    """An empty table without a box: the first column left, numbers right."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return table

@@ -1,0 +1,115 @@
+"""What `transfer` prints: lines that a terminal of any width can show, numbers that say which LR to take."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from mupsweep.quality import Comparison
+from mupsweep.report.console import PIPE_COLUMNS, PipeConsole, console_of, table_of
+from mupsweep.report.verdicts import comparison_line, show_analysis
+from mupsweep.transfer import UNKNOWN, Estimate, analyse
+
+LINE = "the optimum moves -0.05 [-0.18, +0.06] octaves from width 16 to width 32: within +-0.5"
+NAMES = ("nanogpt", "adamw", "mup"), ("nanogpt", "adamw", "sp")
+
+
+def said(line: str, width: int, terminal: bool) -> list[str]:
+    console = PipeConsole(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+    console.say(line, indent=2)
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("width", [30, 40, 80])
+def test_a_line_goes_on_below_further_to_the_right_and_keeps_intervals_whole(width: int) -> None:
+    lines = said(LINE, width, terminal=True)
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= width
+    assert [re.match(" *", line)[0] for line in lines] == ["  ", *["    "] * (len(lines) - 1)]  # type: ignore[index]
+    assert " ".join(line.strip() for line in lines) == LINE
+    assert any("[-0.18, +0.06]" in line for line in lines)
+
+
+def test_a_path_is_never_cut() -> None:
+    path = "/a-long-folder/" * 8
+    assert said(f"wrote {path}", 40, terminal=True) == ["  wrote", f"    {path}"]
+
+
+def test_a_pipe_gets_whole_lines(rows: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    assert console_of().width == PIPE_COLUMNS
+    show_analysis(analyse(rows(widths=(32, 64, 128))), [], [])
+    lines = capsys.readouterr().out.splitlines()
+    for start in ("  the optimum moves", "  the smaller sizes", "loss at width", "nanogpt/mup against"):
+        assert any(line.startswith(start) and len(line) > 70 for line in lines)
+    assert max(map(len, lines)) > 160
+
+
+def test_the_verdict_says_which_lr_is_best_and_what_it_costs_later(
+    rows: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    analysis = analyse(rows(widths=(32, 128), parametrizations=["sp"]))
+    (group,) = analysis.groups
+    base, last = group.optima
+    show_analysis(analysis, [], [])
+    out = capsys.readouterr().out
+    assert f"  best LR at width 32: {2**base.log2_lr:.3g}, log2 {base.log2_lr:.2f} [" in out  # type: ignore[operator]
+    assert f"  {group.drift} octaves per doubling of width; at width 128 the base's LR costs {group.regret:.4f}" in out
+    table = [line.split() for line in out.splitlines() if re.match(r"(32|128) +4 ", line)]
+    assert table[0][-1] == "base"
+    assert table[1][-3] == f"{group.regret.value:.4f}"
+    assert f"{last.loss:.4f}" in table[1]
+
+
+def test_what_is_unknown_makes_no_line_of_unknowns(rows: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    show_analysis(analyse(rows(widths=(32, 64), log2_lrs=[-10, -9, -8], parametrizations=["sp"])), [], [])
+    verdict = capsys.readouterr().out.partition("INCONCLUSIVE")[2]
+    assert "unknown" not in verdict
+    assert verdict.count("train higher ones") == 2
+
+
+@pytest.mark.parametrize(
+    ("lower", "penalty", "told"),
+    [
+        (Estimate(0.05, 0.04, 0.06), UNKNOWN, "0.0500 [0.0400, 0.0600] nats lower"),
+        (Estimate(-0.05, -0.06, -0.04), UNKNOWN, "0.0500 [0.0400, 0.0600] nats higher"),
+        (
+            Estimate(0.01, -0.01, 0.03),
+            Estimate(0.02, -0.01, 0.03),
+            "0.0100 [-0.0100, 0.0300] nats lower; extrapolated to infinite size: 0.0200 [-0.0100, 0.0300] nats higher",
+        ),
+    ],
+)
+def test_a_comparison_says_its_direction_in_words(lower: Estimate, penalty: Estimate, told: str) -> None:
+    compared = Comparison(*NAMES, "width", 128, 4, lower, UNKNOWN, penalty)
+    assert comparison_line(compared).partition("each at its optimum: ")[2] == told
+    faster = comparison_line(replace(compared, speed_up=Estimate(1.5, 1.25, None)))
+    assert f"{lower.value and abs(lower.value):.4f}" in faster
+    assert ", compute-equivalent speed-up 1.50 [at least 1.25]" in faster
+
+
+@pytest.mark.parametrize("width", [70, 60, 50, 30])
+def test_a_table_is_never_cut_and_its_titles_take_two_lines_first(width: int) -> None:
+    table = table_of("role", "weight decay", "LR x decay", "memory/run", "LR")
+    table.add_row("hidden_vector", "0.0004908", "6.25e-14", "5.8MB", "0.007853")
+    console = PipeConsole(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    console.show(table)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[-1].split() == ["hidden_vector", "0.0004908", "6.25e-14", "5.8MB", "0.007853"]
+    two = [["weight", "LR", "x", "memory"], ["role", "decay", "decay", "/run", "LR"]]
+    one = [["role", "weight", "decay", "LR", "x", "decay", "memory/run", "LR"]]
+    assert [line.split() for line in lines[:-1]] == (two if width < 70 else one)
+    assert (len(lines[-1]) <= width) == (width > 30)
+
+
+def test_a_table_of_optima_fits_80_columns(rows: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    console = PipeConsole(file=file, width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr("mupsweep.report.verdicts.console_of", lambda: console)
+    show_analysis(analyse(rows(widths=(32, 1024), depths=(4, 16))), [], [])
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in file.getvalue()
