@@ -53,6 +53,18 @@ def find_devices() -> list[str]:
     return ["mps"] if torch.backends.mps.is_available() else ["cpu"]
 
 
+def device_memory() -> float | None:
+    """Bytes of the smallest CUDA device of this machine; None where that cannot be told.
+
+    A process of its own asks, since whoever asks takes memory there.
+    """
+    asked = (
+        "import torch.cuda as c; print(min(c.get_device_properties(i).total_memory for i in range(c.device_count())))"
+    )
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    return None if done.returncode else float(done.stdout)
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -39,12 +39,7 @@ class Size:
     @property
     def name(self) -> str:
         """Short and readable: w512-d4."""
-        return size_name(self.width, self.depth)
-
-
-def size_name(width: int, depth: int) -> str:
-    """What a size is called wherever one is named."""
-    return f"w{width}-d{depth}"
+        return f"w{self.width}-d{self.depth}"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -171,13 +171,11 @@ def told(error: Exception, run: RunSpec, device: torch.device) -> str:
     if not is_out_of_memory(error):
         return str(error) if isinstance(error, MupsweepError) else f"{type(error).__name__}: {first}"
     room = f" of {si(torch.cuda.mem_get_info(device)[1])}B" if device.type == "cuda" else ""
-    training = replace(run.recipe.training, micro_batch=1)
-    least = replace(run.recipe, variant=replace(run.recipe.variant, training=training)).cost(run.size)
     return (
-        f"out of memory on {device_name(device)}{room}: {si(least.parameters)} parameters take roughly "
-        f"{si(least.memory)}B with one sequence at a time; use a larger device, several that share a run "
-        "(launcher.devices_per_run and launcher.shard), fewer launcher.slots_per_device, a shorter model.context or "
-        f"smaller sizes ({first})"
+        f"out of memory on {device_name(device)}{room}: {si(run.cost.parameters)} parameters take roughly "
+        f"{si(run.recipe.least_memory(run.size))}B with one sequence at a time; use a larger device, several that "
+        f"share the runs of this size ('launcher.sizes={{{run.size.name}:{{devices_per_run:2,shard:true}}}}'), fewer "
+        f"launcher.slots_per_device, a shorter model.context or smaller sizes ({first})"
     )
 
 

@@ -179,7 +179,8 @@ def test_a_run_whose_single_sequences_do_not_fit_has_failed_with_its_numbers_and
     cost = run("training.micro_batch=1").cost
     assert broken["fits-0"]["error"] == (
         f"out of memory on cpu: {cost.parameters / 1e3:.3g}k parameters take roughly {cost.memory / 1e3:.3g}kB with "
-        "one sequence at a time; use a larger device, several that share a run (launcher.devices_per_run and "
-        "launcher.shard), fewer launcher.slots_per_device, a shorter model.context or smaller sizes "
+        "one sequence at a time; use a larger device, several that share the runs of this size "
+        "('launcher.sizes={w16-d2:{devices_per_run:2,shard:true}}'), fewer launcher.slots_per_device, a shorter "
+        "model.context or smaller sizes "
         "(OutOfMemoryError: CUDA out of memory. Tried to allocate 1 sequences.)"
     )

@@ -9,19 +9,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mupsweep.environment import cores, find_devices
+from mupsweep import plan
+from mupsweep.cost import si
+from mupsweep.environment import cores, device_memory, find_devices
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.files import make_folder
 from mupsweep.launchers import by_size
 from mupsweep.launchers.progress import Progress
+from mupsweep.plan import RunSpec
 from mupsweep.records import FAILED, RUNNING, SweepDir
-from mupsweep.sizes import size_name
 
 POLL_SECONDS = 0.3
+USABLE = 0.8  # of a device's memory, as far as estimates go
 DEATHS = 2  # a run that kills its worker this often is recorded as failed
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -36,6 +40,7 @@ class Local:
         devices_per_run: how many train a run together, each its share of every batch.
         shard: divide the weights, gradients and optimizer state of a run among its devices.
         threads: CPU threads per device's process.
+        device_memory: GB of a device; None asks CUDA devices. Runs that need more are sharded over several.
         sizes: other values of these keys for some sizes, by the size's name; the widest groups of devices come first.
     """
 
@@ -45,6 +50,7 @@ class Local:
     devices_per_run: int = 1
     shard: bool = False
     threads: int = 1
+    device_memory: float | None = None
     sizes: Any = None
 
     def __post_init__(self) -> None:
@@ -52,6 +58,8 @@ class Local:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"launcher.{key}={value}: expected at least 1")
+        if self.device_memory is not None and self.device_memory <= 0:
+            raise ConfigError(f"launcher.device_memory={self.device_memory:g}: expected more than 0 GB")
         if self.shard and self.devices_per_run == 1:
             raise ConfigError("launcher.shard=true: expected launcher.devices_per_run to be at least 2")
         by_size.check(self)
@@ -65,15 +73,16 @@ class Local:
 
     def pools(self, sweep: SweepDir, run_ids: Sequence[str]) -> list[Pool]:
         """Workers for all runs, or one set of workers after the other where sizes want different ones."""
-        if not self.sizes:
+        memory = self._device_memory()
+        if not self.sizes and memory is None:
             return [Pool(sweep, run_ids, self, self.slots())]
-        wanted, sizes = set(run_ids), dict[str, list[str]]()
-        for row in sweep.read_plan():
-            if row["run_id"] in wanted:
-                sizes.setdefault(size_name(row["width"], row["depth"]), []).append(row["run_id"])
+        wanted, sizes = set(run_ids), defaultdict[str, list[RunSpec]](list)
+        for run in plan.load(sweep):
+            if run.run_id in wanted:
+                sizes[run.size.name].append(run)
         alike: list[tuple[Local, list[str]]] = []
-        for size in sizes:
-            mine = by_size.for_size(self, size)
+        for size, runs in sizes.items():
+            mine = self.for_runs(runs, memory)
             found = next((names for other, names in alike if other == mine), None)
             if found is None:
                 alike.append((mine, [size]))
@@ -81,16 +90,41 @@ class Local:
                 found.append(size)
         alike.sort(key=lambda entry: -entry[0].devices_per_run)
         return [
-            Pool(sweep, [run_id for name in names for run_id in sizes[name]], made, made.slots(), names)
+            Pool(sweep, [run.run_id for name in names for run in sizes[name]], made, made.slots(), names)
             for made, names in alike
         ]
 
-    def slots(self) -> list[str]:
-        """The device of every worker, or its devices separated by commas."""
+    def for_runs(self, runs: Sequence[RunSpec], memory: float | None = None) -> Local:
+        """The launcher that the runs of one size are given to; what does not fit on a device is divided among several.
+
+        Args:
+            memory: bytes of a device, where that is a limit.
+        """
+        size = runs[0].size
+        made = by_size.for_size(self, size.name)
+        if memory is None or made.devices_per_run > 1:
+            return made
+        recipes = {run.recipe.digest: run.recipe for run in runs}.values()
+        there = len(self.found())
+        shared = [n for n in range(1, there + 1) if not (there % n or any(r.training.batch_size % n for r in recipes))]
+        least = {n: max(recipe.least_memory(size, n) for recipe in recipes) for n in shared}
+        width = next((n for n in shared if least[n] <= USABLE * memory), shared[-1])
+        if width == 1:
+            return made
+        need, room = f"{si(least[1])}B", f"{si(memory)}B"
+        print(f"{size.name}: roughly {need} at least and {room} on a device: {width} share each run", file=sys.stderr)
+        return replace(made, devices_per_run=width, shard=True)
+
+    def found(self) -> list[str]:
+        """The devices to use."""
         found = find_devices() if self.devices == "auto" else [d.strip() for d in self.devices.split(",") if d.strip()]
         if not found:
             raise ConfigError(f"launcher.devices={self.devices}: expected auto or a list such as cuda:0,cuda:1")
-        width = self.devices_per_run
+        return found
+
+    def slots(self) -> list[str]:
+        """The device of every worker, or its devices separated by commas."""
+        found, width = self.found(), self.devices_per_run
         if "cpu" in found:  # as many ranks as there are threads for
             return [",".join([d] * width) for d in found for _ in range(self._slots(d))]
         if len(found) % width:
@@ -100,6 +134,13 @@ class Local:
             )
         groups = [",".join(found[i : i + width]) for i in range(0, len(found), width)]
         return [group for group in groups for _ in range(self._slots(group))]
+
+    def _device_memory(self) -> float | None:
+        """Bytes of a device; None where runs need not be divided among several."""
+        if self.device_memory is not None:
+            return 1e9 * self.device_memory
+        several = len(self.found()) > 1 and self.found()[0].startswith("cuda")
+        return device_memory() if several else None
 
     def _slots(self, device: str) -> int:
         """Workers on a device or a group of them."""

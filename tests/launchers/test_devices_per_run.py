@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,36 @@ def test_a_sharded_sweep_has_the_losses_of_a_whole_one(pairs: dict[str, tuple[di
     assert found.keys() == pairs.keys()
     for run_id, (summary, _) in found.items():
         assert summary["val_loss"] == pytest.approx(pairs[run_id][0]["val_loss"], rel=TOLERANCE["loss"])
+
+
+@pytest.mark.parametrize(
+    ("share", "batch", "width"),
+    [(0.79, 8, 1), (0.81, 8, 2), (1.61, 8, 4), (9.0, 8, 4), (1.61, 6, 2), (1.61, 7, 1)],
+)
+def test_a_run_that_does_not_fit_on_a_device_is_divided_among_as_many_as_it_needs(
+    share: float, batch: int, width: int
+) -> None:
+    four = Local(devices="cuda:0,cuda:1,cuda:2,cuda:3")
+    (run, *_) = plan(load(["experiment=smoke", f"training.batch_size={batch}", "model.context=1"]))
+    memory = run.recipe.least_memory(run.size, 1) / share
+    made = four.for_runs([run], memory)
+    assert (made.devices_per_run, made.shard) == (width, width > 1)
+    assert four.for_runs([run]) == four
+    pair = replace(four, devices_per_run=2)  # what is asked for stays
+    assert pair.for_runs([run], memory) == pair
+
+
+def test_small_devices_share_large_runs_and_train_small_ones_alone() -> None:
+    runs = plan(load(["experiment=smoke"]))
+    small, large = (min(runs, key=lambda r: r.size), max(runs, key=lambda r: r.size))
+    between = (small.recipe.least_memory(small.size) + large.recipe.least_memory(large.size)) / 2 / 0.8 / 1e9
+    memory = f"launcher.device_memory={between}"
+    code, _, err = finish(start("run", *SMALL, "launcher=local", "launcher.devices='cpu,cpu'", memory))
+    assert code == 0, err
+    sweep = SweepDir(Path("sweeps/smoke"))
+    found = {row["run_id"]: (row["width"], sweep.run(row["run_id"]).summary()["devices"]) for row in sweep.read_plan()}
+    assert sorted(found.values()) == [(16, 1), (16, 1), (32, 2), (32, 2)]
+    assert re.search(r"^w32-d2: roughly \S+B at least and \S+B on a device: 2 share each run$", err, re.MULTILINE)
 
 
 def test_processes_that_torchrun_starts_on_two_machines_train_together(
