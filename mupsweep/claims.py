@@ -2,7 +2,7 @@
 
 So two workers never train one run, on any file system with atomic link or exclusive create, and nothing is deleted
 that another worker might be looking at. A claim is free again when it was released or its owner is dead: told by the
-pid on this host, by Slurm where the owner was a job, by a missing heartbeat elsewhere.
+pid on this host, by a missing heartbeat elsewhere, and sooner where Slurm says that the owner's job is over.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,8 @@ from mupsweep import squeue
 from mupsweep.errors import RecordError
 from mupsweep.files import make_folder, read_json, temporary_beside, write_json
 
-WRITING_SECONDS = 5.0  # a claim that cannot be read for so long is damaged and not just being written
+BEAT_SECONDS = 15.0  # from one heartbeat to the next, unless a step takes longer
+SILENT_SECONDS = 2 * BEAT_SECONDS  # one that is damaged, or whose job is over, is taken over after so long without
 STALE_SECONDS = 600.0  # a claim of another host without a heartbeat for so long is taken over
 
 
@@ -35,9 +37,10 @@ class Claim:
 
     def heartbeat(self) -> bool:
         """Tell other hosts now and then that the owner lives, cheap enough for every step; True when it did."""
-        if time.monotonic() - self.beat <= STALE_SECONDS / 20:
+        if time.monotonic() - self.beat <= BEAT_SECONDS:
             return False
-        os.utime(self.path)
+        with contextlib.suppress(OSError):  # a server that is away for a moment
+            os.utime(self.path)
         self.beat = time.monotonic()
         return True
 
@@ -55,7 +58,7 @@ def take(folder: Path) -> Claim | None:
     last = newest(folder)
     if last is None:
         make_folder(folder)
-    elif not is_free(last) and not _lost_its_job(last):
+    elif not is_free(last, _file_clock) and not (_lost_its_job(last) and _falls_silent(last)):
         return None
     path = folder / _claim_name(int(last.stem) + 1 if last is not None else 0)
     owner = _owner()
@@ -82,7 +85,7 @@ def newest(folder: Path) -> Path | None:
     names: list[str] = []
     with contextlib.suppress(OSError):  # no claims yet
         names = [name for name in os.listdir(folder) if name[0].isdigit() and name.endswith(".json")]
-    return folder / max(names) if names else None
+    return folder / max(names, key=lambda name: (len(name), name)) if names else None  # 10000 comes after 9999
 
 
 def _claim_name(number: int) -> str:
@@ -100,32 +103,74 @@ def _owner() -> dict[str, Any]:
     }
 
 
-def is_free(path: Path) -> bool:
-    """Whether a claim was released or its owner is gone."""
+def is_free(path: Path, clock: Callable[[Path], float] = lambda _: time.time()) -> bool:
+    """Whether a claim was released or its owner is gone.
+
+    Args:
+        clock: the time by which heartbeats in a folder are judged.
+    """
     owner = read_json(path)
-    if owner is None:  # damaged, or not yet written on a file system without hard links
-        return time.time() - path.stat().st_mtime > WRITING_SECONDS
+    if owner is None:  # damaged, or not yet written on a file system without hard links, or another user's
+        limit = SILENT_SECONDS if os.access(path, os.R_OK) else STALE_SECONDS
+        return clock(path.parent) - _last_beat(path) > limit
     if owner.get("released"):
         return True
     if _is_here(owner):
         return born(int(owner["pid"])) != owner.get("born")
-    return time.time() - path.stat().st_mtime > STALE_SECONDS
+    return clock(path.parent) - _last_beat(path) > STALE_SECONDS
 
 
 def _lost_its_job(path: Path) -> bool:
     """Whether the owner was a Slurm job of another host that is over, or this very job before Slurm restarted it.
 
     Asked by jobs only, and apart from `is_free`, which views call for every run: it may call squeue.
+
+    It is no proof. A controller that lost its state numbers jobs from 1 again, and two clusters may have one name: then
+    squeue does not know a job that lives, hence `_falls_silent`; or the number is another job's by now, and the dead
+    owner's claim goes stale like any other.
     """
     mine = squeue.own_job()
     owner = (read_json(path) or {}) if mine["slurm_job"] is not None else {}
     if _is_here(owner) or owner.get("slurm_job") is None:
         return False
-    if owner["slurm_cluster"] != mine["slurm_cluster"] or path.stat().st_uid != os.getuid():
+    if owner.get("slurm_cluster") != mine["slurm_cluster"] or path.stat().st_uid != os.getuid():
         return False  # squeue knows its own cluster only, and may keep other people's jobs to itself
     if owner["slurm_job"] == mine["slurm_job"]:
-        return owner["slurm_restarts"] != mine["slurm_restarts"]
+        return owner.get("slurm_restarts") != mine["slurm_restarts"]
     return squeue.is_over(owner["slurm_job"])
+
+
+def _falls_silent(path: Path) -> bool:
+    """Wait until a claim has gone SILENT_SECONDS without a heartbeat; one that comes meanwhile is a live owner's."""
+    beat = _last_beat(path)
+    left = SILENT_SECONDS - max(0.0, _file_clock(path.parent) - beat)
+    until = time.monotonic() + left
+    while time.monotonic() < until:
+        time.sleep(min(1.0, left))
+        if _last_beat(path) != beat:
+            return is_free(path, _file_clock)
+    return True
+
+
+def _last_beat(path: Path) -> float:
+    """When a claim was written or touched."""
+    with contextlib.suppress(OSError), path.open("rb") as file:  # NFS may tell an old time of a closed file
+        return os.fstat(file.fileno()).st_mtime
+    return path.stat().st_mtime
+
+
+def _file_clock(folder: Path) -> float:
+    """The time by the clock that dates the files of a folder, for most network file systems their server's: the clock
+    of this host may be wrong, or jump."""
+    probe = temporary_beside(folder / "clock")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:  # it may only be read
+        return time.time()
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def _is_here(owner: dict[str, Any]) -> bool:
@@ -141,7 +186,7 @@ def _create(path: Path, text: str) -> bool:
         try:
             os.link(temporary, path)
         except FileExistsError:
-            return False
+            return temporary.stat().st_nlink > 1  # NFS asks again where an answer was lost, and finds what it made
         except OSError:  # a file system without hard links
             try:
                 with path.open("x") as file:

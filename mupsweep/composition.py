@@ -40,8 +40,7 @@ def split(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, l
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
-            hint = "write key=value; quote lists for the shell: 'sweep.seeds=[0,1]'"
-            raise ConfigError(f"cannot read the override {text!r}: {hint}") from error
+            raise ConfigError(f"cannot read the override {text!r}: {_meant(text, config_dir)}") from error
         key = override.key_or_group
         if override.is_add() or override.is_force_add() or override.is_delete():
             raise ConfigError(f"override {text!r}: every key exists already, so write it without the sign: {key}=VALUE")
@@ -121,8 +120,23 @@ def composed(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
             raise ConfigError(" ".join(str(error).split())) from error
 
 
-def nearest_key(key: str, known: Iterable[str]) -> str:
+def _meant(word: str, config_dir: str | None) -> str:
+    """What to write instead of a word that is no override."""
+    if word in choices("experiment", config_dir):
+        return f"did you mean experiment={word}?"
+    if "=" not in word and Path(word).exists():
+        return "folders and files are for mupsweep status, transfer and report; here write key=value"
+    return "write key=value; quote lists for the shell: 'sweep.seeds=[0,1]'"
+
+
+def nearest_key(key: str, known: Sequence[str]) -> str:
     """The hint for a dotted key: its nearest spelling, and the keys of its own group only."""
+    *_, name = key.split(".")
+    if name in ("lr", "lrs", "learning_rate", "base_lr"):
+        return "the base LRs of a sweep are sweep.log2_lrs=[-10,-9,-8], which are 2^-10, 2^-9 and 2^-8"
+    elsewhere = [k for k in known if k.endswith(f".{name}")]
+    if len(elsewhere) == 1:
+        return f"did you mean '{elsewhere[0]}'?"
     siblings = [k for k in known if k.split(".")[0] == key.split(".")[0]]
     return nearest(key, siblings or sorted({k.split(".")[0] for k in known}))
 

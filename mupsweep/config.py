@@ -263,6 +263,12 @@ def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> SweepC
     variants = [{key: tree[key] for key in (*COMPARABLE, "data", "training")} for tree in trees]
     shared = {key: trees[0][key] for key in ("sweep", "launcher", "tracker", "out", "allow_imports")}
     made = from_tree({**shared, "variants": variants, "overrides": tuple(overrides)})
+    if all(0 < value < 0.25 for value in made.sweep.log2_lrs):
+        octaves = ",".join(f"{round(2 * math.log2(value)) / 2:g}" for value in made.sweep.log2_lrs)
+        raise ConfigError(
+            f"sweep.log2_lrs={list(made.sweep.log2_lrs)}: these look like LRs, and octaves are wanted: "
+            f"'sweep.log2_lrs=[{octaves}]'"
+        )
     if made.sweep.axes is None:
         return made
     return from_tree({**to_tree(made), "variants": expand(variants, made.sweep.axes)})

@@ -22,7 +22,7 @@ class Cost:
         parameters: trained numbers, a tied head counted once.
         tokens: trained tokens.
         flops: of forward and backward over all tokens.
-        memory: bytes of weights, gradients, AdamW's two moments and the activations of a step, all in fp32.
+        memory: bytes of weights, gradients, optimizer state and the activations of a step on each device, all in fp32.
     """
 
     parameters: int
@@ -36,13 +36,24 @@ class Cost:
 
 
 def estimate(
-    tensors: Iterable[TensorSpec], size: Size, steps: int, batch_size: int, micro_batch: int | None = None
+    tensors: Iterable[TensorSpec],
+    size: Size,
+    steps: int,
+    batch_size: int,
+    micro_batch: int | None = None,
+    state: int = 0,
+    devices: int = 1,
+    shard: bool = False,
 ) -> Cost:
-    """The cost of `steps` steps of `batch_size` sequences, computed `micro_batch` at a time, on one device.
+    """The cost of `steps` steps of `batch_size` sequences, computed `micro_batch` at a time on each of some devices.
 
     FLOPs per token are 6 per weight that multiplies activations plus 12 * depth * width * context for attention scores
     and values (Chowdhery et al. 2204.02311, appendix B; causality not discounted), which grouped queries share without
     saving any of these. Embedding look-ups are free.
+
+    Args:
+        state: numbers that the optimizer remembers.
+        shard: whether the devices divide weights, gradients and optimizer state, not only the batch.
     """
     table = list(tensors)
     parameters = sum(math.prod(t.shape) for t in table if t.tied_to is None)
@@ -50,9 +61,11 @@ def estimate(
     per_token = 6 * multiplied + 12 * size.depth * size.width * size.context
     tokens = steps * batch_size * size.context
     # what the backward pass keeps of a block comes to about the inputs and outputs of its matrices
-    tokens_at_once = min(batch_size, micro_batch or batch_size) * size.context
+    sequences = -(-batch_size // devices)
+    tokens_at_once = min(sequences, micro_batch or sequences) * size.context
     activations = tokens_at_once * sum(sum(t.shape) for t in table if t.role is Role.HIDDEN)
-    return Cost(parameters, tokens, float(per_token) * tokens, 4.0 * (4 * parameters + activations))
+    kept = (2 * parameters + state) / (devices if shard else 1)
+    return Cost(parameters, tokens, float(per_token) * tokens, 4.0 * (kept + activations))
 
 
 def si(value: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -48,12 +49,13 @@ class Progress:
 
 @dataclass
 class Journal:
-    """Checkpoints, rows of metrics and the status of a run. Written by rank 0 alone.
+    """Checkpoints, rows of metrics and the status of a run. Written by rank 0 alone, while the run is its own.
 
     Attributes:
         interval: seconds between two checkpoints.
         pending: losses of the latest steps, still on the device.
         steps: how many this attempt has taken.
+        damaged: checkpoints that are.
     """
 
     built: Built
@@ -61,6 +63,7 @@ class Journal:
     leads: bool
     interval: float
     progress: Progress = field(init=False)
+    damaged: set[Path] = field(default_factory=set)
     pending: list[Tensor] = field(default_factory=list)
     steps: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -69,7 +72,8 @@ class Journal:
         self.saved = self.shown = self.started
         self.progress = self.resumed()
         self.spent = self.progress.seconds
-        if self.leads:
+        if self.writes():
+            self.folder.remove_unfinished_checkpoints()
             self.folder.write_metrics(row for row in self.folder.metrics() if row["step"] <= self.progress.step)
 
     def resumed(self) -> Progress:
@@ -81,7 +85,13 @@ class Journal:
                 log.info("resuming at step %d from %s", progress.step, path.name)
                 return progress
             log.warning("%s is damaged; trying an older one", path)
+            self.damaged.add(path)
         return Progress()
+
+    def writes(self) -> bool:
+        """Whether the files are this process's to write. Another worker may have taken the run over while this process
+        was suspended, which it notices at its next heartbeat only."""
+        return self.leads and not self.folder.is_taken_over(os.getpid())
 
     def due(self) -> bool:
         """Whether it is time for a checkpoint, and there is something new to keep."""
@@ -91,16 +101,18 @@ class Journal:
         """Write a checkpoint, and keep the one before; what is sharded is collected from every rank."""
         content = self._content()
         latest, previous = self.folder.checkpoints
-        if self.leads:
-            if latest.exists():
+        if self.writes():
+            self.folder.keep_metrics()
+            if latest.exists() and latest not in self.damaged:
                 latest.replace(previous)
             _write(latest, content)
+            self.damaged.clear()
         self.saved = time.monotonic()
 
     def branch_off(self) -> None:
         """Remember where the run stands; what follows is a branch of it."""
         content = self._content()
-        if self.leads:
+        if self.writes():
             _write(self.folder.trunk_checkpoint, content)
         self.progress.branching = True
 
@@ -111,7 +123,8 @@ class Journal:
         ended, path = self.progress, self.folder.trunk_checkpoint
         trunk = self._loaded(path) if path.exists() else None
         if trunk is None:
-            self.folder.remove_checkpoints()
+            if self.writes():
+                self.folder.remove_checkpoints()
             raise RecordError(f"{path} is damaged, so the run cannot go on from its branch: the next try starts anew")
         self.progress = replace(
             trunk,
@@ -135,12 +148,12 @@ class Journal:
 
     def append(self, row: dict[str, Any]) -> None:
         """Log a row of metrics."""
-        if self.leads:
+        if self.writes():
             self.folder.append_metrics(row)
 
     def show(self, row: dict[str, Any], total: int, rate: float) -> None:
         """Tell whoever watches, now and then."""
-        if not self.leads or time.monotonic() - self.shown <= STATUS_SECONDS:
+        if time.monotonic() - self.shown <= STATUS_SECONDS or not self.writes():
             return
         details = {"step": row["step"], "steps": total, "train_loss": row["train_loss"], "tokens_per_second": rate}
         self.folder.write_status(RUNNING, durable=False, **details)
@@ -159,7 +172,10 @@ class Journal:
 
     def _loaded(self, path: Path) -> Progress | None:
         """What a checkpoint holds, its weights and state loaded into the run; None where it is damaged."""
-        stored = path.read_bytes()
+        try:
+            stored = path.read_bytes()
+        except OSError:  # a bad disk
+            return None
         content, digest = stored[:-DIGEST_BYTES], stored[-DIGEST_BYTES:]
         if hashlib.sha256(content).digest() != digest:
             return None

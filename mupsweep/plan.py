@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,13 +43,18 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A variant with its sections turned into the objects they describe."""
+    """A variant with its sections turned into the objects they describe.
+
+    Attributes:
+        launcher: of the sweep; it says how many devices share a run.
+    """
 
     variant: Variant
     model: Architecture
     optimizer: Optimizer
     parametrization: Parametrization
     digest: str
+    launcher: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -89,8 +94,24 @@ class Recipe:
 
     def cost(self, size: Size) -> Cost:
         """What one run at `size` takes."""
-        tensors, training = self.model.tensors(size), self.training
-        return estimate(tensors, size, self.trained_steps, training.batch_size, training.micro_batch)
+        tensors, training = list(self.model.tensors(size)), self.training
+        takes = {role: part.optimizer for part in self.parts[::-1] for role in part.optimizer.takes}  # the first wins
+        state = sum(takes[t.role].state_size(t.dims) for t in tensors if t.tied_to is None)
+        launcher = {**self.launcher, **(self.launcher.get("sizes") or {}).get(size.name, {})}
+        devices, shard = int(launcher.get("devices_per_run", 1)), bool(launcher.get("shard", False))
+        return estimate(
+            tensors, size, self.trained_steps, training.batch_size, training.micro_batch, state, devices, shard
+        )
+
+    def least_memory(self, size: Size, devices: int | None = None) -> float:
+        """Bytes on a device that a run at `size` needs with one sequence at a time.
+
+        Args:
+            devices: that divide its state; None is what the launcher says.
+        """
+        training = replace(self.training, micro_batch=1)
+        launcher = self.launcher if devices is None else {"devices_per_run": devices, "shard": devices > 1}
+        return replace(self, variant=replace(self.variant, training=training), launcher=launcher).cost(size).memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +158,11 @@ class RunSpec:
         }
 
 
-def recipe(variant: Variant) -> Recipe:
+def recipe(variant: Variant, launcher: Mapping[str, Any] | None = None) -> Recipe:
     """The objects that a variant describes, its combination checked.
+
+    Args:
+        launcher: of the sweep.
 
     Raises:
         ConfigError: settings that are each valid but contradict one another.
@@ -149,6 +173,7 @@ def recipe(variant: Variant) -> Recipe:
         optimizer=instantiate(variant.optimizer, "optimizer"),
         parametrization=instantiate(variant.parametrization, "parametrization"),
         digest=digest_of(variant),
+        launcher=launcher or {},
     )
     warmup = made.training.warmup_steps(made.steps)
     if warmup >= made.steps:
@@ -309,7 +334,7 @@ def extend(
 def load(sweep: SweepDir) -> list[RunSpec]:
     """Every run of a sweep that was planned before, in the order of its plan."""
     config = from_tree(sweep.read_config())
-    recipes = {made.digest: made for made in map(recipe, config.variants)}
+    recipes = {made.digest: made for made in (recipe(variant, config.launcher) for variant in config.variants)}
     sizes = cache(lambda digest, r_n, r_L: _sized(recipes[digest], r_n, r_L))  # noqa: N803
     runs, rows = [], sweep.read_plan()[::-1]
     while rows:  # each freed as it is used: 100,000 rows take more memory than their runs

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from mupsweep import claims
 from mupsweep.claims import Claim
 from mupsweep.errors import RecordError
 from mupsweep.files import finite, make_folder, read_json, write_json, write_text
+
+log = logging.getLogger("mupsweep")
 
 PENDING, RUNNING, DONE, DIVERGED, FAILED = "pending", "running", "done", "diverged", "failed"
 FINISHED = (DONE, DIVERGED)  # results; never trained again
@@ -166,14 +170,19 @@ class SweepDir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Held while the plan is extended; two commands planning at once take turns where the file system can lock."""
-        import fcntl
-
-        make_folder(self.path)
-        with (self.path / ".lock").open("w") as file:
-            with contextlib.suppress(OSError):  # a file system without locks: plans are idempotent, so go on
-                fcntl.flock(file, fcntl.LOCK_EX)
+        """Held while the plan is extended, so that of two commands at once none loses the runs of the other. It is a
+        claim like that of a run, since many network file systems cannot lock."""
+        folder, pause = self.path / ".planning", 0.02
+        while (claim := claims.take(folder)) is None:
+            time.sleep(pause := min(2 * pause, 1.0))
+            if 0.5 < pause < 1.0 and (owner := claims.silence(folder)):  # once, after a second
+                log.warning("waiting for %s, which plans this sweep", owner[1])
+        try:
             yield
+        finally:
+            with contextlib.suppress(OSError):
+                if claim.is_held():
+                    claim.path.unlink()
 
 
 @dataclass(frozen=True)
@@ -223,8 +232,8 @@ class RunDir:
         return {"status": PENDING} if status["status"] == RUNNING and not self.is_claimed() else status
 
     def is_open(self) -> bool:
-        """Whether the run still needs training: anything but a result."""
-        return self.status()["status"] not in FINISHED
+        """Whether the run still needs training: anything but a result, or one whose summary is damaged."""
+        return self.status()["status"] not in FINISHED or self.summary() is None
 
     def write_status(self, status: str, durable: bool = True, **details: Any) -> None:
         write_json(self.status_path, {"status": status, **details}, durable)
@@ -254,7 +263,7 @@ class RunDir:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged rows, in order of steps, up to the first that was not written whole."""
-        rows = []
+        rows: list[dict[str, Any]] = []
         try:
             for line in self.metrics_path.read_text().splitlines():
                 rows.append(json.loads(line))
@@ -265,6 +274,11 @@ class RunDir:
     def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         write_text(self.metrics_path, "".join(_line(row) for row in rows), durable=False)
 
+    def keep_metrics(self) -> None:
+        """Wait until the rows so far are on the disk: a checkpoint that is follows them."""
+        with contextlib.suppress(OSError), self.metrics_path.open("rb") as file:
+            os.fsync(file.fileno())
+
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         try:
             with self.metrics_path.open("a") as file:
@@ -273,10 +287,17 @@ class RunDir:
             raise RecordError(f"cannot write {self.metrics_path}: {error.strerror}") from error
 
     def remove_checkpoints(self) -> None:
-        for path in (*self.checkpoints, self.trunk_checkpoint):
-            path.unlink(missing_ok=True)
+        folder = self.checkpoints[0].parent
+        with contextlib.suppress(OSError):  # the run is over, with them or without
+            for path in folder.glob("*"):
+                path.unlink(missing_ok=True)
+            folder.rmdir()
+
+    def remove_unfinished_checkpoints(self) -> None:
+        """What a killed process was writing; it is as large as a checkpoint."""
         with contextlib.suppress(OSError):
-            self.checkpoints[0].parent.rmdir()
+            for path in self.checkpoints[0].parent.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
 
     @property
     def claims(self) -> Path:
@@ -299,6 +320,11 @@ class RunDir:
         """Whether a process of this host owns this run, or owned it last."""
         newest = claims.newest(self.claims)
         return newest is not None and claims.is_of(newest, pid)
+
+    def is_taken_over(self, pid: int) -> bool:
+        """Whether somebody else than a process of this host owns this run, or owned it last."""
+        newest = claims.newest(self.claims)
+        return newest is not None and not claims.is_of(newest, pid)
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -47,13 +47,19 @@ def structured(cls: type[T], section: Mapping[str, Any], where: str) -> T:
     schema = OmegaConf.structured(cls)
     OmegaConf.set_readonly(schema, False)  # a frozen dataclass is read-only until told otherwise
     try:
-        merged = OmegaConf.merge(schema, dict(section))
+        merged = OmegaConf.merge(schema, {key: _whole(known[key], value) for key, value in section.items()})
         made = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or getattr(error, "key", None) or "?").split("[")[0]
         raise ConfigError(f"{where}.{key}={section.get(key)!r}: {_expected(known.get(key), error)}") from error
     assert isinstance(made, cls)
     return _tuples(made)
+
+
+def _whole(field_: Field[Any], value: Any) -> Any:
+    """1e9 as 1000000000, where a whole number is wanted."""
+    wanted = str(field_.type) in ("int", "int | None") and isinstance(value, float) and value.is_integer()
+    return int(value) if wanted else value
 
 
 def _expected(field_: Field[Any] | None, error: Exception) -> str:

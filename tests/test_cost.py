@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
 from functools import cache
 
+import chosen
 import pytest
 import torch
 from tiny import network, tokens
@@ -98,7 +100,7 @@ def test_memory_is_near_what_the_backward_pass_keeps(case: list[str]) -> None:
         activations = sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in weights)
         assert loss.requires_grad
         cost = estimate(made.model.tensors(size), size, steps=1, batch_size=3)
-        return activations, cost.memory - 16 * cost.parameters
+        return activations, cost.memory - 8 * cost.parameters
 
     (few, few_estimated), (many, many_estimated) = kept(1.0), kept(3.0)
     assert many_estimated - few_estimated == pytest.approx(many - few, rel=TOLERANCE["memory"])
@@ -109,13 +111,66 @@ def test_gpt2_costs_what_nanogpts_formula_says() -> None:
         width=768, depth=12, heads=12, kv_heads=12, head_dim=64, ffn_width=3072, vocab_size=50_257, context=1024
     )
     model = NanoGPT(name="gpt2", width=768, depth=12, bias=True, tied=True)
-    cost = estimate(model.tensors(size), size, steps=2, batch_size=5)
+    cost = estimate(model.tensors(size), size, steps=2, batch_size=5, state=2 * 124_439_808)
     assert cost.parameters == 124_439_808
     assert cost.tokens == 2 * 5 * 1024
     # estimate_mfu of karpathy/nanoGPT: 6 N + 12 L H Q T, N without the position embedding
     per_token = 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
     assert cost.flops == pytest.approx(per_token * cost.tokens, rel=TOLERANCE["nanogpt"])
     assert cost.memory > 16 * cost.parameters  # weights, gradients and two moments in fp32
+
+
+STATES = [
+    *(shlex.join(chosen.words("optimizer", name)) for name in config.choices("optimizer")),
+    "optimizer=sgd optimizer.momentum=0",
+    "optimizer=muon optimizer.block_size=12",
+    "optimizer=muon optimizer.spectral_norm=true optimizer.rest=lion",
+    "optimizer=muon optimizer.graft=adamw optimizer.hyperball=true",
+    "optimizer=muon_plus_plus optimizer.adaptive=0.5",
+    "optimizer=shampoo optimizer.block_size=12 optimizer.graft=adamw",
+    "optimizer=shampoo optimizer.exponents=[1/2,0]",
+    "optimizer=shampoo optimizer.max_axis=40 optimizer.block_size=20",
+    "optimizer=soap optimizer.max_axis=40",
+    "optimizer=soap optimizer.max_axis=8",
+    "optimizer=adamw optimizer.roles=[hidden] optimizer.rest=sgd optimizer.hyperball=true",
+    "optimizer=muon model.tied=true parametrization=sp",
+]
+
+
+@pytest.mark.parametrize("words", STATES)
+def test_the_state_of_an_optimizer_is_as_large_as_it_says(words: str) -> None:
+    """Every number of its state after a step, but for counters of steps and the like, one per tensor."""
+    one = [*TINY, "training.batch_size=2", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-9]", *shlex.split(words)]
+    (run,) = plan.plan(config.load(one))
+    built = build.build(run, torch.device("cpu"))
+    ids = tokens(run.size)
+    if built.optimizer.curvature_due(0):
+        built.network(ids, ids).backward()
+        built.optimizer.observe(0)
+    built.network(ids, ids).backward()
+    built.optimizer.step(1.0)
+    states = [state for member in built.optimizer.members for state in member.state.values()]
+    counters = ("step", "mu_product")
+    held = sum(v.numel() for state in states for name, v in state.items() if v is not None and name not in counters)
+    lean = estimate(run.recipe.model.tensors(run.size), run.size, 1, 2)
+    assert (run.cost.memory - lean.memory) / 4 == held
+
+
+def test_devices_share_the_batch_and_sharded_ones_the_state_too() -> None:
+    def memory(*launcher: str) -> float:
+        words = [*TINY, "training.batch_size=4", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-9]", *launcher]
+        return plan.plan(config.load(words))[0].cost.memory
+
+    made = recipe("training.batch_size=4").cost(recipe().size(1.0, 1.0))
+    kept = 16 * made.parameters  # weights, gradients and two moments in fp32
+    activations = made.memory - kept
+    assert activations > 0
+    assert memory("launcher=local") == made.memory
+    two = ("launcher=local", "launcher.devices_per_run=2")
+    assert memory(*two) == kept + activations / 2
+    assert memory(*two, "launcher.shard=true") == kept / 2 + activations / 2
+    assert memory(*two, "training.micro_batch=1") == kept + activations / 4
+    assert memory("launcher=local", "launcher.sizes={w32-d2:{devices_per_run:2,shard:true}}") == made.memory / 2
 
 
 def test_tokens_and_flops_grow_with_steps_and_batch_alone() -> None:

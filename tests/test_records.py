@@ -155,8 +155,17 @@ def test_a_missing_or_damaged_status_reads_as_pending(run: RunDir, content: byte
 
 @pytest.mark.parametrize(("status", "is_open"), [(PENDING, 1), (RUNNING, 1), (FAILED, 1), (DONE, 0), (DIVERGED, 0)])
 def test_only_done_and_diverged_are_results(run: RunDir, status: str, is_open: int) -> None:
+    run.write_summary({"val_loss": 1.0})
     run.write_status(status)
     assert run.is_open() == bool(is_open)
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"val_loss": 1.', b"[]"])
+def test_a_result_whose_summary_is_missing_or_damaged_is_none(run: RunDir, content: bytes | None) -> None:
+    if content is not None:
+        run.summary_path.write_bytes(content)
+    run.write_status(DONE)
+    assert run.is_open()
 
 
 def test_metrics_without_their_cut_last_line_are_the_rows_before_it(run: RunDir) -> None:
@@ -221,6 +230,74 @@ def test_another_hosts_claim_holds_while_it_beats_and_is_taken_over_when_stale(r
     assert run.claim() is not None
 
 
+@pytest.mark.parametrize("jump", [-1e7, 1e7])
+def test_a_host_whose_clock_jumps_judges_another_hosts_heartbeat_as_before(
+    jump: float, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run.claim() is not None
+    path = rewrite_claim(run, host="elsewhere", pid=1)
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + jump)
+    assert run.claim() is None
+    past = right() - claims.STALE_SECONDS - 60
+    os.utime(path, (past, past))
+    assert run.claim() is not None
+    assert names(run.path / "claims") == ["0000.json", "0001.json"]
+
+
+def test_a_link_whose_answer_was_lost_is_a_claim_all_the_same(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS asks again, and the server finds the name taken."""
+    right = os.link
+
+    def link(source: Path, target: Path) -> None:
+        right(source, target)
+        right(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+    claim = run.claim()
+    assert claim is not None
+    assert claim.is_held()
+    assert run.claim() is None
+
+
+def test_a_file_system_without_hard_links_has_claims_too(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    claim = run.claim()
+    assert claim is not None
+    assert run.claim() is None
+    claim.release()
+    assert run.claim() is not None
+
+
+def test_claim_10000_comes_after_9999(run: RunDir) -> None:
+    first = run.claim()
+    assert first is not None
+    first.release()
+    first.path.rename(first.path.with_name("9999.json"))
+    for name in ("10000.json", "10001.json"):
+        claim = run.claim()
+        assert claim is not None
+        assert claim.path.name == name
+        assert claim.is_held()
+        claim.release()
+
+
+def test_a_heartbeat_that_a_server_refuses_does_not_end_the_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = run.claim()
+    assert claim is not None
+    claim.beat -= claims.STALE_SECONDS
+
+    def refuse(path: Path) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert claim.heartbeat()
+    assert claim.is_held()
+
+
 def test_a_claim_from_before_a_reboot_is_judged_by_its_heartbeat(run: RunDir) -> None:
     assert run.claim() is not None
     path = rewrite_claim(run, boot="an earlier one", pid=2**22 + 1, born="5")
@@ -261,7 +338,7 @@ def test_a_damaged_claim_is_taken_over(run: RunDir, content: str) -> None:
     assert claim is not None
     claim.path.write_text(content)
     assert run.claim() is None  # it may just be being written
-    past = time.time() - claims.WRITING_SECONDS - 1
+    past = time.time() - claims.SILENT_SECONDS - 1
     os.utime(claim.path, (past, past))
     assert run.claim() is not None
 
@@ -307,6 +384,36 @@ def test_of_eight_processes_racing_to_take_a_dead_run_over_exactly_one_wins(tmp_
         assert run.claim() is not None
         rewrite_claim(run, born="1")
     assert sorted(race(tmp_path)) == list(range(RACES))
+
+
+PLANNER = """
+import sys
+from pathlib import Path
+from mupsweep.records import SweepDir
+
+sweep = SweepDir(Path(sys.argv[1]))
+row = {"variant": "v", "width_ratio": 1.0, "depth_ratio": 1.0, "log2_lr": -7.0, "seed": 0}
+for i in range(20):
+    with sweep.lock():
+        sweep.write_plan([*sweep.read_plan(), {"run_id": f"{sys.argv[2]}-{i}", **row}])
+"""
+
+
+def test_commands_that_plan_at_once_lose_none_of_the_others_runs(tmp_path: Path) -> None:
+    """Without a lock of the file system, which many network file systems have not."""
+    sweep = SweepDir(tmp_path / "sweep")
+    planners = [subprocess.Popen([sys.executable, "-c", PLANNER, str(sweep.path), name]) for name in "abcd"]
+    assert [planner.wait(120) for planner in planners] == [0] * 4
+    assert sorted(row["run_id"] for row in sweep.read_plan()) == sorted(f"{n}-{i}" for n in "abcd" for i in range(20))
+
+
+def test_a_command_that_was_killed_while_it_planned_holds_nobody_up(tmp_path: Path) -> None:
+    sweep = SweepDir(tmp_path / "sweep")
+    planner = "import os,sys; from pathlib import Path; from mupsweep.records import SweepDir\n"
+    planner += "with SweepDir(Path(sys.argv[1])).lock(): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", planner, str(sweep.path)]).returncode == -signal.SIGKILL
+    with sweep.lock():
+        sweep.write_plan([])
 
 
 def test_a_run_whose_owner_died_is_pending_again_and_one_that_is_trained_is_running(sweep: SweepDir) -> None:
@@ -369,7 +476,7 @@ def test_what_is_written_of_a_config_is_what_is_read(sweep: SweepDir) -> None:
 
 def test_removed_checkpoints_leave_no_folder(run: RunDir) -> None:
     run.remove_checkpoints()
-    for path in run.checkpoints:
+    for path in (*run.checkpoints, run.trunk_checkpoint, run.checkpoints[0].with_name(".latest.pt.0123.tmp")):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"x")
     run.remove_checkpoints()

@@ -5,21 +5,39 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+from mupsweep import __version__
 from mupsweep.cli import cancel, check, data, plan, report, rules, run, status, sync, transfer, worker
 from mupsweep.errors import MupsweepError
 
 app = typer.Typer(
     name="mupsweep",
-    help="Pick the learning rate of a model you cannot afford to sweep, and know how far to trust it.",
     no_args_is_help=True,
-    context_settings={"max_content_width": 100},
+    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Pick the learning rate of a model you cannot afford to sweep, and know how far to trust it."""
+
+
 app.command("run")(run.run)
 app.command("transfer")(transfer.transfer)
 app.command("plan")(plan.plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from json import dumps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -43,6 +44,8 @@ def run(
     launcher: Launcher = instantiate(chosen.launcher, "launcher")
     if dry_run and not isinstance(launcher, Detached):
         raise ConfigError(f"--dry-run: launcher={launcher.name} writes no job scripts; mupsweep plan shows the runs")
+    if not dry_run and not (Path(chosen.out) / plan.sweep_name(chosen)).exists():
+        prepare(plan.plan(chosen))  # a corpus that cannot be used leaves no folder behind
     while True:
         sweep, runs = plan.save(chosen, "mupsweep " + shlex.join(sys.argv[1:]))
         missing = [r for r in runs if sweep.run(r.run_id).is_open()]
@@ -60,22 +63,29 @@ def run(
 
 def train(launcher: Launcher, sweep: SweepDir, runs: list[RunSpec]) -> bool:
     """Launch the open runs; False if the user stopped them."""
-    from mupsweep import data, environment
+    from mupsweep import environment
     from mupsweep.files import write_json
     from mupsweep.plan import corpus_remarks
-    from mupsweep.records import FAILED, PENDING
+    from mupsweep.records import FAILED, FINISHED, PENDING
 
     if not runs:
         return True
     write_json(sweep.environment_path, environment.describe())
-    data.prepare(runs[0].recipe.variant.data, progress=lambda line: print(line, file=sys.stderr))
+    prepare(runs)
     for remark in corpus_remarks(runs):
         print(f"note: {remark}", file=sys.stderr)
-    for spec in runs:  # what failed before gets another try
+    for spec in runs:  # what failed before gets another try, and what finished but has lost its summary
         folder = sweep.run(spec.run_id)
-        if folder.status()["status"] == FAILED and not folder.is_claimed():
+        if folder.status()["status"] in (FAILED, *FINISHED) and not folder.is_claimed():
             folder.write_status(PENDING, durable=False)
     return launcher.launch(sweep, [spec.run_id for spec in runs])
+
+
+def prepare(runs: list[RunSpec]) -> None:
+    """Encode the corpus of some runs, if that was not done before."""
+    from mupsweep import data
+
+    data.prepare(runs[0].recipe.variant.data, progress=lambda line: print(line, file=sys.stderr))
 
 
 def go_on(sweep: SweepDir) -> None:

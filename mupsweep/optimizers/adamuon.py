@@ -41,6 +41,7 @@ class AdaMuon(Composed):
     roles: tuple[str, ...] = ("hidden",)
 
     accepts: ClassVar[tuple[str, ...]] = MATRICES
+    moments = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()

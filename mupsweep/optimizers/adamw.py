@@ -26,6 +26,8 @@ class AdamW(Composed):
 
     betas: tuple[float, float] = (0.9, 0.95)
 
+    moments = 2
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_decays(self, "betas")

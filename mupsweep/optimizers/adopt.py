@@ -31,6 +31,8 @@ class ADOPT(Composed):
 
     betas: tuple[float, float] = (0.9, 0.9999)
 
+    moments = 2
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_decays(self, "betas")

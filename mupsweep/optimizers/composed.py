@@ -7,11 +7,12 @@ Each part is one key, null or false by default, and the update law of a combinat
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.optimizer import MATRICES, Dims, Optimizer, Threshold
@@ -87,6 +88,8 @@ class Composed(Optimizer, Algorithm):
     spectral_norm: bool = False
     hyperball: bool = False
 
+    moments: ClassVar[int] = 1  # numbers that the algorithm remembers of every weight
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.block_size is None or self.block_size > 0, "optimizer.block_size", self.block_size, "positive")
@@ -119,7 +122,7 @@ class Composed(Optimizer, Algorithm):
     def own_law(self, dims: Dims | None = None) -> UpdateLaw:
         """The update law of the algorithm alone."""
 
-    def own(self, dims: Dims) -> Algorithm:
+    def own(self, dims: Dims) -> Composed:
         """The algorithm alone, for tensors of (n_out, n_in)."""
         return self
 
@@ -157,11 +160,23 @@ class Composed(Optimizer, Algorithm):
         own = {"eps": Threshold(self.eps, self._blocked_law(dims))}
         return own | {f"graft_{name}": threshold for name, threshold in grafted.items()}
 
+    def own_state_size(self, dims: Dims) -> int:
+        """`state_size` of the algorithm alone, or of one block."""
+        return self.moments * math.prod(dims)
+
+    def state_size(self, dims: Dims) -> int:
+        sizes = (None, None) if self.block_size is None else self.block_sizes(dims)
+        b_out, b_in = (min(n, size or n) for n, size in zip(dims, sizes, strict=True))
+        blocks = math.ceil(dims[0] / b_out) * math.ceil(dims[1] / b_in)
+        grafted = 0 if self.magnitude is None else self.magnitude.state_size(dims)
+        parts = self.spectral_norm * dims[1] + self.hyperball  # a singular vector, a norm
+        return blocks * self.own(dims).own_state_size((b_out, b_in)) + grafted + parts
+
     def algorithm(self, dims: Dims) -> Algorithm:
         """The algorithm with its parts, for tensors of (n_out, n_in)."""
         from mupsweep.optimizers.wrappers import Blocked, Grafted, Hyperball, SpectralNormalised
 
-        made = self.own(dims)
+        made: Algorithm = self.own(dims)
         if self.block_size is not None:
             made = Blocked(made, self.block_sizes(dims))
         if self.magnitude is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -80,6 +81,10 @@ class Foreign(Optimizer):
 
     def thresholds(self, dims: Dims | None = None) -> Mapping[str, Threshold]:
         return {"eps": Threshold(self.eps, self._law or UpdateLaw(eps_power=None))}
+
+    def state_size(self, dims: Dims) -> int:
+        """Two moments are assumed, as Adam has them."""
+        return 2 * math.prod(dims)
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         left_out = {key for key in ("weight_decay", "eps") if not self._takes(key)}

@@ -43,6 +43,7 @@ class LAMB(Composed):
 
     uses_weights = True
     decays = True
+    moments = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()

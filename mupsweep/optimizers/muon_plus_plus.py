@@ -67,6 +67,10 @@ class MuonPlusPlus(Composed):
     def own_law(self, dims: Dims | None = None) -> UpdateLaw:
         return UpdateLaw(shape_factor=spectral_ratio, full_rank=True)
 
+    def own_state_size(self, dims: Dims) -> int:
+        """The momentum, a singular vector and a correlation."""
+        return super().own_state_size(dims) + dims[1] + (self.adaptive is not None)
+
     def start(self, weights: Tensor) -> None:
         sigma, _, _ = top_singular_pair(weights, top_right_vectors(weights))
         weights.mul_(_norm(weights) / sigma)

@@ -123,6 +123,10 @@ class Optimizer(ABC):
         )
 
     @abstractmethod
+    def state_size(self, dims: Dims) -> int:
+        """How many numbers it remembers of a tensor of (n_out, n_in)."""
+
+    @abstractmethod
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """A torch optimizer over groups that carry params, lr, weight_decay and every threshold by name.
 

@@ -41,6 +41,12 @@ class Preconditioned(Composed):
     @abstractmethod
     def own(self, dims: Dims) -> Preconditioned: ...
 
+    def own_state_size(self, dims: Dims) -> int:
+        """Second moments of an axis, and what is made of them: a root or a basis."""
+        return super().own_state_size(dims) + sum(
+            2 * n**2 for axis, n in zip(AXES, dims, strict=True) if axis in self.active
+        )
+
     def block_sizes(self, dims: Dims | None) -> Sizes:
         """An axis that is not preconditioned is not cut either (Qiu et al. 2512.05620, code)."""
         active = (self if dims is None else self.own(dims)).active

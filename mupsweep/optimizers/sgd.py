@@ -44,6 +44,9 @@ class SGD(Composed):
         """The linear rule: the noise of the gradient falls as 1/k, so k times the LR keeps the SDE (2512.22382)."""
         return self, ratio
 
+    def own_state_size(self, dims: Dims) -> int:
+        return super().own_state_size(dims) if self.momentum or self.composed else 0
+
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         import torch
 

@@ -47,6 +47,8 @@ class SOAP(Preconditioned):
     eps: float = 1e-8
     axes: tuple[str, ...] = AXES
 
+    moments = 2
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_decays(self, "betas", "shampoo_beta")

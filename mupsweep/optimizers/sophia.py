@@ -41,6 +41,8 @@ class Sophia(Composed):
     rho_rule: str = "gradient"
     hessian_every: int = 10
 
+    moments = 2
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_decays(self, "betas")

@@ -64,6 +64,10 @@ class SSO(Composed):
     def own_law(self, dims: Dims | None = None) -> UpdateLaw:
         return UpdateLaw(shape_factor=spectral_ratio, full_rank=True)
 
+    def own_state_size(self, dims: Dims) -> int:
+        """The momentum and a singular vector."""
+        return super().own_state_size(dims) + dims[1]
+
     def start(self, weights: Tensor) -> None:
         self._retract(weights, top_right_vectors(weights))
 

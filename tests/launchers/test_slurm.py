@@ -56,6 +56,7 @@ def test_run_again_submits_what_is_in_no_job(slurm: Fake, cli: Callable[..., tup
         make_folder(sweep.run(run_id).path)
 
     slurm.queue("100_1|RUNNING|None", "100_2|PENDING|Resources", "101|PENDING|Dependency")
+    sweep.run(first).write_summary({})
     sweep.run(first).write_status(DONE)
     code, _, err = cli("run", *three)
     assert code == 0
@@ -73,6 +74,7 @@ def test_run_again_submits_what_is_in_no_job(slurm: Fake, cli: Callable[..., tup
 
     slurm.queue("100_2|RUNNING|None")  # somebody cancelled the analysis
     for run_id in (first, second):
+        sweep.run(run_id).write_summary({})
         sweep.run(run_id).write_status(DONE)
     assert cli("run", *three)[0] == 0
     assert sweep.read_jobs()[-1]["tasks"] == []

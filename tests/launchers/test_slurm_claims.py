@@ -15,14 +15,16 @@ from mupsweep import claims
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Callable[..., Path]:
-    """A claim of another host, taken a moment ago, by a job of this cluster."""
+    """A claim of another host by a job of this cluster, whose owner has missed two heartbeats."""
 
-    def made(**owner: str | None) -> Path:
+    def made(silent: float = claims.SILENT_SECONDS + 1, **owner: str | None) -> Path:
         folder = tmp_path / "claims"
         claim = claims.take(folder)
         assert claim is not None
         job = {"slurm_cluster": "here", "slurm_job": "50_3", "slurm_restarts": None}
         claim.path.write_text(json.dumps({**claim.owner, "host": "another", **job, **owner}))
+        last = claim.path.stat().st_mtime - silent
+        os.utime(claim.path, (last, last))
         return folder
 
     return made
@@ -69,6 +71,41 @@ def test_a_restarted_job_takes_over_what_it_had_on_another_node(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert claims.take(folder) is not None
     assert slurm.calls("squeue") == []
+
+
+@pytest.mark.parametrize("beats", [False, True])
+def test_a_claim_whose_job_slurm_does_not_know_is_taken_over_once_it_misses_its_heartbeats(
+    beats: bool, slurm: Fake, in_a_job: None, foreign: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A controller that lost its state does not know the jobs that still run, and numbers new ones from 1 again."""
+    slurm.queue()
+    folder = foreign(silent=0.0)
+    path = claims.newest(folder)
+    assert path is not None
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:  # as long as it takes, in no time
+        slept.append(seconds)
+        late = path.stat().st_mtime + seconds
+        if beats and len(slept) == 5:
+            os.utime(path, (late, late))
+
+    monkeypatch.setattr(claims.time, "monotonic", lambda: sum(slept))
+    monkeypatch.setattr(claims.time, "sleep", sleep)
+    assert (claims.take(folder) is None) == beats
+    assert len(slept) == 5 if beats else claims.SILENT_SECONDS - 2 < sum(slept) < claims.SILENT_SECONDS + 1
+
+
+def test_a_dead_owner_whose_jobs_number_is_another_jobs_by_now_goes_stale_like_any_other(
+    slurm: Fake, in_a_job: None, foreign: Callable[..., Path]
+) -> None:
+    slurm.queue("50_3|RUNNING|None")
+    folder = foreign()
+    assert claims.take(folder) is None
+    path = claims.newest(folder)
+    assert path is not None
+    os.utime(path, (0, 0))
+    assert claims.take(folder) is not None
 
 
 def test_a_claim_is_left_alone_where_slurm_cannot_tell(
