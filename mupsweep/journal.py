@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,8 @@ class Journal:
         if hashlib.sha256(content).digest() != digest:
             return None
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if saved.keys() - {"network", "optimizer"} != {f.name for f in fields(Progress)}:
+            raise RecordError(f"{path} is of another version of mupsweep: delete {path.parent} to start the run anew")
         self.built.network.load_state_dict(saved.pop("network"))
         self.built.optimizer.load_state_dict(saved.pop("optimizer"))
         return Progress(**saved)

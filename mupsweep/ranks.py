@@ -115,6 +115,15 @@ class Ranks:
             raise PeerFailed(self.store.get(f"failure-{self.told}").decode())
         return worst
 
+    def differ(self, number: int) -> bool:
+        """Whether some ranks name another number than others."""
+        if self.size == 1:
+            return False
+        self.exchange()
+        ends = torch.tensor([number, -number])
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        return bool(ends.sum() != 0)
+
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Replace every tensor by its sum over the ranks; they are of one dtype and one device."""
         if self.size == 1:

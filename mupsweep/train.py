@@ -15,6 +15,7 @@ from mupsweep.batches import Batches
 from mupsweep.build import Built, generator
 from mupsweep.config import TrainingConfig
 from mupsweep.data import Dataset
+from mupsweep.errors import RecordError
 from mupsweep.journal import Journal, Progress, mean
 from mupsweep.models.loss import DRAWS
 from mupsweep.plan import RunSpec
@@ -56,6 +57,11 @@ def train(
     network = compiled(built.network) if training.compile else built.network
 
     journal = Journal(built, folder, ranks.leads, 60 * training.checkpoint_minutes)
+    if ranks.differ(journal.progress.step):
+        raise RecordError(
+            f"the processes that train this run together found different checkpoints in {folder.path}: a network file "
+            "system showed one of them old files; run the same command again"
+        )
     batches = Batches(ranks, training.micro_batch, journal.progress.micro_batch, built.rewrap)
     while True:
         progress = journal.progress

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from test_train import CPU, Control, Killed, Result, assert_same, attempt, checkpoint, run
 
 from mupsweep.build import build
 from mupsweep.data import Dataset, prepare
+from mupsweep.errors import RecordError
 from mupsweep.journal import Journal, Progress
 from mupsweep.records import RUNNING, RunDir
 
@@ -99,6 +103,18 @@ def test_after_it_was_taken_over_a_process_writes_nothing_of_the_run(data: Datas
     assert files(folder.path) == control.before
 
 
+def test_a_checkpoint_of_another_version_is_named_and_kept(killed: Path) -> None:
+    path = checkpoint(killed)
+    saved = torch.load(io.BytesIO(path.read_bytes()[:-32]), weights_only=True)
+    buffer = io.BytesIO()
+    torch.save({**saved, "new": 1}, buffer)
+    path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+    before = files(killed)
+    with pytest.raises(RecordError, match=r"latest\.pt is of another version of mupsweep: delete \S+/checkpoint to"):
+        Journal(build(run(), CPU), RunDir(killed), leads=True, interval=60.0)
+    assert files(killed) == before
+
+
 @pytest.mark.parametrize("leads", [True, False])
 def test_only_the_leader_removes_the_checkpoints_of_a_damaged_trunk(leads: bool, killed: Path) -> None:
     folder = RunDir(killed)
@@ -142,3 +158,17 @@ def test_progress_survives_its_checkpoint(tmp_path: Path) -> None:
     journal.save()
     again = Journal(build(run(), CPU), folder, leads=True, interval=60.0).progress
     assert {**vars(again), "seconds": 0.0} == {**vars(journal.progress), "seconds": 0.0}
+
+
+def test_a_checkpoint_is_due_after_its_interval_and_one_new_step(tmp_path: Path) -> None:
+    journal = Journal(build(run(), CPU), RunDir(tmp_path), leads=True, interval=60.0)
+    journal.saved -= 61
+    assert not journal.due()  # nothing new since it was loaded
+    journal.steps = 1
+    assert journal.due()
+    journal.save()
+    assert not journal.due()
+    journal.saved -= 59
+    assert not journal.due()
+    journal.saved -= 2
+    assert journal.due()

@@ -23,7 +23,7 @@ from mupsweep.batches import Batches
 from mupsweep.build import build
 from mupsweep.config import load
 from mupsweep.data import Dataset, prepare
-from mupsweep.errors import ConfigError
+from mupsweep.errors import ConfigError, RecordError
 from mupsweep.plan import plan
 from mupsweep.ranks import ALONE, Interrupted, PeerFailed, Ranks, connected, places
 from mupsweep.records import RunDir
@@ -186,6 +186,21 @@ def test_a_run_goes_on_with_another_number_of_ranks(pool: ProcessPoolExecutor, t
     moved = whole(pool, 2, tmp_path / "moved")
     assert [r["step"] for r in moved["rows"]] == [r["step"] for r in straight["rows"]]
     assert moved["summary"]["val_loss"] == pytest.approx(straight["summary"]["val_loss"], rel=TOLERANCE["loss"])
+
+
+def test_ranks_that_find_different_checkpoints_do_not_train(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    together(pool, 2, trained, (), tmp_path / "0", {0: 10})
+    for found in together(pool, 2, seeing_its_own, tmp_path):
+        assert found.startswith(f"the processes that train this run together found different checkpoints in {tmp_path}")
+
+
+def seeing_its_own(made: Ranks, path: Path) -> str:
+    """What is said where only rank 0 finds a checkpoint."""
+    try:
+        trained(made, (), path / str(made.rank), {})
+    except RecordError as error:
+        return str(error)
+    return ""
 
 
 def leaving(made: Ranks, who: int, where: str, path: Path) -> str:

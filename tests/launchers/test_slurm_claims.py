@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_slurm import Fake
@@ -90,8 +92,8 @@ def test_a_claim_whose_job_slurm_does_not_know_is_taken_over_once_it_misses_its_
         if beats and len(slept) == 5:
             os.utime(path, (late, late))
 
-    monkeypatch.setattr(claims.time, "monotonic", lambda: sum(slept))
-    monkeypatch.setattr(claims.time, "sleep", sleep)
+    clock = SimpleNamespace(time=time.time, monotonic=lambda: sum(slept), sleep=sleep)  # of claims, not of subprocess
+    monkeypatch.setattr(claims, "time", clock)
     assert (claims.take(folder) is None) == beats
     assert len(slept) == 5 if beats else claims.SILENT_SECONDS - 2 < sum(slept) < claims.SILENT_SECONDS + 1
 
