@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mupsweep.axes import Label
+from mupsweep.axes import Label, label_of
 from mupsweep.config import GRID, GridConfig, SweepConfig, TrainingConfig, Variant, from_tree, to_tree
 from mupsweep.cost import Cost, estimate
 from mupsweep.data import epochs_remark
@@ -158,11 +158,12 @@ class RunSpec:
         }
 
 
-def recipe(variant: Variant, launcher: Mapping[str, Any] | None = None) -> Recipe:
+def recipe(variant: Variant, launcher: Mapping[str, Any] | None = None, digest: str | None = None) -> Recipe:
     """The objects that a variant describes, its combination checked.
 
     Args:
         launcher: of the sweep.
+        digest: of the variant, where it is known; else its text is asked for.
 
     Raises:
         ConfigError: settings that are each valid but contradict one another.
@@ -172,7 +173,7 @@ def recipe(variant: Variant, launcher: Mapping[str, Any] | None = None) -> Recip
         model=instantiate(variant.model, "model"),
         optimizer=instantiate(variant.optimizer, "optimizer"),
         parametrization=instantiate(variant.parametrization, "parametrization"),
-        digest=digest_of(variant),
+        digest=digest or digest_of(variant),
         launcher=launcher or {},
     )
     warmup = made.training.warmup_steps(made.steps)
@@ -331,16 +332,24 @@ def extend(
     return new
 
 
-def load(sweep: SweepDir) -> list[RunSpec]:
-    """Every run of a sweep that was planned before, in the order of its plan."""
+def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:
+    """Every run of a sweep that was planned before, in the order of its plan.
+
+    Args:
+        to_train: whether on the text that they were planned for; only to be shown, runs need none.
+    """
     config = from_tree(sweep.read_config())
-    recipes = {made.digest: made for made in (recipe(variant, config.launcher) for variant in config.variants)}
+    variants = {variant.label: variant for variant in config.variants}
+    made = (recipe(variant, config.launcher) for variant in variants.values()) if to_train else ()
+    recipes = {one.digest: one for one in made}
     sizes = cache(lambda digest, r_n, r_L: _sized(recipes[digest], r_n, r_L))  # noqa: N803
     runs, rows = [], sweep.read_plan()[::-1]
     while rows:  # each freed as it is used: 100,000 rows take more memory than their runs
         row = rows.pop()
+        if not to_train and row["variant"] not in recipes and label_of(row) in variants:
+            recipes[row["variant"]] = recipe(variants[label_of(row)], config.launcher, row["variant"])
         if row["variant"] not in recipes:
-            where = {made.variant.data.path or made.variant.data.name for made in recipes.values()}
+            where = {variant.data.path or variant.data.name for variant in config.variants}
             raise RecordError(
                 f"{sweep.path} was planned on another text than {', '.join(sorted(where))} holds now, or its "
                 "config.yaml was edited: choose another sweep.name, or bring the old text back"

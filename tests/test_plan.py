@@ -10,7 +10,7 @@ import pytest
 
 from mupsweep import plan
 from mupsweep.config import load
-from mupsweep.errors import ConfigError
+from mupsweep.errors import ConfigError, DataError, RecordError
 
 SMOKE = ("experiment=smoke",)
 
@@ -293,3 +293,18 @@ def test_steps_from_tokens_are_rounded_up() -> None:
     (one, *_) = plan.plan(load([*SMOKE, "training.steps=null", "training.tokens=1000"]))
     assert one.recipe.steps == 8  # of 4 x 32 tokens
     assert one.cost.tokens == 1024
+
+
+def test_a_sweep_is_shown_without_its_corpus_and_trained_on_no_other(tmp_path: Path) -> None:
+    text = tmp_path / "my.jsonl"
+    text.write_text('{"text": "a"}\n')
+    mine = ["data=local", f"data.path={text}"]
+    axes = "sweep.axes={model.init_std:[0.03]}"
+    sweep, runs = plan.save(load(["experiment=smoke", "parametrization=sp,mup", axes, *mine, f"out={tmp_path}"]), "")
+    text.unlink()
+    assert plan.load(sweep, to_train=False) == runs
+    with pytest.raises(DataError, match=r"my\.jsonl does not exist"):
+        plan.load(sweep)
+    text.write_text('{"text": "another"}\n')
+    with pytest.raises(RecordError, match=r"was planned on another text than \S+my\.jsonl holds now"):
+        plan.load(sweep)

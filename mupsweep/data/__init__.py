@@ -108,6 +108,15 @@ class Dataset:
     train: TokenStream
     validation: TokenStream
 
+    def require(self, context: int, batch_size: int) -> None:
+        """Refuse a corpus that is too small for a batch.
+
+        Raises:
+            DataError: naming the split.
+        """
+        self._enough("train", self.train, context, batch_size)
+        self._enough("validation", self.validation, context, batch_size)
+
     def train_batch(self, context: int, batch_size: int, seed: int, step: int) -> NDArray[np.int64]:
         """(batch_size, context + 1) tokens of optimizer step `step`: inputs [:, :-1], targets [:, 1:].
 

@@ -274,7 +274,7 @@ def _refuse_empty(config: DataConfig, unfinished: _Unfinished) -> None:
             (unfinished.folder / cache.CHECKPOINT).unlink(missing_ok=True)
             cure = f"{'lower' if split == 'train' else 'raise'} the fraction{more} or add documents"
             if total == 1:
-                cure = "a .txt file is one document: cut it into several, or write a .jsonl with one a line"
+                cure = "cut the document into several, one a line"
             raise DataError(
                 f"data={config.name}: none of its {total} documents is in the {split} split "
                 f"(data.validation_fraction={config.validation_fraction}, data.max_tokens={config.max_tokens}): {cure}"

@@ -72,6 +72,20 @@ def test_every_text_format_gives_the_same_documents(tmp_path: Path) -> None:
         assert list(Local(local(tmp_path / name)).documents()) == TEXTS, name
 
 
+@pytest.mark.parametrize(
+    ("text", "train", "validation"),
+    [("a b\n" * 100, "a b\n" * 95, "a b\n" * 5), ("ab" * 100, "ab" * 95, "ab" * 5), ("a\n" + 98 * "b", "a\n", 98 * "b")],
+)
+def test_the_end_of_a_lone_text_from_a_line_on_is_the_validation_split(
+    text: str, train: str, validation: str, tmp_path: Path
+) -> None:
+    (tmp_path / "input.txt").write_text(text)
+    documents = list(Local(local(tmp_path / "input.txt")).reader())
+    assert documents == [(train, "train"), (validation, "validation")]
+    prepared = data.prepare(local(tmp_path / "input.txt", tokenizer="bytes", cache=str(tmp_path / "cache")))
+    assert prepared.train.blocks([0], len(train))[0].tolist()[:-1] == list(train.encode())
+
+
 def test_a_folder_is_read_in_the_order_of_names_and_passes_over_other_files(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c/a.txt", "README.md", ".hidden.txt", ".git/x.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -61,6 +61,10 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """A digest that changes whenever the documents do; cheap, since every run asks for it."""
 
+    def split(self, index: int) -> str | None:
+        """The split of a document, by its place in `documents`; None where its hash decides."""
+        return None
+
     def ready_tokens(self) -> ReadyTokens | None:
         """The tokens of a corpus that needs no encoding, with its split; None where there are documents."""
         return None
@@ -90,7 +94,7 @@ class _Counted(Reader):
     def __iter__(self) -> Iterator[Document]:
         for text in itertools.islice(self._source.documents(), self._count, None):
             self._count += 1
-            yield Document(text)
+            yield Document(text, self._source.split(self._count - 1))
 
     def position(self) -> int:
         return self._count

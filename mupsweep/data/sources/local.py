@@ -1,6 +1,6 @@
 """Your own files: text to encode, or token files to read as they are.
 
-    .txt                            one document a file
+    .txt                            one document a file; a lone file is cut in two, its end is the validation split
     .jsonl .jsonl.gz .jsonl.xz      one document a line, under the key data.text_column
     .parquet                        one document a row, in the column data.text_column
     .bin                            uint16 tokens: nanoGPT's (no header) or llm.c's (header of 1024 bytes)
@@ -52,6 +52,14 @@ class Local(Source):
         self._root = path if path.is_dir() else path.parent
         self._files, self._format = _find(path)
 
+    @property
+    def _alone(self) -> bool:
+        """Whether all there is is one text, so that no hash of documents can split it."""
+        return self._format == "txt" and len(self._files) == 1
+
+    def split(self, index: int) -> str | None:
+        return ("train", "validation")[index] if self._alone else None
+
     def fingerprint(self) -> str:
         """sha256 over the name, size and 64 evenly spaced 64-KiB chunks of each file, and how it is read."""
         column = self.config.text_column if self._format in ("jsonl", "parquet") else None
@@ -88,7 +96,7 @@ class Local(Source):
                         )
                     if text:
                         empty = False
-                        yield text
+                        yield from _in_two(text, self.config.validation_fraction) if self._alone else (text,)
             except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
                 raise DataError(f"{path} cannot be read as .{self._format} in UTF-8: {error}") from error
         if empty:
@@ -180,6 +188,13 @@ def _window(segments: list[Segment], start: int, stop: int) -> list[Segment]:
 
 def _read_txt(path: Path, column: str) -> Iterator[tuple[str, Any]]:
     yield str(path), path.read_bytes().decode()
+
+
+def _in_two(text: str, fraction: float) -> Iterator[str]:
+    """The text, and its last `fraction`, cut at the end of a line where there is one."""
+    cut = len(text) - round(len(text) * fraction)
+    cut = text.rfind("\n", 0, cut) + 1 or cut
+    yield from filter(None, (text[:cut], text[cut:]))
 
 
 def _read_jsonl(path: Path, column: str) -> Iterator[tuple[str, Any]]:
