@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mupsweep.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 COMPARABLE = ("model", "optimizer", "parametrization")  # take several choices: optimizer=adamw,muon
 MAPPINGS = ("launcher.sizes", "sweep.axes")
@@ -30,17 +34,12 @@ def config_root() -> Path:
 
 def split(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, list[str]], list[str]]:
     """Overrides -> ({comparable group: choices}, everything else), each checked as far as names go."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     groups = sorted(p.name for p in config_root().iterdir() if p.is_dir())
     comparable: dict[str, list[str]] = {}
     rest: list[str] = []
     for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            raise ConfigError(f"cannot read the override {text!r}: {_meant(text, config_dir)}") from error
+        override = _parsed(text, config_dir)
+        text = override.input_line or text
         key = override.key_or_group
         if override.is_add() or override.is_force_add() or override.is_delete():
             raise ConfigError(f"override {text!r}: every key exists already, so write it without the sign: {key}=VALUE")
@@ -120,12 +119,34 @@ def composed(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
             raise ConfigError(" ".join(str(error).split())) from error
 
 
+def _parsed(text: str, config_dir: str | None) -> Override:
+    """An override as Hydra reads it. A value that its grammar has no word for, such as µ or a(b, is meant literally."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Quote, QuotedString
+    from hydra.errors import HydraException
+
+    if any("\ud800" <= character <= "\udfff" for character in text):  # how Python spells bytes that it cannot decode
+        raise ConfigError(
+            f"override {text!r} is no text in the encoding of this shell: use ASCII, or UTF-8 with LC_ALL=C.UTF-8"
+        )
+    parse = OverridesParser.create().parse_override
+    try:
+        return parse(text)
+    except HydraException as error:
+        key, _, value = text.partition("=")
+        if not re.fullmatch(r"\w+(\.\w+)*", key, re.ASCII) or not value or value[0] in "[{'\"":
+            raise ConfigError(f"cannot read the override {text!r}: {_meant(text, config_dir)}") from error
+    return parse(f"{key}={QuotedString(value, Quote.single).with_quotes()}")
+
+
 def _meant(word: str, config_dir: str | None) -> str:
     """What to write instead of a word that is no override."""
     if word in choices("experiment", config_dir):
         return f"did you mean experiment={word}?"
     if "=" not in word and Path(word).exists():
         return "folders and files are for mupsweep status, transfer and report; here write key=value"
+    if not word.isascii():
+        return "inside of a list or mapping, quote text beyond ASCII: \"key=['µ']\""
     return "write key=value; quote lists for the shell: 'sweep.seeds=[0,1]'"
 
 

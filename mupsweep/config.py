@@ -18,7 +18,15 @@ from mupsweep.composition import COMPARABLE, composed, split
 from mupsweep.composition import choices as choices
 from mupsweep.composition import config_root as config_root
 from mupsweep.errors import ConfigError, nearest
-from mupsweep.sections import boolean, instantiate, one_of, refuse_foreign_code, require, structured
+from mupsweep.sections import (
+    boolean,
+    instantiate,
+    one_of,
+    refuse_foreign_code,
+    require,
+    structured,
+    with_whole_numbers,
+)
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 HELD_OUT = ("hash", "nanogpt")
@@ -284,8 +292,8 @@ def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
         variants=tuple(
             Variant(
                 **{group: dict(v[group]) for group in COMPARABLE},
-                data=structured(DataConfig, v["data"], "data"),
-                training=structured(TrainingConfig, v["training"], "training"),
+                data=structured(DataConfig, with_whole_numbers(DataConfig, v["data"]), "data"),
+                training=structured(TrainingConfig, with_whole_numbers(TrainingConfig, v["training"]), "training"),
                 change=None if v.get("change") is None else Change(**v["change"]),
             )
             for v in tree["variants"]

@@ -92,6 +92,8 @@ def param_groups(
         ConfigError: tensors without a counterpart or of an unclear role, a pattern that fits nothing, tied tensors
             whose rules disagree.
     """
+    if not (isinstance(lr, int | float) and lr > 0):
+        raise ConfigError(f"lr={lr!r}: expected a positive number, such as 2**-7")
     words = [f"optimizer={optimizer}", f"parametrization={parametrization}"]
     words += [] if eps is None else [f"optimizer.eps={eps!r}"]
     made = plan.recipe(config.load(words).variants[0])

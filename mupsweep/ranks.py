@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -191,27 +191,62 @@ class Ranks:
 
     def _leave(self, error: Exception) -> None:
         """Tell the others, wherever they are, that this rank cannot go on."""
+        first = (str(error).splitlines() or [""])[0]
         try:
-            first = (str(error).splitlines() or [""])[0]
             self.store.set(f"failure-{self.told}", f"rank {self.rank}: {type(error).__name__}: {first}")
-            self._worst(FAILED)
-        except Exception:
-            log.error("the other ranks cannot be reached any more (%s): this worker ends", error)
-            os.abort()  # a launcher starts another worker, which goes on from the last checkpoint
+        except Exception as lost:
+            _give_up(lost)
+        self._worst(FAILED)
 
     def _worst(self, word: int) -> int:
         words = torch.tensor(word)
-        dist.all_reduce(words, dist.ReduceOp.MAX)
+        try:
+            dist.all_reduce(words, dist.ReduceOp.MAX)
+        except RuntimeError as lost:
+            _give_up(lost)
         return int(words)
+
+
+def _give_up(lost: Exception) -> NoReturn:
+    """End this process in the middle of its run: a launcher starts another, which goes on from the last checkpoint."""
+    log.error("the other ranks cannot be reached any more (%s): this worker ends", lost)
+    os.abort()
 
 
 ALONE = Ranks()
 
 
 def own_place() -> dict[str, str]:
-    """What torchrun, a job script or rank 0 said to this process of its place among several; empty for one alone."""
+    """What torchrun, a job script or rank 0 said to this process of its place among several; empty for one alone.
+
+    Raises:
+        ConfigError: a number that is none or out of range, or a place of which only a part was told.
+    """
     said = {name: os.environ.get(name, "") for name in TOLD}
-    return said if all(said.values()) and int(said["WORLD_SIZE"]) > 1 else {}
+    if not said["RANK"] or said["WORLD_SIZE"] in ("", "1"):
+        return {}  # some clusters set a few of them for every job
+    if missing := [name for name, value in said.items() if not value]:
+        raise _misplaced("RANK", said["RANK"], f"comes without {', '.join(missing)}")
+    size = _number(said, "WORLD_SIZE", 1, 2**31)
+    local = _number(said, "LOCAL_WORLD_SIZE", 1, size + 1)
+    for name, low, end in (("RANK", 0, size), ("LOCAL_RANK", 0, local), ("MASTER_PORT", 1, 2**16)):
+        _number(said, name, low, end)
+    return said
+
+
+def _number(said: Mapping[str, str], name: str, low: int, end: int) -> int:
+    """One of torchrun's variables, a number from `low` to below `end`."""
+    value = said[name]
+    if not (value.isascii() and value.isdecimal() and low <= int(value) < end):
+        raise _misplaced(name, value, f"is no whole number from {low} to {end - 1}")
+    return int(value)
+
+
+def _misplaced(name: str, value: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"{name}={value} in the environment {why}: torchrun or a job script sets {', '.join(TOLD)} for the "
+        "processes of one run; for a process alone, unset RANK and WORLD_SIZE"
+    )
 
 
 @contextlib.contextmanager
@@ -228,7 +263,13 @@ def gathered(devices: Sequence[torch.device], command: Sequence[str], shard: boo
 
         if FOLLOWS in os.environ:
             _die_with_parent()
-        store, _, _ = next(rendezvous("env://"))
+        try:
+            store, _, _ = next(rendezvous("env://"))
+        except dist.DistError as error:
+            where = f"MASTER_ADDR={place['MASTER_ADDR']} and MASTER_PORT={place['MASTER_PORT']}"
+            raise ConfigError(
+                f"the processes of this run do not meet at {where}: {str(error).splitlines()[0]}"
+            ) from error
         with connected(place, devices[int(place["LOCAL_RANK"])], store, shard) as ranks:
             yield ranks
         return

@@ -14,7 +14,7 @@ from mupsweep.errors import RecordError
 from mupsweep.optimum import Optimum
 from mupsweep.plan import Recipe
 from mupsweep.sizes import Size
-from mupsweep.transfer import DRIFTS, HORIZON, INCONCLUSIVE, TRANSFERS, Estimate, Group
+from mupsweep.transfer import DOUBLED, DRIFTS, HORIZON, INCONCLUSIVE, TRANSFERS, Estimate, Group
 
 SHAPE = ("width", "depth", "heads", "kv_heads", "head_dim", "ffn_width", "vocab_size", "context")
 SCHEDULE = ("batch_size", "schedule", "min_lr_frac", "decay_fraction", "precision")
@@ -105,6 +105,8 @@ def recipe(
     axis = axis_of(made, width, depth)
     if axis not in (None, one.axis):
         basis = f"untested: the target lies on the {axis} axis, but only {one.axis} was measured; there, {basis}"
+    elif (beyond := 2 ** doublings_to(one, size) / one.ratio(one.optima[-1].curve)) > 1:
+        basis += f"; the target's {DOUBLED.get(one.axis, one.axis)} is {beyond:.3g} times the largest measured"
     final = made if tokens is None else replace(made, variant=_trained_on(made, tokens))
     choice, horizon = _carried(choice, made, final, horizon_exponent)
     assert choice.value is not None
@@ -159,7 +161,10 @@ def _carried(
     """The LR at the target's horizon, and what is to be said of it."""
     measured, wanted = _tokens(made), _tokens(final)
     octaves = math.log2(wanted / measured)
-    factor, note = 1.0, f"for the {measured:,} tokens that the sweep's runs were trained on"
+    factor, note = (
+        1.0,
+        f"for {measured:,} training tokens, as in the sweep; longer training wants a lower one: --to tokens=N",
+    )
     if octaves and made.training.base_tokens is not None:  # the parts of the recipe carry the LR themselves
         factor = final.parts[0].lr_ratio / made.parts[0].lr_ratio
         note = f"carried from {measured:,} to {wanted:,} tokens by {_power(made.training.horizon_exponent)}"

@@ -24,7 +24,7 @@ import yaml
 
 from mupsweep import claims
 from mupsweep.claims import Claim
-from mupsweep.errors import RecordError
+from mupsweep.errors import RecordError, nearest
 from mupsweep.files import finite, make_folder, read_json, write_json, write_text
 
 log = logging.getLogger("mupsweep")
@@ -44,12 +44,15 @@ class SweepDir:
         """An existing sweep.
 
         Raises:
-            RecordError: the folder is none, naming the sweeps beside it.
+            RecordError: the folder is none, naming those that may be meant.
         """
         sweep = cls(Path(path))
         if not sweep.plan_path.is_file():
-            beside = sorted(p.parent.name for p in sweep.path.parent.glob("*/plan.jsonl"))
-            hint = f"sweeps in {sweep.path.parent}: {', '.join(beside)}" if beside else "start one with mupsweep run"
+            hint = "start one with mupsweep run"
+            for folder in (sweep.path, sweep.path.parent, Path("sweeps")):
+                if found := sorted(str(p.parent) for p in folder.glob("*/plan.jsonl")):
+                    hint = nearest(str(path), found)
+                    break
             raise RecordError(f"{path} is not a sweep (it has no plan.jsonl); {hint}")
         return sweep
 
@@ -137,7 +140,7 @@ class SweepDir:
 
     def read_config(self) -> dict[str, Any]:
         try:
-            tree = yaml.safe_load(self.config_path.read_text())
+            tree = yaml.safe_load(self.config_path.read_bytes())  # UTF-8 in every locale
             missing = [key for key in ("variants", "sweep", "launcher", "tracker") if key not in tree]
             if missing:
                 raise KeyError(f"no {missing[0]}")

@@ -118,7 +118,7 @@ def read_table(path: str) -> list[dict[str, Any]]:
             lines = [(reader.line_num, line) for line in reader]
             columns = reader.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"--from {path} cannot be read: {error}") from error
+        raise DataError(f"--from {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     wanted = ("parametrization", "width", "lr" if "lr" in columns and "log2_lr" not in columns else "log2_lr")
     for column in (*wanted, "val_loss"):
         if column not in columns:

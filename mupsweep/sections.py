@@ -47,7 +47,7 @@ def structured(cls: type[T], section: Mapping[str, Any], where: str) -> T:
     schema = OmegaConf.structured(cls)
     OmegaConf.set_readonly(schema, False)  # a frozen dataclass is read-only until told otherwise
     try:
-        merged = OmegaConf.merge(schema, {key: _whole(known[key], value) for key, value in section.items()})
+        merged = OmegaConf.merge(schema, dict(section))
         made = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or getattr(error, "key", None) or "?").split("[")[0]
@@ -56,10 +56,16 @@ def structured(cls: type[T], section: Mapping[str, Any], where: str) -> T:
     return _tuples(made)
 
 
-def _whole(field_: Field[Any], value: Any) -> Any:
-    """1e9 as 1000000000, where a whole number is wanted."""
-    wanted = str(field_.type) in ("int", "int | None") and isinstance(value, float) and value.is_integer()
-    return int(value) if wanted else value
+def with_whole_numbers(cls: type, section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section with 1e9 as 1000000000 where its dataclass wants a whole number.
+
+    For sections that are kept as their dataclass. Of others a run's identity holds the values as they are written.
+    """
+    whole = {f.name for f in fields(cls) if f.type in ("int", "int | None")}
+    return {
+        key: int(value) if key in whole and isinstance(value, float) and value.is_integer() else value
+        for key, value in section.items()
+    }
 
 
 def _expected(field_: Field[Any] | None, error: Exception) -> str:

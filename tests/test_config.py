@@ -107,6 +107,17 @@ def test_values_arrive_in_their_types() -> None:
     assert optimizer.eps == 1e-12
 
 
+def test_a_whole_number_may_be_written_with_an_exponent_and_is_the_same_run() -> None:
+    plain, short = (load(["experiment=smoke", f"training.steps={n}", f"data.max_tokens={n}"]) for n in ("30", "3e1"))
+    assert type(short.variants[0].training.steps) is int
+    assert type(short.variants[0].data.max_tokens) is int
+    assert [run.run_id for run in plan.plan(plain)] == [run.run_id for run in plan.plan(short)]
+    with pytest.raises(ConfigError, match=r"training\.steps=10\.5: expected a whole number"):
+        load(["experiment=smoke", "training.steps=10.5"])
+    with pytest.raises(ConfigError, match=r"model\.width=16\.0: expected a whole number"):
+        load(["experiment=smoke", "model.width=1.6e1"])
+
+
 @pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("True", True)])
 def test_allow_imports_is_a_truth_value(text: str, value: bool) -> None:
     assert load(["experiment=smoke", f"allow_imports={text}"]).allow_imports is value
@@ -197,4 +208,6 @@ def test_warmup_below_one_is_a_fraction_and_from_one_on_a_number_of_steps() -> N
 def test_the_hint_for_an_unknown_name_puts_the_nearest_first() -> None:
     with pytest.raises(ConfigError, match=r"^unknown key 'training\.stpes'; did you mean 'training\.steps'\? valid: "):
         load(["training.stpes=3"])
-    assert nearest_key("mdel.width", ["model", "model.width", "out"]) == "did you mean 'model'? valid: model, out"
+    assert nearest_key("mdel.width", ["model", "model.width", "out"]) == "did you mean 'model.width'?"
+    several = ["data", "data.name", "model", "model.name"]
+    assert nearest_key("modle.name", several) == "did you mean 'model'? valid: data, model"

@@ -66,9 +66,10 @@ PLAN_ONLY = {
     "launcher.devices_per_run=4": "wants four accelerators",
     "launcher.sizes={w2048-d32:{devices_per_run:4,shard:true}}": "the same",
     "training.micro_batch=2": "a model of 640 M parameters",
+    "data=fineweb": "hours on a GPU, and 262 M tokens of the hub",
     "experiment=zheng_width": "weeks on a GPU, and 300 M tokens of OpenWebText",
 }
-NO_SWEEP = {"sweeps/zheng_width": "the sweep that PLAN_ONLY does not train"}
+NO_SWEEP = {"sweeps/zheng_width": "a sweep that PLAN_ONLY does not train", "sweeps/first": "the same"}
 
 PIECE = re.compile(r"(?:<!-- file: (?P<file>\S+) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)]*))?\)")

@@ -76,9 +76,16 @@ def test_it_names_the_target_whole_and_the_tokens_that_its_lr_is_for() -> None:
         "tokens": MEASURED,
         "measured_tokens": MEASURED,
         "lr_factor": 1.0,
-        "note": "for the 3,840 tokens that the sweep's runs were trained on",
+        "note": "for 3,840 training tokens, as in the sweep; longer training wants a lower one: --to tokens=N",
     }
     json.dumps(content)  # nothing but plain data
+
+
+@pytest.mark.parametrize(("width", "beyond"), [(16, None), (32, None), (64, 2), (1024, 32)])
+def test_it_says_how_far_the_target_lies_beyond_what_was_measured(width: int, beyond: int | None) -> None:
+    basis = recipe.recipe(measured(), made(), width, 2)["basis"]
+    told = "" if beyond is None else f"the target's width is {beyond} times the largest measured"
+    assert basis.partition("; ")[2] == told
 
 
 def test_without_an_exponent_another_horizon_changes_the_length_and_says_that_the_lr_is_not_carried() -> None:
@@ -152,7 +159,7 @@ def test_every_format_is_written_beside_the_json(form: str, cli: Cli) -> None:
     text = (sweep.results / written[0]).read_text()
     limits = [line.removeprefix("# NOT HERE: ") for line in text.splitlines() if line.startswith("# NOT HERE")]
     assert all("".join(limit.split()) in told for limit in limits)
-    assert "forthe3,840tokens" in told
+    assert "for3,840trainingtokens" in told
 
 
 def test_a_target_of_another_horizon_has_a_file_of_its_own_and_a_warning(cli: Cli) -> None:

@@ -435,7 +435,10 @@ def test_a_folder_that_is_no_sweep_is_refused_naming_the_sweeps_beside_it(sweep:
     wrong = tmp_path / "swep"
     with pytest.raises(RecordError) as caught:
         SweepDir.open(wrong)
-    assert str(caught.value) == (f"{wrong} is not a sweep (it has no plan.jsonl); sweeps in {tmp_path}: another, sweep")
+    assert str(caught.value) == (
+        f"{wrong} is not a sweep (it has no plan.jsonl); did you mean '{tmp_path}/sweep'? "
+        f"valid: {tmp_path}/another, {tmp_path}/sweep"
+    )
     assert SweepDir.open(sweep.path).path == sweep.path
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import sys
 from typing import Annotated
@@ -56,21 +58,44 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
+def working_folder() -> None:
+    """Refuse to work in a folder that somebody deleted."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise MupsweepError("the working directory is gone: change to one that is there, and run it again") from error
+
+
+def drop_output() -> None:
+    """Send what stdout still holds nowhere, since Python would try to write it once more as it ends."""
+    with contextlib.suppress(OSError, AttributeError):  # a stdout without a descriptor has no such end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2; a traceback is a bug of ours."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where it is closed
+            stream.reconfigure(errors="replace")  # a chart's lines, where the locale knows ASCII only
     try:
-        app(prog_name="mupsweep")
+        working_folder()
+        try:
+            app(prog_name="mupsweep")
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # or what it holds fails when nobody can tell of it any more
     except MupsweepError as error:
         print(f"mupsweep: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe left, for instance `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         sys.exit(141)
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
+        drop_output()
         what = f"cannot write {error.filename}" if error.filename else "cannot write"
         print(f"mupsweep: {what}: {error.strerror}; free space or choose another folder with out=DIR", file=sys.stderr)
         sys.exit(MupsweepError.exit_code)

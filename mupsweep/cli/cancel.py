@@ -6,7 +6,7 @@ from mupsweep.cli.options import Sweep
 
 
 def cancel(sweep: Sweep) -> None:
-    """Cancel the Slurm jobs of a sweep, queued and running; what they trained so far is kept.
+    """Cancel a sweep's Slurm jobs; what they trained so far is kept.
 
     Example: mupsweep cancel sweeps/demo
     """

@@ -14,14 +14,14 @@ class CoordinatesUnlessNamed(TyperGroup):
     """`mupsweep check KEY=VALUE` is `mupsweep check coordinates KEY=VALUE`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args or args[0] not in (*self.commands, "--help"):
+        if not args or args[0] not in (*self.commands, "-h", "--help"):
             args = ["coordinates", *args]
         return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
     name="check",
-    help="Check a parametrization in ten steps, or measure an optimizer's update law.",
+    help="Check a parametrization, or measure an optimizer's update law.",
     cls=CoordinatesUnlessNamed,
 )
 

@@ -10,7 +10,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="group=choice (optimizer=adamw,muon compares several) and key=value (sweep.seeds=[0,1]).",
+        help="group=choice (optimizer=adamw,muon compares several) and key=value ('sweep.seeds=[0,1]').",
         show_default=False,
     ),
 ]

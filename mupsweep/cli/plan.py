@@ -6,9 +6,9 @@ from mupsweep.cli.options import ConfigDir, Json, Overrides
 
 
 def plan(overrides: Overrides = None, config_dir: ConfigDir = None, json: Json = False) -> None:
-    """Show the runs, parameters, FLOPs, memory and time of a sweep; write nothing.
+    """Show what a sweep would train and what that costs; write nothing.
 
-    Example: mupsweep plan optimizer=muon sweep.width_ratios=[1,2,4]
+    Example: mupsweep plan optimizer=muon 'sweep.width_ratios=[1,2,4]'
     """
     from mupsweep.config import load
     from mupsweep.report import terminal

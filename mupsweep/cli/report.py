@@ -22,7 +22,7 @@ def report(
         typer.Option(metavar="LOOK", help="Also draw the figures in this look: paper adds PDF at journal widths."),
     ] = None,
 ) -> None:
-    """Analyse a sweep again and write its tables, figures and report.html.
+    """Write a sweep's tables, figures and report.html again.
 
     Example: mupsweep report sweeps/demo
     """

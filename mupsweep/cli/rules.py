@@ -18,7 +18,7 @@ def rules(
 ) -> None:
     """Print the scaling rules, in symbols and numbers, and audit them.
 
-    Example: mupsweep rules optimizer=muon_kimi parametrization=sp,spectral sweep.width_ratios=[1,4]
+    Example: mupsweep rules optimizer=muon_kimi parametrization=sp,spectral 'sweep.width_ratios=[1,4]'
     """
     from mupsweep.config import load
     from mupsweep.report import terminal

@@ -27,7 +27,7 @@ def run(
         bool, typer.Option("--dry-run", help="With launcher=slurm: write and print the job scripts, submit nothing.")
     ] = False,
 ) -> None:
-    """Plan a sweep, train what is missing, analyse it and write the report.
+    """Plan a sweep, train what is missing and write the report.
 
     Run the same command again to go on after an interruption, or with a longer grid to extend the sweep. With
     sweep.search=adaptive it trains round after round, until the optimal LR of every size is known.
@@ -85,7 +85,9 @@ def prepare(runs: list[RunSpec]) -> None:
     """Encode the corpus of some runs, if that was not done before."""
     from mupsweep import data
 
-    data.prepare(runs[0].recipe.variant.data, progress=lambda line: print(line, file=sys.stderr))
+    corpus = data.prepare(runs[0].recipe.variant.data, progress=lambda line: print(line, file=sys.stderr))
+    for context, batch in {(run.size.context, run.recipe.training.batch_size) for run in runs}:
+        corpus.require(context, batch)
 
 
 def go_on(sweep: SweepDir) -> None:

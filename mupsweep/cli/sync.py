@@ -14,9 +14,10 @@ def sync(
     project: Annotated[str | None, typer.Option(help="The W&B project.", show_default=False)] = None,
     entity: Annotated[str | None, typer.Option(help="The W&B user or team.", show_default=False)] = None,
 ) -> None:
-    """Mirror a sweep to W&B from its records: runs, summary and Workspace.
+    """Mirror a sweep to W&B from its records.
 
-    Whatever the sweep's tracker was, finished or not. What W&B holds already is not sent again.
+    Runs, a summary and a Workspace, whatever the sweep's tracker was, finished or not. What W&B holds already is not
+    sent again.
 
     Example: mupsweep sync sweeps/demo --project lr-transfer
     """

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 def transfer(
     sweeps: Annotated[list[str] | None, typer.Argument(metavar="SWEEP", help="Sweep folders, finished or not.")] = None,
     to: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="width=N",
-            help="A target, e.g. --to width=4096 depth=32 tokens=2000000000: print and write its recipe.",
+            help="A target, e.g. --to width=4096 depth=32 tokens=2e9: print and write its recipe.",
         ),
     ] = None,
     form: Annotated[
@@ -58,20 +58,20 @@ def transfer(
     from mupsweep.records import SweepDir
     from mupsweep.report.conclude import conclude, conclude_table, export
 
-    sweeps = sweeps or []
+    sweeps, to = sweeps or [], to or []
     if table is not None:
-        verdicts = conclude_table(table, [*sweeps, *([to] if to else [])], json, optimizer, parametrization)
+        verdicts = conclude_table(table, [*sweeps, *to], json, optimizer, parametrization)
         raise typer.Exit(3 if strict and "drifts" in verdicts else 0)
     folders, target = [SweepDir.open(s) for s in sweeps if "=" not in s], [s for s in sweeps if "=" in s]
     if validate:
-        if len(folders) != 1 or to is None:
+        if len(folders) != 1 or not to:
             raise ConfigError(
                 "--validate trains one target in one sweep: mupsweep transfer sweeps/NAME --validate --to width=N"
             )
-        verdicts, code = train_target(folders[0], [to, *target], optimizer, parametrization, json)
+        verdicts, code = train_target(folders[0], [*to, *target], optimizer, parametrization, json)
         raise typer.Exit(code or (3 if strict and "drifts" in verdicts else 0))
-    if to is not None or target:
-        export(folders, [*([to] if to else []), *target], optimizer, parametrization, as_json=json, form=form)
+    if to or target:
+        export(folders, [*to, *target], optimizer, parametrization, as_json=json, form=form)
         return
     if form != JSON:
         raise ConfigError(f"--format {form} is of a recipe: name its target with --to width=N depth=N")

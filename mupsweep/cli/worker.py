@@ -19,9 +19,9 @@ def worker(
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
     shard: Annotated[bool, typer.Option("--shard", help="Divide weights and optimizer state among them.")] = False,
 ) -> None:
-    """Train what is left of a planned sweep, one run after the other; what launchers call.
+    """Train what is left of a planned sweep; what launchers call.
 
-    Any number of workers share a sweep: each takes the longest run that nobody has claimed.
+    Runs follow one another. Any number of workers share a sweep: each takes the longest run that nobody has claimed.
 
     Example: mupsweep worker sweeps/demo --device cuda:1
     """

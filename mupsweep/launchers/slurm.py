@@ -216,7 +216,7 @@ class Slurm:
     def preview(self, sweep: SweepDir, run_ids: Sequence[str]) -> None:
         """Write and print the scripts for these runs, and submit nothing."""
         for script in [*(script for script, _ in self.write_arrays(sweep, run_ids)), self.write_analysis(sweep)]:
-            print(f"==> {script} <==\n{script.read_text()}")
+            print(f"==> {script} <==\n{script.read_bytes().decode()}")
 
     def write_arrays(self, sweep: SweepDir, run_ids: Sequence[str]) -> Iterator[tuple[Path, list[sbatch.Task]]]:
         """A script and its tasks for every size, the largest first, in pieces that the cluster takes as one array."""

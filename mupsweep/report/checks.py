@@ -61,7 +61,7 @@ def _coordinates_table(one: Coordinates, sp: Coordinates | None, axis: str) -> T
     rows = [row for row in one.by_role(axis) if _is_shown(row)]
     counts = sorted({count for row in rows for count in row.exponents if (row.quantity == WEIGHT) == (count == 0)})
     steps = [f"after {count}" if count else "start" for count in counts]
-    table = table_of(f"exponent of the {axis}", *steps, "95 % interval", "promised", *(["sp"] if sp else []), "")
+    table = table_of(f"exponent of the {axis}", *steps, "95 % interval", "promise", *(["sp"] if sp else []), "")
     beside = {(row.quantity, row.role): signed(row.judged.value) for row in sp.by_role(axis)} if sp else {}
     for row in rows:
         mine = {c: e for c, e in row.exponents.items() if (row.quantity == WEIGHT) == (c == 0)}
@@ -71,7 +71,7 @@ def _coordinates_table(one: Coordinates, sp: Coordinates | None, axis: str) -> T
         table.add_row(
             row.quantity if row.role is None else f"{row.quantity} {row.role.value}",
             *cells,
-            f"{signed(row.judged.low)} to {signed(row.judged.high)}",
+            f"{signed(row.judged.low)}..{signed(row.judged.high)}",  # 80 columns hold it beside the rest
             "" if row.promised is None else str(row.promised),
             *theirs,
             "" if row.promised is None else f"off {off[0].tensor}".strip() if off else "ok",
@@ -164,7 +164,7 @@ def _print_law(
 ) -> None:
     console = console_of()
     console.print(f"\n{found.name}: ||A||_2 = ||G||_2^degree n_out^x n_in^y ||W||^w at LR 1", style="bold")
-    table = table_of("exponent", "rank 1", "95 % interval", "real gradients", "95 % interval", "declared", "")
+    table = table_of("exponent", "rank 1", "95 % interval", "real grads", "95 % interval", "declared", "")
     for name, real in found.realistic.found.items():
         rank_1 = found.aligned.found.get(name)
         said = found.declared.get(name)
@@ -184,7 +184,7 @@ def _print_law(
 
 
 def _cells(exponent: Exponent) -> tuple[str, str]:
-    return signed(exponent.value), f"{signed(exponent.low)} to {signed(exponent.high)}"
+    return signed(exponent.value), f"{signed(exponent.low)}..{signed(exponent.high)}"
 
 
 def _remarks(found: Measured) -> list[str]:

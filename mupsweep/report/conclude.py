@@ -39,17 +39,26 @@ def conclude(
     for sweep in sweeps:
         sweep.read_config()  # a damaged one is told before anything is written
     # before the runs are read: of 100,000, plan and results together would take the most memory
-    shown_rules = list(_rules_at_sizes(plan.load(sweeps[0]))) if len(sweeps) == 1 else []
+    shown_rules = list(_rules_at_sizes(plan.load(sweeps[0], to_train=False))) if len(sweeps) == 1 else []
     rows, ledgers = read(sweeps)
     analysis = analyse(rows)
-    files = write_views(sweeps[0], analysis, shown_rules, ledgers[0], figures) if len(sweeps) == 1 else []
+    files: list[Path] = []
+    unwritten: RecordError | None = None
+    if len(sweeps) == 1:
+        try:
+            files = write_views(sweeps[0], analysis, shown_rules, ledgers[0], figures)
+        except RecordError as error:  # somebody else's folder, or a full disk: what it says can still be read
+            unwritten = error
     groups = select(analysis, optimizer, parametrization) if analysis.groups else []
     shown = replace(analysis, groups=tuple(groups))
     if as_json:
         print(json.dumps(to_json(shown), indent=2))
     else:
         counts = [sum(ledger.values(), Counter()) for ledger in ledgers]
-        verdicts.show_analysis(shown, list(zip((s.path for s in sweeps), counts, strict=True)), files)
+        advice = verdicts.advice_on(shown, sweeps[0]) if len(sweeps) == 1 else ()
+        verdicts.show_analysis(shown, list(zip((s.path for s in sweeps), counts, strict=True)), files, advice)
+    if unwritten is not None:
+        raise unwritten
     return [group.verdict for group in groups]
 
 
@@ -123,7 +132,8 @@ def export(
     exports.check(form)
     if not sweeps:
         raise ConfigError(f"no sweep given: mupsweep transfer sweeps/NAME --to {' '.join(target)}")
-    recipes = {run.recipe.variant.label: run.recipe for sweep in reversed(sweeps) for run in plan.load(sweep)}
+    planned = (run for sweep in reversed(sweeps) for run in plan.load(sweep, to_train=False))
+    recipes = {run.recipe.variant.label: run.recipe for run in planned}
     groups = select(analyse(read_runs(sweeps)), optimizer, parametrization)
     if not groups:
         raise RecordError(
@@ -174,14 +184,21 @@ def _file_name(content: dict[str, Any], several_models: bool, of_horizon: bool) 
 
 
 def read_target(words: Sequence[str]) -> dict[str, int]:
-    """width=4096 depth=32 tokens=2000000000 -> {"width": 4096, "depth": 32, "tokens": 2000000000}."""
+    """width=4096 depth=32 tokens=2e9 -> {"width": 4096, "depth": 32, "tokens": 2000000000}."""
     dims = {}
     for word in words:
-        key, _, value = word.partition("=")
-        if key not in ("width", "depth", "tokens") or not value.isdecimal() or not value.isascii() or int(value) < 1:
+        key, _, text = word.partition("=")
+        try:
+            value = float(text) if text.isascii() and "_" not in text else 0.0
+        except ValueError:
+            value = 0.0
+        if key not in ("width", "depth", "tokens") or value < 1 or not value.is_integer():
             raise ConfigError(
-                f"--to {word}: expected width=N, depth=N and tokens=N, for example --to width=4096 depth=32"
+                f"--to {word}: expected width=N, depth=N and tokens=N, whole numbers, for example "
+                "--to width=4096 depth=32 tokens=2e9"
             )
+        if key in dims:
+            raise ConfigError(f"--to {word}: {key}={dims[key]} is given too; one target a command")
         dims[key] = int(value)
     return dims
 

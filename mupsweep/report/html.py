@@ -23,7 +23,7 @@ from mupsweep.report.charts import Charts, drawn_seeds, size_id, words
 from mupsweep.report.curves_text import axis_name, base_of, moves, variant_name
 from mupsweep.report.svg import minus
 from mupsweep.report.tuning_text import told
-from mupsweep.report.verdicts import comparison_line, quality_lines
+from mupsweep.report.verdicts import advice_on, comparison_line, quality_lines
 from mupsweep.results import Ledger
 from mupsweep.transfer import (
     DRIFTS,
@@ -69,7 +69,7 @@ def write(
     charts = Charts(analysis)
     sections = [_header(sweep, analysis)]
     if charts.groups:
-        sections += [_verdicts(charts, analysis), _curves(charts), _drift(charts)]
+        sections += [_verdicts(charts, analysis, sweep), _curves(charts), _drift(charts)]
         sections += [_tuning(analysis), _training(charts, sweep, analysis)]
     else:
         sections.append("<p>No run has finished yet, so there is nothing to judge.</p>")
@@ -98,14 +98,14 @@ def _header(sweep: SweepDir, analysis: Analysis) -> str:
 # The verdicts
 
 
-def _verdicts(charts: Charts, analysis: Analysis) -> str:
+def _verdicts(charts: Charts, analysis: Analysis, sweep: SweepDir) -> str:
     note = (
         "Drift is how far the best learning rate moves, in octaves (factors of two); regret is what reusing "
         f"the base's best rate costs. Brackets are {CONFIDENCE:.0%} intervals, the shaded band is the "
         f"tolerance of ±{TOLERANCE_OCTAVES:g} octaves."
     )
     cards = "\n".join(_card(charts, group) for group in charts.groups)
-    told = (*analysis.remarks, *map(comparison_line, comparisons(analysis)))
+    told = (*analysis.remarks, *map(comparison_line, comparisons(analysis)), *advice_on(analysis, sweep))
     remarks = "".join(f"<li>{escape(line)}</li>" for line in told)
     return (
         _title("Does the learning rate transfer?", note)
@@ -355,7 +355,7 @@ def _runs(ledger: Ledger) -> str:
 
 def _provenance(sweep: SweepDir) -> str:
     try:
-        config = sweep.config_path.read_text()
+        config = sweep.config_path.read_text(encoding="utf-8")
     except OSError:
         config = ""
     command = [line.removeprefix("#").strip() for line in config.splitlines() if line.startswith("#")]

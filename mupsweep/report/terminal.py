@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from shlex import quote
@@ -45,7 +45,7 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
     status = {r.run_id: sweep.run(r.run_id).status()["status"] if exists else PENDING for r in runs}
     left = [r for r in runs if status[r.run_id] not in (DONE, DIVERGED)]
     device = accelerator()
-    lanes = max(1, cores() // int(config.launcher.get("threads", 1))) if device == "cpu" else 1
+    lanes = _cpu_lanes(config.launcher) if device == "cpu" else 1
     seconds = sum(r.cost.seconds(r.recipe.steps, device) for r in left) / lanes
     if as_json:
         keys = ("run_id", "width", "depth", "log2_lr", "seed", "parametrization", "optimizer", "model")
@@ -87,16 +87,38 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
             si(one.cost.memory) + "B",
         )
     console.show(table)
+    console.say(_grid_words(runs))
     total = sum(r.cost.flops for r in left)
+    elsewhere = ""
+    if device == "cpu" and seconds > 3600:
+        on_one = sum(r.cost.seconds(r.recipe.steps, "cuda") for r in left)
+        elsewhere = f", {duration(on_one)} on a GPU at {si(FLOPS_PER_SECOND['cuda'])}FLOP/s"
     console.say(
         f"{len(left)} of {len(runs)} runs to train, {si(total)}FLOPs, roughly {duration(seconds)} on {lanes} {device} "
-        f"worker(s) at {si(FLOPS_PER_SECOND[device])}FLOP/s each; while it runs you see the measured time left"
+        f"worker(s) at {si(FLOPS_PER_SECOND[device])}FLOP/s each{elsewhere}; "
+        "while it runs you see the measured time left"
     )
     if searches:
         console.say(_search_remark(config, first=not exists))
     for remark in corpus_remarks(runs):
         console.say(f"note: {remark}")
     console.say(f"folder: {sweep.path}")
+
+
+def _grid_words(runs: Sequence[RunSpec]) -> str:
+    """The LRs themselves, beside the octaves that they are typed in."""
+    lrs, seeds = sorted({run.log2_lr for run in runs}), len({run.seed for run in runs})
+    ends = sorted({lrs[0], lrs[-1]})
+    numbers, octaves = " to ".join(f"{2**x:.3g}" for x in ends), " to ".join(f"2^{x:g}" for x in ends)
+    return f"base LRs: {len(lrs)}, {numbers} ({octaves}); seeds: {seeds}"
+
+
+def _cpu_lanes(launcher: Mapping[str, Any]) -> int:
+    """How many runs a launcher trains at once on the cores of this machine; others train one after the other."""
+    if launcher.get("name") != "local":
+        return 1
+    width = int(launcher.get("threads", 1)) * int(launcher.get("devices_per_run", 1))
+    return int(launcher.get("slots_per_device") or max(1, cores() // width))
 
 
 def _search_remark(config: SweepConfig, first: bool) -> str:
@@ -161,9 +183,12 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
         return
     console = console_of()
     if per_run:
-        table = table_of("run", "variant", "status", "step", "loss", "tok/s", *(["job"] if queue.runs else []))
-        for row, _, status in states:
+        table = table_of(
+            *("run", "variant", "status", "step", "loss", "tok/s", "val loss"), *(["job"] if queue.runs else [])
+        )
+        for row, folder, status in states:
             loss, speed = status.get("train_loss"), status.get("tokens_per_second")
+            final = (folder.summary() or {}).get("val_loss") if status["status"] == DONE else None
             table.add_row(
                 row["run_id"],
                 "/".join(label_of(row)[1:]),
@@ -171,6 +196,7 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
                 f"{status['step']}/{status['steps']}" if "steps" in status else "",
                 "" if loss is None else f"{loss:.3f}",
                 "" if speed is None else f"{speed:,.0f}",
+                "" if final is None else f"{final:.4f}",
                 *([str(queue.runs.get(row["run_id"], ""))] if queue.runs else []),
             )
     else:

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from rich.table import Table
 
+from mupsweep.config import GRID
 from mupsweep.cost import si
 from mupsweep.optimum import CONFIDENCE
 from mupsweep.quality import Comparison, comparisons, quality
-from mupsweep.records import DIVERGED, DONE
+from mupsweep.records import DIVERGED, DONE, SweepDir
 from mupsweep.report.console import console_of, table_of
 from mupsweep.report.curves_text import base_of, curve_text, drift_words
 from mupsweep.report.tuning_text import nats, tuning_text
-from mupsweep.transfer import DRIFTS, HORIZON, TRANSFERS, UNKNOWN, Analysis, Estimate, Group
+from mupsweep.transfer import DRIFTS, HORIZON, INCONCLUSIVE, TRANSFERS, UNKNOWN, Analysis, Estimate, Group
 from mupsweep.validation import Validation
 
 
-def show_analysis(analysis: Analysis, sweeps: Sequence[tuple[Path, Counter[str]]], files: Sequence[Path]) -> None:
-    """Curves, the optimum of every size, and the verdicts."""
+def show_analysis(
+    analysis: Analysis,
+    sweeps: Sequence[tuple[Path, Counter[str]]],
+    files: Sequence[Path],
+    advice: Iterable[str] = (),
+) -> None:
+    """Curves, the optimum of every size, the verdicts, and what to do next."""
     console = console_of()
     for path, counts in sweeps:
         unfinished = counts["runs"] - counts[DONE] - counts[DIVERGED]
@@ -49,10 +55,22 @@ def show_analysis(analysis: Analysis, sweeps: Sequence[tuple[Path, Counter[str]]
     for told in tuning_text(analysis):
         console.say(told) if isinstance(told, str) else console.show(told)
     console.say(f"in brackets: {CONFIDENCE:.0%} intervals")
-    if len(sweeps) == 1 and any(o.log2_lr is not None for group in analysis.groups for o in group.optima):
-        console.say(f"for the LR of a larger model: mupsweep transfer {quote(str(sweeps[0][0]))} --to width=N")
+    for line in advice:
+        console.say(line)
     for file in files:
         console.say(f"wrote {file}")
+
+
+def advice_on(analysis: Analysis, sweep: SweepDir) -> Iterator[str]:
+    """What to type next about a sweep."""
+    undecided = any(group.verdict == INCONCLUSIVE and len(group.optima) > 1 for group in analysis.groups)
+    if undecided and sweep.read_config()["sweep"].get("search", GRID) == GRID:
+        yield (
+            "inconclusive: the same mupsweep run with sweep.search=adaptive adds LRs and seeds until every optimum is "
+            "known; mupsweep plan says what that costs"
+        )
+    if any(o.log2_lr is not None for group in analysis.groups for o in group.optima):
+        yield f"for the LR of a larger model: mupsweep transfer {quote(str(sweep.path))} --to width=N"
 
 
 def show_recipe(content: dict[str, Any], files: Sequence[Path], limits: Sequence[str]) -> None:

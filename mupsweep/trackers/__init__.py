@@ -11,6 +11,7 @@ import importlib.util
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Protocol
 
 from mupsweep.errors import ConfigError
@@ -73,13 +74,14 @@ def analysed(sweep: SweepDir) -> None:
 
 def warn(sweep: SweepDir, error: BaseException) -> None:
     """Say that a tracker failed, in one line, and how to make up for it."""
-    first = (str(error).splitlines() or [""])[0]
     log.warning(
-        "tracker: %s: %s; the records are complete, `mupsweep sync %s` mirrors them later",
-        type(error).__name__,
-        first,
-        sweep.path,
+        "tracker: %s; the records are complete, `mupsweep sync %s` mirrors them later", in_one_line(error), sweep.path
     )
+
+
+def in_one_line(error: BaseException) -> str:
+    """What a tracker's own error says, and of which kind it is."""
+    return shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
 
 
 def fingerprint(run: RunDir) -> str:

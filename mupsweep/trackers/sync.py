@@ -26,9 +26,8 @@ def sync(sweep: SweepDir, project: str | None = None, entity: str | None = None)
         pushed = catch_up(tracker, sweep, running=not pushes_itself)
         where = "/".join(tracker.address())
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
         raise RecordError(
-            f"W&B does not take {sweep.path}: {type(error).__name__}: {first}; check `wandb login` and the network, "
+            f"W&B does not take {sweep.path}: {trackers.in_one_line(error)}; check `wandb login` and the network, "
             "then run the same command again: what arrived stays"
         ) from error
     print(f"{pushed} of {len(sweep.read_plan())} runs pushed to {where}, group {sweep.name}")

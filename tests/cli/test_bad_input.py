@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mupsweep import plan
+from mupsweep import data, plan
 from mupsweep.cli import main
 from mupsweep.config import load
 from mupsweep.errors import MupsweepError, RecordError
@@ -81,12 +81,16 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("sweep.log2_lr=[-7]", ("'sweep.log2_lr'", "did you mean 'sweep.log2_lrs'?")),
     ("optimizer.beta=0.9", ("'optimizer.beta'", "did you mean 'optimizer.betas'?")),
     ("parametrization=sp parametrization.output=init", ("'parametrization.output'",)),
-    ("width=3", ("'width'", "valid: ")),
+    ("width=3", ("'width'", "did you mean 'model.width'?")),
+    ("seeds=[0]", ("'seeds'", "did you mean 'sweep.seeds'?")),
+    ("optimizer.lr=0.001", ("'optimizer.lr'", "sweep.log2_lrs=[-10,-9,-8]")),
+    ("depht=3", ("'depht'", "valid: ")),
     ("hydra.verbose=true", ("hydra", "valid: ")),
     ("hydra.searchpath=[file:///tmp]", ("hydra", "valid: ")),
     # grammar
     ("model.width", ("'model.width'", "key=value")),
     ("=3", ("'=3'", "key=value")),
+    ("demo", ("'demo'", "did you mean experiment=demo?")),
     ("sweep.seeds=[0,", ("'sweep.seeds=[0,'", "'sweep.seeds=[0,1]'")),
     ("+model.width=32", ("'+model.width=32'", "model.width=VALUE")),
     ("++model.width=32", ("'++model.width=32'", "model.width=VALUE")),
@@ -174,6 +178,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("sweep.log2_lrs=[-7,-7.0]", ("sweep.log2_lrs=[-7.0, -7.0]", "without repeats")),
     ("sweep.log2_lrs=[nan]", ("sweep.log2_lrs", "nan")),
     ("sweep.log2_lrs=[5000]", ("sweep.log2_lrs", "5000")),
+    ("sweep.log2_lrs=[0.001,0.01,0.1]", ("[0.001, 0.01, 0.1]", "octaves", "'sweep.log2_lrs=[-10,-6.5,-3.5]'")),
     ("sweep.seeds=[1,1]", ("sweep.seeds=[1, 1]", "without repeats")),
     ("sweep.pair=true", ("width_ratios (2)", "depth_ratios (1)", "equal length")),
     ("sweep.name=a/b", ("sweep.name='a/b'", "plain folder name")),
@@ -213,9 +218,11 @@ def sweep(tmp_path: Path) -> SweepDir:
 
 # arguments of a command on a sweep -> what the line must hold
 COMMANDS: list[tuple[str, tuple[str, ...]]] = [
-    ("status sweeps/smok", ("sweeps/smok is not a sweep", "sweeps in sweeps: smoke")),
+    ("status sweeps/smok", ("sweeps/smok is not a sweep", "did you mean 'sweeps/smoke'? valid: ")),
+    ("status sweeps", ("sweeps is not a sweep", "valid: sweeps/smoke")),
+    ("transfer smoke", ("smoke is not a sweep", "did you mean 'sweeps/smoke'?")),
     ("status sweeps/smoke/plan.jsonl", ("sweeps/smoke/plan.jsonl is not a sweep",)),
-    ("status nowhere", ("nowhere is not a sweep", "start one with mupsweep run")),
+    ("status nowhere", ("nowhere is not a sweep", "valid: sweeps/smoke")),
     ("report sweeps/smok", ("sweeps/smok is not a sweep", "smoke")),
     ("transfer sweeps/smok", ("sweeps/smok is not a sweep", "smoke")),
     ("worker sweeps/smok", ("sweeps/smok is not a sweep", "smoke")),
@@ -223,7 +230,11 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     ("transfer sweeps/smoke --to width=0", ("--to width=0", "width=N")),
     ("transfer sweeps/smoke --to width=²", ("--to width=²", "width=N")),
     ("transfer sweeps/smoke --to width=64 depht=4", ("--to depht=4", "depth=N")),
+    ("transfer sweeps/smoke --to width=64.5", ("--to width=64.5", "whole numbers")),
+    ("transfer sweeps/smoke --to width=inf", ("--to width=inf", "whole numbers")),
+    ("transfer sweeps/smoke --to width=64 --to width=128", ("width=64", "width=128", "one target a command")),
     ("transfer sweeps/smoke --to width=64", ("no finished runs", "mupsweep run")),
+    ("plan sweeps/smoke", ("'sweeps/smoke'", "mupsweep status, transfer and report")),
     ("transfer sweeps/smoke width=64", ("width=64", "--to")),
     ("transfer width=64", ("width=64", "--to")),
     ("run experiment=smoke training.steps=40", ("training.steps=40 (there: 30)", "sweep.name")),
@@ -312,6 +323,23 @@ def test_a_folder_that_cannot_be_made_is_one_line(words: str, told: tuple[str, .
     with pytest.raises(MupsweepError) as caught:
         plan.save(load([SMOKE, words]), "")
     refused(Outcome(caught.value.exit_code, "", f"mupsweep: {caught.value}"), told)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["data=local", "data.path=my.txt"], "holds no text"),
+        (["training.batch_size=1000000"], "the train split has 10387712 tokens, 324615 blocks of context 32"),
+    ],
+    ids=["empty", "short"],
+)
+def test_a_corpus_that_cannot_be_used_leaves_nothing_and_its_name_free(
+    words: list[str], told: str, cli: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    data.prepare(load([SMOKE]).variants[0].data)
+    Path("my.txt").write_text("")
+    refused(cli("run", SMOKE, *words), (told,))
+    assert not Path("sweeps").exists()
 
 
 def process(*arguments: str) -> Outcome:

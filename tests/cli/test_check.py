@@ -46,7 +46,7 @@ def test_overrides_alone_check_coordinates_and_a_figure_is_drawn(cli: Cli, tmp_p
     assert "nanogpt/adamw/mup, base LR 2^-9" in out
     assert "nanogpt/adamw/sp," not in out  # stands beside, in a column
     head = next(line for line in out.splitlines() if line.startswith("exponent of the width"))
-    assert head.split()[-5:] == ["95", "%", "interval", "promised", "sp"]
+    assert head.split()[-5:] == ["95", "%", "interval", "promise", "sp"]
     for name in ("change of features", "change of logits", "||dW||_R hidden", "||W||_R hidden"):
         (line,) = (line for line in out.splitlines() if line.startswith(f"{name} "))
         assert line.endswith("ok"), line

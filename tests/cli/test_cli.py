@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import mupsweep
 from mupsweep import plan
 from mupsweep.cli import app
 from mupsweep.config import load
@@ -47,6 +48,12 @@ def test_the_commands_are_those_of_the_documentation() -> None:
     names = {path[0] for path in commands()}
     assert {"run", "transfer", "plan", "rules", "data", "status", "report", "worker"} <= names
     assert {path[1] for path in commands() if path[0] == "data"} == {"prepare", "list", "verify"}
+
+
+def test_the_short_options_that_people_try_first(cli: Callable[..., tuple[int, str, str]]) -> None:
+    assert cli("--version") == (0, f"{mupsweep.__version__}\n", "")
+    for words in ((), ("run",), ("check",), ("check", "law")):
+        assert cli(*words, "-h") == cli(*words, "--help")
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
@@ -147,6 +154,11 @@ def test_a_plan_as_json_has_exactly_the_documented_keys_and_writes_nothing(
     assert document["totals"]["tokens"] == 6 * 30 * 4 * 32
     assert document["totals"]["flops"] == sum(run["flops"] for run in document["runs"])
     assert list(Path().iterdir()) == []
+
+
+def test_a_plan_shows_the_lrs_themselves_beside_their_octaves(cli: Callable[..., tuple[int, str, str]]) -> None:
+    assert "base LRs: 3, 0.00195 to 0.0312 (2^-9 to 2^-5); seeds: 1" in cli("plan", SMOKE)[1]
+    assert "base LRs: 1, 0.00391 (2^-8); seeds: 2" in cli("plan", SMOKE, "sweep.log2_lrs=[-8]", "sweep.seeds=[0,1]")[1]
 
 
 def test_a_plan_knows_what_is_finished(cli: Callable[..., tuple[int, str, str]]) -> None:

@@ -74,7 +74,11 @@ def test_every_text_format_gives_the_same_documents(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "train", "validation"),
-    [("a b\n" * 100, "a b\n" * 95, "a b\n" * 5), ("ab" * 100, "ab" * 95, "ab" * 5), ("a\n" + 98 * "b", "a\n", 98 * "b")],
+    [
+        ("a b\n" * 100, "a b\n" * 95, "a b\n" * 5),
+        ("ab" * 100, "ab" * 95, "ab" * 5),
+        ("a\n" + 98 * "b", "a\n", 98 * "b"),
+    ],
 )
 def test_the_end_of_a_lone_text_from_a_line_on_is_the_validation_split(
     text: str, train: str, validation: str, tmp_path: Path

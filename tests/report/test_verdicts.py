@@ -6,12 +6,15 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from mupsweep import plan
+from mupsweep.config import load
 from mupsweep.quality import Comparison
 from mupsweep.report.console import PIPE_COLUMNS, PipeConsole, console_of, table_of
-from mupsweep.report.verdicts import comparison_line, show_analysis
+from mupsweep.report.verdicts import advice_on, comparison_line, show_analysis
 from mupsweep.transfer import UNKNOWN, Estimate, analyse
 
 LINE = "the optimum moves -0.05 [-0.18, +0.06] octaves from width 16 to width 32: within +-0.5"
@@ -69,6 +72,21 @@ def test_what_is_unknown_makes_no_line_of_unknowns(rows: Callable, capsys: pytes
     verdict = capsys.readouterr().out.partition("INCONCLUSIVE")[2]
     assert "unknown" not in verdict
     assert verdict.count("train higher ones") == 2
+
+
+def test_an_undecided_grid_is_told_to_search_and_a_search_is_not(tmp_path: Path, rows: Callable) -> None:
+    edge = analyse(rows(widths=(32, 64), log2_lrs=[-10, -9, -8], parametrizations=["sp"]))
+    decided = analyse(rows(widths=(32, 64), parametrizations=["mup"]))
+    grid, search = (
+        plan.save(load(["experiment=smoke", f"out={tmp_path}", f"sweep.name={how}", f"sweep.search={how}"]), "")[0]
+        for how in ("grid", "adaptive")
+    )
+    (line,) = advice_on(edge, grid)
+    assert "the same mupsweep run with sweep.search=adaptive" in line
+    assert list(advice_on(edge, search)) == []
+    assert list(advice_on(decided, grid)) == [
+        f"for the LR of a larger model: mupsweep transfer {tmp_path}/grid --to width=N"
+    ]
 
 
 @pytest.mark.parametrize(

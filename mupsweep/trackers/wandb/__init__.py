@@ -8,6 +8,7 @@ server: each carries the fingerprint of the records that it was made from.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import shutil
@@ -213,7 +214,14 @@ def wandb_id(sweep: SweepDir, name: str) -> str:
 
 
 def quiet() -> None:
-    """Keep the client's own remarks off the terminal; its warnings are ours to give."""
+    """Keep the client's own remarks off the terminal, its warnings are ours to give, and its telemetry at home.
+
+    Telemetry of client 0.31 that tells of a service which does not start waits forever, for a lock of its own thread.
+    """
     import wandb
 
+    with contextlib.suppress(ImportError):
+        from wandb.analytics.opentelemetry.opentelemetry_proxy import disable
+
+        disable()
     wandb.setup(wandb.Settings(silent=True))

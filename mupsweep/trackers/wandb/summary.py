@@ -89,7 +89,7 @@ def content(sweep: SweepDir) -> dict[str, Any]:
     )
     report = sweep.results / "report.html"
     if report.is_file():
-        shown["report"] = wandb.Html(report.read_text(), inject=False)
+        shown["report"] = wandb.Html(report.read_text(encoding="utf-8"), inject=False)
     return shown
 
 

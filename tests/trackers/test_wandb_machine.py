@@ -1,0 +1,74 @@
+"""W&B on a machine that lacks what its client needs: runs finish, one warning is told, and `sync` sends the rest."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_wandb import ONLINE, assert_mirrored, of_the_clients_own, planned, said
+from wandb_server import WandbServer
+
+from mupsweep.records import DONE
+from mupsweep.report.conclude import conclude
+from mupsweep.worker import execute
+
+FOLDERS = [f"WANDB_{name}" for name in ("DIR", "CONFIG_DIR", "CACHE_DIR", "DATA_DIR", "ARTIFACT_DIR")]
+ONE_SIZE = ["sweep.width_ratios=[1]", "tracker.workspace=false", *ONLINE]
+
+
+@of_the_clients_own
+def test_folders_that_cannot_be_made_cost_one_warning_and_no_run(
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    cli: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").touch()
+    sweep = planned(*ONE_SIZE)
+    with monkeypatch.context() as sick, caplog.at_level(logging.WARNING, logger="mupsweep"):
+        for name in FOLDERS:
+            sick.setenv(name, str(tmp_path / "file" / name))
+        assert execute(sweep)
+        conclude([sweep])  # whose tables the client stores before it sends them
+    assert sweep.counts() == {DONE: 2}
+    (warning,) = said(caplog)
+    assert str(tmp_path / "file" / "WANDB_DATA_DIR") in warning
+    assert f"`mupsweep sync {sweep.path}` mirrors them later" in warning
+    assert server.runs["tracked-summary"].state != "finished"
+    pytest.importorskip("wandb").teardown()  # a new process finds other folders
+    code, out, err = cli("sync", str(sweep.path))
+    assert (code, err) == (0, "")
+    assert out.endswith("of 2 runs pushed to lab/mupsweep, group tracked\n")
+    assert_mirrored(server, sweep)
+    assert server.runs["tracked-summary"].state == "finished"
+    assert server.runs["tracked-summary"].summary["tables/runs"]["nrows"] == 2
+
+
+@of_the_clients_own
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # the client leaves it alone
+def test_a_client_whose_service_does_not_start_costs_one_warning_and_no_run(
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    cli: Callable[..., tuple[int, str, str]],
+) -> None:
+    sweep = planned(*ONE_SIZE)
+    monkeypatch.setenv("WANDB_X_SERVICE_WAIT", "0")  # seconds: it is never there in time
+    with caplog.at_level(logging.WARNING, logger="mupsweep"):
+        assert execute(sweep)
+    assert sweep.counts() == {DONE: 2}
+    assert [line.split(":")[0] for line in said(caplog)] == ["tracker"]
+    code, _, err = cli("sync", str(sweep.path))
+    assert code == 2
+    assert err.startswith(f"mupsweep: W&B does not take {sweep.path}: ")
+    assert err.count("\n") == 1
+    assert server.runs == {}
+    gc.collect()  # while that warning is expected
+    monkeypatch.delenv("WANDB_X_SERVICE_WAIT")
+    pytest.importorskip("wandb").teardown()
+    assert cli("sync", str(sweep.path))[0] == 0
+    assert_mirrored(server, sweep)
