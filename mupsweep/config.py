@@ -288,6 +288,8 @@ def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
     for key in tree:
         if key not in known:
             raise ConfigError(f"unknown key '{key}' in the config; {nearest(key, known)}")
+    if missing := sorted(known - set(tree)):
+        raise ConfigError(f"the config has no '{missing[0]}': the command that made the sweep writes config.yaml anew")
     config = SweepConfig(
         variants=tuple(
             Variant(

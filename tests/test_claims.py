@@ -22,8 +22,7 @@ WORKERS, SEEDS, LRS = 64, 32, 32
 RUNS = SEEDS * LRS
 LISTING = ("os.listdir", "os.scandir")  # what audit events call it
 CALLS = ("open", "os.mkdir", "os.link", "os.rename", "os.remove", "os.utime", *LISTING)
-PER_LOOK = 3  # where somebody else has the run: its status, the list of its claims, the newest of them
-PER_CLAIM = 22  # the claim and its release, and the records: each a new file that is renamed; folders
+PER_CLAIM = 16  # the claim and its release, and the records: each a new file that is renamed; two folders
 
 
 def finish(folder: RunDir) -> None:
@@ -36,7 +35,7 @@ def finish(folder: RunDir) -> None:
 
 
 def work(sweep: SweepDir, start: Any, answer: Path) -> None:
-    """One worker's whole way through the sweep; answers the runs it took and how often it called on the sweep's files."""
+    """One worker's whole way through the sweep; answers the runs it took, and its calls on the sweep's files."""
     calls: Counter[str] = Counter()
     listed: Counter[str] = Counter()
     taken: list[str] = []
@@ -85,21 +84,7 @@ def test_64_workers_train_every_run_once_with_a_bounded_number_of_calls(tmp_path
     assert sweep.counts() == {DONE: RUNS}
     assert not [run.run_id for run in runs if sweep.run(run.run_id).is_open() or sweep.run(run.run_id).is_claimed()]
     for one in told:
-        calls, claims = Counter(one["calls"]), one["calls"].get("os.link", 0)
+        looks, claims = sum(one["listed"].values()), one["calls"].get("os.link", 0)
         assert set(one["listed"]) <= {"claims"}  # no list that grows with the sweep
-        assert sum(one["listed"].values()) <= RUNS  # a look at a run lists its claims once
-        assert sum(calls.values()) <= PER_LOOK * RUNS + PER_CLAIM * claims
-    print(
-        "TOTAL",
-        [sum(one["calls"].values()) for one in told],
-        sum(o["calls"].get("os.link", 0) for o in told),
-        [len(o["taken"]) for o in told],
-        told[0]["calls"],
-    )
-    print(
-        max(
-            (sum(o["calls"].values()) - RUNS - 2 * sum(o["listed"].values())) / max(1, o["calls"].get("os.link", 0))
-            for o in told
-        )
-    )
-    assert 0
+        assert looks <= RUNS  # of a run that is not finished the claims are listed, once, and the newest is read
+        assert sum(one["calls"].values()) <= RUNS + 2 * looks + PER_CLAIM * claims

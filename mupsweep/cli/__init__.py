@@ -26,6 +26,7 @@ app = typer.Typer(
 
 
 def show_version(wanted: bool) -> None:
+    """--version"""
     if wanted:
         print(__version__)
         raise typer.Exit
@@ -74,9 +75,8 @@ def drop_output() -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2; a traceback is a bug of ours."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not where it is closed
-            stream.reconfigure(errors="replace")  # a chart's lines, where the locale knows ASCII only
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it is none where it is closed
+        sys.stdout.reconfigure(errors="replace")  # a chart's lines, where the locale knows ASCII only
     try:
         working_folder()
         try:

@@ -67,7 +67,7 @@ REFUSED: list[tuple[str, tuple[str, ...]]] = [
     ("mupsweep plan experiment=smoke --json >/dev/full", ("No space left on device", "free space")),
     # encodings
     (f"{NO_UTF8} mupsweep plan experiment=smoke out=µ", ("'out=\\udcc2\\udcb5'", "LC_ALL=C.UTF-8")),
-    (f"{NO_UTF8} mupsweep status µ", ("is not a sweep", "mupsweep run")),
+    (f"{NO_UTF8} mupsweep status µ", ("\\udcc2\\udcb5 is not a sweep",)),
     (r"mupsweep plan experiment=smoke out=$'\xff'", ("'out=\\udcff'", "LC_ALL=C.UTF-8")),
     ("mupsweep run experiment=smoke data=local data.path=µ", ("data.path=µ", ".jsonl")),
     ("mupsweep plan experiment=smoke 'sweep.seeds=[µ]'", ("'sweep.seeds=[µ]'", "quote text beyond ASCII")),

@@ -240,6 +240,15 @@ def test_a_transfer_exits_with_0_under_strict(cli: Callable[..., tuple[int, str,
     assert (json.loads(out)["groups"][0]["verdict"], code) == ("transfers", 0), err
 
 
+def test_a_sweep_whose_folder_cannot_be_written_is_judged_all_the_same(cli: Callable[..., tuple[int, str, str]]) -> None:
+    sweep = ladder(-8.0)
+    sweep.results.write_text("a file where a folder is wanted")
+    code, out, err = cli("transfer", str(sweep.path))
+    assert (code, len(err.splitlines())) == (2, 1), err
+    assert ": TRANSFERS" in out
+    assert f"cannot make the folder {sweep.results}" in err
+
+
 def test_transfer_as_json_has_the_documented_keys_and_is_the_file(cli: Callable[..., tuple[int, str, str]]) -> None:
     sweep = ladder(optimum_at_twice_the_width=-8.0)
     document = json.loads(cli("transfer", str(sweep.path), "--json")[1])

@@ -118,11 +118,11 @@ class Broken:
 
     def open(self, sweep: SweepDir, run: RunDir) -> Page:
         self.asked += 1
-        raise OSError("disk on fire\nsmoke everywhere")
+        raise OSError("disk on fire:\nsmoke everywhere")
 
     def held(self, sweep: SweepDir) -> Mapping[str, str]:
         self.asked += 1
-        raise OSError("disk on fire")
+        raise OSError("disk on\nfire:\n  smoke everywhere")
 
     def analysed(self, sweep: SweepDir) -> None:
         raise AssertionError("nothing is held")
@@ -138,7 +138,10 @@ def test_a_tracker_that_raises_is_one_warning_and_is_not_asked_again(
         assert execute(sweep)
     assert sweep.counts()["done"] == 2
     assert broken.asked == 1
-    told = f"tracker: OSError: disk on fire; the records are complete, `mupsweep sync {sweep.path}` mirrors them later"
+    told = (
+        "tracker: OSError: disk on fire: smoke everywhere; the records are complete, "
+        f"`mupsweep sync {sweep.path}` mirrors them later"
+    )
     assert [r.message for r in caplog.records] == [told]
     conclude([sweep])
     assert [r.message for r in caplog.records] == [told] * 2
