@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +150,7 @@ def _meant(word: str, config_dir: str | None) -> str:
     return "write key=value; quote lists for the shell: 'sweep.seeds=[0,1]'"
 
 
-def nearest_key(key: str, known: Sequence[str]) -> str:
+def nearest_key(key: str, known: Collection[str]) -> str:
     """The hint for a dotted key: its nearest spelling, and the keys of its own group only."""
     *_, name = key.split(".")
     if name in ("lr", "lrs", "learning_rate", "base_lr"):

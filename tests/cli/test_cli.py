@@ -240,7 +240,7 @@ def test_a_transfer_exits_with_0_under_strict(cli: Callable[..., tuple[int, str,
     assert (json.loads(out)["groups"][0]["verdict"], code) == ("transfers", 0), err
 
 
-def test_a_sweep_whose_folder_cannot_be_written_is_judged_all_the_same(cli: Callable[..., tuple[int, str, str]]) -> None:
+def test_a_sweep_whose_folder_cannot_be_written_is_judged_too(cli: Callable[..., tuple[int, str, str]]) -> None:
     sweep = ladder(-8.0)
     sweep.results.write_text("a file where a folder is wanted")
     code, out, err = cli("transfer", str(sweep.path))
