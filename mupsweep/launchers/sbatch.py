@@ -124,6 +124,7 @@ work() {
         [ -z "$stopped" ] || exit 130
         train "$1" &
         worker=$!
+        [ -z "$stopped" ] || kill -USR1 "$worker" 2>/dev/null || true  # told before there was a worker to tell
         await "$worker"
         if [ "$stopped" ] || [ "$code" -le 128 ] || [ "$code" -eq 130 ] || [ "$deaths" -ge "$max_deaths" ]; then
             exit "$code"
@@ -142,18 +143,21 @@ await() {
     done
 }
 
+# USR1 comes before the time limit: the workers checkpoint, and the task is queued again to go on from there.
+# TERM comes when the job is cancelled, preempted or requeued; a preempted job is queued again by Slurm itself.
+limit=""
+told=""
+tell() { told=yes; kill -USR1 "${workers[@]}" 2>/dev/null || true; }
+trap 'limit=near; tell' USR1
+trap tell TERM
+
 # A worker per device. They share the runs out by claiming them, and skip what is finished.
 workers=()
 for device in "${devices[@]}"; do
     work "$device" &
     workers+=("$!")
 done
-
-# USR1 comes before the time limit: the workers checkpoint, and the task is queued again to go on from there.
-# TERM comes when the job is cancelled, preempted or requeued; a preempted job is queued again by Slurm itself.
-limit=""
-trap 'limit=near; kill -USR1 "${workers[@]}" 2>/dev/null || true' USR1
-trap 'kill -TERM "${workers[@]}" 2>/dev/null || true' TERM
+[ -z "$told" ] || tell
 worst=0
 for worker in "${workers[@]}"; do
     await "$worker"
