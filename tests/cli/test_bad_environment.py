@@ -10,10 +10,10 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from test_bad_input import Outcome
 
 from mupsweep import plan
 from mupsweep.config import load
@@ -24,13 +24,6 @@ PLACE = (
 )
 NO_UTF8 = "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0"
 ASCII = "PYTHONIOENCODING=ascii"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture
