@@ -9,11 +9,12 @@ import pytest
 from wandb_server import API_KEY, WandbServer, serving
 
 from mupsweep.trackers import live
+from mupsweep.trackers.wandb import leave
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbServer]:
-    wandb = pytest.importorskip("wandb")
+    pytest.importorskip("wandb")
     with serving() as made:
         monkeypatch.delenv("WANDB_MODE", raising=False)
         monkeypatch.setenv("WANDB_BASE_URL", made.url)
@@ -22,7 +23,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbSer
         for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
             monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "client"))
         monkeypatch.setattr(live, "POLL", 0.02)
-        wandb.teardown()
+        leave()
         yield made
-        wandb.teardown()
+        leave()
         assert made.unknown == []

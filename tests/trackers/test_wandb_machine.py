@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +18,7 @@ from wandb_server import WandbServer
 
 from mupsweep.records import DONE
 from mupsweep.report.conclude import conclude
+from mupsweep.trackers.wandb import leave
 from mupsweep.worker import execute
 
 FOLDERS = [f"WANDB_{name}" for name in ("DIR", "CONFIG_DIR", "CACHE_DIR", "DATA_DIR", "ARTIFACT_DIR")]
@@ -39,7 +45,7 @@ def test_folders_that_cannot_be_made_cost_one_warning_and_no_run(
     assert str(tmp_path / "file" / "WANDB_DATA_DIR") in warning
     assert f"`mupsweep sync {sweep.path}` mirrors them later" in warning
     assert server.runs["tracked-summary"].state != "finished"
-    pytest.importorskip("wandb").teardown()  # a new process finds other folders
+    leave()  # a new process finds other folders
     code, out, err = cli("sync", str(sweep.path))
     assert (code, err) == (0, "")
     assert out.endswith("of 2 runs pushed to lab/mupsweep, group tracked\n")
@@ -69,6 +75,28 @@ def test_a_client_whose_service_does_not_start_costs_one_warning_and_no_run(
     assert server.runs == {}
     gc.collect()  # while that warning is expected
     monkeypatch.delenv("WANDB_X_SERVICE_WAIT")
-    pytest.importorskip("wandb").teardown()
+    leave()
     assert cli("sync", str(sweep.path))[0] == 0
     assert_mirrored(server, sweep)
+
+
+@pytest.mark.parametrize("sick", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_process_ends_whatever_became_of_the_clients_service(sick: signal.Signals, tmp_path: Path) -> None:
+    """Client 0.31 waits forever for a service that does not answer, at the end of the process too."""
+    pytest.importorskip("wandb")
+    words = f"""
+import os
+import wandb
+from mupsweep.trackers import wandb as page
+page.PARTING = 0.2
+page.quiet()
+service = wandb.setup().ensure_service()._proc._process.pid
+print(service, flush=True)
+os.kill(service, {int(sick)})
+"""
+    said = tmp_path / "said"  # no pipe: the service holds it open
+    with said.open("w") as to:
+        code = subprocess.run([sys.executable, "-c", words], stdout=to, stderr=to, timeout=60, check=False).returncode
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(said.read_text()), signal.SIGKILL)
+    assert code == 0

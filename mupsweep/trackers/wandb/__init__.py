@@ -8,11 +8,13 @@ server: each carries the fingerprint of the records that it was made from.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +29,7 @@ MODES = ("offline", "online")
 LONGEST_ID = 64  # characters that W&B allows
 MIRRORED = "mirrored"  # the key of a W&B run's summary that holds the fingerprint of its records
 COMPLETE = ("finished", "failed", "preempted")  # states of a W&B run of which every row arrived
+PARTING = 5.0  # seconds that a process which ends waits for the client's service to end; every row has arrived before
 
 
 @dataclass(frozen=True)
@@ -214,9 +217,10 @@ def wandb_id(sweep: SweepDir, name: str) -> str:
 
 
 def quiet() -> None:
-    """Keep the client's own remarks off the terminal, its warnings are ours to give, and its telemetry at home.
+    """Start the client's service, and keep its remarks off the terminal, its telemetry at home and its end short.
 
-    Telemetry of client 0.31 that tells of a service which does not start waits forever, for a lock of its own thread.
+    Its warnings are ours to give. Telemetry of client 0.31 that tells of a service which does not start waits forever,
+    for a lock of its own thread.
     """
     import wandb
 
@@ -224,4 +228,23 @@ def quiet() -> None:
         from wandb.analytics.opentelemetry.opentelemetry_proxy import disable
 
         disable()
-    wandb.setup(wandb.Settings(silent=True))
+    wandb.setup(wandb.Settings(silent=True)).ensure_service()
+    atexit.unregister(leave)
+    atexit.register(leave)  # again after every start of a service: it must run before the client's own wait
+
+
+def leave() -> None:
+    """End the client's service, and wait for it but a moment.
+
+    The client waits forever, at the end of a process too. If it gave a server up just before, its word to the service
+    may be lost (0.31): then the service waits for the end of this process, and this process for the service.
+    """
+    import wandb
+
+    def part() -> None:
+        with contextlib.suppress(Exception):  # the service is gone
+            wandb.teardown()
+
+    parting = threading.Thread(target=part, name="parting", daemon=True)
+    parting.start()
+    parting.join(PARTING)
