@@ -23,7 +23,7 @@ smoke: $(READY) ## the same path on the smallest models, in seconds
 	$(BIN)/mupsweep run experiment=smoke
 
 test: $(READY) ## the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: $(READY) ## the drills that take minutes
 	$(BIN)/python -m pytest -q -m slow
