@@ -48,6 +48,11 @@ class Claim:
         """False once another worker took the run over, for instance after this process was suspended for long."""
         return newest(self.path.parent) == self.path
 
+    def deaths(self) -> int:
+        """How many owners before this one never released the run: they died of it, or with their machine."""
+        before = (self.path.with_name(_claim_name(number)) for number in range(int(self.path.stem)))
+        return sum(not (read_json(path) or {}).get("released") for path in before)
+
     def release(self) -> None:
         with contextlib.suppress(RecordError):  # a full disk: the claim is free when this process has ended
             write_json(self.path, {**self.owner, "released": True}, durable=False)
@@ -58,7 +63,7 @@ def take(folder: Path) -> Claim | None:
     last = newest(folder)
     if last is None:
         make_folder(folder)
-    elif not is_free(last, _file_clock) and not (_lost_its_job(last) and _falls_silent(last)):
+    elif not _is_given_up(last):
         return None
     path = folder / _claim_name(int(last.stem) + 1 if last is not None else 0)
     owner = _owner()
@@ -74,10 +79,11 @@ def is_of(path: Path, pid: int) -> bool:
 def silence(folder: Path) -> tuple[float, str] | None:
     """Seconds since the newest claim's owner gave a sign of life, and who that is; None where nobody owns the run."""
     path = newest(folder)
-    if path is None or is_free(path):
-        return None
-    owner = read_json(path) or {}
-    return time.time() - path.stat().st_mtime, f"pid {owner.get('pid')} on {owner.get('host')}"
+    with contextlib.suppress(FileNotFoundError):  # a lock that is let go at this moment
+        if path is not None and not is_free(path):
+            owner = read_json(path) or {}
+            return time.time() - path.stat().st_mtime, f"pid {owner.get('pid')} on {owner.get('host')}"
+    return None
 
 
 def newest(folder: Path) -> Path | None:
@@ -118,6 +124,14 @@ def is_free(path: Path, clock: Callable[[Path], float] = lambda _: time.time()) 
     if _is_here(owner):
         return born(int(owner["pid"])) != owner.get("born")
     return clock(path.parent) - _last_beat(path) > STALE_SECONDS
+
+
+def _is_given_up(path: Path) -> bool:
+    """Whether the newest claim may be followed by another; this may wait."""
+    try:
+        return is_free(path, _file_clock) or (_lost_its_job(path) and _falls_silent(path))
+    except FileNotFoundError:  # a lock that is let go at this moment: somebody else may have it already
+        return False
 
 
 def _lost_its_job(path: Path) -> bool:
@@ -174,7 +188,7 @@ def _file_clock(folder: Path) -> float:
 
 
 def _is_here(owner: dict[str, Any]) -> bool:
-    """Whether the owner's pid is one of this host's, since it was booted."""
+    """Whether the owner's pid is one that this process can see: of this host, since it was booted."""
     return (owner.get("host"), owner.get("boot")) == (socket.gethostname(), _boot_id())
 
 
@@ -205,9 +219,12 @@ def _create(path: Path, text: str) -> bool:
 
 @cache
 def _boot_id() -> str:
+    """Of this host, and of the container: two of one host may share its name, and know nothing of each other's pids."""
+    known = ""
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return ""
+        known = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        known += f" {os.stat('/proc/self/ns/pid').st_ino}"
+    return known
 
 
 def born(pid: int) -> str | None:

@@ -1,4 +1,5 @@
-"""The errors a user can cause. The command line prints each in one line and exits with its code."""
+"""The errors a user can cause, and words that messages share. The command line prints each error in one line and exits
+with its code."""
 
 from __future__ import annotations
 
@@ -26,7 +27,13 @@ class RecordError(MupsweepError):
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint that names the closest valid spelling first: `did you mean 'x'? valid: x, y, z`."""
-    valid = sorted(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    guess = f"did you mean '{close[0]}'? " if close else ""
-    return f"{guess}valid: {', '.join(valid)}"
+    spelt = {one.lower(): one for one in sorted(valid)}
+    typed = name.lower().replace("μ", "mu").replace("µ", "mu")  # the Greek letter, and the micro sign of keyboards
+    close = difflib.get_close_matches(typed, spelt, n=1, cutoff=0.5)
+    guess = f"did you mean '{spelt[close[0]]}'? " if close else ""
+    return f"{guess}valid: {', '.join(sorted(valid))}"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 run, 2 runs."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -217,9 +217,8 @@ def _check_sizes(recipes: Sequence[Recipe], config: SweepConfig) -> None:
 def _check_decay(optimizer: Optimizer, parametrization: Parametrization) -> None:
     """Decay that is normalised together with the gradient is a share of the update, and shrinks by no fixed amount."""
     rule = parametrization.weight_decay_rule
-    if not optimizer.weight_decay or WEIGHT_DECAY_RULES[rule].unit == "lr":
-        return
-    if optimizer.decay_law() != optimizer.update_law():
+    uncoupled = optimizer.weight_decay and WEIGHT_DECAY_RULES[rule].unit != "lr"
+    if uncoupled and optimizer.decay_law() != optimizer.update_law():
         coupled = [name for name, other in WEIGHT_DECAY_RULES.items() if other.unit == "lr"]
         raise ConfigError(
             f"parametrization.weight_decay_rule={rule}: {optimizer.name} normalises its weight decay together with "
@@ -233,13 +232,13 @@ def plan(config: SweepConfig, finished: Iterable[Mapping[str, Any]] = ()) -> lis
     Args:
         finished: summaries of the runs from which a search goes on, with the FLOPs that were planned for each.
     """
+    grid = config.sweep
     for variant in config.variants:
         _check_shares(variant.training, config.launcher)
     recipes = [recipe(variant, config.launcher) for variant in config.variants]
     _check_sizes(recipes, config)
-    if config.sweep.search != GRID:
-        return _longest_first(_next(recipes, config.sweep, list(finished)))
-    grid = config.sweep
+    if grid.search != GRID:
+        return _longest_first(_next(recipes, grid, list(finished)))
     return _longest_first(run for made in recipes for run in _grid(made, grid.ratios, grid.log2_lrs, grid.seeds))
 
 
@@ -257,8 +256,10 @@ def _next(recipes: Sequence[Recipe], grid: GridConfig, finished: Sequence[Mappin
                 chosen += runs
                 left -= cost
         if chosen:
-            break
-    return chosen
+            return chosen
+    if grid.max_flops is not None and not finished:
+        raise ConfigError(f"sweep.max_flops={grid.max_flops:g}: no size's first round costs so little; give more")
+    return []
 
 
 def _wanted(recipes: Iterable[Recipe], looks: Mapping[Label, Sequence[Outlook]]) -> list[list[RunSpec]]:
@@ -283,16 +284,19 @@ def sweep_name(config: SweepConfig) -> str:
     return f"{readable}-{digest[:6]}"
 
 
-def save(config: SweepConfig, header: str, sweep: SweepDir | None = None) -> tuple[SweepDir, list[RunSpec]]:
+def save(
+    config: SweepConfig, header: str, sweep: SweepDir | None = None, new: Sequence[RunSpec] | None = None
+) -> tuple[SweepDir, list[RunSpec]]:
     """Add the plan to the sweep's folder and return every run of the sweep, planned now or before.
 
     Args:
         sweep: the folder; None is that of the config.
+        new: the config's `plan`, where it was made already.
 
     Raises:
         ConfigError: the folder holds a variant of the same name with other settings.
     """
-    new = plan(config)
+    new = plan(config) if new is None else new
     sweep = SweepDir(Path(config.out) / sweep_name(config)) if sweep is None else sweep
     with sweep.lock():
         old = _planned_before(sweep)
@@ -312,13 +316,10 @@ def save(config: SweepConfig, header: str, sweep: SweepDir | None = None) -> tup
 def next_round(config: SweepConfig, sweep: SweepDir) -> list[RunSpec]:
     """What a search adds to its sweep: nothing while a run is not finished, so that what it adds depends on whole
     rounds alone and not on when it was interrupted."""
-    finished, ended = [], True
-    for row in sweep.read_plan():
-        folder = sweep.run(row["run_id"])
-        summary = None if folder.is_open() else folder.summary()
-        ended = ended and summary is not None
-        finished.append({**(summary or {}), "flops": row["flops"]})
-    return plan(config, finished) if ended else []
+    planned = {sweep.run(row["run_id"]): row["flops"] for row in sweep.read_plan()}
+    if any(folder.is_open() for folder in planned):
+        return []
+    return plan(config, [{**(folder.summary() or {}), "flops": flops} for folder, flops in planned.items()])
 
 
 def extend(
@@ -361,8 +362,8 @@ def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:
 
 def corpus_remarks(runs: Iterable[RunSpec]) -> list[str]:
     """What to say of runs that read their corpus more than once, as far as its size is known."""
-    one_each = {run.recipe.digest: run for run in runs}
-    remarks = (epochs_remark(run.recipe.variant.data, run.cost.tokens) for run in one_each.values())
+    one_each = {run.recipe.digest: run for run in runs}.values()
+    remarks = (epochs_remark(run.recipe.variant.data, run.cost.tokens) for run in one_each)
     return list(dict.fromkeys(remark for remark in remarks if remark))
 
 
@@ -390,8 +391,7 @@ def _grid(
         for log2_lr in log2_lrs:
             for seed in seeds:
                 key = f"{made.digest} {size.width_ratio!r} {size.depth_ratio!r} {float(log2_lr)!r} {int(seed)}"
-                digest = hashlib.sha256(key.encode()).hexdigest()[:8]
-                run_id = f"{size.name}-lr{log2_lr:.2f}-s{seed}-{digest}"
+                run_id = f"{size.name}-lr{log2_lr:.2f}-s{seed}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
                 yield RunSpec(run_id, made, size, float(log2_lr), int(seed), cost)
 
 

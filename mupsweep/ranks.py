@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mupsweep import processes
 from mupsweep.errors import ConfigError
 
 log = logging.getLogger("mupsweep")
@@ -37,8 +39,9 @@ T = TypeVar("T")
 OK, SAVE, STOP, OUT_OF_MEMORY, FAILED = range(5)  # the worst of the ranks' words is everybody's
 BUCKET = 2**24  # numbers that are summed at once: 64 MiB in fp32
 TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun's variables
-FOLLOWS = "MUPSWEEP_FOLLOWS"  # of the environment of a rank that rank 0 started
+FOLLOWS = "MUPSWEEP_FOLLOWS"  # of the environment of a rank that rank 0 started: its pid
 LONG = timedelta(days=30)  # how long a rank waits for its next run
+PARTING = 60.0  # seconds that rank 0 waits for the others to end; all they did is recorded by then
 PR_SET_PDEATHSIG = 1  # prctl(2)
 SIOCGIFADDR = 0x8915  # netdevice(7)
 
@@ -262,7 +265,7 @@ def gathered(devices: Sequence[torch.device], command: Sequence[str], shard: boo
         from torch.distributed.rendezvous import rendezvous
 
         if FOLLOWS in os.environ:
-            _die_with_parent()
+            _die_with(int(os.environ[FOLLOWS]))
         try:
             store, _, _ = next(rendezvous("env://"))
         except dist.DistError as error:
@@ -341,17 +344,19 @@ class Followers:
 
     def start(self, place: Mapping[str, str], command: Sequence[str]) -> None:
         """One more."""
-        environment = {**os.environ, **place, FOLLOWS: "1"}
-        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, env=environment)
+        process = processes.start(command, {**place, FOLLOWS: str(os.getpid())})
         self.processes.append(process)
         threading.Thread(target=self._watch, args=(place["RANK"], process), daemon=True).start()
 
     def wait(self) -> None:
-        """Until all have ended, as they were told to; where they could not be told, they are killed."""
+        """Until all have ended, as they were told to; those that could not be told, or do not end, are killed."""
+        until = time.monotonic() + PARTING * self.ending
         for process in self.processes:
-            if not self.ending:
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
                 process.kill()
-            process.wait()
+                process.wait()
 
     def _watch(self, rank: str, process: subprocess.Popen[bytes]) -> None:
         code = process.wait()
@@ -372,7 +377,9 @@ def packed(things: Iterable[T], numbers: Callable[[T], int]) -> Iterator[list[T]
         yield bucket
 
 
-def _die_with_parent() -> None:
+def _die_with(leader: int) -> None:
     """No rank outlives rank 0, however that ends; where the system cannot promise it, the next exchange fails."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != leader:  # it ended before
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -172,7 +172,7 @@ class SweepDir:
             ) from error
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[Claim]:
         """Held while the plan is extended, so that of two commands at once none loses the runs of the other. It is a
         claim like that of a run, since many network file systems cannot lock."""
         folder, pause = self.path / ".planning", 0.02
@@ -181,7 +181,7 @@ class SweepDir:
             if 0.5 < pause < 1.0 and (owner := claims.silence(folder)):  # once, after a second
                 log.warning("waiting for %s, which plans this sweep", owner[1])
         try:
-            yield
+            yield claim
         finally:
             with contextlib.suppress(OSError):
                 if claim.is_held():
@@ -268,7 +268,7 @@ class RunDir:
         """The logged rows, in order of steps, up to the first that was not written whole."""
         rows: list[dict[str, Any]] = []
         try:
-            for line in self.metrics_path.read_text().splitlines():
+            for line in self.metrics_path.read_bytes().splitlines():
                 rows.append(json.loads(line))
         except (OSError, ValueError):
             pass

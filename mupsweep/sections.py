@@ -6,7 +6,6 @@ A section with a `kind` names its class; its other keys are that dataclass's fie
 from __future__ import annotations
 
 import importlib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 from mupsweep.errors import ConfigError, nearest
 
 T = TypeVar("T")
+LARGEST = 1e30  # FLOPs of models and tokens so large are still finite
 
 
 def structured(cls: type[T], section: Mapping[str, Any], where: str) -> T:
@@ -39,8 +39,8 @@ def structured(cls: type[T], section: Mapping[str, Any], where: str) -> T:
 
     for key, value in section.items():
         entries = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(v, float) and not math.isfinite(v) for v in entries):
-            raise ConfigError(f"{where}.{key}={value}: expected a finite number")
+        if any(isinstance(v, int | float) and not abs(v) <= LARGEST for v in entries):  # nan is not, either
+            raise ConfigError(f"{where}.{key}={value}: expected finite numbers, up to {LARGEST:.0e}")
         if any(isinstance(v, list | tuple) for v in entries):
             raise ConfigError(f"{where}.{key}={value}: expected a plain list, such as [-8,-7]")
 
@@ -88,8 +88,8 @@ def instantiate(section: Mapping[str, Any], where: str) -> Any:
     cls = _named(section, where)
     if not (isinstance(cls, type) and is_dataclass(cls)):
         raise ConfigError(f"{where}.kind={section.get('kind')} is no dataclass: its fields would be the section's keys")
-    name = str(section.get("name", ""))
-    if not re.fullmatch(r"[\w.+-]*", name):
+    name = section.get("name", cls.__name__)
+    if not re.fullmatch(r"[\w.+-]+", str(name)):
         raise ConfigError(f"{where}.name={name}: it becomes part of file names, so use letters, digits, and . + - _")
     return structured(cls, {k: v for k, v in section.items() if k != "kind"}, where)
 
@@ -116,13 +116,24 @@ def refuse_foreign_code(section: Mapping[str, Any], where: str, allowed: bool) -
 
 def _named(section: Mapping[str, Any], where: str) -> Any:
     """What a section's `kind` names."""
-    path, _, name = str(section.get("kind")).rpartition(".")
+    return imported(section.get("kind"), f"{where}.kind", "a dataclass")
+
+
+def imported(path: Any, key: str, what: str) -> Any:
+    """What a dotted path names, which the config gives at `key`.
+
+    Raises:
+        ConfigError: nothing, or code that fails; only its last word is told.
+    """
+    module, _, name = str(path).rpartition(".")
+    if not module:
+        raise ConfigError(f"{key}={'null' if path is None else path}: name {what} as package.module.Class")
     try:
-        return getattr(importlib.import_module(path), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # code that is not ours may raise anything
         raise ConfigError(
-            f"{where}.kind={section.get('kind')} cannot be imported ({error}): "
-            f"it names a dataclass as package.module.Class"
+            f"{key}={path} cannot be imported ({' '.join(str(error).split()) or type(error).__name__}): name {what} as "
+            "package.module.Class, of a package that is installed or in a folder of PYTHONPATH"
         ) from error
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from mupsweep.errors import RecordError
 
 SECONDS = 30.0  # a controller that is busy answers late; nobody waits longer than this
+OF_THE_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS")  # how Slurm is reached; not of a job
 UNKNOWN = "Invalid job id"  # what squeue says where no job of the list is known any more
 
 
@@ -108,6 +109,13 @@ def own_job() -> dict[str, str | None]:
         "slurm_job": f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID"),
         "slurm_restarts": os.environ.get("SLURM_RESTART_COUNT"),
     }
+
+
+def outside() -> dict[str, str]:
+    """The environment without what Slurm says in it of the job that this process belongs to, if any: sbatch would hand
+    it on to a job that it submits, whose srun refuses what contradicts its own (SLURM_MEM_PER_CPU, ..._PER_NODE)."""
+    inside = "SLURM_JOB_ID" in os.environ
+    return {k: v for k, v in os.environ.items() if not (inside and k.startswith("SLURM_") and k not in OF_THE_SITE)}
 
 
 def is_over(job_id: str) -> bool:

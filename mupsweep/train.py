@@ -67,7 +67,7 @@ def train(
         progress = journal.progress
         decay, end = horizons[progress.horizon]
         word = ranks.exchange(STOP if control.stop_requested() else SAVE if journal.due() else OK)
-        if word in (SAVE, STOP):
+        if word in (SAVE, STOP) and journal.steps:  # or there is nothing new to keep
             journal.save()
         if word == STOP:
             raise Interrupted

@@ -9,13 +9,12 @@ import contextlib
 import ctypes
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from types import FrameType
 
 import torch
 
@@ -27,6 +26,7 @@ from mupsweep.cost import si
 from mupsweep.data import Dataset, prepare
 from mupsweep.errors import ConfigError, MupsweepError, RecordError, nearest
 from mupsweep.plan import RunSpec
+from mupsweep.processes import StopFlag
 from mupsweep.ranks import ALONE, Interrupted, Ranks, gathered, own_place
 from mupsweep.records import FAILED, FINISHED, PENDING, RUNNING, RunDir, SweepDir
 from mupsweep.trackers.live import Live
@@ -34,8 +34,8 @@ from mupsweep.train import choose_precision, device_name, train
 
 log = logging.getLogger("mupsweep")
 
+DEADLY = 2  # a run of which so many workers died is trained last
 LITTLE, MUCH = 2**20, 2**31 - 1  # bytes; of `set_kept_memory`
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def execute(
@@ -45,6 +45,7 @@ def execute(
     threads: int = 1,
     on_finished: Callable[[], None] = lambda: None,
     shard: bool = False,
+    stop: StopFlag | None = None,
 ) -> bool:
     """Train every run of the sweep, or the named ones, that is pending and claimed by nobody; longest first.
 
@@ -53,11 +54,12 @@ def execute(
         device: a torch device, "auto", or several separated by commas, which train every run together. Where torchrun
             started this process and others, the device of each on this machine, or one name for all.
         shard: divide weights, gradients and optimizer state among several devices.
+        stop: whether to stop; None is told by signals from now on.
 
     Returns:
         False if it was asked to stop before all of them were taken.
     """
-    stop = StopFlag.install()
+    stop = stop or StopFlag.install()
     devices = choose_devices(device, int(own_place().get("LOCAL_WORLD_SIZE", 1)))
     words = [str(sweep.path), *run_ids, "--device", device, "--threads", str(threads), *["--shard"] * shard]
     with gathered(devices, [sys.executable, "-m", "mupsweep", "worker", *words], shard) as ranks:
@@ -80,8 +82,9 @@ def lead(
 ) -> bool:
     """`execute` on rank 0, which is all there is on one device."""
     runs = select(plan.load(sweep), run_ids)
+    deadly: list[RunSpec] = []
     data: dict[str, Dataset] = {}
-    for run in runs:
+    for run in chain(runs, deadly):
         folder = sweep.run(run.run_id)
         if folder.status()["status"] in (*FINISHED, FAILED):
             continue
@@ -90,6 +93,11 @@ def lead(
             continue
         try:
             if folder.status()["status"] in (*FINISHED, FAILED):  # finished between the look and the claim
+                continue
+            if stop.signalled:
+                return False
+            if claim.deaths() >= DEADLY and run not in deadly:  # the others first, or none of them ever has its turn
+                deadly.append(run)
                 continue
             if run.recipe.digest not in data:
                 data[run.recipe.digest] = prepare(run.recipe.variant.data)
@@ -107,10 +115,11 @@ def lead(
 
 def follow(sweep: SweepDir, device: torch.device, stop: StopFlag, ranks: Ranks) -> bool:
     """`execute` on the other ranks: train what rank 0 begins, and write nothing. What fails is for rank 0 to record."""
-    runs = {run.run_id: run for run in plan.load(sweep)}
+    runs: dict[str, RunSpec] = {}
     while run_id := ranks.next_run():
         try:
             with ranks.together():
+                runs = runs or {run.run_id: run for run in plan.load(sweep)}  # not before rank 0 knows its runs
                 run = runs[run_id]
                 data = prepare(run.recipe.variant.data)
                 train(run, built_on(ranks, run, device), data, sweep.run(run_id), device, Follower(stop), ranks)
@@ -206,25 +215,6 @@ class LogFile(logging.FileHandler):
 
 class TakenOver(Exception):
     """The run belongs to another worker now; nothing of it may be written here any more."""
-
-
-@dataclass
-class StopFlag:
-    """Set by the first stop signal; the run in progress finishes its step and checkpoints."""
-
-    signalled: bool = False
-
-    @classmethod
-    def install(cls) -> StopFlag:
-        flag = cls()
-
-        def handle(signum: int, frame: FrameType | None) -> None:
-            flag.signalled = True
-
-        for number in STOP_SIGNALS:
-            signal.signal(number, handle)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # which a launcher holds back until now
-        return flag
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from mupsweep.cli import main
+from mupsweep.processes import STOPS
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,6 +32,15 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative paths, such as the default folder of sweeps, point into the test's own folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def _signals_as_before() -> Iterator[None]:
+    """What a test has stop signals do ends with it."""
+    handlers = {number: signal.getsignal(number) for number in STOPS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ from mupsweep.config import TrainingConfig
 from mupsweep.data import Dataset, prepare
 from mupsweep.errors import ConfigError
 from mupsweep.plan import RunSpec
+from mupsweep.processes import StopFlag
 from mupsweep.records import DONE, FAILED, RunDir
 from mupsweep.train import Interrupted, loss_of_rows, observe_curvature, train
-from mupsweep.worker import Owner, StopFlag, execute_run
+from mupsweep.worker import Owner, execute_run
 
 TOLERANCE = {
     "gradient": 2e-6,  # absolute, of gradients near 1: fp32 sums in another order

@@ -14,7 +14,9 @@ import torch
 
 from mupsweep import plan, worker
 from mupsweep.config import load
+from mupsweep.files import write_json
 from mupsweep.plan import RunSpec
+from mupsweep.processes import StopFlag
 from mupsweep.records import DONE, RUNNING, RunDir, SweepDir
 from mupsweep.trackers.live import Live
 
@@ -58,8 +60,37 @@ def work(sweep: SweepDir, start: Any, answer: Path) -> None:
 
     plan_of, plan.load, worker.execute_run = plan.load, load_and_wait, note
     with Live(sweep) as tracker:
-        worker.lead(sweep, (), torch.device("cpu"), worker.StopFlag(), worker.ALONE, lambda: None, tracker)
+        worker.lead(sweep, (), torch.device("cpu"), StopFlag(), worker.ALONE, lambda: None, tracker)
     answer.write_text(json.dumps({"taken": taken, "calls": dict(calls), "listed": dict(listed)}))
+
+
+def led(sweep: SweepDir, monkeypatch: pytest.MonkeyPatch, stop: StopFlag) -> tuple[bool, list[str]]:
+    """How a worker ends, and the runs that it trained, in that order."""
+    taken: list[str] = []
+
+    def note(run: RunSpec, folder: RunDir, *_: Any) -> None:
+        taken.append(folder.run_id)
+        finish(folder)
+
+    monkeypatch.setattr(worker, "execute_run", note)
+    with Live(sweep) as tracker:
+        return worker.lead(sweep, (), torch.device("cpu"), stop, worker.ALONE, lambda: None, tracker), taken
+
+
+def test_a_run_that_two_workers_died_of_is_trained_after_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep, runs = plan.save(load(["experiment=smoke"]), "")
+    deadly, unlucky, *_ = ids = [run.run_id for run in runs]
+    for run_id in (deadly, deadly, unlucky):
+        claim = sweep.run(run_id).claim()
+        assert claim is not None
+        write_json(claim.path, {**claim.owner, "born": "1"})
+    assert led(sweep, monkeypatch, StopFlag()) == (True, [*ids[1:], deadly])
+
+
+def test_a_worker_that_is_told_to_stop_before_it_begins_a_run_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep, runs = plan.save(load(["experiment=smoke"]), "")
+    assert led(sweep, monkeypatch, StopFlag(signalled=True)) == (False, [])
+    assert not any(sweep.run(run.run_id).is_claimed() for run in runs)
 
 
 @pytest.mark.slow

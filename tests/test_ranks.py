@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -267,6 +270,27 @@ def test_sums_are_those_of_every_tensor_whatever_fits_in_a_bucket(
     tensors = [torch.zeros(n) for n in (1, 15, 70, 1, 0, 82, 3)]
     found = [[len(tensor) for tensor in bucket] for bucket in ranks.packed(tensors, Tensor.numel)]
     assert found == [[1, 15], [70, 1, 0], [82], [3]]
+
+
+def test_a_rank_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "PARTING", 0.2)
+    followers = ranks.Followers()
+    for number in ("1", "2"):
+        followers.start({"RANK": number}, [sys.executable, "-c", f"import signal; {number} == 1 and signal.pause()"])
+    followers.ending = True
+    followers.wait()
+    assert {process.returncode for process in followers.processes} <= {0, -signal.SIGKILL}
+    assert followers.processes[0].returncode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_a_rank_whose_leader_ended_before_it_began_ends_too() -> None:
+    for leader, code in ((os.getpid(), 0), (os.getppid(), -signal.SIGKILL)):
+        child = os.fork()
+        if child == 0:
+            ranks._die_with(leader)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
 
 
 @pytest.mark.parametrize("device", ["cpu,cuda:0", "cpu,gpu7", "meta,meta"])

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,10 +52,10 @@ def sweep(tmp_path: Path) -> SweepDir:
     return made
 
 
-def holder(run: RunDir) -> subprocess.Popen[str]:
+def holder(run: RunDir, *prefix: str) -> subprocess.Popen[str]:
     """A process that has claimed the run and lives until its stdin closes."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(run.path)],
+        [*prefix, sys.executable, "-c", HOLDER, str(run.path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -176,6 +177,11 @@ def test_metrics_without_their_cut_last_line_are_the_rows_before_it(run: RunDir)
     assert [row["step"] for row in run.metrics()] == [1, 2]
 
 
+def test_metrics_with_a_damaged_byte_are_the_rows_before_it(run: RunDir) -> None:
+    run.metrics_path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st\xffp": 3}\n{"step": 4}\n')
+    assert [row["step"] for row in run.metrics()] == [1, 2]
+
+
 def test_a_second_claim_fails_while_the_first_lives_and_succeeds_after_its_release(run: RunDir) -> None:
     first = run.claim()
     assert first is not None
@@ -215,6 +221,34 @@ def test_a_pid_that_belongs_to_another_process_now_does_not_hold_a_claim(run: Ru
     rewrite_claim(run, born="1")  # this pid, but of a process that started at boot
     assert not run.is_claimed()
     assert run.claim() is not None
+
+
+def test_a_container_knows_nothing_of_the_pids_of_another_one_of_the_same_name(run: RunDir) -> None:
+    container = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc")
+    if shutil.which("unshare") is None or subprocess.run([*container, "true"], capture_output=True).returncode:
+        pytest.skip("no pid namespaces here")
+    process = holder(run, *container)
+    assert run.claim() is None
+    assert not run.is_owned_by(1)
+    end(process, signal.SIGTERM)
+    past = time.time() - claims.STALE_SECONDS - 1
+    os.utime(run.claims / "0000.json", (past, past))
+    assert run.claim() is not None
+
+
+def test_a_claim_counts_the_owners_that_never_released_the_run(run: RunDir) -> None:
+    died = []
+    for release in (False, True, False):
+        claim = run.claim()
+        assert claim is not None
+        died.append(claim.deaths())
+        if release:
+            claim.release()
+        else:
+            rewrite_claim(run, born="1")
+    claim = run.claim()
+    assert claim is not None
+    assert [*died, claim.deaths()] == [0, 1, 1, 2]
 
 
 def test_another_hosts_claim_holds_while_it_beats_and_is_taken_over_when_stale(run: RunDir) -> None:
@@ -405,6 +439,23 @@ def test_commands_that_plan_at_once_lose_none_of_the_others_runs(tmp_path: Path)
     planners = [subprocess.Popen([sys.executable, "-c", PLANNER, str(sweep.path), name]) for name in "abcd"]
     assert [planner.wait(120) for planner in planners] == [0] * 4
     assert sorted(row["run_id"] for row in sweep.read_plan()) == sorted(f"{n}-{i}" for n in "abcd" for i in range(20))
+
+
+def test_a_lock_that_is_let_go_while_others_look_at_it_is_left_for_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def let_go(path: Path) -> None:
+        path.unlink()
+
+    folder = tmp_path / "lock"
+    for look in (claims.take, claims.silence):
+        held = claims.take(folder)
+        assert held is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(claims, "read_json", let_go)  # between the list of the folder and the look into the file
+            assert look(folder) is None
+        assert not held.path.exists()
+    assert claims.take(folder) is not None
 
 
 def test_a_command_that_was_killed_while_it_planned_holds_nobody_up(tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ from mupsweep.build import build
 from mupsweep.config import TrainingConfig
 from mupsweep.data import Dataset, prepare, tokenizers
 from mupsweep.plan import RunSpec, plan
+from mupsweep.processes import StopFlag
 from mupsweep.records import RunDir
 from mupsweep.train import Interrupted, choose_precision, diverged_at, lr_factor, train
-from mupsweep.worker import Owner, StopFlag, execute_run
+from mupsweep.worker import Owner, execute_run
 
 TOLERANCE = {
     "schedule": 1e-12,
@@ -612,6 +613,12 @@ def test_a_stopped_run_keeps_its_checkpoint_and_ends_like_an_uninterrupted_one(d
     assert a is not None
     assert b is not None
     assert {k: v for k, v in a.items() if k not in CLOCK} == {k: v for k, v in b.items() if k not in CLOCK}
+
+
+def test_a_run_that_is_stopped_before_its_first_step_writes_no_checkpoint(data: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        executed(run(), data, tmp_path, StopFlag(signalled=True))
+    assert not checkpoint(tmp_path / run().run_id).exists()
 
 
 def test_a_run_that_cannot_be_trained_is_failed_with_its_reason(data: Dataset, tmp_path: Path) -> None:

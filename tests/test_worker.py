@@ -13,12 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from outcome import results
 
 from mupsweep import data, plan
 from mupsweep.config import load
 from mupsweep.files import write_json
+from mupsweep.processes import StopFlag
+from mupsweep.ranks import Ranks
 from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING, RunDir, SweepDir
+from mupsweep.worker import follow
 
 CPU = ["launcher=inline", "launcher.device=cpu"]
 LONG = ["experiment=smoke", *CPU, "training.steps=250", "sweep.width_ratios=[2]", "sweep.log2_lrs=[-7]"]
@@ -199,6 +203,26 @@ def test_two_workers_at_once_train_every_run_once_with_the_results_of_one(
     assert {owners(sweep, run_id) for run_id in statuses(sweep)} == {1}
 
 
+def test_a_rank_that_follows_knows_the_runs_that_were_planned_after_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["experiment=smoke", f"out={tmp_path}"]
+    sweep, old = plan.save(load(overrides), "")
+    told: list[str] = []
+
+    class Second(Ranks):
+        def next_run(self) -> str:
+            """The run that rank 0 begins: one that another command has just planned; then none."""
+            self.told += 1
+            if self.told > 1:
+                return ""
+            return next(run.run_id for run in plan.save(load([*overrides, "sweep.seeds=[1]"]), "")[1] if run not in old)
+
+    monkeypatch.setattr("mupsweep.worker.train", lambda run, *_: told.append(run.run_id))
+    assert follow(sweep, torch.device("cpu"), StopFlag(), Second(rank=1))
+    assert len(told) == 1
+
+
 def test_a_failing_run_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
     sweep = planned([*MANY, "sweep.seeds=[0]"], tmp_path)
     broken, second, *others = (row["run_id"] for row in sweep.read_plan())
@@ -266,7 +290,7 @@ def test_an_unforeseen_error_is_recorded_with_its_traceback_and_run_tries_again(
     assert "Traceback (most recent call last)" in log
     assert "brittle.py" in log
     assert err.strip().splitlines()[-1] == (
-        f"1 runs failed, the first is {broken.run_id} (see {broken.log_path}); run the same command to retry"
+        f"1 run failed, the first is {broken.run_id} (see {broken.log_path}); run the same command to retry"
     )
     assert code == 1
     assert found_again == {lr: {"status": DONE} for lr in (-9, -7, -5)}

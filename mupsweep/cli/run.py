@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mupsweep.cli.options import ConfigDir, Json, Overrides, Strict
+from mupsweep.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from mupsweep.launchers import Launcher
@@ -35,7 +37,6 @@ def run(
     Example: mupsweep run parametrization=sp,spectral experiment=demo
     """
     from mupsweep import config, plan
-    from mupsweep.errors import ConfigError
     from mupsweep.launchers import Detached
     from mupsweep.report.conclude import conclude
     from mupsweep.sections import instantiate
@@ -44,14 +45,16 @@ def run(
     launcher: Launcher = instantiate(chosen.launcher, "launcher")
     if dry_run and not isinstance(launcher, Detached):
         raise ConfigError(f"--dry-run: launcher={launcher.name} writes no job scripts; mupsweep plan shows the runs")
+    new = None
     if not dry_run and not (Path(chosen.out) / plan.sweep_name(chosen)).exists():
-        prepare(plan.plan(chosen))  # a corpus that cannot be used leaves no folder behind
+        prepare(new := plan.plan(chosen))  # a corpus that cannot be used leaves no folder behind
     while True:
-        sweep, runs = plan.save(chosen, "mupsweep " + shlex.join(sys.argv[1:]))
+        sweep, runs = plan.save(chosen, "mupsweep " + shlex.join(sys.argv[1:]), new=new)
         missing = [r for r in runs if sweep.run(r.run_id).is_open()]
         if dry_run and isinstance(launcher, Detached):
             return launcher.preview(sweep, [r.run_id for r in missing])
-        finished = train(launcher, sweep, missing)
+        with apart(json):
+            finished = train(launcher, sweep, missing)
         if missing and isinstance(launcher, Detached):  # a job goes on or concludes when they have ended
             return print(dumps({"jobs": sweep.read_jobs()})) if json else None
         unfinished = not finished or any(sweep.run(r.run_id).is_open() for r in missing)
@@ -59,6 +62,11 @@ def run(
             break
     verdicts = conclude([sweep], as_json=json)
     raise typer.Exit(exit_code(sweep, runs, finished, strict and "drifts" in verdicts))
+
+
+def apart(as_json: bool) -> AbstractContextManager[object]:
+    """Where what is told meanwhile goes to stderr, so that scripts find nothing but the JSON on stdout."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 def train(launcher: Launcher, sweep: SweepDir, runs: list[RunSpec]) -> bool:
@@ -99,7 +107,7 @@ def go_on(sweep: SweepDir) -> None:
     if chosen.sweep.search == config.GRID:
         return
     if left := sum(sweep.run(row["run_id"]).is_open() for row in sweep.read_plan()):
-        print(f"the search stops here: {left} runs are not finished; the command that made the sweep goes on")
+        print(f"the search stops here: {counted(left, 'run')} not finished; the command that made the sweep goes on")
         return
     _, runs = plan.save(chosen, "mupsweep run " + shlex.join(chosen.overrides), sweep)
     train(instantiate(chosen.launcher, "launcher"), sweep, [r for r in runs if sweep.run(r.run_id).is_open()])
@@ -115,15 +123,12 @@ def exit_code(sweep: SweepDir, runs: list[RunSpec], finished: bool, drifts: bool
     failed = [r.run_id for r in runs if sweep.run(r.run_id).status()["status"] == FAILED]
     if failed:
         log = sweep.run(failed[0]).log_path
-        print(
-            f"{len(failed)} runs failed, the first is {failed[0]} (see {log}); run the same command to retry",
-            file=sys.stderr,
-        )
+        told = counted(len(failed), "run")
+        print(f"{told} failed, the first is {failed[0]} (see {log}); run the same command to retry", file=sys.stderr)
         return 1
     unfinished = sum(sweep.run(r.run_id).is_open() for r in runs)
     if unfinished:
-        print(
-            f"{unfinished} runs are still trained by another process; see mupsweep status {sweep.path}", file=sys.stderr
-        )
+        told = counted(unfinished, "run")
+        print(f"another process still trains {told}; see mupsweep status {sweep.path}", file=sys.stderr)
         return 1
     return 3 if drifts else 0

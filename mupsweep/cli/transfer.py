@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,7 +85,7 @@ def train_target(
 ) -> tuple[list[str], int]:
     """Train what the validation of a target needs, by the sweep's launcher; the verdicts, and an exit code."""
     from mupsweep import config, validation
-    from mupsweep.cli.run import exit_code, train
+    from mupsweep.cli.run import apart, exit_code, train
     from mupsweep.launchers import Detached, Launcher
     from mupsweep.report.conclude import conclude, conclude_validation, read_target
     from mupsweep.results import read_runs
@@ -100,9 +101,11 @@ def train_target(
         missing = [run for run in runs if sweep.run(run.run_id).is_open()]
         if not missing:
             break
-        finished = train(launcher, sweep, missing)
+        with apart(as_json):
+            finished = train(launcher, sweep, missing)
         if isinstance(launcher, Detached):
-            print(f"the same command goes on when the jobs have ended; see mupsweep status {sweep.path}")
+            told = f"the same command goes on when the jobs have ended; see mupsweep status {sweep.path}"
+            print(told, file=sys.stderr if as_json else sys.stdout)
             return [], 0
         if any(sweep.run(run.run_id).is_open() for run in missing):  # failed, or trained by another process
             break

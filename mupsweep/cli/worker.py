@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mupsweep.cli.options import Sweep
+from mupsweep.processes import MOST_THREADS
 
 
 def worker(
@@ -16,7 +17,7 @@ def worker(
         typer.Argument(metavar="RUN", help="Only these runs, or those of a size: w512-d4.", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option(help="A torch device, auto, or several per run: cuda:0,cuda:1.")] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1, max=MOST_THREADS)] = 1,
     shard: Annotated[bool, typer.Option("--shard", help="Divide weights and optimizer state among them.")] = False,
 ) -> None:
     """Train what is left of a planned sweep; what launchers call.

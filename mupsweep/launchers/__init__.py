@@ -7,9 +7,11 @@ among themselves by claiming them, so a launcher knows nothing of training, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+from mupsweep.processes import MOST_THREADS
 from mupsweep.records import SweepDir
+from mupsweep.sections import require
 
 
 class Launcher(Protocol):
@@ -30,3 +32,15 @@ class Detached(Launcher, Protocol):
     def preview(self, sweep: SweepDir, run_ids: Sequence[str]) -> None:
         """Write and print the scripts that `launch` would submit."""
         ...
+
+
+def check_counts(launcher: Any, *keys: str, least: int = 1) -> None:
+    """Refuse counts below `least`, and more threads than any machine has.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for key in keys:
+        value = getattr(launcher, key)
+        require(value is None or value >= least, f"launcher.{key}", value, f"at least {least}")
+        require(key != "threads" or value <= MOST_THREADS, f"launcher.{key}", value, f"at most {MOST_THREADS}")

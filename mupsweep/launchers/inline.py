@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mupsweep.errors import ConfigError
+from mupsweep.launchers import check_counts
 from mupsweep.launchers.progress import Progress
+from mupsweep.processes import StopFlag, interrupt_on_stop
 from mupsweep.records import SweepDir
 
 
@@ -24,11 +25,15 @@ class Inline:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ConfigError(f"launcher.threads={self.threads}: expected at least 1")
+        check_counts(self, "threads")
 
     def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
         from mupsweep.worker import execute
 
-        with Progress(sweep) as progress:
-            return execute(sweep, run_ids, self.device, self.threads, on_finished=progress.refresh)
+        stop = StopFlag.install()
+        try:
+            with Progress(sweep) as progress:
+                done = execute(sweep, run_ids, self.device, self.threads, progress.refresh, stop=stop)
+            return done and not stop.signalled
+        finally:
+            interrupt_on_stop()  # nobody looks at the flag any more

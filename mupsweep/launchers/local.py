@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -14,20 +13,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mupsweep import plan
+from mupsweep import plan, processes
 from mupsweep.cost import si
 from mupsweep.environment import cores, device_memory, find_devices
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.files import make_folder
-from mupsweep.launchers import by_size
+from mupsweep.launchers import by_size, check_counts
 from mupsweep.launchers.progress import Progress
 from mupsweep.plan import RunSpec
+from mupsweep.processes import held_back, interrupt_on_stop
 from mupsweep.records import FAILED, RUNNING, SweepDir
 
 POLL_SECONDS = 0.3
 USABLE = 0.8  # of a device's memory, as far as estimates go
-DEATHS = 2  # a run that kills its worker this often is recorded as failed
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+DEATHS = 2  # a run that kills its worker this often is recorded as failed; a slot is given so many workers for nothing
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Local:
     """Worker processes on the devices of this machine.
 
     Attributes:
-        devices: "auto" finds them, or torch devices separated by commas: "cuda:0,cuda:1".
+        devices: torch devices; "auto" finds them.
         slots_per_device: workers per device; None is one per accelerator, and cores / threads on a CPU.
         devices_per_run: how many train a run together, each its share of every batch.
         shard: divide the weights, gradients and optimizer state of a run among its devices.
@@ -45,7 +44,7 @@ class Local:
     """
 
     name: str = "local"
-    devices: str = "auto"
+    devices: Any = "auto"
     slots_per_device: int | None = None
     devices_per_run: int = 1
     shard: bool = False
@@ -54,10 +53,9 @@ class Local:
     sizes: Any = None
 
     def __post_init__(self) -> None:
-        for key in ("slots_per_device", "devices_per_run", "threads"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"launcher.{key}={value}: expected at least 1")
+        if not self._named() or not all(isinstance(d, str) and d.strip() and "," not in d for d in self._named()):
+            raise ConfigError(f"launcher.devices={self.devices}: expected auto or a list, such as [cuda:0,cuda:1]")
+        check_counts(self, "slots_per_device", "devices_per_run", "threads")
         if self.device_memory is not None and self.device_memory <= 0:
             raise ConfigError(f"launcher.device_memory={self.device_memory:g}: expected more than 0 GB")
         if self.shard and self.devices_per_run == 1:
@@ -66,8 +64,7 @@ class Local:
 
     def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
         pools = self.pools(sweep, run_ids)
-        for number in STOPS:  # as Ctrl-C: the workers must not outlive us
-            signal.signal(number, signal.default_int_handler)
+        interrupt_on_stop()  # the workers must not outlive us
         with Progress(sweep) as progress:
             return all(pool.train(progress) for pool in pools)
 
@@ -117,10 +114,11 @@ class Local:
 
     def found(self) -> list[str]:
         """The devices to use."""
-        found = find_devices() if self.devices == "auto" else [d.strip() for d in self.devices.split(",") if d.strip()]
-        if not found:
-            raise ConfigError(f"launcher.devices={self.devices}: expected auto or a list such as cuda:0,cuda:1")
-        return found
+        return find_devices() if self.devices == "auto" else self._named()
+
+    def _named(self) -> list[Any]:
+        """What `devices` says; a word is a list of one."""
+        return list(self.devices) if isinstance(self.devices, list | tuple) else [self.devices]
 
     def slots(self) -> list[str]:
         """The device of every worker, or its devices separated by commas."""
@@ -166,7 +164,7 @@ class Pool:
     sizes: Sequence[str] = ()
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
     deaths: dict[str, int] = field(default_factory=dict)
-    respawns: int = 0
+    idle_deaths: int = 0  # of workers without a run, one after the other
 
     def train(self, progress: Progress) -> bool:
         """Start the workers and wait for them; False if they were stopped."""
@@ -190,47 +188,43 @@ class Pool:
     def start(self) -> None:
         make_folder(self.sweep.logs)
         self.slots = self.slots[: max(1, len(self.run_ids))]
-        self.workers = [self.spawn(index) for index in range(len(self.slots))]
+        for index in range(len(self.slots)):
+            self.spawn(index)
 
-    def spawn(self, index: int) -> subprocess.Popen[bytes]:
-        """A worker on slot `index`; what it prints goes to logs/."""
+    def spawn(self, index: int) -> None:
+        """Start a worker on slot `index`, or another in its place; what it prints goes to logs/."""
         count = str(self.launcher.threads)
         command = [sys.executable, "-m", "mupsweep", "worker", str(self.sweep.path), *self.sizes]
         command += ["--device", self.slots[index], "--threads", count, *["--shard"] * self.launcher.shard]
-        environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
-        with (self.sweep.logs / f"worker-{index}.log").open("ab") as output:
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # a worker that starts hears them when it can stop
-            try:
-                return subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
-                )
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        environment = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+        with (self.sweep.logs / f"worker-{index}.log").open("ab") as output, held_back():  # until it can be stopped
+            self.workers[index : index + 1] = [processes.start(command, environment, output)]
 
     def is_alive(self) -> bool:
         """Whether any worker still works; one that died is replaced while runs are left."""
-        for index, worker in enumerate(self.workers):
-            code = worker.poll()
-            if code is None or code in (0, STOPPED):
+        codes = [worker.poll() for worker in self.workers]
+        for index, (worker, code) in enumerate(zip(self.workers, codes, strict=True)):
+            if code in (None, 0, STOPPED):
                 continue
-            self.blame(worker.pid, code)
-            self.respawns += 1
-            if self.respawns > DEATHS * len(self.run_ids) + len(self.slots) or code > 0:
-                raise RecordError(f"a worker ended with exit code {code}: {self.last_words(index)}")
-            self.workers[index] = self.spawn(index)
-        return any(worker.poll() is None for worker in self.workers)
+            self.idle_deaths = 0 if self.blame(worker.pid, code) else self.idle_deaths + 1
+            if self.idle_deaths > DEATHS * len(self.slots) or code > 0:
+                raise RecordError(f"a worker ended with {ending(code)}: {self.last_words(index)}")
+            self.spawn(index)
+        return any(code not in (0, STOPPED) for code in codes)
 
-    def blame(self, pid: int, code: int) -> None:
-        """Count a worker's death against the run that it held; a run that keeps killing workers has failed."""
+    def blame(self, pid: int, code: int) -> bool:
+        """Count a worker's death against the run that it held, if any; a run that keeps killing workers has failed."""
+        held = False
         for folder in (self.sweep.run(run_id) for run_id in self.run_ids):
             if folder.status()["status"] == RUNNING and folder.is_owned_by(pid):
+                held = True
                 self.deaths[folder.run_id] = self.deaths.get(folder.run_id, 0) + 1
                 if self.deaths[folder.run_id] >= DEATHS:
-                    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                     hint = (
                         "; out of memory? lower launcher.slots_per_device or training.batch_size" if code == -9 else ""
                     )
-                    folder.write_status(FAILED, error=f"its worker died {DEATHS} times ({name}){hint}")
+                    folder.write_status(FAILED, error=f"its worker died {DEATHS} times ({ending(code)}){hint}")
+        return held
 
     def last_words(self, index: int) -> str:
         """The end of a dead worker's log."""
@@ -255,6 +249,11 @@ class Pool:
 
     def was_stopped(self) -> bool:
         return any(worker.returncode == STOPPED for worker in self.workers)
+
+
+def ending(code: int) -> str:
+    """How a process ended, in words."""
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 STOPPED = 130  # a worker's exit code when a signal asked it to stop

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.live import Live
 
+from mupsweep.errors import counted
 from mupsweep.records import DIVERGED, FAILED, PENDING, RUNNING, SweepDir
 from mupsweep.report.board import Board
 
@@ -94,7 +95,8 @@ def watch(
             progress.refresh()
             still = 0 if board.running else still + 1
             if still == STILL_POLLS and board.open:
-                say(f"nobody trains the {board.open} open runs now; waiting (mupsweep run goes on with them)")
+                left = counted(board.open, "open run")
+                say(f"nobody trains the {left} now; waiting (mupsweep run goes on with them)")
             # a look at many open runs takes a while itself: never spend more than a tenth of the time on it
             pause(max(POLL_SECONDS, 9 * (time.process_time() - looked)))
         say(_counts(board))
@@ -106,5 +108,6 @@ def _silent(line: str) -> None:
 
 def _counts(board: Board) -> str:
     states = (RUNNING, PENDING, DIVERGED, FAILED)
-    told = [f"{board.counts[state]} {state}" for state in states if board.counts[state]]
-    return f"{board.sweep.name}: " + ", ".join([f"{board.finished} of {len(board.planned)} runs finished", *told])
+    told = [f"{board.finished} of {counted(len(board.planned), 'run')} finished"]
+    told += [f"{board.counts[state]} {state}" for state in states if board.counts[state]]
+    return f"{board.sweep.name}: {', '.join(told)}"

@@ -21,9 +21,10 @@ from typing import Any
 from mupsweep import plan, squeue
 from mupsweep.config import GRID, from_tree
 from mupsweep.cost import duration
-from mupsweep.errors import ConfigError
+from mupsweep.errors import ConfigError, counted
 from mupsweep.files import make_folder, write_text
-from mupsweep.launchers import by_size, sbatch
+from mupsweep.launchers import by_size, check_counts, sbatch
+from mupsweep.processes import held_back
 from mupsweep.records import RUNNING, SweepDir
 
 SECONDS = 120.0  # how long one call of Slurm's commands may take
@@ -117,13 +118,9 @@ class Slurm:
     sizes: Any = None
 
     def __post_init__(self) -> None:
-        least = {"gpus": 0, "max_restarts": 0} | dict.fromkeys(
-            ("cpus", "nodes", "workers", "devices_per_run", "threads", "throttle", "max_array", "signal_seconds"), 1
-        )
-        for key, lowest in least.items():
-            value = getattr(self, key)
-            if value is not None and value < lowest:
-                raise ConfigError(f"launcher.{key}={value}: expected at least {lowest}")
+        check_counts(self, "cpus", "nodes", "workers", "devices_per_run", "threads", "throttle", "max_array")
+        check_counts(self, "signal_seconds")
+        check_counts(self, "gpus", "max_restarts", least=0)
         if self.minutes_per_task <= 0:
             raise ConfigError(f"launcher.minutes_per_task={self.minutes_per_task:g}: expected more than 0")
         for key in ("partition", "account", "qos", "constraint", "mem", "gres", "device"):
@@ -188,7 +185,7 @@ class Slurm:
 
     def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
         """Submit the runs that are in no queued or running job, and the analysis after them; wait for neither."""
-        with sweep.lock():
+        with sweep.lock() as lock:
             recorded = sweep.read_jobs()
             queue = squeue.of_sweep(recorded)
             if was_cancelled(recorded, queue):
@@ -197,14 +194,15 @@ class Slurm:
             missing = [run_id for run_id in run_ids if run_id not in queue.runs]
             submitted = {run_id for row in recorded for task in row["tasks"] for run_id in task}
             if left := len(submitted.intersection(missing)):
-                _tell(f"{left} runs were in jobs that ended without finishing them; what they said is in {sweep.logs}")
+                _tell(f"jobs ended without finishing {counted(left, 'run')}; what they said is in {sweep.logs}")
             if kept := len(run_ids) - len(missing):
-                _tell(f"{kept} runs are in queued or running jobs")
+                _tell(f"{counted(kept, 'run')} in queued or running jobs")
             arrays = list(queue.arrays)
             for script, tasks in self.write_arrays(sweep, missing):
+                lock.heartbeat()  # a busy controller takes minutes for a job
                 arrays.append(submit(sweep, script, [task.run_ids for task in tasks]))
                 n_runs, longest = sum(len(task.run_ids) for task in tasks), max(task.seconds for task in tasks)
-                about = f"{n_runs} runs in {len(tasks)} tasks of roughly {duration(longest)}"
+                about = f"{counted(n_runs, 'run')} in {counted(len(tasks), 'task')} of roughly {duration(longest)}"
                 _tell(f"submitted job {arrays[-1]}: {about} ({script})")
             if missing or not queue.analysis:
                 script = self.write_analysis(sweep)
@@ -319,9 +317,11 @@ def submit(sweep: SweepDir, script: Path, tasks: Sequence[Sequence[str]], *optio
     Raises:
         ConfigError: sbatch is not there or refuses the script.
     """
-    job = call("sbatch", "--parsable", *options, str(script), hint="; change launcher.* and run the same command again")
-    job = job.strip().partition(";")[0]  # a federation adds its cluster
-    sweep.write_job(job, script, tasks)
+    hint = "; change launcher.* and run the same command again"
+    with held_back():  # a Ctrl-C would leave a job that nobody remembers
+        job = call("sbatch", "--parsable", *options, str(script), hint=hint)
+        job = job.strip().partition(";")[0]  # a federation adds its cluster
+        sweep.write_job(job, script, tasks)
     return job
 
 
@@ -340,13 +340,14 @@ def cancel(sweep: SweepDir) -> None:
         if jobs:
             call("scancel", "--quiet", *jobs)
     if jobs:
-        _tell(f"cancelled jobs {', '.join(jobs)} with {len(queue.runs)} runs; those in progress checkpoint and end")
+        held = counted(len(queue.runs), "run")
+        _tell(f"cancelled jobs {', '.join(jobs)} with {held}; those in progress checkpoint and end")
         _tell("go on with the command that made the sweep")
     else:
         _tell(f"no Slurm job of {sweep.path} is queued or running")
     others = [row["run_id"] for row in sweep.read_plan() if sweep.state(row["run_id"])["status"] == RUNNING]
     if others := set(others) - set(queue.runs):
-        _tell(f"{len(others)} runs are trained outside Slurm and go on: stop them where they were started")
+        _tell(f"trained on outside Slurm: {counted(len(others), 'run')}; stop where started")
 
 
 def max_array_size() -> int:
@@ -356,7 +357,10 @@ def max_array_size() -> int:
     except ConfigError:
         return DEFAULT_MAX_ARRAY
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", settings, re.MULTILINE)
-    return int(found[1]) if found else DEFAULT_MAX_ARRAY
+    limit = int(found[1]) if found else DEFAULT_MAX_ARRAY
+    if limit == 0:
+        raise ConfigError("this cluster takes no job arrays (MaxArraySize=0): in a job of your own use launcher=local")
+    return limit
 
 
 def call(*command: str, hint: str = "") -> str:
@@ -366,7 +370,7 @@ def call(*command: str, hint: str = "") -> str:
         ConfigError: it is not there, fails or does not answer.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=squeue.outside())
     except OSError as error:
         raise ConfigError(
             f"cannot run {command[0]} ({error.strerror}): launcher=slurm works on a machine that submits to a Slurm "

@@ -10,6 +10,8 @@ FAKES = {
         id=$((100 + $(grep -c ^sbatch "$FAKE/calls")))
         [ "$id" -lt "$(cat "$FAKE/sbatch-fails-from" 2>/dev/null || echo 999)" ] ||
             { echo "sbatch: error: Invalid qos specification" >&2; exit 1; }
+        [ ! -e "$FAKE/sbatch-interrupts" ] || kill -INT "$PPID"
+        env | grep ^SLURM_ | sort > "$FAKE/environment"
         echo "sbatch $*" >> "$FAKE/calls"; echo "$id;cluster"
     """,
     "squeue": """
@@ -19,7 +21,10 @@ FAKES = {
         cat "$FAKE/queue"
     """,
     "scancel": """echo "scancel $*" >> "$FAKE/calls" """,
-    "scontrol": """echo "scontrol $*" >> "$FAKE/calls"; echo "MaxArraySize            = 3" """,
+    "scontrol": """
+        echo "scontrol $*" >> "$FAKE/calls"
+        echo "MaxArraySize            = $(cat "$FAKE/max-array-size" 2>/dev/null || echo 3)"
+    """,
 }
 
 

@@ -33,8 +33,11 @@ linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks /p
 @pytest.mark.parametrize(
     ("made", "slots"),
     [
-        (Local(devices="cuda:0,cuda:1,cuda:2,cuda:3", devices_per_run=2), ["cuda:0,cuda:1", "cuda:2,cuda:3"]),
-        (Local(devices="cuda:0,cuda:1", devices_per_run=2, slots_per_device=2), ["cuda:0,cuda:1"] * 2),
+        (
+            Local(devices=["cuda:0", "cuda:1", "cuda:2", "cuda:3"], devices_per_run=2),
+            ["cuda:0,cuda:1", "cuda:2,cuda:3"],
+        ),
+        (Local(devices=["cuda:0", "cuda:1"], devices_per_run=2, slots_per_device=2), ["cuda:0,cuda:1"] * 2),
         (Local(devices="cpu", devices_per_run=4, slots_per_device=2), ["cpu,cpu,cpu,cpu"] * 2),
         (Local(devices="cpu", devices_per_run=4096), [",".join(["cpu"] * 4096)]),
     ],
@@ -45,7 +48,7 @@ def test_a_slot_is_a_group_of_devices(made: Local, slots: list[str]) -> None:
 
 def test_devices_that_do_not_divide_into_groups_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"^launcher\.devices_per_run=2: the 3 devices \(cuda:0, cuda:1, cuda:2\)"):
-        Local(devices="cuda:0,cuda:1,cuda:2", devices_per_run=2).slots()
+        Local(devices=["cuda:0", "cuda:1", "cuda:2"], devices_per_run=2).slots()
     with pytest.raises(ConfigError, match=r"^launcher\.devices_per_run=3: expected a divisor of launcher\.gpus=4$"):
         Slurm(gpus=4, devices_per_run=3)
     with pytest.raises(ConfigError, match=r"^launcher\.devices_per_run=0: expected at least 1$"):
@@ -172,7 +175,7 @@ def test_a_sharded_sweep_has_the_losses_of_a_whole_one(pairs: dict[str, tuple[di
 def test_a_run_that_does_not_fit_on_a_device_is_divided_among_as_many_as_it_needs(
     share: float, batch: int, width: int
 ) -> None:
-    four = Local(devices="cuda:0,cuda:1,cuda:2,cuda:3")
+    four = Local(devices=["cuda:0", "cuda:1", "cuda:2", "cuda:3"])
     (run, *_) = plan(load(["experiment=smoke", f"training.batch_size={batch}", "model.context=1"]))
     memory = run.recipe.least_memory(run.size, 1) / share
     made = four.for_runs([run], memory)
@@ -187,7 +190,7 @@ def test_small_devices_share_large_runs_and_train_small_ones_alone() -> None:
     small, large = (min(runs, key=lambda r: r.size), max(runs, key=lambda r: r.size))
     between = (small.recipe.least_memory(small.size) + large.recipe.least_memory(large.size)) / 2 / 0.8 / 1e9
     memory = f"launcher.device_memory={between}"
-    code, _, err = finish(start("run", *SMALL, "launcher=local", "launcher.devices='cpu,cpu'", memory))
+    code, _, err = finish(start("run", *SMALL, "launcher=local", "launcher.devices=[cpu,cpu]", memory))
     assert code == 0, err
     sweep = SweepDir(Path("sweeps/smoke"))
     found = {row["run_id"]: (row["width"], sweep.run(row["run_id"]).summary()["devices"]) for row in sweep.read_plan()}

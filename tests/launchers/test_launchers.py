@@ -6,19 +6,23 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 from outcome import results
 
-from mupsweep import data, plan
+from mupsweep import data, plan, processes, worker
 from mupsweep.config import choices, config_root, load
-from mupsweep.errors import ConfigError
+from mupsweep.errors import ConfigError, RecordError
+from mupsweep.launchers import local
+from mupsweep.launchers.inline import Inline
 from mupsweep.launchers.local import Local
 from mupsweep.records import DONE, FAILED, RUNNING, RunDir, SweepDir
 from mupsweep.sections import instantiate
@@ -98,6 +102,59 @@ def test_a_stop_while_the_workers_still_start_ends_them_without_a_word(tmp_path:
     assert log.read_text() == ""
 
 
+@pytest.mark.usefixtures("_signals_as_before")
+def test_a_stop_between_two_workers_that_start_ends_the_first_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def sleeper(_: object, environment: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+        """In place of a worker: a process that waits for the signal."""
+        waiting = [sys.executable, "-c", "import signal; signal.sigwait([signal.SIGINT])"]
+        started.append(begin(waiting, environment, output))
+        if len(started) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    begin = processes.start
+    monkeypatch.setattr(processes, "start", sleeper)
+    sweep, runs = plan.save(load(SMALL), "")
+    assert not Local(devices="cpu", slots_per_device=3).launch(sweep, [run.run_id for run in runs])
+    assert [worker.poll() for worker in started] == [0, 0]
+
+
+@pytest.mark.usefixtures("_signals_as_before")
+def test_workers_that_die_before_they_take_a_run_are_given_up_however_many_runs_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def dying(_: object, environment: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+        started.append(begin(["sh", "-c", "echo broken driver; kill -SEGV $$"], environment, output))
+        return started[-1]
+
+    begin = processes.start
+    monkeypatch.setattr(processes, "start", dying)
+    monkeypatch.setattr(local, "POLL_SECONDS", 0.0)
+    sweep, runs = plan.save(load([*SMALL, "sweep.seeds=[0,1,2,3,4]"]), "")
+    with pytest.raises(RecordError, match=r"^a worker ended with SIGSEGV: broken driver \(see .*worker-[01]\.log\)$"):
+        Local(devices="cpu", slots_per_device=2).launch(sweep, [run.run_id for run in runs])
+    assert len(started) == 6  # DEATHS more per slot
+
+
+@pytest.mark.usefixtures("_signals_as_before")
+def test_a_stop_after_the_last_run_of_a_process_is_not_lost_and_the_next_one_interrupts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def told_at_the_end(*_: object, **__: object) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+    monkeypatch.setattr(worker, "execute", told_at_the_end)
+    sweep, runs = plan.save(load(SMALL), "")
+    assert not Inline().launch(sweep, [run.run_id for run in runs])
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_every_launcher_has_the_name_of_its_file_and_can_be_made(name: str) -> None:
     config = load([f"launcher={name}"])
@@ -125,9 +182,9 @@ def test_every_launcher_refuses_an_unknown_key_naming_the_valid_ones(name: str) 
     ("made", "slots"),
     [
         (Local(devices="cpu", slots_per_device=3), ["cpu"] * 3),
-        (Local(devices="cuda:0,cuda:1"), ["cuda:0", "cuda:1"]),
-        (Local(devices=" cuda:0 , cuda:1,", slots_per_device=2), ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]),
-        (Local(devices="cpu", threads=4096), ["cpu"]),
+        (Local(devices=["cuda:0", "cuda:1"]), ["cuda:0", "cuda:1"]),
+        (Local(devices=("cuda:0", "cuda:1"), slots_per_device=2), ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]),
+        (Local(devices="cpu", threads=1024), ["cpu"]),
     ],
 )
 def test_slots_are_devices_times_workers_per_device(made: Local, slots: list[str]) -> None:
@@ -147,9 +204,19 @@ def test_slots_and_threads_below_one_are_refused(key: str, value: int) -> None:
         load(["launcher=local", f"launcher.{key}={value}"])
 
 
-def test_no_device_at_all_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^launcher\.devices= , : expected auto or a list such as cuda:0,cuda:1$"):
-        Local(devices=" , ").slots()
+@pytest.mark.parametrize("name", ["local", "inline", "slurm"])
+def test_more_threads_than_a_machine_has_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^launcher\.threads=99999: expected at most 1024$"):
+        load([f"launcher={name}", "launcher.threads=99999"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"), [("[]", "[]"), ("null", "None"), ("[0,1]", "[0, 1]"), ("'cuda:0,cuda:1'", "cuda:0,cuda:1")]
+)
+def test_devices_that_are_no_list_of_names_are_refused(typed: str, told: str) -> None:
+    expected = f"launcher.devices={told}: expected auto or a list, such as [cuda:0,cuda:1]"
+    with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
+        load(["launcher=local", f"launcher.devices={typed}"])
 
 
 @pytest.mark.parametrize(
@@ -201,7 +268,7 @@ def test_a_killed_worker_is_replaced_and_the_sweep_ends_with_the_same_bits(
     assert victims[0] in claims
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_launcher_ends_its_workers_says_how_to_go_on_and_goes_on(
     number: signal.Signals, inline: dict[str, tuple[dict[str, object], bytes]]
 ) -> None:

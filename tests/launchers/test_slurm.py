@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fake_slurm import Fake
 
-from mupsweep import plan, squeue
+from mupsweep import claims, plan, squeue
 from mupsweep.config import load
 from mupsweep.files import make_folder
 from mupsweep.records import DONE, FAILED, PENDING, RUNNING, SweepDir
@@ -47,6 +47,55 @@ def test_a_sweep_is_an_array_per_size_in_pieces_that_the_cluster_takes_and_an_an
     assert len(SweepDir.open("sweeps/wide").read_jobs()) == 3
 
 
+def test_submitting_gives_signs_of_life_so_that_no_other_command_submits_as_well(
+    slurm: Fake, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "BEAT_SECONDS", -1.0)
+    beaten: list[str] = []
+
+    def beat(claim: claims.Claim) -> bool:
+        beaten.append(claim.path.parent.name)
+        return heartbeat(claim)
+
+    heartbeat = claims.Claim.heartbeat
+    monkeypatch.setattr(claims.Claim, "heartbeat", beat)
+    assert cli("run", *SMOKE)[0] == 0
+    assert beaten == [".planning"] * 2  # an array per size
+    assert len(slurm.calls("sbatch")) == 3
+
+
+def test_a_stop_while_a_job_is_submitted_waits_until_the_job_is_recorded(
+    slurm: Fake, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    slurm.write("sbatch-interrupts", "")
+    assert cli("run", *SMOKE)[0] == 130
+    assert [job["job"] for job in SweepDir.open("sweeps/smoke").read_jobs()] == ["100"]
+    assert len(slurm.calls("sbatch")) == 1
+
+
+def test_what_is_submitted_from_within_a_job_hears_nothing_of_that_job(
+    slurm: Fake, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_MEM_PER_CPU", "SLURM_NTASKS"):
+        monkeypatch.setenv(name, "7")
+    assert cli("run", *SMOKE)[0] == 0
+    assert (slurm.folder / "environment").read_text() == "SLURM_CONF=/etc/slurm.conf\n"
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert cli("run", *SMOKE, "sweep.name=outside")[0] == 0
+    assert "SLURM_MEM_PER_CPU=7\n" in (slurm.folder / "environment").read_text()  # what a user chose is kept
+
+
+def test_a_cluster_without_job_arrays_is_told_in_one_line(
+    slurm: Fake, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    slurm.write("max-array-size", "0")
+    code, _, err = cli("run", *SMOKE)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("mupsweep: this cluster takes no job arrays (MaxArraySize=0): ")
+    assert slurm.calls("sbatch") == []
+
+
 def test_run_again_submits_what_is_in_no_job(slurm: Fake, cli: Callable[..., tuple[int, str, str]]) -> None:
     three = [*SMOKE, "sweep.width_ratios=[1]", "launcher.minutes_per_task=0.0001"]
     assert cli("run", *three)[0] == 0
@@ -61,13 +110,13 @@ def test_run_again_submits_what_is_in_no_job(slurm: Fake, cli: Callable[..., tup
     code, _, err = cli("run", *three)
     assert code == 0
     assert len(slurm.calls("sbatch")) == 2  # nothing new
-    assert "2 runs are in queued or running jobs" in err
+    assert "2 runs in queued or running jobs" in err
 
     sweep.run(first).write_status(FAILED, error="out of memory")
     code, out, err = cli("run", *three, "--json")
     assert code == 0
     assert json.loads(out)["jobs"] == sweep.read_jobs()
-    assert "1 runs were in jobs that ended without finishing them; what they said is in sweeps/smoke/logs" in err
+    assert "jobs ended without finishing 1 run; what they said is in sweeps/smoke/logs" in err
     assert sweep.read_jobs()[2]["tasks"] == [[first]]
     assert sweep.run(first).status()["status"] == PENDING
     assert slurm.calls("sbatch")[-1].startswith("--parsable --dependency=afterany:100:102 ")
@@ -203,7 +252,7 @@ def test_cancel_stops_the_analysis_and_every_array_that_is_left(
     assert err.splitlines() == [
         "cancelled jobs 102, 101 with 3 runs; those in progress checkpoint and end",
         "go on with the command that made the sweep",
-        "1 runs are trained outside Slurm and go on: stop them where they were started",
+        "trained on outside Slurm: 1 run; stop where started",
     ]
     slurm.write("squeue-says", "Unable to contact slurm controller")
     (slurm.folder / "queue").unlink()

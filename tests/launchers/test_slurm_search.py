@@ -55,7 +55,7 @@ def test_a_round_that_was_not_finished_is_left_to_the_user(trained: SweepDir, sl
     trained.run(trained.read_plan()[0]["run_id"]).write_status("failed", error="out of memory")
     code, out, _ = cli("report", "sweeps/smoke", "--next-round")
     assert code == 0
-    assert "the search stops here: 1 runs are not finished; the command that made the sweep goes on" in out
+    assert "the search stops here: 1 run not finished; the command that made the sweep goes on" in out
     assert len(slurm.calls("sbatch")) == 2
 
 

@@ -262,7 +262,7 @@ def test_a_cancelled_sweep_keeps_what_it_has_and_submits_only_what_is_missing(
     assert jobs[held.run_id]["state"] == "RUNNING"
 
     _, again = mupsweep("run", *SMOKE, *ON_CPU, *options)
-    assert "2 runs are in queued or running jobs" in again
+    assert "2 runs in queued or running jobs" in again
     assert len(sweep.read_jobs()) == 2
 
     _, told = mupsweep("cancel", str(sweep.path))
@@ -276,7 +276,7 @@ def test_a_cancelled_sweep_keeps_what_it_has_and_submits_only_what_is_missing(
     assert len(finished) == 1
 
     _, told = mupsweep("run", *SMOKE, *ON_CPU, *options)
-    assert "2 runs were in jobs that ended without finishing them" in told
+    assert "jobs ended without finishing 2 runs" in told
     newest = sorted(sweep.read_jobs(), key=lambda job: int(job["job"]))[-2]
     assert {run_id for task in newest["tasks"] for run_id in task} == {run.run_id for run in runs} - finished
     concluded(sweep)
