@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ def composed(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
     def tree_of(words: list[str]) -> dict[str, Any]:
         try:
             tree = OmegaConf.to_container(compose("mupsweep", [*search, *words]), resolve=True)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"a yaml file cannot be read: {' '.join(str(error).split())}") from error
         assert isinstance(tree, dict)
         return {str(k): v for k, v in tree.items()}
@@ -116,7 +117,10 @@ def composed(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
                 key = override.split("=")[0]
                 if known and "@" not in key and not _is_group(override) and key not in known:
                     raise ConfigError(f"unknown key '{key}'; {nearest_key(key, known)}") from error
-            raise ConfigError(" ".join(str(error).split())) from error
+            what = " ".join(str(error).split())
+            if "Error merging override" in what:
+                what += ": it replaces a list, so write one, as [1,2]"
+            raise ConfigError(what) from error
 
 
 def _parsed(text: str, config_dir: str | None) -> Override:
@@ -125,6 +129,7 @@ def _parsed(text: str, config_dir: str | None) -> Override:
     from hydra.core.override_parser.types import Quote, QuotedString
     from hydra.errors import HydraException
 
+    text = re.sub(r"^([\w.]+=)(~/.*)", lambda found: found[1] + os.path.expanduser(found[2]), text)  # shells leave it
     if any("\ud800" <= character <= "\udfff" for character in text):  # how Python spells bytes that it cannot decode
         raise ConfigError(
             f"override {text!r} is no text in the encoding of this shell: use ASCII, or UTF-8 with LC_ALL=C.UTF-8"

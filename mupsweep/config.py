@@ -33,6 +33,9 @@ HELD_OUT = ("hash", "nanogpt")
 PRECISIONS = ("auto", "fp32", "bf16")
 BATCH_RULES = ("none", "sde")
 GRID, ADAPTIVE = "grid", "adaptive"
+LARGEST_LOG2_LR = 64
+OF_VARIANTS = (*COMPARABLE, "data", "training")
+SHARED = ("sweep", "launcher", "tracker", "out", "allow_imports")
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,7 @@ class TrainingConfig:
         require(0 <= self.min_lr_frac <= 1, "training.min_lr_frac", self.min_lr_frac, "in [0, 1]")
         require(0 < self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "in (0, 1]")
         require(self.clip is None or self.clip > 0, "training.clip", self.clip, "positive or null")
-        require(
-            self.precision in PRECISIONS,
-            "training.precision",
-            self.precision,
-            nearest(self.precision, PRECISIONS),
-        )
+        one_of(self.precision, PRECISIONS, "training.precision")
         require(self.eval_batches > 0, "training.eval_batches", self.eval_batches, "positive")
         require(self.evals > 0, "training.evals", self.evals, "positive")
         require(self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "at least 0")
@@ -191,7 +189,8 @@ class GridConfig:
             require(len(set(values)) == len(values), f"sweep.{key}", list(values), "a list without repeats")
         for key in ("width_ratios", "depth_ratios"):
             require(all(v > 0 for v in getattr(self, key)), f"sweep.{key}", list(getattr(self, key)), "positive")
-        require(all(abs(v) <= 64 for v in self.log2_lrs), "sweep.log2_lrs", list(self.log2_lrs), "octaves, -64 to 64")
+        octaves = f"octaves, {-LARGEST_LOG2_LR} to {LARGEST_LOG2_LR}"
+        require(all(abs(v) <= LARGEST_LOG2_LR for v in self.log2_lrs), "sweep.log2_lrs", list(self.log2_lrs), octaves)
         if self.pair and len(self.width_ratios) != len(self.depth_ratios):
             raise ConfigError(
                 f"sweep.pair=true pairs width_ratios ({len(self.width_ratios)}) with depth_ratios "
@@ -268,8 +267,14 @@ def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> SweepC
         composed([*(f"{g}={c}" for g, c in zip(groups, combination, strict=True)), *rest], config_dir)
         for combination in itertools.product(*groups.values())
     ]
-    variants = [{key: tree[key] for key in (*COMPARABLE, "data", "training")} for tree in trees]
-    shared = {key: trees[0][key] for key in ("sweep", "launcher", "tracker", "out", "allow_imports")}
+    for key in trees[0]:
+        if key not in (*OF_VARIANTS, *SHARED):
+            raise ConfigError(
+                f"a yaml sets '{key}', which is no section; {nearest(key, (*OF_VARIANTS, *SHARED))}; "
+                "an experiment begins with the line # @package _global_"
+            )
+    variants = [{key: tree[key] for key in OF_VARIANTS} for tree in trees]
+    shared = {key: trees[0][key] for key in SHARED}
     made = from_tree({**shared, "variants": variants, "overrides": tuple(overrides)})
     if all(0 < value < 0.25 for value in made.sweep.log2_lrs):
         octaves = ",".join(f"{round(2 * math.log2(value)) / 2:g}" for value in made.sweep.log2_lrs)
@@ -303,7 +308,7 @@ def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
         sweep=structured(GridConfig, tree["sweep"], "sweep"),
         launcher=dict(tree["launcher"]),
         tracker=dict(tree["tracker"]),
-        out=str(tree["out"]),
+        out=_folder(tree["out"]),
         allow_imports=boolean(tree["allow_imports"], "allow_imports"),
         overrides=tuple(tree["overrides"]),
     )
@@ -312,6 +317,12 @@ def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
         if where != "data":  # a source is made from the whole DataConfig, when it is read
             instantiate(section, where)
     return config
+
+
+def _folder(out: Any) -> str:
+    """Where sweeps lie; a name of digits alone is a number to yaml."""
+    require(out not in (None, "") and isinstance(out, str | int | float), "out", out, "a folder, such as out=sweeps")
+    return str(out)
 
 
 def to_tree(config: SweepConfig) -> dict[str, Any]:

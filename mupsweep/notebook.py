@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mupsweep.curves import LossCurve
-from mupsweep.errors import ConfigError
+from mupsweep.errors import ConfigError, counted
 from mupsweep.records import SweepDir
 from mupsweep.results import curve_table, read_runs, to_json
 from mupsweep.transfer import Analysis, Group, analyse
@@ -135,7 +135,7 @@ class Sweep:
 
     def __repr__(self) -> str:
         said = [f"{'/'.join(g.label[1:])} in {g.axis} {g.verdict}" for g in self.verdicts]
-        told = f"{len(self.runs)} of {self.planned} runs finished"
+        told = f"{len(self.runs)} of {counted(self.planned, 'run')} finished"
         return f"Sweep({str(self.folder.path)!r}: {'; '.join([told, ', '.join(said)]) if said else told})"
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from scipy import stats
 
 from mupsweep.curves import LossCurve, Point
+from mupsweep.errors import counted
 from mupsweep.valleys import Array, Window, draw, noise_without_seeds
 
 CONFIDENCE = 0.95
@@ -116,7 +117,7 @@ def window(curve: LossCurve, sds: Mapping[float, float], level: float) -> Window
     """
     points = curve.usable
     if len(points) < 3:
-        return f"{len(points)} LRs with a loss; a minimum needs at least 3"
+        return f"{counted(len(points), 'LR')} with a loss; a minimum needs at least 3"
     best = min(range(len(points)), key=lambda i: points[i].mean)
     if best == 0:
         return f"the best LR is the lowest that has a loss (2^{points[best].log2_lr:g}): train lower ones"

@@ -24,9 +24,10 @@ def recommend(one: Group, doublings: float) -> tuple[Estimate, str]:
     """log2 of the base LR to use at a target `doublings` beyond the base on the group's axis, and what it rests on."""
     known = [o for o in one.optima if o.log2_lr is not None and o.se]
     if not known:
+        why = (f"width {o.curve.width}, depth {o.curve.depth}: {o.reason}" for o in one.optima if o.reason)
         raise RecordError(
             f"{'/'.join(one.label)}: no size has a bracketed optimum yet, so there is no LR to recommend; "
-            f"{one.reasons[0] if one.reasons else 'train more LRs'}"
+            f"{next(why, 'train more LRs')}"
         )
     if one.verdict == TRANSFERS:
         w = np.array([1 / (o.se or 1.0) ** 2 for o in known])

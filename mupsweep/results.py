@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import sys
@@ -11,12 +12,14 @@ from dataclasses import asdict
 from typing import Any
 
 from mupsweep.axes import NAMES, Label, label_of
+from mupsweep.config import LARGEST_LOG2_LR
 from mupsweep.curves import LossCurve, collect
-from mupsweep.errors import DataError
+from mupsweep.errors import DataError, RecordError
 from mupsweep.files import make_folder, write_json, write_parts
 from mupsweep.optimum import CONFIDENCE
 from mupsweep.quality import Comparison, comparisons, quality
 from mupsweep.records import DIVERGED, DONE, FINISHED, SweepDir
+from mupsweep.sections import LARGEST
 from mupsweep.transfer import TOLERANCE_NATS, TOLERANCE_OCTAVES, Analysis, Estimate, Group
 from mupsweep.tuning import closings, remarks, tunings
 
@@ -46,6 +49,7 @@ RUN_COLUMNS = [
     "horizon",
     *CHANGE_COLUMNS,
 ]
+SUMMARY_KEYS = (*NAMES, "run_id", "width", "depth", "width_ratio", "depth_ratio", "log2_lr", "seed", "val_loss")
 # variant, width, depth, parameters -> "runs", as many of each state, and their tokens, flops and seconds
 Ledger = dict[tuple[Label, int, int, int | None], Counter[str]]
 
@@ -73,6 +77,11 @@ def read(sweeps: Sequence[SweepDir]) -> tuple[list[dict[str, Any]], list[Ledger]
             _enter(ledgers[-1], planned, status["status"], summary or status)
             if summary is None:
                 continue
+            if missing := [key for key in SUMMARY_KEYS if key not in summary]:
+                raise RecordError(
+                    f"{folder.summary_path} is no summary of a run, it has no {missing[0]}: delete it and run the "
+                    "command that made the sweep again, which trains this run anew"
+                )
             if label_of(summary)[:3] in namesakes:
                 summary |= {"model": f"{summary['model']} ({sweep.name})"}
             rows += _horizons(summary, planned)
@@ -127,6 +136,8 @@ def read_table(path: str) -> list[dict[str, Any]]:
         raise DataError(f"--from {path} has no runs")
     rows, repeated = [], Counter[tuple[Any, ...]]()
     for number, line in lines:
+        if None in line or None in line.values():  # cut off, or a decimal comma
+            raise DataError(f"--from {path}, line {number}: expected {len(columns)} cells, as in the first line")
         row = _foreign_run(
             line, lambda column, what, at=number: DataError(f"--from {path}, line {at}: {column}={what}")
         )
@@ -140,36 +151,33 @@ def read_table(path: str) -> list[dict[str, Any]]:
 def _foreign_run(line: Mapping[str, str | None], refuse: Callable[[str, str], DataError]) -> dict[str, Any]:
     """One line of a table; `refuse(column, what)` makes the error."""
 
-    def number(column: str) -> float:
+    def number(column: str, least: float = -LARGEST, whole: bool = False) -> float:
         text = (line.get(column) or "").strip()
-        try:
-            return float(text)
-        except ValueError:
-            raise refuse(column, f"{text!r}: expected a number") from None
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            if least <= value <= LARGEST and (value.is_integer() or not whole):
+                return value
+        kind = "a whole number" if whole else "a number"
+        raise refuse(column, f"{text!r}: expected {kind} from {least:g} to {LARGEST:g}")
 
-    row: dict[str, Any] = {"model": "model", "optimizer": "optimizer"}
+    row: dict[str, Any] = {"model": "model", "optimizer": "optimizer", "depth": 1}
     row |= {key: line[key] for key in ("model", "optimizer", "parametrization") if line.get(key)}
     if not row.get("parametrization"):
         raise refuse("parametrization", "'': expected a name such as sp or mup")
-    row |= {"width": int(number("width")), "depth": int(number("depth")) if line.get("depth") else 1}
-    row |= {key: number(key) for key in ("width_ratio", "depth_ratio") if line.get(key)}
-    row |= {"seed": int(number("seed"))} if line.get("seed") else {}
-    row |= {"flops": number("flops")} if line.get("flops") else {}
-    row |= {"horizon": int(number("horizon"))} if line.get("horizon") else {}
+    for key in ("width", "depth", "horizon"):
+        if line.get(key) or key == "width":
+            row[key] = int(number(key, 1, whole=True))
+    row |= {key: number(key, 1 / LARGEST) for key in ("width_ratio", "depth_ratio", "flops") if line.get(key)}
+    row |= {"seed": int(number("seed", whole=True))} if line.get("seed") else {}
     if line.get("hyperparameter"):
         row |= {"hyperparameter": line["hyperparameter"], "value": number("value")}
         row |= {"default": number("default")} if line.get("default") else {}
-    if line.get("log2_lr"):
-        row["log2_lr"] = number("log2_lr")
-    elif (lr := number("lr")) > 0:
-        row["log2_lr"] = math.log2(lr)
-    if row["width"] < 1 or row["depth"] < 1:
-        raise refuse("width", f"{row['width']}, depth={row['depth']}: expected positive numbers")
-    if not math.isfinite(row.get("log2_lr", math.nan)):
-        raise refuse("log2_lr or lr", f"{line.get('log2_lr') or line.get('lr')!r}: expected a finite LR")
-    loss = number("val_loss") if (line.get("val_loss") or "").strip() else math.nan
-    diverged = line.get("status") == DIVERGED or not math.isfinite(loss)
-    return row | {"status": DIVERGED if diverged else DONE, "val_loss": None if diverged else loss}
+    row["log2_lr"] = number("log2_lr") if line.get("log2_lr") else math.log2(number("lr", 1 / LARGEST))
+    if abs(row["log2_lr"]) > LARGEST_LOG2_LR:
+        raise refuse("log2_lr", f"{row['log2_lr']:g}: expected octaves, {-LARGEST_LOG2_LR} to {LARGEST_LOG2_LR}")
+    lost = (line.get("val_loss") or "").strip().lower().lstrip("+-") in ("", "nan", "inf", "infinity")
+    diverged = lost or line.get("status") == DIVERGED
+    return row | {"status": DIVERGED if diverged else DONE, "val_loss": None if diverged else number("val_loss")}
 
 
 def write_results(sweep: SweepDir, analysis: Analysis) -> None:

@@ -80,13 +80,15 @@ class BaseShape:
             raise ConfigError(
                 f"{where} is not a multiple of {divisor}: change the ratio, model.width or {divisor.split('=')[0]}"
             )
+        if (ffn_width := round(self.ffn_ratio * width)) < 1:
+            raise ConfigError(f"{where}: model.ffn_ratio={self.ffn_ratio:g} leaves its MLP no features; raise it")
         return Size(
             width=width,
             depth=depth,
             heads=heads,
             kv_heads=heads if self.kv_heads is None else self._shared(heads, self.kv_heads, where),
             head_dim=width // heads,
-            ffn_width=-(-round(self.ffn_ratio * width) // self.ffn_multiple) * self.ffn_multiple,
+            ffn_width=-(-ffn_width // self.ffn_multiple) * self.ffn_multiple,
             vocab_size=vocab_size,
             context=self.context,
             width_ratio=float(width_ratio),

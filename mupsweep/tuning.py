@@ -18,6 +18,7 @@ import numpy as np
 
 from mupsweep.axes import Label
 from mupsweep.curves import LossCurve, Point, Size, collect
+from mupsweep.errors import counted
 from mupsweep.optimum import Optimum, located, optima
 from mupsweep.quality import STANDARD, Comparison, compare, pairs, shared
 from mupsweep.transfer import (
@@ -237,7 +238,7 @@ def _reason(key: str, optimum: Optimum) -> str | None:
     """Why there is no best value, or no interval of it."""
     points = optimum.curve.usable
     if optimum.reason is None or len(points) < 3:
-        return optimum.reason and f"{len(points)} values on a log scale; a minimum needs at least 3"
+        return optimum.reason and f"{counted(len(points), 'value')} on a log scale; a minimum needs at least 3"
     best = min(points, key=lambda p: p.mean)
     for end, word in ((points[0], "lowest"), (points[-1], "highest")):
         if best is end:

@@ -181,7 +181,9 @@ def test_a_target_of_another_horizon_has_a_file_of_its_own_and_a_warning(cli: Cl
     ],
 )
 def test_what_cannot_be_written_is_refused_in_one_line(words: list[str], said: str, cli: Cli) -> None:
-    code, _, err = cli("transfer", str(ladder().path), *words)
+    sweep = ladder()
+    code, _, err = cli("transfer", str(sweep.path), *words)
     assert code == 2
     assert said in err
     assert len(err.strip().splitlines()) == 1
+    assert not list(sweep.results.glob("recipe*"))

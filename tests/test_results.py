@@ -117,10 +117,16 @@ def test_one_walk_through_a_plan_finds_runs_states_and_costs(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"width": "wide"}, ("line 2", "width='wide'", "expected a number")),
+        ({"width": "wide"}, ("line 2", "width='wide'", "expected a whole number from 1")),
+        ({"width": "16.5"}, ("line 2", "width='16.5'", "expected a whole number from 1")),
+        ({"width": "1e400"}, ("line 2", "width='1e400'", "to 1e+30")),
+        ({"width": "nan"}, ("line 2", "width='nan'", "expected a whole number")),
+        ({"width_ratio": "0"}, ("line 2", "width_ratio='0'", "from 1e-30")),
+        ({"seed": "x"}, ("line 2", "seed='x'", "expected a whole number")),
+        ({"log2_lr": "65"}, ("line 2", "log2_lr=65", "octaves, -64 to 64")),
         ({"log2_lr": "x"}, ("line 2", "log2_lr='x'")),
-        ({"log2_lr": "nan"}, ("line 2", "log2_lr", "finite")),
-        ({"width": "0"}, ("line 2", "width=0", "positive")),
+        ({"log2_lr": "nan"}, ("line 2", "log2_lr='nan'", "expected a number")),
+        ({"width": "0"}, ("line 2", "width='0'", "from 1")),
         ({"parametrization": ""}, ("line 2", "parametrization=''")),
         ({"val_loss": "low"}, ("line 2", "val_loss='low'")),
     ],
@@ -131,6 +137,20 @@ def test_a_bad_cell_is_named(tmp_path: Path, change: dict[str, str], told: tuple
         read_table(table(tmp_path, rows))
     for part in told:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("sp,16,-8,3,1", "line 2: expected 6 cells, as in the first line"),
+        ("sp,16,-8,3,5,1,0", "line 2: expected 6 cells, as in the first line"),
+    ],
+)
+def test_a_line_that_cannot_be_meant_is_refused(tmp_path: Path, line: str, told: str) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text(f"parametrization,width,log2_lr,val_loss,width_ratio,seed\n{line}\n")
+    with pytest.raises(DataError, match=told):
+        read_table(str(path))
 
 
 @pytest.mark.parametrize("column", ["parametrization", "width", "log2_lr", "val_loss"])

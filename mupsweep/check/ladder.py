@@ -13,7 +13,7 @@ from itertools import product
 
 from mupsweep.check.fit import Exponent, slope
 from mupsweep.check.trace import ATTENTION, CHANGE, COORDINATES, FEATURES, LOGITS, UPDATE, WEIGHT, Values
-from mupsweep.errors import ConfigError
+from mupsweep.errors import ConfigError, counted
 from mupsweep.scaling import Claim, Parametrization, Role
 
 WIDTH, DEPTH = "width", "depth"
@@ -211,7 +211,7 @@ def fit(
     Raises:
         ConfigError: a ladder of two sizes.
     """
-    last = max(count for point in points for count in point.traced)
+    last = max(1, *(count for point in points for count in point.traced))  # 0 where the first step ends them all
     diverged = sorted({(p.axis, p.size) for p in points if last not in p.traced}, reverse=True)
     found: list[Row] = []
     for axis in dict.fromkeys(point.axis for point in points):
@@ -226,7 +226,7 @@ def _rows(ladder: Sequence[Point], roles: Mapping[str, Role], promised: Promises
     axis, sizes = ladder[0].axis, tuple(sorted({point.size for point in ladder}))
     if len(sizes) < ENOUGH:
         raise ConfigError(
-            f"{len(sizes)} sizes on the {axis} axis: an exponent with an interval takes at least {ENOUGH}; "
+            f"{counted(len(sizes), 'size')} on the {axis} axis: an exponent with an interval takes at least {ENOUGH}; "
             f"give sweep.{axis}_ratios=[1,2,4,8], or [1] for none"
         )
     counts = sorted(set.intersection(*(set(point.traced) for point in ladder)))

@@ -11,7 +11,7 @@ from mupsweep import config, data, train
 from mupsweep.build import build
 from mupsweep.check.ladder import DEPTH, WIDTH, Coordinates, Point, family, fit, promises
 from mupsweep.check.trace import CHANGE, LOGITS, Subject, Values, trace
-from mupsweep.config import GridConfig, SweepConfig, Variant
+from mupsweep.config import GRID, GridConfig, SweepConfig, Variant
 from mupsweep.data import Dataset
 from mupsweep.errors import ConfigError
 from mupsweep.plan import RunSpec, plan
@@ -28,9 +28,9 @@ def load(overrides: Sequence[str], config_dir: str | None) -> SweepConfig:
     words = list(overrides)
     if not any(word.startswith("experiment=") for word in words):
         words.append("experiment=check")
-    asked = next((word for word in words if word.startswith("parametrization=")), "parametrization=spectral")
-    names = asked.partition("=")[2].split(",")
-    words = [word for word in words if word != asked]
+    asked = [word for word in words if word.startswith("parametrization=")]
+    names = (asked or ["parametrization=spectral"])[-1].partition("=")[2].split(",")
+    words = [word for word in words if word not in asked]
     return config.load([*words, "parametrization=" + ",".join(dict.fromkeys(["sp", *names]))], config_dir)
 
 
@@ -86,7 +86,8 @@ def coordinates_of(variant: Variant, grid: GridConfig, log2_lr: float) -> Coordi
 
 
 def runs_of(variant: Variant, grid: GridConfig) -> list[RunSpec]:
-    """The runs of one variant over a grid, with matrix products in fp32."""
+    """The runs of one variant over a grid, searched or not, with matrix products in fp32."""
+    grid = replace(grid, search=GRID, max_flops=None)
     variant = replace(variant, training=replace(variant.training, precision="fp32"))
     return plan(SweepConfig(variants=(variant,), sweep=grid, launcher={}, tracker={}))
 

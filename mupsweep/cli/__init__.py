@@ -73,6 +73,13 @@ def drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def was_interrupted(error: BaseException | None) -> bool:
+    """Whether a Ctrl-C is what caused an error: libraries, and Python while it imports, make others of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__
+    return error is not None
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2; a traceback is a bug of ours."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # it is none where it is closed
@@ -81,6 +88,10 @@ def main() -> None:
         working_folder()
         try:
             app(prog_name="mupsweep")
+        except Exception as error:
+            if was_interrupted(error):
+                raise KeyboardInterrupt from error
+            raise
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()  # or what it holds fails when nobody can tell of it any more

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mupsweep.config import DataConfig
 from mupsweep.data import cache, shards, tokenizers
 from mupsweep.data.shards import SPLITS, SplitWriter
-from mupsweep.errors import DataError
+from mupsweep.errors import DataError, counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -273,10 +273,10 @@ def _refuse_empty(config: DataConfig, unfinished: _Unfinished) -> None:
         if not writer.documents:
             (unfinished.folder / cache.CHECKPOINT).unlink(missing_ok=True)
             cure = f"{'lower' if split == 'train' else 'raise'} the fraction{more} or add documents"
-            if total == 1:
+            if total == 1 and not more:
                 cure = "cut the document into several, one a line"
             raise DataError(
-                f"data={config.name}: none of its {total} documents is in the {split} split "
+                f"data={config.name}: none of its {counted(total, 'document')} is in the {split} split "
                 f"(data.validation_fraction={config.validation_fraction}, data.max_tokens={config.max_tokens}): {cure}"
             )
 

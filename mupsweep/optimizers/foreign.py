@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from mupsweep.errors import ConfigError, nearest
 from mupsweep.optimizers.optimizer import Dims, Optimizer, Threshold
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import columns, entries, one, rows
-from mupsweep.sections import one_of
+from mupsweep.sections import imported, one_of
 
 if TYPE_CHECKING:
     import torch
@@ -100,13 +99,7 @@ class Foreign(Optimizer):
     def _class(self) -> Any:
         import torch
 
-        path, _, name = str(self.path).rpartition(".")
-        try:
-            found = getattr(importlib.import_module(path), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(
-                f"optimizer.path={self.path} cannot be imported ({error}): it names a class as package.module.Class"
-            ) from error
+        found = imported(self.path, "optimizer.path", "your optimizer")
         if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
             raise ConfigError(f"optimizer.path={self.path} is no subclass of torch.optim.Optimizer")
         return found

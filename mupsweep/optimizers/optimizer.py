@@ -55,6 +55,7 @@ class Optimizer(ABC):
         for key in ("weight_decay", "eps"):
             require(getattr(self, key) >= 0, f"optimizer.{key}", getattr(self, key), "at least 0")
         require(self.lr_ratio > 0, "optimizer.lr_ratio", self.lr_ratio, "a positive number")
+        require(len(self.roles) > 0, "optimizer.roles", list(self.roles), f"some of {', '.join(self.accepts)}")
         for role in self.roles:
             if role not in ROLES:
                 raise ConfigError(f"optimizer.roles={list(self.roles)}: {nearest(role, ROLES)}")

@@ -14,6 +14,7 @@ from rich.text import Text
 from mupsweep.axes import Label
 from mupsweep.cost import duration
 from mupsweep.curves import LossCurve, collect
+from mupsweep.errors import counted
 from mupsweep.optimum import optima
 from mupsweep.records import DIVERGED, DONE, FAILED, PENDING, RUNNING
 from mupsweep.report.board import Board, Cell, Row
@@ -98,7 +99,7 @@ class BoardText:
             cells = [sum((board.cells[row][lr] for lr in step if lr in board.cells[row]), Cell()) for step in steps]
             yield self._line(f"{name:<{margin}}", cells, column)
         if hidden := len(board.cells) - len(shown):
-            yield Text(f"{hidden} more sizes", "dim")
+            yield Text(counted(hidden, "more size"), "dim")
         yield Text(LEGEND if column >= min(WIDTHS) else f"o done   {LEGEND}", "dim", no_wrap=True, overflow="crop")
 
     def _line(self, name: str, cells: Sequence[Cell], column: int) -> Text:

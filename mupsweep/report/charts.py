@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 from mupsweep.curves import LossCurve, Point, Size
+from mupsweep.errors import counted
 from mupsweep.optimum import Optimum
 from mupsweep.report.curves_text import (
     axis_name,
@@ -260,10 +261,10 @@ def _facts(point: Point) -> Iterable[str]:
     """What is known of a point of a loss curve."""
     yield f"LR 2^{point.log2_lr:g} = {2**point.log2_lr:.3g}"
     if point.diverged:
-        yield f"{point.diverged} of {point.diverged + len(point.losses)} seeds diverged"
+        yield f"{point.diverged} of {counted(point.diverged + len(point.losses), 'seed')} diverged"
     if point.losses:
         yield f"loss {point.mean:.4f}" + ("" if point.sem is None else f" ± {point.sem:.4f} (standard error)")
-        yield f"{len(point.losses)} seed{'s' if len(point.losses) > 1 else ''}"
+        yield counted(len(point.losses), "seed")
 
 
 def _column(metrics: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -31,15 +31,19 @@ def show_coordinates(
     checked: Iterable[Coordinates], as_json: bool, figure: str | None = None, into: SweepDir | None = None
 ) -> bool:
     """The exponents of every variant, SP's beside them; whether all promises are kept."""
+    if figure is not None:
+        from mupsweep.report.coordinates_figure import check
+
+        check(Path(figure))  # before anything is trained, which `checked` does as it goes
     found = list(checked)
     document = {"variants": [_document(one) for one in found]}
     if into is not None:
         make_folder(into.results)
         write_json(into.check_path, document)
     if figure is not None:
-        from mupsweep.report import coordinates_figure
+        from mupsweep.report.coordinates_figure import draw
 
-        coordinates_figure.draw(found, Path(figure))
+        draw(found, Path(figure))
     if as_json:
         print(json.dumps(document))
         return all(one.passed for one in found)
@@ -93,7 +97,8 @@ def _conclusion(one: Coordinates) -> list[str]:
             lines.append(f"{one.label[2]} promises nothing along the {axis}")
     lines += one.causes()
     if not one.passed:
-        return [*lines, f"FAILED: {len(missed)} of {len(judged)} promises are missed by more than {TOLERANCE:g}"]
+        told = f"{len(missed)} of {len(judged)} promises are missed by more than {TOLERANCE:g}"
+        return [*lines, f"FAILED: {told if missed else 'what diverged keeps no promise'}"]
     if judged:
         lines.append(
             f"passed: {len(judged)} promises kept within {TOLERANCE:g}; whether the LR transfers, a sweep tells"

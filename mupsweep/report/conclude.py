@@ -17,6 +17,7 @@ from mupsweep.files import make_folder, write_json, write_text
 from mupsweep.plan import RunSpec
 from mupsweep.records import SweepDir
 from mupsweep.results import Ledger, read, read_runs, read_table, to_json, write_results
+from mupsweep.sections import LARGEST
 from mupsweep.transfer import Analysis, analyse, select
 
 
@@ -30,14 +31,18 @@ def conclude(
     """Analyse some sweeps together, write the results of a single one, print the outcome, return the verdicts.
 
     Args:
-        figures: a further look to draw the figures in, a key of `figures.LOOKS`.
+        figures: a further look to draw the figures in, a key of `looks.LOOKS`.
     """
     from mupsweep.report import verdicts
 
     if not sweeps:
         raise ConfigError("no sweep given: mupsweep transfer sweeps/NAME, or mupsweep transfer --from runs.csv")
+    if figures is not None:
+        from mupsweep.report import looks
+
+        looks.look_of(figures)  # this, and a damaged config, are told before anything is written
     for sweep in sweeps:
-        sweep.read_config()  # a damaged one is told before anything is written
+        sweep.read_config()
     # before the runs are read: of 100,000, plan and results together would take the most memory
     shown_rules = list(_rules_at_sizes(plan.load(sweeps[0], to_train=False))) if len(sweeps) == 1 else []
     rows, ledgers = read(sweeps)
@@ -158,11 +163,11 @@ def export(
     for line in refused:
         print(f"no recipe for {line}", file=sys.stderr)
     several = len({content["model"] for content in made}) > 1
+    foreign = [None if form == exports.JSON else exports.export(form, content) for content in made]  # or refuse
     make_folder(sweeps[0].results)
-    for content in made:
+    for content, exported in zip(made, foreign, strict=True):
         path = sweeps[0].results / f"{_file_name(content, several, 'tokens' in dims)}.json"
         write_json(path, content)
-        exported = None if form == exports.JSON else exports.export(form, content)
         beside = path
         if exported is not None:
             beside = path.with_name(f"{path.stem}-{form}{exported.suffix}")
@@ -192,7 +197,7 @@ def read_target(words: Sequence[str]) -> dict[str, int]:
             value = float(text) if text.isascii() and "_" not in text else 0.0
         except ValueError:
             value = 0.0
-        if key not in ("width", "depth", "tokens") or value < 1 or not value.is_integer():
+        if key not in ("width", "depth", "tokens") or not 1 <= value <= LARGEST or not value.is_integer():
             raise ConfigError(
                 f"--to {word}: expected width=N, depth=N and tokens=N, whole numbers, for example "
                 "--to width=4096 depth=32 tokens=2e9"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from mupsweep.check.fit import signed
 from mupsweep.check.ladder import DEPTH, TOLERANCE, WIDTH, Coordinates, Row
 from mupsweep.check.trace import ATTENTION, CHANGE, FEATURES, LOGITS, UPDATE
-from mupsweep.errors import ConfigError
-from mupsweep.report.looks import METADATA, QUIET, SIZES, STYLE, VERDICT_COLORS
+from mupsweep.errors import ConfigError, counted
+from mupsweep.report.looks import QUIET, SIZES, STYLE, VERDICT_COLORS, save
 from mupsweep.scaling import Role
 
 FORMATS = (".png", ".svg")
@@ -27,14 +28,17 @@ ROWS: tuple[tuple[str, Role | None, str], ...] = (
 )
 
 
-def draw(checked: Sequence[Coordinates], path: Path) -> None:
-    """Draw what was measured: a column per axis and variant, a row per coordinate, both axes logarithmic.
-
-    Raises:
-        ConfigError: a path that ends in neither .png nor .svg.
-    """
+def check(path: Path) -> None:
+    """Refuse a path that no figure can be written to."""
     if path.suffix not in FORMATS:
         raise ConfigError(f"--figure {path}: expected a path that ends in {' or '.join(FORMATS)}")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        where = "it is a folder" if path.is_dir() else f"{path.parent} is no folder that can be written to"
+        raise ConfigError(f"--figure {path}: {where}; name a file in one that is there, such as check{FORMATS[0]}")
+
+
+def draw(checked: Sequence[Coordinates], path: Path) -> None:
+    """Draw what was measured: a column per axis and variant, a row per coordinate, both axes logarithmic."""
     columns = [(axis, one) for axis in (WIDTH, DEPTH) for one in checked if axis in one.axes()]
     shown = [key for key in ROWS if all(_row(one, axis, *key[:2]) for axis, one in columns)]
     with matplotlib.style.context(["default", STYLE]):
@@ -54,12 +58,11 @@ def draw(checked: Sequence[Coordinates], path: Path) -> None:
             axes.set_xlabel(axis)
         counts = sorted({count for one in checked for row in one.rows for count in row.values if count})
         handles = [
-            Line2D([], [], color=_shade(i, len(counts)), marker="o", markersize=4, label=f"after {count} steps")
-            for i, count in enumerate(counts)
+            Line2D([], [], color=_shade(i, len(counts)), marker="o", markersize=4, label=f"after {told}")
+            for i, told in enumerate(counted(count, "step") for count in counts)
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=200, metadata=METADATA[path.suffix])
+        save(figure, path)
 
 
 def _panel(axes: Axes, row: Row) -> None:

@@ -12,7 +12,7 @@ from mupsweep import data
 from mupsweep.config import DataConfig, load
 from mupsweep.cost import si
 from mupsweep.data import cache, shards, sources
-from mupsweep.errors import DataError
+from mupsweep.errors import DataError, counted
 from mupsweep.report.console import console_of, table_of
 
 
@@ -82,7 +82,7 @@ def verify_data(overrides: Sequence[str], config_dir: str | None) -> None:
     ready = source.ready_tokens()
     if ready is not None:
         files = {segment.path for segment in (*ready.train, *ready.validation)}
-        print(f"{len(files)} token file(s) are read as they are: headers and a sample of the ids are right")
+        print(f"{counted(len(files), 'token file')}, not encoded: headers and a sample of the ids are right")
         return
     folder = cache.folder(config, data.fingerprint(config))
     if not folder.exists():
@@ -92,7 +92,7 @@ def verify_data(overrides: Sequence[str], config_dir: str | None) -> None:
         )
     found = shards.verify(folder)
     count = sum(len(found["splits"][split]["shards"]) for split in shards.SPLITS)
-    print(f"{folder}: {count} shard(s), each with its digest")
+    print(f"{folder}: {counted(count, 'shard')}, each with its digest")
 
 
 def _config(overrides: Sequence[str], config_dir: str | None) -> DataConfig:

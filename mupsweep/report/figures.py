@@ -20,7 +20,7 @@ from matplotlib.transforms import Bbox, TransformedBbox
 
 from mupsweep.cost import si
 from mupsweep.curves import LossCurve, Size
-from mupsweep.errors import ConfigError
+from mupsweep.files import make_folder
 from mupsweep.optimum import Optimum
 from mupsweep.report.curves_text import (
     axis_name,
@@ -33,7 +33,7 @@ from mupsweep.report.curves_text import (
     size_names,
     variant_name,
 )
-from mupsweep.report.looks import BAND, GROUPS, INK, LOOKS, MARKERS, METADATA, QUIET, SIZES, VERDICT_COLORS, Look
+from mupsweep.report.looks import BAND, GROUPS, INK, MARKERS, QUIET, SIZES, VERDICT_COLORS, Look, look_of, save
 from mupsweep.transfer import HORIZON, TOLERANCE_OCTAVES, Analysis, Group
 
 COLUMNS = 3  # panels side by side
@@ -50,10 +50,8 @@ def draw(analysis: Analysis, folder: Path, look: str = "screen") -> list[Path]:
     Returns:
         The written files.
     """
-    if look not in LOOKS:
-        raise ConfigError(f"--figures {look}: expected {' or '.join(LOOKS)}")
-    chosen = LOOKS[look]
-    folder.mkdir(parents=True, exist_ok=True)
+    chosen = look_of(look)
+    make_folder(folder)
     written = []
     with matplotlib.style.context(["default", chosen.style]):
         for axis in dict.fromkeys(g.axis for g in analysis.groups):
@@ -63,13 +61,8 @@ def draw(analysis: Analysis, folder: Path, look: str = "screen") -> list[Path]:
                 for line in (line for axes in figure.axes for line in axes.get_lines()):
                     line.set_linewidth(chosen.lines * line.get_linewidth())
                     line.set_markersize(chosen.lines * line.get_markersize())
-                written += [_save(figure, folder / f"{name}{suffix}{kind}") for kind in chosen.suffixes]
+                written += [save(figure, folder / f"{name}{suffix}{kind}") for kind in chosen.suffixes]
     return written
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=200, metadata=METADATA[path.suffix])
-    return path
 
 
 # Loss versus LR

@@ -14,7 +14,8 @@ import mupsweep
 from mupsweep.axes import label_of
 from mupsweep.build import TensorRule
 from mupsweep.cost import duration, si
-from mupsweep.files import read_json, write_text
+from mupsweep.errors import counted
+from mupsweep.files import make_folder, read_json, write_text
 from mupsweep.optimum import CONFIDENCE, Optimum
 from mupsweep.quality import comparisons
 from mupsweep.records import DIVERGED, DONE, FAILED, SweepDir
@@ -82,7 +83,7 @@ def write(
         + "\n".join(sections)
         + f"\n<script>\n{js}</script>\n</body>\n</html>\n"
     )
-    sweep.results.mkdir(parents=True, exist_ok=True)
+    make_folder(sweep.results)
     path = sweep.results / "report.html"
     write_text(path, text)
     return path
@@ -91,7 +92,7 @@ def write(
 def _header(sweep: SweepDir, analysis: Analysis) -> str:
     names = [", ".join(dict.fromkeys(row[k] for row in analysis.rows)) for k in ("model", "optimizer")]
     runs = {row["run_id"].partition("@")[0] for row in analysis.rows}  # without the branches of a run
-    line = " · ".join(n for n in [*names, f"{len(runs)} finished runs"] if n)
+    line = " · ".join(n for n in [*names, counted(len(runs), "finished run")] if n)
     return f'<h1>{escape(sweep.name)}</h1>\n<p class="quiet">{escape(line)} · losses in nats per token</p>'
 
 

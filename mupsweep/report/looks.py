@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from mupsweep.errors import ConfigError, nearest
+from mupsweep.files import write_bytes
 
 INK, QUIET, BAND = "#1f2328", "#6b7280", "#f1f3f5"
 VERDICT_COLORS = {"transfers": "#17734a", "drifts": "#b3400a", "inconclusive": QUIET}
@@ -87,9 +93,26 @@ LOOKS = {
     "screen": Look(STYLE, (".png", ".svg"), (4.1, 3.7), (5.8, 4.1), 11, 7, 1.0, True),
     "paper": Look(PAPER_STYLE, (".png", ".svg", ".pdf"), (None, 2.1), (3.35, 2.5), 8.5, 6, 0.7, False),
 }
+
+
+def look_of(name: str) -> Look:
+    """The look of that name, a key of LOOKS."""
+    if name not in LOOKS:
+        raise ConfigError(f"--figures {name}: {nearest(name, LOOKS)}")
+    return LOOKS[name]
+
+
 # what would make two drawings differ
 METADATA = {
     ".png": {"Software": None},
     ".svg": {"Date": None, "Creator": None},
     ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
 }
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure, in the format that its name says; returns the path."""
+    drawn = BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], dpi=200, metadata=METADATA[path.suffix])
+    write_bytes(path, drawn.getvalue())
+    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -20,7 +21,8 @@ from mupsweep.build import TensorRule, audit, multipliers, rule_record, rules
 from mupsweep.config import GRID, SweepConfig, from_tree
 from mupsweep.cost import FLOPS_PER_SECOND, duration, si
 from mupsweep.environment import accelerator, cores
-from mupsweep.errors import MupsweepError, RecordError
+from mupsweep.errors import ConfigError, MupsweepError, RecordError, counted
+from mupsweep.identity import digest_of, refuse_namesakes
 from mupsweep.optimizers.muon import SHAPE_FACTORS, Muon, convert
 from mupsweep.plan import Recipe, RunSpec, corpus_remarks, load, next_round, plan, recipe, sweep_name
 from mupsweep.records import DIVERGED, DONE, FAILED, FINISHED, PENDING, RUNNING, SweepDir
@@ -94,15 +96,27 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
         on_one = sum(r.cost.seconds(r.recipe.steps, "cuda") for r in left)
         elsewhere = f", {duration(on_one)} on a GPU at {si(FLOPS_PER_SECOND['cuda'])}FLOP/s"
     console.say(
-        f"{len(left)} of {len(runs)} runs to train, {si(total)}FLOPs, roughly {duration(seconds)} on {lanes} {device} "
-        f"worker(s) at {si(FLOPS_PER_SECOND[device])}FLOP/s each{elsewhere}; "
+        f"{len(left)} of {counted(len(runs), 'run')} to train, {si(total)}FLOPs, roughly {duration(seconds)} on "
+        f"{lanes} {device} worker(s) at {si(FLOPS_PER_SECOND[device])}FLOP/s each{elsewhere}; "
         "while it runs you see the measured time left"
+        if left
+        else f"nothing to train: {counted(len(runs), 'run')} finished"
     )
     if searches:
         console.say(_search_remark(config, first=not exists))
-    for remark in corpus_remarks(runs):
+    for remark in (*corpus_remarks(runs), *(_refusals(config, sweep) if exists else ())):
         console.say(f"note: {remark}")
     console.say(f"folder: {sweep.path}")
+
+
+def _refusals(config: SweepConfig, sweep: SweepDir) -> Iterable[str]:
+    """Why `mupsweep run` would refuse: other settings under a name that the sweep holds already."""
+    with contextlib.suppress(RecordError):  # a damaged config is written anew
+        held = from_tree(sweep.read_config()).variants
+        try:
+            refuse_namesakes({digest_of(one): one for one in (*held, *config.variants)}.values(), sweep)
+        except ConfigError as error:
+            yield f"mupsweep run would refuse this: {error}"
 
 
 def _grid_words(runs: Sequence[RunSpec]) -> str:
@@ -131,7 +145,8 @@ def _search_remark(config: SweepConfig, first: bool) -> str:
     return (
         f"adaptive search: {'only the first round is shown' if first else 'later rounds are not shown'}; which runs "
         f"follow, the losses say. It ends when every optimum is known to +-{grid.half_width:g} octaves, or "
-        f"after {grid.max_runs} runs of a size: at most {grid.max_runs * len(most)} runs, {si(flops)}FLOPs"
+        f"after {counted(grid.max_runs, 'run')} of a size: at most {counted(grid.max_runs * len(most), 'run')}, "
+        f"{si(flops)}FLOPs"
     )
 
 
@@ -258,11 +273,11 @@ def _search_lines(sweep: SweepDir, left: int) -> Iterable[str]:
     if config is None:
         return
     if left:
-        yield f"adaptive search: {left} runs of this round are left; more may follow"
+        yield f"adaptive search: {counted(left, 'run')} of this round left; more may follow"
         return
     for label, looks in _survey(config, sweep).items():
         for one in looks:
-            wanted = f"; the next round trains {len(one.wanted)} runs" if one.wanted else ""
+            wanted = f"; the next round trains {counted(len(one.wanted), 'run')}" if one.wanted else ""
             r_n, r_L = one.ratios
             yield f"adaptive search, {'/'.join(label)}, width x{r_n:g}, depth x{r_L:g}: {one.reason}{wanted}"
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from mupsweep.config import GRID
 from mupsweep.cost import si
+from mupsweep.errors import counted
 from mupsweep.optimum import CONFIDENCE
 from mupsweep.quality import Comparison, comparisons, quality
 from mupsweep.records import DIVERGED, DONE, SweepDir
@@ -34,14 +35,14 @@ def show_analysis(
         unfinished = counts["runs"] - counts[DONE] - counts[DIVERGED]
         if 0 < unfinished < counts["runs"]:
             console.say(
-                f"{path}: {unfinished} of {counts['runs']} runs are not finished; what follows rests on the rest"
+                f"{path}: {unfinished} of {counted(counts['runs'], 'run')} not finished; what follows rests on the rest"
             )
     if not analysis.groups:
         console.print("no finished runs yet: go on with mupsweep run")
         return
     for group in analysis.groups:
         console.print(f"\n{'/'.join(group.label)}, {group.axis} ladder", style="bold")
-        console.print(curve_text(group.optima))
+        console.print(curve_text(group.optima, min(72, console.width)))
         console.show(_optimum_table(group))
     console.print()
     for group in analysis.groups:

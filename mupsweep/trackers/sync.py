@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mupsweep import trackers
-from mupsweep.errors import RecordError
+from mupsweep.errors import RecordError, counted
 from mupsweep.records import SweepDir
 from mupsweep.trackers.live import catch_up
 from mupsweep.trackers.wandb import Wandb
@@ -30,4 +30,4 @@ def sync(sweep: SweepDir, project: str | None = None, entity: str | None = None)
             f"W&B does not take {sweep.path}: {trackers.in_one_line(error)}; check `wandb login` and the network, "
             "then run the same command again: what arrived stays"
         ) from error
-    print(f"{pushed} of {len(sweep.read_plan())} runs pushed to {where}, group {sweep.name}")
+    print(f"{pushed} of {counted(len(sweep.read_plan()), 'run')} pushed to {where}, group {sweep.name}")

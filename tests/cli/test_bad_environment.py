@@ -100,6 +100,7 @@ HARMLESS: list[tuple[str, str]] = [
     ("TMPDIR=/proc/none mupsweep plan experiment=smoke", "folder: sweeps/smoke"),
     ("TMPDIR=$PWD/afile mupsweep status sweeps/smoke", "pending 6"),
     ("unset HOME; mupsweep plan experiment=smoke", "folder: sweeps/smoke"),
+    ("HOME=/proc/none mupsweep plan experiment=smoke 'out=~/x'", "folder: /proc/none/x/smoke"),
     ("HOME=/proc/none mupsweep rules experiment=smoke", "no contradiction found"),
     ("XDG_CACHE_HOME=$PWD/afile mupsweep plan experiment=smoke", "folder: sweeps/smoke"),
     ("mupsweep plan experiment=smoke out=µ", "folder: µ/smoke"),

@@ -71,6 +71,11 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("optimizer=adamw,muno", ("'muno'", "did you mean 'muon'?")),
     ("optimizer=[adamw,muon]", ("adamw", "valid: ")),
     ("optimizer=", ("no optimizer named ''", "valid: ")),
+    ("optimizer=AdamW", ("'AdamW'", "did you mean 'adamw'?")),
+    ("parametrization=muP", ("'muP'", "did you mean 'mup'?")),
+    ("parametrization=μP", ("'μP'", "did you mean 'mup'?")),
+    ("parametrization=µp", ("'µp'", "did you mean 'mup'?")),
+    ("parametrization=sp,μP", ("'sp,μP'", "did you mean 'mup'?")),
     ("model=null", ("no model named", "valid: ")),
     ("experiment=smok", ("'smok'", "did you mean 'smoke'?")),
     ("experiment=None", ("None", "smoke")),
@@ -109,6 +114,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("allow_imports=nope", ("allow_imports", "nope")),
     ("sweep.log2_lrs=-7", ("sweep.log2_lrs", "-7", "list")),
     ("sweep.width_ratios=null", ("sweep.width_ratios", "list")),
+    ("sweep.width_ratios={a:1}", ("sweep.width_ratios={a:1}", "write one, as [1,2]")),
     ("sweep.width_ratios=[[1,2]]", ("sweep.width_ratios", "[1, 2]")),
     ("sweep.seeds=[0.5]", ("sweep.seeds", "0.5", "whole number")),
     ("optimizer.betas=0.9", ("optimizer.betas", "0.9", "list")),
@@ -118,6 +124,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("optimizer=muon optimizer.graft=muon optimizer.graft.scaling=kimy", ("optimizer.scaling=kimy", "kimi")),
     ("optimizer=adamw optimizer.rest=sgd", ("optimizer.rest of adamw", "takes every tensor", "null")),
     ("optimizer=muon optimizer.roles=[hidden,output,input_vector]", ("optimizer.roles=", "muon", "input_vector")),
+    ("optimizer.roles=[]", ("optimizer.roles=[]", "some of input, hidden")),
     ("optimizer=muon optimizer.roles=[hiden]", ("optimizer.roles=", "hidden")),
     ("optimizer=adamw optimizer.hyperball=true", ("optimizer.hyperball", "matrices", "roles=[hidden]")),
     (
@@ -145,6 +152,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("training.warmup=-1", ("training.warmup=-1", "a fraction below 1 or a number of steps")),
     ("training.batch_size=0", ("training.batch_size=0", "positive")),
     ("training.schedule=cosin", ("training.schedule=cosin", "did you mean 'cosine'?")),
+    ("training.precision=1", ("training.precision=1: valid: auto, bf16, fp32",)),
     ("training.precision=fp16", ("training.precision=fp16", "bf16")),
     ("training.min_lr_frac=2", ("training.min_lr_frac=2", "[0, 1]")),
     ("training.clip=0", ("training.clip=0", "null")),
@@ -163,6 +171,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("model.depth=0", ("model.depth=0", "positive")),
     ("model.init_std=nan", ("model.init_std=nan",)),
     ("model.init_std=inf", ("model.init_std=inf",)),
+    ("model.ffn_ratio=0.0001", ("model.ffn_ratio=0.0001", "raise it")),
     ("model.heads=0", ("model.heads=0",)),
     ("model.heads=3", ("width 16", "model.heads=3")),
     ("model.attention_scale=mupp", ("model.attention_scale=mupp", "did you mean 'mup'?")),
@@ -181,10 +190,17 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("sweep.log2_lrs=[0.001,0.01,0.1]", ("[0.001, 0.01, 0.1]", "octaves", "'sweep.log2_lrs=[-10,-6.5,-3.5]'")),
     ("sweep.seeds=[1,1]", ("sweep.seeds=[1, 1]", "without repeats")),
     ("sweep.pair=true", ("width_ratios (2)", "depth_ratios (1)", "equal length")),
+    ("sweep.width_ratios=[1e300]", ("sweep.width_ratios=[1e+300]", "up to 1e+30")),
+    ("training.batch_size=1" + 40 * "0", ("training.batch_size=1000", "up to 1e+30")),
+    ("sweep.search=adaptive sweep.max_flops=1", ("sweep.max_flops=1:", "give more")),
+    ("out=", ("out=:", "out=sweeps")),
+    ("out=null", ("out=None", "out=sweeps")),
+    ("out=[a]", ("out=['a']", "out=sweeps")),
     ("sweep.name=a/b", ("sweep.name='a/b'", "plain folder name")),
     ("sweep.name=..", ("sweep.name='..'", "plain folder name")),
     ("sweep.name=", ("sweep.name=''", "plain folder name")),
     ("optimizer.name=a/b", ("optimizer.name", "a/b")),
+    ("optimizer.name=", ("optimizer.name=:", "letters, digits")),
     # code and data
     ("model.kind=os.PathLike", ("model.kind=os.PathLike", "allow_imports=true")),
     ("data.kind=os.PathLike", ("data.kind=os.PathLike", "allow_imports=true")),
@@ -231,6 +247,7 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     ("transfer sweeps/smoke --to width=²", ("--to width=²", "width=N")),
     ("transfer sweeps/smoke --to width=64 depht=4", ("--to depht=4", "depth=N")),
     ("transfer sweeps/smoke --to width=64.5", ("--to width=64.5", "whole numbers")),
+    ("transfer sweeps/smoke --to width=1e300", ("--to width=1e300", "whole numbers")),
     ("transfer sweeps/smoke --to width=inf", ("--to width=inf", "whole numbers")),
     ("transfer sweeps/smoke --to width=64 --to width=128", ("width=64", "width=128", "one target a command")),
     ("transfer sweeps/smoke --to width=64", ("no finished runs", "mupsweep run")),
@@ -242,6 +259,15 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     ("rules experiment=smoke sweep.log2_lrs=[5000]", ("sweep.log2_lrs", "5000")),
     ("plan experiment=smoke --config-dir nowhere", ("--config-dir nowhere", "optimizer/mine.yaml")),
     ("plan experiment=smoke optimizer=gentle --config-dir sweeps", ("'gentle'", "valid: ")),
+    ("report sweeps/smoke --figures papers", ("--figures papers", "did you mean 'paper'?")),
+    ("check --figure x.gif", ("--figure x.gif", ".png or .svg")),
+    ("check --figure none/x.png", ("--figure none/x.png", "none is no folder", "such as check.png")),
+    ("check --figure sweeps/smoke/plan.jsonl/x.png", ("plan.jsonl is no folder", "such as check.png")),
+    ("check law optimizer=foreign", ("optimizer.path=null", "package.module.Class")),
+    (
+        "check law optimizer=foreign optimizer.path=my_module.Mine allow_imports=true",
+        ("optimizer.path=my_module.Mine", "No module named 'my_module'", "PYTHONPATH"),
+    ),
     ("data prepare data.tokenizer=gpt3", ("data.tokenizer=gpt3", "did you mean 'gpt2'?")),
     ("data verify data.cache=nowhere", ("nowhere", "mupsweep data prepare")),
     ("data list data=nope", ("'nope'", "valid: ")),
@@ -255,6 +281,39 @@ def test_a_bad_command_on_a_sweep_is_refused_in_one_line_and_writes_nothing(
     before = tree(tmp_path)
     refused(cli(*command.split()), told)
     assert tree(tmp_path) == before
+
+
+YAMLS = [
+    ("optimizer/mine.yaml", "a: [1", ("a yaml file cannot be read", "optimizer/mine.yaml")),
+    ("optimizer/mine.yaml", "\udcff", ("a yaml file cannot be read", "utf-8")),
+    ("optimizer/mine.yaml", "", ("optimizer.kind=null", "package.module.Class")),
+    ("optimizer/mine.yaml", "defaults: [adamw, _self_]\nbetta: 1", ("'optimizer.betta'", "did you mean 'betas'?")),
+    ("experiment/mine.yaml", "model: {width: 64}", ("'experiment'", "begins with the line # @package _global_")),
+    ("experiment/mine.yaml", "# @package _global_\ntraning: {steps: 5}", ("'traning'", "did you mean 'training'?")),
+    ("experiment/mine.yaml", "# @package _global_\nmodel: {widht: 5}", ("'model.widht'", "did you mean 'width'?")),
+]
+
+
+@pytest.mark.parametrize(("path", "content", "told"), YAMLS, ids=[f"{path} {content!r}" for path, content, _ in YAMLS])
+def test_a_bad_yaml_of_the_user_is_refused_in_one_line(
+    path: str, content: str, told: tuple[str, ...], cli: Callable[..., Outcome]
+) -> None:
+    file = Path("mine", path)
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content.encode(errors="surrogateescape"))
+    refused(cli("plan", f"{file.parent.name}=mine", "--config-dir", "mine"), told)
+
+
+@pytest.mark.parametrize("command", ["report", "transfer"])
+def test_a_summary_of_something_else_is_refused_in_one_line(
+    command: str, cli: Callable[..., Outcome], sweep: SweepDir
+) -> None:
+    run = sweep.run(sweep.read_plan()[0]["run_id"])
+    run.path.mkdir(parents=True)
+    run.write_summary({"a": 1})
+    run.write_status(DONE)
+    told = (str(run.summary_path), "it has no model", "delete it and run the command")
+    refused(cli(command, str(sweep.path)), told)
 
 
 CONFIG_DAMAGE = ["", "only words\n", "- a\n- b\n", "a: [1\n", "out: sweeps\n", "\x00", "variants: 3\nsweep: 4\n"]
@@ -374,7 +433,14 @@ def test_a_refusal_is_the_same_in_a_process_of_its_own(arguments: list[str], tol
 
 
 @pytest.mark.parametrize(
-    "arguments", [["plan", "--nonsense"], ["nonsense"], ["status"], ["worker", "x", "--threads", "0"]]
+    "arguments",
+    [
+        ["plan", "--nonsense"],
+        ["nonsense"],
+        ["status"],
+        ["worker", "x", "--threads", "0"],
+        ["worker", "x", "--threads", "99999"],
+    ],
 )
 def test_wrong_usage_exits_with_2_and_no_traceback(arguments: list[str], cli: Callable[..., Outcome]) -> None:
     outcome = cli(*arguments)

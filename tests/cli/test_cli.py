@@ -17,7 +17,7 @@ import typer
 
 import mupsweep
 from mupsweep import plan
-from mupsweep.cli import app
+from mupsweep.cli import app, was_interrupted
 from mupsweep.config import load
 from mupsweep.records import DIVERGED, DONE, FAILED, RUNNING, SweepDir
 
@@ -359,6 +359,33 @@ def test_a_reader_that_leaves_ends_a_command_quietly() -> None:
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait(60) == 141
+
+
+def test_a_run_as_json_leaves_stdout_to_the_json(cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = cli("run", SMOKE, "sweep.width_ratios=[1]", "sweep.log2_lrs=[-7]", "launcher=inline", "--json")
+    assert code == 0
+    assert json.loads(out)["groups"][0]["sizes"][0]["n_runs"] == 1
+    assert err.splitlines()[-1].startswith("[1/1] w16-d2-lr-7.00-s0-")
+
+
+def test_a_plan_says_that_its_run_would_be_refused(cli: Callable[..., tuple[int, str, str]]) -> None:
+    plan.save(load([SMOKE]), "")
+    code, out, _ = cli("plan", SMOKE, "training.steps=40")
+    assert code == 0
+    assert "note: mupsweep run would refuse this: sweep sweeps/smoke already holds" in out
+    assert "training.steps=40 (there: 30)" in out
+    assert "refuse" not in cli("plan", SMOKE, "sweep.log2_lrs=[-8]")[1]
+
+
+def test_an_interrupt_is_one_whatever_a_library_makes_of_it() -> None:
+    def wrapped(cause: BaseException) -> Exception:
+        try:
+            raise RuntimeError("Error calling __set_name__") from cause
+        except RuntimeError as error:
+            return error
+
+    assert was_interrupted(wrapped(wrapped(KeyboardInterrupt())))
+    assert not was_interrupted(wrapped(ValueError()))
 
 
 def test_json_goes_to_stdout_and_news_to_stderr(cli: Callable[..., tuple[int, str, str]]) -> None:

@@ -69,7 +69,7 @@ def test_a_damaged_corpus_is_listed_as_damaged_and_refused(cli: Cli, texts: list
     cli("data", "prepare", *texts)
     (entry,) = json.loads(cli("data", "list", "--json")[1])
     folder = Path(entry["folder"])
-    assert cli("data", "verify", *texts) == (0, f"{folder}: 2 shard(s), each with its digest\n", "")
+    assert cli("data", "verify", *texts) == (0, f"{folder}: 2 shards, each with its digest\n", "")
     os.truncate(folder / "train-00000.bin", 2000)
     code, out, err = cli("data", "list")
     assert (code, err) == (0, "")
@@ -95,7 +95,7 @@ def test_token_files_are_ready_as_they_are(cli: Cli, tmp_path: Path) -> None:
     assert cli("data", "prepare", *words)[:2] == (0, "local: 1,000 training and 1,000 validation tokens, gpt2, " + (
         f"content {data.fingerprint(load(words).variants[0].data)[:12]}\n"
     ))  # fmt: skip
-    assert cli("data", "verify", *words)[1].startswith("2 token file(s) are read as they are: ")
+    assert cli("data", "verify", *words)[1].startswith("2 token files, not encoded: ")
     assert cli("data", "list", "--json")[1] == "[]\n"
 
 

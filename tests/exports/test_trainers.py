@@ -234,9 +234,21 @@ def test_gpt2_takes_folded_numbers() -> None:
     assert found == pytest.approx([1 / 4, 1 / 8], rel=TOLERANCE["numbers"])  # 1/r_n, and the branch's 1/2 folded in
     assert groups[theirs.lm_head.weight]["lr"] == pytest.approx(made.base_lr / 4, rel=TOLERANCE["numbers"])
     assert [limit.split(" (")[0] for limit in export.limits] == ["clipping as it was swept"]
-    for refused in (run(), run("model.bias=true", "optimizer=muon")):
-        with pytest.raises(ConfigError, match=r"transformers' GPT-2 .*use --format pytorch"):
-            exports.export("huggingface", content(refused))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "sweep with model.bias=true, or use --format pytorch"),
+        (("model.heads=2",), "sweep with model.bias=true and model.heads=null, which fixes model.head_dim, or use"),
+        (("model.bias=true", "model.attention_multiplier=2"), "sweep with model.attention_multiplier=1, or use"),
+        (("model.bias=true", "optimizer=muon"), "optimizers of matrices cannot take; use --format pytorch"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_what_gpt2_lacks_is_told_with_what_to_sweep_instead(words: tuple[str, ...], told: str) -> None:
+    with pytest.raises(ConfigError, match=rf"transformers' GPT-2 .*{told}"):
+        exports.export("huggingface", content(run(*words)))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "linear", "constant"])

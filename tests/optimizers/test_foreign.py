@@ -98,7 +98,7 @@ def test_what_the_constructor_does_not_take_is_left_out_of_the_groups() -> None:
         ({"options": {"beta": 1}}, r"optimizer\.options\.beta: torch.optim.NAdam takes none; did you mean 'betas'\?"),
         ({"options": {"eps": 1}}, r"optimizer\.options\.eps: every tensor has its own; give optimizer\.eps"),
         ({"path": "torch.optim.Nope"}, r"optimizer\.path=torch\.optim\.Nope cannot be imported"),
-        ({"path": "Nope"}, r"optimizer\.path=Nope cannot be imported"),
+        ({"path": "Nope"}, r"optimizer\.path=Nope: name your optimizer as package\.module\.Class"),
         ({"path": "json.dumps"}, r"optimizer\.path=json\.dumps is no subclass of torch\.optim\.Optimizer"),
         ({"path": "torch.optim.Optimizer"}, r"its constructor takes no lr"),
         ({"path": "torch.optim.Rprop", "weight_decay": 0.1}, r"optimizer\.weight_decay=0\.1: torch\.optim\.Rprop"),

@@ -13,7 +13,7 @@ from mupsweep.check.fit import slope
 from mupsweep.check.ladder import DEPTH, WIDTH, Coordinates, Row
 from mupsweep.check.trace import CHANGE, FEATURES, LOGITS
 from mupsweep.errors import ConfigError
-from mupsweep.report.coordinates_figure import draw
+from mupsweep.report.coordinates_figure import check, draw
 
 SIZES = {WIDTH: (32, 64, 128, 256), DEPTH: (2, 4, 8, 16)}
 
@@ -38,7 +38,7 @@ def texts(svg: Path) -> list[str]:
 
 
 def test_every_variant_and_axis_is_a_column_with_its_exponents(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "check.svg"
+    path = tmp_path / "check.svg"
     draw(BOTH, path)
     ElementTree.fromstring(path.read_text())
     found = texts(path)
@@ -59,4 +59,4 @@ def test_the_same_check_draws_the_same_bytes(tmp_path: Path, suffix: str) -> Non
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--figure .*check\.gif: expected a path that ends in \.png or \.svg"):
-        draw(BOTH, tmp_path / "check.gif")
+        check(tmp_path / "check.gif")

@@ -64,7 +64,7 @@ def test_a_paper_gets_pdf_at_journal_widths_and_the_same_bytes_every_time(rows: 
 
 
 def test_an_unknown_look_is_refused(rows: Callable, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--figures poster: expected screen or paper"):
+    with pytest.raises(ConfigError, match=r"--figures poster: did you mean 'paper'\?"):
         draw(analyse(rows(widths=(32,), seeds=1)), tmp_path, "poster")
 
 

@@ -13,6 +13,7 @@ import pytest
 from mupsweep import plan
 from mupsweep.config import load
 from mupsweep.quality import Comparison
+from mupsweep.report import verdicts
 from mupsweep.report.console import PIPE_COLUMNS, PipeConsole, console_of, table_of
 from mupsweep.report.verdicts import advice_on, comparison_line, show_analysis
 from mupsweep.transfer import UNKNOWN, Estimate, analyse
@@ -49,6 +50,17 @@ def test_a_pipe_gets_whole_lines(rows: Callable, capsys: pytest.CaptureFixture[s
     for start in ("  the optimum moves", "  the smaller sizes", "loss at width", "nanogpt/mup against"):
         assert any(line.startswith(start) and len(line) > 70 for line in lines)
     assert max(map(len, lines)) > 160
+
+
+@pytest.mark.parametrize("width", [24, 40, 60])
+def test_a_narrow_terminal_gets_a_narrow_chart(rows: Callable, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    console = PipeConsole(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr(verdicts, "console_of", lambda: console)
+    show_analysis(analyse(rows(widths=(32, 64))), [], [])
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    plotted = [line for line in lines if re.match(r" *[\d.]* [┤│└]", line)]
+    assert len(plotted) == 2 * (14 + 1)
+    assert max(map(len, plotted)) <= width
 
 
 def test_the_verdict_says_which_lr_is_best_and_what_it_costs_later(

@@ -124,10 +124,15 @@ def _granite(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gpt2(recipe: Mapping[str, Any]) -> dict[str, Any]:
     target, architecture = recipe["target"], recipe["architecture"]
-    if not architecture["bias"] or not math.isclose(recipe["attention_scale"], target["head_dim"] ** -0.5):
+    scale, factor = recipe["attention_scale"] * math.sqrt(target["head_dim"]), architecture["attention_multiplier"]
+    lacking = [] if architecture["bias"] else ["model.bias=true"]
+    if not math.isclose(scale, 1):
+        lacking += ["model.attention_multiplier=1"] if factor != 1 else []
+        lacking += [] if math.isclose(scale, factor) else ["model.heads=null, which fixes model.head_dim"]
+    if lacking:
         raise ConfigError(
             "--format huggingface: transformers' GPT-2 has biases and the attention scale 1/sqrt(d_head), unlike the "
-            "sweep's model; sweep with model.bias=true and a fixed model.head_dim, or use --format pytorch"
+            f"sweep's model; sweep with {' and '.join(lacking)}, or use --format pytorch"
         )
     if set(kinds(recipe).values()) - {"AdamW", "SGD"}:
         raise ConfigError(
