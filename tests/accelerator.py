@@ -1,0 +1,76 @@
+"""Steps on an accelerator that is not there: torch's fake tensors know their device, and have no values.
+
+A program of its own, since a device that was registered stays: `python accelerator.py WORDS.json` takes lists of
+overrides and prints for each what went wrong, or an empty string.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from mupsweep import build, train
+from mupsweep.batches import Batches
+from mupsweep.config import load
+from mupsweep.plan import plan
+
+NAME = "nowhere"
+STEPS = 3  # some optimizers only look at the first gradient
+
+
+def to_empty(network: nn.Module, *, device: torch.device, recurse: bool = True) -> nn.Module:
+    """What torch's own does; it cannot give fake tensors to parameters that are none."""
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device))
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty_like(buffer, device=device)
+    return network
+
+
+def wrong(words: list[str]) -> str:
+    """What goes wrong in the first steps of the run that `words` describe."""
+    device = torch.device(NAME)
+    run = plan(load(words))[0]
+    training, batches = run.recipe.training, Batches()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):  # constants
+            built = build.build(run, device)
+            loss_of = partial(train.loss_of_rows, built.network, training.precision)
+            for step in range(STEPS):
+                tokens = torch.zeros((training.batch_size, run.size.context + 1), dtype=torch.long, device=device)
+                if built.optimizer.curvature_due(step):
+                    inputs = tokens[:, :-1]
+                    train.observe_curvature(built.network, built, inputs, run.seed, step, training.precision, batches)
+                batches.backward(built.network.parameters(), loss_of, tokens)
+                train.clip(built)
+                built.optimizer.step(1.0)
+            leaves: list[Any] = pytree.tree_leaves(built.optimizer.state_dict())
+            large = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]  # torch counts steps on the CPU
+            elsewhere = {str(leaf.device) for leaf in large} - {f"{NAME}:0"}
+        return f"state on {elsewhere}" if elsewhere else ""
+    except DataDependentOutputException as error:
+        return f"waits for the device: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def main() -> None:
+    _setup_privateuseone_for_python_backend(NAME)
+    getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]
+    nn.Module.to_empty = to_empty  # type: ignore[assignment]
+    build.initialise = lambda *_: None  # there are no values
+    print(json.dumps([wrong(words) for words in json.loads(Path(sys.argv[1]).read_text())]))
+
+
+if __name__ == "__main__":
+    main()
