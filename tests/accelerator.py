@@ -55,7 +55,7 @@ def wrong(words: list[str]) -> str:
                 train.clip(built)
                 built.optimizer.step(1.0)
             leaves: list[Any] = pytree.tree_leaves(built.optimizer.state_dict())
-            large = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]  # torch counts steps on the CPU
+            large = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]  # no step counts
             elsewhere = {str(leaf.device) for leaf in large} - {f"{NAME}:0"}
         return f"state on {elsewhere}" if elsewhere else ""
     except DataDependentOutputException as error:
