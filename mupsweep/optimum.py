@@ -66,9 +66,9 @@ class Optimum:
 
     Attributes:
         bracketed: whether worse LRs were trained on both sides; if not, there is no estimate, only a bound.
-        log2_lr: the median of the drawn minima; None where it is not bracketed.
+        log2_lr: the median of the drawn minima; None where it is not bracketed or lies at an end of what was drawn.
         low, high: interval at CONFIDENCE; None where the data give no bound on that side.
-        loss: the loss at the minimum.
+        loss: the loss at the minimum; None where `log2_lr` is.
         se: standard deviation of the drawn minima; None where a side has no bound.
         reason: why there is no estimate, or no interval.
         posterior: the drawn curves, for drift, regret and figures.
@@ -88,6 +88,13 @@ class Optimum:
     def known(self) -> bool:
         """Whether it has draws that differ: what is derived from optima is told of such only."""
         return self.posterior is not None and bool(self.se)
+
+    @property
+    def center(self) -> float:
+        """Where to look further: the median of the drawn minima, at an end too; the best LR where nothing was drawn."""
+        if self.posterior is not None:
+            return float(np.median(self.posterior.minima))
+        return min(self.curve.usable, key=lambda p: p.mean).log2_lr
 
 
 def optima(curves: Sequence[LossCurve]) -> list[Optimum]:
@@ -249,14 +256,15 @@ def _optimum(curve: LossCurve, between: tuple[float | None, float | None], poste
     """The optimum from its draws; where they reach an end of the window, only the walls of the valley bound it."""
     low, middle, high = (float(q) for q in np.quantile(posterior.minima, (TAILS[0], 0.5, TAILS[1])))
     step = posterior.grid[1] - posterior.grid[0]
-    known = posterior.grid[0] + step <= low and high <= posterior.grid[-1] - step
+    first, last = posterior.grid[0] + step, posterior.grid[-1] - step
+    known, inside = first <= low and high <= last, first <= middle <= last
     return Optimum(
         curve,
         bracketed=True,
-        log2_lr=middle,
+        log2_lr=middle if inside else None,
         low=low if known else between[0],
         high=high if known else between[1],
-        loss=float(np.median(posterior.losses)),
+        loss=float(np.median(posterior.losses)) if inside else None,
         se=float(posterior.minima.std()) if known else None,
         reason=None if known else "the curve is too flat or too noisy to bound its minimum: add seeds or LRs",
         posterior=posterior,

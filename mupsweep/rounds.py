@@ -54,8 +54,7 @@ def _of_values(values: Mapping[Label, str], default: Rows, mine: Mapping[Label, 
     if not known.usable:
         return {label: [Outlook(at, (), "the default diverges at every LR")] for label in values}
     [found] = optima([known])
-    center = min(known.usable, key=lambda p: p.mean).log2_lr if found.log2_lr is None else found.log2_lr
-    center = round(center / lattice(grid.half_width)) * lattice(grid.half_width)
+    center = round(found.center / lattice(grid.half_width)) * lattice(grid.half_width)
     near = replace(grid, log2_lrs=(center - COARSE, center, center + COARSE))
     small = replace(near, width_ratios=at[:1], depth_ratios=at[1:], pair=False)
     looks = {label: outlook(mine[label], small) for label in values}

@@ -218,9 +218,9 @@ class Look:
         """LRs, and their seeds, that every curve needs before its draws can choose: what to try in turn."""
         best = self.best()
         yield list(self.neighbours()), self.space.seeds[: len(best.losses)], "the best LR lacks a neighbour"
-        if self.optimum.log2_lr is None or self.optimum.posterior is None:
+        if self.optimum.posterior is None:
             return
-        middle, trained = self.optimum.log2_lr, [p.log2_lr for p in self.curve.points]
+        middle, trained = self.optimum.center, [p.log2_lr for p in self.curve.points]
         near = [p.log2_lr for p in self.curve.usable if abs(p.log2_lr - middle) <= REACH]
         seeds = self.space.seeds[: max(FIRST_SEEDS, len(best.losses))]
         yield near, seeds, "LRs around the minimum lack seeds"
@@ -321,16 +321,9 @@ def _gain(posterior: Posterior, options: Sequence[Option]) -> float:
 def _expected(size: tuple[float, float], known: Mapping[tuple[float, float], Optimum]) -> float:
     """The optimum that the other sizes lead to expect: a plane through them, its slopes drawn to no drift."""
     places = np.array([[1.0, math.log2(r_n), math.log2(r_L)] for r_n, r_L in known])
-    centers = np.array([_center(o) for o in known.values()])
+    centers = np.array([o.center for o in known.values()])
     weights = np.array([1 / ((UNKNOWN if o.se is None else o.se) ** 2 + SCATTER**2) for o in known.values()])
     prior = np.diag([EPS, SLOPE**-2, SLOPE**-2])
     middle = weights @ centers / weights.sum()
     plane = np.linalg.solve(places.T * weights @ places + prior, places.T * weights @ (centers - middle))
     return float(middle + plane @ [1.0, math.log2(size[0]), math.log2(size[1])])
-
-
-def _center(optimum: Optimum) -> float:
-    """The optimum, or the best LR where that is all there is."""
-    if optimum.log2_lr is not None:
-        return optimum.log2_lr
-    return min(optimum.curve.usable, key=lambda p: p.mean).log2_lr

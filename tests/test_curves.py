@@ -128,6 +128,20 @@ def test_a_best_lr_at_the_edge_is_a_bound_and_no_optimum(
     assert words in found.reason
 
 
+def test_a_luckily_lowest_lr_before_the_edge_of_a_falling_curve_is_no_optimum() -> None:
+    """Noise of 0.05 hides that the last LR is the best; the drawn minima lie at the edge, and so might beyond it."""
+    falling = {-11.0: 3.5, -10.0: 3.3, -9.0: 3.1, -8.0: 2.9, -7.0: 2.7, -6.0: 2.5, -5.0: 2.29, -4.0: 2.3}
+    made = rows(grid=list(falling), seeds=2)
+    for row in made:
+        i = int(row["log2_lr"])
+        row["val_loss"] = falling[i] + (0.05 if (row["seed"] + i) % 2 else -0.05) * (1 + i % 3)
+    found = best(made)
+    assert found.bracketed
+    assert (found.log2_lr, found.loss, found.high) == (None, None, None)
+    assert found.low is not None
+    assert found.center == pytest.approx(-4.0, abs=0.1)  # where a search looks further
+
+
 def test_four_lrs_of_one_seed_bound_less_than_three_seeds_do() -> None:
     """How large noise is, four losses hardly tell: only an LR that is much worse counts as worse."""
     found = best(rows(optimum=-7.4, grid=[-7.0, -6.0, -5.0, -4.0]))

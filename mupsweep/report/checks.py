@@ -57,7 +57,7 @@ def show_coordinates(
         for line in _conclusion(one):
             console.say(line)
     if into is not None:
-        console.print(f"wrote {into.check_path}; mupsweep report {into.path} shows it", markup=False)
+        console.print(f"wrote {into.check_path}; mupsweep report {into.path} shows it")
     return all(one.passed for one in found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from textwrap import wrap
+from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -13,7 +14,11 @@ PIPE_COLUMNS = 10_000  # a script reads whole lines
 
 
 class PipeConsole(Console):
-    """A console that leaves a closed pipe to the command line, as `print` does, and cuts no number and no path."""
+    """A console that leaves a closed pipe to the command line, as `print` does, cuts no number and no path, and takes
+    no bracket for markup: "[at least -9]" is a bound."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -29,7 +34,7 @@ class PipeConsole(Console):
             break_long_words=False,
             break_on_hyphens=False,
         )
-        self.print("\n".join(lines).replace("\xa0", " "), markup=False, soft_wrap=True)
+        self.print("\n".join(lines).replace("\xa0", " "), soft_wrap=True)
 
     def show(self, table: Table) -> None:
         """A table; in a terminal too narrow for it closer together, its titles on two lines, and never cut."""
@@ -40,7 +45,7 @@ class PipeConsole(Console):
             table.padding = (0, 1, 0, 0)
         width = max(self.width, self._columns(table))
         colors = {"force_terminal": self.is_terminal, "color_system": self.color_system}
-        PipeConsole(file=self.file, highlight=False, width=width, **colors).print(table)  # type: ignore[arg-type]
+        PipeConsole(file=self.file, width=width, **colors).print(table)
 
     def _columns(self, table: Table) -> int:
         """What a table takes uncut."""
@@ -56,8 +61,8 @@ def _halved(title: str) -> str:
 
 def console_of() -> PipeConsole:
     """The terminal, or a page without an edge where there is none."""
-    console = PipeConsole(highlight=False)
-    return console if console.is_terminal else PipeConsole(highlight=False, width=PIPE_COLUMNS)
+    console = PipeConsole()
+    return console if console.is_terminal else PipeConsole(width=PIPE_COLUMNS)
 
 
 def table_of(*columns: str) -> Table:

@@ -52,6 +52,18 @@ def test_a_pipe_gets_whole_lines(rows: Callable, capsys: pytest.CaptureFixture[s
     assert max(map(len, lines)) > 160
 
 
+def test_a_bound_in_brackets_is_no_markup() -> None:
+    console = PipeConsole(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    table = table_of("width", "optimal log2 LR")
+    table.add_row("16", f"{Estimate(-4.68, -9.0, None):.2f}")
+    console.show(table)
+    console.print(f"log2 {Estimate(-4.68, None, -3.0):.2f}")
+    assert re.findall(r"-4.68 \[at \w+ [-.\d]+]", console.file.getvalue()) == [  # type: ignore[attr-defined]
+        "-4.68 [at least -9.00]",
+        "-4.68 [at most -3.00]",
+    ]
+
+
 @pytest.mark.parametrize("width", [24, 40, 60])
 def test_a_narrow_terminal_gets_a_narrow_chart(rows: Callable, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     console = PipeConsole(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
