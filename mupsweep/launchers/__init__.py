@@ -41,6 +41,7 @@ def check_counts(launcher: Any, *keys: str, least: int = 1) -> None:
         ConfigError: naming the key.
     """
     for key in keys:
-        value = getattr(launcher, key)
-        require(value is None or value >= least, f"launcher.{key}", value, f"at least {least}")
-        require(key != "threads" or value <= MOST_THREADS, f"launcher.{key}", value, f"at most {MOST_THREADS}")
+        value: int | None = getattr(launcher, key)
+        if value is not None:
+            require(value >= least, f"launcher.{key}", value, f"at least {least}")
+            require(key != "threads" or value <= MOST_THREADS, f"launcher.{key}", value, f"at most {MOST_THREADS}")
