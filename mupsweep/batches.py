@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,8 +17,13 @@ from mupsweep.ranks import ALONE, OK, OUT_OF_MEMORY, OutOfMemory, PeerLacksMemor
 log = logging.getLogger("mupsweep")
 
 T = TypeVar("T")
-# what allocators say where they raise a plain RuntimeError: the CPU's, MPS's, cuBLAS's
-OUT_OF_MEMORY_TEXTS = ("DefaultCPUAllocator", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY_TEXTS = (  # what is said of it in other RuntimeErrors
+    "DefaultCPUAllocator",
+    "MPS backend out of memory",
+    ": out of memory",  # CUDA's and Triton's, where they load a kernel beside a full allocator
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+)
 
 
 @dataclass
@@ -94,11 +100,18 @@ class Batches:
                 raise OutOfMemory(cause or "on another rank")
             self.forced = self._rows(n_rows) // 2
             log.warning("out of memory (%s): going on with micro-batches of %d", cause or "another rank", self.forced)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            make_room()
 
     def _rows(self, n_rows: int) -> int:
         return min(rows for rows in (n_rows, self.micro_batch, self.forced) if rows is not None)
+
+
+def make_room() -> None:
+    """Give up memory that nothing uses any more: reference cycles keep whole networks, and torch what it ever had, also
+    from another process on the same GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,21 @@ def find_devices() -> list[str]:
 
     if torch.cuda.is_available():
         return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return ["mps"] if torch.backends.mps.is_available() else ["cpu"]
+    if torch.backends.mps.is_available():
+        return ["mps"]
+    if os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):  # by which users hide them
+        _tell_unseen(torch.__version__)
+    return ["cpu"]
+
+
+@cache
+def _tell_unseen(version: str) -> None:
+    """Once: nobody should find out after a day that a driver or a CPU build of torch left a GPU idle."""
+    print(
+        f"note: there seems to be a GPU, but torch {version} sees none, so runs are trained on the CPU; "
+        "python -c 'import torch; torch.cuda.init()' says why",
+        file=sys.stderr,
+    )
 
 
 def device_memory() -> float | None:

@@ -167,8 +167,8 @@ class Journal:
         state = {"network": self.built.network.state_dict(), "optimizer": self.built.optimizer.state_dict()}
         if self.leads:
             torch.save({**state, **asdict(self.progress)}, buffer)
-        content = buffer.getvalue()
-        return content + hashlib.sha256(content).digest()
+        buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+        return buffer.getvalue()
 
     def _loaded(self, path: Path) -> Progress | None:
         """What a checkpoint holds, its weights and state loaded into the run; None where it is damaged."""
@@ -177,6 +177,7 @@ class Journal:
         except OSError:  # a bad disk
             return None
         content, digest = stored[:-DIGEST_BYTES], stored[-DIGEST_BYTES:]
+        del stored  # it may be as large as the memory that a job is given
         if hashlib.sha256(content).digest() != digest:
             return None
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

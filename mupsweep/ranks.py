@@ -73,7 +73,6 @@ class Ranks:
     Attributes:
         rank: of this process; 0 leads.
         size: how many there are.
-        local: number of this process among those on its machine.
         shard: whether weights, gradients and optimizer state are divided among them, or else are whole on each.
         store: what they read and write outside of training; None for a process alone.
         told: how many runs were begun.
@@ -81,7 +80,6 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    local: int = 0
     shard: bool = False
     store: Any = None
     told: int = 0
@@ -133,6 +131,7 @@ class Ranks:
             return
         for bucket in packed(tensors, Tensor.numel):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
+            self.go_on()  # or the others would wait for a rank that had no room for this
             dist.all_reduce(flat)
             for tensor, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(total.view_as(tensor))
@@ -310,8 +309,10 @@ def connected(place: Mapping[str, str], device: torch.device, store: Any, shard:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     rank, size = int(place["RANK"]), int(place["WORLD_SIZE"])
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    ranks = Ranks(rank, size, int(place["LOCAL_RANK"]), shard, store)
+    ranks = Ranks(rank, size, shard, store)
     try:
+        if device.type == "cuda":  # NCCL takes memory of its own at the first sum: while torch has not taken all of it
+            dist.all_reduce(torch.zeros(BUCKET, device=device))
         yield ranks
     finally:
         if ranks.leads:

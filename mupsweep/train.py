@@ -23,6 +23,7 @@ from mupsweep.ranks import ALONE, OK, SAVE, STOP, Interrupted, Ranks
 from mupsweep.records import DIVERGED, DONE, RunDir
 
 ROWS = 200  # about so many rows of metrics.jsonl per run, whatever its length
+VERSIONS = 64  # of a compiled network, by shape and purpose; torch would run further ones uncompiled, in other bits
 DIVERGED_RATIO = 1.05  # a mean loss above the start's by this factor is divergence, not noise
 
 
@@ -109,7 +110,8 @@ def train(
 
 def compiled(network: nn.Module) -> Callable[..., Tensor]:
     """The network through torch.compile."""
-    torch._dynamo.reset()  # runs of other sizes in this process would use up the limit of recompilations
+    torch._dynamo.reset()  # what runs of other sizes in this process left
+    torch._dynamo.config.recompile_limit = VERSIONS
     return torch.compile(network, dynamic=False)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from mupsweep import plan
-from mupsweep.batches import is_out_of_memory
+from mupsweep.batches import is_out_of_memory, make_room
 from mupsweep.build import Built, build, group_records, role_records
 from mupsweep.claims import Claim
 from mupsweep.cost import si
@@ -60,11 +60,12 @@ def execute(
         False if it was asked to stop before all of them were taken.
     """
     stop = stop or StopFlag.install()
-    devices = choose_devices(device, int(own_place().get("LOCAL_WORLD_SIZE", 1)))
+    place = own_place()
+    devices = choose_devices(device, int(place.get("LOCAL_WORLD_SIZE", 1)))
+    chosen = devices[int(place.get("LOCAL_RANK", 0))]
+    configure(threads, chosen, shard)  # before the ranks meet: NCCL is as reproducible as it is told to be then
     words = [str(sweep.path), *run_ids, "--device", device, "--threads", str(threads), *["--shard"] * shard]
     with gathered(devices, [sys.executable, "-m", "mupsweep", "worker", *words], shard) as ranks:
-        chosen = devices[ranks.local]
-        configure(threads, chosen, shard)
         if not ranks.leads:
             return follow(sweep, chosen, stop, ranks)
         with Live(sweep) as tracker:
@@ -109,6 +110,8 @@ def lead(
             return False
         finally:
             claim.release()
+        if device.type != "cpu":
+            make_room()
         on_finished()
     return True
 
@@ -126,6 +129,8 @@ def follow(sweep: SweepDir, device: torch.device, stop: StopFlag, ranks: Ranks) 
         except Exception:  # `together` has told rank 0
             if not is_alive(device):
                 os.abort()
+        if device.type != "cpu":
+            make_room()
     return True
 
 
@@ -277,7 +282,7 @@ def choose_devices(device: str, processes: int = 1) -> list[torch.device]:
             "device for each, or auto"
         )
     devices = [first, *(_parsed(name) for name in names[1:])]
-    seen = [str(d) for d in devices if d.type != "cpu"]
+    seen = [d.index or 0 for d in devices if d.type != "cpu"]
     there = torch.cuda.device_count()
     for other in devices[1:]:
         if other.type != first.type or first.type not in ("cpu", "cuda") or (other.index or 0) >= max(1, there):
@@ -298,7 +303,10 @@ def choose_device(device: str) -> torch.device:
     """`auto` is the first accelerator there is, else the CPU."""
     if device != "auto":
         try:
-            made = torch.empty(0, device=device).device
+            made = torch.device(device)
+            if made.type == "cuda" and torch.cuda.is_available() and (made.index or 0) < torch.cuda.device_count():
+                return torch.device("cuda", made.index or 0)  # to try it would take memory there: it may be another's
+            made = torch.empty(0, device=made).device
             if made.type == "meta":
                 raise RuntimeError("it computes nothing")
             return made
@@ -318,8 +326,10 @@ def configure(threads: int, device: torch.device, shard: bool = False) -> None:
     set_kept_memory(LITTLE if shard else MUCH)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory and capability checks use the current device
+    torch.set_float32_matmul_precision("highest")  # containers may turn TF32 on
     if device.type != "cpu":  # CPU kernels are deterministic anyhow, and asking for it imports half of torch
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs a fixed workspace for it
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # switches that add up take the numbers as they come
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -20,11 +20,12 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from mupsweep import build, train
 from mupsweep.batches import Batches
+from mupsweep.build import Built
 from mupsweep.config import load
-from mupsweep.plan import plan
+from mupsweep.plan import RunSpec, plan
 
 NAME = "nowhere"
-STEPS = 3  # some optimizers only look at the first gradient
+STEPS = 2  # before and after a resume; some optimizers only look at the first gradient
 
 
 def to_empty(network: nn.Module, *, device: torch.device, recurse: bool = True) -> nn.Module:
@@ -37,8 +38,20 @@ def to_empty(network: nn.Module, *, device: torch.device, recurse: bool = True) 
     return network
 
 
+def resumed(built: Built, run: RunSpec, device: torch.device) -> Built:
+    """A run made anew, with the weights and the state of `built`, which come from a file and so from the CPU."""
+    network, state = (
+        pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), part.state_dict())
+        for part in (built.network, built.optimizer)
+    )
+    made = build.build(run, device)
+    made.network.load_state_dict(network)
+    made.optimizer.load_state_dict(state)
+    return made
+
+
 def wrong(words: list[str]) -> str:
-    """What goes wrong in the first steps of the run that `words` describe."""
+    """What goes wrong in the first steps of the run that `words` describe, and the first ones after a resume."""
     device = torch.device(NAME)
     run = plan(load(words))[0]
     training, batches = run.recipe.training, Batches()
@@ -46,7 +59,10 @@ def wrong(words: list[str]) -> str:
         with FakeTensorMode(allow_non_fake_inputs=True):  # constants
             built = build.build(run, device)
             loss_of = partial(train.loss_of_rows, built.network, training.precision)
-            for step in range(STEPS):
+            for step in range(2 * STEPS):
+                if step == STEPS:
+                    built = resumed(built, run, device)
+                    loss_of = partial(train.loss_of_rows, built.network, training.precision)
                 tokens = torch.zeros((training.batch_size, run.size.context + 1), dtype=torch.long, device=device)
                 if built.optimizer.curvature_due(step):
                     inputs = tokens[:, :-1]
@@ -54,6 +70,8 @@ def wrong(words: list[str]) -> str:
                 batches.backward(built.network.parameters(), loss_of, tokens)
                 train.clip(built)
                 built.optimizer.step(1.0)
+            with torch.no_grad():
+                loss_of(tokens)
             leaves: list[Any] = pytree.tree_leaves(built.optimizer.state_dict())
             large = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]  # no step counts
             elsewhere = {str(leaf.device) for leaf in large} - {f"{NAME}:0"}

@@ -1,4 +1,4 @@
-"""Every choice trains on an accelerator without mixing devices, and its steps keep the accelerator busy."""
+"""Every choice trains on an accelerator without mixing devices, resumed or not, and its steps keep it busy."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ CASES = {
     **PARTS,
 }
 WAITS = {"optimizer=sso"}  # its bisection looks whether it is done
+FAKE = {"optimizer=foreign"}  # of NAdam's state fake tensors cannot bring the product of its momenta back from a file
 
 
 def test_a_step_on_an_accelerator_mixes_no_devices_and_waits_for_nothing(tmp_path: Path) -> None:
@@ -38,4 +39,5 @@ def test_a_step_on_an_accelerator_mixes_no_devices_and_waits_for_nothing(tmp_pat
     done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True)
     wrong = {case: what for case, what in zip(CASES, json.loads(done.stdout), strict=True) if what}
     assert {case for case, what in wrong.items() if what.startswith("waits for the device")} == WAITS
-    assert wrong.keys() == WAITS, wrong
+    assert {case for case, what in wrong.items() if "aten::empty_strided" in what} == FAKE
+    assert wrong.keys() == WAITS | FAKE, wrong

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from test_train import CPU, TOTAL, Control, Result, assert_same, run
 from torch import Tensor
 
 from mupsweep import worker
-from mupsweep.batches import Batches
+from mupsweep.batches import Batches, is_out_of_memory, make_room
 from mupsweep.build import Built, build
 from mupsweep.config import TrainingConfig
 from mupsweep.data import Dataset, prepare
@@ -115,6 +117,32 @@ def test_running_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
         "out of memory (OutOfMemoryError: CUDA out of memory. Tried to allocate 4 sequences.): "
         "going on with micro-batches of 2"
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_memory"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`.", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'", False),  # its group is broken
+    ],
+)
+def test_memory_that_runs_out_outside_of_the_allocator_is_known_by_its_text(text: str, is_memory: bool) -> None:
+    assert is_out_of_memory(RuntimeError(text)) is is_memory
+
+
+def test_making_room_frees_what_only_reference_cycles_hold(data: Dataset) -> None:
+    built = build(run(), CPU)
+    built.network.itself = [built]  # type: ignore[assignment]
+    weight = weakref.ref(next(iter(built.network.parameters())))
+    gc.collect()
+    del built
+    assert weight() is not None
+    make_room()
+    assert weight() is None
 
 
 def test_memory_that_runs_out_within_a_step_leaves_no_half_gradient(data: Dataset) -> None:

@@ -7,11 +7,12 @@ import io
 import json
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import CPU, Control, Killed, Result, assert_same, attempt, checkpoint, run
+from test_train import CPU, NEVER, Control, Killed, Result, assert_same, attempt, checkpoint, run
 
 from mupsweep.build import build
 from mupsweep.data import Dataset, prepare
@@ -172,3 +173,15 @@ def test_a_checkpoint_is_due_after_its_interval_and_one_new_step(tmp_path: Path)
     assert not journal.due()
     journal.saved -= 2
     assert journal.due()
+
+
+def test_writing_a_checkpoint_takes_its_size_in_memory_once(tmp_path: Path) -> None:
+    made = run("model.width=256")
+    journal = Journal(build(made, CPU), RunDir(tmp_path), True, NEVER)
+    tracemalloc.start()
+    try:
+        journal.save()
+        size = checkpoint(tmp_path).stat().st_size
+        assert size < tracemalloc.get_traced_memory()[1] < 1.6 * size  # a buffer grows by an eighth or so at a time
+    finally:
+        tracemalloc.stop()

@@ -19,6 +19,7 @@ import pytest
 import torch
 from test_train import CPU, TOTAL, Control, run
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from mupsweep import ranks
@@ -31,7 +32,7 @@ from mupsweep.plan import plan
 from mupsweep.ranks import ALONE, Interrupted, PeerFailed, Ranks, connected, places
 from mupsweep.records import RunDir
 from mupsweep.train import observe_curvature, train
-from mupsweep.worker import choose_devices
+from mupsweep.worker import choose_device, choose_devices
 
 TOLERANCE = {
     "loss": 1e-5,  # relative, of any of the 30 steps in fp32, and at their end
@@ -225,9 +226,15 @@ def leaving(made: Ranks, who: int, where: str, path: Path) -> str:
             raise ValueError("within a step")
         return forward(*a, **k)
 
-    built.network.forward = failing  # type: ignore[method-assign]
+    def cat(*a: Any, **k: Any) -> Tensor:
+        if made.rank == who and where == "sum" and len(calls) > 5:
+            raise ValueError("no room for a sum")
+        return joined(*a, **k)
+
+    built.network.forward, joined = failing, torch.cat  # type: ignore[method-assign]
     try:
-        with made.together():
+        with made.together(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranks.torch, "cat", cat)
             train(run(), built, corpus(), folder, CPU, Fails(), made)
     except (ValueError, PeerFailed) as error:
         ended = str(error)
@@ -236,7 +243,9 @@ def leaving(made: Ranks, who: int, where: str, path: Path) -> str:
 
 
 @pytest.mark.parametrize("who", [0, 1])
-@pytest.mark.parametrize(("where", "why"), [("within", "within a step"), ("between", "between steps")])
+@pytest.mark.parametrize(
+    ("where", "why"), [("within", "within a step"), ("sum", "no room for a sum"), ("between", "between steps")]
+)
 def test_an_error_of_one_rank_ends_the_run_on_all_of_them_and_the_next_one_is_trained(
     who: int, where: str, why: str, pool: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
@@ -291,6 +300,28 @@ def test_a_rank_whose_leader_ended_before_it_began_ends_too() -> None:
             ranks._die_with(leader)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+
+
+def test_nccl_sums_as_much_as_it_ever_will_while_the_device_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL takes memory beside torch's allocator, algorithm by algorithm, when it first uses one."""
+    done: list[object] = []
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, **_: done.append(backend))
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda tensor: done.append((len(tensor), str(tensor.device))))
+    monkeypatch.setattr(ranks.dist, "destroy_process_group", lambda: None)
+    with FakeTensorMode(), connected(places(2, 1)[1], torch.device("cuda:1"), None):
+        assert done == ["cpu:gloo,cuda:nccl", (ranks.BUCKET, "cuda:1")]
+
+
+def test_no_rank_takes_memory_on_the_device_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("a context of half a GB"))
+    assert [str(d) for d in choose_devices("cuda:4,cuda:5")] == ["cuda:4", "cuda:5"]
+    assert [str(d) for d in choose_devices("cuda", 2)] == ["cuda:0", "cuda:1"]
+    with pytest.raises(ConfigError, match=r"^device cuda:0,cuda: each rank of a run needs a GPU of its own$"):
+        choose_devices("cuda:0,cuda")
+    assert str(choose_device("cuda")) == "cuda:0"
 
 
 @pytest.mark.parametrize("device", ["cpu,cuda:0", "cpu,gpu7", "meta,meta"])

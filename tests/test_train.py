@@ -9,7 +9,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from mupsweep import config
 from mupsweep import train as loop
@@ -28,7 +29,7 @@ from mupsweep.data import Dataset, prepare, tokenizers
 from mupsweep.plan import RunSpec, plan
 from mupsweep.processes import StopFlag
 from mupsweep.records import RunDir
-from mupsweep.train import Interrupted, choose_precision, diverged_at, lr_factor, train
+from mupsweep.train import Interrupted, choose_precision, compiled, diverged_at, lr_factor, train
 from mupsweep.worker import Owner, execute_run
 
 TOLERANCE = {
@@ -416,6 +417,19 @@ def test_the_lr_of_a_row_is_the_peak_times_its_factor(data: Dataset, tmp_path: P
 
 
 # Precision.
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of its own parts
+def test_every_shape_of_a_run_is_compiled_however_often_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run has only compiled the last of them, and must not differ from one that compiled all."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    network = compiled(torch.nn.Linear(4, 1))
+    for rows in (64, 32, 16, 8, 4, 2):
+        network(torch.ones(rows, 4)).sum().backward()
+        with torch.no_grad():
+            network(torch.ones(rows, 4))
+    assert counter.frame_count == 12
 
 
 def test_a_precision_that_is_asked_for_is_taken() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from outcome import results
 
 from mupsweep import data, plan
+from mupsweep import worker as working
 from mupsweep.config import load
 from mupsweep.files import write_json
 from mupsweep.processes import StopFlag
@@ -347,3 +349,43 @@ def test_a_run_that_another_worker_took_over_is_left_to_it(tmp_path: Path) -> No
     assert run.status()["status"] == "running"
     assert run.is_claimed()
     assert "another worker took this run over" in run.log_path.read_text()
+
+
+GPU_SETTINGS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0"}
+
+
+def test_a_gpu_is_told_to_repeat_its_bits_before_the_ranks_meet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NCCL's process group leaves out the algorithm that does not where torch is deterministic when it is made."""
+    seen: list[object] = []
+
+    @contextlib.contextmanager
+    def met(devices: list[torch.device], *_: object) -> Iterator[Ranks]:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        seen.append({name: os.environ.get(name) for name in GPU_SETTINGS})
+        yield Ranks()
+
+    torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the environment does
+    for name in GPU_SETTINGS:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(
+            name, {"RANK": "9", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "9"}.get(name, "2")
+        )
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("room"))
+    monkeypatch.setattr(working, "gathered", met)
+    monkeypatch.setattr(working, "execute_run", lambda *_: None)
+    try:
+        assert working.execute(planned(MANY, Path("sweeps")), stop=StopFlag())
+        assert torch._inductor.config.deterministic  # else torch.compile chooses kernels by how long they take
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert seen[:3] == [torch.device("cuda:1"), True, GPU_SETTINGS]
+    assert seen[3:] == ["room"] * 12  # after every run

@@ -102,8 +102,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         with torch.autocast("cpu", enabled=False):  # the queries that share a key are further rows of one product
             scores = torch.baddbmm(future, q.reshape(B * K, -1, D), k.flatten(0, 1).mT, alpha=scale)
             return (scores.softmax(dim=-1) @ v.flatten(0, 1)).view(B, H, T, D)
-    if K < H and q.dtype is torch.float32 and q.device.type != "cpu":
-        # fused fp32 kernels of accelerators want equal heads; enable_gqa would leave them for unfused products
+    if K < H and v.dtype is torch.float32 and q.device.type != "cpu":
+        # fused fp32 kernels of accelerators want equal heads; enable_gqa would leave them for unfused products. Asked
+        # of v, since CUDA's autocast norms q and k in fp32 also where the products are bf16
         k, v = (y[:, :, None].expand(B, K, H // K, T, D).reshape(B, H, T, D) for y in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=k.shape[1] < H)
 

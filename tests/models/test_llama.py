@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from tiny import network, recipe, scaled, tiny, tokens
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -214,6 +215,18 @@ def test_attention_has_its_shape_on_a_device_that_is_no_cpu(kv_heads: int) -> No
     for dtype in (torch.float32, torch.bfloat16):
         q, k = (torch.empty(2, heads, 16, 8, device="meta", dtype=dtype) for heads in (4, kv_heads))
         assert causal_attention(q, k, k, 1.0).shape == q.shape
+
+
+def test_keys_are_not_repeated_where_autocast_will_multiply_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's autocast has QK-norms in fp32, and casts what attention is given."""
+    seen: list[tuple[int, bool]] = []
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, k, v, **how: seen.append((len(k[0]), how["enable_gqa"]))
+    )
+    q, k = (torch.empty(2, heads, 16, 8, device="meta") for heads in (4, 1))
+    for dtype in (torch.bfloat16, torch.float32):
+        causal_attention(q, k, k.to(dtype), 1.0)
+    assert seen == [(1, True), (4, False)]
 
 
 RATIOS = ("init_var_ratio", "multiplier_ratio", "lr_ratio", "weight_decay_ratio", "eps_ratio")
