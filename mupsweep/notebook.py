@@ -135,7 +135,8 @@ class Sweep:
 
     def __repr__(self) -> str:
         said = [f"{'/'.join(g.label[1:])} in {g.axis} {g.verdict}" for g in self.verdicts]
-        told = f"{len(self.runs)} of {counted(self.planned, 'run')} finished"
+        finished = {run.run_id.partition("@")[0] for run in self.runs}  # without the branches of a run
+        told = f"{len(finished)} of {counted(self.planned, 'run')} finished"
         return f"Sweep({str(self.folder.path)!r}: {'; '.join([told, ', '.join(said)]) if said else told})"
 
 

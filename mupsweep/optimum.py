@@ -123,6 +123,8 @@ def window(curve: LossCurve, sds: Mapping[float, float], level: float) -> Window
     valley. So the window holds every LR that noise may have kept from being the best.
     """
     points = curve.usable
+    if not points:
+        return "every LR diverges: train lower ones"
     if len(points) < 3:
         return f"{counted(len(points), 'LR')} with a loss; a minimum needs at least 3"
     best = min(range(len(points)), key=lambda i: points[i].mean)
@@ -149,13 +151,11 @@ def window(curve: LossCurve, sds: Mapping[float, float], level: float) -> Window
 def _worse(curve: LossCurve, sds: Mapping[float, float], level: float) -> list[float]:
     """The LRs that are worse than the best beyond what noise (`level` times the `sds`) explains, or diverge."""
     best = min(curve.usable, key=lambda p: p.mean, default=None)
-    if best is None:
-        return []
     return [
         p.log2_lr
         for p in curve.points
         if p.censored
-        or (p.losses and p.mean - best.mean > WALL * level * math.hypot(sds[p.log2_lr], sds[best.log2_lr]))
+        or (best and p.losses and p.mean - best.mean > WALL * level * math.hypot(sds[p.log2_lr], sds[best.log2_lr]))
     ]
 
 
@@ -164,7 +164,7 @@ def walls(curve: LossCurve, sds: Mapping[float, float], level: float) -> tuple[f
     worse = _worse(curve, sds, level)
     rivals = [p.log2_lr for p in curve.usable if p.log2_lr not in worse]
     if not rivals:
-        return None, None
+        return None, min(worse, default=None)
     below, above = (x for x in worse if x < min(rivals)), (x for x in worse if x > max(rivals))
     return max(below, default=None), min(above, default=None)
 

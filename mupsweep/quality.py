@@ -47,7 +47,7 @@ class Quality:
         fit_error: E, octaves: root mean square distance of the optima from the line through them. From 3 sizes.
         robustness: kappa: what missing the optimum by an octave costs grows as ratio^kappa. From 2 sizes.
         asymptotic_loss: nats per token that the loss at the optimum tends to as the ladder grows. From 3 sizes.
-        held_out: None with fewer than 3 sizes.
+        held_out: None with fewer than 3 sizes, or where the optimum of the largest is not known.
     """
 
     fit_error: Estimate
@@ -62,7 +62,7 @@ class Comparison:
 
     Attributes:
         of, over: (model, optimizer, parametrization).
-        width, depth: the largest size that both have.
+        width, depth, horizon: the largest size that both have.
         lower: nats per token by which the loss of `of` is below that of `over` there.
         speed_up: how many times its compute `over` needs, on a larger size, for the same loss (Qiu et al. 2512.05620).
         asymptotic_penalty: R(inf): nats per token by which the asymptotic loss of `of` is above that of `over`.
@@ -76,6 +76,7 @@ class Comparison:
     lower: Estimate
     speed_up: Estimate
     asymptotic_penalty: Estimate
+    horizon: int | None = None
 
 
 def quality(group: Group) -> Quality:
@@ -90,9 +91,8 @@ def quality(group: Group) -> Quality:
         fit = Estimate.of(np.sqrt((rest**2).mean(axis=0)))
     prices = np.log2(np.maximum([_price(o) for o in known], 1e-9))
     center = x - x.mean()
-    return Quality(
-        fit, Estimate.of(center @ prices / (center @ center)), Estimate.of(_asymptote(group)), _held_out(x, known)
-    )
+    held_out = _held_out(x, known) if known[-1] is group.optima[-1] else None
+    return Quality(fit, Estimate.of(center @ prices / (center @ center)), Estimate.of(_asymptote(group)), held_out)
 
 
 def comparisons(analysis: Analysis) -> list[Comparison]:
@@ -134,6 +134,7 @@ def compare(a: Group, b: Group, flops: Mapping[tuple[Any, ...], float]) -> Compa
         Estimate.of(_drawn(theirs)[1][shuffled] - _drawn(ours)[1]),
         _speed_up(ours, _known(b), flops, shuffled),
         Estimate.of(penalty),
+        ours.curve.horizon,
     )
 
 

@@ -22,11 +22,11 @@ SCHEDULE = ("batch_size", "schedule", "min_lr_frac", "decay_fraction", "precisio
 
 def recommend(one: Group, doublings: float) -> tuple[Estimate, str]:
     """log2 of the base LR to use at a target `doublings` beyond the base on the group's axis, and what it rests on."""
-    known = [o for o in one.optima if o.log2_lr is not None and o.se]
+    known = one.sloped
     if not known:
-        why = (f"width {o.curve.width}, depth {o.curve.depth}: {o.reason}" for o in one.optima if o.reason)
+        why = (f"{_place(o)}: {o.reason}" for o in one.optima if o.reason)
         raise RecordError(
-            f"{'/'.join(one.label)}: no size has a bracketed optimum yet, so there is no LR to recommend; "
+            f"{'/'.join(one.label)}: no size has an optimum with an interval yet, so there is no LR to recommend; "
             f"{next(why, 'train more LRs')}"
         )
     if one.verdict == TRANSFERS:
@@ -35,8 +35,13 @@ def recommend(one: Group, doublings: float) -> tuple[Estimate, str]:
         value = float(w @ y / w.sum())
         # the sizes share most of a fit's bias, so their intervals do not average out; what drift there is counts too
         half = _half_width(known) + float(np.abs(y - value).max())
-        return Estimate(value, value - half, value + half), "transfers: the optimum of all measured sizes together"
-    largest = known[-1]
+        sizes = "all measured sizes" if len(known) == len(one.optima) else f"the {len(known)} sizes where it is known"
+        return Estimate(value, value - half, value + half), f"transfers: the optimum of {sizes} together"
+    largest, last = known[-1], one.optima[-1]
+    of = "the largest measured size"
+    if largest is not last:
+        bound = Estimate(None, last.low, last.high)
+        of = f"{_place(largest)}, the largest size where it is known; at {_place(last)} its log2 is {bound:.2f}"
     if (
         one.verdict == DRIFTS
         and one.drift.value is not None
@@ -49,10 +54,10 @@ def recommend(one: Group, doublings: float) -> tuple[Estimate, str]:
         half = _half_width([largest])
         return (
             Estimate(at + beyond * one.drift.value, min(ends) - half, max(ends) + half),
-            "drifts: extrapolated along the measured drift from the largest measured size; tune at the target instead",
+            f"drifts: extrapolated along the measured drift from {of}; tune at the target instead",
         )
     return Estimate(largest.log2_lr, largest.low, largest.high), (
-        "inconclusive: the optimum of the largest measured size; its interval does not cover the way to the target"
+        f"{one.verdict}: the optimum of {of}; its interval does not cover the way to the target"
     )
 
 
@@ -174,7 +179,7 @@ def _carried(
         ends = [None if e is None else octaves * e for e in (exponent.low, exponent.high)]
         low, high = ends if octaves > 0 else ends[::-1]
         choice = Estimate(*map(_sum, (choice.value, choice.low, choice.high), (octaves * exponent.value, low, high)))
-        note = f"carried from {measured:,} to {wanted:,} tokens by the measured {_power(exponent.value)}"
+        note = f"carried from {measured:,} to {wanted:,} tokens by the measured LR ~ tokens^{exponent:.3g}"
     elif octaves:
         note = (
             f"NOT carried to {wanted:,} tokens: measured at {measured:,}, and the best LR falls with the horizon; "
@@ -199,6 +204,10 @@ def _tokens(made: Recipe) -> int:
 def _trained_on(made: Recipe, tokens: int) -> Any:
     """The variant with another token budget; a warm-up given as a fraction, and decay rules per run, follow it."""
     return replace(made.variant, training=replace(made.training, steps=None, tokens=tokens))
+
+
+def _place(one: Optimum) -> str:
+    return f"width {one.curve.width}, depth {one.curve.depth}"
 
 
 def _half_width(found: Sequence[Optimum]) -> float:

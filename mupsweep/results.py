@@ -20,7 +20,7 @@ from mupsweep.optimum import CONFIDENCE
 from mupsweep.quality import Comparison, comparisons, quality
 from mupsweep.records import DIVERGED, DONE, FINISHED, SweepDir
 from mupsweep.sections import LARGEST
-from mupsweep.transfer import TOLERANCE_NATS, TOLERANCE_OCTAVES, Analysis, Estimate, Group
+from mupsweep.transfer import TOLERANCE_NATS, TOLERANCE_OCTAVES, Analysis, Estimate, Group, loss_of
 from mupsweep.tuning import closings, remarks, tunings
 
 CHANGE_COLUMNS = ["hyperparameter", "value", "default"]  # of a variant that is not the default's
@@ -210,12 +210,16 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
                         "log2_lr_low": o.low,
                         "log2_lr_high": o.high,
                         "loss_optimum": o.loss,
+                        "loss_low": loss_of(o).low,
+                        "loss_high": loss_of(o).high,
+                        "move": _interval("octaves", m),
                         "regret": _interval("nats", r),
                         "reason": o.reason,
                     }
-                    for o, r in zip(g.optima, g.regrets, strict=True)
+                    for o, m, r in zip(g.optima, g.moves, g.regrets, strict=True)
                 ],
                 "drift": _interval("octaves_per_doubling", g.drift),
+                "drift_sizes": len(g.sloped),
                 "total_drift": _interval("octaves", g.total_drift),
                 "regret": _interval("nats", g.regret),
                 "verdict": g.verdict,
@@ -239,6 +243,7 @@ def _comparison(c: Comparison) -> dict[str, Any]:
         "axis": c.axis,
         "width": c.width,
         "depth": c.depth,
+        "horizon": c.horizon,
         "lower": _interval("nats", c.lower),
         "speed_up": _interval("factor", c.speed_up),
         "asymptotic_penalty": _interval("nats", c.asymptotic_penalty),
@@ -270,6 +275,7 @@ def _tuning(analysis: Analysis) -> dict[str, Any]:
                         "regret": _interval("nats", at.regret),
                         "minimum": _interval("value", at.minimum),
                         "unbounded": list(at.unbounded),
+                        "edge": at.edge,
                     }
                     for at in one.sizes
                 ],

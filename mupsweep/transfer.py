@@ -63,6 +63,14 @@ class Estimate:
 
 
 UNKNOWN = Estimate(None, None, None)
+ZERO = Estimate(0.0, 0.0, 0.0)
+
+
+def loss_of(optimum: Optimum) -> Estimate:
+    """Nats per token at an optimum; without an interval where the data do not bound the optimum itself."""
+    if optimum.posterior is not None and optimum.se is not None:
+        return Estimate.of(optimum.posterior.losses)
+    return Estimate(optimum.loss, None, None)
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,23 @@ class Group:
     @property
     def label(self) -> tuple[str, str, str]:
         return self.model, self.optimizer, self.parametrization
+
+    @property
+    def base(self) -> Optimum:
+        """The optimum that the others are compared with: the base's, or that of the smallest size without a base."""
+        return next((o for o in self.optima if self.ratio(o.curve) == 1), self.optima[0])
+
+    @property
+    def moves(self) -> tuple[Estimate, ...]:
+        """Octaves by which every size's optimum lies above the base's; the last of them is the total drift."""
+        base = self.base
+        here = UNKNOWN if base.log2_lr is None else ZERO
+        return tuple(here if o is base else _difference(base, o) for o in self.optima)
+
+    @property
+    def sloped(self) -> tuple[Optimum, ...]:
+        """The optima that `drift` is the slope of: without those that are bounded only."""
+        return tuple(o for o in self.optima if o.known)
 
     def ratio(self, curve: LossCurve) -> float:
         """The position of a size on this ladder's axis, target / base; of a horizon, to the shortest."""
@@ -177,11 +202,14 @@ def judge(axis: str, found: Sequence[Optimum], of: str = "LR") -> Group:
     label = found[0].curve.names
     unjudged = Group(*label, axis, tuple(found), UNKNOWN, UNKNOWN, UNKNOWN, (), INCONCLUSIVE, ())
     position = [math.log2(unjudged.ratio(o.curve)) for o in found]
-    base = next((o for o, x in zip(found, position, strict=True) if x == 0), found[0])
+    base = unjudged.base
     drift = _slope(position, found)
     total = _difference(base, found[-1])
     regrets = tuple(_regret(base, o) for o in found)
     verdict, reasons = _judge(axis, found, base, total, regrets, of)
+    if unjudged.ratio(base.curve) != 1:
+        reasons.append(f"nothing is known at the base: {base.curve.place(axis)} stands for it")
+    reasons += [f"{_size(axis, o)}: the base's {of} diverges there" for o in found if diverges(base, o)]
     return Group(*label, axis, tuple(found), drift, total, regrets[-1], regrets, verdict, tuple(reasons))
 
 
@@ -217,7 +245,7 @@ def _difference(base: Optimum, last: Optimum) -> Estimate:
 def _regret(base: Optimum, at: Optimum) -> Estimate:
     """Nats lost at a size by using the base's optimum there: draw by draw, the loss there above the minimum."""
     if base is at:
-        return Estimate(0.0, 0.0, 0.0)
+        return UNKNOWN if base.log2_lr is None else ZERO
     if base.log2_lr is None or base.se is None or at.posterior is None or at.se is None:
         return UNKNOWN
     usable, starts = at.curve.usable, _minima(base)
@@ -228,8 +256,16 @@ def _regret(base: Optimum, at: Optimum) -> Estimate:
     outside = (starts < at.posterior.grid[0]) | (starts > at.posterior.grid[-1])
     there = np.where(outside, np.nan_to_num(line(starts), nan=math.inf), at.posterior.at(starts))
     lost = np.sort(np.maximum(there - at.posterior.losses, 0.0))
-    low, value, high = (float(lost[round(q * (len(lost) - 1))]) for q in (TAILS[0], 0.5, TAILS[1]))
-    return Estimate(value, low, high if math.isfinite(high) else None)
+    ends = (float(lost[round(q * (len(lost) - 1))]) for q in (TAILS[0], 0.5, TAILS[1]))
+    low, value, high = (end if math.isfinite(end) else None for end in ends)
+    return Estimate(value, low, high)
+
+
+def diverges(base: Optimum, at: Optimum) -> bool:
+    """Whether runs of a size diverged at the base's optimum, or below it and everywhere above."""
+    finished = [p.log2_lr for p in at.curve.usable]
+    beyond = [p.log2_lr for p in at.curve.points if p.censored and p.log2_lr > max(finished, default=-math.inf)]
+    return base is not at and base.log2_lr is not None and bool(beyond) and base.log2_lr >= beyond[0]
 
 
 def _minima(optimum: Optimum) -> Array:
@@ -259,14 +295,14 @@ def _judge(
             f"no size larger than the base on the {axis} axis: add ratios above 1",
             *reasons,
         ]
-    width = f"the optimum moves {total} octaves {names}"
     tolerance = TOLERANCE_OCTAVES
+    width = f"the optimum moves {_exactly(total, tolerance)} octaves {names}"
     if total.low is not None and total.high is not None and -tolerance <= total.low and total.high <= tolerance:
         return TRANSFERS, [f"{width}: within +-{tolerance:g}", *reasons]
     worst = max((r.high for r in regrets if r.high is not None), default=math.inf)
     if all(r.high is not None for r in regrets) and worst <= TOLERANCE_NATS:
         return TRANSFERS, [
-            f"using the base's {of} costs at most {worst:.4f} nats at every size, under {TOLERANCE_NATS:g}",
+            f"using the base's {of} costs at most {worst:.4f} nats at every size, within {TOLERANCE_NATS:g}",
             width,
             *reasons,
         ]
@@ -287,6 +323,19 @@ def _judge(
     ]
 
 
+def _exactly(total: Estimate, tolerance: float) -> str:
+    """With as many decimals as keep all numbers on their side of the tolerance (-0.503 is not within +-0.5) and, where
+    that decides between a drift and none, of zero."""
+    ends = [end for end in (total.low, total.value, total.high) if end is not None]
+    wide = any(abs(x) > tolerance for x in ends)
+
+    def side(x: float) -> tuple[bool, bool, bool]:
+        return abs(x) <= tolerance, wide and x < 0, wide and x > 0
+
+    digits = next((d for d in range(2, 7) if all(side(round(x, d)) == side(x) for x in ends)), 2)
+    return f"{total:+.{digits}f}"
+
+
 def _size(axis: str, one: Optimum) -> str:
     size = f"width {one.curve.width}, depth {one.curve.depth}"
     return f"{size}, {one.curve.place(axis)}" if axis == HORIZON else size
@@ -302,24 +351,34 @@ def _mixtures(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 
 def _remarks(groups: Sequence[Group]) -> Iterable[str]:
     """Transfer and the lowest loss are two questions: compare variants at the largest size, each at its own optimum."""
-    ends: dict[tuple[str, int, int], list[tuple[Group, Optimum]]] = defaultdict(list)
+    ends: dict[tuple[Any, ...], list[tuple[Group, Optimum]]] = defaultdict(list)
     for one in groups:
         last = one.optima[-1]
         if last.loss is not None and one.axis != HORIZON:
-            ends[one.axis, last.curve.width, last.curve.depth].append((one, last))
-    for (_, width, depth), members in ends.items():
+            ends[one.axis, *last.curve.size].append((one, last))
+    for (_, width, depth, _), members in ends.items():
         if len(members) < 2:
             continue
         ranked = sorted(members, key=lambda m: m[1].loss or 0.0)
-        told = ", ".join(f"{'/'.join(g.label[1:])} {o.loss:.4f}" for g, o in ranked)
+        first = 0 if len({g.model for g, _ in ranked}) > 1 else 1
+        told = ", ".join(f"{'/'.join(g.label[first:])} {loss_of(o):.4f}" for g, o in ranked)
         best = ranked[0][0]
         line = f"loss at width {width}, depth {depth}, each at its own optimum: {told}"
-        if best.verdict != TRANSFERS and any(g.verdict == TRANSFERS for g, _ in ranked):
+        second = next((o for g, o in ranked if g.verdict == TRANSFERS), None)
+        if best.verdict != TRANSFERS and second is not None and _is_lower(ranked[0][1], second):
             line += (
                 f"; {best.parametrization} tuned at this size ends lowest, although its LR does not transfer: "
                 "a transferred LR and the lowest loss are two questions, so tune the base's init and multipliers too"
             )
         yield line
+
+
+def _is_lower(one: Optimum, other: Optimum) -> bool:
+    """Whether the loss at an optimum is below that at another variant's, its interval included."""
+    if not (one.known and other.known) or one.posterior is None or other.posterior is None:
+        return False
+    shuffled = np.random.default_rng(1).permutation(other.posterior.losses)  # draws of two variants are independent
+    return bool(np.quantile(shuffled - one.posterior.losses, TAILS[0]) > 0)
 
 
 def select(analysis: Analysis, optimizer: str | None, parametrization: str | None) -> list[Group]:

@@ -51,6 +51,7 @@ class AtSize:
         regret: nats per token by which the base's best value ends above this size's.
         minimum: the best value between those trained; its value is None where these do not bracket it.
         unbounded: values whose best LR lies beyond those trained, and that end below the best value already.
+        edge: "lowest" or "highest" where the best value is that of those trained: a better one may lie beyond it.
     """
 
     width: int
@@ -63,6 +64,7 @@ class AtSize:
     regret: Estimate
     minimum: Estimate
     unbounded: tuple[float | None, ...] = ()
+    edge: str | None = None
 
 
 @dataclass(frozen=True)
@@ -197,13 +199,17 @@ def _tuning(group: Group, key: str, default: float | None, curves: Mapping[float
                 regret=Estimate.of(losses[first] - losses[best]) if first in losses else UNKNOWN,
                 minimum=_value(key, minimum),
                 unbounded=tuple(value for value, points in edges.items() if any(p.mean < bar for p in points)),
+                edge=_edge(best, losses),
             )
         )
     verdict, reasons = over.verdict, over.reasons
+    if missing := [group.optima[i].curve.place(group.axis) for i, size in enumerate(sizes) if size not in kept]:
+        told = f"at {', '.join(missing)} the default or every other value has no optimum: add LRs"
+        reasons = (told, *reasons[1:]) if len(kept) == 1 else (*reasons, told)
     if edge := [f"{key}={said(v)} at {at.width}x{at.depth}" for at in found for v in at.unbounded]:
         told = f"lower already, with a best LR beyond those trained: {', '.join(edge)}; add LRs"
         return Tuning(group.label, key, default, group.axis, tuple(found), UNKNOWN, INCONCLUSIVE, (told, *reasons))
-    cheap = all(one.regret.high is not None and one.regret.high <= TOLERANCE_NATS for one in found)
+    cheap = all(one.edge is None and one.regret.high is not None and one.regret.high <= TOLERANCE_NATS for one in found)
     if verdict == INCONCLUSIVE and cheap and len(kept) == len(sizes) > 1:
         verdict = TRANSFERS
         told = f"the base's best value, {said(first)}, costs at most {TOLERANCE_NATS:g} nats at every size"
@@ -272,6 +278,14 @@ def _losses(optimum: Optimum, seed: int) -> Array:
 
 def _best(losses: Mapping[float | None, Array]) -> float | None:
     return min(losses, key=lambda value: float(np.median(losses[value])))
+
+
+def _edge(best: float | None, values: Iterable[float | None]) -> str | None:
+    """Which end of the values the best is; of null there is none, and nothing lies below 0."""
+    known = [value for value in values if value is not None]
+    if not best:
+        return None
+    return "lowest" if best == min(known) else "highest" if best == max(known) else None
 
 
 def _place(key: str, value: float | None) -> float | None:

@@ -152,12 +152,13 @@ def judge(analysis: Analysis, trial: Trial) -> Validation:
 
 
 def regret(there: Optimum, log2_lr: float) -> Estimate:
-    """Nats per token that an LR loses against the best of a size; without an interval where there is no fit."""
-    if there.posterior is not None and there.posterior.covers(log2_lr):
-        draws = there.posterior.at(np.full(len(there.posterior.draws), log2_lr)) - there.posterior.losses
-        return Estimate.of(np.maximum(draws, 0.0))
-    means = {p.log2_lr: p.mean for p in there.curve.usable}
-    return Estimate(means[log2_lr] - min(means.values()), None, None) if log2_lr in means else UNKNOWN
+    """Nats per token that an LR loses against the best of a size; unknown where there is no fit, and no more than a
+    bound where the best may lie beyond it."""
+    if there.posterior is None or not there.posterior.covers(log2_lr):
+        return UNKNOWN
+    draws = there.posterior.at(np.full(len(there.posterior.draws), log2_lr)) - there.posterior.losses
+    lost = Estimate.of(np.maximum(draws, 0.0))
+    return lost if there.se is not None else Estimate(None, lost.low or None, None)
 
 
 def to_json(outcome: Validation) -> dict[str, Any]:

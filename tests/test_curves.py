@@ -165,6 +165,12 @@ def test_a_diverged_seed_censors_its_point_and_is_counted() -> None:
     assert optima([curve])[0].bracketed
 
 
+def test_where_every_lr_diverges_the_lowest_bounds_the_optimum() -> None:
+    found = best(rows(cliff=-10.0))
+    assert (found.log2_lr, found.low, found.high) == (None, None, -11.0)
+    assert found.reason == "every LR diverges: train lower ones"
+
+
 def test_two_points_are_no_curve() -> None:
     found = best(rows(grid=[-8.0, -7.0]))
     assert (found.bracketed, found.log2_lr) == (False, None)

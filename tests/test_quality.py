@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -127,3 +128,11 @@ def test_parametrizations_are_compared_with_sp_and_written_for_scripts() -> None
     assert (compared["of"][2], compared["over"][2]) == ("mup", "sp")
     assert compared["speed_up"]["factor"] == pytest.approx(1.0, abs=0.6)
     assert {"fit_error", "robustness", "asymptotic_loss", "held_out"} == set(content["groups"][0]["quality"])
+
+
+def test_a_prediction_of_the_largest_size_needs_its_optimum() -> None:
+    rows = [row for row in ladder(sizes=4) if row["width"] < 256 or row["log2_lr"] >= -7.5]  # its best LR is the lowest
+    (group,) = analyse(rows).groups
+    assert not group.optima[-1].known
+    assert quality(group).held_out is None
+    assert quality(replace(group, optima=group.optima[:-1])).held_out is not None

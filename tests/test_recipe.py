@@ -187,3 +187,45 @@ def test_what_cannot_be_written_is_refused_in_one_line(words: list[str], said: s
     assert said in err
     assert len(err.strip().splitlines()) == 1
     assert not list(sweep.results.glob("recipe*"))
+
+
+def drifting(*lowest: float) -> Group:
+    """Optima at -5 and -7, and at -10, which `lowest` cuts off: the largest size is only bounded."""
+    best = (-5.0, -7.0, -10.0)
+    rows = [
+        {"model": "nanogpt", "optimizer": "adamw", "parametrization": "spectral", "depth": 2, "depth_ratio": 1.0}
+        | {"width": 16 * 2**k, "width_ratio": 2.0**k, "log2_lr": float(lr), "seed": seed, "status": DONE}
+        | {"val_loss": 3.0 + 0.1 * (lr - best[k]) ** 2 + 1e-4 * (-1) ** (seed + lr)}
+        for k in range(3)
+        for lr in range(-9, -2)
+        for seed in (0, 1)
+        if lr >= dict(enumerate(lowest)).get(k, -99)
+    ]
+    (group,) = analyse(rows).groups
+    return group
+
+
+def test_a_bound_is_not_taken_for_the_largest_measured_size() -> None:
+    group = drifting()
+    assert group.verdict == "drifts"
+    basis = recipe.recipe(group, made(), 128, 2)["basis"]
+    assert (
+        "from width 32, depth 2, the largest size where it is known; at width 64, depth 2 its log2 is at most" in basis
+    )
+    assert "from the largest measured size" not in basis
+
+
+def test_a_drift_without_a_slope_is_not_called_inconclusive() -> None:
+    group = replace(drifting(-99, -3), verdict="drifts", drift=Estimate(None, None, None))
+    assert recipe.recipe(group, made(), 128, 2)["basis"].startswith(
+        "drifts: the optimum of width 16, depth 2, the largest"
+    )
+
+
+@pytest.mark.parametrize("form", exports.names())
+def test_an_exported_lr_and_a_carried_one_have_their_intervals(form: str) -> None:
+    content = at([], 2 * MEASURED, Estimate(-0.32, -0.4, -0.2))
+    assert "LR ~ tokens^-0.32 [-0.4, -0.2]" in content["horizon"]["note"]
+    if form in ("pytorch", "megatron"):
+        low, high = (f"{content[key]:+.2f}" for key in ("log2_lr_low", "log2_lr_high"))
+        assert f"[{low}, {high}]" in exports.export(form, content).text.splitlines()[0]

@@ -15,7 +15,7 @@ from mupsweep.config import load
 from mupsweep.recipe import recipe
 from mupsweep.records import SweepDir
 from mupsweep.results import read_runs, to_json, write_results
-from mupsweep.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS, Analysis, analyse
+from mupsweep.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS, UNKNOWN, Analysis, Estimate, _exactly, analyse, loss_of
 
 
 def rows(
@@ -227,3 +227,68 @@ def test_horizons_are_a_ladder_of_their_own_and_the_longest_stands_for_a_size() 
     assert "from 100000 tokens to 400000 tokens" in horizon.reasons[0]
     sizes = to_json(analyse(made))["groups"][1]["sizes"]
     assert [size["horizon"] for size in sizes] == [100_000, 200_000, 400_000]
+
+
+def row_of(width: int, x: float, seed: int, best: float, cliff: float = 9.0, par: str = "mup") -> dict[str, Any]:
+    """A run of a parabola that diverges above a cliff; its noise is a tenth of a milli-nat, up and down."""
+    loss = 3.0 + 0.06 * (x - best) ** 2 + 1e-4 * (-1) ** (seed + round(x))
+    told = {"status": "diverged", "val_loss": None} if x > cliff else {"status": "done", "val_loss": loss}
+    names = {"model": "nanogpt", "optimizer": "adamw", "parametrization": par, "depth": 4, "depth_ratio": 1.0}
+    return {**names, "width": width, "width_ratio": width / 32, "log2_lr": x, "seed": seed, **told}
+
+
+def runs_of(best: dict[int, float], cliff: dict[int, float] | None = None, lowest: int = -9) -> list[dict[str, Any]]:
+    grid = [(w, float(x), s) for w in best for x in range(lowest, -2) for s in (0, 1)]
+    return [row_of(w, x, s, best[w], (cliff or {}).get(w, 9.0)) for w, x, s in grid]
+
+
+def test_a_slope_says_how_many_sizes_it_is_of() -> None:
+    [group] = analyse(runs_of({32: -5.0, 64: -7.0, 128: -11.0})).groups
+    assert [o.curve.width for o in group.sloped] == [32, 64]
+    assert to_json(analyse(runs_of({32: -5.0, 64: -7.0, 128: -11.0})))["groups"][0]["drift_sizes"] == 2
+
+
+def test_the_moves_end_in_the_total_drift_and_know_nothing_of_an_unknown_base() -> None:
+    [group] = analyse(runs_of({32: -5.0, 64: -7.0, 128: -11.0})).groups
+    assert group.moves[0] == Estimate(0.0, 0.0, 0.0)
+    assert group.moves[-1] == group.total_drift
+    [edge] = analyse(runs_of({32: 0.0, 64: -5.0, 128: -7.0})).groups
+    assert edge.moves[0] == UNKNOWN
+    assert edge.regrets[0] == UNKNOWN
+    assert edge.moves[-1] == edge.total_drift
+
+
+def test_where_the_bases_lr_diverges_the_reasons_say_so() -> None:
+    [group] = analyse(runs_of({32: -4.0, 64: -6.0, 128: -6.0}, cliff={64: -6.0, 128: -20.0})).groups
+    assert [r for r in group.reasons if "diverges there" in r] == [
+        "width 64, depth 4: the base's LR diverges there",
+        "width 128, depth 4: the base's LR diverges there",
+    ]
+
+
+def test_a_size_that_stands_for_a_missing_base_is_named() -> None:
+    [group] = analyse(runs_of({64: -6.0, 128: -6.0})).groups
+    assert "nothing is known at the base: width 64 stands for it" in group.reasons
+
+
+@pytest.mark.parametrize(
+    ("total", "told"),
+    [
+        (Estimate(-0.1, -0.503, 0.3), "-0.100 [-0.503, +0.300]"),  # not within +-0.5
+        (Estimate(-0.8, -1.2, -0.004), "-0.800 [-1.200, -0.004]"),  # excludes zero
+        (Estimate(0.003, -0.02, 0.02), "+0.00 [-0.02, +0.02]"),
+        (Estimate(None, None, -1.0), "at most -1.00"),
+    ],
+)
+def test_rounding_moves_no_end_across_the_tolerance(total: Estimate, told: str) -> None:
+    assert _exactly(total, 0.5) == told
+
+
+def test_a_lowest_loss_is_told_only_where_the_interval_says_so() -> None:
+    """SP ends a thousandth lower, its seeds differ by ten times that."""
+    close = [*rows(drift=-1.0, parametrization="sp", floor=2.499, noise=0.02), *rows(drift=0.0, noise=0.005)]
+    [remark] = analyse(close).remarks
+    assert "ends lowest" not in remark
+    sp, mup = (loss_of(g.optima[-1]) for g in sorted(analyse(close).groups, key=lambda g: g.parametrization != "sp"))
+    assert f"adamw/sp {sp:.4f}" in remark
+    assert f"adamw/mup {mup:.4f}" in remark

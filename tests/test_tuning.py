@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mupsweep.report.tuning_text import tuning_line
 from mupsweep.results import to_json
 from mupsweep.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS, Estimate, analyse
 from mupsweep.tuning import Tuning, closings, remarks, tunings
@@ -100,6 +101,22 @@ def test_a_best_value_at_the_end_of_its_list_is_a_bound() -> None:
     assert [at.best for at in one.sizes] == [8.0, 8.0, 8.0]
     assert one.sizes[0].minimum.value is None
     assert "the best value is the highest, 8: add values beyond it" in " ".join(one.reasons)
+    assert [at.edge for at in one.sizes] == ["highest"] * 3
+    assert one.verdict == INCONCLUSIVE  # that the base's best value costs nothing later is so of those trained only
+    assert "best 8 (the highest tried) at 32x4, 8 (the highest tried) at 128x4" in tuning_line(one)
+
+
+def test_the_best_value_is_told_with_the_minimum_between_those_trained() -> None:
+    one = of(tunings(analyse(rows(best={RATIO: 3.0}))), RATIO)
+    assert f"best {one.sizes[0].best:g} (minimum {one.sizes[0].minimum:.3g}) at 32x4" in tuning_line(one)
+
+
+def test_a_size_without_an_optimum_is_no_lack_of_larger_sizes() -> None:
+    made = [r for r in rows(best={RATIO: 3.0}, sizes=2) if r["width"] == 32 or r["log2_lr"] < -8.5 or "value" in r]
+    one = of(tunings(analyse(made)), RATIO)
+    assert [at.width for at in one.sizes] == [32]
+    assert one.reasons[0] == "at width 64 the default or every other value has no optimum: add LRs"
+    assert not any("larger than the base" in reason for reason in one.reasons)
 
 
 def test_two_values_or_a_zero_have_losses_and_a_gain_but_no_minimum_between_them() -> None:

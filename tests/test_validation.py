@@ -14,7 +14,7 @@ from mupsweep.errors import ConfigError, RecordError
 from mupsweep.plan import RunSpec
 from mupsweep.records import DIVERGED, DONE, SweepDir
 from mupsweep.results import read_runs
-from mupsweep.transfer import Estimate, analyse
+from mupsweep.transfer import UNKNOWN, Estimate, analyse
 from mupsweep.validation import Trial, _unbounded, neighbours
 
 TOLERANCE = {"drawn": 0.002}  # octaves
@@ -173,3 +173,17 @@ def test_lrs_are_added_on_a_side_where_the_optimum_has_no_bound() -> None:
     assert _unbounded(Estimate(-8.0, -8.5, -7.5), losses, 1.0) == []
     assert _unbounded(Estimate(-8.0, None, None), losses | {-6.0: math.inf}, 1.0) == [-10.0]  # beyond it all diverge
     assert _unbounded(Estimate(-8.0, None, None), {float(lr): 1.0 for lr in range(7)}, 1.0) == []
+
+
+def test_where_the_best_lr_may_lie_beyond_the_target_the_regret_is_no_number() -> None:
+    """The transferred LR is the best of those trained: at an end of them, and in a valley too flat to have a bottom."""
+    names = {"model": "m", "optimizer": "adamw", "parametrization": "mup", "depth": 4, "depth_ratio": 1.0}
+    row = {**names, "width": 32, "width_ratio": 1.0, "status": DONE}
+    grid = [(float(x), s) for x in range(-9, -2) for s in (0, 1)]
+    edge = [{**row, "log2_lr": x, "seed": s, "val_loss": 3 + 0.1 * (x + 12) ** 2 + 1e-4 * s} for x, s in grid]
+    (group,) = analyse(edge).groups
+    assert validation.regret(group.optima[0], -9.0) == UNKNOWN
+    flat = [{**row, "log2_lr": x, "seed": s, "val_loss": 3 + 1e-3 * math.sin(9 * x + 5 * s)} for x, s in grid]
+    (group,) = analyse(flat).groups
+    lost = validation.regret(group.optima[0], -6.0)
+    assert (lost.value, lost.high) == (None, None)

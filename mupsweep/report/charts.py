@@ -13,15 +13,14 @@ from mupsweep.errors import counted
 from mupsweep.optimum import Optimum
 from mupsweep.report.curves_text import (
     axis_name,
-    base_of,
     in_order,
     loss_range,
     ordered_sizes,
     size_names,
     variant_name,
 )
-from mupsweep.report.svg import Plot, minus, round_numbers, tip_of
-from mupsweep.transfer import TOLERANCE_OCTAVES, UNKNOWN, Analysis, Estimate, Group
+from mupsweep.report.svg import Plot, hollow, minus, round_numbers, tip_of
+from mupsweep.transfer import TOLERANCE_OCTAVES, UNKNOWN, Analysis, Estimate, Group, loss_of
 
 THINNED = 80  # points of a training curve: more than a panel can show
 SMOOTHED = 40  # means that a noisy curve is reduced to
@@ -102,12 +101,12 @@ class Charts:
             label = minus(f"{k:+d}") if k else "0"
             parts.append(f'<text class="middle" x="{at(k)}" y="34">{label}</text>')
         known = [end is not None for end in (drift.low, drift.high)]
-        if all(known) or (any(known) and drift.value is None):
+        if any(known):
             low, high = at(-self._reach if drift.low is None else drift.low), drift.high
             arrows = ("" if known[0] else "M16 8l-6 4l6 4") + ("" if known[1] else "M284 8l6 4l-6 4")  # open ends
             parts.append(f'<path class="range" d="M{low} 12H{at(self._reach if high is None else high)}{arrows}"/>')
         if drift.value is not None:
-            parts.append(f'<circle class="dot" cx="{at(drift.value)}" cy="12" r="5.5"/>')
+            parts.append(f'<circle class="dot{hollow(drift)}" cx="{at(drift.value)}" cy="12" r="5.5"/>')
         label = f"total drift: {words(drift, 'octaves')}"
         return f'<svg class="chart" viewBox="0 0 300 38" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
@@ -124,7 +123,7 @@ class Charts:
         plot = Plot((min(lrs) - pad, max(lrs) + pad), loss_range(optima), "peak learning rate", strip)
         plot.y_ticks()
         plot.lr_ticks()
-        base = base_of(group)
+        base = group.base
         if base.log2_lr is not None:
             plot.add(f'<path class="base" d="M{plot.x(base.log2_lr)} {plot.TOP}V{plot.BOTTOM}"/>')
         for optimum in group.optima:
@@ -177,14 +176,13 @@ class Charts:
         if optimum.log2_lr is None or optimum.loss is None:
             return
         x, y = plot.x(optimum.log2_lr), plot.y(optimum.loss)
-        if optimum.low is not None and optimum.high is not None:
-            ends = plot.x(optimum.low), plot.x(optimum.high)
+        at = Estimate(optimum.log2_lr, optimum.low, optimum.high)
+        if ends := [plot.x(end) for end in (at.low, at.high) if end is not None]:
             caps = "".join(f"M{end} {y - 4:.1f}v8" for end in ends)
-            plot.add(f'<path class="interval" d="M{ends[0]} {y}H{ends[1]}{caps}"/>')
-        exponent = words(Estimate(optimum.log2_lr, optimum.low, optimum.high), spec=".2f")
-        rate, loss = f"{2**optimum.log2_lr:.3g}, log2 {exponent}", f"loss {optimum.loss:.4f}"
-        tip = tip_of(f"{self.name(optimum.curve)}: best rate", rate, loss)
-        plot.add(f'<path class="pt best" {tip} transform="translate({x} {y})" d="{DIAMOND}"/>')
+            plot.add(f'<path class="interval" d="M{min(x, *ends)} {y}H{max(x, *ends)}{caps}"/>')
+        rate, loss = f"{2**optimum.log2_lr:.3g}, log2 {words(at, spec='.2f')}", words(loss_of(optimum), spec=".4f")
+        tip = tip_of(f"{self.name(optimum.curve)}: best rate", rate, f"loss {loss}")
+        plot.add(f'<path class="pt best{hollow(at)}" {tip} transform="translate({x} {y})" d="{DIAMOND}"/>')
 
     def ladder(self, groups: Sequence[Group], values: Sequence[Sequence[Estimate]], tolerance: float, unit: str) -> str:
         """An estimate per size of every group over the axis's ratio: octaves, or nats, which are never negative."""

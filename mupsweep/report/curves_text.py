@@ -14,13 +14,14 @@ from mupsweep.axes import Label
 from mupsweep.cost import si
 from mupsweep.curves import LossCurve, Size
 from mupsweep.optimum import Optimum
-from mupsweep.transfer import DOUBLED, HORIZON, Estimate, Group
+from mupsweep.transfer import DOUBLED, HORIZON, UNKNOWN, Group
 
 # of the user's own theme: readable on any background
 COLORS = ("cyan", "blue", "magenta", "red", "yellow", "green")
 NAMES = {"sp": "SP", "mup": "μP", "depth_mup": "depth-μP"}
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # bits of a braille cell by (column, row)
 Cell = tuple[str, str]  # character, style
+BARS = 0.25  # of the range of losses at most that is added below for the error bars
 
 
 def variant_name(label: Label, among: Sequence[Label]) -> str:
@@ -41,33 +42,21 @@ def in_order(groups: Iterable[Group]) -> list[Group]:
 
 def drift_words(group: Group) -> str:
     """How far the optimum of a ladder moves, as far as it is known."""
-    doubling = DOUBLED.get(group.axis, group.axis)
-    if group.drift.value is not None:
-        return f"{group.drift} octaves per doubling of {doubling}"
-    if group.total_drift != group.drift:  # a bound only
+    if len(group.sloped) < len(group.optima) and group.total_drift != UNKNOWN:  # a slope would leave out a bound
         return f"the optimum moves {group.total_drift} octaves"
-    return "drift unknown"
+    return "drift unknown" if group.drift == UNKNOWN else slope_words(group)
+
+
+def slope_words(group: Group) -> str:
+    """The drift by doubling, and of which sizes where some are only bounded."""
+    known, every = len(group.sloped), len(group.optima)
+    of = f" of {DOUBLED.get(group.axis, group.axis)}" if known == every else f" ({known} of {every} sizes)"
+    return f"{group.drift} octaves per doubling{of}"
 
 
 def axis_name(axis: str) -> str:
     """An axis of sizes, as charts write it below themselves."""
     return {"joint": "width x depth", HORIZON: "tokens"}.get(axis, axis)
-
-
-def base_of(group: Group) -> Optimum:
-    """The optimum that the others of a ladder are compared with."""
-    return next((o for o in group.optima if group.ratio(o.curve) == 1), group.optima[0])
-
-
-def moves(group: Group) -> list[Estimate]:
-    """How far every size's optimum lies from the base's, in octaves; a bound where one of the two is only bounded."""
-    base = base_of(group)
-    low, high = (base.low, base.high) if base.log2_lr is None else (base.log2_lr, base.log2_lr)
-
-    def less(end: float | None, origin: float | None) -> float | None:
-        return None if end is None or origin is None else end - origin
-
-    return [Estimate(less(o.log2_lr, base.log2_lr), less(o.low, high), less(o.high, low)) for o in group.optima]
 
 
 def ordered_sizes(groups: Sequence[Group]) -> dict[Size, LossCurve]:
@@ -102,6 +91,9 @@ def loss_range(found: Sequence[Optimum]) -> tuple[float, float]:
     flank = median(loss - min(m) for m in means for loss in m)
     top = min(max(map(max, means)), high + max(2.5 * flank, 0.25 * (high - low)))
     low = min([low, *(optimum.loss for optimum in found if optimum.loss is not None)])
+    # standard errors too, but for those that would take more than their share
+    bars = [p.mean - (p.sem or 0.0) for o in found for p in o.curve.usable if math.isfinite(p.mean)]
+    low = max(min([low, *bars]), low - BARS * (top - low))
     margin = 0.06 * (top - low) or 0.01
     return low - margin, top + margin
 
@@ -152,9 +144,9 @@ def _legend(found: Sequence[Optimum], width: int, best: str) -> Text:
     labels = list(dict.fromkeys(c.label for c in curves))
     text, column = Text(), 0
     for i, (optimum, name) in enumerate(zip(found, size_names([c.size for c in curves]), strict=True)):
-        where = "no optimum" if optimum.log2_lr is None else f"{best} 2^{optimum.log2_lr:z.1f}"
         variant = f"{variant_name(optimum.curve.label, labels)} " if len(labels) > 1 else ""
-        entry = f"{chr(ord('a') + i % 26)} {variant}{name}: {where}"[:width]
+        entry = f"{chr(ord('a') + i % 26)} {variant}{name}: {_where(optimum, best)}"
+        entry = entry if len(entry) <= width else entry.rpartition(":")[0][:width]  # half a number is none
         if column and column + 3 + len(entry) > width:
             text.append("\n")
             column = 0
@@ -162,6 +154,20 @@ def _legend(found: Sequence[Optimum], width: int, best: str) -> Text:
         column += len(entry) + (3 if column else 0)
     marks = f"capital: {'optimum' if best == 'best' else 'lowest'}   x: diverged   ^: higher loss"
     return text.append("\n" + marks[:width], "dim")
+
+
+def _where(optimum: Optimum, best: str) -> str:
+    """The optimum with the wider half of its interval, or the bounds there are, to a tenth of an octave."""
+    value, low, high = optimum.log2_lr, optimum.low, optimum.high
+    if value is None:
+        if low is not None and high is not None:
+            return f"{best} 2^{low:z.1f} to 2^{high:z.1f}"
+        ends = [f"{word} 2^{end:z.1f}" for word, end in (("at least", low), ("at most", high)) if end is not None]
+        return f"{best} {ends[0]}" if ends else "no optimum"
+    if best != "best":
+        return f"{best} 2^{value:z.1f}"
+    half = "?" if low is None or high is None else f"{math.ceil(10 * max(value - low, high - value)) / 10:.1f}"
+    return f"{best} 2^{value:z.1f} ±{half}"
 
 
 class _Canvas:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
+from typing import Any
 
 import matplotlib.style
 import numpy as np
@@ -24,19 +26,18 @@ from mupsweep.files import make_folder
 from mupsweep.optimum import Optimum
 from mupsweep.report.curves_text import (
     axis_name,
-    base_of,
     drift_words,
     in_order,
     loss_range,
-    moves,
     ordered_sizes,
     size_names,
     variant_name,
 )
 from mupsweep.report.looks import BAND, GROUPS, INK, MARKERS, QUIET, SIZES, VERDICT_COLORS, Look, look_of, save
-from mupsweep.transfer import HORIZON, TOLERANCE_OCTAVES, Analysis, Group
+from mupsweep.transfer import HORIZON, TOLERANCE_OCTAVES, UNKNOWN, Analysis, Estimate, Group
 
 COLUMNS = 3  # panels side by side
+LEGEND = 76  # characters of a line below the drift
 STRIP = 0.05, 0.22  # height of a row of diverged points, and of all rows at most, as fractions of the panel
 
 
@@ -119,14 +120,33 @@ def _curves(groups: Sequence[Group], look: Look) -> Figure:
         Line2D([], [], color=SIZES(shades[key]), marker="o", markersize=4, label=name)
         for key, name in zip(sizes, names, strict=True)
     ]
-    marks = [
-        Line2D([], [], color=QUIET, marker="D", markersize=6, markeredgecolor="white", label="fitted optimum"),
-        Line2D([], [], color=QUIET, linestyle=(0, (4, 3)), linewidth=1, label="the base's optimum"),
-    ]
-    handles = [*lines, *marks]
+    handles = [*lines, *_marks(groups)]
     lines_of_legend = math.ceil(len(handles) / (3 * columns))
     figure.legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / lines_of_legend))
     return figure
+
+
+def _marks(groups: Sequence[Group]) -> list[Line2D]:
+    """Legend entries of what is drawn beside the curves."""
+    drawn = [o for g in groups for o in g.optima if o.log2_lr is not None]
+    marker = {"color": QUIET, "marker": "D", "markersize": 6}
+    made = []
+    if any(map(_bounded, drawn)):
+        made.append(Line2D([], [], markeredgecolor="white", label="fitted optimum", **marker))
+    if not all(map(_bounded, drawn)):
+        made.append(Line2D([], [], markerfacecolor="white", linestyle="", label="no interval", **marker))
+    if any(g.base.log2_lr is not None for g in groups):
+        made.append(Line2D([], [], color=QUIET, linestyle=(0, (4, 3)), linewidth=1, label="the base's optimum"))
+    return made
+
+
+def _bounded(one: Optimum | Estimate) -> bool:
+    """Whether both ends are known; what lacks one is drawn hollow."""
+    return one.low is not None and one.high is not None
+
+
+def _faces(one: Optimum | Estimate, color: Any) -> dict[str, Any]:
+    return {"mfc": color, "mec": "white"} if _bounded(one) else {"mfc": "white", "mec": color}
 
 
 def _scale(members: Sequence[Group], shades: dict[Size, float]) -> _Scale:
@@ -148,7 +168,7 @@ def _panel(axes: Axes, group: Group, groups: Sequence[Group], scale: _Scale, loo
         axes.annotate("diverged", xytext=(4, -3), va="top", fontsize=look.small, color=QUIET, **place)
     for optimum in group.optima:
         _curve(axes, optimum, scale, window, look.small - 1)
-    base = base_of(group)
+    base = group.base
     if base.log2_lr is not None:
         axes.axvline(base.log2_lr, color=QUIET, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
     for artist in (*axes.lines, *axes.collections, *axes.texts):
@@ -189,10 +209,11 @@ def _curve(axes: Axes, optimum: Optimum, scale: _Scale, window: TransformedBbox,
         fitted = axes.plot(optimum.posterior.grid, mean, color=color, linewidth=4, alpha=0.22, zorder=2)
         fitted[0].set_clip_box(window)
     if optimum.log2_lr is not None and optimum.loss is not None:
-        if optimum.low is not None and optimum.high is not None:
-            ends = [optimum.low, optimum.high]
-            axes.plot(ends, [optimum.loss] * 2, color=INK, linewidth=1.3, marker="|", zorder=5)
-        axes.plot(optimum.log2_lr, optimum.loss, "D", color=color, markersize=6, mec="white", mew=0.9, zorder=6)
+        ends = [end for end in (optimum.low, optimum.log2_lr, optimum.high) if end is not None]
+        axes.plot(ends, [optimum.loss] * len(ends), color=INK, linewidth=1.3, zorder=5)
+        for end in (optimum.low, optimum.high):
+            axes.plot([] if end is None else [end], [] if end is None else [optimum.loss], "|", color=INK, zorder=5)
+        axes.plot(optimum.log2_lr, optimum.loss, "D", markersize=6, mew=0.9, zorder=6, **_faces(optimum, color))
 
 
 def _lr_axis(axes: Axes, lrs: Sequence[float]) -> None:
@@ -210,7 +231,9 @@ def _lr_axis(axes: Axes, lrs: Sequence[float]) -> None:
 
 def _drift(groups: Sequence[Group], look: Look) -> Figure:
     wide, high = look.drift
-    figure = Figure(figsize=(wide, high + 0.22 * len(groups) * look.told), layout=_layout())
+    named = [_drift_legend(g, groups, look.told) for g in groups]
+    rows = sum(1 + name.count("\n") for name in named)
+    figure = Figure(figsize=(wide, high + 0.22 * rows * look.told), layout=_layout())
     axes = figure.subplots()
     axes.axhspan(-TOLERANCE_OCTAVES, TOLERANCE_OCTAVES, color=BAND, linewidth=0, zorder=0.5)
     axes.axhline(0, color=QUIET, linewidth=0.8, zorder=1)
@@ -219,6 +242,8 @@ def _drift(groups: Sequence[Group], look: Look) -> Figure:
         ends = _moves(axes, group, (i - (len(groups) - 1) / 2) * 0.03, GROUPS[i % 6], MARKERS[i % 6])
         lowest, highest = min(lowest, *ends), max(highest, *ends)
     axes.set_ylim(min(-0.8, lowest - 0.25), max(0.8, highest + 0.25))
+    if all(move == UNKNOWN for group in groups for move in group.moves):
+        axes.text(0.5, 0.55, "unknown", transform=axes.transAxes, ha="center", color=QUIET)
     names: dict[float, dict[str, None]] = {}
     for group in groups:
         for optimum in group.optima:
@@ -237,10 +262,12 @@ def _drift(groups: Sequence[Group], look: Look) -> Figure:
             color=GROUPS[i % 6],
             marker=MARKERS[i % 6],
             markersize=5.5,
-            label=_drift_legend(g, groups, look.told),
+            label=name,
         )
-        for i, g in enumerate(groups)
+        for i, name in enumerate(named)
     ]
+    if not all(_bounded(move) for g in groups for move in g.moves if move.value is not None):
+        lines.append(Line2D([], [], color=QUIET, marker="o", mfc="white", linestyle="", label="without an interval"))
     band = Patch(color=BAND, label=f"tolerance, ±{TOLERANCE_OCTAVES:g} octaves")
     columns = 1 if look.told else 3
     figure.legend(handles=[*lines, band], loc="outside lower left", handlelength=2.4, ncols=columns)
@@ -250,18 +277,20 @@ def _drift(groups: Sequence[Group], look: Look) -> Figure:
 def _moves(axes: Axes, group: Group, dodge: float, color: str, marker: str) -> tuple[float, float]:
     """One group's optima relative to its base; returns the lowest and the highest octave drawn."""
     drawn, fitted = [0.0], []
-    for optimum, move in zip(group.optima, moves(group), strict=True):
+    for optimum, move in zip(group.optima, group.moves, strict=True):
         x, y, low, high = math.log2(group.ratio(optimum.curve)) + dodge, move.value, move.low, move.high
         drawn += [end for end in (y, low, high) if end is not None]
         if y is None:
             _bound(axes, x, low, high, color)
             drawn += [end + arrow for end, arrow in ((low, 0.5), (high, -0.5)) if end is not None]
             continue
-        if low is not None and high is not None:
-            axes.errorbar([x], [y], [[y - low], [high - y]], color=color, elinewidth=1.4, capsize=3, zorder=3)
+        for end in (low, high):
+            if end is not None:
+                axes.plot([x, x], [y, end], color=color, linewidth=1.4, zorder=3)
+                axes.plot(x, end, "_", color=color, markersize=6, markeredgewidth=1.4, zorder=3)
         if optimum.se:
             fitted.append((x - dodge, y, 1 / optimum.se**2))
-        axes.plot(x, y, marker, color=color, markersize=6.5, mec="white", mew=0.8, zorder=4)
+        axes.plot(x, y, marker, markersize=6.5, mew=0.8, zorder=4, **_faces(move, color))
     if group.drift.value is not None and fitted:
         xs, ys, weights = np.array(fitted).T  # the slope's line passes through the weighted centre
         center, height = weights @ xs / weights.sum(), weights @ ys / weights.sum()
@@ -284,7 +313,7 @@ def _bound(axes: Axes, x: float, low: float | None, high: float | None, color: s
 
 def _drift_legend(group: Group, groups: Sequence[Group], told: bool) -> str:
     name = variant_name(group.label, [g.label for g in groups])
-    return _plain(f"{name}: {group.verdict}, {drift_words(group)}" if told else name)
+    return _plain(fill(f"{name}: {group.verdict}, {drift_words(group)}", LEGEND) if told else name)
 
 
 def _position_name(axis: str, curve: LossCurve) -> str:

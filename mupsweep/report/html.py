@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
@@ -19,9 +18,9 @@ from mupsweep.files import make_folder, read_json, write_text
 from mupsweep.optimum import CONFIDENCE, Optimum
 from mupsweep.quality import comparisons
 from mupsweep.records import DIVERGED, DONE, FAILED, SweepDir
-from mupsweep.report import coordinates_html
+from mupsweep.report import coordinates_html, rules_html
 from mupsweep.report.charts import Charts, drawn_seeds, size_id, words
-from mupsweep.report.curves_text import axis_name, base_of, moves, variant_name
+from mupsweep.report.curves_text import axis_name, slope_words, variant_name
 from mupsweep.report.svg import minus
 from mupsweep.report.tuning_text import told
 from mupsweep.report.verdicts import advice_on, comparison_line, quality_lines
@@ -32,9 +31,12 @@ from mupsweep.transfer import (
     TOLERANCE_NATS,
     TOLERANCE_OCTAVES,
     TRANSFERS,
+    UNKNOWN,
     Analysis,
     Estimate,
     Group,
+    diverges,
+    loss_of,
 )
 
 SENTENCES = {
@@ -43,10 +45,6 @@ SENTENCES = {
     INCONCLUSIVE: "The data do not decide.",
 }
 BADGES = {TRANSFERS: "✓ transfers", DRIFTS: "↘ drifts", INCONCLUSIVE: "? inconclusive"}
-RULE_COLUMNS = (
-    *("role", "shape", "optimizer", "init std", "multiplier"),
-    *("LR", "LR ratio", "weight decay ratio", "eps ratio", "tensors"),
-)
 SIZE_COLUMNS = (
     *("variant", "size", "runs", "diverged"),
     *("best LR", "log2 best LR", "loss there", "regret of the base's LR"),
@@ -68,7 +66,7 @@ def write(
         The path of the report.
     """
     charts = Charts(analysis)
-    sections = [_header(sweep, analysis)]
+    sections = [_header(sweep, analysis, ledger)]
     if charts.groups:
         sections += [_verdicts(charts, analysis, sweep), _curves(charts), _drift(charts)]
         sections += [_tuning(analysis), _training(charts, sweep, analysis)]
@@ -89,10 +87,16 @@ def write(
     return path
 
 
-def _header(sweep: SweepDir, analysis: Analysis) -> str:
+def _header(sweep: SweepDir, analysis: Analysis, ledger: Ledger) -> str:
     names = [", ".join(dict.fromkeys(row[k] for row in analysis.rows)) for k in ("model", "optimizer")]
-    runs = {row["run_id"].partition("@")[0] for row in analysis.rows}  # without the branches of a run
-    line = " · ".join(n for n in [*names, counted(len(runs), "finished run")] if n)
+    counts = sum(ledger.values(), Counter())
+    done, every = counts[DONE] + counts[DIVERGED], counted(counts["runs"], "run")
+    told = (
+        f"{every}, all finished"
+        if done == counts["runs"]
+        else f"{done} of {every} finished: what follows rests on them"
+    )
+    line = " · ".join(n for n in [*names, told] if n)
     return f'<h1>{escape(sweep.name)}</h1>\n<p class="quiet">{escape(line)} · losses in nats per token</p>'
 
 
@@ -116,7 +120,7 @@ def _verdicts(charts: Charts, analysis: Analysis, sweep: SweepDir) -> str:
 
 
 def _card(charts: Charts, group: Group) -> str:
-    base, last = base_of(group), group.optima[-1]
+    base, last = group.base, group.optima[-1]
     facts = [("only size", escape(charts.name(base.curve)))]
     if len(group.optima) > 1:
         total = words(group.total_drift, "octaves")
@@ -124,11 +128,12 @@ def _card(charts: Charts, group: Group) -> str:
             total += f' <span class="quiet">(× {2**group.total_drift.value:.2g})</span>'
         facts = [
             (f"{charts.name(base.curve)} → {charts.number(last.curve)}", total),
-            ("per doubling", words(group.drift, "octaves")),
+            ("drift", "unknown" if group.drift == UNKNOWN else minus(slope_words(group))),
             ("regret", words(group.regret, "nats per token", ".4f")),
         ]
     if base.log2_lr is not None:
-        best = f"2<sup>{minus(f'{base.log2_lr:z.2f}')}</sup> = {2**base.log2_lr:.3g}"
+        exponent = words(Estimate(base.log2_lr, base.low, base.high), spec=".2f")
+        best = f"{2**base.log2_lr:.3g}, log2 {exponent}"
         facts.append((f"best at {charts.name(base.curve)}", best))
     listed = "".join(f"<dt>{escape(k)}</dt><dd>{v}</dd>" for k, v in facts)
     reasons = "".join(f"<li>{escape(r)}</li>" for r in (*group.reasons, *quality_lines(group)))
@@ -147,9 +152,9 @@ def _curves(charts: Charts) -> str:
     """Loss versus LR, a panel for every ladder, under the buttons that choose what every chart shows."""
     note = (
         "Validation loss against the peak learning rate at the base shape. Points are means over seeds with "
-        "their standard errors; the broad line is the fit, the diamond its minimum with its interval, the "
-        "dashed line the best rate of the base. A cross in the upper band is a rate at which seeds diverged, "
-        "a triangle a loss beyond the axis."
+        "their standard errors; the broad line is the fit, the diamond its minimum with its interval, hollow where an "
+        "end of it is unknown, the dashed line the best rate of the base. A cross in the upper band is a rate at which "
+        "seeds diverged, a triangle a loss beyond the axis."
     )
     shown, every = _seeds(charts)
     if shown < every:
@@ -194,15 +199,16 @@ def _panels(charts: Charts, groups: Sequence[Group]) -> str:
 
 def _drift(charts: Charts) -> str:
     note = (
-        "First, how far each size's best rate lies from the base's; an arrow is a bound where a best rate is "
-        "not inside the grid. Second, what the base's rate costs there. Shaded: within "
+        "First, how far each size's best rate lies from the base's, with the interval of that distance; an arrow, or a "
+        "bar without a point, is a bound where a best rate is not known. Second, what the base's rate costs there. "
+        "Shaded: within "
         f"±{TOLERANCE_OCTAVES:g} octaves, and below {TOLERANCE_NATS:g} nats."
     )
     return _title("Drift and regret by size", note) + _by_axis(charts, _ladders)
 
 
 def _ladders(charts: Charts, groups: Sequence[Group]) -> str:
-    drift = charts.ladder(groups, [moves(g) for g in groups], TOLERANCE_OCTAVES, "octaves")
+    drift = charts.ladder(groups, [g.moves for g in groups], TOLERANCE_OCTAVES, "octaves")
     regret = charts.ladder(groups, [g.regrets for g in groups], TOLERANCE_NATS, "nats")
     drawn = {"octaves from the base's best rate": drift, "regret of the base's rate, nats per token": regret}
     figures = "".join(f"<figure><figcaption>{escape(k)}</figcaption>{v}</figure>" for k, v in drawn.items())
@@ -214,8 +220,8 @@ def _ladders(charts: Charts, groups: Sequence[Group]) -> str:
             o.curve.n_diverged or "",
             "–" if o.log2_lr is None else f"{2**o.log2_lr:.3g}",
             words(Estimate(o.log2_lr, o.low, o.high), spec=".2f"),
-            "–" if o.loss is None else f"{o.loss:.4f}",
-            "base" if o is base_of(group) else words(regret, spec=".4f"),
+            "–" if o.loss is None else words(loss_of(o), spec=".4f"),
+            "base" if o is group.base else "diverges" if diverges(group.base, o) else words(regret, spec=".4f"),
         )
         for group in groups
         for o, regret in zip(group.optima, group.regrets, strict=True)
@@ -256,7 +262,7 @@ def _training(charts: Charts, sweep: SweepDir, analysis: Analysis) -> str:
         return ""
     note = (
         "The run nearest to each size's best rate: dots are validation loss, thin lines the training loss, each point "
-        "the mean over the steps since the one before."
+        "the mean over the steps since the one before. What branches off a run has no curve of its own."
     )
     return _title("Training curves", note) + f'<div class="panels">{"".join(panels)}</div>'
 
@@ -311,22 +317,11 @@ def _rules(rules: Sequence[tuple[str, Sequence[TensorRule]]]) -> str:
         return ""
     note = "What every tensor is trained with. A ratio is to the base shape; shapes are as stored."
     tables = [
-        f"<details><summary>{escape(heading)}</summary>{_table(RULE_COLUMNS, _alike(tensors), 'tensors')}</details>"
+        f"<details><summary>{escape(heading)}</summary>"
+        f"{_table(rules_html.COLUMNS, rules_html.lines(tensors), 'tensors')}</details>"
         for heading, tensors in rules
     ]
     return _title("Rules", note) + "\n".join(tables)
-
-
-def _alike(tensors: Iterable[TensorRule]) -> list[tuple[str, ...]]:
-    """A row for all tensors that are treated alike."""
-    rows: dict[tuple[str, ...], dict[str, None]] = defaultdict(dict)
-    for t in tensors:
-        std = f"{t.init_std:.4g}" if t.init.value == "normal" else t.init.value
-        numbers = (t.multiplier, t.lr, t.lr_ratio, t.weight_decay_ratio, t.eps_ratio)
-        shape = " × ".join(map(str, t.shape))
-        name = re.sub(r"\.\d+\.", ".*.", t.name) + (f" = {t.tied_to}" if t.tied_to else "")
-        rows[t.role.value, shape, t.optimizer, std, *(f"{n:.4g}" for n in numbers)][name] = None
-    return [(*row, ", ".join(names)) for row, names in rows.items()]
 
 
 def _runs(ledger: Ledger) -> str:

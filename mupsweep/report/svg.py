@@ -42,13 +42,17 @@ class Plot:
         self.add(f'<svg {box} style="overflow:hidden">{parts}</svg>')
 
     def estimate(self, x: float, estimate: Estimate, tip: str, marker: str) -> None:
-        """Add a value with its interval, or an arrow away from the one bound there is."""
-        if estimate.low is not None and estimate.high is not None:
-            low, high = self.y(estimate.low), self.y(estimate.high)
-            self.add(f'<path class="bar" d="M{x - 4:.1f} {low}h8M{x - 4:.1f} {high}h8M{x:.1f} {low}V{high}"/>')
-        if estimate.value is not None:
-            place = f'transform="translate({x:.1f} {self.y(estimate.value)})"'
-            self.add(f'<path class="pt best" {tip} {place} d="{marker}"/>')
+        """Add a value with its interval, hollow where an end is unknown, or else the bounds: an arrow away from one."""
+        value, ends = estimate.value, [end for end in (estimate.low, estimate.high) if end is not None]
+        if ends and (value is not None or len(ends) == 2):
+            line = [self.y(end) for end in (*ends, value) if end is not None]
+            caps = "".join(f"M{x - 4:.1f} {self.y(end)}h8" for end in ends)
+            hovered = f"{tip} " if value is None else ""
+            self.add(f'<path class="bar" {hovered}d="{caps}M{x:.1f} {max(line)}V{min(line)}"/>')
+        if value is not None:
+            place = f'transform="translate({x:.1f} {self.y(value)})"'
+            self.add(f'<path class="pt best{hollow(estimate)}" {tip} {place} d="{marker}"/>')
+        if value is not None or len(ends) == 2:
             return
         for bound, sign in ((estimate.low, -1), (estimate.high, 1)):
             if bound is not None:
@@ -95,6 +99,11 @@ class Plot:
             + f'<path class="frame" d="M{self.LEFT} {self.TOP}V{self.BOTTOM}H{self.RIGHT}"/>'
             f'<text class="name middle" x="{middle}" y="{self.HEIGHT - 6}">{escape(self.title)}</text></svg>'
         )
+
+
+def hollow(estimate: Estimate) -> str:
+    """The class of a point without an interval."""
+    return " hollow" if estimate.low is None or estimate.high is None else ""
 
 
 def round_numbers(low: float, high: float) -> list[float]:

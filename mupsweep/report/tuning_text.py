@@ -8,7 +8,7 @@ from rich.table import Table
 
 from mupsweep.report.console import table_of
 from mupsweep.transfer import UNKNOWN, Analysis, Estimate
-from mupsweep.tuning import Closing, Tuning, closings, remarks, said, tunings
+from mupsweep.tuning import AtSize, Closing, Tuning, closings, remarks, said, tunings
 
 Gap = tuple[tuple[str, ...], list[tuple[str, ...]]]  # head and rows of a table
 
@@ -36,11 +36,18 @@ def told(analysis: Analysis) -> tuple[list[str], list[Gap]]:
 def tuning_line(one: Tuning) -> str:
     """The best value at the base and at the largest size, what it gains there, and whether it transfers."""
     ends = one.sizes if len(one.sizes) == 1 else (one.sizes[0], one.sizes[-1])
-    best = ", ".join(f"{said(at.best)} at {at.width}x{at.depth}" for at in ends)
+    best = ", ".join(f"{said(at.best)}{_around(at)} at {at.width}x{at.depth}" for at in ends)
     why = f" ({one.reasons[0]})" if one.reasons else ""
     last, default = one.sizes[-1], said(one.default)
     than = f"{nats(last.gain)} lower there than the default, {default}" if last.best != one.default else "the default"
     return f"{'/'.join(one.names[1:])}, {one.hyperparameter} in {one.axis}: best {best}, {than}; {one.verdict}{why}"
+
+
+def _around(at: AtSize) -> str:
+    """What is known beyond the best of the values that were trained."""
+    if at.edge is not None:
+        return f" (the {at.edge} tried)"
+    return "" if at.minimum.value is None else f" (minimum {at.minimum:.3g})"
 
 
 def gap(closed: list[Closing]) -> Gap:
@@ -51,11 +58,17 @@ def gap(closed: list[Closing]) -> Gap:
     sides = [("both at the defaults", max((c.before for c in closed), key=len))]
     sides += [(f"each at its best {c.hyperparameter}", c.after) for c in closed]
     rows = [
-        (name, str(c.width), str(c.depth), nats(c.lower), "" if c.speed_up == UNKNOWN else f"{c.speed_up:.2f}")
+        (name, str(c.width), str(c.depth), nats(c.lower), "" if c.speed_up == UNKNOWN else factor(c.speed_up))
         for name, sizes in sides
         for c in sizes
     ]
     return head, rows
+
+
+def factor(estimate: Estimate) -> str:
+    """A speed-up: 0.004 is not 0.00."""
+    ends = [end for end in (estimate.value, estimate.low, estimate.high) if end is not None]
+    return f"{estimate:{'.2f' if min(ends, default=1.0) >= 0.05 else '.2g'}}"
 
 
 def nats(estimate: Estimate) -> str:

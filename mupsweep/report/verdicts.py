@@ -13,13 +13,24 @@ from rich.table import Table
 from mupsweep.config import GRID
 from mupsweep.cost import si
 from mupsweep.errors import counted
-from mupsweep.optimum import CONFIDENCE
+from mupsweep.optimum import CONFIDENCE, Optimum
 from mupsweep.quality import Comparison, comparisons, quality
 from mupsweep.records import DIVERGED, DONE, SweepDir
 from mupsweep.report.console import console_of, table_of
-from mupsweep.report.curves_text import base_of, curve_text, drift_words
-from mupsweep.report.tuning_text import nats, tuning_text
-from mupsweep.transfer import DRIFTS, HORIZON, INCONCLUSIVE, TRANSFERS, UNKNOWN, Analysis, Estimate, Group
+from mupsweep.report.curves_text import curve_text, slope_words
+from mupsweep.report.tuning_text import factor, nats, tuning_text
+from mupsweep.transfer import (
+    DRIFTS,
+    HORIZON,
+    INCONCLUSIVE,
+    TRANSFERS,
+    UNKNOWN,
+    Analysis,
+    Estimate,
+    Group,
+    diverges,
+    loss_of,
+)
 from mupsweep.validation import Validation
 
 
@@ -41,7 +52,9 @@ def show_analysis(
         console.print("no finished runs yet: go on with mupsweep run")
         return
     for group in analysis.groups:
-        console.print(f"\n{'/'.join(group.label)}, {group.axis} ladder", style="bold")
+        base = group.base.curve
+        at = f" at width {base.width}, depth {base.depth}" if group.axis == HORIZON else ""
+        console.print(f"\n{'/'.join(group.label)}, {group.axis} ladder{at}", style="bold")
         console.print(curve_text(group.optima, min(72, console.width)))
         console.show(_optimum_table(group))
     console.print()
@@ -55,7 +68,7 @@ def show_analysis(
         console.say(line)
     for told in tuning_text(analysis):
         console.say(told) if isinstance(told, str) else console.show(told)
-    console.say(f"in brackets: {CONFIDENCE:.0%} intervals")
+    console.say(f"in brackets and after ±: {CONFIDENCE:.0%} intervals")
     for line in advice:
         console.say(line)
     for file in files:
@@ -64,14 +77,18 @@ def show_analysis(
 
 def advice_on(analysis: Analysis, sweep: SweepDir) -> Iterator[str]:
     """What to type next about a sweep."""
-    undecided = any(group.verdict == INCONCLUSIVE and len(group.optima) > 1 for group in analysis.groups)
+    undecided = any(g.verdict == INCONCLUSIVE and g.base is not g.optima[-1] for g in analysis.groups)
     if undecided and sweep.read_config()["sweep"].get("search", GRID) == GRID:
         yield (
             "inconclusive: the same mupsweep run with sweep.search=adaptive adds LRs and seeds until every optimum is "
             "known; mupsweep plan says what that costs"
         )
-    if any(o.log2_lr is not None for group in analysis.groups for o in group.optima):
-        yield f"for the LR of a larger model: mupsweep transfer {quote(str(sweep.path))} --to width=N"
+    if axes := {g.axis for g in analysis.groups if g.sloped}:  # those that give a recipe its LR
+        shape = [f"{key}=N" for key in ("width", "depth") if axes & {key, "joint"}]
+        yield (
+            f"for the LR of {'a larger model' if shape else 'longer training'}: "
+            f"mupsweep transfer {quote(str(sweep.path))} --to {' '.join(shape) or 'tokens=N'}"
+        )
 
 
 def show_recipe(content: dict[str, Any], files: Sequence[Path], limits: Sequence[str]) -> None:
@@ -117,31 +134,37 @@ def show_validation(outcome: Validation) -> None:
 
 
 def _optimum_table(group: Group) -> Table:
-    tokens = ["tokens"] if group.axis == HORIZON else []
+    size = ["tokens"] if group.axis == HORIZON else ["width", "depth"]
     rest = ("runs", "x", "optimal log2 LR", "loss", "the base's LR costs")  # 80 columns hold them
-    table = table_of("width", "depth", *tokens, *rest)
+    table = table_of(*size, *rest)
     for o, regret in zip(group.optima, group.regrets, strict=True):
-        loss = "" if o.loss is None else f"{o.loss:.4f}"
         table.add_row(
-            str(o.curve.width),
-            str(o.curve.depth),
-            *(si(o.curve.horizon or 0) for _ in tokens),
+            *([si(o.curve.horizon or 0)] if group.axis == HORIZON else [str(o.curve.width), str(o.curve.depth)]),
             str(o.curve.n_runs),
             str(o.curve.n_diverged or ""),
             f"{Estimate(o.log2_lr, o.low, o.high):.2f}",
-            loss,
-            "base" if o is base_of(group) else f"{regret:.4f}",
+            _loss_words(o),
+            "base" if o is group.base else "diverges" if diverges(group.base, o) else f"{regret:.4f}",
         )
     return table
 
 
+def _loss_words(optimum: Optimum) -> str:
+    """The loss at an optimum with the wider half of its interval: a table has no room for both."""
+    loss = loss_of(optimum)
+    if loss.value is None:
+        return ""
+    ends = [abs(end - loss.value) for end in (loss.low, loss.high) if end is not None]
+    return f"{loss.value:.4f}" + (f" ±{max(ends):.4f}" if ends else "")
+
+
 def _known_lines(group: Group) -> Iterator[str]:
     """The LR that a ladder begins with, and what becomes of it along the ladder."""
-    base, last = base_of(group), group.optima[-1]
+    base, last = group.base, group.optima[-1]
     if base.log2_lr is not None:
         at = Estimate(base.log2_lr, base.low, base.high)
         yield f"best LR at {base.curve.place(group.axis)}: {2**base.log2_lr:.3g}, log2 {at:.2f}"
-    told = [] if group.drift.value is None else [drift_words(group)]
+    told = [] if group.drift.value is None else [slope_words(group)]
     if base is not last and group.regret != UNKNOWN:
         told.append(f"at {last.curve.place(group.axis)} the base's LR costs {nats(group.regret)}")
     if told:
@@ -175,12 +198,11 @@ def _apart(lower: Estimate) -> str:
 
 def comparison_line(c: Comparison) -> str:
     """One line on what a variant is worth against another."""
-    of, over = (
-        "/".join(name for i, name in enumerate(label) if i == 0 or c.of[i] != c.over[i]) for label in (c.of, c.over)
-    )
-    line = f"{of} against {over} at width {c.width}, depth {c.depth}, each at its optimum: {_apart(c.lower)}"
+    of, over = "/".join(c.of), "/".join(c.over)
+    tokens = "" if c.horizon is None else f", {si(c.horizon)} tokens"
+    line = f"{of} against {over} at width {c.width}, depth {c.depth}{tokens}, each at its optimum: {_apart(c.lower)}"
     if c.speed_up != UNKNOWN:
-        line += f", compute-equivalent speed-up {c.speed_up:.2f}"
+        line += f", compute-equivalent speed-up {factor(c.speed_up)}"
     if c.asymptotic_penalty.value is not None:
         line += f"; extrapolated to infinite size: {_apart(c.asymptotic_penalty.negated)}"
     return line

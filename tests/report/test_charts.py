@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mupsweep.report.charts import SEED_POINTS, THINNED, Charts, drawn_seeds, words
-from mupsweep.report.curves_text import moves
+from mupsweep.report.svg import Plot
 from mupsweep.transfer import TOLERANCE_OCTAVES, Estimate, analyse
 
 NUMBER = r"([−+\d.]+)"
@@ -89,7 +89,7 @@ def test_of_few_seeds_all_are_drawn(rows: Callable, save_sweep: Callable, write_
 def test_the_ladder_shows_how_far_the_optimum_moves(rows: Callable) -> None:
     analysis = analyse(rows(widths=(32, 64, 128), parametrizations=["sp"]))
     (group,) = analysis.groups
-    drift = moves(group)
+    drift = list(group.moves)
     assert drift[0].value == 0.0
     assert drift[-1].value == group.total_drift.value
     assert drift[-1].low is not None
@@ -141,7 +141,7 @@ def test_a_long_training_curve_is_thinned_to_its_last_point(rows: Callable) -> N
 def test_a_base_beyond_the_grid_leaves_bounds(rows: Callable) -> None:
     analysis = analyse(rows(widths=(32, 256), log2_lrs=[-11, -10, -9, -8], parametrizations=["sp"]))
     (group,) = analysis.groups
-    drift = moves(group)
+    drift = list(group.moves)
     assert drift == [Estimate(None, None, None), group.total_drift]
     assert drift[1].high is not None
     svg = Charts(analysis).ladder([group], [drift], TOLERANCE_OCTAVES, "octaves")
@@ -151,5 +151,22 @@ def test_a_base_beyond_the_grid_leaves_bounds(rows: Callable) -> None:
 def test_what_is_unknown_is_said_to_be(rows: Callable) -> None:
     analysis = analyse(rows(widths=(32, 64), log2_lrs=[-10, -9, -8], parametrizations=["sp"]))
     (group,) = analysis.groups
-    assert moves(group) == [Estimate(None, None, None)] * 2
-    assert ">unknown</text>" in Charts(analysis).ladder([group], [moves(group)], TOLERANCE_OCTAVES, "octaves")
+    assert list(group.moves) == [Estimate(None, None, None)] * 2
+    assert ">unknown</text>" in Charts(analysis).ladder([group], [list(group.moves)], TOLERANCE_OCTAVES, "octaves")
+
+
+def test_a_value_without_an_interval_is_hollow_and_a_bound_has_no_point() -> None:
+    def drawn(*ends: float | None) -> str:
+        plot = Plot((0, 1), (-2, 2), "x")
+        plot.estimate(100, Estimate(*ends), 'data-tip="said"', "M0 0")
+        return "".join(plot.parts)
+
+    assert 'class="pt best"' in drawn(0.0, -1.0, 1.0)
+    assert 'class="pt best hollow"' in drawn(0.0, None, None)
+    one_sided = drawn(0.0, None, 1.0)
+    assert 'class="pt best hollow"' in one_sided
+    assert 'class="bar"' in one_sided
+    for bound in ((None, -1.0, 1.0), (None, -1.0, None), (None, None, 1.0)):
+        assert "pt best" not in drawn(*bound)
+        assert 'class="bar" data-tip="said"' in drawn(*bound)
+    assert 'class="dot hollow"' in Charts(analyse([])).bar(Estimate(0.5, None, None))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mupsweep.optimum import optima
+from mupsweep.optimum import Optimum, optima
 from mupsweep.report.curves_text import curve_text, loss_range
 from mupsweep.transfer import analyse
 
@@ -22,7 +22,7 @@ GOLDEN = """\
 2.61 ┤             ⠉⠙b⠒⠒⠒B⠒⠒⠒b⠋⠉⠁
      └────────┬──────────────┬──────────────┬─────────────┬─
             2^-10          2^-8           2^-6          2^-4
-a width 32: best 2^-7.0   b width 128: best 2^-8.5
+a width 32: best 2^-7.0 ±0.1   b width 128: best 2^-8.5 ±0.1
 capital: optimum   x: diverged   ^: higher loss
 """
 
@@ -48,8 +48,23 @@ def test_diverged_and_optimal_rates_are_marked(rows: Callable) -> None:
 
 def test_degenerate_curves_are_drawn(rows: Callable) -> None:
     assert "no finished runs" in curve_text([]).plain
-    for grid in ({"log2_lrs": [-1]}, {"log2_lrs": [-7], "widths": [32]}, {"log2_lrs": [-40, -7, 0]}):
+    for grid in ({"log2_lrs": [-1]}, {"log2_lrs": [-7], "widths": [32]}):
         assert "no optimum" in curve_text(optima(analyse(rows(**grid)).curves)).plain
+
+
+def test_the_legend_tells_intervals_and_bounds_and_cuts_no_number(rows: Callable) -> None:
+    (curve,) = analyse(rows(widths=[32], parametrizations=["sp"])).curves
+
+    def legend(value: float | None, low: float | None, high: float | None, width: int = 60) -> str:
+        found = Optimum(curve, True, value, low, high, None, None, None, None)
+        return curve_text([found], width=width).plain.splitlines()[-2]
+
+    assert legend(-7.0, -7.04, -6.88) == "a width 32: best 2^-7.0 ±0.2"
+    assert legend(-7.0, -9.0, None) == "a width 32: best 2^-7.0 ±?"
+    assert legend(None, -9.0, None) == "a width 32: best at least 2^-9.0"
+    assert legend(None, None, -9.0) == "a width 32: best at most 2^-9.0"
+    assert legend(None, -9.0, -7.0) == "a width 32: best 2^-9.0 to 2^-7.0"
+    assert legend(-7.0, -7.04, -6.88, width=24) == "a width 32"
 
 
 def test_an_exploding_loss_does_not_flatten_the_valleys(rows: Callable) -> None:
@@ -58,3 +73,9 @@ def test_an_exploding_loss_does_not_flatten_the_valleys(rows: Callable) -> None:
     next(row for row in runs if row["log2_lr"] == -11)["val_loss"] = 1e9
     runs.append({**runs[0], "log2_lr": -12.0, "val_loss": 50.0, "status": "done"})
     assert loss_range(optima(analyse(runs).curves)) == pytest.approx((low, high), abs=0.1)
+
+
+def test_the_axis_holds_the_error_bars_of_the_minimum(rows: Callable) -> None:
+    found = optima(analyse(rows(widths=[32], parametrizations=["sp"], log2_lrs=range(-9, -4), noise=0.05)).curves)
+    ends = [p.mean - p.sem for o in found for p in o.curve.usable if p.sem is not None]
+    assert loss_range(found)[0] < min(ends)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mupsweep.errors import ConfigError
-from mupsweep.report.figures import draw
+from mupsweep.report.figures import LEGEND, _drift_legend, _marks, draw
 from mupsweep.transfer import analyse
 
 
@@ -70,3 +70,22 @@ def test_an_unknown_look_is_refused(rows: Callable, tmp_path: Path) -> None:
 
 def test_no_runs_no_figures(tmp_path: Path) -> None:
     assert draw(analyse([]), tmp_path) == []
+
+
+def test_the_legend_names_what_is_drawn_and_no_more(rows: Callable) -> None:
+    def marks(**grid: object) -> list[object]:
+        return [line.get_label() for line in _marks(analyse(rows(parametrizations=["sp"], **grid)).groups)]
+
+    assert marks(widths=(32, 64)) == ["fitted optimum", "the base's optimum"]
+    assert marks(widths=(32, 64), log2_lrs=[-10, -9, -8]) == []
+    flat = [{**row, "val_loss": 3.0 + 1e-3 * row["seed"]} for row in rows(widths=[32], log2_lrs=range(-11, -6))]
+    assert "fitted optimum" not in [line.get_label() for line in _marks(analyse(flat).groups)]
+
+
+def test_a_long_name_in_the_drift_legend_goes_on_below(rows: Callable) -> None:
+    made = rows(widths=(32, 64))
+    groups = analyse(
+        [*made, *({**row, "model": "llama_qiu_190m", "optimizer": "muon_plus_plus"} for row in made)]
+    ).groups
+    lines = [line for g in groups for line in _drift_legend(g, groups, told=True).splitlines()]
+    assert max(map(len, lines)) <= LEGEND

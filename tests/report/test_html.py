@@ -13,7 +13,8 @@ import pytest
 
 from mupsweep.build import TensorRule
 from mupsweep.files import write_json
-from mupsweep.transfer import Estimate, analyse
+from mupsweep.report.charts import words
+from mupsweep.transfer import Estimate, analyse, loss_of
 
 VOID = {"meta", "br", "hr", "input"}
 
@@ -161,3 +162,17 @@ def test_a_large_sweep_stays_small_and_quick(
     path = write_html(sweep, analysis, [(f"variant {i}", [rule] * 40) for i in range(24)])
     assert time.process_time() - start < 10
     assert path.stat().st_size < 1_500_000
+
+
+def test_the_page_says_on_how_many_runs_it_rests_and_what_is_known_how_well(
+    rows: Callable, save_sweep: Callable, write_html: Callable
+) -> None:
+    made = rows(widths=(32, 64), parametrizations=["sp"])
+    analysis = analyse(made)
+    (group,) = analysis.groups
+    text = write_html(save_sweep(made, pending=3), analysis).read_text()
+    assert f"{len(made)} of {len(made) + 3} runs finished" in text
+    best = words(Estimate(group.base.log2_lr, group.base.low, group.base.high), spec=".2f")
+    assert f"<dd>{2**group.base.log2_lr:.3g}, log2 {best}</dd>" in text
+    for optimum in group.optima:
+        assert f"<td>{words(loss_of(optimum), spec='.4f')}</td>" in text

@@ -15,8 +15,10 @@ import mupsweep
 from mupsweep import notebook
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.files import write_json
+from mupsweep.notebook import Sweep
 from mupsweep.records import SweepDir
 from mupsweep.results import RUN_COLUMNS, write_results
+from mupsweep.transfer import analyse
 
 
 @pytest.fixture
@@ -85,3 +87,10 @@ def test_loading_imports_neither_pandas_nor_torch(finished: SweepDir) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_branches_of_a_run_are_not_counted_as_runs(rows: Callable, save_sweep: Callable) -> None:
+    made = rows(widths=[32], parametrizations=["sp"], seeds=1)
+    branches = [{**row, "run_id": f"{row['run_id']}@1000", "horizon": 1000} for row in made]
+    sweep = Sweep(save_sweep(made), analyse([*({**row, "horizon": 2000} for row in made), *branches]), len(made))
+    assert f"{len(made)} of {len(made)} runs finished" in repr(sweep)

@@ -47,7 +47,7 @@ def test_a_pipe_gets_whole_lines(rows: Callable, capsys: pytest.CaptureFixture[s
     assert console_of().width == PIPE_COLUMNS
     show_analysis(analyse(rows(widths=(32, 64, 128))), [], [])
     lines = capsys.readouterr().out.splitlines()
-    for start in ("  the optimum moves", "  the smaller sizes", "loss at width", "nanogpt/mup against"):
+    for start in ("  the optimum moves", "  the smaller sizes", "loss at width", "nanogpt/adamw/mup against"):
         assert any(line.startswith(start) and len(line) > 70 for line in lines)
     assert max(map(len, lines)) > 160
 
@@ -147,6 +147,20 @@ def test_a_table_is_never_cut_and_its_titles_take_two_lines_first(width: int) ->
     assert (len(lines[-1]) <= width) == (width > 30)
 
 
+def test_a_table_of_horizons_fits_80_columns_and_its_title_tells_the_size(
+    rows: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = PipeConsole(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr(verdicts, "console_of", lambda: console)
+    made = rows(widths=[32], parametrizations=["sp"])
+    show_analysis(analyse([{**row, "horizon": tokens} for row in made for tokens in (102400, 204800)]), [], [])
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert "nanogpt/adamw/sp, horizon ladder at width 32, depth 4" in lines
+    table = [line for line in lines if re.match(r"(tokens|102k|205k) ", line)]
+    assert len(table) == 3
+    assert max(map(len, table)) <= 80
+
+
 def test_a_table_of_optima_fits_80_columns(rows: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
     console = PipeConsole(file=file, width=80, force_terminal=True, color_system=None)
@@ -155,3 +169,52 @@ def test_a_table_of_optima_fits_80_columns(rows: Callable, monkeypatch: pytest.M
     lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert "…" not in file.getvalue()
+
+
+def test_a_comparison_names_both_variants_whole_and_its_horizon() -> None:
+    lions = [tuple(name.replace("adamw", "lion") for name in label) for label in NAMES]
+    made = [
+        Comparison(lion, label, "width", 128, 4, Estimate(0.1, 0.0, 0.2), UNKNOWN, UNKNOWN, 4000)
+        for lion, label in zip(lions, NAMES, strict=True)
+    ]  # type: ignore[arg-type]
+    told = [comparison_line(one).partition(", each")[0] for one in made]
+    assert told == [
+        f"nanogpt/lion/{p} against nanogpt/adamw/{p} at width 128, depth 4, 4k tokens" for p in ("mup", "sp")
+    ]
+
+
+def test_a_small_speed_up_is_not_rounded_to_nothing() -> None:
+    small = Comparison(*NAMES, "width", 128, 4, Estimate(-1.0, -1.1, -0.9), Estimate(0.004, 0.0031, 0.005), UNKNOWN)
+    assert comparison_line(small).endswith("speed-up 0.004 [0.0031, 0.005]")
+
+
+@pytest.mark.parametrize(
+    ("grid", "target"),
+    [
+        ({"widths": (32, 64)}, "width=N"),
+        ({"widths": [32], "depths": (4, 8)}, "depth=N"),
+        ({"widths": (32, 64), "depths": (4, 8)}, "width=N depth=N"),
+        ({"widths": [32, 64], "noise": 0.0, "log2_lrs": [-11, -10, -9]}, None),  # bounds give no recipe
+    ],
+)
+def test_the_target_that_is_proposed_is_on_an_axis_that_has_an_optimum(
+    tmp_path: Path, rows: Callable, grid: dict, target: str | None
+) -> None:
+    sweep = plan.save(load(["experiment=smoke", f"out={tmp_path}", "sweep.search=adaptive"]), "")[0]
+    told = list(advice_on(analyse(rows(parametrizations=["mup"], **grid)), sweep))
+    assert [line.partition(" --to ")[2] for line in told] == ([] if target is None else [target])
+
+
+def test_a_search_is_not_proposed_where_no_size_is_larger_than_the_base(tmp_path: Path, rows: Callable) -> None:
+    sweep = plan.save(load(["experiment=smoke", f"out={tmp_path}"]), "")[0]
+    told = list(advice_on(analyse(rows(widths=(16, 32), parametrizations=["mup"])), sweep))
+    assert not any("sweep.search" in line for line in told)
+
+
+def test_the_table_says_diverges_and_the_interval_of_a_loss(rows: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    analysis = analyse(rows(widths=(32, 256), parametrizations=["sp"], seeds=1))
+    dead = [{**r, "status": "diverged", "val_loss": None} if r["width"] == 256 else r for r in analysis.rows]
+    show_analysis(analyse(dead), [], [])
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r"(32|256) +4 ", line)]
+    assert table[1][-1] == "diverges"
+    assert re.fullmatch(r"±0\.\d{4}", table[0][-2])

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,10 +19,12 @@ from wandb_server import API_KEY, StoredRun, WandbServer
 
 from mupsweep import plan
 from mupsweep.config import load
-from mupsweep.records import DONE, RunDir, SweepDir
+from mupsweep.records import DIVERGED, DONE, RunDir, SweepDir
 from mupsweep.report.conclude import conclude
+from mupsweep.results import write_results
 from mupsweep.trackers import live
-from mupsweep.trackers.wandb import leave, wandb_id
+from mupsweep.trackers.wandb import leave, summary, wandb_id
+from mupsweep.transfer import analyse
 from mupsweep.worker import execute
 
 SMALL = ["experiment=smoke", "sweep.width_ratios=[1,2]", "sweep.log2_lrs=[-9,-7]", "sweep.name=tracked"]
@@ -135,14 +138,34 @@ def test_the_summary_run_has_charts_tables_verdicts_and_the_report(server: Wandb
     for name in ("sp", "spectral"):
         assert drawn["drift/width"][f"nanogpt/adamw/{name}", 0] == pytest.approx(-8, abs=DRAWN)
         assert drawn["drift/width"][f"nanogpt/adamw/{name}", 1] == pytest.approx(-7.5, abs=DRAWN)
+        ends = [drawn["drift/width"][f"nanogpt/adamw/{name}, at {end}", 1] for end in ("least", "most")]
+        assert ends[0] <= -7.5 <= ends[1]
     assert run.summary["tables/runs"]["nrows"] == 28
     assert run.summary["tables/drift"]["nrows"] == 4
     assert run.summary["tables/verdicts"]["nrows"] == 2
     assert run.summary["drift/nanogpt/adamw/sp/width"] == pytest.approx(0.5, abs=DRAWN)
+    for name in ("drift", "total_drift", "regret"):  # an interval stands beside every estimate
+        low, value, high = (
+            run.summary[f"{key}/nanogpt/adamw/sp/width"] for key in (f"{name}_low", name, f"{name}_high")
+        )
+        assert low <= value <= high
     (verdict,) = {run.summary[f"verdict/nanogpt/adamw/{name}/width"] for name in ("sp", "spectral")}
     assert run.fields["tags"] == [verdict]
     report = next(body for name, body in run.files.items() if name.endswith(".html"))
     assert report.decode() == (sweep.results / "report.html").read_text()
+
+
+def test_a_chart_has_no_point_where_seeds_diverged_and_a_line_for_every_horizon(tmp_path: Path) -> None:
+    sweep = SweepDir(tmp_path)
+    names = {"model": "nanogpt", "optimizer": "adamw", "parametrization": "sp", "width": 32, "depth": 4}
+    row = {**names, "width_ratio": 1.0, "depth_ratio": 1.0, "seed": 0, "status": DONE, "val_loss": 3.0}
+    runs = [{**row, "log2_lr": lr, "horizon": tokens} for lr in (-8.0, -7.0) for tokens in (1000, 2000)]
+    dead = {**row, "log2_lr": -7.0, "horizon": 2000, "seed": 1, "status": DIVERGED, "val_loss": None}
+    write_results(sweep, analyse([*runs, dead]))
+    assert summary.curve_charts(sweep)["loss_vs_lr/nanogpt/adamw/sp"] == {
+        "width 32, depth 4, 1000 tokens": [(-8.0, 3.0), (-7.0, 3.0)],
+        "width 32, depth 4, 2000 tokens": [(-8.0, 3.0)],
+    }
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:

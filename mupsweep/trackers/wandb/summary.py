@@ -15,6 +15,8 @@ from mupsweep.records import SweepDir
 FILES = ("runs.csv", "curves.csv", "transfer.json")
 SIZE = ("width", "depth", "ratio", "n_runs", "n_diverged", "log2_lr_optimum", "log2_lr_low", "log2_lr_high")
 
+INTERVALS = {"drift": "octaves_per_doubling", "total_drift": "octaves", "regret": "nats"}  # and their units
+
 
 def digest(sweep: SweepDir) -> str | None:
     """Changes with the results; None before there are any."""
@@ -34,8 +36,9 @@ def verdicts(sweep: SweepDir) -> dict[str, Any]:
     for group in _groups(sweep):
         of = f"{_label(group)}/{group['axis']}"
         told[f"verdict/{of}"] = group["verdict"]
-        told[f"drift/{of}"] = group["drift"]["octaves_per_doubling"]
-        told[f"regret/{of}"] = group["regret"]["nats"]
+        for name, unit in INTERVALS.items():
+            told[f"{name}/{of}"] = group[name][unit]
+            told |= {f"{name}_{end}/{of}": group[name][end] for end in ("low", "high")}
     return {key: value for key, value in told.items() if value is not None}
 
 
@@ -44,19 +47,24 @@ def curve_charts(sweep: SweepDir) -> dict[str, dict[str, list[tuple[float, float
     charts: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in _read(sweep, "curves.csv"):
         lines = charts.setdefault(f"loss_vs_lr/{_label(row)}", {})
-        if row["loss_mean"] != "":
+        if row["loss_mean"] != "" and row["censored"] != "True":  # of diverged seeds' LRs the mean is not known
             point = float(row["log2_lr"]), float(row["loss_mean"])
-            lines.setdefault(f"width {row['width']}, depth {row['depth']}", []).append(point)
+            tokens = f", {row['horizon']} tokens" if row["horizon"] else ""
+            lines.setdefault(f"width {row['width']}, depth {row['depth']}{tokens}", []).append(point)
     return charts
 
 
 def drift_charts(sweep: SweepDir) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Key of a chart -> label -> (octaves of size, log2 of the best LR): one chart for each axis."""
+    """Key of a chart -> label -> (octaves of size, log2 of the best LR): one chart for each axis.
+
+    The ends of the intervals are lines of their own, which a size has too whose best LR is only bounded.
+    """
     charts: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for group in _groups(sweep):
         lines = charts.setdefault(f"drift/{group['axis']}", {})
-        points = [(math.log2(s["ratio"]), s["log2_lr_optimum"]) for s in group["sizes"]]
-        lines[_label(group)] = [point for point in points if point[1] is not None]
+        for suffix, key in (("", "log2_lr_optimum"), (", at least", "log2_lr_low"), (", at most", "log2_lr_high")):
+            points = [(math.log2(s["ratio"]), s[key]) for s in group["sizes"]]
+            lines[_label(group) + suffix] = [point for point in points if point[1] is not None]
     return charts
 
 
@@ -79,18 +87,36 @@ def content(sweep: SweepDir) -> dict[str, Any]:
     groups = _groups(sweep)
     shown |= {f"tables/{name}": _table(_read(sweep, f"{name}.csv")) for name in ("runs", "curves")}
     shown["tables/drift"] = _table(
-        {"group": _label(g), "axis": g["axis"], **{key: size[key] for key in SIZE}, "loss": size["loss_optimum"]}
+        {
+            "group": _label(g),
+            "axis": g["axis"],
+            **{key: size[key] for key in SIZE},
+            "loss": size["loss_optimum"],
+            **{key: size[key] for key in ("loss_low", "loss_high")},
+            **_flat("regret", size["regret"], "nats"),
+            "reason": size["reason"],
+        }
         for g in groups
         for size in g["sizes"]
     )
     shown["tables/verdicts"] = _table(
-        {"group": _label(g), "axis": g["axis"], "verdict": g["verdict"], "reasons": "; ".join(g["reasons"])}
+        {
+            "group": _label(g),
+            "axis": g["axis"],
+            "verdict": g["verdict"],
+            **{key: value for name, unit in INTERVALS.items() for key, value in _flat(name, g[name], unit).items()},
+            "reasons": "; ".join(g["reasons"]),
+        }
         for g in groups
     )
     report = sweep.results / "report.html"
     if report.is_file():
         shown["report"] = wandb.Html(report.read_text(encoding="utf-8"), inject=False)
     return shown
+
+
+def _flat(name: str, estimate: Mapping[str, float | None], unit: str) -> dict[str, float | None]:
+    return {name: estimate[unit], f"{name}_low": estimate["low"], f"{name}_high": estimate["high"]}
 
 
 def _table(rows: Iterable[Mapping[str, Any]]) -> Any:
