@@ -89,7 +89,7 @@ import os
 import wandb
 from mupsweep.trackers import wandb as page
 page.PARTING = 0.2
-page.quiet()
+page.start_service()
 service = wandb.setup().ensure_service()._proc._process.pid
 print(service, flush=True)
 os.kill(service, {int(sick)})

@@ -102,7 +102,7 @@ class Wandb:
     def _api(self) -> Any:
         import wandb
 
-        quiet()
+        start_service()
         return wandb.Api(timeout=round(self.init_timeout) or 1)
 
 
@@ -124,7 +124,7 @@ class Session:
     ) -> None:
         import wandb
 
-        quiet()
+        start_service()
         self.folder = tempfile.mkdtemp(prefix="mupsweep-wandb-")
         settings = wandb.Settings(
             init_timeout=tracker.init_timeout,
@@ -216,7 +216,7 @@ def wandb_id(sweep: SweepDir, name: str) -> str:
     return hashlib.sha256(plain.encode()).hexdigest()[:32]
 
 
-def quiet() -> None:
+def start_service() -> None:
     """Start the client's service, and keep its remarks off the terminal, its telemetry at home and its end short.
 
     Its warnings are ours to give. Telemetry of client 0.31 that tells of a service which does not start waits forever,

@@ -8,7 +8,7 @@ from typing import Any
 
 from mupsweep.files import make_folder, read_json, write_json
 from mupsweep.records import SweepDir
-from mupsweep.trackers.wandb import quiet, summary
+from mupsweep.trackers.wandb import start_service, summary
 
 log = logging.getLogger("mupsweep")
 
@@ -20,7 +20,7 @@ def save(sweep: SweepDir, entity: str, project: str) -> str | None:
         return None
     import wandb_workspaces.workspaces as ws
 
-    quiet()
+    start_service()
     remembered = sweep.trackers / "wandb" / "workspace.json"
     made = ws.Workspace(
         entity=entity,
