@@ -39,8 +39,7 @@ def ours(width: int, vocab: int, threads: int, precision: str) -> Callable[[int]
     from mupsweep.models import Multipliers
     from mupsweep.models.nanogpt import NanoGPT
     from mupsweep.optimizers.adamw import AdamW
-    from mupsweep.train import autocast
-    from mupsweep.worker import configure
+    from mupsweep.training.devices import autocast, configure
 
     configure(threads, torch.device("cpu"))
     model = NanoGPT(name="bench", width=width, depth=DEPTH, head_dim=HEAD_DIM, context=CONTEXT, bias=True)
@@ -117,7 +116,7 @@ def serve(side: str, width: int, vocab: int, threads: int, precision: str) -> No
 def training(threads: int, widths: tuple[int, ...], vocabularies: tuple[int, ...]) -> None:
     import torch
 
-    from mupsweep.train import choose_precision
+    from mupsweep.training.devices import choose_precision
 
     precision = choose_precision("auto", torch.device("cpu"))
     print(f"training: depth {DEPTH}, head_dim {HEAD_DIM}, {BATCH} x {CONTEXT} tokens, {precision}, {threads} thread(s)")
@@ -190,7 +189,7 @@ def start() -> None:
 
 def runner(folder: Path) -> None:
     """What the runner adds to training: 40 runs of 20 steps on one worker."""
-    from mupsweep.records import SweepDir
+    from mupsweep.store.sweep_dir import SweepDir
 
     lrs = ",".join(f"{-12 + i / 5:g}" for i in range(40))
     words = ["experiment=smoke", "training.steps=20", "sweep.width_ratios=[1]", f"sweep.log2_lrs=[{lrs}]"]

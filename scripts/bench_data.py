@@ -28,7 +28,7 @@ def write(path: Path, documents: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from mupsweep.config import DataConfig
+    from mupsweep.data.config import DataConfig
     from mupsweep.data.sources.sotu import Sotu
 
     sentences = [s for text in Sotu(DataConfig()).documents() for s in re.split(r"(?<=[.;]) ", text)]
@@ -71,8 +71,8 @@ def loop(path: Path, out: Path) -> tuple[int, float]:
 def prepare(path: Path, out: Path) -> tuple[int, float]:
     """(tokens, seconds) of `mupsweep data prepare`."""
     from mupsweep import data
-    from mupsweep.config import DataConfig
     from mupsweep.data import tokenizers
+    from mupsweep.data.config import DataConfig
 
     tokenizers.load("gpt2")
     kind = "mupsweep.data.sources.local.Local"

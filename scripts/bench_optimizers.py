@@ -82,7 +82,7 @@ def optimizers(threads: int) -> None:
     """All tables."""
     import torch
 
-    from mupsweep.worker import configure
+    from mupsweep.training.devices import configure
 
     configure(threads, torch.device("cpu"))
     print(f"\noptimizers: {threads} thread(s)")
@@ -138,8 +138,8 @@ class Side:
 
 def ours(name: str, *words: str) -> Make:
     """An optimizer as its yaml configures it, decomposing every EVERY steps."""
-    from mupsweep import config
-    from mupsweep.plan import recipe
+    from mupsweep.sweep import config
+    from mupsweep.sweep.run_spec import recipe
 
     every = [f"optimizer.every={EVERY}"] if name in ("soap", "shampoo") else []
     part = recipe(config.load([f"optimizer={name}", *every, *words]).variants[0]).optimizer
@@ -172,7 +172,7 @@ def one_pass(width: int) -> Callable[[], None]:
     """The forward and backward pass of a batch, warmed up."""
     import torch
 
-    from mupsweep.train import autocast, choose_precision
+    from mupsweep.training.devices import autocast, choose_precision
 
     cpu = torch.device("cpu")
     model, precision = network(width, DEPTH), choose_precision("auto", cpu)

@@ -17,8 +17,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mupsweep.files import write_json
-from mupsweep.records import DONE, SweepDir
+from mupsweep.analysis.labels import DONE
+from mupsweep.atomic_files import write_json
+from mupsweep.store.sweep_dir import SweepDir
 
 LRS, WIDTH_RATIOS, SEEDS = 200, (0.25, 0.5, 1, 2, 4), 100
 CLAIMED, WORKERS = 5000, 64

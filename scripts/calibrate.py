@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mupsweep.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS, analyse
+from mupsweep.analysis.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS, analyse
 
 DRIFT = {"none": 0.0, "half": -0.5, "one": -1.0}  # octaves per doubling
 LOWEST, HIGHEST = -13.0, -3.0  # log2 LR

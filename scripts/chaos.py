@@ -28,9 +28,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mupsweep import claims
-from mupsweep.files import read_json
-from mupsweep.records import RunDir, SweepDir
+from mupsweep.atomic_files import read_json
+from mupsweep.store import lease
+from mupsweep.store.run_dir import RunDir
+from mupsweep.store.sweep_dir import SweepDir
 
 OF_THE_CLOCK = ("seconds", "tokens_per_second")  # all else in a summary is a result
 SWEEP = ["experiment=smoke", "training.checkpoint_minutes=0.002", "sweep.log2_lrs=[-10,-9,-8,-7,-6,-5]"]
@@ -124,7 +125,7 @@ class Drill:
         for pid, (born, until) in list(self.suspended.items()):
             if everything or time.monotonic() > until:
                 del self.suspended[pid]
-                if claims.born(pid) == born:
+                if lease.born(pid) == born:
                     os.kill(pid, signal.SIGCONT)
 
     def finish(self) -> str | None:
@@ -155,9 +156,9 @@ class Drill:
         """Every run that a living process trains, and its pid."""
         found = []
         for path in sorted((self.sweep.path / "runs").glob("*/claims")):
-            newest = claims.newest(path)
+            newest = lease.newest(path)
             owner = (read_json(newest) if newest else None) or {"released": True}
-            if not owner.get("released") and claims.born(owner["pid"]) == owner["born"]:
+            if not owner.get("released") and lease.born(owner["pid"]) == owner["born"]:
                 found.append((RunDir(path.parent), owner["pid"]))
         return found
 
@@ -183,7 +184,7 @@ class Drill:
         chosen = self.victim()
         if chosen is None:
             return False
-        self.suspended[chosen[1]] = claims.born(chosen[1]), time.monotonic() + self.rng.uniform(0.1, SUSPENDED)
+        self.suspended[chosen[1]] = lease.born(chosen[1]), time.monotonic() + self.rng.uniform(0.1, SUSPENDED)
         return _send(chosen[1], signal.SIGSTOP)
 
     def damage_checkpoint(self) -> bool:

@@ -18,8 +18,8 @@ from chaos import Drill
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "slurm"))
 from cluster import NODES, Cluster, missing  # pyright: ignore[reportMissingImports]
 
-from mupsweep import squeue
 from mupsweep.errors import RecordError
+from mupsweep.store import slurm_queue
 
 ON_SLURM = ["launcher=slurm", "launcher.device=cpu", "launcher.gpus=0", "launcher.minutes_per_task=0.1"]
 ON_SLURM += ["launcher.sizes={w32-d2:{nodes:2,devices_per_run:2}}"]
@@ -55,7 +55,7 @@ class SlurmDrill(Drill):
         if super().is_active() or self.down:
             return True
         try:
-            queue = squeue.of_sweep(self.sweep.read_jobs())
+            queue = slurm_queue.of_sweep(self.sweep.read_jobs())
         except RecordError:
             return True
         return bool(queue.arrays or queue.analysis)

@@ -23,9 +23,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from mupsweep import plan
-from mupsweep.config import load
-from mupsweep.records import DONE, SweepDir
+from mupsweep.analysis.labels import DONE
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep import plan
+from mupsweep.sweep.config import load
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "mupsweep").rglob("*.md")), *sorted((ROOT / "configs").rglob("*.md"))]

@@ -21,12 +21,12 @@ from typing import Any
 import calibrate
 import numpy as np
 
-from mupsweep.config import ADAPTIVE, GridConfig
-from mupsweep.curves import collect
-from mupsweep.optimum import Optimum, optima
-from mupsweep.records import SweepDir
-from mupsweep.results import read_runs, read_table
-from mupsweep.search import Proposal, propose
+from mupsweep.analysis.curves import collect
+from mupsweep.analysis.optimum import Optimum, optima
+from mupsweep.store.results import read_runs, read_table
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep.config import ADAPTIVE, GridConfig
+from mupsweep.sweep.size_search import Proposal, propose
 
 STEP = 0.5  # octaves
 WITHIN = 0.25  # octaves: the aim is to be so near the grid's optimum

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from mupsweep import config
+from mupsweep.sweep import config
 
 
 def words(group: str, name: str) -> list[str]:

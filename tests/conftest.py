@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 from mupsweep.cli import main
-from mupsweep.processes import STOPS
+from mupsweep.training.signals import STOPS
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mupsweep.records import SweepDir
+from mupsweep.store.sweep_dir import SweepDir
 
 OF_THE_CLOCK = ("seconds", "tokens_per_second")  # all else in a summary is a result
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mupsweep import data, plan
-from mupsweep.config import load
-from mupsweep.records import SweepDir
+from mupsweep import data
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep import plan
+from mupsweep.sweep.config import load
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 pytestmark = pytest.mark.skipif(not SCRIPTS.is_dir(), reason="an installed package")

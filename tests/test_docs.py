@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import pytest
 import typer
 
-from mupsweep import config
 from mupsweep.cli import app
+from mupsweep.sweep import config
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from outcome import results
 
-from mupsweep.records import SweepDir
+from mupsweep.store.sweep_dir import SweepDir
 
 SMALL = ["experiment=smoke", "training.steps=40", "training.checkpoint_minutes=0", "sweep.width_ratios=[1]"]
 INLINE = ["launcher=inline", "launcher.device=cpu"]

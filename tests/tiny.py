@@ -8,10 +8,10 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from mupsweep import config, plan
 from mupsweep.models import Architecture, Multipliers
-from mupsweep.plan import Recipe, RunSpec
-from mupsweep.sizes import Size
+from mupsweep.models.shape import Size
+from mupsweep.sweep import config, run_spec
+from mupsweep.sweep.run_spec import Recipe, RunSpec
 
 MODELS = config.choices("model")
 # The yamls that name a class; presets inherit theirs.
@@ -21,7 +21,7 @@ ARCHITECTURES = [name for name in MODELS if "\nkind:" in (config.config_root() /
 @cache
 def recipe(*words: str) -> Recipe:
     """The recipe that these words choose."""
-    return plan.recipe(config.load(words).variants[0])
+    return run_spec.recipe(config.load(words).variants[0])
 
 
 def tiny(name: str, optimizer: str = "adamw", parametrization: str = "spectral", **keys: object) -> RunSpec:

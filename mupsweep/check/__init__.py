@@ -5,6 +5,6 @@ step of your own; `mupsweep check law` measures an optimizer. A coordinate check
 transfer, which only a sweep can tell; one that fails says where the parametrization is broken.
 """
 
-from mupsweep.check.own import coordinates
+from mupsweep.check.custom_model import coordinates
 
 __all__ = ["coordinates"]

@@ -10,9 +10,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from mupsweep import config
-from mupsweep.check.recipes import runs_of, subject
-from mupsweep.plan import RunSpec
+from mupsweep.check.coordinate_check import runs_of, subject
+from mupsweep.sweep import config
+from mupsweep.sweep.run_spec import RunSpec
 
 SIDES = (32, 64, 128, 256)  # n_out and n_in of rank-1 gradients, every pair
 STEPS = 3  # with the same rank-1 gradient: some optimizers treat the first one differently

@@ -11,6 +11,6 @@ def cancel(sweep: Sweep) -> None:
     Example: mupsweep cancel sweeps/demo
     """
     from mupsweep.launchers import slurm
-    from mupsweep.records import SweepDir
+    from mupsweep.store.sweep_dir import SweepDir
 
     slurm.cancel(SweepDir.open(sweep))

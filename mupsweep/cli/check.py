@@ -46,12 +46,12 @@ def coordinates(
 
     Example: mupsweep check coordinates optimizer=muon parametrization=mup,spectral
     """
-    from mupsweep.check import recipes
-    from mupsweep.records import SweepDir
-    from mupsweep.report import checks
+    from mupsweep.check import coordinate_check
+    from mupsweep.report.terminal import checks
+    from mupsweep.store.sweep_dir import SweepDir
 
     sweep = None if into is None else SweepDir.open(into)
-    found = recipes.check(recipes.load(overrides or (), config_dir))
+    found = coordinate_check.check(coordinate_check.load(overrides or (), config_dir))
     raise typer.Exit(0 if checks.show_coordinates(found, json, figure, sweep) else 1)
 
 
@@ -64,7 +64,7 @@ def law(overrides: Overrides = None, config_dir: ConfigDir = None, json: Json = 
 
     Example: mupsweep check law optimizer=adamw,muon
     """
-    from mupsweep.config import load
-    from mupsweep.report import checks
+    from mupsweep.report.terminal import checks
+    from mupsweep.sweep.config import load
 
     raise typer.Exit(0 if checks.show_laws(load(overrides or (), config_dir), json) else 1)

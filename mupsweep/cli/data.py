@@ -17,7 +17,7 @@ def prepare(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
 
     Example: mupsweep data prepare data=local data.path=my.jsonl data.tokenizer=gpt2
     """
-    from mupsweep.report import corpora
+    from mupsweep.report.terminal import corpora
 
     corpora.prepare_data(overrides or (), config_dir)
 
@@ -28,7 +28,7 @@ def list_prepared(overrides: Overrides = None, config_dir: ConfigDir = None, jso
 
     Example: mupsweep data list
     """
-    from mupsweep.report import corpora
+    from mupsweep.report.terminal import corpora
 
     corpora.show_prepared(overrides or (), config_dir, as_json=json)
 
@@ -39,6 +39,6 @@ def verify(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
 
     Example: mupsweep data verify data.tokenizer=bytes
     """
-    from mupsweep.report import corpora
+    from mupsweep.report.terminal import corpora
 
     corpora.verify_data(overrides or (), config_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mupsweep.cli.options import ConfigDir, Json, Overrides
+from mupsweep.report.terminal.plan import show_plan
 
 
 def plan(overrides: Overrides = None, config_dir: ConfigDir = None, json: Json = False) -> None:
@@ -10,7 +11,6 @@ def plan(overrides: Overrides = None, config_dir: ConfigDir = None, json: Json =
 
     Example: mupsweep plan optimizer=muon 'sweep.width_ratios=[1,2,4]'
     """
-    from mupsweep.config import load
-    from mupsweep.report import terminal
+    from mupsweep.sweep.config import load
 
-    terminal.show_plan(load(overrides or (), config_dir), as_json=json)
+    show_plan(load(overrides or (), config_dir), as_json=json)

@@ -26,9 +26,9 @@ def report(
 
     Example: mupsweep report sweeps/demo
     """
-    from mupsweep.cli.run import go_on
-    from mupsweep.records import SweepDir
-    from mupsweep.report.conclude import conclude
+    from mupsweep.launchers.driver import go_on
+    from mupsweep.report.generate import conclude
+    from mupsweep.store.sweep_dir import SweepDir
 
     try:
         if next_round:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mupsweep.cli.options import ConfigDir, Json, Overrides
+from mupsweep.report.terminal.rules import show_rules
 
 
 def rules(
@@ -20,11 +21,10 @@ def rules(
 
     Example: mupsweep rules optimizer=muon_kimi parametrization=sp,spectral 'sweep.width_ratios=[1,4]'
     """
-    from mupsweep.config import load
-    from mupsweep.report import terminal
-    from mupsweep.report.papers import show_papers
+    from mupsweep.report.terminal.published_tables import show_papers
+    from mupsweep.sweep.config import load
 
     if papers:
         show_papers(as_json=json)
     else:
-        terminal.show_rules(load(overrides or (), config_dir), as_json=json, per_tensor=tensors)
+        show_rules(load(overrides or (), config_dir), as_json=json, per_tensor=tensors)

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mupsweep.cli.options import ConfigDir, Json, Overrides, Strict
-from mupsweep.errors import ConfigError, counted
+from mupsweep.errors import ConfigError
+from mupsweep.formatting import counted
+from mupsweep.launchers.driver import prepare, train
 
 if TYPE_CHECKING:
     from mupsweep.launchers import Launcher
-    from mupsweep.plan import RunSpec
-    from mupsweep.records import SweepDir
+    from mupsweep.store.sweep_dir import SweepDir
+    from mupsweep.sweep.run_spec import RunSpec
 
 
 def run(
@@ -36,10 +38,10 @@ def run(
 
     Example: mupsweep run parametrization=sp,spectral experiment=demo
     """
-    from mupsweep import config, plan
     from mupsweep.launchers import Detached
-    from mupsweep.report.conclude import conclude
-    from mupsweep.sections import instantiate
+    from mupsweep.report.generate import conclude
+    from mupsweep.schema import instantiate
+    from mupsweep.sweep import config, plan
 
     chosen = config.load(overrides or (), config_dir)
     launcher: Launcher = instantiate(chosen.launcher, "launcher")
@@ -69,53 +71,9 @@ def apart(as_json: bool) -> AbstractContextManager[object]:
     return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
-def train(launcher: Launcher, sweep: SweepDir, runs: list[RunSpec]) -> bool:
-    """Launch the open runs; False if the user stopped them."""
-    from mupsweep import environment
-    from mupsweep.files import write_json
-    from mupsweep.plan import corpus_remarks
-    from mupsweep.records import FAILED, FINISHED, PENDING
-
-    if not runs:
-        return True
-    write_json(sweep.environment_path, environment.describe())
-    prepare(runs)
-    for remark in corpus_remarks(runs):
-        print(f"note: {remark}", file=sys.stderr)
-    for spec in runs:  # what failed before gets another try, and what finished but has lost its summary
-        folder = sweep.run(spec.run_id)
-        if folder.status()["status"] in (FAILED, *FINISHED) and not folder.is_claimed():
-            folder.write_status(PENDING, durable=False)
-    return launcher.launch(sweep, [spec.run_id for spec in runs])
-
-
-def prepare(runs: list[RunSpec]) -> None:
-    """Encode the corpus of some runs, if that was not done before."""
-    from mupsweep import data
-
-    corpus = data.prepare(runs[0].recipe.variant.data, progress=lambda line: print(line, file=sys.stderr))
-    for context, batch in {(run.size.context, run.recipe.training.batch_size) for run in runs}:
-        corpus.require(context, batch)
-
-
-def go_on(sweep: SweepDir) -> None:
-    """Train the next round of a search by the sweep's launcher, where its last round is finished and it wants one."""
-    from mupsweep import config, plan
-    from mupsweep.sections import instantiate
-
-    chosen = config.from_tree(sweep.read_config())
-    if chosen.sweep.search == config.GRID:
-        return
-    if left := sum(sweep.run(row["run_id"]).is_open() for row in sweep.read_plan()):
-        print(f"the search stops here: {counted(left, 'run')} not finished; the command that made the sweep goes on")
-        return
-    _, runs = plan.save(chosen, "mupsweep run " + shlex.join(chosen.overrides), sweep)
-    train(instantiate(chosen.launcher, "launcher"), sweep, [r for r in runs if sweep.run(r.run_id).is_open()])
-
-
 def exit_code(sweep: SweepDir, runs: list[RunSpec], finished: bool, drifts: bool) -> int:
     """130 when stopped, 1 when some runs failed, 3 for a drift under --strict, else 0."""
-    from mupsweep.records import FAILED
+    from mupsweep.store.run_dir import FAILED
 
     if not finished:
         print(f"stopped; go on with the same command: the sweep is in {sweep.path}", file=sys.stderr)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mupsweep.cli.options import Json, Sweep
+from mupsweep.report.terminal.status import is_over, show_status
 
 
 def status(
@@ -22,15 +23,14 @@ def status(
     Example: mupsweep status sweeps/demo
     """
     from mupsweep.errors import ConfigError
-    from mupsweep.records import SweepDir
-    from mupsweep.report import terminal
+    from mupsweep.store.sweep_dir import SweepDir
 
     if watch and (runs or json):
         raise ConfigError(f"--watch shows a board of its own: leave out {'--runs' if runs else '--json'}")
     folder = SweepDir.open(sweep)
-    if watch and not terminal.is_over(folder):
-        from mupsweep.launchers import progress
+    if watch and not is_over(folder):
+        from mupsweep.report.terminal import progress
 
-        progress.watch(folder, lambda: terminal.is_over(folder))
+        progress.watch(folder, lambda: is_over(folder))
     else:
-        terminal.show_status(folder, per_run=runs, as_json=json)
+        show_status(folder, per_run=runs, as_json=json)

@@ -21,7 +21,7 @@ def sync(
 
     Example: mupsweep sync sweeps/demo --project lr-transfer
     """
-    from mupsweep.records import SweepDir
+    from mupsweep.store.sweep_dir import SweepDir
     from mupsweep.trackers import sync as tracker
 
     tracker.sync(SweepDir.open(sweep), project, entity)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mupsweep.cli.options import Json, Strict
-from mupsweep.exports import JSON, names
+from mupsweep.recipes import JSON, names
 
 if TYPE_CHECKING:
-    from mupsweep.plan import RunSpec
-    from mupsweep.records import SweepDir
+    from mupsweep.store.sweep_dir import SweepDir
+    from mupsweep.sweep.run_spec import RunSpec
 
 
 def transfer(
@@ -56,8 +56,8 @@ def transfer(
     Example: mupsweep transfer sweeps/demo --to width=4096 depth=32 --format pytorch
     """
     from mupsweep.errors import ConfigError
-    from mupsweep.records import SweepDir
-    from mupsweep.report.conclude import conclude, conclude_table, export
+    from mupsweep.report.generate import conclude, conclude_table, export
+    from mupsweep.store.sweep_dir import SweepDir
 
     sweeps, to = sweeps or [], to or []
     if table is not None:
@@ -84,12 +84,14 @@ def train_target(
     sweep: SweepDir, target: Sequence[str], optimizer: str | None, parametrization: str | None, as_json: bool
 ) -> tuple[list[str], int]:
     """Train what the validation of a target needs, by the sweep's launcher; the verdicts, and an exit code."""
-    from mupsweep import config, validation
-    from mupsweep.cli.run import apart, exit_code, train
+    from mupsweep.cli.run import apart, exit_code
     from mupsweep.launchers import Detached, Launcher
-    from mupsweep.report.conclude import conclude, conclude_validation, read_target
-    from mupsweep.results import read_runs
-    from mupsweep.sections import instantiate
+    from mupsweep.launchers.driver import train
+    from mupsweep.recipes import validation
+    from mupsweep.report.generate import conclude, conclude_validation, read_target
+    from mupsweep.schema import instantiate
+    from mupsweep.store.results import read_runs
+    from mupsweep.sweep import config
 
     launcher: Launcher = instantiate(config.from_tree(sweep.read_config()).launcher, "launcher")
     trials = validation.trials(sweep, read_target(target), optimizer, parametrization)

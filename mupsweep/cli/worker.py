@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mupsweep.cli.options import Sweep
-from mupsweep.processes import MOST_THREADS
+from mupsweep.training.signals import MOST_THREADS
 
 
 def worker(
@@ -26,7 +26,7 @@ def worker(
 
     Example: mupsweep worker sweeps/demo --device cuda:1
     """
-    from mupsweep.records import SweepDir
-    from mupsweep.worker import execute
+    from mupsweep.store.sweep_dir import SweepDir
+    from mupsweep.training.worker import execute
 
     raise typer.Exit(0 if execute(SweepDir.open(sweep), run_ids or (), device, threads, shard=shard) else 130)

@@ -24,8 +24,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mupsweep.config import DataConfig
 from mupsweep.data import cache, preparation, shards, sources, tokenizers
+from mupsweep.data.config import DataConfig
 from mupsweep.data.streams import TokenStream
 from mupsweep.data.tokenizers import vocab_size
 from mupsweep.errors import DataError

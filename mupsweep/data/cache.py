@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mupsweep.config import DataConfig
 from mupsweep.data import shards, tokenizers
+from mupsweep.data.config import DataConfig
 from mupsweep.errors import DataError
 
 CHECKPOINT = "checkpoint.json"

@@ -24,10 +24,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mupsweep.config import DataConfig
 from mupsweep.data import cache, shards, tokenizers
+from mupsweep.data.config import DataConfig
 from mupsweep.data.shards import SPLITS, SplitWriter
-from mupsweep.errors import DataError, counted
+from mupsweep.errors import DataError
+from mupsweep.formatting import counted
 
 if TYPE_CHECKING:
     import numpy as np

@@ -22,7 +22,8 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mupsweep.errors import DataError, nearest
+from mupsweep.errors import DataError
+from mupsweep.formatting import nearest
 
 if TYPE_CHECKING:
     import numpy as np

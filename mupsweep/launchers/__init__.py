@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from mupsweep.processes import MOST_THREADS
-from mupsweep.records import SweepDir
-from mupsweep.sections import require
+from mupsweep.schema import require
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.training.signals import MOST_THREADS
 
 
 class Launcher(Protocol):

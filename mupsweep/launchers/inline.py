@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mupsweep.launchers import check_counts
-from mupsweep.launchers.progress import Progress
-from mupsweep.processes import StopFlag, interrupt_on_stop
-from mupsweep.records import SweepDir
+from mupsweep.report.terminal.progress import Progress
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.training.signals import StopFlag, interrupt_on_stop
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Inline:
         check_counts(self, "threads")
 
     def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
-        from mupsweep.worker import execute
+        from mupsweep.training.worker import execute
 
         stop = StopFlag.install()
         try:

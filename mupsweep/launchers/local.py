@@ -13,16 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mupsweep import plan, processes
-from mupsweep.cost import si
-from mupsweep.environment import cores, device_memory, find_devices
+from mupsweep.atomic_files import make_folder
 from mupsweep.errors import ConfigError, RecordError
-from mupsweep.files import make_folder
-from mupsweep.launchers import by_size, check_counts
-from mupsweep.launchers.progress import Progress
-from mupsweep.plan import RunSpec
-from mupsweep.processes import held_back, interrupt_on_stop
-from mupsweep.records import FAILED, RUNNING, SweepDir
+from mupsweep.formatting import si
+from mupsweep.launchers import check_counts, size_overrides
+from mupsweep.report.terminal.progress import Progress
+from mupsweep.store.environment import cores, device_memory, find_devices
+from mupsweep.store.run_dir import FAILED, RUNNING
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep import plan
+from mupsweep.sweep.run_spec import RunSpec
+from mupsweep.training import signals
+from mupsweep.training.signals import held_back, interrupt_on_stop
 
 POLL_SECONDS = 0.3
 USABLE = 0.8  # of a device's memory, as far as estimates go
@@ -60,7 +62,7 @@ class Local:
             raise ConfigError(f"launcher.device_memory={self.device_memory:g}: expected more than 0 GB")
         if self.shard and self.devices_per_run == 1:
             raise ConfigError("launcher.shard=true: expected launcher.devices_per_run to be at least 2")
-        by_size.check(self)
+        size_overrides.check(self)
 
     def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
         pools = self.pools(sweep, run_ids)
@@ -98,7 +100,7 @@ class Local:
             memory: bytes of a device, where that is a limit.
         """
         size = runs[0].size
-        made = by_size.for_size(self, size.name)
+        made = size_overrides.for_size(self, size.name)
         if memory is None or made.devices_per_run > 1:
             return made
         recipes = {run.recipe.digest: run.recipe for run in runs}.values()
@@ -198,7 +200,7 @@ class Pool:
         command += ["--device", self.slots[index], "--threads", count, *["--shard"] * self.launcher.shard]
         environment = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
         with (self.sweep.logs / f"worker-{index}.log").open("ab") as output, held_back():  # until it can be stopped
-            self.workers[index : index + 1] = [processes.start(command, environment, output)]
+            self.workers[index : index + 1] = [signals.start(command, environment, output)]
 
     def is_alive(self) -> bool:
         """Whether any worker still works; one that died is replaced while runs are left."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mupsweep.cost import duration
 from mupsweep.errors import ConfigError
+from mupsweep.formatting import duration
 
 DEATHS = 3  # a worker's place in a task is left empty after so many of them
 VALUE = re.compile(r"[\w.,:@+=/*&|()\[\]!%~^][\w.,:@+=/*&|()\[\]!%~^-]*", re.ASCII)  # no blank, quote or further option

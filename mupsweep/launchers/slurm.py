@@ -18,14 +18,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mupsweep import plan, squeue
-from mupsweep.config import GRID, from_tree
-from mupsweep.cost import duration
-from mupsweep.errors import ConfigError, counted
-from mupsweep.files import make_folder, write_text
-from mupsweep.launchers import by_size, check_counts, sbatch
-from mupsweep.processes import held_back
-from mupsweep.records import RUNNING, SweepDir
+from mupsweep.atomic_files import make_folder, write_text
+from mupsweep.errors import ConfigError
+from mupsweep.formatting import counted, duration
+from mupsweep.launchers import check_counts, sbatch, size_overrides
+from mupsweep.store import slurm_queue
+from mupsweep.store.run_dir import RUNNING
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep import plan
+from mupsweep.sweep.config import GRID, from_tree
+from mupsweep.training.signals import held_back
 
 SECONDS = 120.0  # how long one call of Slurm's commands may take
 ANALYSIS = "report"
@@ -139,7 +141,7 @@ class Slurm:
         if self.gpus == 0 and self.kind_of_device == "cuda":
             raise ConfigError("launcher.device=cuda: expected launcher.gpus to be at least 1")
         self._check_devices()
-        by_size.check(self)
+        size_overrides.check(self)
 
     def _check_devices(self) -> None:
         width, where = self.devices_per_run, f"launcher.devices_per_run={self.devices_per_run}"
@@ -187,7 +189,7 @@ class Slurm:
         """Submit the runs that are in no queued or running job, and the analysis after them; wait for neither."""
         with sweep.lock() as lock:
             recorded = sweep.read_jobs()
-            queue = squeue.of_sweep(recorded)
+            queue = slurm_queue.of_sweep(recorded)
             if was_cancelled(recorded, queue):
                 _tell("this job was cancelled: it submits nothing")
                 return False
@@ -224,7 +226,7 @@ class Slurm:
         )
         limit = self.max_array or max_array_size()
         for size, runs in groupby(chosen, key=lambda run: run.size.name):
-            mine = by_size.for_size(self, size)
+            mine = size_overrides.for_size(self, size)
             kind = "cuda" if mine.kind_of_device == "cuda" else "cpu"
             lengths = {run.run_id: run.cost.seconds(run.recipe.steps, kind) / mine.devices_per_run for run in runs}
             tasks = bundled(lengths, len(mine.devices), 60 * mine.minutes_per_task)
@@ -325,9 +327,9 @@ def submit(sweep: SweepDir, script: Path, tasks: Sequence[Sequence[str]], *optio
     return job
 
 
-def was_cancelled(jobs: Sequence[Mapping[str, Any]], queue: squeue.Queue) -> bool:
+def was_cancelled(jobs: Sequence[Mapping[str, Any]], queue: slurm_queue.Queue) -> bool:
     """Whether this process is an analysis of the sweep that Slurm is about to end; it must not submit any more."""
-    mine = squeue.own_job()["slurm_job"]
+    mine = slurm_queue.own_job()["slurm_job"]
     alive = {job.job_id for job in queue.analysis if job.state == "RUNNING"}
     return mine in {job["job"] for job in jobs} - alive
 
@@ -335,7 +337,7 @@ def was_cancelled(jobs: Sequence[Mapping[str, Any]], queue: squeue.Queue) -> boo
 def cancel(sweep: SweepDir) -> None:
     """Stop the queued and running jobs of a sweep, the next rounds of a search included; what they trained is kept."""
     with sweep.lock():  # an analysis may be submitting: its jobs are recorded when it is done, or it sees its end
-        queue = squeue.of_sweep(sweep.read_jobs())
+        queue = slurm_queue.of_sweep(sweep.read_jobs())
         jobs = [*(job.job_id for job in queue.analysis), *queue.arrays]  # the analysis first, or it would start
         if jobs:
             call("scancel", "--quiet", *jobs)
@@ -370,7 +372,7 @@ def call(*command: str, hint: str = "") -> str:
         ConfigError: it is not there, fails or does not answer.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=squeue.outside())
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=slurm_queue.outside())
     except OSError as error:
         raise ConfigError(
             f"cannot run {command[0]} ({error.strerror}): launcher=slurm works on a machine that submits to a Slurm "

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mupsweep.errors import ConfigError
+from mupsweep.models.shape import BaseShape, Size
 from mupsweep.scaling import Init, Role, TensorSpec
-from mupsweep.sections import one_of
-from mupsweep.sizes import BaseShape, Size
+from mupsweep.schema import one_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mupsweep.models.architecture import Multipliers
 from mupsweep.models.loss import linear_cross_entropy, sample_labels
+from mupsweep.models.shape import Size
 from mupsweep.scaling import TensorSpec
-from mupsweep.sizes import Size
 
 Table = Mapping[str, TensorSpec]
 Part = Callable[[Table, str], nn.Module]  # makes the module of that name in the table

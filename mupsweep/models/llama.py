@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from mupsweep.errors import ConfigError
 from mupsweep.models.architecture import Architecture, Multipliers
+from mupsweep.models.shape import GQA_RULES, BaseShape, Size
 from mupsweep.scaling import Init, Role, TensorSpec
-from mupsweep.sections import one_of
-from mupsweep.sizes import GQA_RULES, BaseShape, Size
+from mupsweep.schema import one_of
 
 if TYPE_CHECKING:
     from torch import nn

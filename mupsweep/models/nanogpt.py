@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mupsweep.models.architecture import Architecture, Multipliers
+from mupsweep.models.shape import Size
 from mupsweep.scaling import Init, Role, TensorSpec
-from mupsweep.sizes import Size
 
 if TYPE_CHECKING:
     from torch import nn

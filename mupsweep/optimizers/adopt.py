@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mupsweep.optimizers.adamw import sde_rule
-from mupsweep.optimizers.composed import Composed, Now
+from mupsweep.optimizers.algorithm import Now
+from mupsweep.optimizers.composed import Composed
 from mupsweep.optimizers.optimizer import Dims, Optimizer, check_decays
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import ENTRYWISE
-from mupsweep.sections import require
+from mupsweep.schema import require
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,61 +15,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mupsweep.errors import ConfigError
+from mupsweep.optimizers.algorithm import Algorithm
 from mupsweep.optimizers.optimizer import MATRICES, Dims, Optimizer, Threshold
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import SPECTRAL_NORMALISED, Sizes, blocked, frobenius_normalised
-from mupsweep.sections import instantiate, require
+from mupsweep.schema import instantiate, require
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Now:
-    """What an algorithm knows of the moment of a step.
-
-    Attributes:
-        step: from 1.
-        lr, weight_decay: of the group, this step.
-        thresholds: eps and its like, of the group.
-        weights: the stack before the step, for algorithms with `uses_weights`.
-    """
-
-    step: int
-    lr: float
-    weight_decay: float
-    thresholds: Mapping[str, float]
-    weights: Tensor | None = None
-
-
-class Algorithm:
-    """Pure functions of a stack of tensors (count, n_out, n_in), with no memory but `state`, which they update in
-    place. Vectors come as (count, n_out)."""
-
-    uses_weights: bool = False  # reads now.weights
-    decays: bool = False  # applies weight decay inside its direction
-    projects: bool = False  # puts the weights back onto a sphere after each step, so weight decay has no effect
-
-    def start(self, weights: Tensor) -> None:
-        """Put the initial weights where `project` will keep them, in place, if they are not there anyhow."""
-
-    def state(self, weights: Tensor) -> dict[str, Tensor]:
-        """The memory at the start, every entry with leading dimension count."""
-        raise NotImplementedError
-
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
-        """The update at LR 1, as large as `grads`, which it may overwrite."""
-        raise NotImplementedError
-
-    def observe(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> None:
-        """Take in gradients whose squares estimate the curvature (`Optimizer.curvature_every`): those of
-        sqrt(tokens) times the mean loss, for labels drawn from the predictions."""
-        raise NotImplementedError
-
-    def project(self, weights: Tensor, state: dict[str, Tensor]) -> None:
-        """Put the stepped weights back where they belong, in place."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,12 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mupsweep.errors import ConfigError, nearest
+from mupsweep.errors import ConfigError
+from mupsweep.formatting import nearest
 from mupsweep.optimizers.optimizer import Dims, Optimizer, Threshold
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import columns, entries, one, rows
-from mupsweep.sections import imported, one_of
+from mupsweep.schema import imported, one_of
 
 if TYPE_CHECKING:
     import torch

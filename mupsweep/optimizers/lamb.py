@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from mupsweep.optimizers.adamw import adam_direction
-from mupsweep.optimizers.composed import Composed, Now
+from mupsweep.optimizers.algorithm import Now
+from mupsweep.optimizers.composed import Composed
 from mupsweep.optimizers.optimizer import MATRICES, Dims, Threshold, check_decays
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import ENTRYWISE
-from mupsweep.sections import one_of
+from mupsweep.schema import one_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,11 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mupsweep.optimizers.composed import Composed, Now
+from mupsweep.optimizers.algorithm import Now
+from mupsweep.optimizers.composed import Composed
 from mupsweep.optimizers.optimizer import MATRICES, Dims, check_decays
 from mupsweep.optimizers.singular_values import clip
 from mupsweep.scaling import UpdateLaw
-from mupsweep.sections import require
+from mupsweep.schema import require
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,13 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mupsweep.errors import ConfigError, nearest
-from mupsweep.optimizers.composed import Composed, Now
+from mupsweep.errors import ConfigError
+from mupsweep.formatting import nearest
+from mupsweep.optimizers.algorithm import Now
+from mupsweep.optimizers.composed import Composed
 from mupsweep.optimizers.optimizer import MATRICES, Dims, check_decays
 from mupsweep.optimizers.singular_values import orthogonalise
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import jordan, match_rms_adamw, one, spectral_ratio
-from mupsweep.sections import require
+from mupsweep.schema import require
 
 if TYPE_CHECKING:
     from torch import Tensor

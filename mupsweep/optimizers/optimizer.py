@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from mupsweep.errors import ConfigError, nearest
+from mupsweep.errors import ConfigError
+from mupsweep.formatting import nearest
 from mupsweep.scaling import Role, UpdateLaw
-from mupsweep.sections import instantiate, require
+from mupsweep.schema import instantiate, require
 
 if TYPE_CHECKING:
     import torch

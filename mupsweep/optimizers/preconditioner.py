@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from mupsweep.optimizers.composed import Composed
 from mupsweep.optimizers.optimizer import MATRICES, Dims
 from mupsweep.scaling.laws import Sizes
-from mupsweep.sections import require
+from mupsweep.schema import require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,18 +73,3 @@ def accumulate(moments: Tensor, grads: Tensor, axis: str, keep: float, take: flo
     """L <- keep L + take G G^T in place, or R <- keep R + take G^T G; `moments` are (count, n, n)."""
     rows = facing(grads, axis)
     moments.baddbmm_(rows, rows.mT, beta=keep, alpha=take)
-
-
-def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (count, n) from small to large, and eigenvectors as columns (count, n, n), of symmetric matrices.
-
-    What is not finite counts as zero: LAPACK refuses it, but a diverged run should end by its loss.
-    """
-    import torch
-
-    finite = matrices.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    try:
-        return torch.linalg.eigh(finite)
-    except torch.linalg.LinAlgError:  # pyright: ignore  # fp32 gives up on some matrices of many equal eigenvalues
-        values, vectors = torch.linalg.eigh(finite.double())
-        return values.to(matrices.dtype), vectors.to(matrices.dtype)

@@ -11,18 +11,12 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from mupsweep.errors import ConfigError
-from mupsweep.optimizers.composed import Now
+from mupsweep.optimizers.algorithm import Now
 from mupsweep.optimizers.optimizer import Dims, check_decays
-from mupsweep.optimizers.preconditioner import (
-    AXES,
-    Preconditioned,
-    accumulate,
-    facing,
-    multiplied,
-    symmetric_eigen,
-)
+from mupsweep.optimizers.preconditioner import AXES, Preconditioned, accumulate, facing, multiplied
+from mupsweep.optimizers.singular_values import symmetric_eigen
 from mupsweep.scaling import UpdateLaw
-from mupsweep.sections import one_of, require
+from mupsweep.schema import one_of, require
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mupsweep.optimizers.preconditioner import symmetric_eigen
-
 if TYPE_CHECKING:
     from torch import Tensor
+from typing import TYPE_CHECKING
 
 Quintic = tuple[float, float, float]  # (a, b, c) of a sigma + b sigma^3 + c sigma^5
 
@@ -132,3 +131,18 @@ def _unit(columns: Tensor, otherwise: Tensor) -> Tensor:
 
     length = columns.norm(dim=-2, keepdim=True)
     return torch.where(length > 0, columns / length, otherwise)
+
+
+def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (count, n) from small to large, and eigenvectors as columns (count, n, n), of symmetric matrices.
+
+    What is not finite counts as zero: LAPACK refuses it, but a diverged run should end by its loss.
+    """
+    import torch
+
+    finite = matrices.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    try:
+        return torch.linalg.eigh(finite)
+    except torch.linalg.LinAlgError:  # pyright: ignore  # fp32 gives up on some matrices of many equal eigenvalues
+        values, vectors = torch.linalg.eigh(finite.double())
+        return values.to(matrices.dtype), vectors.to(matrices.dtype)

@@ -5,19 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mupsweep.optimizers.composed import Now
+from mupsweep.optimizers.algorithm import Now
 from mupsweep.optimizers.optimizer import Dims, check_decays
-from mupsweep.optimizers.preconditioner import (
-    AXES,
-    Preconditioned,
-    accumulate,
-    facing,
-    multiplied,
-    symmetric_eigen,
-)
+from mupsweep.optimizers.preconditioner import AXES, Preconditioned, accumulate, facing, multiplied
+from mupsweep.optimizers.singular_values import symmetric_eigen
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import columns, entries, one, rows
-from mupsweep.sections import one_of
+from mupsweep.schema import one_of
 
 if TYPE_CHECKING:
     from torch import Tensor

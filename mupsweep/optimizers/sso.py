@@ -12,12 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mupsweep.optimizers.composed import Composed, Now
+from mupsweep.optimizers.algorithm import Now
+from mupsweep.optimizers.composed import Composed
 from mupsweep.optimizers.optimizer import Dims, check_decays
 from mupsweep.optimizers.singular_values import msign, power_iterate, top_right_vectors, top_singular_pair
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import spectral_ratio
-from mupsweep.sections import require
+from mupsweep.schema import require
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mupsweep.optimizers.composed import Algorithm, Now
+from mupsweep.optimizers.algorithm import Algorithm, Now
 
 KEYS = ("params", "lr", "peak_lr", "weight_decay", "transposed", "step")  # of a group; every other key is a threshold
 

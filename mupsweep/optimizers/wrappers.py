@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mupsweep.optimizers.composed import Algorithm, Now
+from mupsweep.optimizers.algorithm import Algorithm, Now
 from mupsweep.optimizers.singular_values import power_iterate, random_like, top_singular_pair
 from mupsweep.scaling.laws import Sizes
 

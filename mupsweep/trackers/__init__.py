@@ -14,10 +14,11 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, Protocol
 
+from mupsweep.atomic_files import make_folder, write_text
 from mupsweep.errors import ConfigError
-from mupsweep.files import make_folder, write_text
-from mupsweep.records import RunDir, SweepDir
-from mupsweep.sections import instantiate
+from mupsweep.schema import instantiate
+from mupsweep.store.run_dir import RunDir
+from mupsweep.store.sweep_dir import SweepDir
 
 log = logging.getLogger("mupsweep")
 

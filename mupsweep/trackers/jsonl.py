@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mupsweep.records import RunDir, SweepDir
+from mupsweep.store.run_dir import RunDir
+from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.trackers import Page
 
 

@@ -15,7 +15,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from mupsweep import trackers
-from mupsweep.records import FAILED, FINISHED, RunDir, SweepDir
+from mupsweep.store.run_dir import FAILED, FINISHED, RunDir
+from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.trackers import Page, Tracker, fingerprint
 
 POLL = 1.0  # seconds between two looks at a run's records

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mupsweep import trackers
-from mupsweep.errors import RecordError, counted
-from mupsweep.records import SweepDir
+from mupsweep.errors import RecordError
+from mupsweep.formatting import counted
+from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.trackers.live import catch_up
 from mupsweep.trackers.wandb import Wandb
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mupsweep.records import RunDir, SweepDir
+from mupsweep.store.run_dir import RunDir
+from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.trackers import Ledger, Page, WithoutServer, require_package
 
 TRIAL = ("model", "optimizer", "parametrization", "width", "depth", "log2_lr", "seed")

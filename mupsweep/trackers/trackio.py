@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from mupsweep.records import RunDir, SweepDir
+from mupsweep.store.run_dir import RunDir
+from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.trackers import Ledger, Page, WithoutServer, require_package
 
 

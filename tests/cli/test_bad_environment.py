@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from test_bad_input import Outcome
 
-from mupsweep import plan
-from mupsweep.config import load
+from mupsweep.sweep import plan
+from mupsweep.sweep.config import load
 
 SMOKE = "experiment=smoke"
 PLACE = (

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from mupsweep import data, plan
+from mupsweep import data
+from mupsweep.analysis.labels import DONE
 from mupsweep.cli import main
-from mupsweep.config import load
 from mupsweep.errors import MupsweepError, RecordError
-from mupsweep.records import DONE, SweepDir
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep import plan
+from mupsweep.sweep.config import load
 
 SMOKE = "experiment=smoke"
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mupsweep import build, config, plan
 from mupsweep.optimizers.adamw import AdamW
-from mupsweep.report import coordinates_html
+from mupsweep.report.html import coordinates
 from mupsweep.scaling import Role
 from mupsweep.scaling.laws import GRADIENT
+from mupsweep.sweep import config, plan, tensor_rules
+from mupsweep.training import build
 
 SMALL = ("model.width=16", "sweep.depth_ratios=[1]", "sweep.seeds=[0]", "sweep.log2_lrs=[-9]", "parametrization=mup")
 FOREIGN = ("optimizer=foreign", "optimizer.path=torch.optim.NAdam", "allow_imports=true")
@@ -30,9 +31,9 @@ def _one_thread() -> None:
 @pytest.fixture
 def dropped_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden matrices keep the LR of the base."""
-    right = build.rules
+    right = tensor_rules.rules
 
-    def wrong(*arguments: object) -> tuple[build.TensorRule, ...]:
+    def wrong(*arguments: object) -> tuple[tensor_rules.TensorRule, ...]:
         rows = right(*arguments)  # type: ignore[arg-type]
         return tuple(replace(r, lr=r.lr / r.lr_ratio) if r.role is Role.HIDDEN else r for r in rows)
 
@@ -60,11 +61,11 @@ def test_the_outcome_is_kept_with_a_sweep_for_its_report(cli: Cli, tmp_path: Pat
     code, out, _ = cli("check", *SMALL, "--json", "--into", str(sweep.path))
     assert code == 0
     assert json.loads(sweep.check_path.read_text()) == json.loads(out)
-    (label, mup), *_ = [pair for pair in coordinates_html.read(sweep) if pair[0][2] == "mup"]
+    (label, mup), *_ = [pair for pair in coordinates.read(sweep) if pair[0][2] == "mup"]
     assert label == ("nanogpt", "adamw", "mup")
-    lines = {line[2]: line for line in coordinates_html.lines([(label, mup)])}
+    lines = {line[2]: line for line in coordinates.lines([(label, mup)])}
     assert lines["change of features"][4:] == ("0", "ok")
-    assert "13 of 13 promises kept" in coordinates_html.verdicts([(label, mup)])
+    assert "13 of 13 promises kept" in coordinates.verdicts([(label, mup)])
 
 
 def test_a_check_that_diverges_everywhere_fails_whatever_the_search(cli: Cli) -> None:

@@ -16,10 +16,12 @@ import pytest
 import typer
 
 import mupsweep
-from mupsweep import plan
+from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.cli import app, was_interrupted
-from mupsweep.config import load
-from mupsweep.records import DIVERGED, DONE, FAILED, RUNNING, SweepDir
+from mupsweep.store.run_dir import FAILED, RUNNING
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep import plan
+from mupsweep.sweep.config import load
 
 DRAWN = 0.002  # octaves: an optimum is a median of draws, even where losses are without noise
 

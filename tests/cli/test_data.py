@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mupsweep import data
-from mupsweep.config import load
 from mupsweep.data import cache
+from mupsweep.sweep.config import load
 
 Cli = Callable[..., tuple[int, str, str]]
 KEYS = [

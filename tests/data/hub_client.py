@@ -21,9 +21,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from mupsweep import cli, config
+from mupsweep import cli
 from mupsweep.data import preparation, sources
+from mupsweep.data.config import DataConfig
 from mupsweep.data.sources import hub
+from mupsweep.sweep import config
 
 LITERAL = {
     "fineweb": (("HuggingFaceFW/fineweb",), {"name": "sample-10BT", "split": "train", "streaming": True}),
@@ -83,7 +85,7 @@ def held_out(counts: list[int]) -> dict[str, Any]:
     found = {}
     for n in counts:
         split = Dataset.from_dict({"n": range(n)}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-        made = config.DataConfig(hub_id="a/b", revision="0" * 40, held_out="nanogpt", rows=n)
+        made = DataConfig(hub_id="a/b", revision="0" * 40, held_out="nanogpt", rows=n)
         found[str(n)] = [sorted(split["test"]["n"]), sorted(hub.Hub(made).held_out_rows() or [])]
     return found
 

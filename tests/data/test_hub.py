@@ -14,8 +14,9 @@ import pytest
 from hub import Hub, digest
 from loopback import ARTICLES, TEXTS, VALIDATION, Client
 
-from mupsweep.config import DataConfig, load
 from mupsweep.data import cache, shards, sources, tokenizers
+from mupsweep.data.config import DataConfig
+from mupsweep.sweep.config import load
 
 
 def held_out(text: str, fraction: float) -> bool:

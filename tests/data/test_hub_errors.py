@@ -10,8 +10,8 @@ import pytest
 from hub import FINEWEB_COMMIT, digest
 from loopback import TOKEN, Client, own
 
-from mupsweep.config import DataConfig
 from mupsweep.data import sources
+from mupsweep.data.config import DataConfig
 from mupsweep.data.sources.hub_errors import explained
 
 BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {

@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 
 from mupsweep import data
-from mupsweep.config import DataConfig
 from mupsweep.data import cache, preparation, shards, sources, tokenizers
+from mupsweep.data.config import DataConfig
 from mupsweep.errors import DataError
 
 DOCUMENTS = 400
 # A source that dies, waits or refuses half-way, and a process that can be killed at the N-th call of an os function.
 PROBE = """
 import os, resource, signal, sys
-from mupsweep.config import DataConfig
+from mupsweep.sweep.config import DataConfig
 from mupsweep.data import cache, preparation, sources
 from mupsweep.data.sources import Source
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mupsweep import data
-from mupsweep.config import DataConfig
 from mupsweep.data import cache, preparation, shards, sources, tokenizers
+from mupsweep.data.config import DataConfig
 from mupsweep.errors import DataError
 
 

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mupsweep import data
-from mupsweep.config import DataConfig
 from mupsweep.data import sources
+from mupsweep.data.config import DataConfig
 from mupsweep.data.sources.local import Local
 from mupsweep.data.sources.sotu import Sotu
 from mupsweep.errors import DataError
@@ -276,7 +276,7 @@ def test_the_embedded_corpus_refuses_a_path() -> None:
         ),
         ("Sotu", "it names a source as package.module.Class"),
         (
-            "mupsweep.config.DataConfig",
+            "mupsweep.data.config.DataConfig",
             "is no data source: make it a subclass of mupsweep.data.sources.Source",
         ),
     ],

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mupsweep.config import DataConfig
 from mupsweep.data import tokenizers
+from mupsweep.data.config import DataConfig
 from mupsweep.data.sources.sotu import Sotu
 from mupsweep.errors import DataError
 
@@ -142,7 +142,7 @@ def test_unknown_names_name_the_valid_ones(name: str) -> None:
 
 def test_names_sizes_and_fingerprints_import_nothing_heavy() -> None:
     code = (
-        "import sys, mupsweep.data as d; from mupsweep.config import DataConfig; d.vocab_size('gpt2-1024');"
+        "import sys, mupsweep.data as d; from mupsweep.sweep.config import DataConfig; d.vocab_size('gpt2-1024');"
         "d.fingerprint(DataConfig());"
         "print([m for m in ('numpy', 'tiktoken', 'pyarrow', 'torch') if m in sys.modules])"
     )

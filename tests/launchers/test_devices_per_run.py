@@ -16,12 +16,13 @@ from outcome import results
 from test_launchers import SMALL, busy, finish, owners, start, until
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from mupsweep.config import load
+from mupsweep.analysis.labels import DONE
 from mupsweep.errors import ConfigError
 from mupsweep.launchers.local import Local
 from mupsweep.launchers.slurm import Slurm
-from mupsweep.plan import plan, save
-from mupsweep.records import DONE, SweepDir
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep.config import load
+from mupsweep.sweep.plan import plan, save
 
 TOLERANCE = {"loss": 1e-3}  # relative, after 60 steps: fp32 sums in another order, bf16 products where there are any
 SHORT = [*SMALL, "sweep.width_ratios=[1]"]

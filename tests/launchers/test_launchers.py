@@ -18,14 +18,18 @@ from typing import IO
 import pytest
 from outcome import results
 
-from mupsweep import data, plan, processes, worker
-from mupsweep.config import choices, config_root, load
+from mupsweep import data
+from mupsweep.analysis.labels import DONE
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.launchers import local
 from mupsweep.launchers.inline import Inline
 from mupsweep.launchers.local import Local
-from mupsweep.records import DONE, FAILED, RUNNING, RunDir, SweepDir
-from mupsweep.sections import instantiate
+from mupsweep.schema import instantiate
+from mupsweep.store.run_dir import FAILED, RUNNING, RunDir
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep import plan
+from mupsweep.sweep.config import choices, config_root, load
+from mupsweep.training import signals, worker
 
 TWO_SLOTS = ["launcher=local", "launcher.devices=cpu", "launcher.slots_per_device=2"]
 ONE_SLOT = ["launcher=local", "launcher.devices=cpu", "launcher.slots_per_device=1"]
@@ -114,8 +118,8 @@ def test_a_stop_between_two_workers_that_start_ends_the_first_one_too(monkeypatc
             os.kill(os.getpid(), signal.SIGTERM)
         return started[-1]
 
-    begin = processes.start
-    monkeypatch.setattr(processes, "start", sleeper)
+    begin = signals.start
+    monkeypatch.setattr(signals, "start", sleeper)
     sweep, runs = plan.save(load(SMALL), "")
     assert not Local(devices="cpu", slots_per_device=3).launch(sweep, [run.run_id for run in runs])
     assert [worker.poll() for worker in started] == [0, 0]
@@ -131,8 +135,8 @@ def test_workers_that_die_before_they_take_a_run_are_given_up_however_many_runs_
         started.append(begin(["sh", "-c", "echo broken driver; kill -SEGV $$"], environment, output))
         return started[-1]
 
-    begin = processes.start
-    monkeypatch.setattr(processes, "start", dying)
+    begin = signals.start
+    monkeypatch.setattr(signals, "start", dying)
     monkeypatch.setattr(local, "POLL_SECONDS", 0.0)
     sweep, runs = plan.save(load([*SMALL, "sweep.seeds=[0,1,2,3,4]"]), "")
     with pytest.raises(RecordError, match=r"^a worker ended with SIGSEGV: broken driver \(see .*worker-[01]\.log\)$"):

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from fake_slurm import Fake
 
-from mupsweep import claims, plan, squeue
-from mupsweep.config import load
-from mupsweep.files import make_folder
-from mupsweep.records import DONE, FAILED, PENDING, RUNNING, SweepDir
+from mupsweep.analysis.labels import DONE
+from mupsweep.atomic_files import make_folder
+from mupsweep.store import lease, slurm_queue
+from mupsweep.store.run_dir import FAILED, PENDING, RUNNING
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep import plan
+from mupsweep.sweep.config import load
 
 SMOKE = ["experiment=smoke", "launcher=slurm", "launcher.gpus=0"]
 
@@ -50,15 +53,15 @@ def test_a_sweep_is_an_array_per_size_in_pieces_that_the_cluster_takes_and_an_an
 def test_submitting_gives_signs_of_life_so_that_no_other_command_submits_as_well(
     slurm: Fake, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "BEAT_SECONDS", -1.0)
+    monkeypatch.setattr(lease, "BEAT_SECONDS", -1.0)
     beaten: list[str] = []
 
-    def beat(claim: claims.Claim) -> bool:
+    def beat(claim: lease.Claim) -> bool:
         beaten.append(claim.path.parent.name)
         return heartbeat(claim)
 
-    heartbeat = claims.Claim.heartbeat
-    monkeypatch.setattr(claims.Claim, "heartbeat", beat)
+    heartbeat = lease.Claim.heartbeat
+    monkeypatch.setattr(lease.Claim, "heartbeat", beat)
     assert cli("run", *SMOKE)[0] == 0
     assert beaten == [".planning"] * 2  # an array per size
     assert len(slurm.calls("sbatch")) == 3
@@ -223,7 +226,7 @@ def test_status_works_where_slurm_cannot_be_asked(
     assert code == 2
     assert err.splitlines()[-1].startswith("mupsweep: cannot ask Slurm: ")
 
-    monkeypatch.setattr(squeue, "SECONDS", 0.1)
+    monkeypatch.setattr(slurm_queue, "SECONDS", 0.1)
     slurm.write("squeue-hangs", "")
     code, out, err = cli("status", "sweeps/smoke")
     assert (code, "pending 6" in out) == (0, True)

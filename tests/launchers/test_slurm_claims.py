@@ -12,16 +12,16 @@ from types import SimpleNamespace
 import pytest
 from fake_slurm import Fake
 
-from mupsweep import claims
+from mupsweep.store import lease
 
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Callable[..., Path]:
     """A claim of another host by a job of this cluster, whose owner has missed two heartbeats."""
 
-    def made(silent: float = claims.SILENT_SECONDS + 1, **owner: str | None) -> Path:
+    def made(silent: float = lease.SILENT_SECONDS + 1, **owner: str | None) -> Path:
         folder = tmp_path / "claims"
-        claim = claims.take(folder)
+        claim = lease.take(folder)
         assert claim is not None
         job = {"slurm_cluster": "here", "slurm_job": "50_3", "slurm_restarts": None}
         claim.path.write_text(json.dumps({**claim.owner, "host": "another", **job, **owner}))
@@ -40,7 +40,7 @@ def in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_claim_names_the_task_of_its_array(slurm: Fake, in_a_job: None, tmp_path: Path) -> None:
-    claim = claims.take(tmp_path / "claims")
+    claim = lease.take(tmp_path / "claims")
     assert claim is not None
     wanted = {"slurm_cluster": "here", "slurm_job": "50_4", "slurm_restarts": None}
     assert {key: claim.owner[key] for key in wanted} == wanted
@@ -51,17 +51,17 @@ def test_a_claim_of_a_job_that_is_over_is_taken_over_at_once(
 ) -> None:
     folder = foreign()
     slurm.queue("50_3|RUNNING|None")
-    assert claims.take(folder) is None
+    assert lease.take(folder) is None
     assert slurm.calls("squeue") == ["--noheader --array --format=%i|%T|%r --jobs=50_3"]
     slurm.queue()
-    assert claims.take(folder) is not None
+    assert lease.take(folder) is not None
 
 
 def test_a_claim_of_a_job_that_slurm_has_forgotten_is_taken_over_at_once(
     slurm: Fake, in_a_job: None, foreign: Callable[..., Path]
 ) -> None:
     slurm.write("squeue-says", "Invalid job id specified")
-    assert claims.take(foreign()) is not None
+    assert lease.take(foreign()) is not None
 
 
 def test_a_restarted_job_takes_over_what_it_had_on_another_node(
@@ -69,9 +69,9 @@ def test_a_restarted_job_takes_over_what_it_had_on_another_node(
 ) -> None:
     slurm.queue("50_4|RUNNING|None")
     folder = foreign(slurm_job="50_4")
-    assert claims.take(folder) is None  # another node of this very job
+    assert lease.take(folder) is None  # another node of this very job
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert claims.take(folder) is not None
+    assert lease.take(folder) is not None
     assert slurm.calls("squeue") == []
 
 
@@ -82,7 +82,7 @@ def test_a_claim_whose_job_slurm_does_not_know_is_taken_over_once_it_misses_its_
     """A controller that lost its state does not know the jobs that still run, and numbers new ones from 1 again."""
     slurm.queue()
     folder = foreign(silent=0.0)
-    path = claims.newest(folder)
+    path = lease.newest(folder)
     assert path is not None
     slept: list[float] = []
 
@@ -93,9 +93,9 @@ def test_a_claim_whose_job_slurm_does_not_know_is_taken_over_once_it_misses_its_
             os.utime(path, (late, late))
 
     clock = SimpleNamespace(time=time.time, monotonic=lambda: sum(slept), sleep=sleep)  # of claims, not of subprocess
-    monkeypatch.setattr(claims, "time", clock)
-    assert (claims.take(folder) is None) == beats
-    assert len(slept) == 5 if beats else claims.SILENT_SECONDS - 2 < sum(slept) < claims.SILENT_SECONDS + 1
+    monkeypatch.setattr(lease, "time", clock)
+    assert (lease.take(folder) is None) == beats
+    assert len(slept) == 5 if beats else lease.SILENT_SECONDS - 2 < sum(slept) < lease.SILENT_SECONDS + 1
 
 
 def test_a_dead_owner_whose_jobs_number_is_another_jobs_by_now_goes_stale_like_any_other(
@@ -103,11 +103,11 @@ def test_a_dead_owner_whose_jobs_number_is_another_jobs_by_now_goes_stale_like_a
 ) -> None:
     slurm.queue("50_3|RUNNING|None")
     folder = foreign()
-    assert claims.take(folder) is None
-    path = claims.newest(folder)
+    assert lease.take(folder) is None
+    path = lease.newest(folder)
     assert path is not None
     os.utime(path, (0, 0))
-    assert claims.take(folder) is not None
+    assert lease.take(folder) is not None
 
 
 def test_a_claim_is_left_alone_where_slurm_cannot_tell(
@@ -116,16 +116,16 @@ def test_a_claim_is_left_alone_where_slurm_cannot_tell(
     slurm.queue()
     for owner in ({"slurm_cluster": "there"}, {"slurm_job": None}):
         folder = foreign(**owner)
-        assert claims.take(folder) is None
-        claims.newest(folder).unlink()  # type: ignore[union-attr]
+        assert lease.take(folder) is None
+        lease.newest(folder).unlink()  # type: ignore[union-attr]
     folder = foreign()
     (slurm.folder / "queue").unlink()
     slurm.write("squeue-says", "Unable to contact slurm controller")
-    assert claims.take(folder) is None
+    assert lease.take(folder) is None
     slurm.queue()
     with monkeypatch.context() as patch:
         patch.setattr(os, "getuid", lambda: os.geteuid() + 1)
-        assert claims.take(folder) is None  # somebody else's, whose jobs squeue may not show
+        assert lease.take(folder) is None  # somebody else's, whose jobs squeue may not show
     monkeypatch.delenv("SLURM_JOB_ID")
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID")
-    assert claims.take(folder) is None  # not a job itself: it may be on another cluster
+    assert lease.take(folder) is None  # not a job itself: it may be on another cluster

@@ -14,10 +14,10 @@ from fake_slurm import Fake
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mupsweep.config import load
 from mupsweep.errors import ConfigError
 from mupsweep.launchers import sbatch
 from mupsweep.launchers.slurm import Site, Slurm, bundled
+from mupsweep.sweep.config import load
 
 GOLDEN = Path(__file__).parents[1] / "slurm"
 SITE = Site("first sweep", Path("/data/first sweep"), Path("/data/first sweep/logs"), Path("/home/me"), "/opt/python")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fake_slurm import Fake
 
-from mupsweep.records import SweepDir
+from mupsweep.store.sweep_dir import SweepDir
 
 SMOKE = ["experiment=smoke", "launcher=slurm", "launcher.gpus=0", "sweep.search=adaptive", "training.steps=2"]
 Cli = Callable[..., tuple[int, str, str]]

@@ -9,10 +9,11 @@ import torch
 from tiny import ARCHITECTURES, MODELS, network, recipe, scaled, tiny, tokens
 from torch import Tensor
 
-from mupsweep import build
-from mupsweep.plan import RunSpec
 from mupsweep.scaling import Role
-from mupsweep.train import autocast
+from mupsweep.sweep import tensor_rules
+from mupsweep.sweep.run_spec import RunSpec
+from mupsweep.training import build
+from mupsweep.training.devices import autocast
 
 TOLERANCE = {
     "rule": 1e-12,  # relative, float64
@@ -49,7 +50,7 @@ def test_the_table_of_tensors_is_the_state_dict(name: str, ratios: tuple[float, 
     made = recipe(f"model={name}")
     size = made.size(*ratios)
     with torch.device("meta"):
-        net = made.model.network(size, build.multipliers(made, size))
+        net = made.model.network(size, tensor_rules.multipliers(made, size))
     table = {t.name: t.shape for t in made.model.tensors(size)}
     assert len(table) == len(list(made.model.tensors(size)))
     assert table == {key: tuple(value.shape) for key, value in net.state_dict().items()}
@@ -97,7 +98,9 @@ def test_the_base_shape_is_a_fixed_point(name: str, optimizer: str) -> None:
         built = build.build(made, CPU)
         started = {k: v.clone() for k, v in built.network.state_dict().items()}
         losses = [step(built, tokens(made.size)) for _ in range(2)]
-        ends.append((build.rules(made.recipe, made.size, made.base_lr), started, losses, built.network.state_dict()))
+        ends.append(
+            (tensor_rules.rules(made.recipe, made.size, made.base_lr), started, losses, built.network.state_dict())
+        )
     (sp_rules, sp_start, sp_losses, sp_end), (rules, start, losses, end) = ends
     assert rules == sp_rules
     assert losses == sp_losses
@@ -171,7 +174,7 @@ def test_a_fused_tensor_has_the_rule_of_its_parts(name: str, optimizer: str) -> 
     rows = {}
     for kind in ("split", "fused"):
         made = scaled(everything(name, optimizer, projections=kind, ffn_ratio=4.0), 4.0, 2.0)
-        rows[kind] = {r.name: r for r in build.rules(made.recipe, made.size, made.base_lr)}
+        rows[kind] = {r.name: r for r in tensor_rules.rules(made.recipe, made.size, made.base_lr)}
     compared = 0
     for key, mine in rows["split"].items():
         head, part, leaf = (*key.rsplit(".", 2), "", "")[:3]

@@ -13,13 +13,14 @@ from tiny import network, recipe, scaled, tiny, tokens
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from mupsweep import build
 from mupsweep.errors import ConfigError
 from mupsweep.models.layers import causal_attention, rotate, rotation
 from mupsweep.models.llama import Llama
-from mupsweep.plan import RunSpec
+from mupsweep.models.shape import Size
 from mupsweep.scaling import Init, Role, TensorSpec
-from mupsweep.sizes import Size
+from mupsweep.sweep import tensor_rules
+from mupsweep.sweep.run_spec import RunSpec
+from mupsweep.training import build
 
 TOLERANCE = {
     "logits": 1e-5,  # fp32, logits of size 1
@@ -232,8 +233,8 @@ def test_keys_are_not_repeated_where_autocast_will_multiply_in_bf16(monkeypatch:
 RATIOS = ("init_var_ratio", "multiplier_ratio", "lr_ratio", "weight_decay_ratio", "eps_ratio")
 
 
-def rules(run: RunSpec) -> dict[str, build.TensorRule]:
-    return {row.name: row for row in build.rules(run.recipe, run.size, run.base_lr)}
+def rules(run: RunSpec) -> dict[str, tensor_rules.TensorRule]:
+    return {row.name: row for row in tensor_rules.rules(run.recipe, run.size, run.base_lr)}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon", "muon_kimi"])
@@ -302,7 +303,9 @@ def test_heads_of_growing_dimension_have_gains_that_grow() -> None:
     row = rules(run)["blocks.0.attention.query_norm.weight"]
     assert row.shape == (32,)
     assert row.eps_ratio == pytest.approx(1 / 4, rel=TOLERANCE["rule"])
-    assert build.multipliers(run.recipe, run.size).attention == pytest.approx(math.sqrt(8) / 32, rel=TOLERANCE["rule"])
+    assert tensor_rules.multipliers(run.recipe, run.size).attention == pytest.approx(
+        math.sqrt(8) / 32, rel=TOLERANCE["rule"]
+    )
 
 
 class WrongRole(Llama):
@@ -340,7 +343,7 @@ def test_a_role_that_its_shape_contradicts_is_refused(cls: type[Llama], keys: di
     run = tiny("llama", **keys)
     wrong = cls(**vars(run.recipe.model))
     with pytest.raises(ConfigError, match=message):
-        build.rules(replace(run.recipe, model=wrong), run.size, run.base_lr)
+        tensor_rules.rules(replace(run.recipe, model=wrong), run.size, run.base_lr)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from mupsweep.models import Multipliers
 from mupsweep.models.nanogpt import NanoGPT
+from mupsweep.models.shape import Size
 from mupsweep.scaling import Init
-from mupsweep.sizes import Size
 
 TOLERANCE = {
     "logits": 1e-5,  # fp32, logits of size 1

@@ -11,7 +11,7 @@ import sys
 import pytest
 from tiny import ARCHITECTURES, MODELS, recipe
 
-from mupsweep import config
+from mupsweep.sweep import config
 
 TOLERANCE = 0.03  # of the number of parameters that a name says
 PRESETS = [name for name in MODELS if name not in ARCHITECTURES]

@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mupsweep import config
-from mupsweep.build import Built, build
 from mupsweep.optimizers import Optimizer
 from mupsweep.optimizers.composed import Composed
-from mupsweep.plan import RunSpec, plan
 from mupsweep.scaling import Role
+from mupsweep.sweep import config
+from mupsweep.sweep.plan import plan
+from mupsweep.sweep.run_spec import RunSpec
+from mupsweep.training.build import Built, build
 
 TOLERANCE = {
     "exponent": 0.05,  # of ||A||_2 in the width

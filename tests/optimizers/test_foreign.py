@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from mupsweep import config
-from mupsweep.build import build, rules
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.foreign import Foreign, Power
-from mupsweep.plan import RunSpec, plan
 from mupsweep.scaling import Role
 from mupsweep.scaling.monomial import R_N
-from mupsweep.sections import instantiate
+from mupsweep.schema import instantiate
+from mupsweep.sweep import config
+from mupsweep.sweep.plan import plan
+from mupsweep.sweep.run_spec import RunSpec
+from mupsweep.sweep.tensor_rules import rules
+from mupsweep.training.build import build
 
 ADAM_LAW = {"degree": 0, "n_out": "1/2", "n_in": "1/2"}
 BASE: dict[str, Any] = {"name": "mine", "path": "torch.optim.NAdam", "law": ADAM_LAW}

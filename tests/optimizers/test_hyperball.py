@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 from walking import PEAK_LR, REST, STEPS, Moment, largest_error, moments, parameters, start, walk
 
-from mupsweep import config
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.adamw import AdamW
 from mupsweep.optimizers.composed import Composed
 from mupsweep.optimizers.muon import Muon
-from mupsweep.plan import recipe
 from mupsweep.scaling import Role, symbolic
 from mupsweep.scaling.monomial import ONE, R_N, Monomial
 from mupsweep.scaling.parametrizations.spectral import Spectral
+from mupsweep.sweep import config
+from mupsweep.sweep.run_spec import recipe
 
 TOLERANCE = {
     "closed form": 1e-5,  # relative to the distance walked; Newton-Schulz in the same bf16

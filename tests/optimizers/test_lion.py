@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from walking import PEAK_LR, Moment, largest_error, parameters, walk, walked
 
-from mupsweep import config
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.lion import Lion
-from mupsweep.plan import recipe
 from mupsweep.scaling import Role
+from mupsweep.sweep import config
+from mupsweep.sweep.run_spec import recipe
 
 TOLERANCE = {"closed form": 1e-6}  # relative to the distance walked, fp32 against float64
 BETAS = [(0.9, 0.99), (0.95, 0.98), (0.0, 0.5)]

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from walking import REST
 
-from mupsweep import config
-from mupsweep.build import audit
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.muon_plus_plus import MuonPlusPlus, correlation
 from mupsweep.optimizers.singular_values import POLAR_EXPRESS
-from mupsweep.plan import recipe
 from mupsweep.scaling import Role, symbolic
 from mupsweep.scaling.monomial import ONE, R_N
 from mupsweep.scaling.parametrizations.spectral import Spectral
+from mupsweep.sweep import config
+from mupsweep.sweep.run_spec import recipe
+from mupsweep.sweep.tensor_rules import audit
 
 TOLERANCE = {
     "closed form": 1e-4,  # relative to the distance walked, fp32 against float64

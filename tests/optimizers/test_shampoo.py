@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from walking import PEAK_LR, REST, SHAPES, Moment, largest_error, parameters, walk
 
-from mupsweep import config
-from mupsweep.build import rules
 from mupsweep.errors import ConfigError
-from mupsweep.optimizers.preconditioner import symmetric_eigen
 from mupsweep.optimizers.shampoo import Shampoo, inverse_root
-from mupsweep.plan import plan
+from mupsweep.optimizers.singular_values import symmetric_eigen
+from mupsweep.sweep import config
+from mupsweep.sweep.plan import plan
+from mupsweep.sweep.tensor_rules import rules
 
 TOLERANCE = {
     # relative to the distance walked

@@ -13,16 +13,17 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from walking import REST, Moment, largest_error, walked
 
-from mupsweep import config, plan
-from mupsweep.build import Built, build, generator, rules
 from mupsweep.errors import ConfigError
 from mupsweep.models import Multipliers
 from mupsweep.models.loss import DRAWS, sample_labels
 from mupsweep.models.nanogpt import NanoGPT
 from mupsweep.optimizers.sophia import Sophia
-from mupsweep.plan import RunSpec
 from mupsweep.scaling import Role
-from mupsweep.train import clip, observe_curvature
+from mupsweep.sweep import config, plan, run_spec
+from mupsweep.sweep.run_spec import RunSpec
+from mupsweep.sweep.tensor_rules import rules
+from mupsweep.training.build import Built, build, generator
+from mupsweep.training.trainer import clip, observe_curvature
 
 TOLERANCE = {
     "closed form": 2e-6,  # relative to the distance walked, fp32 against float64
@@ -199,7 +200,7 @@ def test_in_a_hybrid_only_sophia_observes_and_every_gradient_is_forgotten() -> N
 @pytest.mark.parametrize(("rule", "hidden", "others"), [("gradient", 4.0 * 2.0, 4.0), ("constant", 1.0, 1.0)])
 def test_rho_is_one_over_the_gradient_or_constant(rule: str, hidden: float, others: float) -> None:
     words = ["optimizer=sophia", f"optimizer.rho_rule={rule}", "parametrization=spectral", "optimizer.rho=0.05"]
-    recipe = plan.recipe(config.load(words).variants[0])
+    recipe = run_spec.recipe(config.load(words).variants[0])
     for row in rules(recipe, recipe.size(4.0, 2.0), 1.0):
         in_block = row.role in (Role.HIDDEN, Role.HIDDEN_VECTOR)
         assert row.thresholds["rho"] == pytest.approx(0.05 * (hidden if in_block else others), rel=1e-12), row.name

@@ -12,12 +12,12 @@ from scipy.optimize import brentq
 from torch import Tensor
 from walking import REST, SHAPES, Moment, gradient, largest_error, moments, parameters, walked
 
-from mupsweep import config
-from mupsweep.build import audit
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.singular_values import POLAR_EXPRESS, msign
 from mupsweep.optimizers.sso import SSO, tangent_msign
-from mupsweep.plan import recipe
+from mupsweep.sweep import config
+from mupsweep.sweep.run_spec import recipe
+from mupsweep.sweep.tensor_rules import audit
 
 TOLERANCE = {
     "closed form": 5e-4,  # relative to the distance walked: <u v^T, Phi> is solved to 2e-4

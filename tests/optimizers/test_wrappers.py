@@ -17,7 +17,8 @@ from walking import REST
 
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.adamw import AdamW
-from mupsweep.optimizers.composed import Composed, Now
+from mupsweep.optimizers.algorithm import Now
+from mupsweep.optimizers.composed import Composed
 from mupsweep.optimizers.muon import Muon
 from mupsweep.optimizers.sgd import SGD
 from mupsweep.optimizers.wrappers import Blocked, SpectralNormalised

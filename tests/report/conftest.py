@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from mupsweep.build import TensorRule
-from mupsweep.files import write_json
-from mupsweep.records import SweepDir
-from mupsweep.report import html
-from mupsweep.results import read
+from mupsweep.analysis.transfer import Analysis
+from mupsweep.atomic_files import write_json
+from mupsweep.report.html import page
 from mupsweep.scaling import Init, Role
-from mupsweep.transfer import Analysis
+from mupsweep.store.results import read
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep.tensor_rules import TensorRule
 
 Rows = list[dict[str, Any]]
 TREE = {"variants": [], "sweep": {"name": "demo"}, "launcher": {}, "tracker": {}}
@@ -131,7 +131,7 @@ def finish_and_write(sweep: SweepDir, analysis: Analysis, rules: Sequence[tuple[
         run.path.mkdir(parents=True, exist_ok=True)
         write_json(run.summary_path, row, durable=False)
         run.write_status(row["status"], durable=False)
-    return html.write(sweep, analysis, rules, read([sweep])[1][0])
+    return page.write(sweep, analysis, rules, read([sweep])[1][0])
 
 
 @pytest.fixture

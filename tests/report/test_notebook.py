@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 import mupsweep
-from mupsweep import notebook
+from mupsweep.analysis.transfer import analyse
+from mupsweep.atomic_files import write_json
 from mupsweep.errors import ConfigError, RecordError
-from mupsweep.files import write_json
-from mupsweep.notebook import Sweep
-from mupsweep.records import SweepDir
-from mupsweep.results import RUN_COLUMNS, write_results
-from mupsweep.transfer import analyse
+from mupsweep.report import notebook
+from mupsweep.report.notebook import Sweep
+from mupsweep.report.results_files import RUN_COLUMNS, write_results
+from mupsweep.store.sweep_dir import SweepDir
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from mupsweep.build import TensorRule, rules
-from mupsweep.config import load
-from mupsweep.plan import recipe
 from mupsweep.scaling import WEIGHT_DECAY_RULES
+from mupsweep.sweep.config import load
+from mupsweep.sweep.run_spec import recipe
+from mupsweep.sweep.tensor_rules import TensorRule, rules
 
 REL = 1e-12  # a dozen float64 operations
 WD, LR, STEPS, R_N = 0.25, 2.0**-6, 40, 4.0

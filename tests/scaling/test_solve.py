@@ -23,15 +23,7 @@ from mupsweep.scaling import (
     numeric,
     symbolic,
 )
-from mupsweep.scaling.laws import (
-    ENTRYWISE,
-    GRADIENT,
-    entries,
-    jordan,
-    match_rms_adamw,
-    one,
-    spectral_ratio,
-)
+from mupsweep.scaling.laws import ENTRYWISE, GRADIENT, entries, jordan, match_rms_adamw, one, spectral_ratio
 from mupsweep.scaling.monomial import ONE, R_N, Monomial
 from mupsweep.scaling.parametrizations.claims import OUTPUT_FORMS
 from mupsweep.scaling.parametrizations.sp import Standard

@@ -17,9 +17,12 @@ import pytest
 from cluster import NODES, Cluster, missing, until
 from outcome import results
 
-from mupsweep import data, plan
-from mupsweep.config import load
-from mupsweep.records import DONE, FINISHED, RUNNING, RunDir, SweepDir
+from mupsweep import data
+from mupsweep.analysis.labels import DONE
+from mupsweep.store.run_dir import FINISHED, RUNNING, RunDir
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep import plan
+from mupsweep.sweep.config import load
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 

@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 
-from mupsweep import plan, trackers
-from mupsweep.config import choices, load
+from mupsweep import trackers
 from mupsweep.errors import ConfigError
-from mupsweep.records import RunDir, SweepDir
-from mupsweep.report.conclude import conclude
-from mupsweep.sections import instantiate
+from mupsweep.report.generate import conclude
+from mupsweep.schema import instantiate
+from mupsweep.store.run_dir import RunDir
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep import plan
+from mupsweep.sweep.config import choices, load
 from mupsweep.trackers import Page
 from mupsweep.trackers.live import Live
-from mupsweep.worker import execute
+from mupsweep.training.worker import execute
 
 SMALL = ["experiment=smoke", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-9,-7]", "sweep.name=tracked"]
 PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboardX", "trackio": "trackio"}

@@ -17,15 +17,17 @@ import pytest
 from outcome import OF_THE_CLOCK
 from wandb_server import API_KEY, StoredRun, WandbServer
 
-from mupsweep import plan
-from mupsweep.config import load
-from mupsweep.records import DIVERGED, DONE, RunDir, SweepDir
-from mupsweep.report.conclude import conclude
-from mupsweep.results import write_results
+from mupsweep.analysis.labels import DIVERGED, DONE
+from mupsweep.analysis.transfer import analyse
+from mupsweep.report.generate import conclude
+from mupsweep.report.results_files import write_results
+from mupsweep.store.run_dir import RunDir
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep import plan
+from mupsweep.sweep.config import load
 from mupsweep.trackers import live
 from mupsweep.trackers.wandb import leave, summary, wandb_id
-from mupsweep.transfer import analyse
-from mupsweep.worker import execute
+from mupsweep.training.worker import execute
 
 SMALL = ["experiment=smoke", "sweep.width_ratios=[1,2]", "sweep.log2_lrs=[-9,-7]", "sweep.name=tracked"]
 ONLINE = ["tracker=wandb", "tracker.mode=online"]
@@ -231,7 +233,7 @@ def test_a_killed_worker_leaves_neither_doubled_nor_missing_rows(server: WandbSe
     sweep = planned(*ONE)
     hang = f"""
 import time
-from mupsweep.records import RunDir
+from mupsweep.store.sweep_dir import RunDir
 append = RunDir.append_metrics
 RunDir.append_metrics = lambda run, row: (append(run, row), row["step"] < {HELD} or time.sleep(600))
 """

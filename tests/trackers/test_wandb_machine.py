@@ -16,10 +16,10 @@ import pytest
 from test_wandb import ONLINE, assert_mirrored, of_the_clients_own, planned, said
 from wandb_server import WandbServer
 
-from mupsweep.records import DONE
-from mupsweep.report.conclude import conclude
+from mupsweep.analysis.labels import DONE
+from mupsweep.report.generate import conclude
 from mupsweep.trackers.wandb import leave
-from mupsweep.worker import execute
+from mupsweep.training.worker import execute
 
 FOLDERS = [f"WANDB_{name}" for name in ("DIR", "CONFIG_DIR", "CACHE_DIR", "DATA_DIR", "ARTIFACT_DIR")]
 ONE_SIZE = ["sweep.width_ratios=[1]", "tracker.workspace=false", *ONLINE]

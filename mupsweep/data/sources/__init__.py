@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mupsweep.config import DataConfig
+from mupsweep.data.config import DataConfig
 from mupsweep.errors import DataError
 
 if TYPE_CHECKING:

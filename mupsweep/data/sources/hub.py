@@ -13,10 +13,11 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from mupsweep.config import DataConfig
+from mupsweep.data.config import DataConfig
 from mupsweep.data.sources import Document, Reader, Source
 from mupsweep.data.sources.hub_errors import asked, explained
-from mupsweep.errors import DataError, nearest
+from mupsweep.errors import DataError
+from mupsweep.formatting import nearest
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

@@ -7,8 +7,9 @@ import errno
 import re
 from collections.abc import Iterator
 
-from mupsweep.config import DataConfig
-from mupsweep.errors import DataError, nearest
+from mupsweep.data.config import DataConfig
+from mupsweep.errors import DataError
+from mupsweep.formatting import nearest
 
 SECONDS = 10.0  # to wait for the hub's first answer
 PARQUET = "refs/convert/parquet"  # the branch into which the hub converts what it can

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mupsweep.config import DataConfig
 from mupsweep.data import tokenizers
+from mupsweep.data.config import DataConfig
 from mupsweep.data.sources import ReadyTokens, Source
 from mupsweep.data.streams import Segment, segment
 from mupsweep.errors import DataError

@@ -8,7 +8,7 @@ import lzma
 from collections.abc import Iterator
 from pathlib import Path
 
-from mupsweep.config import DataConfig
+from mupsweep.data.config import DataConfig
 from mupsweep.data.sources import Source
 from mupsweep.errors import DataError
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol
 
-from mupsweep.errors import ConfigError, nearest
+from mupsweep.errors import ConfigError
+from mupsweep.formatting import nearest
 from mupsweep.scaling.decay import WEIGHT_DECAY_RULES
 from mupsweep.scaling.monomial import Monomial
 from mupsweep.scaling.roles import Role

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-from mupsweep.errors import ConfigError, nearest
+from mupsweep.errors import ConfigError
+from mupsweep.formatting import nearest
 from mupsweep.scaling.monomial import ONE, R_N
 from mupsweep.scaling.parametrizations.claims import Claim, Rule, check_options
 from mupsweep.scaling.roles import Role

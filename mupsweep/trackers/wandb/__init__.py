@@ -21,8 +21,9 @@ from typing import Any
 
 import yaml
 
-from mupsweep.records import FAILED, FINISHED, RunDir, SweepDir
-from mupsweep.sections import one_of, require
+from mupsweep.schema import one_of, require
+from mupsweep.store.run_dir import FAILED, FINISHED, RunDir
+from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.trackers import Page, fingerprint, require_package
 
 MODES = ("offline", "online")

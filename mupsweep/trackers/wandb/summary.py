@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mupsweep.axes import label_of
-from mupsweep.files import read_json
-from mupsweep.records import SweepDir
+from mupsweep.analysis.labels import label_of
+from mupsweep.atomic_files import read_json
+from mupsweep.store.sweep_dir import SweepDir
 
 FILES = ("runs.csv", "curves.csv", "transfer.json")
 SIZE = ("width", "depth", "ratio", "n_runs", "n_diverged", "log2_lr_optimum", "log2_lr_low", "log2_lr_high")

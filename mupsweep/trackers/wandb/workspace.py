@@ -6,8 +6,8 @@ import importlib.util
 import logging
 from typing import Any
 
-from mupsweep.files import make_folder, read_json, write_json
-from mupsweep.records import SweepDir
+from mupsweep.atomic_files import make_folder, read_json, write_json
+from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.trackers.wandb import start_service, summary
 
 log = logging.getLogger("mupsweep")

@@ -1,0 +1,304 @@
+"""Tuning: what the other base hyperparameters are worth, and which of them closes the gap between parametrizations.
+
+Every value of `sweep.axes` has LRs of its own, and what is compared are the losses at their optima. The best value of
+a size is the minimum of these over the log2 of the value, found and judged along the ladder as the optimal LR is. All
+numbers are quantiles of draws (see optimum), those of different variants independent of one another. The best of some
+values is chosen by its loss, which flatters it by as much as noise can tell them apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mupsweep.analysis.comparison import STANDARD, Comparison, compare, pairs, shared
+from mupsweep.analysis.curves import LossCurve, Point, Size, collect
+from mupsweep.analysis.estimate import UNKNOWN, Estimate
+from mupsweep.analysis.gaussian_process import Array
+from mupsweep.analysis.labels import Label
+from mupsweep.analysis.optimum import Optimum, located, optima
+from mupsweep.analysis.transfer import HORIZON, INCONCLUSIVE, TOLERANCE_NATS, TRANSFERS, Analysis, Group, judge
+from mupsweep.formatting import counted
+
+KNOWN = 1000.0  # degrees of freedom of a noise that draws tell
+DECAYS = ("beta", "momentum")  # in the last words of keys whose octaves are those of 1 - value
+NOTHING = 0.0005  # nats: a gap below the last digit that is told is none to close
+
+
+@dataclass(frozen=True)
+class AtSize:
+    """The values of one hyperparameter at one size.
+
+    Attributes:
+        losses: at each value's own optimal LR, by value, the default's too; None stands for a default of null.
+        best: the value of the lowest.
+        optimum: of the LR at the best value.
+        gain: nats per token by which the best value ends below the default.
+        regret: nats per token by which the base's best value ends above this size's.
+        minimum: the best value between those trained; its value is None where these do not bracket it.
+        unbounded: values whose best LR lies beyond those trained, and that end below the best value already.
+        edge: "lowest" or "highest" where the best value is that of those trained: a better one may lie beyond it.
+    """
+
+    width: int
+    depth: int
+    horizon: int | None
+    losses: Mapping[float | None, Estimate]
+    best: float | None
+    optimum: Optimum
+    gain: Estimate
+    regret: Estimate
+    minimum: Estimate
+    unbounded: tuple[float | None, ...] = ()
+    edge: str | None = None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One hyperparameter of one variant along one ladder.
+
+    Attributes:
+        default: the value that the variant has; None where that is null.
+        sizes: those at which the default and another value have an optimal LR, by rising ratio.
+        moves: octaves by which the best value moves from the base to the largest size.
+        verdict, reasons: whether the best value transfers.
+    """
+
+    names: Label
+    hyperparameter: str
+    default: float | None
+    axis: str
+    sizes: tuple[AtSize, ...]
+    moves: Estimate
+    verdict: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What tuning one hyperparameter of both does to the gap between a parametrization and SP.
+
+    Attributes:
+        before, after: the comparisons at every size where they are known, each at its own optimal LR: at the defaults,
+            and each at its own best value too.
+    """
+
+    hyperparameter: str
+    before: tuple[Comparison, ...]
+    after: tuple[Comparison, ...]
+
+    @property
+    def share(self) -> float | None:
+        """Of the gap at the largest size, how much is gone: above 1 where the order is reversed. None without a gap."""
+        gap, left = self.before[-1].lower.value, self.after[-1].lower.value
+        return None if gap is None or left is None or gap > -NOTHING else (left - gap) / -gap
+
+
+def tunings(analysis: Analysis) -> list[Tuning]:
+    """Every hyperparameter that was changed, of every variant and ladder."""
+    by_key: dict[tuple[Label, str], dict[float, list[LossCurve]]] = defaultdict(lambda: defaultdict(list))
+    for curve in collect(analysis.changed):
+        assert curve.change is not None
+        by_key[curve.names, curve.change.hyperparameter][curve.change.value].append(curve)
+    found = []
+    for (names, key), curves in by_key.items():
+        change = next(iter(curves.values()))[0].change
+        assert change is not None
+        for group in analysis.groups:
+            if group.label == names and (made := _tuning(group, key, change.default, curves)).sizes:
+                found.append(made)
+    return found
+
+
+def closings(analysis: Analysis, tuned: Sequence[Tuning]) -> list[Closing]:
+    """What each hyperparameter does to the gap of every parametrization to SP, the one that closes most of it first."""
+    found = []
+    for a, b in pairs([group for group in analysis.groups if group.axis != HORIZON]):
+        if a.label[:2] != b.label[:2] or b.parametrization != STANDARD:
+            continue
+        for key in dict.fromkeys(one.hyperparameter for one in tuned):
+            ours, theirs = _tuned(a, key, tuned), _tuned(b, key, tuned)
+            if ours is not a or theirs is not b:
+                after = _along(ours, theirs, analysis.flops)
+                both = {(c.width, c.depth) for c in after}
+                before = tuple(c for c in _along(a, b, analysis.flops) if (c.width, c.depth) in both)
+                found += [Closing(key, before, after)] if len(before) == len(after) > 0 else []
+    return sorted(found, key=lambda c: (c.before[-1].of, c.before[-1].axis, -(c.share or -math.inf)))
+
+
+def remarks(found: Sequence[Closing]) -> list[str]:
+    """For every parametrization that ends above SP at the largest size, the hyperparameter that changes that most."""
+    best: dict[tuple[Label, str], Closing] = {}
+    for one in found:
+        if one.share is not None:
+            best.setdefault((one.before[-1].of, one.before[-1].axis), one)
+    told = []
+    for one in best.values():
+        last, share = one.after[-1], one.share or 0.0
+        who = f"{last.of[2]} to {last.over[2]} at width {last.width}, depth {last.depth}"
+        if share < 0.5:
+            told.append(f"no hyperparameter of this sweep closes the gap of {who}; {one.hyperparameter}: {share:.0%}")
+            continue
+        certain = one.after[-1].lower.low is not None and one.after[-1].lower.low >= -TOLERANCE_NATS
+        how = "closes" if share >= 0.9 else "closes most of"
+        told.append(
+            f"{one.hyperparameter} {how} the gap of {who} ({share:.0%} of it)"
+            + ("" if certain else "; the interval still allows a gap: add seeds")
+        )
+    return told
+
+
+def _tuning(group: Group, key: str, default: float | None, curves: Mapping[float, Sequence[LossCurve]]) -> Tuning:
+    """One hyperparameter along one ladder of the default."""
+    sizes = [o.curve.size for o in group.optima]
+    by_value: dict[float | None, dict[Size, Optimum]] = {default: {o.curve.size: o for o in group.optima}}
+    for value, mine in sorted(curves.items()):
+        ladder = sorted((c for c in mine if c.size in sizes), key=lambda c: sizes.index(c.size))
+        by_value[value] = {o.curve.size: o for o in (optima(ladder) if ladder else [])}
+    drawn = {
+        size: {
+            value: _losses(at[size], i)
+            for i, (value, at) in enumerate(by_value.items())
+            if size in at and at[size].posterior is not None
+        }
+        for size in sizes
+    }
+    kept = [size for size in sizes if default in drawn[size] and len(drawn[size]) > 1]
+    if not kept:
+        return Tuning(group.label, key, default, group.axis, (), UNKNOWN, INCONCLUSIVE, ())
+    over = _over_values(group, key, kept, by_value, drawn)
+    base = kept[next((i for i, o in enumerate(over.optima) if over.ratio(o.curve) == 1), 0)]
+    first = _best(drawn[base])
+    found = []
+    for size, minimum in zip(kept, over.optima, strict=True):
+        losses = drawn[size]
+        best = _best(losses)
+        bar = float(np.median(losses[best]))
+        edges = {value: at[size].curve.usable for value, at in by_value.items() if size in at and value not in losses}
+        found.append(
+            AtSize(
+                *size,
+                losses={value: Estimate.of(x) for value, x in losses.items()},
+                best=best,
+                optimum=by_value[best][size],
+                gain=Estimate.of(losses[default] - losses[best]),
+                regret=Estimate.of(losses[first] - losses[best]) if first in losses else UNKNOWN,
+                minimum=_value(key, minimum),
+                unbounded=tuple(value for value, points in edges.items() if any(p.mean < bar for p in points)),
+                edge=_edge(best, losses),
+            )
+        )
+    verdict, reasons = over.verdict, over.reasons
+    if missing := [group.optima[i].curve.place(group.axis) for i, size in enumerate(sizes) if size not in kept]:
+        told = f"at {', '.join(missing)} the default or every other value has no optimum: add LRs"
+        reasons = (told, *reasons[1:]) if len(kept) == 1 else (*reasons, told)
+    if edge := [f"{key}={said(v)} at {at.width}x{at.depth}" for at in found for v in at.unbounded]:
+        told = f"lower already, with a best LR beyond those trained: {', '.join(edge)}; add LRs"
+        return Tuning(group.label, key, default, group.axis, tuple(found), UNKNOWN, INCONCLUSIVE, (told, *reasons))
+    cheap = all(one.edge is None and one.regret.high is not None and one.regret.high <= TOLERANCE_NATS for one in found)
+    if verdict == INCONCLUSIVE and cheap and len(kept) == len(sizes) > 1:
+        verdict = TRANSFERS
+        told = f"the base's best value, {said(first)}, costs at most {TOLERANCE_NATS:g} nats at every size"
+        reasons = (told, *reasons)
+    return Tuning(group.label, key, default, group.axis, tuple(found), over.total_drift, verdict, reasons)
+
+
+def _over_values(
+    group: Group,
+    key: str,
+    sizes: Sequence[Size],
+    by_value: Mapping[float | None, Mapping[Size, Optimum]],
+    drawn: Mapping[Size, Mapping[float | None, Array]],
+) -> Group:
+    """The ladder of the best values: curves of the losses at the optimal LRs over the log2 of the value."""
+    curves, sds = [], []
+    own = {o.curve.size: o.curve for o in group.optima}
+    for size in sizes:
+        points, sd = [], {}
+        for value in by_value:
+            place = _place(key, value)
+            if place is not None and value in drawn[size]:
+                points.append(Point(place, {0: float(np.median(drawn[size][value]))}, 0))
+                sd[place] = float(drawn[size][value].std())
+        curves.append(replace(own[size], points=tuple(sorted(points, key=lambda p: p.log2_lr))))
+        sds.append(sd)
+    found = [replace(o, reason=_reason(key, o)) for o in located(curves, sds, KNOWN)]
+    return judge(group.axis, found, "value")
+
+
+def _reason(key: str, optimum: Optimum) -> str | None:
+    """Why there is no best value, or no interval of it."""
+    points = optimum.curve.usable
+    if optimum.reason is None or len(points) < 3:
+        return optimum.reason and f"{counted(len(points), 'value')} on a log scale; a minimum needs at least 3"
+    best = min(points, key=lambda p: p.mean)
+    for end, word in ((points[0], "lowest"), (points[-1], "highest")):
+        if best is end:
+            return f"the best value is the {word}, {_at(key, end.log2_lr):.4g}: add values beyond it"
+    return "too flat or too noisy to bound the best value: add seeds or values"
+
+
+def _tuned(group: Group, key: str, tuned: Iterable[Tuning]) -> Group:
+    """A ladder with the optima at the best values of one hyperparameter, where it was tuned; without the sizes where
+    the best value is not known."""
+    for one in tuned:
+        if (one.names, one.axis, one.hyperparameter) == (group.label, group.axis, key):
+            best = {at.optimum.curve.size: at for at in one.sizes}
+            optima_ = [(o, best.get(o.curve.size)) for o in group.optima]
+            kept = tuple(o if at is None else at.optimum for o, at in optima_ if at is None or not at.unbounded)
+            return replace(group, optima=kept)
+    return group
+
+
+def _along(a: Group, b: Group, flops: Mapping[tuple[Any, ...], float]) -> tuple[Comparison, ...]:
+    """The comparison at every size at which both have an optimum."""
+    ours = [optimum for optimum, _ in shared(a, b)]
+    return tuple(compare(replace(a, optima=tuple(ours[: i + 1])), b, flops) for i in range(len(ours)))
+
+
+def _losses(optimum: Optimum, seed: int) -> Array:
+    """(draws,) losses at the optimum, in an order of their own: the draws of two ladders belong not together."""
+    assert optimum.posterior is not None
+    return np.random.default_rng(seed).permutation(optimum.posterior.losses)
+
+
+def _best(losses: Mapping[float | None, Array]) -> float | None:
+    return min(losses, key=lambda value: float(np.median(losses[value])))
+
+
+def _edge(best: float | None, values: Iterable[float | None]) -> str | None:
+    """Which end of the values the best is; of null there is none, and nothing lies below 0."""
+    known = [value for value in values if value is not None]
+    if not best:
+        return None
+    return "lowest" if best == min(known) else "highest" if best == max(known) else None
+
+
+def _place(key: str, value: float | None) -> float | None:
+    """Octaves; None for a value that has none, such as 0."""
+    positive = 1 - value if value is not None and _decays(key) else value
+    return None if positive is None or positive <= 0 else -math.log2(positive) if _decays(key) else math.log2(positive)
+
+
+def _at(key: str, place: float) -> float:
+    """The inverse of `_place`."""
+    return 1 - 2.0**-place if _decays(key) else 2.0**place
+
+
+def _decays(key: str) -> bool:
+    return any(word in part for part in key.split(".")[-2:] for word in DECAYS)
+
+
+def _value(key: str, minimum: Optimum) -> Estimate:
+    ends = (minimum.log2_lr, minimum.low, minimum.high)
+    return Estimate(*(None if end is None else _at(key, end) for end in ends))
+
+
+def said(value: float | None) -> str:
+    """A hyperparameter's value in words."""
+    return "null" if value is None else f"{value:g}"

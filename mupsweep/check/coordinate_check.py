@@ -1,0 +1,134 @@
+"""The coordinate check of configs: networks and steps are those that `mupsweep run` would train with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from mupsweep import data
+from mupsweep.check.exponents import DEPTH, WIDTH, Coordinates, Point, family, fit, promises
+from mupsweep.check.measure import CHANGE, LOGITS, Subject, Values, trace
+from mupsweep.data import Dataset
+from mupsweep.errors import ConfigError
+from mupsweep.sweep import config
+from mupsweep.sweep.config import GRID, GridConfig, SweepConfig, Variant
+from mupsweep.sweep.plan import plan
+from mupsweep.sweep.run_spec import RunSpec
+from mupsweep.training import trainer
+from mupsweep.training.build import build
+
+STEPS = (2, 5, 10)  # counts after which it is measured; after one step a head of zeros has moved nothing else
+PROBE_SEQUENCES = 4
+LOWEST, HIGHEST = -16, 6  # log2 of the LRs that are tried
+MOVED = 0.5  # RMS change of the logits that makes an LR large enough to measure with
+CPU = torch.device("cpu")
+
+
+def load(overrides: Sequence[str], config_dir: str | None) -> SweepConfig:
+    """The config of a check: that of `experiment=check` where no other is named, SP beside what is asked for."""
+    words = list(overrides)
+    if not any(word.startswith("experiment=") for word in words):
+        words.append("experiment=check")
+    asked = [word for word in words if word.startswith("parametrization=")]
+    names = (asked or ["parametrization=spectral"])[-1].partition("=")[2].split(",")
+    words = [word for word in words if word not in asked]
+    return config.load([*words, "parametrization=" + ",".join(dict.fromkeys(["sp", *names]))], config_dir)
+
+
+def check(chosen: SweepConfig) -> Iterator[Coordinates]:
+    """The coordinates of every variant along the widths and along the depths of the grid.
+
+    The base LR is the middle one of `sweep.log2_lrs` where that is among the overrides, else one found at the base.
+
+    Raises:
+        ConfigError: a ladder of two sizes, or none.
+    """
+    use_threads(chosen)
+    given = any(word.startswith("sweep.log2_lrs=") for word in chosen.overrides)
+    lrs = sorted(chosen.sweep.log2_lrs)
+    found: dict[tuple[str, str], float] = {}
+    for variant in [variant for variant in chosen.variants if variant.change is None]:
+        # the LR is that of the base shape, where all parametrizations are one
+        label = variant.names[:2]
+        if label not in found:
+            found[label] = lrs[len(lrs) // 2] if given else suitable_log2_lr(variant)
+        yield coordinates_of(variant, chosen.sweep, found[label])
+
+
+def use_threads(chosen: SweepConfig) -> None:
+    """As many as a worker would: on models this small several threads mostly wait for one another."""
+    torch.set_num_threads(int(chosen.launcher.get("threads", 1)))
+
+
+def coordinates_of(variant: Variant, grid: GridConfig, log2_lr: float) -> Coordinates:
+    """One variant along both ladders, each at ratio 1 of the other axis."""
+    traced: dict[str, dict[int, Values]] = {}
+    points: list[Point] = []
+    ladders = {
+        WIDTH: replace(grid, depth_ratios=(1.0,), log2_lrs=(log2_lr,), pair=False),
+        DEPTH: replace(grid, width_ratios=(1.0,), log2_lrs=(log2_lr,), pair=False),
+    }
+    ratios = {WIDTH: grid.width_ratios, DEPTH: grid.depth_ratios}
+    if all(len(r) == 1 for r in ratios.values()):
+        raise ConfigError("one width and one depth: give sweep.width_ratios=[1,2,4,8] or sweep.depth_ratios=[1,2,4,8]")
+    made = []
+    for axis, ladder in ladders.items():
+        if len(ratios[axis]) == 1:
+            continue
+        made = runs_of(variant, ladder)
+        for run in made:
+            if run.run_id not in traced:
+                traced[run.run_id] = trace(subject(run), STEPS)
+            points.append(Point(axis, getattr(run.size, axis), run.seed, traced[run.run_id]))
+    parametrization = made[0].recipe.parametrization
+    roles = {family(t.name): t.role for t in made[0].recipe.model.tensors(made[0].size)}
+    promised = {axis: promises(parametrization, axis) for axis in ladders}
+    return fit(variant.names, log2_lr, points, roles, promised)
+
+
+def runs_of(variant: Variant, grid: GridConfig) -> list[RunSpec]:
+    """The runs of one variant over a grid, searched or not, with matrix products in fp32."""
+    grid = replace(grid, search=GRID, max_flops=None)
+    variant = replace(variant, training=replace(variant.training, precision="fp32"))
+    return plan(SweepConfig(variants=(variant,), sweep=grid, launcher={}, tracker={}))
+
+
+def subject(run: RunSpec, dataset: Dataset | None = None) -> Subject:
+    """A run's network with the steps that training it would take at its peak LR, on the batches it would see."""
+    corpus = dataset or data.prepare(run.recipe.variant.data)
+    built = build(run, CPU)
+    training, context = run.recipe.training, run.size.context
+    taken = iter(range(max(STEPS)))
+
+    def step() -> None:
+        count = next(taken)
+        batch = torch.from_numpy(corpus.train_batch(context, training.batch_size, run.seed, count))
+        if built.optimizer.curvature_due(count):
+            trainer.observe_curvature(built.network, built, batch[:, :-1], run.seed, count, training.precision)
+        built.network(batch[:, :-1], batch[:, 1:]).backward()
+        trainer.clip(built)
+        built.optimizer.step(1.0)
+
+    probe = torch.from_numpy(corpus.validation_batch(context, PROBE_SEQUENCES, 0))[:, :-1]
+    roles = {t.name: t.role for t in run.recipe.model.tensors(run.size)}
+    return Subject(built.network, step, built.network.get_submodule(f"blocks.{run.size.depth - 1}"), (probe,), roles)
+
+
+def suitable_log2_lr(variant: Variant) -> float:
+    """The smallest whole log2 LR at which the last step leaves the logits of the base model changed by MOVED.
+
+    Raises:
+        ConfigError: no LR does.
+    """
+    for log2_lr in range(LOWEST, HIGHEST + 1):
+        (run,) = runs_of(variant, GridConfig(log2_lrs=(float(log2_lr),)))
+        last = max(STEPS)
+        traced = trace(subject(run), (last,))
+        if last in traced and traced[last][CHANGE + LOGITS, ""] >= MOVED:
+            return float(log2_lr)
+    raise ConfigError(
+        f"no LR from 2^{LOWEST} to 2^{HIGHEST} changes the logits by {MOVED} in {max(STEPS)} steps: "
+        "give one as sweep.log2_lrs=[-8]"
+    )

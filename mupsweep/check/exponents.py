@@ -1,0 +1,290 @@
+"""Exponents of what was measured along a ladder of widths or depths, and how they compare with a promise."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from itertools import product
+
+from mupsweep.check.measure import ATTENTION, CHANGE, COORDINATES, FEATURES, LOGITS, UPDATE, WEIGHT, Values
+from mupsweep.check.regression import Exponent, slope
+from mupsweep.errors import ConfigError
+from mupsweep.formatting import counted
+from mupsweep.scaling import Claim, Parametrization, Role
+
+WIDTH, DEPTH = "width", "depth"
+TOLERANCE = 0.1  # by which an exponent may miss its promise beyond its interval
+TOLERANCE_OF_ONE = 0.25  # the same for one tensor among several of its role, which is noisier; wrong rules err by 1/2
+ENOUGH = 3  # sizes of a ladder: two leave no interval
+SHARED_BLOCK = Fraction(-1)  # r_L^-1 a block is what adds up to the same change at every depth
+
+MULTIPLIERS = {  # what moves a coordinate beside the weights, in the order of the forward pass
+    FEATURES: "the multiplier on the residual branches",
+    LOGITS: "the multiplier on the logits",
+    ATTENTION: "the attention scale",
+}
+Promises = Mapping[tuple[str, Role | None], Fraction]  # (quantity, role of the tensor) -> exponent
+STABLE: Promises = {(CHANGE + name, None): Fraction(0) for name in (FEATURES, LOGITS)}
+STABLE_WIDTH: Promises = {**STABLE, (CHANGE + ATTENTION, None): Fraction(0)}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network of a ladder: its size on the axis, and what was measured at which step count."""
+
+    axis: str
+    size: int
+    seed: int
+    traced: Mapping[int, Values]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity along one axis.
+
+    Attributes:
+        quantity: what was measured; tensor: of which tensor, blocks being one (`blocks.*.mlp.up.weight`), or "".
+        role: of the tensor.
+        sizes: widths or depths, ascending.
+        values: by step count, at every size, the geometric mean over seeds.
+        exponents: by step count.
+        promised: the exponent that the parametrization claims; None where it claims none.
+    """
+
+    axis: str
+    quantity: str
+    tensor: str
+    role: Role | None
+    sizes: tuple[int, ...]
+    values: Mapping[int, tuple[float, ...]]
+    exponents: Mapping[int, Exponent]
+    promised: Fraction | None
+
+    @property
+    def judged(self) -> Exponent:
+        """At the start for weights, which later move as far as updates take them; else after the last step."""
+        return self.exponents[0 if self.quantity == WEIGHT else max(self.exponents)]
+
+    @property
+    def miss(self) -> float:
+        """How far the promise lies outside the interval."""
+        return 0.0 if self.promised is None else self.judged.away_from(float(self.promised))
+
+    @property
+    def deviation(self) -> float:
+        """How far the exponent is from its promise."""
+        return 0.0 if self.promised is None else abs(self.judged.value - float(self.promised))
+
+    @property
+    def onset(self) -> float:
+        """How far it is from it as soon as anything is measured, before one mistake leads to others."""
+        return 0.0 if self.promised is None else abs(self.exponents[min(self.exponents)].value - float(self.promised))
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """A coordinate check of one variant.
+
+    Attributes:
+        label: (model, optimizer, parametrization).
+        log2_lr: of the base LR, where there is one.
+        rows: every quantity along every axis.
+        diverged: the sizes that ended in inf or nan, such as "width 256".
+    """
+
+    label: tuple[str, str, str]
+    log2_lr: float | None
+    rows: tuple[Row, ...]
+    diverged: tuple[str, ...] = ()
+
+    @cached_property
+    def off(self) -> list[Row]:
+        """The rows that break a promise, those that do so first and most ahead."""
+        found = []
+        for axis in self.axes():
+            for members in self._of_roles(axis):
+                if _mean(members).miss > TOLERANCE:
+                    found += [row for row in members if row.deviation > TOLERANCE]
+                else:
+                    found += [row for row in members if row.miss > TOLERANCE_OF_ONE]
+        return sorted(found, key=lambda row: -row.onset)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every promise is kept, and nothing diverged that promised anything."""
+        return not self.off and not (self.diverged and any(map(self.promises, self.axes())))
+
+    def axes(self) -> list[str]:
+        """The ladders, in order."""
+        return list(dict.fromkeys(row.axis for row in self.rows))
+
+    def promises(self, axis: str) -> bool:
+        """Whether anything is promised along an axis."""
+        return any(row.promised is not None for row in self.rows if row.axis == axis)
+
+    def by_role(self, axis: str) -> list[Row]:
+        """The rows of an axis, those of the tensors of a role as one: the geometric mean."""
+        return [_mean(members) for members in self._of_roles(axis)]
+
+    def row(self, axis: str, quantity: str, role: Role | None = None) -> Row:
+        """The row of a quantity, of all tensors of a role."""
+        return next(r for r in self.by_role(axis) if (r.quantity, r.role) == (quantity, role))
+
+    def _of_roles(self, axis: str) -> list[list[Row]]:
+        grouped: dict[tuple[str, Role | None], list[Row]] = defaultdict(list)
+        for row in self.rows:
+            if row.axis == axis:
+                grouped[row.quantity, row.role].append(row)
+        return list(grouped.values())
+
+    def causes(self) -> list[str]:
+        """What the broken promises point at, one line per tensor or multiplier."""
+        lines = [line for axis in self.axes() for line in self._causes(axis)]
+        if self.diverged:
+            lines.append(f"{', '.join(self.diverged)} diverged: give a lower LR as sweep.log2_lrs=[-10]")
+        return lines
+
+    def _causes(self, axis: str) -> list[str]:
+        """Weights and updates speak for the tensors of one role each, coordinates for all that comes before them.
+
+        An update that only goes astray after some steps follows from something else.
+        """
+        off = [row for row in self.off if row.axis == axis]
+        symptoms = {row.quantity: row for row in off if row.role is None}
+        suspects = {WEIGHT: "its init std", UPDATE: "its LR or eps does not fit its updates"}
+        lines = []
+        for members in self._of_roles(axis):
+            wrong = sorted((row for row in members if row in off and row.quantity in suspects), key=lambda r: -r.onset)
+            first = _mean(members).onset > TOLERANCE or (wrong and wrong[0].onset > TOLERANCE_OF_ONE)
+            if wrong and (first or not symptoms):
+                more = f"; {len(wrong) - 1} more of this role" if len(wrong) > 1 else ""
+                lines.append(f"{wrong[0].role}: {suspects[wrong[0].quantity]}: {describe(wrong[0])}{more}")
+        updates = [row for row in self.rows if (row.axis, row.quantity) == (axis, UPDATE)]
+        if lines or all(row.promised is None for row in updates):
+            return lines or [describe(row) for row in off]
+        for name, suspect in MULTIPLIERS.items():
+            if CHANGE + name in symptoms:
+                return [f"every update starts as promised, so {suspect}: {describe(symptoms[CHANGE + name])}"]
+        return []
+
+
+def promises(parametrization: Parametrization, axis: str) -> Promises:
+    """The exponents that follow from a parametrization's claims; none where features need not keep their change."""
+    claims = parametrization.claims()
+    solved = {role: claim for role, claim in claims.items() if isinstance(claim, Claim)}
+    if len(solved) < len(claims):
+        return {}
+
+    def moved(role: Role) -> Fraction:
+        return getattr(solved[role].multiplier * solved[role].update, axis)
+
+    if moved(Role.HIDDEN) != (SHARED_BLOCK if axis == DEPTH else 0) or moved(Role.OUTPUT) != 0:
+        return {}
+    tensors = {(UPDATE, role): getattr(claim.update, axis) for role, claim in solved.items()}
+    tensors |= {(WEIGHT, role): getattr(claim.weight, axis) for role, claim in solved.items()}
+    return {**(STABLE_WIDTH if axis == WIDTH else STABLE), **tensors}
+
+
+def family(name: str) -> str:
+    """A tensor's name with the number of its block left out."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def fit(
+    label: tuple[str, str, str],
+    log2_lr: float | None,
+    points: Sequence[Point],
+    roles: Mapping[str, Role],
+    promised: Mapping[str, Promises],
+) -> Coordinates:
+    """The exponents of everything that is positive at every size of an axis, after every count that no size missed.
+
+    Args:
+        points: of one variant.
+        roles: by family.
+        promised: by axis.
+
+    Raises:
+        ConfigError: a ladder of two sizes.
+    """
+    last = max(1, *(count for point in points for count in point.traced))  # 0 where the first step ends them all
+    diverged = sorted({(p.axis, p.size) for p in points if last not in p.traced}, reverse=True)
+    found: list[Row] = []
+    for axis in dict.fromkeys(point.axis for point in points):
+        ladder = [point for point in points if point.axis == axis]
+        found += _rows(ladder, roles, promised.get(axis, {}))
+    rows = tuple(sorted(found, key=_order))
+    return Coordinates(label, log2_lr, rows, tuple(f"{axis} {size}" for axis, size in diverged))
+
+
+def _rows(ladder: Sequence[Point], roles: Mapping[str, Role], promised: Promises) -> Iterator[Row]:
+    """The rows of one axis."""
+    axis, sizes = ladder[0].axis, tuple(sorted({point.size for point in ladder}))
+    if len(sizes) < ENOUGH:
+        raise ConfigError(
+            f"{counted(len(sizes), 'size')} on the {axis} axis: an exponent with an interval takes at least {ENOUGH}; "
+            f"give sweep.{axis}_ratios=[1,2,4,8], or [1] for none"
+        )
+    counts = sorted(set.intersection(*(set(point.traced) for point in ladder)))
+    collected: dict[tuple[str, str], dict[int, dict[int, list[float]]]] = {}
+    for point, count in product(ladder, counts):
+        for (quantity, name), value in point.traced[count].items():
+            by_count = collected.setdefault((quantity, family(name)), defaultdict(lambda: defaultdict(list)))
+            by_count[count][point.size].append(value)
+    for (quantity, tensor), by_count in collected.items():
+        measured = {c: v for c, v in by_count.items() if all(min(v[size], default=0.0) > 0 for size in sizes)}
+        values = {count: tuple(_geometric_mean(v[size]) for size in sizes) for count, v in measured.items()}
+        if not values or (quantity == WEIGHT and 0 not in values):
+            continue  # a tensor that starts at zero, or does not move
+        exponents = {count: slope(sizes, v) for count, v in values.items()}
+        role = roles.get(tensor)
+        yield Row(axis, quantity, tensor, role, sizes, values, exponents, promised.get((quantity, role)))
+
+
+def _mean(members: Sequence[Row]) -> Row:
+    first = members[0]
+    if len(members) == 1:
+        return first
+    counts = [c for c in first.exponents if all(c in row.exponents for row in members)]
+    values = {
+        count: tuple(_geometric_mean(at_size) for at_size in zip(*(row.values[count] for row in members), strict=True))
+        for count in counts
+    }
+    exponents = {count: slope(first.sizes, values[count]) for count in counts}
+    return replace(first, tensor="", values=values, exponents=exponents)
+
+
+def _order(row: Row) -> tuple[int, int, int, str]:
+    quantities = [*COORDINATES, *(CHANGE + name for name in COORDINATES), UPDATE, WEIGHT]
+    role = -1 if row.role is None else list(Role).index(row.role)
+    return (WIDTH, DEPTH).index(row.axis), quantities.index(row.quantity), role, row.tensor
+
+
+def kind_of_blocks(coordinates: Coordinates) -> str | None:
+    """What the updates of hidden matrices say of the depth rule, which features and logits cannot tell apart.
+
+    Depth-muP (k = 1) freezes inner weights as depth^-1/2, CompleteP (k >= 2) moves them by the same at every depth
+    (Zheng et al. 2603.00541, Conditions B.1 and 3.1).
+    """
+    if DEPTH not in coordinates.axes() or not coordinates.promises(DEPTH):
+        return None
+    found = coordinates.row(DEPTH, UPDATE, Role.HIDDEN).judged
+    kinds = {"as for blocks of one matrix (k = 1)": -0.5, "as for blocks of two or more matrices (k >= 2)": 0.0}
+    fitting = [kind for kind, exponent in kinds.items() if found.away_from(exponent) <= TOLERANCE]
+    told = fitting[0] if len(fitting) == 1 else "which fits both kinds of blocks" if fitting else "as for no depth rule"
+    return f"hidden matrices move as depth^{found}, {told}"
+
+
+def describe(row: Row) -> str:
+    """One line: ||dW||_R of head.weight goes as width^+1.02 [0.98, 1.05], promised width^1."""
+    of = f" of {row.tensor}" if row.tensor else ""
+    return f"{row.quantity}{of} goes as {row.axis}^{row.judged}, promised {row.promised}"
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))

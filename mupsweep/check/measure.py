@@ -1,0 +1,140 @@
+"""What a few training steps do to one network: coordinates on a fixed probe batch, weights and their changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mupsweep.check.norms import rms_norm, rms_operator_norm
+from mupsweep.scaling import Role
+
+FEATURES, LOGITS, ATTENTION = "features", "logits", "attention logits"
+COORDINATES = (FEATURES, LOGITS, ATTENTION)
+CHANGE = "change of "
+WEIGHT, UPDATE = "||W||_R", "||dW||_R"
+
+Values = dict[tuple[str, str], float]  # (quantity, tensor or "") -> size
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network and what is measured on it.
+
+    Attributes:
+        network: called with the probe, it returns the logits.
+        step: one training step, from whatever the network's weights are.
+        features: the part of the network whose output is the features, such as its last block.
+        probe: arguments of the network.
+        roles: of every tensor, by name.
+    """
+
+    network: nn.Module
+    step: Callable[[], object]
+    features: nn.Module
+    probe: tuple[Any, ...]
+    roles: Mapping[str, Role]
+
+
+def trace(subject: Subject, at: Sequence[int]) -> dict[int, Values]:
+    """Take steps and measure after each count of `at` (ascending); 0 stands for the start.
+
+    Returns:
+        per step count: RMS norms of features, logits and attention logits, and of their changes since the start; the
+        norm of every weight and of its change. Step counts after which one of them is inf or nan are left out.
+    """
+    weights = dict(subject.network.named_parameters())
+    first = observe(subject)
+    start = {name: p.detach().clone() for name, p in weights.items()}
+    found = {0: {(c, ""): rms_norm(h) for c, h in first.items()}}
+    found[0] |= {(WEIGHT, name): weight_norm(w, subject.roles[name]) for name, w in start.items()}
+    for count in range(1, max(at) + 1):
+        subject.step()
+        if count not in at:
+            continue
+        now = observe(subject)
+        if not all(h.isfinite().all() for h in now.values()):
+            break
+        values: Values = {}
+        for name, h in now.items():
+            values[name, ""], values[CHANGE + name, ""] = rms_norm(h), rms_norm(h - first[name])
+        for name, w in weights.items():
+            values[WEIGHT, name] = weight_norm(w, subject.roles[name])
+            values[UPDATE, name] = update_norm(w.detach() - start[name], subject.roles[name])
+        found[count] = values
+    return found
+
+
+def weight_norm(weight: Tensor, role: Role) -> float:
+    """||W||_R as `solve` counts it: of a dimension that does not grow, such as the vocabulary, every index is a vector
+    of its own, and their norms are averaged (root mean square)."""
+    if role is Role.HIDDEN:
+        return rms_operator_norm(weight)
+    return rms_norm(weight) * (weight.shape[1] if role is Role.OUTPUT else 1)
+
+
+def update_norm(change: Tensor, role: Role) -> float:
+    """||dW||_R; one-hot inputs meet one row of an embedding at a time, so there it is the RMS over rows."""
+    return rms_operator_norm(change) if role in (Role.HIDDEN, Role.OUTPUT) else rms_norm(change)
+
+
+def observe(subject: Subject) -> dict[str, Tensor]:
+    """The coordinates on the probe batch; attention logits where the network calls torch's attention."""
+    with torch.no_grad(), recorded(subject.features) as features, AttentionLogits() as attention:
+        logits = subject.network(*subject.probe)
+    seen = {FEATURES: features[-1], LOGITS: logits.float()}
+    return seen | ({ATTENTION: torch.cat(attention.seen)} if attention.seen else {})
+
+
+@contextmanager
+def recorded(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The outputs of a module, call by call; of several outputs the first."""
+    outputs: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        outputs.append((output[0] if isinstance(output, tuple) else output).float())
+
+    hook = module.register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        hook.remove()
+
+
+class AttentionLogits(TorchFunctionMode):
+    """Watches `scaled_dot_product_attention` and computes its logits once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []  # flat, without the future
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.seen.append(attention_logits(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
+def attention_logits(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """scale * q . k of the pairs that may meet, flat; a mask's own values are left out."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+    logits = (query.shape[-1] ** -0.5 if scale is None else scale) * (query.float() @ key.float().mT)
+    pairs = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device)
+    return logits[..., pairs.tril() if is_causal else pairs].flatten()

@@ -1,0 +1,45 @@
+"""The data section of a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mupsweep.schema import one_of, require
+
+HELD_OUT = ("hash", "nanogpt")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A corpus and how it becomes tokens. `kind` names the source class; see `mupsweep/data`.
+
+    The keys from `hub_id` on are those of a data set on the Hugging Face hub; configs/data/_hub.yaml explains them.
+    """
+
+    name: str = "sotu"
+    kind: str = "mupsweep.data.sources.sotu.Sotu"
+    tokenizer: str = "gpt2-1024"
+    path: str | None = None
+    text_column: str = "text"
+    validation_fraction: float = 0.05
+    max_tokens: int | None = None
+    cache: str | None = None
+    hub_id: str | None = None
+    hub_config: str | None = None
+    revision: str | None = None
+    data_files: tuple[str, ...] = ()
+    split: str = "train"
+    validation_split: str | None = None
+    held_out: str = "hash"
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.validation_fraction < 1,
+            "data.validation_fraction",
+            self.validation_fraction,
+            "in (0, 1)",
+        )
+        require(self.max_tokens is None or self.max_tokens > 0, "data.max_tokens", self.max_tokens, "positive")
+        require(self.rows is None or self.rows > 0, "data.rows", self.rows, "positive")
+        one_of(self.held_out, HELD_OUT, "data.held_out")

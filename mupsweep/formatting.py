@@ -1,0 +1,42 @@
+"""Numbers and words for people: SI units, durations, counts, and the nearest of several names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+SI = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def si(value: float) -> str:
+    """1.23M, 4.5G: three digits and a unit."""
+    for size, unit in SI:
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Readable to two units: 45s, 3m 20s, 2h 05m, 4d 03h."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m {s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h {s % 3600 // 60:02d}m"
+    return f"{s // 86400}d {s % 86400 // 3600:02d}h"
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint that names the closest valid spelling first: `did you mean 'x'? valid: x, y, z`."""
+    spelt = {one.lower(): one for one in sorted(valid)}
+    typed = name.lower().replace("μ", "mu").replace("µ", "mu")  # the Greek letter, and the micro sign of keyboards
+    close = difflib.get_close_matches(typed, spelt, n=1, cutoff=0.5)
+    guess = f"did you mean '{spelt[close[0]]}'? " if close else ""
+    return f"{guess}valid: {', '.join(sorted(valid))}"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 run, 2 runs."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

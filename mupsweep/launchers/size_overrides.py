@@ -1,0 +1,45 @@
+"""What some sizes need and others do not: `launcher.sizes` gives keys of a launcher other values for named sizes."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from mupsweep.errors import ConfigError
+from mupsweep.schema import structured
+
+L = TypeVar("L")
+
+WHERE = "launcher.sizes"
+OF_ALL = ("name", "sizes", "analysis_options")  # the same for every size
+
+
+def check(launcher: Any) -> None:
+    """Refuse values that a launcher would not take.
+
+    Raises:
+        ConfigError: naming the size and the key.
+    """
+    if launcher.sizes is None:
+        return
+    if not isinstance(launcher.sizes, dict) or not all(isinstance(v, dict) for v in launcher.sizes.values()):
+        raise ConfigError(
+            f"{WHERE}={launcher.sizes}: expected keys for sizes, such as {{w512-d4:{{devices_per_run:2}}}}"
+        )
+    for size, values in launcher.sizes.items():
+        if shared := [key for key in OF_ALL if key in values]:
+            raise ConfigError(f"{WHERE}.{size}.{shared[0]}: it is the same for all sizes; set launcher.{shared[0]}")
+        for_size(launcher, size)
+
+
+def for_size(launcher: L, size: str) -> L:
+    """The launcher that a size's runs are given to."""
+    values = (launcher.sizes or {}).get(size)  # type: ignore[attr-defined]
+    if not values:
+        return launcher
+    common = {f.name: getattr(launcher, f.name) for f in fields(launcher) if f.name != "sizes"}  # type: ignore[arg-type]
+    try:
+        return structured(type(launcher), {**common, **values}, f"{WHERE}.{size}")
+    except ConfigError as error:
+        named = str(error).startswith(("unknown key", WHERE))
+        raise error if named else ConfigError(f"{WHERE}.{size}: {error}") from error

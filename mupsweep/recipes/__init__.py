@@ -1,0 +1,66 @@
+"""Exports: a recipe as the settings of another trainer, as far as that trainer can express them.
+
+One format is one file under `formats/`, found by its name: SUFFIX, and render(recipe) -> (text, limits). A format reads
+the recipe's JSON and nothing else. Every part of the rule that the trainer cannot express is one line of `limits`,
+which also says what to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mupsweep.errors import ConfigError
+from mupsweep.formatting import nearest
+from mupsweep.recipes import formats
+
+JSON = "json"  # the recipe itself
+
+
+@dataclass(frozen=True)
+class Export:
+    """A file for another trainer.
+
+    Attributes:
+        limits: what it cannot express, a line each; they also stand at the top of the text.
+    """
+
+    text: str
+    suffix: str
+    limits: tuple[str, ...]
+
+
+def names() -> list[str]:
+    """The formats there are."""
+    return sorted([JSON, *(module.name for module in pkgutil.iter_modules(formats.__path__))])
+
+
+def check(name: str) -> None:
+    """Refuse a format that there is not."""
+    if name not in names():
+        raise ConfigError(f"--format {name}: {nearest(name, names())}")
+
+
+def export(name: str, recipe: Mapping[str, Any]) -> Export:
+    """A recipe (see `mupsweep.recipes.recipe.recipe`) in a format other than JSON."""
+    check(name)
+    form = importlib.import_module(f"{formats.__name__}.{name}")
+    text, limits = form.render(recipe)
+    return Export("\n".join([*_header(name, recipe, limits), text]), form.SUFFIX, tuple(limits))
+
+
+def _header(name: str, recipe: Mapping[str, Any], limits: list[str]) -> list[str]:
+    """Comment lines: what this is, what the LR rests on, and what the file does not say."""
+    from mupsweep.analysis.estimate import Estimate  # which needs scipy
+
+    target, at = recipe["target"], Estimate(*(recipe[key] for key in ("log2_lr", "log2_lr_low", "log2_lr_high")))
+    lines = [
+        f"{recipe['model']}/{recipe['optimizer']}/{recipe['parametrization']} at width {target['width']}, "
+        f"depth {target['depth']}, for {name}; base LR {recipe['base_lr']:.4g}, log2 {at}, {recipe['basis']}",
+        f"LR {recipe['horizon']['note']}",
+        *(f"NOT HERE: {limit}" for limit in limits),
+    ]
+    return [f"# {line}" for line in lines]

@@ -1,0 +1,94 @@
+"""PyTorch: a snippet with the optimizers, the start and the forward constants of the target, by patterns of names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pprint import pformat
+from typing import Any
+
+from mupsweep.recipes.tensors import groups, starts, torch_class
+
+SUFFIX = ".py"
+
+BODY = '''import re
+
+import torch
+
+BLOCK_MULTIPLIER = {block!r}  # on the output of every attention and MLP branch, before it joins the residual stream
+OUTPUT_MULTIPLIER = {output!r}  # on the logits
+ATTENTION_SCALE = {attention!r}  # on query . key
+CLIP_NORM = {clip!r}  # of the gradients of all parameters together; None: do not clip
+TRAINING = {training}
+# pattern of names -> standard deviation of a tensor at the start, or "ones" or "zeros"
+INIT = {init}
+# weight_decay is coupled, as in torch: a step subtracts lr * weight_decay * W. The schedule multiplies every lr.
+GROUPS = {groups}
+OPTIMIZERS = {{{optimizers}}}
+
+
+def optimizers(model, rename=lambda name: name):
+    """One torch optimizer per class, over every parameter once; `rename` makes the patterns' names of yours."""
+    members = {{name: [] for name in OPTIMIZERS}}
+    left = {{name: p for name, p in model.named_parameters() if p.requires_grad}}
+    for group in GROUPS:
+        names = [name for name in left if any(re.search(pattern, rename(name)) for pattern in group["patterns"])]
+        if not names:
+            raise ValueError(f"no parameter fits {{group['patterns']}}: give optimizers() a rename for your names")
+        numbers = {{key: value for key, value in group.items() if key not in ("patterns", "optimizer")}}
+        members[group["optimizer"]].append({{"params": [left.pop(name) for name in names], **numbers}})
+    if left:
+        raise ValueError(f"no pattern fits {{sorted(left)}}: give optimizers() a rename for your names")
+    return [make(members[name]) for name, make in OPTIMIZERS.items() if members[name]]
+
+
+@torch.no_grad()
+def initialise(model, rename=lambda name: name):
+    """Draw the start of every parameter."""
+    for name, parameter in model.named_parameters():
+        (start,) = [start for pattern, start in INIT.items() if re.search(pattern, rename(name))]
+        if start in ("ones", "zeros"):
+            parameter.fill_(start == "ones")
+        else:
+            parameter.normal_(0.0, start)
+'''
+FOREIGN = '''
+
+def from_mupsweep(**section):
+    """An optimizer that torch does not have."""
+    from mupsweep.schema import instantiate
+
+    return instantiate(section, "optimizer").build
+'''
+
+
+def render(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The snippet; it runs with torch alone wherever torch has the optimizers."""
+    lines, foreign = [], []
+    for optimizer in recipe["optimizers"]:
+        made = torch_class(optimizer)
+        if made is None:
+            foreign.append(optimizer["name"])
+            lines.append(f"{optimizer['name']!r}: from_mupsweep(**{literal(optimizer, 8)})")
+        else:
+            words = "".join(f", {key}={value!r}" for key, value in made[1].items())
+            lines.append(f"{optimizer['name']!r}: lambda groups: torch.optim.{made[0]}(groups{words})")
+    body = BODY.format(
+        block=recipe["block_multiplier"],
+        output=recipe["output_multiplier"],
+        attention=recipe["attention_scale"],
+        clip=recipe["clip"],
+        training=literal(recipe["training"]),
+        init=literal(starts(recipe)),
+        groups=literal(groups(recipe)),
+        optimizers="".join(f"\n    {line}," for line in lines) + "\n",
+    )
+    if not foreign:
+        return body, []
+    limit = f"torch has no {' or '.join(foreign)}: the snippet takes mupsweep's, which has to be installed"
+    return body.replace("\nBLOCK_MULTIPLIER", FOREIGN + "\n\nBLOCK_MULTIPLIER", 1), [limit]
+
+
+def literal(value: Any, indent: int = 0) -> str:
+    """Python source of plain data, a line per entry."""
+    text = pformat(value, width=110 - indent, sort_dicts=False)
+    return text.replace("\n", "\n" + " " * indent)

@@ -1,0 +1,217 @@
+"""Validation: train a target at the LR that smaller sizes transfer to it and at its neighbours, and judge that LR.
+
+The LR comes from the sizes below the target alone. It stays the same while the target's own runs come in, so a command
+that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from mupsweep.analysis.curves import collect
+from mupsweep.analysis.estimate import UNKNOWN, Estimate
+from mupsweep.analysis.labels import label_of
+from mupsweep.analysis.optimum import Optimum
+from mupsweep.analysis.transfer import Analysis, Group, analyse, select
+from mupsweep.errors import ConfigError, RecordError
+from mupsweep.models.shape import Size
+from mupsweep.recipes import recipe
+from mupsweep.store.results import read_runs
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep import plan
+from mupsweep.sweep.run_spec import Recipe, RunSpec
+
+GRAIN = 8  # parts of an octave that a transferred LR is rounded to: a refit that moves less plans no new runs
+STEPS = (0.5, 1.0)  # octaves between neighbours, at least and at most; the spacing of the sweep's grid between them
+MOST = 7  # LRs at the target
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A target of one variant that is to be trained.
+
+    Attributes:
+        log2_lr: the transferred LR.
+        step: octaves to its neighbours.
+        seeds: those of the sweep.
+    """
+
+    made: Recipe
+    size: Size
+    log2_lr: float
+    step: float
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What the transferred LR was worth at a target.
+
+    Attributes:
+        log2_lr: the transferred LR.
+        optimum: log2 of the best LR there, or a bound.
+        regret: nats per token lost by the transferred LR.
+        reasons: what keeps the two from being known.
+    """
+
+    label: tuple[str, str, str]
+    size: Size
+    log2_lr: float
+    optimum: Estimate
+    regret: Estimate
+    reasons: tuple[str, ...]
+
+
+def trials(
+    sweep: SweepDir, target: Mapping[str, int], optimizer: str | None, parametrization: str | None
+) -> list[Trial]:
+    """What is to be trained at the target, for every chosen variant.
+
+    Raises:
+        ConfigError: a target that is no multiple of the base, not larger than it, or of another horizon.
+        RecordError: the sizes below the target give no LR.
+    """
+    runs = plan.load(sweep)
+    rows = read_runs([sweep])
+    found = []
+    for made in {run.recipe.digest: run.recipe for run in runs}.values():
+        names = made.variant.names
+        if made.variant.change or optimizer not in (None, names[1]) or parametrization not in (None, names[2]):
+            continue
+        width, depth = target.get("width", made.model.width), target.get("depth", made.model.depth)
+        size = made.size(width / made.model.width, depth / made.model.depth)
+        _check(target, made, size)
+        smaller = [row for row in rows if label_of(row) == names and _ratio(row) < _ratio(vars(size)) - 1e-9]
+        groups = analyse(smaller).groups
+        if not groups:
+            raise RecordError(
+                f"{sweep.path} has no finished runs of {'/'.join(names)} below width {width}, depth "
+                f"{depth}, so there is no LR to validate: mupsweep run first"
+            )
+        one = recipe.leading(groups, made, width, depth)
+        choice, _ = recipe.recommend(one, recipe.doublings_to(one, size))
+        assert choice.value is not None
+        mine = [run for run in runs if run.recipe.digest == made.digest]
+        seeds = tuple(sorted({run.seed for run in mine}))
+        found.append(Trial(made, size, round(choice.value * GRAIN) / GRAIN, _step(mine), seeds))
+    if not found:
+        select(analyse(rows), optimizer, parametrization)  # says which names there are
+        raise RecordError(f"{sweep.path} has no finished runs: mupsweep run first")
+    return found
+
+
+def extend(sweep: SweepDir, trial: Trial, rows: Sequence[Mapping[str, Any]]) -> list[RunSpec]:
+    """Plan the runs of a trial: the transferred LR, its neighbours, and further ones until its optimum is bounded."""
+    ratios = trial.size.width_ratio, trial.size.depth_ratio
+    points = [p for curve in collect(_of(trial, rows))[-1:] for p in curve.points]  # of the longest horizon
+    whole = [p for p in points if len(p.losses) + p.diverged >= len(trial.seeds)]
+    known = {p.log2_lr: math.inf if p.censored else p.mean for p in whole}
+    wanted = neighbours(trial.log2_lr, trial.step, known)
+    if all(lr in known for lr in wanted):
+        wanted += _unbounded(judge(analyse(rows), trial).optimum, known, trial.step)
+    return plan.extend(sweep, trial.made, ratios, wanted, trial.seeds)
+
+
+def neighbours(log2_lr: float, step: float, losses: Mapping[float, float]) -> list[float]:
+    """The LRs to train, given the losses so far (inf: diverged): three, and more on a side where the last is best."""
+    wanted = [log2_lr - step, log2_lr, log2_lr + step]
+    while len(wanted) < MOST and all(lr in losses for lr in wanted):
+        best = min(wanted, key=lambda lr: losses[lr])
+        if best == wanted[0]:
+            wanted.insert(0, best - step)
+        elif best == wanted[-1]:
+            wanted.append(best + step)
+        else:
+            break
+    return wanted
+
+
+def _unbounded(best: Estimate, losses: Mapping[float, float], step: float) -> list[float]:
+    """An LR further out on every side where the losses so far do not bound the best one."""
+    ends = [(best.low, min(losses), -step), (best.high, max(losses), step)]
+    found = [end + out for bound, end, out in ends if bound is None and math.isfinite(losses[end])]
+    return found if len(losses) + len(found) <= MOST else []
+
+
+def judge(analysis: Analysis, trial: Trial) -> Validation:
+    """The best LR at the target and the regret of the transferred one, from all runs so far."""
+    label = trial.made.variant.names
+    groups = [group for group in analysis.groups if group.label == label and _optimum(group, trial.size) is not None]
+    if not groups:
+        reason = f"no run of width {trial.size.width}, depth {trial.size.depth} is finished yet"
+        return Validation(label, trial.size, trial.log2_lr, UNKNOWN, UNKNOWN, (reason,))
+    there = _optimum(recipe.leading(groups, trial.made, trial.size.width, trial.size.depth), trial.size)
+    assert there is not None
+    reasons = () if there.reason is None else (there.reason,)
+    best = Estimate(there.log2_lr, there.low, there.high)
+    return Validation(label, trial.size, trial.log2_lr, best, regret(there, trial.log2_lr), reasons)
+
+
+def regret(there: Optimum, log2_lr: float) -> Estimate:
+    """Nats per token that an LR loses against the best of a size; unknown where there is no fit, and no more than a
+    bound where the best may lie beyond it."""
+    if there.posterior is None or not there.posterior.covers(log2_lr):
+        return UNKNOWN
+    draws = there.posterior.at(np.full(len(there.posterior.draws), log2_lr)) - there.posterior.losses
+    lost = Estimate.of(np.maximum(draws, 0.0))
+    return lost if there.se is not None else Estimate(None, lost.low or None, None)
+
+
+def to_json(outcome: Validation) -> dict[str, Any]:
+    """As results/validation-*.json holds it."""
+    model, optimizer, parametrization = outcome.label
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "parametrization": parametrization,
+        "width": outcome.size.width,
+        "depth": outcome.size.depth,
+        "log2_lr": outcome.log2_lr,
+        "log2_lr_optimum": outcome.optimum.value,
+        "log2_lr_low": outcome.optimum.low,
+        "log2_lr_high": outcome.optimum.high,
+        "regret": {"nats": outcome.regret.value, "low": outcome.regret.low, "high": outcome.regret.high},
+        "reasons": list(outcome.reasons),
+    }
+
+
+def _check(target: Mapping[str, int], made: Recipe, size: Size) -> None:
+    tokens = made.steps * made.training.batch_size * made.model.context
+    if target.get("tokens", tokens) != tokens:
+        raise ConfigError(
+            f"--validate with tokens={target['tokens']}: the sweep's runs train on {tokens} tokens, and a verdict "
+            f"compares runs of one horizon; leave tokens out, or make a sweep with training.tokens={target['tokens']}"
+        )
+    if _ratio(vars(size)) <= 1:
+        raise ConfigError(
+            f"--validate at width {size.width}, depth {size.depth}: not larger than the base, width "
+            f"{made.model.width}, depth {made.model.depth}; give a target that the LR is transferred to"
+        )
+
+
+def _step(runs: Sequence[RunSpec]) -> float:
+    """The spacing of the sweep's LRs at its base, within STEPS."""
+    lrs = sorted({run.log2_lr for run in runs if run.size.width_ratio == run.size.depth_ratio == 1})
+    spacing = min((b - a for a, b in pairwise(lrs)), default=STEPS[1])
+    return min(max(spacing, STEPS[0]), STEPS[1])
+
+
+def _of(trial: Trial, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of a trial's variant and size."""
+    size = (trial.size.width, trial.size.depth)
+    return [row for row in rows if label_of(row) == trial.made.variant.names and (row["width"], row["depth"]) == size]
+
+
+def _optimum(group: Group, size: Size) -> Optimum | None:
+    shape = size.width, size.depth
+    return next((o for o in group.optima if (o.curve.width, o.curve.depth) == shape), None)
+
+
+def _ratio(row: Mapping[str, Any]) -> float:
+    return row["width_ratio"] * row["depth_ratio"]

@@ -1,0 +1,1 @@
+"""Views of a sweep as PNG, SVG and PDF figures."""

@@ -1,0 +1,119 @@
+"""Colours, fonts and formats of the figures that matplotlib draws, for screens and for papers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from mupsweep.atomic_files import write_bytes
+from mupsweep.errors import ConfigError
+from mupsweep.formatting import nearest
+
+INK, QUIET, BAND = "#1f2328", "#6b7280", "#f1f3f5"
+VERDICT_COLORS = {"transfers": "#17734a", "drifts": "#b3400a", "inconclusive": QUIET}
+# light and small to dark and large, of falling lightness in every kind of colour vision
+SIZES = LinearSegmentedColormap.from_list("sizes", ["#9fd49b", "#45b5a5", "#2a86b5", "#33529b", "#2d1857"])
+# Okabe and Ito, jfly.uni-koeln.de/color
+GROUPS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+MARKERS = ("o", "s", "D", "^", "v", "P")
+STYLE = {
+    "svg.hashsalt": "mupsweep",  # element ids that do not change from one drawing to the next
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": "#9aa1a9",
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e8eaed",
+    "grid.linewidth": 0.6,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+}
+PAPER_STYLE = {
+    **STYLE,
+    "font.family": "STIXGeneral",  # close to the Times of most journals, and shipped with matplotlib
+    "mathtext.fontset": "stix",
+    "font.size": 8,
+    "axes.edgecolor": INK,
+    "axes.linewidth": 0.6,
+    "axes.grid": False,
+    "lines.linewidth": 0.9,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.direction": "in",
+    "ytick.direction": "in",
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.fontsize": 7.5,
+    "pdf.fonttype": 42,  # TrueType: many publishers refuse Type 3
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How figures are drawn.
+
+    Attributes:
+        suffixes: of the files, which say their format.
+        panel: width and height of a panel, in inches; a width of None divides TEXT_WIDTH among the columns.
+        drift: width and height of the drift figure, without its legend.
+        title, small: font sizes, in points.
+        lines: by what lines and markers are scaled.
+        told: whether verdicts and drifts stand above the panels; where not, letters for a caption do.
+    """
+
+    style: dict[str, Any]
+    suffixes: tuple[str, ...]
+    panel: tuple[float | None, float]
+    drift: tuple[float, float]
+    title: float
+    small: float
+    lines: float
+    told: bool
+
+    def size(self, columns: int, rows: int) -> tuple[float, float]:
+        """Of a figure of panels, in inches."""
+        width, height = self.panel
+        wide = 0.5 + width * columns if width else TEXT_WIDTH[0] if columns == 1 else TEXT_WIDTH[1]
+        return wide, 0.7 + height * rows
+
+
+TEXT_WIDTH = 3.35, 6.9  # inches of one column and of two, which fit most journals
+LOOKS = {
+    "screen": Look(STYLE, (".png", ".svg"), (4.1, 3.7), (5.8, 4.1), 11, 7, 1.0, True),
+    "paper": Look(PAPER_STYLE, (".png", ".svg", ".pdf"), (None, 2.1), (3.35, 2.5), 8.5, 6, 0.7, False),
+}
+
+
+def look_of(name: str) -> Look:
+    """The look of that name, a key of LOOKS."""
+    if name not in LOOKS:
+        raise ConfigError(f"--figures {name}: {nearest(name, LOOKS)}")
+    return LOOKS[name]
+
+
+# what would make two drawings differ
+METADATA = {
+    ".png": {"Software": None},
+    ".svg": {"Date": None, "Creator": None},
+    ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure, in the format that its name says; returns the path."""
+    drawn = BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], dpi=200, metadata=METADATA[path.suffix])
+    write_bytes(path, drawn.getvalue())
+    return path

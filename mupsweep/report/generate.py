@@ -1,0 +1,222 @@
+"""Conclude: analyse a sweep and write every view of the outcome; export the recipe of a target."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mupsweep import trackers
+from mupsweep.analysis.transfer import Analysis, analyse, select
+from mupsweep.atomic_files import make_folder, write_json, write_text
+from mupsweep.errors import ConfigError, RecordError
+from mupsweep.recipes import JSON, check, recipe, validation
+from mupsweep.recipes import export as export_format
+from mupsweep.report.results_files import to_json, write_results
+from mupsweep.schema import LARGEST
+from mupsweep.store.results import Ledger, read, read_runs, read_table
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep import plan
+from mupsweep.sweep.run_spec import RunSpec
+from mupsweep.sweep.tensor_rules import TensorRule, rules
+
+
+def conclude(
+    sweeps: Sequence[SweepDir],
+    as_json: bool = False,
+    optimizer: str | None = None,
+    parametrization: str | None = None,
+    figures: str | None = None,
+) -> list[str]:
+    """Analyse some sweeps together, write the results of a single one, print the outcome, return the verdicts.
+
+    Args:
+        figures: a further look to draw the figures in, a key of `looks.LOOKS`.
+    """
+    from mupsweep.report.terminal import verdicts
+
+    if not sweeps:
+        raise ConfigError("no sweep given: mupsweep transfer sweeps/NAME, or mupsweep transfer --from runs.csv")
+    if figures is not None:
+        from mupsweep.report.figures import theme
+
+        theme.look_of(figures)  # this, and a damaged config, are told before anything is written
+    for sweep in sweeps:
+        sweep.read_config()
+    # before the runs are read: of 100,000, plan and results together would take the most memory
+    shown_rules = list(_rules_at_sizes(plan.load(sweeps[0], to_train=False))) if len(sweeps) == 1 else []
+    rows, ledgers = read(sweeps)
+    analysis = analyse(rows)
+    files: list[Path] = []
+    unwritten: RecordError | None = None
+    if len(sweeps) == 1:
+        try:
+            files = write_views(sweeps[0], analysis, shown_rules, ledgers[0], figures)
+        except RecordError as error:  # somebody else's folder, or a full disk: what it says can still be read
+            unwritten = error
+    groups = select(analysis, optimizer, parametrization) if analysis.groups else []
+    shown = replace(analysis, groups=tuple(groups))
+    if as_json:
+        print(json.dumps(to_json(shown), indent=2))
+    else:
+        counts = [sum(ledger.values(), Counter()) for ledger in ledgers]
+        advice = verdicts.advice_on(shown, sweeps[0]) if len(sweeps) == 1 else ()
+        verdicts.show_analysis(shown, list(zip((s.path for s in sweeps), counts, strict=True)), files, advice)
+    if unwritten is not None:
+        raise unwritten
+    return [group.verdict for group in groups]
+
+
+def conclude_table(
+    table: str, others: Sequence[str], as_json: bool, optimizer: str | None, parametrization: str | None
+) -> list[str]:
+    """Analyse runs that were trained elsewhere, print the outcome, return the verdicts. Writes nothing."""
+    from mupsweep.report.terminal import verdicts
+
+    if others:
+        raise ConfigError(f"--from {table} stands alone, without {others[0]}: how these runs were trained is not known")
+    analysis = analyse(read_table(table))
+    shown = replace(analysis, groups=tuple(select(analysis, optimizer, parametrization)))
+    if as_json:
+        print(json.dumps(to_json(shown), indent=2))
+    else:
+        verdicts.show_analysis(shown, [], [])
+    return [group.verdict for group in shown.groups]
+
+
+def write_views(
+    sweep: SweepDir,
+    analysis: Analysis,
+    shown_rules: Sequence[tuple[str, Sequence[TensorRule]]],
+    ledger: Ledger,
+    look: str | None,
+) -> list[Path]:
+    """results/: tables, and figures and the report once there is something to see."""
+    write_results(sweep, analysis)
+    files = [sweep.results / "transfer.json", sweep.results / "runs.csv"]
+    if analysis.curves:
+        from mupsweep.report.figures import curves
+        from mupsweep.report.html import page
+
+        curves.draw(analysis, sweep.figures)
+        if look is not None:
+            files += curves.draw(analysis, sweep.figures / look, look)
+        files = [page.write(sweep, analysis, shown_rules, ledger), sweep.figures, *files]
+    trackers.analysed(sweep)
+    return files
+
+
+def conclude_validation(sweep: SweepDir, trials: Sequence[validation.Trial], silent: bool) -> None:
+    """Write what the transferred LR was worth at a target, and print it unless `silent`."""
+    from mupsweep.report.terminal import verdicts
+
+    analysis = analyse(read_runs([sweep]))
+    for outcome in (validation.judge(analysis, trial) for trial in trials):
+        _, optimizer, parametrization = outcome.label
+        name = f"validation-{optimizer}-{parametrization}-{outcome.size.name}.json"
+        write_json(sweep.results / name, validation.to_json(outcome))
+        if not silent:
+            verdicts.show_validation(outcome)
+
+
+def export(
+    sweeps: Sequence[SweepDir],
+    target: Sequence[str],
+    optimizer: str | None,
+    parametrization: str | None,
+    as_json: bool = False,
+    form: str = JSON,
+) -> None:
+    """Print the recipe of every chosen variant for a target, and write it beside the first sweep's results.
+
+    Args:
+        form: of the file that is written beside the JSON, a name of `exports.names()`.
+    """
+    from mupsweep.report.terminal import verdicts
+
+    dims = read_target(target)
+    check(form)
+    if not sweeps:
+        raise ConfigError(f"no sweep given: mupsweep transfer sweeps/NAME --to {' '.join(target)}")
+    planned = (run for sweep in reversed(sweeps) for run in plan.load(sweep, to_train=False))
+    recipes = {run.recipe.variant.label: run.recipe for run in planned}
+    groups = select(analyse(read_runs(sweeps)), optimizer, parametrization)
+    if not groups:
+        raise RecordError(
+            f"{sweeps[0].path} has no finished runs, so there is no LR --to {' '.join(target)}: mupsweep run first"
+        )
+    made: list[dict[str, Any]] = []
+    refused: list[str] = []
+    for label in dict.fromkeys(group.label for group in groups):
+        if label not in recipes:
+            refused.append(f"{'/'.join(label)}: two sweeps hold this name with other settings; export from one of them")
+            continue
+        chosen = recipes[label]
+        width, depth = dims.get("width", chosen.model.width), dims.get("depth", chosen.model.depth)
+        mine = [group for group in groups if group.label == label]
+        best, exponent = recipe.leading(mine, chosen, width, depth), recipe.exponent_of(mine)
+        try:
+            made.append(recipe.recipe(best, chosen, width, depth, dims.get("tokens"), exponent))
+        except RecordError as error:
+            refused.append(str(error))
+    if not made:
+        raise RecordError("; ".join(refused))
+    for line in refused:
+        print(f"no recipe for {line}", file=sys.stderr)
+    several = len({content["model"] for content in made}) > 1
+    foreign = [None if form == JSON else export_format(form, content) for content in made]  # or refuse
+    make_folder(sweeps[0].results)
+    for content, exported in zip(made, foreign, strict=True):
+        path = sweeps[0].results / f"{_file_name(content, several, 'tokens' in dims)}.json"
+        write_json(path, content)
+        beside = path
+        if exported is not None:
+            beside = path.with_name(f"{path.stem}-{form}{exported.suffix}")
+            write_text(beside, exported.text)
+        if not as_json:
+            verdicts.show_recipe(content, list(dict.fromkeys((path, beside))), exported.limits if exported else ())
+    if as_json:
+        print(json.dumps(made, indent=2))
+
+
+def _file_name(content: dict[str, Any], several_models: bool, of_horizon: bool) -> str:
+    """recipe-adamw-spectral-w4096-d32, with the model or the horizon where they tell recipes apart."""
+    size = content["target"]
+    model = f"{content['model']}-" if several_models else ""
+    horizon = f"-t{content['horizon']['tokens']}" if of_horizon else ""
+    return (
+        f"recipe-{model}{content['optimizer']}-{content['parametrization']}-w{size['width']}-d{size['depth']}{horizon}"
+    )
+
+
+def read_target(words: Sequence[str]) -> dict[str, int]:
+    """width=4096 depth=32 tokens=2e9 -> {"width": 4096, "depth": 32, "tokens": 2000000000}."""
+    dims = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        try:
+            value = float(text) if text.isascii() and "_" not in text else 0.0
+        except ValueError:
+            value = 0.0
+        if key not in ("width", "depth", "tokens") or not 1 <= value <= LARGEST or not value.is_integer():
+            raise ConfigError(
+                f"--to {word}: expected width=N, depth=N and tokens=N, whole numbers, for example "
+                "--to width=4096 depth=32 tokens=2e9"
+            )
+        if key in dims:
+            raise ConfigError(f"--to {word}: {key}={dims[key]} is given too; one target a command")
+        dims[key] = int(value)
+    return dims
+
+
+def _rules_at_sizes(runs: Sequence[RunSpec]) -> Iterator[tuple[str, Sequence[TensorRule]]]:
+    """(heading, rules) for every variant and size of a sweep, at the middle LR of its grid."""
+    lrs = sorted({run.log2_lr for run in runs})
+    seen = {(run.recipe.variant.label, run.size): run for run in runs if run.recipe.variant.change is None}
+    for (label, size), run in sorted(seen.items(), key=lambda item: (item[0][0], item[0][1])):
+        heading = f"{'/'.join(label)}, width {size.width}, depth {size.depth}, at base LR 2^{lrs[len(lrs) // 2]:g}"
+        yield heading, rules(run.recipe, size, 2.0 ** lrs[len(lrs) // 2])

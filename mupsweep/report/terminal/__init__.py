@@ -1,0 +1,1 @@
+"""Views of a sweep as text in a terminal."""

@@ -1,0 +1,179 @@
+"""A sweep while it is trained, followed through its records. A poll reads only what may have changed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mupsweep.analysis.labels import DONE, Label, label_of
+from mupsweep.store.run_dir import FAILED, FINISHED, PENDING, RUNNING
+from mupsweep.store.sweep_dir import SweepDir
+
+SETTLED_SECONDS = 2.0  # a file changed again within the grain of its clock looks unchanged: until then it is read again
+Row = tuple[Label, int, int]  # variant, width, depth
+
+
+@dataclass
+class Cell:
+    """The runs of one size at one LR, over seeds."""
+
+    states: Counter[str] = field(default_factory=Counter)
+    losses: list[float] = field(default_factory=list)
+
+    def __add__(self, other: Cell) -> Cell:
+        return Cell(self.states + other.states, self.losses + other.losses)
+
+
+class Board:
+    """What is known of every run of a sweep; `look` reads what changed since.
+
+    Of 100,000 runs a poll reads those that have a folder and are not finished, and the plan only where it grew.
+
+    Attributes:
+        planned: every run's line of the plan.
+        running: run ids -> what their status says.
+        losses: run ids -> the validation loss of those that finished, None where they diverged.
+        cells: by row of sizes and log2 LR.
+        counts: how many runs are in each state.
+    """
+
+    def __init__(self, sweep: SweepDir) -> None:
+        self.sweep = sweep
+        self.planned: dict[str, dict[str, Any]] = {}
+        self.labels: dict[Label, list[str]] = defaultdict(list)
+        self.running: dict[str, Mapping[str, Any]] = {}
+        self.losses: dict[str, float | None] = {}
+        self.cells: dict[Row, dict[float, Cell]] = defaultdict(lambda: defaultdict(Cell))
+        self.counts: Counter[str] = Counter()
+        self.flops = Counter[str]()  # by state; those of running runs in full
+        self._states: dict[str, str] = {}
+        self._started: dict[str, tuple[_Watched, dict[str, Any]]] = {}  # with a folder, and without a result
+        self._plan, self._runs = _Watched(sweep.plan_path), _Watched(sweep.runs)
+        self._begun, self._finished = time.monotonic(), 0.0
+        self.look()
+        self._finished = self._flops_done()
+
+    def look(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """Read what may have changed; returns the runs that ended or failed since, with their status."""
+        grown = self._plan.changed()
+        if grown:
+            self._read_plan()
+        if self._runs.changed() or grown:
+            for run_id in self.sweep.started():
+                if self._states.get(run_id) not in (None, *FINISHED) and run_id not in self._started:
+                    self._started[run_id] = _Watched(self.sweep.run(run_id).status_path), {"status": PENDING}
+        ended = []
+        for run_id, (watched, status) in list(self._started.items()):
+            folder = self.sweep.run(run_id)
+            if watched.changed():
+                status = folder.status()
+                self._started[run_id] = watched, status
+            state = status["status"]
+            if state == RUNNING and not folder.is_claimed():  # its owner died
+                state = PENDING
+            if self._enter(run_id, state, status) and state in (*FINISHED, FAILED):
+                ended.append((run_id, status))
+        return ended
+
+    def _read_plan(self) -> None:
+        for row in self.sweep.read_plan():
+            run_id = row["run_id"]
+            if run_id not in self.planned:
+                self.planned[run_id] = row
+                self.labels[self.label(run_id)].append(run_id)
+                self._enter(run_id, PENDING, {})
+
+    def _enter(self, run_id: str, state: str, status: Mapping[str, Any]) -> bool:
+        """Move a run to a state; whether it was in another one."""
+        if state == RUNNING:
+            self.running[run_id] = status
+        else:
+            self.running.pop(run_id, None)
+        old = self._states.get(run_id)
+        if old == state:
+            return False
+        self._states[run_id] = state
+        row = self.planned[run_id]
+        cell = self.cells[self.label(run_id), row["width"], row["depth"]][row["log2_lr"]]
+        for counter, amount in ((self.counts, 1), (cell.states, 1), (self.flops, row.get("flops", 0.0))):
+            counter[state] += amount
+            if old is not None:
+                counter[old] -= amount
+        if state in FINISHED:
+            del self._started[run_id]
+            loss = (self.sweep.run(run_id).summary() or {}).get("val_loss") if state == DONE else None
+            self.losses[run_id] = loss
+            if loss is not None:
+                cell.losses.append(loss)
+        return True
+
+    def label(self, run_id: str) -> Label:
+        """The variant of a run."""
+        return label_of(self.planned[run_id])
+
+    @property
+    def finished(self) -> int:
+        return sum(self.counts[state] for state in FINISHED)
+
+    @property
+    def open(self) -> int:
+        """Runs that are neither finished nor failed."""
+        return self.counts[PENDING] + self.counts[RUNNING]
+
+    def results(self, label: Label) -> list[dict[str, Any]]:
+        """The finished runs of a variant, as `curves.collect` reads them."""
+        return [
+            {**self.planned[run_id], "status": self._states[run_id], "val_loss": self.losses[run_id]}
+            for run_id in self.labels[label]
+            if run_id in self.losses
+        ]
+
+    def run_seconds_left(self, run_id: str) -> float | None:
+        """How long a running run still takes at its own speed."""
+        status, row = self.running[run_id], self.planned[run_id]
+        speed, steps = status.get("tokens_per_second"), status.get("steps")
+        return (1 - status.get("step", 0) / steps) * row["tokens"] / speed if speed and steps else None
+
+    def seconds_left(self) -> float | None:
+        """How long the rest takes, by FLOPs, at the speed since this board looks, or else that of the running runs."""
+        done = self._flops_done()
+        left = self.flops[PENDING] + self.flops[RUNNING] - sum(map(self._partial, self.running))
+        passed = time.monotonic() - self._begun
+        if done > self._finished and passed > 0:
+            return left * passed / (done - self._finished)
+        speeds = {r: s["tokens_per_second"] for r, s in self.running.items() if s.get("tokens_per_second")}
+        rate = sum(self.planned[r]["flops"] / self.planned[r]["tokens"] * speed for r, speed in speeds.items())
+        return left / rate if rate else None
+
+    def _flops_done(self) -> float:
+        return sum(self.flops[state] for state in FINISHED) + sum(map(self._partial, self.running))
+
+    def _partial(self, run_id: str) -> float:
+        status = self.running[run_id]
+        return self.planned[run_id].get("flops", 0.0) * status.get("step", 0) / max(1, status.get("steps", 1))
+
+
+class _Watched:
+    """A file or folder that may change."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stamp: tuple[int, int, int] | None = None
+
+    def changed(self) -> bool:
+        """Whether it may have changed since the last call."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            stamp, settled = None, True
+        else:
+            stamp = found.st_mtime_ns, found.st_size, found.st_ino
+            settled = time.time() - found.st_mtime > SETTLED_SECONDS
+        same = stamp == self.stamp
+        self.stamp = stamp if settled else None
+        return not same

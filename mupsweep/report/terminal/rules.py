@@ -1,0 +1,154 @@
+"""The scaling rules of a sweep as tables."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from mupsweep.optimizers.muon import SHAPE_FACTORS, Muon, convert
+from mupsweep.report.terminal.console import console_of, table_of
+from mupsweep.scaling import Monomial, Role, Rule, symbolic
+from mupsweep.sweep.config import SweepConfig
+from mupsweep.sweep.run_spec import Recipe, recipe
+from mupsweep.sweep.tensor_rules import TensorRule, audit, multipliers, rule_record, rules
+
+if TYPE_CHECKING:
+    pass
+RULE_KEYS = ("multiplier", "init_std", "lr", "weight_decay", "eps")
+
+
+def show_rules(config: SweepConfig, as_json: bool, per_tensor: bool) -> None:
+    """The scaling rules of every variant: symbols per role, numbers per size, and the audit."""
+    lrs = sorted(config.sweep.log2_lrs)
+    base_lr = 2.0 ** lrs[len(lrs) // 2]
+    made = [recipe(variant) for variant in config.variants]
+    documents = [_rules_document(one, config, base_lr) for one in made]
+    if as_json:
+        print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
+        return
+    console = console_of()
+    for one in made:
+        console.print(f"\n{'/'.join(one.variant.label)}", style="bold")
+        symbols = list(_symbols(one))
+        names = sorted({name for *_, thresholds in symbols for name in thresholds})
+        table = table_of("role", "optimizer", "multiplier", "init std", "LR", "weight decay", "eps", *names)
+        for role, part, rule, thresholds in symbols:
+            entries = [getattr(rule, key) for key in RULE_KEYS] + [thresholds.get(name, "") for name in names]
+            table.add_row(role.value, part, *map(str, entries))
+        console.show(table)
+        for r_n, r_L in config.sweep.ratios:
+            size = one.size(r_n, r_L)
+            rows = rules(one, size, base_lr)
+            attention = multipliers(one, size).attention
+            console.print(
+                f"width {size.width} (x{r_n:g}), depth {size.depth} (x{r_L:g}), base LR 2^{lrs[len(lrs) // 2]:g}, "
+                f"attention scale {attention:.4g}"
+            )
+            console.show(_rule_table(rows, per_tensor))
+            if conventions := muon_conventions(one, rows):
+                console.print("the LR with which the other conventions of Muon take the same step:")
+                console.show(_convention_table(conventions))
+        for note in audit(one):
+            console.say(f"note: {note}")
+    console.say("audit: every tensor has one role, one optimizer and one LR; no contradiction found")
+
+
+def _rules_document(one: Recipe, config: SweepConfig, base_lr: float) -> dict[str, Any]:
+    model, optimizer, parametrization = one.variant.names
+    roles = {}
+    for role, part, rule, thresholds in _symbols(one):
+        roles[role.value] = {
+            "optimizer": part,
+            "multiplier": rule.multiplier.exponents,
+            "init_var": (rule.init_std**2).exponents,
+            **{key: getattr(rule, key).exponents for key in ("lr", "weight_decay", "eps")},
+            "thresholds": {name: monomial.exponents for name, monomial in thresholds.items()},
+        }
+    sizes = []
+    for r_n, r_L in config.sweep.ratios:
+        size = one.size(r_n, r_L)
+        rows = rules(one, size, base_lr)
+        sizes.append(
+            {
+                "width": size.width,
+                "depth": size.depth,
+                "width_ratio": float(r_n),
+                "depth_ratio": float(r_L),
+                "attention_scale": multipliers(one, size).attention,
+                "tensors": [rule_record(row) for row in rows],
+                "muon_conventions": muon_conventions(one, rows),
+            }
+        )
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "parametrization": parametrization,
+        "roles": roles,
+        "sizes": sizes,
+        "audit": audit(one),
+    }
+
+
+def _symbols(one: Recipe) -> Iterable[tuple[Role, str, Rule, dict[str, Monomial]]]:
+    """(role, optimizer, rule as monomials, that of every threshold beside eps)."""
+    for role in Role:
+        optimizer = next(p.optimizer for p in one.parts if role in p.optimizer.takes)
+        rule = symbolic(one.parametrization, optimizer.update_law(), role)
+        decay = symbolic(one.parametrization, optimizer.decay_law(), role).weight_decay
+        laws = {name: threshold.law for name, threshold in optimizer.thresholds().items()}
+        scaled = {name: symbolic(one.parametrization, law, role).eps for name, law in laws.items()}
+        yield role, optimizer.name, replace(rule, weight_decay=decay, eps=scaled.pop("eps")), scaled
+
+
+def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:
+    names = sorted({name for row in rows for name in row.thresholds})
+    table = table_of(
+        "tensor" if per_tensor else "role",
+        "shape",
+        "optimizer",
+        "init std",
+        "multiplier",
+        "LR",
+        "weight decay",
+        "LR x decay",
+        "eps",
+        *names,
+    )
+    grouped: dict[tuple[Any, ...], list[TensorRule]] = defaultdict(list)
+    for row in rows:
+        name = row.name if per_tensor else row.role.value
+        numbers = (row.init, row.init_std, row.multiplier, row.lr, row.weight_decay, row.eps)
+        grouped[name, row.shape, row.optimizer, *numbers].append(row)
+    for (name, shape, optimizer, *_), members in grouped.items():
+        one = members[0]
+        std = f"{one.init_std:.4g}" if one.init.value == "normal" else one.init.value
+        numbers = (one.multiplier, one.lr, one.weight_decay, one.decay_per_step, one.eps)
+        others = (f"{one.thresholds[n]:.4g}" if n in one.thresholds else "" for n in names)
+        table.add_row(name, "x".join(map(str, shape)), optimizer, std, *(f"{x:.4g}" for x in numbers), *others)
+    return table
+
+
+def muon_conventions(one: Recipe, rows: Sequence[TensorRule]) -> list[dict[str, Any]]:
+    """For every shape that a Muon without further parts steps, the LR of the same step in each convention."""
+    optimizers = {role: p.optimizer for p in reversed(one.parts) for role in p.optimizer.takes}
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        muon = optimizers[row.role]
+        if isinstance(muon, Muon) and not muon.composed:
+            n_out, n_in = row.shape[::-1] if row.role is Role.INPUT else row.shape
+            lrs = {target: convert(row.lr, muon.scaling, target, n_out, n_in) for target in SHAPE_FACTORS}
+            found[n_out, n_in, row.lr] = {"n_out": n_out, "n_in": n_in, "scaling": muon.scaling, **lrs}
+    return list(found.values())
+
+
+def _convention_table(conventions: Sequence[dict[str, Any]]) -> Table:
+    torchs = {"jordan": " (torch: original)", "kimi": " (torch: match_rms_adamw)"}
+    table = table_of("n_out x n_in", *(name + torchs.get(name, "") for name in SHAPE_FACTORS))
+    for row in conventions:
+        table.add_row(f"{row['n_out']}x{row['n_in']}", *(f"{row[name]:.4g}" for name in SHAPE_FACTORS))
+    return table

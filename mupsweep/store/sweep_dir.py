@@ -1,0 +1,187 @@
+"""Records: what a sweep leaves on disk. The only module that knows file names (design: every view reads these).
+
+    <sweep>/  config.yaml  plan.jsonl  environment.json  submit-*.sbatch  jobs/  logs/  results/
+    <sweep>/runs/<run-id>/  config.yaml  groups.json  status.json  metrics.jsonl  summary.json  train.log
+                            claims/  checkpoint/
+
+`status.json` is written last: a run without it, or with "running" and a dead owner, is trained again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mupsweep.atomic_files import make_folder, read_json, write_json, write_text
+from mupsweep.errors import RecordError
+from mupsweep.formatting import nearest
+from mupsweep.store import lease
+from mupsweep.store.lease import Claim
+from mupsweep.store.run_dir import RunDir, _plain
+
+log = logging.getLogger("mupsweep")
+
+
+@dataclass(frozen=True)
+class SweepDir:
+    """A sweep's folder."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: str | Path) -> SweepDir:
+        """An existing sweep.
+
+        Raises:
+            RecordError: the folder is none, naming those that may be meant.
+        """
+        sweep = cls(Path(path))
+        if not sweep.plan_path.is_file():
+            hint = "start one with mupsweep run"
+            for folder in (sweep.path, sweep.path.parent, Path("sweeps")):
+                if found := sorted(str(p.parent) for p in folder.glob("*/plan.jsonl")):
+                    hint = nearest(str(path), found)
+                    break
+            raise RecordError(f"{path} is not a sweep (it has no plan.jsonl); {hint}")
+        return sweep
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def plan_path(self) -> Path:
+        return self.path / "plan.jsonl"
+
+    @property
+    def environment_path(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def script(self, name: str) -> Path:
+        """A job script as it was submitted last."""
+        return self.path / f"submit-{name}.sbatch"
+
+    @property
+    def jobs(self) -> Path:
+        return self.path / "jobs"
+
+    def read_jobs(self) -> list[dict[str, Any]]:
+        """The jobs that were ever submitted for this sweep: id, script, and the run ids of every task."""
+        return [job for path in sorted(self.jobs.glob("[0-9]*.json")) if (job := read_json(path)) is not None]
+
+    def write_job(self, job_id: str, script: Path, tasks: Sequence[Sequence[str]]) -> None:
+        """Remember a submitted job; one file each, so that nothing recorded before can be lost."""
+        make_folder(self.jobs)
+        write_json(self.jobs / f"{job_id}.json", {"job": job_id, "script": script.name, "tasks": tasks})
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results"
+
+    @property
+    def check_path(self) -> Path:
+        """The outcome of a coordinate check of this sweep's choices, if one was kept."""
+        return self.results / "check.json"
+
+    @property
+    def figures(self) -> Path:
+        return self.results / "figures"
+
+    @property
+    def trackers(self) -> Path:
+        """Where a tracker keeps its own files."""
+        return self.path / "trackers"
+
+    @property
+    def runs(self) -> Path:
+        return self.path / "runs"
+
+    def started(self) -> list[str]:
+        """The names of the runs that have a folder."""
+        try:
+            return os.listdir(self.runs)
+        except OSError:  # none yet
+            return []
+
+    def run(self, run_id: str) -> RunDir:
+        return RunDir(self.path / f"runs/{run_id}")  # one join: of 100,000 runs, joining paths is what takes the time
+
+    def state(self, run_id: str) -> dict[str, Any]:
+        """A run's status as it is."""
+        return self.run(run_id).state()
+
+    def counts(self) -> Counter[str]:
+        """How many runs are in each state."""
+        return Counter(self.state(row["run_id"])["status"] for row in self.read_plan())
+
+    def write_config(self, tree: Mapping[str, Any], header: str) -> None:
+        """The resolved config of the sweep, readable and reloadable, under a header of comments."""
+        comments = "".join(f"# {line}\n" for line in header.splitlines())
+        write_text(self.config_path, comments + yaml.safe_dump(_plain(tree), sort_keys=False, width=110))
+
+    def read_config(self) -> dict[str, Any]:
+        try:
+            tree = yaml.safe_load(self.config_path.read_bytes())  # UTF-8 in every locale
+            missing = [key for key in ("variants", "sweep", "launcher", "tracker") if key not in tree]
+            if missing:
+                raise KeyError(f"no {missing[0]}")
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+            raise RecordError(
+                f"{self.config_path} cannot be read ({' '.join(str(error).split())}): run the command that made the "
+                "sweep again, it writes the file anew and keeps every finished run"
+            ) from error
+        return tree
+
+    def write_plan(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        write_text(self.plan_path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def read_plan(self) -> list[dict[str, Any]]:
+        """The planned runs, one mapping each; empty before the first plan."""
+        if not self.plan_path.is_file():
+            return []
+        try:
+            lines = self.plan_path.read_text().splitlines()
+            rows = json.loads(f"[{','.join(lines)}]")  # as one document the rows share their keys: half the memory
+            for row in rows:
+                if not {"run_id", "variant", "width_ratio", "depth_ratio", "log2_lr", "seed"} <= set(row):
+                    raise ValueError(f"not a planned run: {row}")
+            return rows
+        except (OSError, ValueError, TypeError) as error:
+            raise RecordError(
+                f"{self.plan_path} is damaged ({error}): delete it and run the command that made the sweep again; "
+                "finished runs are kept"
+            ) from error
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[Claim]:
+        """Held while the plan is extended, so that of two commands at once none loses the runs of the other. It is a
+        claim like that of a run, since many network file systems cannot lock."""
+        folder, pause = self.path / ".planning", 0.02
+        while (claim := lease.take(folder)) is None:
+            time.sleep(pause := min(2 * pause, 1.0))
+            if 0.5 < pause < 1.0 and (owner := lease.silence(folder)):  # once, after a second
+                log.warning("waiting for %s, which plans this sweep", owner[1])
+        try:
+            yield claim
+        finally:
+            with contextlib.suppress(OSError):
+                if claim.is_held():
+                    claim.path.unlink()

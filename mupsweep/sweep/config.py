@@ -1,0 +1,297 @@
+"""Configs: overrides in, one validated and frozen SweepConfig out.
+
+`composition.py` composes the yaml groups of `configs/`; the dataclasses here and the ones that a yaml names under
+`kind` say which keys exist and of what type they are. A section with a `kind` (model, optimizer, parametrization,
+launcher, tracker) stays a plain mapping until `instantiate` turns it into that class.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from mupsweep.analysis.labels import LARGEST_LOG2_LR, Change, Label
+from mupsweep.data.config import DataConfig
+from mupsweep.errors import ConfigError
+from mupsweep.formatting import nearest
+from mupsweep.schema import boolean, instantiate, one_of, refuse_foreign_code, require, structured, with_whole_numbers
+from mupsweep.sweep.compose import COMPARABLE, composed, split
+from mupsweep.sweep.compose import choices as choices
+from mupsweep.sweep.compose import config_root as config_root
+from mupsweep.sweep.hyperparameters import expand
+
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+PRECISIONS = ("auto", "fp32", "bf16")
+BATCH_RULES = ("none", "sde")
+GRID, ADAPTIVE = "grid", "adaptive"
+OF_VARIANTS = (*COMPARABLE, "data", "training")
+SHARED = ("sweep", "launcher", "tracker", "out", "allow_imports")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and how one run trains. Fractions are of `steps`."""
+
+    steps: int | None = None
+    tokens: int | None = None
+    batch_size: int = 8
+    micro_batch: int | None = None
+    warmup: float = 0.1
+    schedule: str = "cosine"
+    min_lr_frac: float = 0.1
+    decay_fraction: float = 0.2
+    clip: float | None = 1.0
+    precision: str = "auto"
+    compile: bool = False
+    eval_batches: int = 16
+    evals: int = 1
+    checkpoint_minutes: float = 10.0
+    divergence_patience: float = 0.1
+    batch_rule: str = "none"
+    base_batch_size: int | None = None
+    horizon_exponent: float = 0.0
+    base_tokens: int | None = None
+    branches: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = [v for v in (self.steps, self.tokens) if v is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                f"training.steps={self.steps} and training.tokens={self.tokens}: set exactly one; "
+                "training.steps=null unsets the default"
+            )
+        require(given[0] > 0, "training.steps or training.tokens", given[0], "positive")
+        require(self.batch_size > 0, "training.batch_size", self.batch_size, "positive")
+        require(self.micro_batch is None or self.micro_batch > 0, "training.micro_batch", self.micro_batch, "positive")
+        require(self.warmup >= 0, "training.warmup", self.warmup, "a fraction below 1 or a number of steps")
+        one_of(self.schedule, SCHEDULES, "training.schedule")
+        require(0 <= self.min_lr_frac <= 1, "training.min_lr_frac", self.min_lr_frac, "in [0, 1]")
+        require(0 < self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "in (0, 1]")
+        require(self.clip is None or self.clip > 0, "training.clip", self.clip, "positive or null")
+        one_of(self.precision, PRECISIONS, "training.precision")
+        require(self.eval_batches > 0, "training.eval_batches", self.eval_batches, "positive")
+        require(self.evals > 0, "training.evals", self.evals, "positive")
+        require(self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "at least 0")
+        require(self.divergence_patience > 0, "training.divergence_patience", self.divergence_patience, "positive")
+        one_of(self.batch_rule, BATCH_RULES, "training.batch_rule")
+        rising = [0.0, *self.branches, 1.0]
+        require(
+            all(a < b for a, b in itertools.pairwise(rising)) and (self.schedule == "wsd" or not self.branches),
+            "training.branches",
+            list(self.branches),
+            "rising fractions of the run, between 0 and 1, with training.schedule=wsd",
+        )
+        for key, used, other in (
+            ("base_batch_size", self.batch_rule != "none", "batch_rule=sde"),
+            ("base_tokens", self.horizon_exponent != 0, "horizon_exponent=NUMBER"),
+        ):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"training.{key}", value, "positive or null")
+            if used != (value is not None):
+                raise ConfigError(f"training.{key} and training.{other} go together: give both or neither")
+
+    def total_steps(self, context: int) -> int:
+        """Optimizer steps of a run whose sequences are `context` tokens long."""
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None
+        return max(1, math.ceil(self.tokens / (self.batch_size * context)))
+
+    def horizons(self, total: int) -> tuple[tuple[int, int], ...]:
+        """(first step of the decay, step at the end) of every branch, and of the run itself, the shortest first."""
+        ends = [*(round(share * total) for share in self.branches), total]
+        return tuple((end - round(self.decay_fraction * end), end) for end in ends)
+
+    def warmup_steps(self, total: int) -> int:
+        """Steps of linear warm-up: `warmup` itself, or that fraction of `total` where it is below 1."""
+        return round(self.warmup * total) if self.warmup < 1 else round(self.warmup)
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    """The grid of a sweep. Ratios are target / base; `log2_lrs` are base LRs in octaves.
+
+    With `search=adaptive` runs are chosen round by round (mupsweep/sweep/size_search.py), and `log2_lrs` is where
+    that begins.
+    `axes` are the values that other hyperparameters take, one at a time (mupsweep/sweep/hyperparameters.py).
+    """
+
+    name: str | None = None
+    width_ratios: tuple[float, ...] = (1.0,)
+    depth_ratios: tuple[float, ...] = (1.0,)
+    log2_lrs: tuple[float, ...] = (-8.0,)
+    seeds: tuple[int, ...] = (0,)
+    pair: bool = False
+    search: str = GRID
+    half_width: float = 0.25
+    max_seeds: int = 3
+    max_runs: int = 18
+    axes: Any = None  # a mapping, whose keys the variants decide on
+    max_flops: float | None = None
+
+    def __post_init__(self) -> None:
+        one_of(self.search, (GRID, ADAPTIVE), "sweep.search")
+        require(0.01 <= self.half_width <= 4, "sweep.half_width", self.half_width, "octaves, 0.01 to 4")
+        require(self.max_seeds > 0, "sweep.max_seeds", self.max_seeds, "positive")
+        require(self.max_runs > 0, "sweep.max_runs", self.max_runs, "positive")
+        require(self.max_flops is None or self.max_flops > 0, "sweep.max_flops", self.max_flops, "positive or null")
+        require(self.axes is None or isinstance(self.axes, dict), "sweep.axes", self.axes, "{optimizer.lr_ratio:[1,2]}")
+        if self.max_flops is not None and self.search != ADAPTIVE:
+            raise ConfigError("sweep.max_flops limits a search, and a grid trains all of itself: sweep.search=adaptive")
+        for key in ("width_ratios", "depth_ratios", "log2_lrs", "seeds"):
+            values = getattr(self, key)
+            require(len(values) > 0, f"sweep.{key}", list(values), "a list with at least one value")
+            require(len(set(values)) == len(values), f"sweep.{key}", list(values), "a list without repeats")
+        for key in ("width_ratios", "depth_ratios"):
+            require(all(v > 0 for v in getattr(self, key)), f"sweep.{key}", list(getattr(self, key)), "positive")
+        octaves = f"octaves, {-LARGEST_LOG2_LR} to {LARGEST_LOG2_LR}"
+        require(all(abs(v) <= LARGEST_LOG2_LR for v in self.log2_lrs), "sweep.log2_lrs", list(self.log2_lrs), octaves)
+        if self.pair and len(self.width_ratios) != len(self.depth_ratios):
+            raise ConfigError(
+                f"sweep.pair=true pairs width_ratios ({len(self.width_ratios)}) with depth_ratios "
+                f"({len(self.depth_ratios)}): give two lists of equal length, or sweep.pair=false for all combinations"
+            )
+        if self.name is not None and (
+            not self.name or set(self.name) & set("/\\\0\n") or self.name.startswith(".") or len(self.name) > 128
+        ):
+            raise ConfigError(
+                f"sweep.name={self.name!r}: use a plain folder name of at most 128 characters, "
+                "without slashes or a leading dot"
+            )
+
+    @property
+    def ratios(self) -> tuple[tuple[float, float], ...]:
+        """(width_ratio, depth_ratio) of every size of the grid."""
+        if self.pair:
+            return tuple(zip(self.width_ratios, self.depth_ratios, strict=True))
+        return tuple(itertools.product(self.width_ratios, self.depth_ratios))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One choice of everything that is held fixed along a loss-versus-LR curve and a ladder of sizes.
+
+    Attributes:
+        change: the hyperparameter that is not the default's, of a variant that `sweep.axes` makes.
+    """
+
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    parametrization: dict[str, Any]
+    data: DataConfig
+    training: TrainingConfig
+    change: Change | None = None
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """(model, optimizer, parametrization)."""
+        return self.model["name"], self.optimizer["name"], self.parametrization["name"]
+
+    @property
+    def label(self) -> Label:
+        """The names, and the change if there is one: what a sweep tells its variants apart by."""
+        return self.names if self.change is None else (*self.names, self.change.name)
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A whole sweep: the variants to compare, the grid, where to run it and who is told."""
+
+    variants: tuple[Variant, ...]
+    sweep: GridConfig
+    launcher: dict[str, Any]
+    tracker: dict[str, Any]
+    out: str = "sweeps"
+    allow_imports: bool = False
+    overrides: tuple[str, ...] = field(default=())
+
+
+def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> SweepConfig:
+    """Compose `configs/` with the overrides into a validated config.
+
+    Args:
+        overrides: `group=choice` and `key=value` words; model, optimizer and parametrization take several choices
+            (`optimizer=adamw,muon`), which become the variants of the sweep.
+        config_dir: a folder of the user's own yaml groups, searched before the shipped ones.
+
+    Raises:
+        ConfigError: an unknown group, choice, key or value, in one line with the nearest valid names.
+    """
+    groups, rest = split(overrides, config_dir)
+    trees = [
+        composed([*(f"{g}={c}" for g, c in zip(groups, combination, strict=True)), *rest], config_dir)
+        for combination in itertools.product(*groups.values())
+    ]
+    for key in trees[0]:
+        if key not in (*OF_VARIANTS, *SHARED):
+            raise ConfigError(
+                f"a yaml sets '{key}', which is no section; {nearest(key, (*OF_VARIANTS, *SHARED))}; "
+                "an experiment begins with the line # @package _global_"
+            )
+    variants = [{key: tree[key] for key in OF_VARIANTS} for tree in trees]
+    shared = {key: trees[0][key] for key in SHARED}
+    made = from_tree({**shared, "variants": variants, "overrides": tuple(overrides)})
+    if all(0 < value < 0.25 for value in made.sweep.log2_lrs):
+        octaves = ",".join(f"{round(2 * math.log2(value)) / 2:g}" for value in made.sweep.log2_lrs)
+        raise ConfigError(
+            f"sweep.log2_lrs={list(made.sweep.log2_lrs)}: these look like LRs, and octaves are wanted: "
+            f"'sweep.log2_lrs=[{octaves}]'"
+        )
+    if made.sweep.axes is None:
+        return made
+    return from_tree({**to_tree(made), "variants": expand(variants, made.sweep.axes)})
+
+
+def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
+    """A SweepConfig from plain mappings, as `load` composes and `config.yaml` stores them."""
+    known = {f.name for f in fields(SweepConfig)}
+    for key in tree:
+        if key not in known:
+            raise ConfigError(f"unknown key '{key}' in the config; {nearest(key, known)}")
+    if missing := sorted(known - set(tree)):
+        raise ConfigError(f"the config has no '{missing[0]}': the command that made the sweep writes config.yaml anew")
+    config = SweepConfig(
+        variants=tuple(
+            Variant(
+                **{group: dict(v[group]) for group in COMPARABLE},
+                data=structured(DataConfig, with_whole_numbers(DataConfig, v["data"]), "data"),
+                training=structured(TrainingConfig, with_whole_numbers(TrainingConfig, v["training"]), "training"),
+                change=None if v.get("change") is None else Change(**v["change"]),
+            )
+            for v in tree["variants"]
+        ),
+        sweep=structured(GridConfig, tree["sweep"], "sweep"),
+        launcher=dict(tree["launcher"]),
+        tracker=dict(tree["tracker"]),
+        out=_folder(tree["out"]),
+        allow_imports=boolean(tree["allow_imports"], "allow_imports"),
+        overrides=tuple(tree["overrides"]),
+    )
+    for where, section in _sections(config):
+        refuse_foreign_code(section, where, config.allow_imports)
+        if where != "data":  # a source is made from the whole DataConfig, when it is read
+            instantiate(section, where)
+    return config
+
+
+def _folder(out: Any) -> str:
+    """Where sweeps lie; a name of digits alone is a number to yaml."""
+    require(out not in (None, "") and isinstance(out, str | int | float), "out", out, "a folder, such as out=sweeps")
+    return str(out)
+
+
+def to_tree(config: SweepConfig) -> dict[str, Any]:
+    """The inverse of `from_tree`: plain mappings and lists, ready for yaml or json."""
+    return asdict(config)
+
+
+def _sections(config: SweepConfig) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    for variant in config.variants:
+        for group in COMPARABLE:
+            yield group, getattr(variant, group)
+        yield "data", {"kind": variant.data.kind}
+    yield "launcher", config.launcher
+    yield "tracker", config.tracker

@@ -1,0 +1,67 @@
+"""What a run costs: parameters, FLOPs, memory, and a time estimate, from the table of tensors alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mupsweep.models.shape import Size
+from mupsweep.scaling import Role, TensorSpec
+
+STEP_SECONDS = 0.004  # what a step costs beyond its FLOPs: kernel launches and Python
+FLOPS_PER_SECOND = {"cpu": 1e11, "cuda": 1e14, "mps": 3e12}  # sustained, per CPU thread or per device; rough
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one run takes.
+
+    Attributes:
+        parameters: trained numbers, a tied head counted once.
+        tokens: trained tokens.
+        flops: of forward and backward over all tokens.
+        memory: bytes of weights, gradients, optimizer state and the activations of a step on each device, all in fp32.
+    """
+
+    parameters: int
+    tokens: int
+    flops: float
+    memory: float
+
+    def seconds(self, steps: int, device: str) -> float:
+        """A rough wall-clock estimate on one CPU thread or one accelerator."""
+        return steps * STEP_SECONDS + self.flops / FLOPS_PER_SECOND[device]
+
+
+def estimate(
+    tensors: Iterable[TensorSpec],
+    size: Size,
+    steps: int,
+    batch_size: int,
+    micro_batch: int | None = None,
+    state: int = 0,
+    devices: int = 1,
+    shard: bool = False,
+) -> Cost:
+    """The cost of `steps` steps of `batch_size` sequences, computed `micro_batch` at a time on each of some devices.
+
+    FLOPs per token are 6 per weight that multiplies activations plus 12 * depth * width * context for attention scores
+    and values (Chowdhery et al. 2204.02311, appendix B; causality not discounted), which grouped queries share without
+    saving any of these. Embedding look-ups are free.
+
+    Args:
+        state: numbers that the optimizer remembers.
+        shard: whether the devices divide weights, gradients and optimizer state, not only the batch.
+    """
+    table = list(tensors)
+    parameters = sum(math.prod(t.shape) for t in table if t.tied_to is None)
+    multiplied = sum(math.prod(t.shape) for t in table if t.role in (Role.HIDDEN, Role.OUTPUT))
+    per_token = 6 * multiplied + 12 * size.depth * size.width * size.context
+    tokens = steps * batch_size * size.context
+    # what the backward pass keeps of a block comes to about the inputs and outputs of its matrices
+    sequences = -(-batch_size // devices)
+    tokens_at_once = min(sequences, micro_batch or sequences) * size.context
+    activations = tokens_at_once * sum(sum(t.shape) for t in table if t.role is Role.HIDDEN)
+    kept = (2 * parameters + state) / (devices if shard else 1)
+    return Cost(parameters, tokens, float(per_token) * tokens, 4.0 * (kept + activations))

@@ -1,0 +1,226 @@
+"""Run specifications: a variant resolved to its models, optimizers and rules, and one run of it at one size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mupsweep.data.tokenizers import vocab_size
+from mupsweep.errors import ConfigError
+from mupsweep.formatting import nearest
+from mupsweep.models import Architecture
+from mupsweep.models.shape import Size
+from mupsweep.optimizers import Optimizer
+from mupsweep.scaling import WEIGHT_DECAY_RULES, Parametrization
+from mupsweep.schema import instantiate
+from mupsweep.sweep.config import SweepConfig, TrainingConfig, Variant
+from mupsweep.sweep.cost import Cost, estimate
+from mupsweep.sweep.run_identity import digest_of
+
+if TYPE_CHECKING:
+    pass
+
+VOCAB_MULTIPLE = 64  # the vocabulary is padded to this, as nanoGPT pads 50257 to 50304: aligned matrix products
+
+
+class Part(NamedTuple):
+    """One optimizer of a hybrid, at the batch size that is trained with.
+
+    Attributes:
+        lr_ratio: its base LR / the base LR of the run, the rules for batch size and token horizon included.
+    """
+
+    optimizer: Optimizer
+    lr_ratio: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A variant with its sections turned into the objects they describe.
+
+    Attributes:
+        launcher: of the sweep; it says how many devices share a run.
+    """
+
+    variant: Variant
+    model: Architecture
+    optimizer: Optimizer
+    parametrization: Parametrization
+    digest: str
+    launcher: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The optimizer, that of its `rest` and so on, until every role is taken."""
+        training = self.training
+        ratio = 1.0
+        if training.base_tokens is not None:
+            tokens = self.steps * training.batch_size * self.model.context
+            ratio = (tokens / training.base_tokens) ** training.horizon_exponent
+        parts = []
+        for optimizer in self.optimizer.parts():
+            factor = 1.0
+            if training.base_batch_size is not None:
+                optimizer, factor = optimizer.at_batch_ratio(training.batch_size / training.base_batch_size)
+            parts.append(Part(optimizer, ratio * factor))
+            ratio *= optimizer.lr_ratio
+        return tuple(parts)
+
+    @property
+    def training(self) -> TrainingConfig:
+        return self.variant.training
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of every run of this variant."""
+        return self.training.total_steps(self.model.context)
+
+    @property
+    def trained_steps(self) -> int:
+        """Those, and the steps of the branches that leave the run before its end."""
+        return self.steps + sum(end - start for start, end in self.training.horizons(self.steps)[:-1])
+
+    def size(self, width_ratio: float, depth_ratio: float) -> Size:
+        """The shape at the given ratios to the base, with a padded vocabulary."""
+        padded = -(-vocab_size(self.variant.data.tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        return self.model.base.scaled(width_ratio, depth_ratio, padded)
+
+    def cost(self, size: Size) -> Cost:
+        """What one run at `size` takes."""
+        tensors, training = list(self.model.tensors(size)), self.training
+        takes = {role: part.optimizer for part in self.parts[::-1] for role in part.optimizer.takes}  # the first wins
+        state = sum(takes[t.role].state_size(t.dims) for t in tensors if t.tied_to is None)
+        launcher = {**self.launcher, **(self.launcher.get("sizes") or {}).get(size.name, {})}
+        devices, shard = int(launcher.get("devices_per_run", 1)), bool(launcher.get("shard", False))
+        return estimate(
+            tensors, size, self.trained_steps, training.batch_size, training.micro_batch, state, devices, shard
+        )
+
+    def least_memory(self, size: Size, devices: int | None = None) -> float:
+        """Bytes on a device that a run at `size` needs with one sequence at a time.
+
+        Args:
+            devices: that divide its state; None is what the launcher says.
+        """
+        training = replace(self.training, micro_batch=1)
+        launcher = self.launcher if devices is None else {"devices_per_run": devices, "shard": devices > 1}
+        return replace(self, variant=replace(self.variant, training=training), launcher=launcher).cost(size).memory
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """One training run: a recipe at a size, a base LR and a seed."""
+
+    run_id: str
+    recipe: Recipe
+    size: Size
+    log2_lr: float
+    seed: int
+    cost: Cost
+
+    @property
+    def base_lr(self) -> float:
+        return 2.0**self.log2_lr
+
+    def row(self) -> dict[str, Any]:
+        """The line of plan.jsonl."""
+        return {
+            "run_id": self.run_id,
+            "variant": self.recipe.digest,
+            **self.identity(),
+            "parameters": self.cost.parameters,
+            "tokens": self.cost.tokens,
+            "flops": self.cost.flops,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """The columns that tell runs apart in every table."""
+        model, optimizer, parametrization = self.recipe.variant.names
+        change = self.recipe.variant.change
+        return {
+            "model": model,
+            "parametrization": parametrization,
+            "optimizer": optimizer,
+            **({} if change is None else asdict(change)),
+            "width": self.size.width,
+            "depth": self.size.depth,
+            "width_ratio": self.size.width_ratio,
+            "depth_ratio": self.size.depth_ratio,
+            "log2_lr": self.log2_lr,
+            "seed": self.seed,
+        }
+
+
+def recipe(variant: Variant, launcher: Mapping[str, Any] | None = None, digest: str | None = None) -> Recipe:
+    """The objects that a variant describes, its combination checked.
+
+    Args:
+        launcher: of the sweep.
+        digest: of the variant, where it is known; else its text is asked for.
+
+    Raises:
+        ConfigError: settings that are each valid but contradict one another.
+    """
+    made = Recipe(
+        variant=variant,
+        model=instantiate(variant.model, "model"),
+        optimizer=instantiate(variant.optimizer, "optimizer"),
+        parametrization=instantiate(variant.parametrization, "parametrization"),
+        digest=digest or digest_of(variant),
+        launcher=launcher or {},
+    )
+    warmup = made.training.warmup_steps(made.steps)
+    if warmup >= made.steps:
+        raise ConfigError(
+            f"training.warmup={made.training.warmup:g} is {warmup} steps of warm-up in a run of {made.steps}: "
+            "the LR would never reach its peak; lower warmup or train longer"
+        )
+    starts = [start for start, _ in made.training.horizons(made.steps)]
+    if made.training.branches and (starts[0] < warmup or len({*starts}) < len(starts)):
+        raise ConfigError(
+            f"training.branches={list(made.training.branches)}: in a run of {made.steps} steps, {warmup} of them "
+            f"warm-up, the branches would leave at steps {starts}; choose larger fractions or train longer"
+        )
+    for part in made.parts:  # a batch rule may refuse
+        part.optimizer.update_law()  # a foreign optimizer's may be unknown
+        _check_decay(part.optimizer, made.parametrization)
+    return made
+
+
+def _check_shares(training: TrainingConfig, launcher: Mapping[str, Any]) -> None:
+    """Devices that train a run together take equal shares of each batch."""
+    sections = {"launcher": launcher} | {f"launcher.sizes.{k}": v for k, v in (launcher.get("sizes") or {}).items()}
+    for where, section in sections.items():
+        devices = int(section.get("devices_per_run", 1))
+        if training.batch_size % devices:
+            raise ConfigError(
+                f"training.batch_size={training.batch_size} cannot be divided among {where}.devices_per_run={devices}: "
+                "choose a multiple"
+            )
+
+
+def _check_sizes(recipes: Sequence[Recipe], config: SweepConfig) -> None:
+    """What a launcher says of sizes names sizes of the sweep."""
+    known = {made.size(*ratios).name for made in recipes for ratios in config.sweep.ratios}
+    for name in config.launcher.get("sizes") or ():
+        if name not in known:
+            raise ConfigError(f"launcher.sizes.{name}: the sweep has no such size; {nearest(name, known)}")
+
+
+def _check_decay(optimizer: Optimizer, parametrization: Parametrization) -> None:
+    """Decay that is normalised together with the gradient is a share of the update, and shrinks by no fixed amount."""
+    rule = parametrization.weight_decay_rule
+    uncoupled = optimizer.weight_decay and WEIGHT_DECAY_RULES[rule].unit != "lr"
+    if uncoupled and optimizer.decay_law() != optimizer.update_law():
+        coupled = [name for name, other in WEIGHT_DECAY_RULES.items() if other.unit == "lr"]
+        raise ConfigError(
+            f"parametrization.weight_decay_rule={rule}: {optimizer.name} normalises its weight decay together with "
+            f"the gradient, so no step shrinks by a given amount; use {' or '.join(coupled)}"
+        )
+
+
+def _sized(made: Recipe, r_n: float, r_L: float) -> tuple[Size, Cost]:  # noqa: N803
+    size = made.size(r_n, r_L)
+    return size, made.cost(size)

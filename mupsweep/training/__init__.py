@@ -1,0 +1,1 @@
+"""One run: its tensors, its training loop, checkpoints and devices."""

@@ -1,0 +1,142 @@
+"""Build: the only place that joins models, optimizers, scaling and data.
+
+`rules` solves every tensor of a recipe at a size, without torch. `build` makes the network and its optimizers from
+exactly those rules. What `mupsweep rules` prints is what a run trains with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mupsweep.errors import ConfigError
+from mupsweep.optimizers.optimizer_set import OptimizerSet
+from mupsweep.scaling import Init, Role
+from mupsweep.sweep.run_spec import Recipe, RunSpec
+from mupsweep.sweep.tensor_rules import TensorRule, clip_norm, multipliers, rules
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Built:
+    """A run ready to train.
+
+    Attributes:
+        clip: norm that gradients are clipped to.
+        rewrap: where weights are sharded, so that the backward pass also sums gradients over the ranks: makes the
+            network usable again after an error within a pass.
+    """
+
+    network: nn.Module
+    optimizer: OptimizerSet
+    groups: list[dict[str, Any]]
+    clip: float | None
+    rewrap: Callable[[], None] | None = None
+
+
+def build(run: RunSpec, device: torch.device) -> Built:
+    """The network, initialised, and its optimizers.
+
+    Initial values depend on (seed, tensor name, shape) alone: they are drawn on the CPU, so that every device starts
+    from the same numbers.
+    """
+    network, rows = skeleton(run)
+    network.to_empty(device=device)
+    for row in rows:  # leaving the meta device gave every module a parameter of its own
+        if row.tied_to is not None:
+            _share(network, row.name, row.tied_to)
+    parameters = dict(network.named_parameters())
+    for row in rows:
+        if row.tied_to is None:
+            initialise(parameters[row.name], row, run.seed)
+    groups = list(parameter_groups(run.recipe, rows))
+    return Built(
+        network,
+        OptimizerSet([part.optimizer for part in run.recipe.parts], groups, parameters),
+        groups,
+        clip_norm(run.recipe),
+    )
+
+
+def skeleton(run: RunSpec) -> tuple[nn.Module, tuple[TensorRule, ...]]:
+    """The network on the meta device, without values, and the rule of every tensor."""
+    import torch
+
+    rows = rules(run.recipe, run.size, run.base_lr)
+    with torch.device("meta"):
+        network = run.recipe.model.network(run.size, multipliers(run.recipe, run.size))
+    _check_shapes(network, rows)
+    return network, rows
+
+
+def initialise(parameter: torch.Tensor, row: TensorRule, seed: int) -> None:
+    """Fill a parameter.
+
+    | init   | distribution | standard deviation                       |
+    |--------|--------------|------------------------------------------|
+    | normal | Gaussian     | row.init_std = the model's times the rule |
+    | ones   | constant 1   |                                          |
+    | zeros  | constant 0   |                                          |
+    """
+    import torch
+
+    with torch.no_grad():
+        if row.init is Init.NORMAL:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator(seed, row.name)) * row.init_std)
+        else:
+            parameter.fill_(1.0 if row.init is Init.ONES else 0.0)
+
+
+def generator(*key: object) -> torch.Generator:
+    """Random numbers that depend on `key` alone; on the CPU, so that every device draws the same."""
+    import torch
+
+    digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def parameter_groups(recipe: Recipe, rows: tuple[TensorRule, ...]) -> Iterator[dict[str, Any]]:
+    """Parameter groups: the tensors of one part of the optimizer that share all numbers."""
+    grouped: dict[tuple[Any, ...], list[TensorRule]] = {}
+    for row in rows:
+        if row.tied_to is None:
+            part = next(i for i, p in enumerate(recipe.parts) if row.role in p.optimizer.takes)
+            transposed = row.role is Role.INPUT and recipe.parts[part].optimizer.oriented
+            key = (part, transposed, row.lr, row.weight_decay, row.eps, *row.thresholds.items())
+            grouped.setdefault(key, []).append(row)
+    for (part, transposed, *_), members in grouped.items():
+        yield {
+            "part": part,
+            "transposed": transposed,
+            "optimizer": members[0].optimizer,
+            **{key: getattr(members[0], key) for key in ("lr", "weight_decay", "eps", "thresholds")},
+            "tensors": [row.name for row in members],
+        }
+
+
+def _share(network: nn.Module, name: str, other: str) -> None:
+    """Make the tensor `name` the tensor `other`."""
+    module, _, leaf = name.rpartition(".")
+    setattr(network.get_submodule(module), leaf, network.get_parameter(other))
+
+
+def _check_shapes(network: nn.Module, rows: tuple[TensorRule, ...]) -> None:
+    """The network has exactly the declared tensors."""
+    declared = {row.name: tuple(row.shape) for row in rows}
+    actual = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    for name in declared.keys() | actual.keys():
+        if declared.get(name) != actual.get(name):
+            raise ConfigError(
+                f"{name}: the model declares {declared.get(name)} but its network has {actual.get(name)}: "
+                "every tensor needs a row in tensors(), and every row a module"
+            )
+
+
+def group_records(built: Built) -> list[dict[str, Any]]:
+    """The groups as groups.json holds them."""
+    return [{k: v for k, v in group.items() if k not in ("part", "transposed")} for group in built.groups]

@@ -1,0 +1,33 @@
+"""The environment: what a machine seems to have, and what torch can use of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mupsweep.store import environment
+
+
+@pytest.fixture
+def _with_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "accelerator", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    environment._tell_unseen.cache_clear()
+
+
+@pytest.mark.usefixtures("_with_a_gpu_that_torch_cannot_use")
+def test_a_gpu_that_torch_does_not_see_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert environment.find_devices() == environment.find_devices() == ["cpu"]
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("note: there seems to be a GPU, but torch ")
+
+
+@pytest.mark.usefixtures("_with_a_gpu_that_torch_cannot_use")
+def test_a_gpu_that_the_user_hides_is_not_missed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert environment.find_devices() == ["cpu"]
+    assert capsys.readouterr().err == ""

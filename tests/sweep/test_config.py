@@ -1,0 +1,213 @@
+"""Configs: overrides in, one validated and frozen config with the right types out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import chosen
+import pytest
+import yaml
+
+from mupsweep.errors import ConfigError
+from mupsweep.sweep import plan, run_spec
+from mupsweep.sweep.compose import nearest_key
+from mupsweep.sweep.config import COMPARABLE, choices, config_root, from_tree, load, to_tree
+
+GROUPS = sorted(p.name for p in config_root().iterdir() if p.is_dir())
+EXPERIMENTS = choices("experiment")
+LOCAL = "Text of a corpus.\n" * 100
+
+
+def choice_of_every_group() -> list[str]:
+    return [f"{group}={name}" for group in GROUPS if group != "experiment" for name in choices(group)]
+
+
+@pytest.fixture
+def local_text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(LOCAL)
+    return f"data.path={path}"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_shipped_experiment_composes_and_plans(name: str) -> None:
+    made = load([f"experiment={name}"])
+    grid = made.sweep
+    runs = plan.plan(made)
+    assert len(runs) == len(made.variants) * len(grid.ratios) * len(grid.log2_lrs) * len(grid.seeds)
+    assert len({run.run_id for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_shipped_experiment_names_its_command_in_its_header(name: str) -> None:
+    lines = (config_root() / "experiment" / f"{name}.yaml").read_text().splitlines()
+    header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    commands = re.findall(r"mupsweep (?:run|check) ([^,;]*)", " ".join(line.lstrip("# ") for line in header))
+    assert commands, header
+    words = [w for w in commands[0].split() if re.fullmatch(r"[a-z_.]+=\S+", w)]
+    assert f"experiment={name}" in words
+    load(words)
+
+
+@pytest.mark.parametrize("choice", choice_of_every_group())
+def test_every_choice_of_every_group_composes_and_has_the_name_of_its_file(choice: str, local_text: str) -> None:
+    group, name = choice.split("=")
+    words = {"data=local": [local_text], "model": ["sweep.width_ratios=[1]"]}  # half a preset may be no whole model
+    made = load([*chosen.words(group, name), *words.get(choice, []), *words.get(group, [])])
+    section = made.variants[0]
+    if group in COMPARABLE:
+        assert getattr(section, group)["name"] == name
+    elif group == "data":
+        assert section.data.name == name
+    elif group in ("launcher", "tracker"):
+        assert getattr(made, group)["name"] == name
+    assert plan.plan(made)
+
+
+def test_several_choices_become_variants_in_the_order_they_are_written() -> None:
+    made = load(["optimizer=muon,adamw", "parametrization=sp,spectral,mup"])
+    assert [v.label for v in made.variants] == [
+        ("nanogpt", optimizer, parametrization)
+        for optimizer in ("muon", "adamw")
+        for parametrization in ("sp", "spectral", "mup")
+    ]
+
+
+def test_a_key_of_a_comparable_group_applies_to_every_variant_that_is_chosen() -> None:
+    made = load(["optimizer=adamw,sgd", "optimizer.weight_decay=0.25", "model.width=128"])
+    assert [v.optimizer["weight_decay"] for v in made.variants] == [0.25, 0.25]
+    assert [v.model["width"] for v in made.variants] == [128, 128]
+
+
+def test_the_command_line_wins_over_the_experiment_and_that_over_the_groups() -> None:
+    made = load(["experiment=smoke", "training.steps=7"])
+    training = made.variants[0].training
+    assert (training.steps, training.batch_size, training.warmup) == (7, 4, 0.1)
+
+
+def test_values_arrive_in_their_types() -> None:
+    made = load(["experiment=smoke", "sweep.width_ratios=[1,2]", "sweep.seeds=[0,1]", "training.clip=null", "out=7"])
+    variant = made.variants[0]
+    assert made.sweep.width_ratios == (1.0, 2.0)
+    assert [type(r) for r in made.sweep.width_ratios] == [float, float]
+    assert [type(s) for s in made.sweep.seeds] == [int, int]
+    assert made.sweep.log2_lrs == (-9.0, -7.0, -5.0)
+    assert (type(variant.training.min_lr_frac), type(variant.training.steps)) == (float, int)
+    assert variant.training.clip is None
+    assert variant.training.compile is False
+    assert made.allow_imports is False
+    assert made.out == "7"
+    assert load(["experiment=smoke", "training.min_lr_frac=0"]).variants[0].training.min_lr_frac == 0.0
+    optimizer = run_spec.recipe(variant).optimizer
+    assert optimizer.betas == (0.9, 0.95)  # type: ignore[attr-defined]
+    assert isinstance(optimizer.eps, float)
+    assert optimizer.eps == 1e-12
+
+
+def test_a_whole_number_may_be_written_with_an_exponent_and_is_the_same_run() -> None:
+    plain, short = (load(["experiment=smoke", f"training.steps={n}", f"data.max_tokens={n}"]) for n in ("30", "3e1"))
+    assert type(short.variants[0].training.steps) is int
+    assert type(short.variants[0].data.max_tokens) is int
+    assert [run.run_id for run in plan.plan(plain)] == [run.run_id for run in plan.plan(short)]
+    with pytest.raises(ConfigError, match=r"training\.steps=10\.5: expected a whole number"):
+        load(["experiment=smoke", "training.steps=10.5"])
+    with pytest.raises(ConfigError, match=r"model\.width=16\.0: expected a whole number"):
+        load(["experiment=smoke", "model.width=1.6e1"])
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("True", True)])
+def test_allow_imports_is_a_truth_value(text: str, value: bool) -> None:
+    assert load(["experiment=smoke", f"allow_imports={text}"]).allow_imports is value
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["experiment=demo", "parametrization=sp,mup"],
+        ["optimizer=muon,adamw", "tracker=wandb", "launcher=inline", "sweep.pair=true", "sweep.depth_ratios=[1,2,4]"],
+    ],
+)
+def test_a_config_survives_its_tree_json_and_yaml(overrides: list[str]) -> None:
+    made = load(overrides)
+    assert from_tree(to_tree(made)) == made
+    assert from_tree(json.loads(json.dumps(to_tree(made)))) == made
+    assert from_tree(yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(to_tree(made)))))) == made
+
+
+def test_a_config_cannot_be_changed() -> None:
+    made = load(["experiment=smoke"])
+    for frozen in (made, made.sweep, made.variants[0], made.variants[0].training, made.variants[0].data):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            frozen.name = "x"  # type: ignore[misc, union-attr]
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "mine"
+    (folder / "optimizer").mkdir(parents=True)
+    (folder / "optimizer" / "gentle.yaml").write_text(
+        "name: gentle\nkind: mupsweep.optimizers.adamw.AdamW\nbetas: [0.8, 0.9]\nweight_decay: 0.5\n"
+    )
+    return folder
+
+
+def test_a_folder_of_the_users_own_adds_an_optimizer_beside_the_shipped_ones(own_folder: Path) -> None:
+    made = load(["experiment=smoke", "optimizer=adamw,gentle"], str(own_folder))
+    assert [v.optimizer["name"] for v in made.variants] == ["adamw", "gentle"]
+    assert made.variants[1].optimizer["weight_decay"] == 0.5
+    assert choices("optimizer", str(own_folder)) == sorted([*choices("optimizer"), "gentle"])
+    assert "gentle" not in choices("optimizer")
+    with pytest.raises(ConfigError, match="no optimizer named 'gentl'; did you mean 'gentle'"):
+        load(["optimizer=gentl"], str(own_folder))
+
+
+def test_a_file_of_the_users_own_with_a_shipped_name_is_refused(own_folder: Path) -> None:
+    own = own_folder / "optimizer" / "adamw.yaml"
+    own.write_text("name: adamw\nkind: mupsweep.optimizers.adamw.AdamW\nbetas: [0.5, 0.5]\n")
+    with pytest.raises(
+        ConfigError, match=r"adamw\.yaml: mupsweep ships optimizer=adamw itself; give yours another name"
+    ):
+        load(["experiment=smoke"], str(own_folder))
+
+
+def test_a_broken_file_of_the_users_own_is_one_line_that_names_it(own_folder: Path) -> None:
+    (own_folder / "optimizer" / "broken.yaml").write_text("name: [unclosed\n")
+    with pytest.raises(ConfigError, match="broken") as caught:
+        load(["experiment=smoke", "optimizer=broken"], str(own_folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_code_outside_the_package_is_imported_only_when_it_is_allowed(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (own_folder / "outside_code.py").write_text(
+        "from pathlib import Path\nfrom mupsweep.optimizers.adamw import AdamW\n"
+        "Path('imported').touch()\nMine = AdamW\n"
+    )
+    monkeypatch.syspath_prepend(str(own_folder))
+    rest = ["optimizer=muon", "optimizer.rest.kind=outside_code.Mine"]
+    for overrides in (["optimizer.kind=outside_code.Mine"], rest, ["data.kind=outside_code.Mine"]):
+        with pytest.raises(ConfigError, match=r"outside_code\.Mine is code outside mupsweep: add allow_imports=true"):
+            plan.plan(load(["experiment=smoke", *overrides]))
+        assert not Path("imported").exists()
+    made = load(["experiment=smoke", "allow_imports=true", *rest])
+    assert run_spec.recipe(made.variants[0]).optimizer.parts()[1].name == "adamw"
+    assert Path("imported").exists()
+
+
+def test_warmup_below_one_is_a_fraction_and_from_one_on_a_number_of_steps() -> None:
+    for text, steps in (("0", 0), ("0.2", 6), ("1", 1), ("12", 12)):
+        training = load(["experiment=smoke", f"training.warmup={text}"]).variants[0].training
+        assert training.warmup_steps(30) == steps
+
+
+def test_the_hint_for_an_unknown_name_puts_the_nearest_first() -> None:
+    with pytest.raises(ConfigError, match=r"^unknown key 'training\.stpes'; did you mean 'training\.steps'\? valid: "):
+        load(["training.stpes=3"])
+    assert nearest_key("mdel.width", ["model", "model.width", "out"]) == "did you mean 'model.width'?"
+    several = ["data", "data.name", "model", "model.name"]
+    assert nearest_key("modle.name", several) == "did you mean 'model'? valid: data, model"

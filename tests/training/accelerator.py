@@ -1,0 +1,95 @@
+"""Steps on an accelerator that is not there: torch's fake tensors know their device, and have no values.
+
+A program of its own, since a device that was registered stays: `python accelerator.py WORDS.json` takes lists of
+overrides and prints for each what went wrong, or an empty string.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from mupsweep.sweep.config import load
+from mupsweep.sweep.plan import plan
+from mupsweep.sweep.run_spec import RunSpec
+from mupsweep.training import build, trainer
+from mupsweep.training.build import Built
+from mupsweep.training.microbatch import Batches
+
+NAME = "nowhere"
+STEPS = 2  # before and after a resume; some optimizers only look at the first gradient
+
+
+def to_empty(network: nn.Module, *, device: torch.device, recurse: bool = True) -> nn.Module:
+    """What torch's own does; it cannot give fake tensors to parameters that are none."""
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device))
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty_like(buffer, device=device)
+    return network
+
+
+def resumed(built: Built, run: RunSpec, device: torch.device) -> Built:
+    """A run made anew, with the weights and the state of `built`, which come from a file and so from the CPU."""
+    network, state = (
+        pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), part.state_dict())
+        for part in (built.network, built.optimizer)
+    )
+    made = build.build(run, device)
+    made.network.load_state_dict(network)
+    made.optimizer.load_state_dict(state)
+    return made
+
+
+def wrong(words: list[str]) -> str:
+    """What goes wrong in the first steps of the run that `words` describe, and the first ones after a resume."""
+    device = torch.device(NAME)
+    run = plan(load(words))[0]
+    training, batches = run.recipe.training, Batches()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):  # constants
+            built = build.build(run, device)
+            loss_of = partial(trainer.loss_of_rows, built.network, training.precision)
+            for step in range(2 * STEPS):
+                if step == STEPS:
+                    built = resumed(built, run, device)
+                    loss_of = partial(trainer.loss_of_rows, built.network, training.precision)
+                tokens = torch.zeros((training.batch_size, run.size.context + 1), dtype=torch.long, device=device)
+                if built.optimizer.curvature_due(step):
+                    inputs = tokens[:, :-1]
+                    trainer.observe_curvature(built.network, built, inputs, run.seed, step, training.precision, batches)
+                batches.backward(built.network.parameters(), loss_of, tokens)
+                trainer.clip(built)
+                built.optimizer.step(1.0)
+            with torch.no_grad():
+                loss_of(tokens)
+            leaves: list[Any] = pytree.tree_leaves(built.optimizer.state_dict())
+            large = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]  # no step counts
+            elsewhere = {str(leaf.device) for leaf in large} - {f"{NAME}:0"}
+        return f"state on {elsewhere}" if elsewhere else ""
+    except DataDependentOutputException as error:
+        return f"waits for the device: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def main() -> None:
+    _setup_privateuseone_for_python_backend(NAME)
+    getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]
+    nn.Module.to_empty = to_empty  # type: ignore[assignment]
+    build.initialise = lambda *_: None  # there are no values
+    print(json.dumps([wrong(words) for words in json.loads(Path(sys.argv[1]).read_text())]))
+
+
+if __name__ == "__main__":
+    main()

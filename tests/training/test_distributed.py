@@ -1,0 +1,330 @@
+"""Ranks: one, two and four processes train the same run, and leave it together whatever happens to one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_trainer import CPU, TOTAL, Control, run
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from mupsweep.data import Dataset, prepare
+from mupsweep.errors import ConfigError, RecordError
+from mupsweep.store.run_dir import RunDir
+from mupsweep.sweep.config import load
+from mupsweep.sweep.plan import plan
+from mupsweep.training import distributed
+from mupsweep.training.build import build
+from mupsweep.training.devices import choose_device, choose_devices
+from mupsweep.training.distributed import ALONE, Interrupted, PeerFailed, Ranks, connected, places
+from mupsweep.training.microbatch import Batches
+from mupsweep.training.trainer import observe_curvature, train
+
+TOLERANCE = {
+    "loss": 1e-5,  # relative, of any of the 30 steps in fp32, and at their end
+    "first gradient norm": 1e-6,  # relative, from equal weights
+    "gradient norm": 1e-3,  # relative, of any step: bf16 inside Muon's step magnifies what fp32 sums differ by
+    "curvature": 1e-5,  # relative to the largest entry
+}
+SIZES = (1, 2, 4)
+WORKERS = 4
+
+
+@pytest.fixture(scope="module")
+def pool(data: Dataset) -> Iterator[ProcessPoolExecutor]:
+    """Processes that share nothing but a store, forked from a clean one that has imported torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mupsweep.training.worker"])
+    with ProcessPoolExecutor(WORKERS, mp_context=context) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return corpus()
+
+
+@cache
+def corpus() -> Dataset:
+    return prepare(run().recipe.variant.data)
+
+
+def joined(rank: int, size: int, port: int, job: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """One rank's part of a job."""
+    torch.set_num_threads(1)
+    if size == 1:
+        return job(ALONE, *arguments)
+    with connected(places(size, port)[rank], CPU, TCPStore("127.0.0.1", port)) as made:
+        return job(made, *arguments)
+
+
+def together(pool: ProcessPoolExecutor, size: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `job` returns on every rank."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    futures = [pool.submit(joined, rank, size, store.port, job, arguments) for rank in range(size)]
+    return [future.result() for future in futures]
+
+
+def digest(weights: dict[str, Tensor]) -> str:
+    return hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
+
+
+def trained(made: Ranks, overrides: tuple[str, ...], path: Path, stops: dict[int, int]) -> dict[str, Any]:
+    """A run until some rank is asked to stop before the step that `stops` gives it, or its end."""
+    folder = RunDir(path)
+    path.mkdir(exist_ok=True)
+    built = build(run(*overrides), CPU)
+    control = Control(stop=stops.get(made.rank, 10**9))
+    summary = None
+    with contextlib.suppress(Interrupted), made.together():
+        summary = train(run(*overrides), built, corpus(), folder, CPU, control, made)
+    return {"summary": summary, "weights": digest(built.network.state_dict()), "asked": control.asked}
+
+
+def whole(pool: ProcessPoolExecutor, size: int, path: Path, *overrides: str) -> dict[str, Any]:
+    """Rank 0's outcome of a whole run, with the rows of its metrics; all ranks have the same weights."""
+    found = together(pool, size, trained, overrides, path, {})
+    assert len({one["weights"] for one in found}) == 1
+    assert [one["summary"]["val_loss"] for one in found] == [found[0]["summary"]["val_loss"]] * size
+    return found[0] | {"rows": RunDir(path).metrics(), "metrics": RunDir(path).metrics_path.read_bytes()}
+
+
+@pytest.mark.parametrize("overrides", [(), ("optimizer=muon",), ("optimizer=sophia",), ("training.clip=0.01",)])
+def test_one_two_and_four_ranks_see_the_same_batches_and_end_at_the_same_loss(
+    overrides: tuple[str, ...], pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    one, *others = (whole(pool, size, tmp_path / str(size), *overrides) for size in SIZES)
+    assert len(one["rows"]) == TOTAL
+    for size, other in zip(SIZES[1:], others, strict=True):
+        assert other["summary"]["devices"] == size
+        for key in ("tokens", "lr", "step"):
+            assert [r[key] for r in other["rows"]] == [r[key] for r in one["rows"]]
+        losses, norms = ([r[key] for r in one["rows"]] for key in ("train_loss", "grad_norm"))
+        assert [r["train_loss"] for r in other["rows"]] == pytest.approx(losses, rel=TOLERANCE["loss"])
+        assert [r["grad_norm"] for r in other["rows"]] == pytest.approx(norms, rel=TOLERANCE["gradient norm"])
+        assert other["rows"][0]["grad_norm"] == pytest.approx(norms[0], rel=TOLERANCE["first gradient norm"])
+        assert other["summary"]["val_loss"] == pytest.approx(one["summary"]["val_loss"], rel=TOLERANCE["loss"])
+        assert other["summary"]["val_bits_per_byte"] == pytest.approx(
+            one["summary"]["val_bits_per_byte"], rel=TOLERANCE["loss"]
+        )
+
+
+def test_ranks_and_micro_batches_combine(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    one = whole(pool, 1, tmp_path / "one", "training.batch_size=8")
+    two = whole(pool, 2, tmp_path / "two", "training.batch_size=8", "training.micro_batch=3")
+    assert two["summary"]["val_loss"] == pytest.approx(one["summary"]["val_loss"], rel=TOLERANCE["loss"])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_rows_of_all_ranks_are_the_global_batch(size: int, data: Dataset) -> None:
+    batch = data.train_batch(32, 4, 0, 7)
+    assert np.array_equal(np.concatenate([Ranks(rank, size).rows(batch) for rank in range(size)]), batch)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused_in_one_line(data: Dataset) -> None:
+    with pytest.raises(ConfigError, match=r"^training\.batch_size=4 cannot be divided among 3 devices: .*$"):
+        Ranks(0, 3).rows(data.train_batch(32, 4, 0, 0))
+    with pytest.raises(ConfigError, match=r"^training\.batch_size=4 cannot .* launcher\.devices_per_run=3: .*$"):
+        plan(load(["experiment=smoke", "launcher=local", "launcher.devices_per_run=3"]))
+
+
+def observed(made: Ranks) -> tuple[Tensor, list[Tensor]]:
+    """(the draws that this rank's labels come from, the curvature after them)."""
+    built = build(run("optimizer=sophia"), CPU)
+    inputs = torch.from_numpy(corpus().train_batch(32, 4, 0, 0))[:, :-1]
+    seen = []
+
+    def network(inputs: Tensor, draws: Tensor) -> Tensor:
+        seen.append(draws)
+        return built.network(inputs, draws=draws)
+
+    observe_curvature(network, built, made.rows(inputs), 0, 10, "fp32", Batches(made))
+    return torch.cat(seen), [s["h"] for m in built.optimizer.members for s in m.state.values() if "h" in s]
+
+
+def test_sampled_labels_and_the_curvature_are_those_of_the_whole_batch(pool: ProcessPoolExecutor) -> None:
+    ((draws, wanted),) = together(pool, 1, observed)
+    for size in SIZES[1:]:
+        found = together(pool, size, observed)
+        assert torch.equal(torch.cat([mine for mine, _ in found]), draws)
+        for _, state in found:
+            assert len(state) == len(wanted) > 3
+            for h, w in zip(state, wanted, strict=True):
+                assert float(w.max()) > 0
+                assert float((h - w).abs().max()) <= TOLERANCE["curvature"] * float(w.max())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_stop_that_reaches_one_rank_stops_all_at_the_same_step_and_resumes_bit_for_bit(
+    optimizer: str, pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    overrides = (f"optimizer={optimizer}",)
+    straight = whole(pool, 2, tmp_path / "straight", *overrides)
+    found = together(pool, 2, trained, overrides, tmp_path / "stopped", {1: 10})
+    assert [one["asked"] for one in found] == [11, 11]
+    assert [one["summary"] for one in found] == [None, None]
+    assert torch.load(tmp_path / "stopped" / "checkpoint" / "latest.pt", weights_only=True)["step"] == 10
+    resumed = whole(pool, 2, tmp_path / "stopped", *overrides)
+    assert resumed["metrics"] == straight["metrics"]
+    assert resumed["weights"] == straight["weights"]
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    straight = whole(pool, 1, tmp_path / "straight")
+    together(pool, 4, trained, (), tmp_path / "moved", {0: 10})
+    together(pool, 1, trained, (), tmp_path / "moved", {0: 10})
+    moved = whole(pool, 2, tmp_path / "moved")
+    assert [r["step"] for r in moved["rows"]] == [r["step"] for r in straight["rows"]]
+    assert moved["summary"]["val_loss"] == pytest.approx(straight["summary"]["val_loss"], rel=TOLERANCE["loss"])
+
+
+def test_ranks_that_find_different_checkpoints_do_not_train(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    together(pool, 2, trained, (), tmp_path / "0", {0: 10})
+    for found in together(pool, 2, seeing_its_own, tmp_path):
+        assert found.startswith(f"the processes that train this run together found different checkpoints in {tmp_path}")
+
+
+def seeing_its_own(made: Ranks, path: Path) -> str:
+    """What is said where only rank 0 finds a checkpoint."""
+    try:
+        trained(made, (), path / str(made.rank), {})
+    except RecordError as error:
+        return str(error)
+    return ""
+
+
+def leaving(made: Ranks, who: int, where: str, path: Path) -> str:
+    """Two runs, of which rank `who` cannot finish the first: how that ended here, and the loss of the second."""
+    built, folder, ended = build(run(), CPU), RunDir(path), "done"
+    path.mkdir(exist_ok=True)
+    forward, calls = built.network.forward, []
+
+    class Fails(Control):
+        def heartbeat(self) -> None:
+            if made.rank == who and where == "between" and self.asked > 5:
+                raise ValueError("between steps")
+
+    def failing(*a: Any, **k: Any) -> Tensor:
+        calls.append(0)
+        if made.rank == who and where == "memory" and len(a[0]) > 1:
+            raise torch.OutOfMemoryError("too many")
+        if made.rank == who and where == "within" and len(calls) > 5:
+            raise ValueError("within a step")
+        return forward(*a, **k)
+
+    def cat(*a: Any, **k: Any) -> Tensor:
+        if made.rank == who and where == "sum" and len(calls) > 5:
+            raise ValueError("no room for a sum")
+        return joined(*a, **k)
+
+    built.network.forward, joined = failing, torch.cat  # type: ignore[method-assign]
+    try:
+        with made.together(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distributed.torch, "cat", cat)
+            train(run(), built, corpus(), folder, CPU, Fails(), made)
+    except (ValueError, PeerFailed) as error:
+        ended = str(error)
+    other = trained(made, (), path.with_name("next"), {})
+    return f"{ended}; then {other['summary']['status']}"
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize(
+    ("where", "why"), [("within", "within a step"), ("sum", "no room for a sum"), ("between", "between steps")]
+)
+def test_an_error_of_one_rank_ends_the_run_on_all_of_them_and_the_next_one_is_trained(
+    who: int, where: str, why: str, pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    found = together(pool, 2, leaving, who, where, tmp_path / "run")
+    assert found[who] == f"{why}; then done"
+    assert found[1 - who] == f"rank {who}: ValueError: {why}; then done"
+
+
+def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_of_all(
+    pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    assert together(pool, 2, leaving, 1, "memory", tmp_path / "run") == ["done; then done"] * 2
+    whole(pool, 2, tmp_path / "asked", "training.micro_batch=1")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "asked" / "metrics.jsonl").read_bytes()
+
+
+def summed(made: Ranks) -> list[Tensor]:
+    tensors = [torch.full(shape, float(10**made.rank)) for shape in ((), (3, 5), (70,), (1,), (0,), (41, 2))]
+    made.add(tensors)
+    return tensors
+
+
+def test_sums_are_those_of_every_tensor_whatever_fits_in_a_bucket(
+    pool: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for found in together(pool, 4, summed):
+        assert [(t.shape, set(t.flatten().tolist()) <= {1111.0}) for t in found] == [
+            (torch.Size(shape), True) for shape in ((), (3, 5), (70,), (1,), (0,), (41, 2))
+        ]
+    monkeypatch.setattr(distributed, "BUCKET", 75)
+    tensors = [torch.zeros(n) for n in (1, 15, 70, 1, 0, 82, 3)]
+    found = [[len(tensor) for tensor in bucket] for bucket in distributed.packed(tensors, Tensor.numel)]
+    assert found == [[1, 15], [70, 1, 0], [82], [3]]
+
+
+def test_a_rank_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "PARTING", 0.2)
+    followers = distributed.Followers()
+    for number in ("1", "2"):
+        followers.start({"RANK": number}, [sys.executable, "-c", f"import signal; {number} == 1 and signal.pause()"])
+    followers.ending = True
+    followers.wait()
+    assert {process.returncode for process in followers.processes} <= {0, -signal.SIGKILL}
+    assert followers.processes[0].returncode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_a_rank_whose_leader_ended_before_it_began_ends_too() -> None:
+    for leader, code in ((os.getpid(), 0), (os.getppid(), -signal.SIGKILL)):
+        child = os.fork()
+        if child == 0:
+            distributed._die_with(leader)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+
+
+def test_nccl_sums_as_much_as_it_ever_will_while_the_device_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL takes memory beside torch's allocator, algorithm by algorithm, when it first uses one."""
+    done: list[object] = []
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **_: done.append(backend))
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor: done.append((len(tensor), str(tensor.device))))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    with FakeTensorMode(), connected(places(2, 1)[1], torch.device("cuda:1"), None):
+        assert done == ["cpu:gloo,cuda:nccl", (distributed.BUCKET, "cuda:1")]
+
+
+def test_no_rank_takes_memory_on_the_device_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("a context of half a GB"))
+    assert [str(d) for d in choose_devices("cuda:4,cuda:5")] == ["cuda:4", "cuda:5"]
+    assert [str(d) for d in choose_devices("cuda", 2)] == ["cuda:0", "cuda:1"]
+    with pytest.raises(ConfigError, match=r"^device cuda:0,cuda: each rank of a run needs a GPU of its own$"):
+        choose_devices("cuda:0,cuda")
+    assert str(choose_device("cuda")) == "cuda:0"
+
+
+@pytest.mark.parametrize("device", ["cpu,cuda:0", "cpu,gpu7", "meta,meta"])
+def test_devices_that_cannot_train_one_run_together_are_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^device ({device}|gpu7|meta)[: ]"):
+        choose_devices(device)

@@ -1,0 +1,272 @@
+"""Sharded runs: the numbers of whole ones, a share of the memory, and checkpoints that any number of ranks can take."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from test_distributed import WORKERS, corpus, digest, together
+from test_trainer import CPU, Control, run
+from tiny import recipe
+from torch import Tensor
+
+from mupsweep.errors import ConfigError
+from mupsweep.models.layers import GeluMLP
+from mupsweep.optimizers.optimizer_set import OptimizerSet
+from mupsweep.store.run_dir import RunDir
+from mupsweep.sweep.config import load
+from mupsweep.sweep.tensor_rules import rules
+from mupsweep.training.build import Built, build, parameter_groups
+from mupsweep.training.distributed import Interrupted, PeerFailed, Ranks
+from mupsweep.training.fsdp import ShardedNetwork, turns
+from mupsweep.training.trainer import train
+from mupsweep.training.worker import built_on
+
+TOLERANCE = {
+    "loss": 1e-5,  # relative, of any step and at the end
+    "first gradient norm": 1e-6,  # relative, from equal weights
+    "share": 1.2,  # numbers on the fullest rank / the mean
+}
+SHORT = ("training.steps=10",)
+# more axes than this model's gradients have rows would leave eigenvectors to chance, whatever sums the gradients
+SOAP = ("optimizer=soap", "optimizer.max_axis=16")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    """Processes that share nothing but a store, forked from a clean one that has imported torch."""
+    corpus()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mupsweep.training.worker", "mupsweep.training.fsdp"])
+    with ProcessPoolExecutor(WORKERS, mp_context=context) as made:
+        yield made
+
+
+def trained(made: Ranks, overrides: tuple[str, ...], path: Path, shard: bool, stops: dict[int, int]) -> dict[str, Any]:
+    """A run until some rank is asked to stop before the step that `stops` gives it, or its end."""
+    made.shard = shard
+    folder, control, summary = RunDir(path), Control(stop=stops.get(made.rank, 10**9)), None
+    path.mkdir(exist_ok=True)
+    built = built_on(made, run(*overrides), CPU)
+    with contextlib.suppress(Interrupted), made.together():
+        summary = train(run(*overrides), built, corpus(), folder, CPU, control, made)
+    return {
+        "summary": summary,
+        "rows": folder.metrics(),
+        "metrics": folder.metrics_path.read_bytes(),
+        "weights": digest(built.network.state_dict()),  # on rank 0
+        "state": numbers(built),
+    }
+
+
+def numbers(built: Built) -> int:
+    """How many numbers of optimizer state are held here."""
+    owned = getattr(built.optimizer, "owned", {None: built.optimizer})
+    members = [member for optimizer in owned.values() for member in optimizer.members]
+    states = [state for member in members for state in member.state.values()]
+    return sum(v.numel() for state in states for v in state.values() if isinstance(v, Tensor) and v.ndim > 0)
+
+
+def whole(pool: ProcessPoolExecutor, size: int, path: Path, *overrides: str, shard: bool = True) -> dict[str, Any]:
+    """Rank 0's outcome of a whole run, with what all ranks hold of the state."""
+    found = together(pool, size, trained, overrides, path, shard, {})
+    assert [one["summary"]["val_loss"] for one in found] == [found[0]["summary"]["val_loss"]] * size
+    return found[0] | {"states": [one["state"] for one in found]}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("training.clip=0.01", "model.tied=true"),
+        ("optimizer=muon",),
+        SOAP,
+        ("optimizer=sophia",),
+        ("optimizer=muon", "optimizer.hyperball=true", "optimizer.weight_decay=0"),
+        ("training.precision=bf16", "model=llama", "training.micro_batch=1"),
+        pytest.param(("training.compile=true",), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_a_sharded_run_has_the_losses_of_a_whole_one_and_a_share_of_its_state(
+    overrides: tuple[str, ...], pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    wanted = whole(pool, 2, tmp_path / "whole", *SHORT, *overrides, shard=False)
+    found = whole(pool, 2, tmp_path / "sharded", *SHORT, *overrides)
+    assert len(found["rows"]) == len(wanted["rows"]) == 10
+    losses = [row["train_loss"] for row in wanted["rows"]]
+    assert [row["train_loss"] for row in found["rows"]] == pytest.approx(losses, rel=TOLERANCE["loss"])
+    for key in ("val_loss", "val_bits_per_byte"):
+        assert found["summary"][key] == pytest.approx(wanted["summary"][key], rel=TOLERANCE["loss"])
+    if "grad_norm" in wanted["rows"][0]:
+        norm = wanted["rows"][0]["grad_norm"]
+        assert found["rows"][0]["grad_norm"] == pytest.approx(norm, rel=TOLERANCE["first gradient norm"])
+    assert sum(found["states"]) == wanted["states"][0] == wanted["states"][1] > 0
+    assert max(found["states"]) < TOLERANCE["share"] * sum(found["states"]) / 2
+
+
+def test_one_two_and_four_sharded_ranks_end_at_the_same_loss(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    one = whole(pool, 1, tmp_path / "1", *SHORT, shard=False)
+    losses = [row["train_loss"] for row in one["rows"]]
+    for size in (2, 4):
+        other = whole(pool, size, tmp_path / str(size), *SHORT)
+        assert other["summary"]["devices"] == size
+        assert [row["train_loss"] for row in other["rows"]] == pytest.approx(losses, rel=TOLERANCE["loss"])
+        assert other["summary"]["val_loss"] == pytest.approx(one["summary"]["val_loss"], rel=TOLERANCE["loss"])
+
+
+def started(made: Ranks, *overrides: str) -> dict[str, Tensor]:
+    """The rows that a rank holds at the start."""
+    made.shard = True
+    network = built_on(made, run(*overrides), CPU).network
+    assert isinstance(network, ShardedNetwork)
+    return {name: network.rows(name).clone() for name in network.shapes}
+
+
+def test_the_rows_of_all_ranks_are_the_initial_values_of_the_whole_run(pool: ProcessPoolExecutor) -> None:
+    wanted = build(run(), CPU).network.state_dict()
+    found = together(pool, 4, started)
+    assert found[0].keys() == wanted.keys()
+    for name, whole_tensor in wanted.items():
+        assert torch.equal(torch.cat([rows[name] for rows in found]), whole_tensor)
+        assert {len(rows[name]) for rows in found} == {len(whole_tensor) // 4}
+
+
+@pytest.mark.parametrize("model", ["gpt2_355m", "llama_qiu_190m"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("size", [2, 8])
+def test_every_tensor_has_one_owner_and_every_owner_as_much_to_do(model: str, optimizer: str, size: int) -> None:
+    made = recipe(f"model={model}", f"optimizer={optimizer}", "parametrization=sp")
+    table = rules(made, made.size(1.0, 1.0), 0.01)
+    groups = list(parameter_groups(made, table))
+    shapes = {row.name: torch.Size(row.shape) for row in table}
+    found = turns(groups, shapes, size)
+    owned = [[b for turn in found if (b := turn[rank]) is not None] for rank in range(size)]
+    names = [name for buckets in owned for bucket in buckets for name in bucket.names]
+    assert sorted(names) == sorted(row.name for row in table if row.tied_to is None)
+    for bucket in (bucket for buckets in owned for bucket in buckets):
+        assert set(bucket.names) <= set(groups[bucket.group]["tensors"])
+        assert len({shapes[name] for name in bucket.names}) == 1
+    numbers = {name: math.prod(shape) for name, shape in shapes.items()}
+    loads = [sum(numbers[name] for bucket in buckets for name in bucket.names) for buckets in owned]
+    largest = max(numbers.values())
+    assert max(loads) <= max(TOLERANCE["share"] * sum(loads) / size, largest)
+
+
+def test_a_stopped_run_resumes_bit_for_bit_from_the_checkpoint_of_a_whole_run(
+    pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    overrides = ("optimizer=muon", "training.clip=null")
+    straight = whole(pool, 2, tmp_path / "straight", *overrides)
+    together(pool, 2, trained, overrides, tmp_path / "stopped", True, {1: 10})
+    together(pool, 2, trained, overrides, tmp_path / "whole", False, {1: 10})
+    sharded, wanted = (
+        torch.load(tmp_path / path / "checkpoint" / "latest.pt", weights_only=True) for path in ("stopped", "whole")
+    )
+    assert sharded.pop("seconds") > 0
+    wanted.pop("seconds")
+    assert described(sharded) == described(wanted)
+    assert sharded["losses"] == pytest.approx(wanted["losses"], rel=TOLERANCE["loss"])
+    resumed = whole(pool, 2, tmp_path / "stopped", *overrides)
+    assert resumed["metrics"] == straight["metrics"]
+    assert resumed["weights"] == straight["weights"]
+
+
+def described(tree: Any) -> Any:
+    """A checkpoint with shapes instead of values of tensors and losses."""
+    if isinstance(tree, dict):
+        return {key: described(value) for key, value in sorted(tree.items(), key=str)}
+    if isinstance(tree, list):
+        return [described(value) for value in tree]
+    return (tree.shape, tree.dtype, tree.device) if isinstance(tree, Tensor) else type(tree)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_goes_on_with_another_number_of_ranks_sharded_or_not(
+    optimizer: str, pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    overrides = (f"optimizer={optimizer}", "training.steps=20")
+    straight = whole(pool, 1, tmp_path / "straight", *overrides, shard=False)
+    together(pool, 2, trained, overrides, tmp_path / "moved", True, {0: 5})
+    together(pool, 1, trained, overrides, tmp_path / "moved", False, {0: 5})
+    together(pool, 4, trained, overrides, tmp_path / "moved", True, {0: 5})
+    moved = whole(pool, 2, tmp_path / "moved", *overrides, shard=False)
+    assert [r["step"] for r in moved["rows"]] == [r["step"] for r in straight["rows"]]
+    losses = [row["train_loss"] for row in straight["rows"]]
+    assert [row["train_loss"] for row in moved["rows"]] == pytest.approx(losses, rel=TOLERANCE["loss"])
+
+
+@contextlib.contextmanager
+def failing(where: str) -> Iterator[None]:
+    """In the second half of a network, or in an optimizer's step, something fails; memory with more than one row."""
+    forward, step, calls = GeluMLP.forward, OptimizerSet.step, []
+
+    def fail(x: Tensor) -> None:
+        if where.startswith("memory"):
+            if len(x) > 1:
+                raise torch.OutOfMemoryError("too many")
+        elif len(calls) > 5:
+            raise ValueError(where)
+
+    def second(self: GeluMLP, x: Tensor) -> Tensor:
+        y = forward(self, x)
+        calls.append(0)
+        if len(calls) % 2 == 0 and where.endswith("forward"):
+            fail(x)
+        if len(calls) % 2 == 0 and where.endswith("backward") and y.requires_grad:
+            y.register_hook(lambda _: fail(x))
+        return y
+
+    def stepped(self: OptimizerSet, factor: float) -> None:
+        if where == "step":
+            fail(torch.empty(1))
+        step(self, factor)
+
+    with patch.object(GeluMLP, "forward", second), patch.object(OptimizerSet, "step", stepped):
+        yield
+
+
+def leaving(made: Ranks, who: int, where: str, path: Path) -> str:
+    """Two runs, of which rank `who` cannot go on with the first as it should: how that ended here, and the second."""
+    with failing(where) if made.rank == who else contextlib.nullcontext():
+        try:
+            trained(made, SHORT, path, True, {})
+            ended = "done"
+        except (ValueError, PeerFailed) as error:
+            ended = str(error)
+    other = trained(made, SHORT, path.with_name("next"), True, {})
+    return f"{ended}; then {other['summary']['status']}"
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("where", ["forward", "backward", "step"])
+def test_an_error_of_one_rank_ends_the_run_on_all_of_them_and_the_next_one_is_trained(
+    who: int, where: str, pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    found = together(pool, 2, leaving, who, where, tmp_path / "run")
+    assert found[who] == f"{where}; then done"
+    assert found[1 - who] == f"rank {who}: ValueError: {where}; then done"
+
+
+@pytest.mark.parametrize(("who", "where"), [(0, "memory forward"), (1, "memory backward")])
+def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_of_all(
+    who: int, where: str, pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    assert together(pool, 2, leaving, who, where, tmp_path / "run") == ["done; then done"] * 2
+    whole(pool, 2, tmp_path / "asked", *SHORT, "training.micro_batch=1")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "asked" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("launcher", ["local", "slurm"])
+def test_a_run_on_one_device_cannot_be_sharded(launcher: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^launcher\.shard=true: expected launcher\.devices_per_run to be at least 2$"
+    ):
+        load([f"launcher={launcher}", "launcher.shard=true"])

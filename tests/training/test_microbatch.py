@@ -1,0 +1,216 @@
+"""Micro-batches: the whole batch's gradient and loss from its pieces, and what happens when memory runs out."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import CPU, TOTAL, Control, Result, assert_same, run
+from torch import Tensor
+
+from mupsweep.analysis.labels import DONE
+from mupsweep.data import Dataset, prepare
+from mupsweep.errors import ConfigError
+from mupsweep.store.run_dir import FAILED, RunDir
+from mupsweep.sweep.config import TrainingConfig
+from mupsweep.sweep.run_spec import RunSpec
+from mupsweep.training import worker
+from mupsweep.training.build import Built, build
+from mupsweep.training.microbatch import Batches, is_out_of_memory, make_room
+from mupsweep.training.signals import StopFlag
+from mupsweep.training.trainer import Interrupted, loss_of_rows, observe_curvature, train
+from mupsweep.training.worker import Owner, execute_run
+
+TOLERANCE = {
+    "gradient": 2e-6,  # absolute, of gradients near 1: fp32 sums in another order
+    "loss": 1e-5,  # relative, of the loss of any of 30 steps, and at their end
+}
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return prepare(run().recipe.variant.data)
+
+
+def small(built: Built, fits: int, begins: int = 0) -> Built:
+    """The run on a device that holds `fits` sequences, from the forward pass number `begins` on."""
+    forward, calls = built.network.forward, []
+
+    def limited(inputs: Tensor, *others: Tensor, **named: Tensor) -> Tensor:
+        calls.append(len(inputs))
+        if len(inputs) > fits and len(calls) > begins:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {len(inputs)} sequences.\nMore")
+        return forward(inputs, *others, **named)
+
+    built.network.forward = limited  # type: ignore[method-assign]
+    return built
+
+
+def attempt(
+    made: RunSpec,
+    data: Dataset,
+    path: Path,
+    control: Control | None = None,
+    edit: Callable[[Built], Built] = lambda built: built,
+) -> Result:
+    path.mkdir(exist_ok=True)
+    built, folder = edit(build(made, CPU)), RunDir(path)
+    summary = train(made, built, data, folder, CPU, control or Control())
+    return Result(built.network.state_dict(), summary, folder.metrics_path.read_bytes())
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 100])
+def test_the_gradient_and_the_loss_of_the_pieces_are_those_of_the_whole_batch(micro_batch: int, data: Dataset) -> None:
+    built = build(run("model.head_init_std=1.0"), CPU)
+    tokens = torch.from_numpy(data.train_batch(32, 4, 0, 0))
+    named = dict(built.network.named_parameters())
+
+    def gradients(batches: Batches) -> tuple[float, dict[str, Tensor]]:
+        loss = batches.backward(named.values(), lambda rows: loss_of_rows(built.network, "fp32", rows), tokens)
+        return loss.item(), {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+
+    (whole, wanted), (loss, found) = gradients(Batches()), gradients(Batches(micro_batch=micro_batch))
+    assert loss == pytest.approx(whole, rel=TOLERANCE["loss"])
+    assert found.keys() == wanted.keys() == named.keys()
+    assert max(float(g.abs().max()) for g in wanted.values()) > 0.1
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=TOLERANCE["gradient"], msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sophia"])
+def test_a_run_in_micro_batches_ends_at_the_loss_of_whole_batches(
+    optimizer: str, data: Dataset, tmp_path: Path
+) -> None:
+    whole = attempt(run(f"optimizer={optimizer}"), data, tmp_path / "whole")
+    pieces = attempt(run(f"optimizer={optimizer}", "training.micro_batch=3"), data, tmp_path / "pieces")
+    assert [r["tokens"] for r in pieces.rows] == [r["tokens"] for r in whole.rows]
+    losses = [r["train_loss"] for r in whole.rows]
+    assert [r["train_loss"] for r in pieces.rows] == pytest.approx(losses, rel=TOLERANCE["loss"])
+    assert pieces.summary["val_loss"] == pytest.approx(whole.summary["val_loss"], rel=TOLERANCE["loss"])
+
+
+def test_a_micro_batch_is_no_part_of_a_runs_identity() -> None:
+    assert run().run_id == run("training.micro_batch=2").run_id
+    assert run().run_id != run("training.batch_size=2").run_id
+
+
+def test_a_micro_batch_below_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^training\.micro_batch=0: expected positive$"):
+        TrainingConfig(steps=1, micro_batch=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sophia"])
+def test_running_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
+    optimizer: str, data: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = attempt(run(f"optimizer={optimizer}", "training.micro_batch=2"), data, tmp_path / "asked")
+    with caplog.at_level("INFO", "mupsweep"):
+        forced = attempt(
+            run(f"optimizer={optimizer}"), data, tmp_path / "forced", edit=lambda built: small(built, fits=2)
+        )
+    assert_same(asked, forced)
+    assert [r.message for r in caplog.records if "memory" in r.message] == [
+        "out of memory (OutOfMemoryError: CUDA out of memory. Tried to allocate 4 sequences.): "
+        "going on with micro-batches of 2"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_memory"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`.", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'", False),  # its group is broken
+    ],
+)
+def test_memory_that_runs_out_outside_of_the_allocator_is_known_by_its_text(text: str, is_memory: bool) -> None:
+    assert is_out_of_memory(RuntimeError(text)) is is_memory
+
+
+def test_making_room_frees_what_only_reference_cycles_hold(data: Dataset) -> None:
+    built = build(run(), CPU)
+    built.network.itself = [built]  # type: ignore[assignment]
+    weight = weakref.ref(next(iter(built.network.parameters())))
+    gc.collect()
+    del built
+    assert weight() is not None
+    make_room()
+    assert weight() is None
+
+
+def test_memory_that_runs_out_within_a_step_leaves_no_half_gradient(data: Dataset) -> None:
+    """The first piece of three fits, the second does not."""
+    made = run("training.micro_batch=2")
+    tokens = torch.from_numpy(data.train_batch(32, 5, 0, 0))
+
+    def gradients(built: Built, micro_batch: int) -> list[Tensor]:
+        weights = list(built.network.parameters())
+        Batches(micro_batch=micro_batch).backward(weights, lambda r: loss_of_rows(built.network, "fp32", r), tokens)
+        return [p.grad for p in weights if p.grad is not None]
+
+    forced, asked = gradients(small(build(made, CPU), fits=1, begins=1), 2), gradients(build(made, CPU), 1)
+    assert all(torch.equal(a, b) for a, b in zip(forced, asked, strict=True))
+
+
+def test_an_observed_curvature_is_that_of_smaller_pieces_when_memory_runs_out(data: Dataset) -> None:
+    made = run("optimizer=sophia")
+    inputs = torch.from_numpy(data.train_batch(32, 4, 0, 0))[:, :-1]
+    states = []
+    for fits, micro_batch in ((2, None), (100, 2)):
+        built = small(build(made, CPU), fits)
+        observe_curvature(built.network, built, inputs, 0, 0, "fp32", Batches(micro_batch=micro_batch))
+        states.append([s["h"] for member in built.optimizer.members for s in member.state.values() if "h" in s])
+    assert len(states[0]) > 3
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_memory_that_runs_out_late_is_remembered_over_an_interruption(data: Dataset, tmp_path: Path) -> None:
+    def edit(built: Built) -> Built:
+        return small(built, fits=2, begins=10)
+
+    straight = attempt(run(), data, tmp_path / "straight", edit=edit)
+    path = tmp_path / "stopped"
+    with pytest.raises(Interrupted):
+        attempt(run(), data, path, Control(stop=20), edit=edit)
+    assert torch.load(path / "checkpoint" / "latest.pt", weights_only=True)["micro_batch"] == 2
+    assert_same(attempt(run(), data, path), straight)  # with more memory
+    assert len(straight.rows) == TOTAL
+
+
+@pytest.fixture
+def broken(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What became of a run for which not even one sequence fits, and of one after it in the same process."""
+    found: dict[str, object] = {}
+    for fits in (0, 1):
+        made = replace(run(), run_id=f"fits-{fits}")
+        monkeypatch.setattr(worker, "build", lambda *a, fits=fits: small(build(*a), fits))
+        folder = RunDir(tmp_path / made.run_id)
+        claim = folder.claim()
+        assert claim is not None
+        execute_run(made, folder, data, CPU, Owner(claim, StopFlag()))
+        claim.release()
+        found[made.run_id] = folder.status()
+    return found
+
+
+def test_a_run_whose_single_sequences_do_not_fit_has_failed_with_its_numbers_and_the_others_go_on(
+    broken: dict[str, dict[str, str]],
+) -> None:
+    assert broken["fits-1"] == {"status": DONE}
+    assert broken["fits-0"]["status"] == FAILED
+    cost = run("training.micro_batch=1").cost
+    assert broken["fits-0"]["error"] == (
+        f"out of memory on cpu: {cost.parameters / 1e3:.3g}k parameters take roughly {cost.memory / 1e3:.3g}kB with "
+        "one sequence at a time; use a larger device, several that share the runs of this size "
+        "('launcher.sizes={w16-d2:{devices_per_run:2,shard:true}}'), fewer launcher.slots_per_device, a shorter "
+        "model.context or smaller sizes "
+        "(OutOfMemoryError: CUDA out of memory. Tried to allocate 1 sequences.)"
+    )

@@ -1,0 +1,89 @@
+"""Processes: a stop signal reaches everybody who has to hear it, whenever it comes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from mupsweep.training import signals
+from mupsweep.training.signals import STOPS, StopFlag, held_back, interrupt_on_stop
+
+pytestmark = pytest.mark.usefixtures("_signals_as_before")
+
+DEAF = "import os, signal, sys; print(*sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), os.environ['WORD'])"
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_stop_signal_sets_the_flag_or_interrupts(number: signal.Signals) -> None:
+    flag = StopFlag.install()
+    assert not flag.signalled
+    os.kill(os.getpid(), number)
+    assert flag.signalled
+    interrupt_on_stop()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), number)
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    flag = StopFlag.install()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not flag.signalled
+    interrupt_on_stop()
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
+def test_a_signal_that_was_held_back_comes_afterwards() -> None:
+    done: list[str] = []
+
+    def work() -> None:
+        with held_back():
+            os.kill(os.getpid(), signal.SIGTERM)
+            with held_back():
+                done.append("inner")
+            done.append("outer")  # the end of an inner one does not let it through
+
+    interrupt_on_stop()
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["inner", "outer"]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []).isdisjoint(STOPS)
+
+
+def test_a_thread_that_listens_does_not_let_a_signal_through() -> None:
+    over = threading.Event()
+    listening = threading.Thread(target=over.wait)
+
+    def work() -> None:
+        with held_back():
+            os.kill(os.getpid(), signal.SIGTERM)
+            over.set()
+            listening.join()  # the system had the time to give it to that thread
+            done.append("held")
+
+    done: list[str] = []
+    interrupt_on_stop()
+    listening.start()
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    over.set()
+    assert done == ["held"]
+
+
+def test_a_flag_hears_what_was_held_back_before_it() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # as a process that was started deaf
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+    assert StopFlag.install().signalled
+
+
+def test_a_process_is_started_deaf_with_an_environment_of_its_own(tmp_path: Path) -> None:
+    with (tmp_path / "said").open("wb") as output:
+        assert signals.start([sys.executable, "-c", DEAF], {"WORD": "heard"}, output).wait(30) == 0
+    *deaf, word = (tmp_path / "said").read_text().split()
+    assert (set(map(int, deaf)), word) == ({int(number) for number in STOPS}, "heard")
+    assert "WORD" not in os.environ
