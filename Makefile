@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test test-slow test-slurm chaos lint check bench docs clean
+.PHONY: help setup demo smoke test test-avx2 test-slow test-slurm chaos lint check bench docs clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup: $(READY) ## create .venv with everything that runs, tests and checks need
 
@@ -24,6 +24,12 @@ smoke: $(READY) ## the same path on the smallest models, in seconds
 
 test: $(READY) ## the tests
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+test-avx2: $(READY) ## the numeric tests as a CPU without AVX-512 rounds; nothing to do on such a CPU
+	@if $(BIN)/python -c "import torch; exit(torch.backends.cpu.get_cpu_capability() != 'AVX512')"; then \
+		$(AVX2) $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests/optimizers tests/models; \
+	else echo "no AVX-512 here: make test has run them so"; fi
 
 test-slow: $(READY) ## the drills that take minutes
 	$(BIN)/python -m pytest -q -m slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -52,9 +52,14 @@ def parameters() -> list[Tensor]:
     return [torch.nn.Parameter(start(i)) for i in range(len(SHAPES))]
 
 
-def walk(optimizer: Any, weights: list[Tensor], observes: Callable[[int], bool] = lambda step: False) -> None:
-    """All steps of a torch optimizer over `weights`, curvature first where it observes."""
-    for step in range(1, STEPS + 1):
+def walk(
+    optimizer: Any,
+    weights: list[Tensor],
+    observes: Callable[[int], bool] = lambda step: False,
+    steps: Iterable[int] = range(1, STEPS + 1),
+) -> None:
+    """Steps of a torch optimizer over `weights`, curvature first where it observes."""
+    for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = lr(step)
         for seed in (1, 0) if observes(step) else (0,):
