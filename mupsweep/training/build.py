@@ -36,7 +36,7 @@ class Built:
     optimizer: OptimizerSet
     groups: list[dict[str, Any]]
     clip: float | None
-    rewrap: Callable[[], None] | None = None
+    reapply_fsdp: Callable[[], None] | None = None
 
 
 def build(run: RunSpec, device: torch.device) -> Built:

@@ -60,7 +60,7 @@ class Journal:
 
     built: Built
     folder: RunDir
-    leads: bool
+    is_main_process: bool
     interval: float
     progress: Progress = field(init=False)
     damaged: set[Path] = field(default_factory=set)
@@ -91,11 +91,11 @@ class Journal:
     def writes(self) -> bool:
         """Whether the files are this process's to write. Another worker may have taken the run over while this process
         was suspended, which it notices at its next heartbeat only."""
-        return self.leads and not self.folder.is_taken_over(os.getpid())
+        return self.is_main_process and not self.folder.is_taken_over(os.getpid())
 
     def due(self) -> bool:
         """Whether it is time for a checkpoint, and there is something new to keep."""
-        return self.leads and self.steps > 0 and time.monotonic() - self.saved > self.interval
+        return self.is_main_process and self.steps > 0 and time.monotonic() - self.saved > self.interval
 
     def save(self) -> None:
         """Write a checkpoint, and keep the one before; what is sharded is collected from every rank."""
@@ -165,7 +165,7 @@ class Journal:
         self.clock()
         buffer = io.BytesIO()
         state = {"network": self.built.network.state_dict(), "optimizer": self.built.optimizer.state_dict()}
-        if self.leads:
+        if self.is_main_process:
             torch.save({**state, **asdict(self.progress)}, buffer)
         buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
         return buffer.getvalue()

@@ -3,7 +3,7 @@
 Rank 0 is the worker: it claims runs and alone writes records. It starts the other ranks, unless torchrun or a job
 script started all of them, on one machine or on several. Every rank computes the gradient of its rows of the global
 batch, and sums it with the others'; all weights and optimizer state are on each, unless they are sharded. What only one
-of them knows (a signal, an error, memory that ran out) is told in `exchange`, which comes before whatever takes all of
+of them knows (a signal, an error, memory that ran out) is told in `all_reduce_max`, which comes before whatever takes all of
 them, and at the end of every run: so nobody waits for a rank that has left the run.
 """
 
@@ -38,36 +38,43 @@ T = TypeVar("T")
 
 OK, SAVE, STOP, OUT_OF_MEMORY, FAILED = range(5)  # the worst of the ranks' words is everybody's
 BUCKET = 2**24  # numbers that are summed at once: 64 MiB in fp32
-TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun's variables
-FOLLOWS = "MUPSWEEP_FOLLOWS"  # of the environment of a rank that rank 0 started: its pid
-LONG = timedelta(days=30)  # how long a rank waits for its next run
-PARTING = 60.0  # seconds that rank 0 waits for the others to end; all they did is recorded by then
+TORCHRUN_ENV = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)  # torchrun's variables
+MAIN_PID_ENV = "MUPSWEEP_FOLLOWS"  # of the environment of a rank that rank 0 started: its pid
+RUN_WAIT_TIMEOUT = timedelta(days=30)  # how long a rank waits for its next run
+SHUTDOWN_TIMEOUT = 60.0  # seconds that rank 0 waits for the others to end; all they did is recorded by then
 PR_SET_PDEATHSIG = 1  # prctl(2)
 SIOCGIFADDR = 0x8915  # netdevice(7)
 
 
-class Interrupted(Exception):
+class StopRequested(Exception):
     """The run was asked to stop; it is checkpointed and goes on when it is started again."""
 
 
-class Agreed(Exception):
+class CollectiveExit(Exception):
     """Every rank leaves the run at the same place, so nobody needs to be told."""
 
 
-class PeerFailed(Agreed):
+class PeerFailed(CollectiveExit):
     """Another rank cannot go on, with its reason."""
 
 
-class PeerLacksMemory(Exception):
+class PeerOutOfMemory(Exception):
     """Another rank has too little memory for the step that all are at; nothing is left to be exchanged about it."""
 
 
-class OutOfMemory(Agreed):
+class OutOfMemory(CollectiveExit):
     """Some device has too little memory for a step with the smallest pieces."""
 
 
 @dataclass
-class Ranks:
+class DistributedContext:
     """One process's view of those that train a run together.
 
     Attributes:
@@ -85,7 +92,7 @@ class Ranks:
     told: int = 0
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process writes the records."""
         return self.rank == 0
 
@@ -103,7 +110,7 @@ class Ranks:
         share = len(batch) // self.size
         return batch[self.rank * share : (self.rank + 1) * share]
 
-    def exchange(self, word: int = OK) -> int:
+    def all_reduce_max(self, word: int = OK) -> int:
         """The worst word that any rank says here.
 
         Raises:
@@ -120,7 +127,7 @@ class Ranks:
         """Whether some ranks name another number than others."""
         if self.size == 1:
             return False
-        self.exchange()
+        self.all_reduce_max()
         ends = torch.tensor([number, -number])
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         return bool(ends.sum() != 0)
@@ -129,7 +136,7 @@ class Ranks:
         """Replace every tensor by its sum over the ranks; they are of one dtype and one device."""
         if self.size == 1:
             return
-        for bucket in packed(tensors, Tensor.numel):
+        for bucket in bucketed(tensors, Tensor.numel):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
             self.go_on()  # or the others would wait for a rank that had no room for this
             dist.all_reduce(flat)
@@ -141,35 +148,35 @@ class Ranks:
 
         Raises:
             PeerFailed: a rank left the run.
-            PeerLacksMemory: a rank left this step.
+            PeerOutOfMemory: a rank left this step.
         """
-        if self.exchange() == OUT_OF_MEMORY:
-            raise PeerLacksMemory
+        if self.all_reduce_max() == OUT_OF_MEMORY:
+            raise PeerOutOfMemory
 
-    def trade(self, parcels: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Send every rank the next `sent` numbers of `parcels`; what came from each, `received` of them, in order."""
-        came = parcels.new_empty(sum(received))
+    def all_to_all(self, send_buffer: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send every rank the next `sent` numbers of `send_buffer`; what came from each, `received` of them, in order."""
+        came = send_buffer.new_empty(sum(received))
         self.go_on()
-        dist.all_to_all_single(came, parcels, list(received), list(sent))
+        dist.all_to_all_single(came, send_buffer, list(received), list(sent))
         return came
 
     def collect(self, value: Any) -> list[Any]:
         """Everybody's value on rank 0, and nothing elsewhere."""
-        everybody = [None] * self.size if self.leads else None
+        everybody = [None] * self.size if self.is_main_process else None
         self.go_on()
         dist.gather_object(value, everybody)
         return everybody or []
 
-    def tell(self, run_id: str) -> None:
+    def broadcast_run_id(self, run_id: str) -> None:
         """Begin a run on every other rank; "" ends them."""
         if self.size > 1:
             self.told += 1
             self.store.set(f"run-{self.told}", run_id)
 
-    def next_run(self) -> str:
+    def wait_for_run_id(self) -> str:
         """The run that rank 0 begins next; "" for none."""
         self.told += 1
-        self.store.wait([f"run-{self.told}"], LONG)
+        self.store.wait([f"run-{self.told}"], RUN_WAIT_TIMEOUT)
         return self.store.get(f"run-{self.told}").decode()
 
     @contextlib.contextmanager
@@ -181,15 +188,15 @@ class Ranks:
         """
         try:
             yield
-        except (Agreed, Interrupted) as end:
-            if isinstance(end, Interrupted):
-                self.exchange()
+        except (CollectiveExit, StopRequested) as end:
+            if isinstance(end, StopRequested):
+                self.all_reduce_max()
             raise
         except Exception as error:
             if self.size > 1:
                 self._leave(error)
             raise
-        self.exchange()
+        self.all_reduce_max()
 
     def _leave(self, error: Exception) -> None:
         """Tell the others, wherever they are, that this rank cannot go on."""
@@ -215,16 +222,16 @@ def _give_up(lost: Exception) -> NoReturn:
     os.abort()
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = DistributedContext()
 
 
-def own_place() -> dict[str, str]:
+def torchrun_env() -> dict[str, str]:
     """What torchrun, a job script or rank 0 said to this process of its place among several; empty for one alone.
 
     Raises:
         ConfigError: a number that is none or out of range, or a place of which only a part was told.
     """
-    said = {name: os.environ.get(name, "") for name in TOLD}
+    said = {name: os.environ.get(name, "") for name in TORCHRUN_ENV}
     if not said["RANK"] or said["WORLD_SIZE"] in ("", "1"):
         return {}  # some clusters set a few of them for every job
     if missing := [name for name, value in said.items() if not value]:
@@ -252,19 +259,21 @@ def _misplaced(name: str, value: str, why: str) -> ConfigError:
 
 
 @contextlib.contextmanager
-def gathered(devices: Sequence[torch.device], command: Sequence[str], shard: bool = False) -> Iterator[Ranks]:
+def launch_ranks(
+    devices: Sequence[torch.device], command: Sequence[str], shard: bool = False
+) -> Iterator[DistributedContext]:
     """This process among those that train together: one that was told its place, or rank 0, which starts the others.
 
     Args:
         devices: of the processes on this machine, one each.
         command: starts this program.
-        shard: as in `Ranks`.
+        shard: as in `DistributedContext`.
     """
-    if place := own_place():
+    if place := torchrun_env():
         from torch.distributed.rendezvous import rendezvous
 
-        if FOLLOWS in os.environ:
-            _die_with(int(os.environ[FOLLOWS]))
+        if MAIN_PID_ENV in os.environ:
+            set_parent_death_signal(int(os.environ[MAIN_PID_ENV]))
         try:
             store, _, _ = next(rendezvous("env://"))
         except dist.DistError as error:
@@ -276,13 +285,13 @@ def gathered(devices: Sequence[torch.device], command: Sequence[str], shard: boo
             yield ranks
         return
     if len(devices) == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     leader, *others = places(len(devices), store.port)
-    followers = Followers()
+    followers = RankProcesses()
     try:
         for place in others:
             followers.start(place, command)
@@ -302,21 +311,23 @@ def places(size: int, port: int) -> list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def connected(place: Mapping[str, str], device: torch.device, store: Any, shard: bool = False) -> Iterator[Ranks]:
+def connected(
+    place: Mapping[str, str], device: torch.device, store: Any, shard: bool = False
+) -> Iterator[DistributedContext]:
     """A process group with a rank per device: gloo between CPUs, and for words; NCCL between GPUs."""
     if interface := interface_to(place["MASTER_ADDR"]):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # or the one of this machine's name: often a loopback
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     rank, size = int(place["RANK"]), int(place["WORLD_SIZE"])
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    ranks = Ranks(rank, size, shard, store)
+    ranks = DistributedContext(rank, size, shard, store)
     try:
         if device.type == "cuda":  # NCCL takes memory of its own at the first sum: while torch has not taken all of it
             dist.all_reduce(torch.zeros(BUCKET, device=device))
         yield ranks
     finally:
-        if ranks.leads:
-            ranks.tell("")
+        if ranks.is_main_process:
+            ranks.broadcast_run_id("")
         dist.destroy_process_group()
 
 
@@ -336,7 +347,7 @@ def interface_to(host: str) -> str | None:
     return None
 
 
-class Followers:
+class RankProcesses:
     """The processes of the other ranks. If one of them dies, so does this one: alone it cannot go on."""
 
     def __init__(self) -> None:
@@ -345,13 +356,13 @@ class Followers:
 
     def start(self, place: Mapping[str, str], command: Sequence[str]) -> None:
         """One more."""
-        process = signals.start(command, {**place, FOLLOWS: str(os.getpid())})
+        process = signals.start(command, {**place, MAIN_PID_ENV: str(os.getpid())})
         self.processes.append(process)
         threading.Thread(target=self._watch, args=(place["RANK"], process), daemon=True).start()
 
     def wait(self) -> None:
         """Until all have ended, as they were told to; those that could not be told, or do not end, are killed."""
-        until = time.monotonic() + PARTING * self.ending
+        until = time.monotonic() + SHUTDOWN_TIMEOUT * self.ending
         for process in self.processes:
             try:
                 process.wait(max(0.0, until - time.monotonic()))
@@ -366,7 +377,7 @@ class Followers:
             os.abort()
 
 
-def packed(things: Iterable[T], numbers: Callable[[T], int]) -> Iterator[list[T]]:
+def bucketed(things: Iterable[T], numbers: Callable[[T], int]) -> Iterator[list[T]]:
     """Things in order, as many at a time as their numbers fill a bucket."""
     bucket: list[T] = []
     for thing in things:
@@ -378,7 +389,7 @@ def packed(things: Iterable[T], numbers: Callable[[T], int]) -> Iterator[list[T]
         yield bucket
 
 
-def _die_with(leader: int) -> None:
+def set_parent_death_signal(leader: int) -> None:
     """No rank outlives rank 0, however that ends; where the system cannot promise it, the next exchange fails."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

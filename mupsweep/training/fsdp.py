@@ -25,10 +25,10 @@ from mupsweep.optimizers.optimizer_set import OptimizerSet
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.sweep.tensor_rules import TensorRule, clip_norm
 from mupsweep.training.build import Built, initialise, parameter_groups, skeleton
-from mupsweep.training.distributed import BUCKET, Ranks, packed
+from mupsweep.training.distributed import BUCKET, DistributedContext, bucketed
 
 
-def build_sharded(run: RunSpec, device: torch.device, ranks: Ranks, dtype: torch.dtype | None) -> Built:
+def build_sharded(run: RunSpec, device: torch.device, ranks: DistributedContext, dtype: torch.dtype | None) -> Built:
     """As `build`, with the same initial values, and never a whole network on one device.
 
     Args:
@@ -40,10 +40,10 @@ def build_sharded(run: RunSpec, device: torch.device, ranks: Ranks, dtype: torch
         if row.tied_to is None:
             whole = torch.empty(row.shape)
             initialise(whole, row, run.seed)
-            network.rows(row.name).copy_(whole[network.span(row.name, ranks.rank)])
+            network.rows(row.name).copy_(whole[network.shard_slice(row.name, ranks.rank)])
     groups = list(parameter_groups(run.recipe, rows))
     optimizer = ShardedOptimizer([part.optimizer for part in run.recipe.parts], groups, network)
-    return Built(network, optimizer, groups, clip_norm(run.recipe), network.rewrap)
+    return Built(network, optimizer, groups, clip_norm(run.recipe), network.reapply_fsdp)
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Bucket:
     names: tuple[str, ...]
 
 
-Turn = Sequence[Bucket | None]  # the bucket of every rank
+OwnerRound = Sequence[Bucket | None]  # the bucket of every rank
 
 
-def turns(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, torch.Size], size: int) -> list[Turn]:
+def owner_rounds(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, torch.Size], size: int) -> list[OwnerRound]:
     """Every tensor in one bucket of one of `size` ranks, with as many numbers for each rank as whole tensors allow."""
     buckets: list[tuple[int, torch.Size, Bucket]] = []
     for index, group in enumerate(groups):
@@ -91,7 +91,7 @@ class ShardedNetwork(nn.Module):
         make: Callable[[], nn.Module],
         table: Sequence[TensorRule],
         device: torch.device,
-        ranks: Ranks,
+        ranks: DistributedContext,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
@@ -100,9 +100,9 @@ class ShardedNetwork(nn.Module):
         self.storage = {row.name: row.tied_to or row.name for row in table}  # the tensor that holds the values of each
         self.mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)  # pyright: ignore[reportArgumentType]
         self.sharded = {name: self._empty(name) for name in self.shapes}
-        self.rewrap()
+        self.reapply_fsdp()
 
-    def rewrap(self) -> None:
+    def reapply_fsdp(self) -> None:
         """Hand the rows to FSDP anew; after an error in a pass its own bookkeeping cannot be used any more."""
         network = self.make()
         # autocast would keep its copies of weights until the backward pass; with a policy whole weights come in its
@@ -116,8 +116,8 @@ class ShardedNetwork(nn.Module):
             setattr(network.get_submodule(module), leaf, self.sharded[storage])
         for module in network.modules():
             if isinstance(module, FSDPModule):
-                module.set_custom_all_gather(Gather(self.ranks))  # type: ignore[arg-type]
-                module.set_custom_reduce_scatter(Scatter(self.ranks))  # type: ignore[arg-type]
+                module.set_custom_all_gather(CheckedAllGather(self.ranks))  # type: ignore[arg-type]
+                module.set_custom_reduce_scatter(CheckedReduceScatter(self.ranks))  # type: ignore[arg-type]
                 module.set_gradient_divide_factor(1.0)  # a loss is already its share of the global batch's
                 module.set_force_sum_reduction_for_comms(True)
         self.wrapped = [network]  # in a list, since it is no submodule: `parameters` are the rows alone
@@ -137,42 +137,45 @@ class ShardedNetwork(nn.Module):
         gradient = self.sharded[name].grad
         return torch.zeros_like(self.rows(name)) if gradient is None else gradient.to_local()  # type: ignore[attr-defined]
 
-    def span(self, name: str, rank: int) -> slice:
+    def shard_slice(self, name: str, rank: int) -> slice:
         """Which rows of a tensor a rank holds."""
         n = self.shapes[name][0]
         each = -(-n // self.ranks.size)
         return slice(min(rank * each, n), min((rank + 1) * each, n))
 
-    def gather(self, turn: Turn, rows: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    def gather(self, turn: OwnerRound, rows: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """The whole tensors of this rank's bucket."""
-        whole = {name: torch.empty(self.shapes[name], device=self.device) for name in self._mine(turn)}
+        whole = {name: torch.empty(self.shapes[name], device=self.device) for name in self.owned_names(turn)}
         self._trade(
             [[rows(name) for name in bucket.names] if bucket else [] for bucket in turn],
-            [[w[self.span(name, rank)] for name, w in whole.items()] for rank in range(self.ranks.size)],
+            [[w[self.shard_slice(name, rank)] for name, w in whole.items()] for rank in range(self.ranks.size)],
         )
         return whole
 
-    def scatter(self, turn: Turn, whole: Mapping[str, Tensor]) -> None:
+    def scatter(self, turn: OwnerRound, whole: Mapping[str, Tensor]) -> None:
         """The way back: everybody's rows of this rank's bucket, and this rank's rows of everybody's."""
         self._trade(
-            [[whole[name][self.span(name, rank)] for name in self._mine(turn)] for rank in range(self.ranks.size)],
+            [
+                [whole[name][self.shard_slice(name, rank)] for name in self.owned_names(turn)]
+                for rank in range(self.ranks.size)
+            ],
             [[self.rows(name) for name in bucket.names] if bucket else [] for bucket in turn],
         )
 
     def state_dict(self, *unused: Any, **named: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """The whole tensors as on one device, on rank 0 and on the CPU."""
         found: dict[str, Tensor] = {}
-        for names in packed(self.shapes, lambda name: self.shapes[name].numel()):
-            for_rank_0: Turn = [Bucket(0, tuple(names)), *[None] * (self.ranks.size - 1)]
+        for names in bucketed(self.shapes, lambda name: self.shapes[name].numel()):
+            for_rank_0: OwnerRound = [Bucket(0, tuple(names)), *[None] * (self.ranks.size - 1)]
             found |= {name: whole.cpu() for name, whole in self.gather(for_rank_0, self.rows).items()}
-        return {name: found[storage] for name, storage in self.storage.items()} if self.ranks.leads else {}
+        return {name: found[storage] for name, storage in self.storage.items()} if self.ranks.is_main_process else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *unused: Any, **named: Any) -> None:  # type: ignore[override]
         """Take this rank's rows of the whole tensors."""
         for name in self.shapes:
-            self.rows(name).copy_(state_dict[name][self.span(name, self.ranks.rank)])
+            self.rows(name).copy_(state_dict[name][self.shard_slice(name, self.ranks.rank)])
 
-    def _mine(self, turn: Turn) -> tuple[str, ...]:
+    def owned_names(self, turn: OwnerRound) -> tuple[str, ...]:
         bucket = turn[self.ranks.rank]
         return () if bucket is None else bucket.names
 
@@ -180,7 +183,7 @@ class ShardedNetwork(nn.Module):
         """Send every rank some tensors, and fill others with what each of them sends."""
         flat = [tensor.flatten() for tensors in sent for tensor in tensors]
         targets = [tensor for tensors in received for tensor in tensors]
-        came = self.ranks.trade(
+        came = self.ranks.all_to_all(
             torch.cat(flat) if flat else torch.empty(0, device=self.device),
             [sum(tensor.numel() for tensor in tensors) for tensors in sent],
             [sum(tensor.numel() for tensor in tensors) for tensors in received],
@@ -189,8 +192,8 @@ class ShardedNetwork(nn.Module):
             target.copy_(part.view_as(target))
 
     def _empty(self, name: str) -> nn.Parameter:
-        shape, span = self.shapes[name], self.span(name, self.ranks.rank)
-        local = torch.empty(span.stop - span.start, *shape[1:], device=self.device)
+        shape, shard_slice = self.shapes[name], self.shard_slice(name, self.ranks.rank)
+        local = torch.empty(shard_slice.stop - shard_slice.start, *shape[1:], device=self.device)
         stride = torch.empty(shape, device="meta").stride()
         rows = DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
         return nn.Parameter(rows)
@@ -202,17 +205,17 @@ class ShardedOptimizer(OptimizerSet):
     def __init__(self, parts: Sequence[Optimizer], groups: Sequence[dict[str, Any]], network: ShardedNetwork) -> None:
         self.groups, self.network, self.ranks = groups, network, network.ranks
         self.curvature_every = [parts[group["part"]].curvature_every for group in groups]
-        self.turns = turns(groups, network.shapes, self.ranks.size)
+        self.owner_rounds = owner_rounds(groups, network.shapes, self.ranks.size)
         self.parameters: dict[Bucket, dict[str, nn.Parameter]] = {}
         self.owned: dict[Bucket, OptimizerSet] = {}
-        for turn in self.turns:
+        for turn in self.owner_rounds:
             whole = {name: nn.Parameter(w) for name, w in network.gather(turn, network.rows).items()}
             if (bucket := turn[self.ranks.rank]) is not None:
                 group = groups[bucket.group] | {"tensors": bucket.names}
                 self.parameters[bucket] = whole
                 self.owned[bucket] = OptimizerSet(parts, [group], whole)
             network.scatter(turn, {name: p.detach() for name, p in whole.items()})  # some optimizers scale the start
-            _release(whole)
+            free_full_tensors(whole)
 
     def step(self, lr_factor: float) -> None:
         self._each(lambda optimizer: optimizer.step(lr_factor))
@@ -224,13 +227,13 @@ class ShardedOptimizer(OptimizerSet):
         """As on one device, on rank 0 and on the CPU; collected a turn at a time."""
         states: dict[str, Any] = {}
         groups: dict[int, dict[str, Any]] = {}
-        for turn in self.turns:
+        for turn in self.owner_rounds:
             for saved in self.ranks.collect(self._saved(turn)):
                 if saved is not None:
                     index, group, state = saved
                     groups[index] = group
                     states |= state
-        if not self.ranks.leads:
+        if not self.ranks.is_main_process:
             return []
         return [
             {
@@ -257,7 +260,7 @@ class ShardedOptimizer(OptimizerSet):
     def _each(self, act: Callable[[OptimizerSet], None]) -> None:
         """`act` on every optimizer that this rank owns, while its weights and gradients are there, whole; the gradients
         are forgotten."""
-        for turn in self.turns:
+        for turn in self.owner_rounds:
             weights = self.network.gather(turn, self.network.rows)
             gradients = self.network.gather(turn, self.network.gradient)
             for name in (name for bucket in turn if bucket for name in bucket.names):
@@ -270,7 +273,7 @@ class ShardedOptimizer(OptimizerSet):
                 del gradients
                 act(self.owned[bucket])
                 weights = {name: parameter.data for name, parameter in parameters.items()}
-                _release(parameters)
+                free_full_tensors(parameters)
             self.network.scatter(turn, weights)
 
     def _members(self) -> list[tuple[list[int], dict[str, int]]]:
@@ -281,7 +284,7 @@ class ShardedOptimizer(OptimizerSet):
         names = {part: [name for i in mine for name in self.groups[i]["tensors"]] for part, mine in indices.items()}
         return [(mine, {name: i for i, name in enumerate(names[part])}) for part, mine in sorted(indices.items())]
 
-    def _saved(self, turn: Turn) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+    def _saved(self, turn: OwnerRound) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """Of this rank's bucket: its group, that group's state, and that of each of its tensors."""
         bucket = turn[self.ranks.rank]
         if bucket is None:
@@ -295,10 +298,10 @@ class ShardedOptimizer(OptimizerSet):
         return bucket.group, saved["param_groups"][0], state
 
 
-class Gather:
+class CheckedAllGather:
     """FSDP's all-gather, with a word before it: a rank that cannot go on leaves nobody waiting."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: DistributedContext) -> None:
         self.ranks = ranks
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -312,7 +315,7 @@ class Gather:
         return gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
-class Scatter(Gather):
+class CheckedReduceScatter(CheckedAllGather):
     """FSDP's reduce-scatter, likewise."""
 
     def __call__(  # type: ignore[override]
@@ -335,7 +338,7 @@ def _units(network: nn.Module) -> list[nn.Module]:
     return [part for part in parts if any(p.ndim > 1 for p in part.parameters())]
 
 
-def _release(parameters: Mapping[str, nn.Parameter]) -> None:
+def free_full_tensors(parameters: Mapping[str, nn.Parameter]) -> None:
     """Whole weights and gradients are there only at their turn."""
     for parameter in parameters.values():
         parameter.data, parameter.grad = parameter.data.new_empty(0), None

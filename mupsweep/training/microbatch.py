@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mupsweep.training.distributed import ALONE, OK, OUT_OF_MEMORY, OutOfMemory, PeerLacksMemory, Ranks
+from mupsweep.training.distributed import (
+    OK,
+    OUT_OF_MEMORY,
+    SINGLE_PROCESS,
+    DistributedContext,
+    OutOfMemory,
+    PeerOutOfMemory,
+)
 
 log = logging.getLogger("mupsweep")
 
@@ -37,10 +44,10 @@ class Batches:
         rewrap: of a sharded run (`Built.rewrap`).
     """
 
-    ranks: Ranks = field(default_factory=lambda: ALONE)
+    ranks: DistributedContext = field(default_factory=lambda: SINGLE_PROCESS)
     micro_batch: int | None = None
     forced: int | None = None
-    rewrap: Callable[[], None] | None = None
+    reapply_fsdp: Callable[[], None] | None = None
 
     def pieces(self, *tensors: Any) -> Iterator[tuple[Any, ...]]:
         """This rank's rows of some tensors, piece by piece."""
@@ -71,7 +78,7 @@ class Batches:
             return total
 
         loss = self.fitting(compute, len(mine[0]))
-        whole = [] if self.rewrap else [w.grad for w in weights if w.grad is not None]
+        whole = [] if self.reapply_fsdp else [w.grad for w in weights if w.grad is not None]
         self.ranks.add([*whole, loss])
         return loss
 
@@ -85,17 +92,17 @@ class Batches:
             made, word, cause = None, OK, ""
             try:
                 made = compute()
-            except PeerLacksMemory:
+            except PeerOutOfMemory:
                 word = None
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 word, cause = OUT_OF_MEMORY, f"{type(error).__name__}: {error}".splitlines()[0]
             # what the failed try held is free from here on
-            if word is not None and self.ranks.exchange(word) != OUT_OF_MEMORY:
+            if word is not None and self.ranks.all_reduce_max(word) != OUT_OF_MEMORY:
                 return made  # type: ignore[return-value]
-            if self.rewrap:
-                self.rewrap()
+            if self.reapply_fsdp:
+                self.reapply_fsdp()
             if self._rows(n_rows) == 1:
                 raise OutOfMemory(cause or "on another rank")
             self.forced = self._rows(n_rows) // 2

@@ -20,7 +20,7 @@ from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.training.build import Built, generator
 from mupsweep.training.checkpoint import Journal, Progress, mean
 from mupsweep.training.devices import autocast, choose_precision, device_name
-from mupsweep.training.distributed import ALONE, OK, SAVE, STOP, Interrupted, Ranks
+from mupsweep.training.distributed import OK, SAVE, SINGLE_PROCESS, STOP, DistributedContext, StopRequested
 from mupsweep.training.microbatch import Batches
 
 ROWS = 200  # about so many rows of metrics.jsonl per run, whatever its length
@@ -43,7 +43,7 @@ def train(
     folder: RunDir,
     device: torch.device,
     control: Control,
-    ranks: Ranks = ALONE,
+    ranks: DistributedContext = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Train a run to its end and return its summary.
 
@@ -58,21 +58,21 @@ def train(
     precision = choose_precision(training.precision, device)
     network = compiled(built.network) if training.compile else built.network
 
-    journal = Journal(built, folder, ranks.leads, 60 * training.checkpoint_minutes)
+    journal = Journal(built, folder, ranks.is_main_process, 60 * training.checkpoint_minutes)
     if ranks.differ(journal.progress.step):
         raise RecordError(
             f"the processes that train this run together found different checkpoints in {folder.path}: a network file "
             "system showed one of them old files; run the same command again"
         )
-    batches = Batches(ranks, training.micro_batch, journal.progress.micro_batch, built.rewrap)
+    batches = Batches(ranks, training.micro_batch, journal.progress.micro_batch, built.reapply_fsdp)
     while True:
         progress = journal.progress
         decay, end = horizons[progress.horizon]
-        word = ranks.exchange(STOP if control.stop_requested() else SAVE if journal.due() else OK)
+        word = ranks.all_reduce_max(STOP if control.stop_requested() else SAVE if journal.due() else OK)
         if word in (SAVE, STOP) and journal.steps:  # or there is nothing new to keep
             journal.save()
         if word == STOP:
-            raise Interrupted
+            raise StopRequested
         control.heartbeat()
         if progress.step == decay and end < total and not progress.branching:
             journal.branch_off()
@@ -182,7 +182,7 @@ def clip(built: Built) -> Tensor | None:
     if built.clip is None:
         return None
     norm = nn.utils.clip_grad_norm_(built.network.parameters(), built.clip)
-    return norm.full_tensor() if built.rewrap else norm  # type: ignore[attr-defined]
+    return norm.full_tensor() if built.reapply_fsdp else norm  # type: ignore[attr-defined]
 
 
 def evaluate(

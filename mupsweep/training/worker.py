@@ -28,7 +28,7 @@ from mupsweep.sweep.tensor_rules import role_records
 from mupsweep.trackers.live import Live
 from mupsweep.training.build import Built, build, group_records
 from mupsweep.training.devices import choose_devices, choose_precision, configure, device_name, is_alive
-from mupsweep.training.distributed import ALONE, Interrupted, Ranks, gathered, own_place
+from mupsweep.training.distributed import SINGLE_PROCESS, DistributedContext, StopRequested, launch_ranks, torchrun_env
 from mupsweep.training.microbatch import is_out_of_memory, make_room
 from mupsweep.training.signals import StopFlag
 from mupsweep.training.trainer import train
@@ -60,24 +60,24 @@ def execute(
         False if it was asked to stop before all of them were taken.
     """
     stop = stop or StopFlag.install()
-    place = own_place()
+    place = torchrun_env()
     devices = choose_devices(device, int(place.get("LOCAL_WORLD_SIZE", 1)))
     chosen = devices[int(place.get("LOCAL_RANK", 0))]
     configure(threads, chosen, shard)  # before the ranks meet: NCCL is as reproducible as it is told to be then
     words = [str(sweep.path), *run_ids, "--device", device, "--threads", str(threads), *["--shard"] * shard]
-    with gathered(devices, [sys.executable, "-m", "mupsweep", "worker", *words], shard) as ranks:
-        if not ranks.leads:
-            return follow(sweep, chosen, stop, ranks)
+    with launch_ranks(devices, [sys.executable, "-m", "mupsweep", "worker", *words], shard) as ranks:
+        if not ranks.is_main_process:
+            return run_replica(sweep, chosen, stop, ranks)
         with Live(sweep) as tracker:
-            return lead(sweep, run_ids, chosen, stop, ranks, on_finished, tracker)
+            return run_main(sweep, run_ids, chosen, stop, ranks, on_finished, tracker)
 
 
-def lead(
+def run_main(
     sweep: SweepDir,
     run_ids: Sequence[str],
     device: torch.device,
     stop: StopFlag,
-    ranks: Ranks,
+    ranks: DistributedContext,
     on_finished: Callable[[], None],
     tracker: Live,
 ) -> bool:
@@ -104,7 +104,7 @@ def lead(
                 data[run.recipe.digest] = prepare(run.recipe.variant.data)
             with tracker.showing(folder):
                 execute_run(run, folder, data[run.recipe.digest], device, Owner(claim, stop), ranks)
-        except Interrupted:
+        except StopRequested:
             if claim.is_held():
                 folder.write_status(PENDING)
             return False
@@ -116,16 +116,16 @@ def lead(
     return True
 
 
-def follow(sweep: SweepDir, device: torch.device, stop: StopFlag, ranks: Ranks) -> bool:
+def run_replica(sweep: SweepDir, device: torch.device, stop: StopFlag, ranks: DistributedContext) -> bool:
     """`execute` on the other ranks: train what rank 0 begins, and write nothing. What fails is for rank 0 to record."""
     runs: dict[str, RunSpec] = {}
-    while run_id := ranks.next_run():
+    while run_id := ranks.wait_for_run_id():
         try:
             with ranks.together():
                 runs = runs or {run.run_id: run for run in plan.load(sweep)}  # not before rank 0 knows its runs
                 run = runs[run_id]
                 data = prepare(run.recipe.variant.data)
-                train(run, built_on(ranks, run, device), data, sweep.run(run_id), device, Follower(stop), ranks)
+                train(run, built_on(ranks, run, device), data, sweep.run(run_id), device, ReplicaControl(stop), ranks)
         except Exception:  # `together` has told rank 0
             if not is_alive(device):
                 os.abort()
@@ -135,7 +135,12 @@ def follow(sweep: SweepDir, device: torch.device, stop: StopFlag, ranks: Ranks) 
 
 
 def execute_run(
-    run: RunSpec, folder: RunDir, data: Dataset, device: torch.device, owner: Owner, ranks: Ranks = ALONE
+    run: RunSpec,
+    folder: RunDir,
+    data: Dataset,
+    device: torch.device,
+    owner: Owner,
+    ranks: DistributedContext = SINGLE_PROCESS,
 ) -> None:
     """Train one claimed run and write its records, `status.json` last. A failure is recorded, not raised.
 
@@ -145,7 +150,7 @@ def execute_run(
     with contextlib.ExitStack() as opened:
         try:
             opened.enter_context(logged(folder))
-            ranks.tell(run.run_id)
+            ranks.broadcast_run_id(run.run_id)
             with ranks.together():
                 folder.write_status(RUNNING, durable=False, step=0, steps=run.recipe.steps)
                 built = built_on(ranks, run, device)
@@ -156,7 +161,7 @@ def execute_run(
                 folder.write_summary(summary)
                 folder.write_status(summary["status"])
                 folder.remove_checkpoints()
-        except Interrupted:
+        except StopRequested:
             log.info("stopped as asked; checkpointed")
             raise
         except TakenOver:
@@ -169,7 +174,7 @@ def execute_run(
                 folder.write_status(FAILED, error=told(error, run, device))
 
 
-def built_on(ranks: Ranks, run: RunSpec, device: torch.device) -> Built:
+def built_on(ranks: DistributedContext, run: RunSpec, device: torch.device) -> Built:
     """The network and its optimizers, whole or this rank's shard of them."""
     if not ranks.shard:
         return build(run, device)
@@ -243,7 +248,7 @@ class Owner:
 
 
 @dataclass(frozen=True)
-class Follower:
+class ReplicaControl:
     """The same for a rank that owns no claim."""
 
     stop: StopFlag

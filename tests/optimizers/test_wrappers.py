@@ -38,12 +38,12 @@ SSO: dict[str, Any] = {"name": "sso", "kind": "mupsweep.optimizers.sso.SSO"}
 MUON_H: dict[str, Any] = {"name": "muon_h", "kind": "mupsweep.optimizers.muon.Muon", "hyperball": True}
 HIDDEN: dict[str, Any] = {"roles": ("hidden",), "rest": REST}
 # Every optimizer that takes parts, without any, on hidden matrices; once where only the name differs.
-ALONE = [
+SINGLE_PROCESS = [
     replace(part, **HIDDEN, hyperball=False, lr_ratio=1.0)
     for part in (parts(name)[0] for name in NAMES)
     if isinstance(part, Composed) and not part.projects
 ]
-MATRIX = {part.name: part for part in {repr(replace(part, name="")): part for part in ALONE}.values()}
+MATRIX = {part.name: part for part in {repr(replace(part, name="")): part for part in SINGLE_PROCESS}.values()}
 every_optimizer = pytest.mark.parametrize("name", MATRIX)
 PARTS: dict[str, dict[str, Any]] = {
     "blocks": {"block_size": 16},

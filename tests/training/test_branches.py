@@ -15,7 +15,7 @@ from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import load
 from mupsweep.sweep.plan import plan
 from mupsweep.training import trainer as loop
-from mupsweep.training.trainer import Interrupted
+from mupsweep.training.trainer import StopRequested
 
 WSD = ("training.schedule=wsd", "training.warmup=3", "optimizer=muon")
 BRANCHED = (*WSD, "training.branches=[0.4,0.8]")  # of 30 steps: decays 10-12, 19-24 (20 % of 12 and 24), and 24-30
@@ -55,7 +55,7 @@ def test_a_run_interrupted_in_trunk_or_branch_goes_on_bit_for_bit(
         try:
             result = attempt(made, data, tmp_path / "run", Control(**{interrupt: 4}))
             break
-        except (Interrupted, Killed):
+        except (StopRequested, Killed):
             assert RunDir(tmp_path / "run").checkpoints[0].exists()
     else:
         raise AssertionError("it never ended")
@@ -64,7 +64,7 @@ def test_a_run_interrupted_in_trunk_or_branch_goes_on_bit_for_bit(
 
 def test_a_damaged_trunk_starts_the_run_anew(whole: Result, data: Dataset, tmp_path: Path) -> None:
     made = run(*BRANCHED)
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopRequested):
         attempt(made, data, tmp_path / "run", Control(stop=11))  # one step into the first branch
     checkpoint(tmp_path / "run", "trunk.pt").write_bytes(b"damaged" * 20)
     with pytest.raises(Exception, match="the next try starts anew"):

@@ -112,25 +112,25 @@ def test_a_checkpoint_of_another_version_is_named_and_kept(killed: Path) -> None
     path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
     before = files(killed)
     with pytest.raises(RecordError, match=r"latest\.pt is of another version of mupsweep: delete \S+/checkpoint to"):
-        Journal(build(run(), CPU), RunDir(killed), leads=True, interval=60.0)
+        Journal(build(run(), CPU), RunDir(killed), is_main_process=True, interval=60.0)
     assert files(killed) == before
 
 
 @pytest.mark.parametrize("leads", [True, False])
-def test_only_the_leader_removes_the_checkpoints_of_a_damaged_trunk(leads: bool, killed: Path) -> None:
+def test_only_the_leader_removes_the_checkpoints_of_a_damaged_trunk(is_main_process: bool, killed: Path) -> None:
     folder = RunDir(killed)
     folder.trunk_checkpoint.write_bytes(b"damaged" * 20)
-    journal = Journal(build(run(), CPU), folder, leads, interval=60.0)
+    journal = Journal(build(run(), CPU), folder, is_main_process, interval=60.0)
     before = files(killed)
     with pytest.raises(Exception, match="the next try starts anew"):
         journal.rejoin({})
-    assert folder.trunk_checkpoint.exists() == (not leads)
-    assert leads or files(killed) == before
+    assert folder.trunk_checkpoint.exists() == (not is_main_process)
+    assert is_main_process or files(killed) == before
 
 
 def test_a_rank_that_does_not_lead_writes_nothing(killed: Path) -> None:
     before = files(killed)
-    journal = Journal(build(run(), CPU), RunDir(killed), leads=False, interval=0.0)
+    journal = Journal(build(run(), CPU), RunDir(killed), is_main_process=False, interval=0.0)
     journal.shown -= 60
     journal.show({"step": 12, "train_loss": 1.0}, 30, 1.0)
     journal.append({"step": 12})
@@ -142,7 +142,7 @@ def test_a_rank_that_does_not_lead_writes_nothing(killed: Path) -> None:
 def test_a_status_is_shown_while_the_run_is_its_own(killed: Path) -> None:
     folder = RunDir(killed)
     assert folder.claim() is not None
-    journal = Journal(build(run(), CPU), folder, leads=True, interval=60.0)
+    journal = Journal(build(run(), CPU), folder, is_main_process=True, interval=60.0)
     assert journal.progress.step == 12
     journal.shown -= 60
     journal.show({"step": 12, "train_loss": 1.0}, 30, 1.0)
@@ -152,17 +152,17 @@ def test_a_status_is_shown_while_the_run_is_its_own(killed: Path) -> None:
 
 def test_progress_survives_its_checkpoint(tmp_path: Path) -> None:
     folder = RunDir(tmp_path)
-    journal = Journal(build(run(), CPU), folder, leads=True, interval=60.0)
+    journal = Journal(build(run(), CPU), folder, is_main_process=True, interval=60.0)
     journal.progress = Progress(
         step=7, losses=[3.5, 3.25], micro_batch=2, horizon=1, branching=True, branches=[{"val_loss": 3.0}]
     )
     journal.save()
-    again = Journal(build(run(), CPU), folder, leads=True, interval=60.0).progress
+    again = Journal(build(run(), CPU), folder, is_main_process=True, interval=60.0).progress
     assert {**vars(again), "seconds": 0.0} == {**vars(journal.progress), "seconds": 0.0}
 
 
 def test_a_checkpoint_is_due_after_its_interval_and_one_new_step(tmp_path: Path) -> None:
-    journal = Journal(build(run(), CPU), RunDir(tmp_path), leads=True, interval=60.0)
+    journal = Journal(build(run(), CPU), RunDir(tmp_path), is_main_process=True, interval=60.0)
     journal.saved -= 61
     assert not journal.due()  # nothing new since it was loaded
     journal.steps = 1

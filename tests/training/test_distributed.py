@@ -30,7 +30,14 @@ from mupsweep.sweep.plan import plan
 from mupsweep.training import distributed
 from mupsweep.training.build import build
 from mupsweep.training.devices import choose_device, choose_devices
-from mupsweep.training.distributed import ALONE, Interrupted, PeerFailed, Ranks, connected, places
+from mupsweep.training.distributed import (
+    SINGLE_PROCESS,
+    DistributedContext,
+    PeerFailed,
+    StopRequested,
+    connected,
+    places,
+)
 from mupsweep.training.microbatch import Batches
 from mupsweep.training.trainer import observe_curvature, train
 
@@ -67,7 +74,7 @@ def joined(rank: int, size: int, port: int, job: Callable[..., Any], arguments: 
     """One rank's part of a job."""
     torch.set_num_threads(1)
     if size == 1:
-        return job(ALONE, *arguments)
+        return job(SINGLE_PROCESS, *arguments)
     with connected(places(size, port)[rank], CPU, TCPStore("127.0.0.1", port)) as made:
         return job(made, *arguments)
 
@@ -83,14 +90,14 @@ def digest(weights: dict[str, Tensor]) -> str:
     return hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
 
 
-def trained(made: Ranks, overrides: tuple[str, ...], path: Path, stops: dict[int, int]) -> dict[str, Any]:
+def trained(made: DistributedContext, overrides: tuple[str, ...], path: Path, stops: dict[int, int]) -> dict[str, Any]:
     """A run until some rank is asked to stop before the step that `stops` gives it, or its end."""
     folder = RunDir(path)
     path.mkdir(exist_ok=True)
     built = build(run(*overrides), CPU)
     control = Control(stop=stops.get(made.rank, 10**9))
     summary = None
-    with contextlib.suppress(Interrupted), made.together():
+    with contextlib.suppress(StopRequested), made.together():
         summary = train(run(*overrides), built, corpus(), folder, CPU, control, made)
     return {"summary": summary, "weights": digest(built.network.state_dict()), "asked": control.asked}
 
@@ -132,17 +139,17 @@ def test_ranks_and_micro_batches_combine(pool: ProcessPoolExecutor, tmp_path: Pa
 @pytest.mark.parametrize("size", SIZES)
 def test_the_rows_of_all_ranks_are_the_global_batch(size: int, data: Dataset) -> None:
     batch = data.train_batch(32, 4, 0, 7)
-    assert np.array_equal(np.concatenate([Ranks(rank, size).rows(batch) for rank in range(size)]), batch)
+    assert np.array_equal(np.concatenate([DistributedContext(rank, size).rows(batch) for rank in range(size)]), batch)
 
 
 def test_a_batch_that_cannot_be_divided_is_refused_in_one_line(data: Dataset) -> None:
     with pytest.raises(ConfigError, match=r"^training\.batch_size=4 cannot be divided among 3 devices: .*$"):
-        Ranks(0, 3).rows(data.train_batch(32, 4, 0, 0))
+        DistributedContext(0, 3).rows(data.train_batch(32, 4, 0, 0))
     with pytest.raises(ConfigError, match=r"^training\.batch_size=4 cannot .* launcher\.devices_per_run=3: .*$"):
         plan(load(["experiment=smoke", "launcher=local", "launcher.devices_per_run=3"]))
 
 
-def observed(made: Ranks) -> tuple[Tensor, list[Tensor]]:
+def observed(made: DistributedContext) -> tuple[Tensor, list[Tensor]]:
     """(the draws that this rank's labels come from, the curvature after them)."""
     built = build(run("optimizer=sophia"), CPU)
     inputs = torch.from_numpy(corpus().train_batch(32, 4, 0, 0))[:, :-1]
@@ -198,7 +205,7 @@ def test_ranks_that_find_different_checkpoints_do_not_train(pool: ProcessPoolExe
         assert found.startswith(f"the processes that train this run together found different checkpoints in {tmp_path}")
 
 
-def seeing_its_own(made: Ranks, path: Path) -> str:
+def seeing_its_own(made: DistributedContext, path: Path) -> str:
     """What is said where only rank 0 finds a checkpoint."""
     try:
         trained(made, (), path / str(made.rank), {})
@@ -207,7 +214,7 @@ def seeing_its_own(made: Ranks, path: Path) -> str:
     return ""
 
 
-def leaving(made: Ranks, who: int, where: str, path: Path) -> str:
+def leaving(made: DistributedContext, who: int, where: str, path: Path) -> str:
     """Two runs, of which rank `who` cannot finish the first: how that ended here, and the loss of the second."""
     built, folder, ended = build(run(), CPU), RunDir(path), "done"
     path.mkdir(exist_ok=True)
@@ -262,7 +269,7 @@ def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_of_all(
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "asked" / "metrics.jsonl").read_bytes()
 
 
-def summed(made: Ranks) -> list[Tensor]:
+def summed(made: DistributedContext) -> list[Tensor]:
     tensors = [torch.full(shape, float(10**made.rank)) for shape in ((), (3, 5), (70,), (1,), (0,), (41, 2))]
     made.add(tensors)
     return tensors
@@ -277,13 +284,13 @@ def test_sums_are_those_of_every_tensor_whatever_fits_in_a_bucket(
         ]
     monkeypatch.setattr(distributed, "BUCKET", 75)
     tensors = [torch.zeros(n) for n in (1, 15, 70, 1, 0, 82, 3)]
-    found = [[len(tensor) for tensor in bucket] for bucket in distributed.packed(tensors, Tensor.numel)]
+    found = [[len(tensor) for tensor in bucket] for bucket in distributed.bucketed(tensors, Tensor.numel)]
     assert found == [[1, 15], [70, 1, 0], [82], [3]]
 
 
 def test_a_rank_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "PARTING", 0.2)
-    followers = distributed.Followers()
+    followers = distributed.RankProcesses()
     for number in ("1", "2"):
         followers.start({"RANK": number}, [sys.executable, "-c", f"import signal; {number} == 1 and signal.pause()"])
     followers.ending = True
@@ -297,7 +304,7 @@ def test_a_rank_whose_leader_ended_before_it_began_ends_too() -> None:
     for leader, code in ((os.getpid(), 0), (os.getppid(), -signal.SIGKILL)):
         child = os.fork()
         if child == 0:
-            distributed._die_with(leader)
+            distributed.set_parent_death_signal(leader)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
 

@@ -25,8 +25,8 @@ from mupsweep.store.run_dir import RunDir
 from mupsweep.sweep.config import load
 from mupsweep.sweep.tensor_rules import rules
 from mupsweep.training.build import Built, build, parameter_groups
-from mupsweep.training.distributed import Interrupted, PeerFailed, Ranks
-from mupsweep.training.fsdp import ShardedNetwork, turns
+from mupsweep.training.distributed import DistributedContext, PeerFailed, StopRequested
+from mupsweep.training.fsdp import ShardedNetwork, owner_rounds
 from mupsweep.training.trainer import train
 from mupsweep.training.worker import built_on
 
@@ -50,13 +50,15 @@ def pool() -> Iterator[ProcessPoolExecutor]:
         yield made
 
 
-def trained(made: Ranks, overrides: tuple[str, ...], path: Path, shard: bool, stops: dict[int, int]) -> dict[str, Any]:
+def trained(
+    made: DistributedContext, overrides: tuple[str, ...], path: Path, shard: bool, stops: dict[int, int]
+) -> dict[str, Any]:
     """A run until some rank is asked to stop before the step that `stops` gives it, or its end."""
     made.shard = shard
     folder, control, summary = RunDir(path), Control(stop=stops.get(made.rank, 10**9)), None
     path.mkdir(exist_ok=True)
     built = built_on(made, run(*overrides), CPU)
-    with contextlib.suppress(Interrupted), made.together():
+    with contextlib.suppress(StopRequested), made.together():
         summary = train(run(*overrides), built, corpus(), folder, CPU, control, made)
     return {
         "summary": summary,
@@ -122,7 +124,7 @@ def test_one_two_and_four_sharded_ranks_end_at_the_same_loss(pool: ProcessPoolEx
         assert other["summary"]["val_loss"] == pytest.approx(one["summary"]["val_loss"], rel=TOLERANCE["loss"])
 
 
-def started(made: Ranks, *overrides: str) -> dict[str, Tensor]:
+def started(made: DistributedContext, *overrides: str) -> dict[str, Tensor]:
     """The rows that a rank holds at the start."""
     made.shard = True
     network = built_on(made, run(*overrides), CPU).network
@@ -147,7 +149,7 @@ def test_every_tensor_has_one_owner_and_every_owner_as_much_to_do(model: str, op
     table = rules(made, made.size(1.0, 1.0), 0.01)
     groups = list(parameter_groups(made, table))
     shapes = {row.name: torch.Size(row.shape) for row in table}
-    found = turns(groups, shapes, size)
+    found = owner_rounds(groups, shapes, size)
     owned = [[b for turn in found if (b := turn[rank]) is not None] for rank in range(size)]
     names = [name for buckets in owned for bucket in buckets for name in bucket.names]
     assert sorted(names) == sorted(row.name for row in table if row.tied_to is None)
@@ -233,7 +235,7 @@ def failing(where: str) -> Iterator[None]:
         yield
 
 
-def leaving(made: Ranks, who: int, where: str, path: Path) -> str:
+def leaving(made: DistributedContext, who: int, where: str, path: Path) -> str:
     """Two runs, of which rank `who` cannot go on with the first as it should: how that ended here, and the second."""
     with failing(where) if made.rank == who else contextlib.nullcontext():
         try:

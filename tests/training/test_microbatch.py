@@ -23,7 +23,7 @@ from mupsweep.training import worker
 from mupsweep.training.build import Built, build
 from mupsweep.training.microbatch import Batches, is_out_of_memory, make_room
 from mupsweep.training.signals import StopFlag
-from mupsweep.training.trainer import Interrupted, loss_of_rows, observe_curvature, train
+from mupsweep.training.trainer import StopRequested, loss_of_rows, observe_curvature, train
 from mupsweep.training.worker import Owner, execute_run
 
 TOLERANCE = {
@@ -178,7 +178,7 @@ def test_memory_that_runs_out_late_is_remembered_over_an_interruption(data: Data
 
     straight = attempt(run(), data, tmp_path / "straight", edit=edit)
     path = tmp_path / "stopped"
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopRequested):
         attempt(run(), data, path, Control(stop=20), edit=edit)
     assert torch.load(path / "checkpoint" / "latest.pt", weights_only=True)["micro_batch"] == 2
     assert_same(attempt(run(), data, path), straight)  # with more memory

@@ -31,7 +31,7 @@ from mupsweep.training import trainer as loop
 from mupsweep.training.build import build
 from mupsweep.training.devices import choose_precision
 from mupsweep.training.signals import StopFlag
-from mupsweep.training.trainer import Interrupted, compiled, diverged_at, lr_factor, train
+from mupsweep.training.trainer import StopRequested, compiled, diverged_at, lr_factor, train
 from mupsweep.training.worker import Owner, execute_run
 
 TOLERANCE = {
@@ -152,7 +152,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     path = tmp_path / "stopped"
     done = 0
     for steps in stops:
-        with pytest.raises(Interrupted):
+        with pytest.raises(StopRequested):
             attempt(made, data, path, Control(stop=steps))
         done += steps
         assert checkpoint(path).exists() == (done > 0)
@@ -172,7 +172,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     made = run(f"optimizer={optimizer}")
     straight = attempt(made, data, tmp_path / "straight")
     path = tmp_path / "killed"
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopRequested):
         attempt(made, data, path, Control(stop=10))
     with pytest.raises(Killed):
         attempt(made, data, path, Control(kill=10))
@@ -184,7 +184,7 @@ def test_killed_while_writing_a_row_and_resumed_equals_uninterrupted(data: Datas
     made = run()
     straight = attempt(made, data, tmp_path / "straight")
     path = tmp_path / "killed"
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopRequested):
         attempt(made, data, path, Control(stop=10))
     with RunDir(path).metrics_path.open("a") as file:
         file.write('{"step": 11, "tok')
@@ -621,7 +621,7 @@ def test_a_stopped_run_keeps_its_checkpoint_and_ends_like_an_uninterrupted_one(d
 
     made = run()
     whole = executed(made, data, tmp_path / "whole")
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopRequested):
         executed(made, data, tmp_path / "stopped", After(steps=12))
     assert checkpoint(tmp_path / "stopped" / made.run_id).is_file()
     resumed = executed(made, data, tmp_path / "stopped")
@@ -634,7 +634,7 @@ def test_a_stopped_run_keeps_its_checkpoint_and_ends_like_an_uninterrupted_one(d
 
 
 def test_a_run_that_is_stopped_before_its_first_step_writes_no_checkpoint(data: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopRequested):
         executed(run(), data, tmp_path, StopFlag(signalled=True))
     assert not checkpoint(tmp_path / run().run_id).exists()
 

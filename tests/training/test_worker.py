@@ -25,7 +25,7 @@ from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import load
 from mupsweep.training import worker as working
-from mupsweep.training.distributed import Ranks
+from mupsweep.training.distributed import DistributedContext
 from mupsweep.training.signals import StopFlag
 from mupsweep.training.worker import follow
 
@@ -215,7 +215,7 @@ def test_a_rank_that_follows_knows_the_runs_that_were_planned_after_it_started(
     sweep, old = plan.save(load(overrides), "")
     told: list[str] = []
 
-    class Second(Ranks):
+    class Second(DistributedContext):
         def next_run(self) -> str:
             """The run that rank 0 begins: one that another command has just planned; then none."""
             self.told += 1
@@ -364,10 +364,10 @@ def test_a_gpu_is_told_to_repeat_its_bits_before_the_ranks_meet(
     seen: list[object] = []
 
     @contextlib.contextmanager
-    def met(devices: list[torch.device], *_: object) -> Iterator[Ranks]:
+    def met(devices: list[torch.device], *_: object) -> Iterator[DistributedContext]:
         seen.append(torch.are_deterministic_algorithms_enabled())
         seen.append({name: os.environ.get(name) for name in GPU_SETTINGS})
-        yield Ranks()
+        yield DistributedContext()
 
     torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the environment does
     for name in GPU_SETTINGS:
