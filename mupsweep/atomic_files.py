@@ -20,10 +20,10 @@ def write_text(path: Path, text: str, durable: bool = True) -> None:
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
     """Replace `path` by `content` in one step."""
-    write_parts(path, (content,), durable)
+    write_chunks(path, (content,), durable)
 
 
-def write_parts(path: Path, parts: Iterable[bytes], durable: bool = True) -> None:
+def write_chunks(path: Path, parts: Iterable[bytes], durable: bool = True) -> None:
     """The same for what is too large to be held as a whole."""
     temporary = temporary_beside(path)
     try:

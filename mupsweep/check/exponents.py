@@ -15,7 +15,7 @@ from mupsweep.check.measure import ATTENTION, CHANGE, COORDINATES, FEATURES, LOG
 from mupsweep.check.regression import Exponent, slope
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import counted
-from mupsweep.scaling import Claim, Parametrization, Role
+from mupsweep.scaling import Parametrization, Role, RoleScaling
 
 WIDTH, DEPTH = "width", "depth"
 TOLERANCE = 0.1  # by which an exponent may miss its promise beyond its interval
@@ -176,7 +176,7 @@ class Coordinates:
 def promises(parametrization: Parametrization, axis: str) -> Promises:
     """The exponents that follow from a parametrization's claims; none where features need not keep their change."""
     claims = parametrization.claims()
-    solved = {role: claim for role, claim in claims.items() if isinstance(claim, Claim)}
+    solved = {role: claim for role, claim in claims.items() if isinstance(claim, RoleScaling)}
     if len(solved) < len(claims):
         return {}
 

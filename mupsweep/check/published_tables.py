@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from mupsweep.optimizers import Optimizer
-from mupsweep.scaling import Claim, Parametrization, Role, symbolic
+from mupsweep.scaling import Parametrization, Role, RoleScaling, symbolic
 from mupsweep.scaling.monomial import ONE, R_N, sqrt
 from mupsweep.scaling.parametrizations.spectral import Spectral
 from mupsweep.schema import instantiate
@@ -254,7 +254,7 @@ class Cell:
             return str(rule.init_std**2)
         if self.quantity == "update_norm":  # lr * ||A||_2 is the spectral norm that the parametrization asks for
             claim = parametrization.claims()[self.role]
-            assert isinstance(claim, Claim)
+            assert isinstance(claim, RoleScaling)
             n_out, n_in = (R_N if grows else ONE for grows in self.role.grows)
             return str(claim.update * sqrt(n_out / n_in) / rule.lr)
         return str(getattr(rule, self.quantity))

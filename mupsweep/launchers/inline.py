@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mupsweep.launchers import check_counts
 from mupsweep.report.terminal.progress import Progress
 from mupsweep.store.sweep_dir import SweepDir
-from mupsweep.training.signals import StopFlag, interrupt_on_stop
+from mupsweep.training.signals import StopSignal, interrupt_on_stop
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Inline:
     def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
         from mupsweep.training.worker import execute
 
-        stop = StopFlag.install()
+        stop = StopSignal.install()
         try:
             with Progress(sweep) as progress:
                 done = execute(sweep, run_ids, self.device, self.threads, progress.refresh, stop=stop)

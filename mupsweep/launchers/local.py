@@ -24,11 +24,13 @@ from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.training import signals
-from mupsweep.training.signals import held_back, interrupt_on_stop
+from mupsweep.training.signals import defer_signals, interrupt_on_stop
 
 POLL_SECONDS = 0.3
 USABLE = 0.8  # of a device's memory, as far as estimates go
-DEATHS = 2  # a run that kills its worker this often is recorded as failed; a slot is given so many workers for nothing
+MAX_WORKER_DEATHS = (
+    2  # a run that kills its worker this often is recorded as failed; a slot is given so many workers for nothing
+)
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ class Pool:
         command = [sys.executable, "-m", "mupsweep", "worker", str(self.sweep.path), *self.sizes]
         command += ["--device", self.slots[index], "--threads", count, *["--shard"] * self.launcher.shard]
         environment = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
-        with (self.sweep.logs / f"worker-{index}.log").open("ab") as output, held_back():  # until it can be stopped
+        with (self.sweep.logs / f"worker-{index}.log").open("ab") as output, defer_signals():  # until it can be stopped
             self.workers[index : index + 1] = [signals.start(command, environment, output)]
 
     def is_alive(self) -> bool:
@@ -208,20 +210,20 @@ class Pool:
         for index, (worker, code) in enumerate(zip(self.workers, codes, strict=True)):
             if code in (None, 0, STOPPED):
                 continue
-            self.idle_deaths = 0 if self.blame(worker.pid, code) else self.idle_deaths + 1
-            if self.idle_deaths > DEATHS * len(self.slots) or code > 0:
+            self.idle_deaths = 0 if self.record_death(worker.pid, code) else self.idle_deaths + 1
+            if self.idle_deaths > MAX_WORKER_DEATHS * len(self.slots) or code > 0:
                 raise RecordError(f"a worker ended with {ending(code)}: {self.last_words(index)}")
             self.spawn(index)
         return any(code not in (0, STOPPED) for code in codes)
 
-    def blame(self, pid: int, code: int) -> bool:
+    def record_death(self, pid: int, code: int) -> bool:
         """Count a worker's death against the run that it held, if any; a run that keeps killing workers has failed."""
         held = False
         for folder in (self.sweep.run(run_id) for run_id in self.run_ids):
             if folder.status()["status"] == RUNNING and folder.is_owned_by(pid):
                 held = True
                 self.deaths[folder.run_id] = self.deaths.get(folder.run_id, 0) + 1
-                if self.deaths[folder.run_id] >= DEATHS:
+                if self.deaths[folder.run_id] >= MAX_WORKER_DEATHS:
                     hint = (
                         "; out of memory? lower launcher.slots_per_device or training.batch_size" if code == -9 else ""
                     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import duration
 
-DEATHS = 3  # a worker's place in a task is left empty after so many of them
+MAX_WORKER_DEATHS = 3  # a worker's place in a task is left empty after so many of them
 VALUE = re.compile(r"[\w.,:@+=/*&|()\[\]!%~^][\w.,:@+=/*&|()\[\]!%~^-]*", re.ASCII)  # no blank, quote or further option
 OPTION = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(=(?P<value>.*))?", re.DOTALL)
 OURS = (  # what the script relies on

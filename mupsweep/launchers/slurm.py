@@ -27,7 +27,7 @@ from mupsweep.store.run_dir import RUNNING
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import GRID, from_tree
-from mupsweep.training.signals import held_back
+from mupsweep.training.signals import defer_signals
 
 SECONDS = 120.0  # how long one call of Slurm's commands may take
 ANALYSIS = "report"
@@ -320,7 +320,7 @@ def submit(sweep: SweepDir, script: Path, tasks: Sequence[Sequence[str]], *optio
         ConfigError: sbatch is not there or refuses the script.
     """
     hint = "; change launcher.* and run the same command again"
-    with held_back():  # a Ctrl-C would leave a job that nobody remembers
+    with defer_signals():  # a Ctrl-C would leave a job that nobody remembers
         job = call("sbatch", "--parsable", *options, str(script), hint=hint)
         job = job.strip().partition(";")[0]  # a federation adds its cluster
         sweep.write_job(job, script, tasks)

@@ -15,7 +15,7 @@ from mupsweep.analysis.labels import NAMES
 from mupsweep.analysis.optimum import CONFIDENCE
 from mupsweep.analysis.transfer import TOLERANCE_NATS, TOLERANCE_OCTAVES, Analysis, Group, loss_of
 from mupsweep.analysis.tuning import closings, remarks, tunings
-from mupsweep.atomic_files import make_folder, write_json, write_parts
+from mupsweep.atomic_files import make_folder, write_chunks, write_json
 from mupsweep.store.sweep_dir import SweepDir
 
 CHANGE_COLUMNS = ["hyperparameter", "value", "default"]  # of a variant that is not the default's
@@ -49,8 +49,8 @@ RUN_COLUMNS = [
 def write_results(sweep: SweepDir, analysis: Analysis) -> None:
     """results/runs.csv, curves.csv and transfer.json."""
     make_folder(sweep.results)
-    write_parts(sweep.results / "runs.csv", _csv(RUN_COLUMNS, [*analysis.rows, *analysis.changed]))
-    write_parts(sweep.results / "curves.csv", _csv(*curve_table([*analysis.curves, *collect(analysis.changed)])))
+    write_chunks(sweep.results / "runs.csv", _csv(RUN_COLUMNS, [*analysis.rows, *analysis.changed]))
+    write_chunks(sweep.results / "curves.csv", _csv(*curve_table([*analysis.curves, *collect(analysis.changed)])))
     write_json(sweep.results / "transfer.json", to_json(analysis))
 
 

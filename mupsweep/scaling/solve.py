@@ -13,12 +13,12 @@ from typing import Any
 from mupsweep.scaling.decay import WEIGHT_DECAY_RULES, DecayRule
 from mupsweep.scaling.laws import UpdateLaw
 from mupsweep.scaling.monomial import ONE, R_N, Monomial, maximum, sqrt
-from mupsweep.scaling.parametrizations.claims import Claim, Parametrization, Rule
+from mupsweep.scaling.parametrizations.claims import Parametrization, RoleScaling, Rule
 from mupsweep.scaling.roles import Role, TensorSpec
 
 
 def solve(
-    claim: Claim,
+    claim: RoleScaling,
     law: UpdateLaw,
     dims: tuple[Any, Any],
     role: Role,

@@ -22,13 +22,15 @@ from mupsweep.atomic_files import make_folder, read_json, temporary_beside, writ
 from mupsweep.errors import RecordError
 from mupsweep.store import slurm_queue
 
-BEAT_SECONDS = 15.0  # from one heartbeat to the next, unless a step takes longer
-SILENT_SECONDS = 2 * BEAT_SECONDS  # one that is damaged, or whose job is over, is taken over after so long without
-STALE_SECONDS = 600.0  # a claim of another host without a heartbeat for so long is taken over
+HEARTBEAT_INTERVAL = 15.0  # from one heartbeat to the next, unless a step takes longer
+HEARTBEAT_GRACE = (
+    2 * HEARTBEAT_INTERVAL
+)  # one that is damaged, or whose job is over, is taken over after so long without
+LEASE_TIMEOUT = 600.0  # a claim of another host without a heartbeat for so long is taken over
 
 
 @dataclass
-class Claim:
+class Lease:
     """The right to train a run, until released or the owner dies."""
 
     path: Path
@@ -37,7 +39,7 @@ class Claim:
 
     def heartbeat(self) -> bool:
         """Tell other hosts now and then that the owner lives, cheap enough for every step; True when it did."""
-        if time.monotonic() - self.beat <= BEAT_SECONDS:
+        if time.monotonic() - self.beat <= HEARTBEAT_INTERVAL:
             return False
         with contextlib.suppress(OSError):  # a server that is away for a moment
             os.utime(self.path)
@@ -58,7 +60,7 @@ class Claim:
             write_json(self.path, {**self.owner, "released": True}, durable=False)
 
 
-def take(folder: Path) -> Claim | None:
+def take(folder: Path) -> Lease | None:
     """The next claim in a run's folder of claims, or None where the newest one's owner lives."""
     last = newest(folder)
     if last is None:
@@ -67,7 +69,7 @@ def take(folder: Path) -> Claim | None:
         return None
     path = folder / _claim_name(int(last.stem) + 1 if last is not None else 0)
     owner = _owner()
-    return Claim(path, owner) if _create(path, json.dumps(owner)) else None
+    return Lease(path, owner) if _create(path, json.dumps(owner)) else None
 
 
 def is_of(path: Path, pid: int) -> bool:
@@ -117,13 +119,13 @@ def is_free(path: Path, clock: Callable[[Path], float] = lambda _: time.time()) 
     """
     owner = read_json(path)
     if owner is None:  # damaged, or not yet written on a file system without hard links, or another user's
-        limit = SILENT_SECONDS if os.access(path, os.R_OK) else STALE_SECONDS
+        limit = HEARTBEAT_GRACE if os.access(path, os.R_OK) else LEASE_TIMEOUT
         return clock(path.parent) - _last_beat(path) > limit
     if owner.get("released"):
         return True
     if _is_here(owner):
         return born(int(owner["pid"])) != owner.get("born")
-    return clock(path.parent) - _last_beat(path) > STALE_SECONDS
+    return clock(path.parent) - _last_beat(path) > LEASE_TIMEOUT
 
 
 def _is_given_up(path: Path) -> bool:
@@ -155,9 +157,9 @@ def _lost_its_job(path: Path) -> bool:
 
 
 def _falls_silent(path: Path) -> bool:
-    """Wait until a claim has gone SILENT_SECONDS without a heartbeat; one that comes meanwhile is a live owner's."""
+    """Wait until a claim has gone HEARTBEAT_GRACE without a heartbeat; one that comes meanwhile is a live owner's."""
     beat = _last_beat(path)
-    left = SILENT_SECONDS - max(0.0, _file_clock(path.parent) - beat)
+    left = HEARTBEAT_GRACE - max(0.0, _file_clock(path.parent) - beat)
     until = time.monotonic() + left
     while time.monotonic() < until:
         time.sleep(min(1.0, left))

@@ -16,7 +16,7 @@ from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.atomic_files import finite, read_json, write_json, write_text
 from mupsweep.errors import RecordError
 from mupsweep.store import lease
-from mupsweep.store.lease import Claim
+from mupsweep.store.lease import Lease
 
 PENDING, RUNNING, FAILED = "pending", "running", "failed"
 FINISHED = (DONE, DIVERGED)  # results; never trained again
@@ -140,7 +140,7 @@ class RunDir:
     def claims(self) -> Path:
         return self.path / "claims"
 
-    def claim(self) -> Claim | None:
+    def claim(self) -> Lease | None:
         """Own this run, or None where somebody alive does."""
         return lease.take(self.claims)
 

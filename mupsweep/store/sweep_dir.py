@@ -26,7 +26,7 @@ from mupsweep.atomic_files import make_folder, read_json, write_json, write_text
 from mupsweep.errors import RecordError
 from mupsweep.formatting import nearest
 from mupsweep.store import lease
-from mupsweep.store.lease import Claim
+from mupsweep.store.lease import Lease
 from mupsweep.store.run_dir import RunDir, _plain
 
 log = logging.getLogger("mupsweep")
@@ -171,7 +171,7 @@ class SweepDir:
             ) from error
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[Claim]:
+    def lock(self) -> Iterator[Lease]:
         """Held while the plan is extended, so that of two commands at once none loses the runs of the other. It is a
         claim like that of a run, since many network file systems cannot lock."""
         folder, pause = self.path / ".planning", 0.02

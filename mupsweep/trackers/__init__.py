@@ -23,7 +23,7 @@ from mupsweep.store.sweep_dir import SweepDir
 log = logging.getLogger("mupsweep")
 
 
-class Page(Protocol):
+class RunLogger(Protocol):
     """One run as a tracker shows it."""
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -43,7 +43,7 @@ class Tracker(Protocol):
         """Whether it is told anything while a sweep runs."""
         ...
 
-    def open(self, sweep: SweepDir, run: RunDir) -> Page:
+    def open(self, sweep: SweepDir, run: RunDir) -> RunLogger:
         """The run's page, the one that is there already or a new one; rows that it shows already are added again."""
         ...
 
@@ -94,7 +94,7 @@ def fingerprint(run: RunDir) -> str:
     return digest.hexdigest()[:16]
 
 
-class Ledger:
+class SyncState:
     """The fingerprints of what a tracker without a server holds: a file for each run, so that workers need no lock."""
 
     def __init__(self, folder: Path) -> None:
@@ -129,9 +129,9 @@ class WithoutServer:
     def analysed(self, sweep: SweepDir) -> None:
         pass
 
-    def ledger(self, sweep: SweepDir) -> Ledger:
+    def ledger(self, sweep: SweepDir) -> SyncState:
         """What is shown whole."""
-        return Ledger(sweep.trackers / f"{self.name}-held")
+        return SyncState(sweep.trackers / f"{self.name}-held")
 
 
 def require_package(tracker: str, package: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mupsweep.store.run_dir import RunDir
 from mupsweep.store.sweep_dir import SweepDir
-from mupsweep.trackers import Page
+from mupsweep.trackers import RunLogger
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Jsonl:
     def active(self) -> bool:
         return False
 
-    def open(self, sweep: SweepDir, run: RunDir) -> Page:
+    def open(self, sweep: SweepDir, run: RunDir) -> RunLogger:
         raise NotImplementedError("the records are there already")
 
     def held(self, sweep: SweepDir) -> Mapping[str, str]:

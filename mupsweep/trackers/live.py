@@ -17,14 +17,14 @@ from typing import Any
 from mupsweep import trackers
 from mupsweep.store.run_dir import FAILED, FINISHED, RunDir
 from mupsweep.store.sweep_dir import SweepDir
-from mupsweep.trackers import Page, Tracker, fingerprint
+from mupsweep.trackers import RunLogger, Tracker, fingerprint
 
 POLL = 1.0  # seconds between two looks at a run's records
 PATIENCE = 30.0  # seconds that a worker waits for its tracker after its last run
 
 
 @dataclass
-class Job:
+class TrackedRun:
     """A run to show.
 
     Attributes:
@@ -36,15 +36,15 @@ class Job:
     ended: threading.Event = field(default_factory=threading.Event)
 
 
-class Live:
+class LiveTracker:
     """Shows the runs of a worker to the sweep's tracker, one after the other, in a thread of its own."""
 
     def __init__(self, sweep: SweepDir, patience: float = PATIENCE) -> None:
         self.sweep, self.tracker, self.patience = sweep, trackers.load(sweep), patience
-        self.jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self.jobs: SimpleQueue[TrackedRun | None] = SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="tracker", daemon=True)
 
-    def __enter__(self) -> Live:
+    def __enter__(self) -> LiveTracker:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,7 +63,7 @@ class Live:
             return
         if not self.thread.ident:
             self.thread.start()
-        job = Job(run, version(run.metrics_path))
+        job = TrackedRun(run, version(run.metrics_path))
         self.jobs.put(job)
         try:
             yield
@@ -78,9 +78,9 @@ class Live:
             trackers.warn(self.sweep, error)
 
 
-def show(tracker: Tracker, sweep: SweepDir, job: Job) -> None:
+def show(tracker: Tracker, sweep: SweepDir, job: TrackedRun) -> None:
     """Pass a run's rows on until it ended; from the first one again where the run went back to a checkpoint."""
-    page: Page | None = None
+    page: RunLogger | None = None
     shown: list[dict[str, Any]] = []
     ended = False
     while not ended:
@@ -113,7 +113,7 @@ def catch_up(tracker: Tracker, sweep: SweepDir, running: bool) -> int:
         if run.status()["status"] not in (*FINISHED, FAILED) and run.is_claimed() and not running:
             continue
         if run.metrics_path.is_file() and held.get(run.run_id) != fingerprint(run):
-            job = Job(run)
+            job = TrackedRun(run)
             job.ended.set()
             show(tracker, sweep, job)
             shown += 1

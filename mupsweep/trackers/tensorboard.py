@@ -13,7 +13,7 @@ from typing import Any
 
 from mupsweep.store.run_dir import RunDir
 from mupsweep.store.sweep_dir import SweepDir
-from mupsweep.trackers import Ledger, Page, WithoutServer, require_package
+from mupsweep.trackers import RunLogger, SyncState, WithoutServer, require_package
 
 TRIAL = ("model", "optimizer", "parametrization", "width", "depth", "log2_lr", "seed")
 
@@ -32,7 +32,7 @@ class TensorBoard(WithoutServer):
     def __post_init__(self) -> None:
         require_package(self.name, "tensorboardX")
 
-    def open(self, sweep: SweepDir, run: RunDir) -> Page:
+    def open(self, sweep: SweepDir, run: RunDir) -> RunLogger:
         folder = sweep.trackers / self.name / run.run_id
         ledger = self.ledger(sweep)
         ledger.remove(run)
@@ -43,7 +43,7 @@ class TensorBoard(WithoutServer):
 class TensorBoardPage:
     """One run's event files."""
 
-    def __init__(self, run: RunDir, folder: Path, flush_seconds: int, ledger: Ledger) -> None:
+    def __init__(self, run: RunDir, folder: Path, flush_seconds: int, ledger: SyncState) -> None:
         from tensorboardX import SummaryWriter
 
         self.run, self.ledger = run, ledger

@@ -12,7 +12,7 @@ import yaml
 
 from mupsweep.store.run_dir import RunDir
 from mupsweep.store.sweep_dir import SweepDir
-from mupsweep.trackers import Ledger, Page, WithoutServer, require_package
+from mupsweep.trackers import RunLogger, SyncState, WithoutServer, require_package
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Trackio(WithoutServer):
     def __post_init__(self) -> None:
         require_package(self.name, "trackio")
 
-    def open(self, sweep: SweepDir, run: RunDir) -> Page:
+    def open(self, sweep: SweepDir, run: RunDir) -> RunLogger:
         ledger = self.ledger(sweep)
         ledger.remove(run)
         return TrackioPage(self.project, sweep, run, ledger)
@@ -38,7 +38,7 @@ class Trackio(WithoutServer):
 class TrackioPage:
     """One run in trackio's database; what an earlier attempt left there goes."""
 
-    def __init__(self, project: str, sweep: SweepDir, run: RunDir, ledger: Ledger) -> None:
+    def __init__(self, project: str, sweep: SweepDir, run: RunDir, ledger: SyncState) -> None:
         import trackio
 
         self.run, self.ledger = run, ledger

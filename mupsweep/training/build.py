@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Built:
+class TrainingSetup:
     """A run ready to train.
 
     Attributes:
@@ -39,13 +39,13 @@ class Built:
     reapply_fsdp: Callable[[], None] | None = None
 
 
-def build(run: RunSpec, device: torch.device) -> Built:
+def build(run: RunSpec, device: torch.device) -> TrainingSetup:
     """The network, initialised, and its optimizers.
 
     Initial values depend on (seed, tensor name, shape) alone: they are drawn on the CPU, so that every device starts
     from the same numbers.
     """
-    network, rows = skeleton(run)
+    network, rows = meta_model(run)
     network.to_empty(device=device)
     for row in rows:  # leaving the meta device gave every module a parameter of its own
         if row.tied_to is not None:
@@ -55,7 +55,7 @@ def build(run: RunSpec, device: torch.device) -> Built:
         if row.tied_to is None:
             initialise(parameters[row.name], row, run.seed)
     groups = list(parameter_groups(run.recipe, rows))
-    return Built(
+    return TrainingSetup(
         network,
         OptimizerSet([part.optimizer for part in run.recipe.parts], groups, parameters),
         groups,
@@ -63,7 +63,7 @@ def build(run: RunSpec, device: torch.device) -> Built:
     )
 
 
-def skeleton(run: RunSpec) -> tuple[nn.Module, tuple[TensorRule, ...]]:
+def meta_model(run: RunSpec) -> tuple[nn.Module, tuple[TensorRule, ...]]:
     """The network on the meta device, without values, and the rule of every tensor."""
     import torch
 
@@ -137,6 +137,6 @@ def _check_shapes(network: nn.Module, rows: tuple[TensorRule, ...]) -> None:
             )
 
 
-def group_records(built: Built) -> list[dict[str, Any]]:
+def group_records(built: TrainingSetup) -> list[dict[str, Any]]:
     """The groups as groups.json holds them."""
     return [{k: v for k, v in group.items() if k not in ("part", "transposed")} for group in built.groups]

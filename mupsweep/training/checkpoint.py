@@ -17,7 +17,7 @@ from torch import Tensor
 from mupsweep.atomic_files import write_bytes
 from mupsweep.errors import RecordError
 from mupsweep.store.run_dir import RUNNING, RunDir
-from mupsweep.training.build import Built
+from mupsweep.training.build import TrainingSetup
 
 log = logging.getLogger("mupsweep")
 
@@ -26,7 +26,7 @@ STATUS_SECONDS = 0.5  # how often status.json is refreshed for whoever watches
 
 
 @dataclass
-class Progress:
+class TrainState:
     """What a checkpoint holds beside weights and optimizer state.
 
     Attributes:
@@ -48,7 +48,7 @@ class Progress:
 
 
 @dataclass
-class Journal:
+class Checkpointer:
     """Checkpoints, rows of metrics and the status of a run. Written by rank 0 alone, while the run is its own.
 
     Attributes:
@@ -58,11 +58,11 @@ class Journal:
         damaged: checkpoints that are.
     """
 
-    built: Built
+    built: TrainingSetup
     folder: RunDir
     is_main_process: bool
     interval: float
-    progress: Progress = field(init=False)
+    progress: TrainState = field(init=False)
     damaged: set[Path] = field(default_factory=set)
     pending: list[Tensor] = field(default_factory=list)
     steps: int = 0
@@ -76,7 +76,7 @@ class Journal:
             self.folder.remove_unfinished_checkpoints()
             self.folder.write_metrics(row for row in self.folder.metrics() if row["step"] <= self.progress.step)
 
-    def resumed(self) -> Progress:
+    def resumed(self) -> TrainState:
         """Load the newest whole checkpoint into the run; a fresh start where there is none."""
         for path in self.folder.checkpoints:
             if not path.exists():
@@ -86,7 +86,7 @@ class Journal:
                 return progress
             log.warning("%s is damaged; trying an older one", path)
             self.damaged.add(path)
-        return Progress()
+        return TrainState()
 
     def writes(self) -> bool:
         """Whether the files are this process's to write. Another worker may have taken the run over while this process
@@ -109,14 +109,14 @@ class Journal:
             self.damaged.clear()
         self.saved = time.monotonic()
 
-    def branch_off(self) -> None:
+    def start_cooldown(self) -> None:
         """Remember where the run stands; what follows is a branch of it."""
         content = self._content()
         if self.writes():
             _write(self.folder.trunk_checkpoint, content)
         self.progress.branching = True
 
-    def rejoin(self, branch: dict[str, Any]) -> None:
+    def resume_trunk(self, branch: dict[str, Any]) -> None:
         """A branch has ended with `branch`: back to where it left."""
         self.flush()
         self.clock()
@@ -170,7 +170,7 @@ class Journal:
         buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
         return buffer.getvalue()
 
-    def _loaded(self, path: Path) -> Progress | None:
+    def _loaded(self, path: Path) -> TrainState | None:
         """What a checkpoint holds, its weights and state loaded into the run; None where it is damaged."""
         try:
             stored = path.read_bytes()
@@ -181,11 +181,11 @@ class Journal:
         if hashlib.sha256(content).digest() != digest:
             return None
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if saved.keys() - {"network", "optimizer"} != {f.name for f in fields(Progress)}:
+        if saved.keys() - {"network", "optimizer"} != {f.name for f in fields(TrainState)}:
             raise RecordError(f"{path} is of another version of mupsweep: delete {path.parent} to start the run anew")
         self.built.network.load_state_dict(saved.pop("network"))
         self.built.optimizer.load_state_dict(saved.pop("optimizer"))
-        return Progress(**saved)
+        return TrainState(**saved)
 
 
 def mean(values: list[float]) -> float:

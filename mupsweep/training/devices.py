@@ -34,7 +34,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-LITTLE, MUCH = 2**20, 2**31 - 1  # bytes; of `set_kept_memory`
+MIN_KEPT_BYTES, MAX_KEPT_BYTES = 2**20, 2**31 - 1  # bytes; of `set_kept_memory`
 
 
 def choose_devices(device: str, processes: int = 1) -> list[torch.device]:
@@ -94,7 +94,7 @@ def configure(threads: int, device: torch.device, shard: bool = False) -> None:
     """Settings of the process that make runs reproducible, and fast, or small where they are sharded."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    set_kept_memory(LITTLE if shard else MUCH)
+    set_kept_memory(MIN_KEPT_BYTES if shard else MAX_KEPT_BYTES)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory and capability checks use the current device
     torch.set_float32_matmul_precision("highest")  # containers may turn TF32 on

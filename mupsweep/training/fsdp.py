@@ -24,18 +24,20 @@ from mupsweep.optimizers.optimizer import Optimizer
 from mupsweep.optimizers.optimizer_set import OptimizerSet
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.sweep.tensor_rules import TensorRule, clip_norm
-from mupsweep.training.build import Built, initialise, parameter_groups, skeleton
+from mupsweep.training.build import TrainingSetup, initialise, meta_model, parameter_groups
 from mupsweep.training.distributed import BUCKET, DistributedContext, bucketed
 
 
-def build_sharded(run: RunSpec, device: torch.device, ranks: DistributedContext, dtype: torch.dtype | None) -> Built:
+def build_sharded(
+    run: RunSpec, device: torch.device, ranks: DistributedContext, dtype: torch.dtype | None
+) -> TrainingSetup:
     """As `build`, with the same initial values, and never a whole network on one device.
 
     Args:
         dtype: of matrix products, where it is not that of the weights.
     """
-    _, rows = skeleton(run)
-    network = ShardedNetwork(lambda: skeleton(run)[0], rows, device, ranks, dtype)
+    _, rows = meta_model(run)
+    network = ShardedNetwork(lambda: meta_model(run)[0], rows, device, ranks, dtype)
     for row in rows:
         if row.tied_to is None:
             whole = torch.empty(row.shape)
@@ -43,7 +45,7 @@ def build_sharded(run: RunSpec, device: torch.device, ranks: DistributedContext,
             network.rows(row.name).copy_(whole[network.shard_slice(row.name, ranks.rank)])
     groups = list(parameter_groups(run.recipe, rows))
     optimizer = ShardedOptimizer([part.optimizer for part in run.recipe.parts], groups, network)
-    return Built(network, optimizer, groups, clip_norm(run.recipe), network.reapply_fsdp)
+    return TrainingSetup(network, optimizer, groups, clip_norm(run.recipe), network.reapply_fsdp)
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,14 @@ OUT_OF_MEMORY_TEXTS = (  # what is said of it in other RuntimeErrors
 
 
 @dataclass
-class Batches:
+class MicroBatcher:
     """How global batches are computed.
 
     Attributes:
         ranks: who shares them.
         micro_batch: the most sequences of a piece; None for no limit.
         forced: the same, found by running out of memory.
-        rewrap: of a sharded run (`Built.rewrap`).
+        rewrap: of a sharded run (`TrainingSetup.rewrap`).
     """
 
     ranks: DistributedContext = field(default_factory=lambda: SINGLE_PROCESS)
@@ -107,13 +107,13 @@ class Batches:
                 raise OutOfMemory(cause or "on another rank")
             self.forced = self._rows(n_rows) // 2
             log.warning("out of memory (%s): going on with micro-batches of %d", cause or "another rank", self.forced)
-            make_room()
+            free_memory()
 
     def _rows(self, n_rows: int) -> int:
         return min(rows for rows in (n_rows, self.micro_batch, self.forced) if rows is not None)
 
 
-def make_room() -> None:
+def free_memory() -> None:
     """Give up memory that nothing uses any more: reference cycles keep whole networks, and torch what it ever had, also
     from another process on the same GPU."""
     gc.collect()

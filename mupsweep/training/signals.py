@@ -16,13 +16,13 @@ MOST_THREADS = 1024  # of a process; OpenMP dies where the system has not so man
 
 
 @dataclass
-class StopFlag:
+class StopSignal:
     """Set by the first stop signal; the run in progress finishes its step and checkpoints."""
 
     signalled: bool = False
 
     @classmethod
-    def install(cls) -> StopFlag:
+    def install(cls) -> StopSignal:
         """The flag that stop signals set from now on, those included that were held back."""
         flag = cls()
 
@@ -46,8 +46,8 @@ def _answer(handler: Callable[[int, FrameType | None], object]) -> None:
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
-    """Stop signals wait until the end of this, and in a process that is started here until it installs a StopFlag."""
+def defer_signals() -> Iterator[None]:
+    """Stop signals wait until the end of this, and in a process that is started here until it installs a StopSignal."""
     came: list[int] = []
     before = {number: signal.getsignal(number) for number in STOPS}
     _answer(lambda number, _: came.append(number))  # a mask is of one thread: the system would choose another
@@ -67,5 +67,5 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """A process with this one's environment and more, which hears stop signals once it can stop."""
     told = {**os.environ, **environment}
-    with held_back():
+    with defer_signals():
         return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=told)

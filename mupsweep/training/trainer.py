@@ -17,18 +17,20 @@ from mupsweep.models.loss import DRAWS
 from mupsweep.store.run_dir import RunDir
 from mupsweep.sweep.config import TrainingConfig
 from mupsweep.sweep.run_spec import RunSpec
-from mupsweep.training.build import Built, generator
-from mupsweep.training.checkpoint import Journal, Progress, mean
+from mupsweep.training.build import TrainingSetup, generator
+from mupsweep.training.checkpoint import Checkpointer, TrainState, mean
 from mupsweep.training.devices import autocast, choose_precision, device_name
 from mupsweep.training.distributed import OK, SAVE, SINGLE_PROCESS, STOP, DistributedContext, StopRequested
-from mupsweep.training.microbatch import Batches
+from mupsweep.training.microbatch import MicroBatcher
 
-ROWS = 200  # about so many rows of metrics.jsonl per run, whatever its length
-VERSIONS = 64  # of a compiled network, by shape and purpose; torch would run further ones uncompiled, in other bits
+METRICS_ROWS = 200  # about so many rows of metrics.jsonl per run, whatever its length
+RECOMPILE_LIMIT = (
+    64  # of a compiled network, by shape and purpose; torch would run further ones uncompiled, in other bits
+)
 DIVERGED_RATIO = 1.05  # a mean loss above the start's by this factor is divergence, not noise
 
 
-class Control(Protocol):
+class TrainControl(Protocol):
     """What the loop asks its owner at every step."""
 
     def stop_requested(self) -> bool: ...
@@ -38,11 +40,11 @@ class Control(Protocol):
 
 def train(
     run: RunSpec,
-    built: Built,
+    built: TrainingSetup,
     data: Dataset,
     folder: RunDir,
     device: torch.device,
-    control: Control,
+    control: TrainControl,
     ranks: DistributedContext = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Train a run to its end and return its summary.
@@ -53,18 +55,18 @@ def train(
     training = run.recipe.training
     total, context = run.recipe.steps, run.size.context
     per_step = training.batch_size * context
-    interval, horizons = max(1, total // ROWS), training.horizons(total)
+    interval, horizons = max(1, total // METRICS_ROWS), training.horizons(total)
     evaluations = {round(total * (i + 1) / training.evals) for i in range(training.evals)}
     precision = choose_precision(training.precision, device)
     network = compiled(built.network) if training.compile else built.network
 
-    journal = Journal(built, folder, ranks.is_main_process, 60 * training.checkpoint_minutes)
+    journal = Checkpointer(built, folder, ranks.is_main_process, 60 * training.checkpoint_minutes)
     if ranks.differ(journal.progress.step):
         raise RecordError(
             f"the processes that train this run together found different checkpoints in {folder.path}: a network file "
             "system showed one of them old files; run the same command again"
         )
-    batches = Batches(ranks, training.micro_batch, journal.progress.micro_batch, built.reapply_fsdp)
+    batches = MicroBatcher(ranks, training.micro_batch, journal.progress.micro_batch, built.reapply_fsdp)
     while True:
         progress = journal.progress
         decay, end = horizons[progress.horizon]
@@ -75,7 +77,7 @@ def train(
             raise StopRequested
         control.heartbeat()
         if progress.step == decay and end < total and not progress.branching:
-            journal.branch_off()
+            journal.start_cooldown()
         factor = lr_factor(progress.step, total, training, end)
         block = data.train_batch(context, training.batch_size, run.seed, progress.step)
         tokens = _to_device(ranks.rows(block), device)
@@ -100,7 +102,9 @@ def train(
                     bad_step = progress.step
             if progress.branching:
                 if at_end or bad_step is not None:
-                    journal.rejoin({"horizon": end * per_step, **outcome(progress.losses, row, bad_step, per_step)})
+                    journal.resume_trunk(
+                        {"horizon": end * per_step, **outcome(progress.losses, row, bad_step, per_step)}
+                    )
                 continue
             journal.append(row)
             rate = journal.clock() * per_step
@@ -112,12 +116,12 @@ def train(
 def compiled(network: nn.Module) -> Callable[..., Tensor]:
     """The network through torch.compile."""
     torch._dynamo.reset()  # what runs of other sizes in this process left
-    torch._dynamo.config.recompile_limit = VERSIONS
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     return torch.compile(network, dynamic=False)
 
 
 def row_of(
-    progress: Progress, interval: int, tokens_per_step: int, lr: float, grad_norm: Tensor | None
+    progress: TrainState, interval: int, tokens_per_step: int, lr: float, grad_norm: Tensor | None
 ) -> dict[str, Any]:
     """A row of metrics; its loss is the mean since the row before."""
     row = {
@@ -152,12 +156,12 @@ def lr_factor(step: int, total: int, training: TrainingConfig, end: int | None =
 
 def observe_curvature(
     network: Callable[..., Tensor],
-    built: Built,
+    built: TrainingSetup,
     inputs: Tensor,
     seed: int,
     step: int,
     precision: str,
-    batches: Batches | None = None,
+    batches: MicroBatcher | None = None,
 ) -> None:
     """Gradients of sqrt(tokens) times the loss for labels drawn from the predictions, never clipped: their squares
     estimate the diagonal of the Gauss-Newton matrix (Liu et al. 2305.14342, Algorithm 2).
@@ -165,7 +169,7 @@ def observe_curvature(
     Args:
         inputs: this rank's rows; the draws are those of the whole batch, whoever computes it.
     """
-    batches = batches or Batches()
+    batches = batches or MicroBatcher()
     whole = (len(inputs) * batches.ranks.size, inputs.shape[1])
     draws = torch.randint(DRAWS, whole, generator=generator("curvature", seed, step))
 
@@ -177,7 +181,7 @@ def observe_curvature(
     built.optimizer.observe(step)
 
 
-def clip(built: Built) -> Tensor | None:
+def clip(built: TrainingSetup) -> Tensor | None:
     """Clip the global gradient norm where the rule allows it; the norm before clipping."""
     if built.clip is None:
         return None
@@ -191,7 +195,7 @@ def evaluate(
     run: RunSpec,
     precision: str,
     device: torch.device,
-    batches: Batches,
+    batches: MicroBatcher,
 ) -> dict[str, float]:
     """Mean loss over the fixed validation batches, in nats per token and in bits per byte of text."""
     training, context = run.recipe.training, run.size.context
@@ -245,7 +249,7 @@ def outcome(losses: list[float], row: dict[str, Any], bad_step: int | None, per_
 
 def summarise(
     run: RunSpec,
-    progress: Progress,
+    progress: TrainState,
     row: dict[str, Any],
     bad_step: int | None,
     rate: float,

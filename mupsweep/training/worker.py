@@ -19,23 +19,23 @@ import torch
 from mupsweep.data import Dataset, prepare
 from mupsweep.errors import MupsweepError, RecordError
 from mupsweep.formatting import nearest, si
-from mupsweep.store.lease import Claim
+from mupsweep.store.lease import Lease
 from mupsweep.store.run_dir import FAILED, FINISHED, PENDING, RUNNING, RunDir
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.sweep.tensor_rules import role_records
-from mupsweep.trackers.live import Live
-from mupsweep.training.build import Built, build, group_records
+from mupsweep.trackers.live import LiveTracker
+from mupsweep.training.build import TrainingSetup, build, group_records
 from mupsweep.training.devices import choose_devices, choose_precision, configure, device_name, is_alive
 from mupsweep.training.distributed import SINGLE_PROCESS, DistributedContext, StopRequested, launch_ranks, torchrun_env
-from mupsweep.training.microbatch import is_out_of_memory, make_room
-from mupsweep.training.signals import StopFlag
+from mupsweep.training.microbatch import free_memory, is_out_of_memory
+from mupsweep.training.signals import StopSignal
 from mupsweep.training.trainer import train
 
 log = logging.getLogger("mupsweep")
 
-DEADLY = 2  # a run of which so many workers died is trained last
+MAX_WORKER_DEATHS = 2  # a run of which so many workers died is trained last
 
 
 def execute(
@@ -45,7 +45,7 @@ def execute(
     threads: int = 1,
     on_finished: Callable[[], None] = lambda: None,
     shard: bool = False,
-    stop: StopFlag | None = None,
+    stop: StopSignal | None = None,
 ) -> bool:
     """Train every run of the sweep, or the named ones, that is pending and claimed by nobody; longest first.
 
@@ -59,7 +59,7 @@ def execute(
     Returns:
         False if it was asked to stop before all of them were taken.
     """
-    stop = stop or StopFlag.install()
+    stop = stop or StopSignal.install()
     place = torchrun_env()
     devices = choose_devices(device, int(place.get("LOCAL_WORLD_SIZE", 1)))
     chosen = devices[int(place.get("LOCAL_RANK", 0))]
@@ -68,7 +68,7 @@ def execute(
     with launch_ranks(devices, [sys.executable, "-m", "mupsweep", "worker", *words], shard) as ranks:
         if not ranks.is_main_process:
             return run_replica(sweep, chosen, stop, ranks)
-        with Live(sweep) as tracker:
+        with LiveTracker(sweep) as tracker:
             return run_main(sweep, run_ids, chosen, stop, ranks, on_finished, tracker)
 
 
@@ -76,10 +76,10 @@ def run_main(
     sweep: SweepDir,
     run_ids: Sequence[str],
     device: torch.device,
-    stop: StopFlag,
+    stop: StopSignal,
     ranks: DistributedContext,
     on_finished: Callable[[], None],
-    tracker: Live,
+    tracker: LiveTracker,
 ) -> bool:
     """`execute` on rank 0, which is all there is on one device."""
     runs = select(plan.load(sweep), run_ids)
@@ -97,13 +97,15 @@ def run_main(
                 continue
             if stop.signalled:
                 return False
-            if claim.deaths() >= DEADLY and run not in deadly:  # the others first, or none of them ever has its turn
+            if (
+                claim.deaths() >= MAX_WORKER_DEATHS and run not in deadly
+            ):  # the others first, or none of them ever has its turn
                 deadly.append(run)
                 continue
             if run.recipe.digest not in data:
                 data[run.recipe.digest] = prepare(run.recipe.variant.data)
             with tracker.showing(folder):
-                execute_run(run, folder, data[run.recipe.digest], device, Owner(claim, stop), ranks)
+                execute_run(run, folder, data[run.recipe.digest], device, LeaseControl(claim, stop), ranks)
         except StopRequested:
             if claim.is_held():
                 folder.write_status(PENDING)
@@ -111,12 +113,12 @@ def run_main(
         finally:
             claim.release()
         if device.type != "cpu":
-            make_room()
+            free_memory()
         on_finished()
     return True
 
 
-def run_replica(sweep: SweepDir, device: torch.device, stop: StopFlag, ranks: DistributedContext) -> bool:
+def run_replica(sweep: SweepDir, device: torch.device, stop: StopSignal, ranks: DistributedContext) -> bool:
     """`execute` on the other ranks: train what rank 0 begins, and write nothing. What fails is for rank 0 to record."""
     runs: dict[str, RunSpec] = {}
     while run_id := ranks.wait_for_run_id():
@@ -130,7 +132,7 @@ def run_replica(sweep: SweepDir, device: torch.device, stop: StopFlag, ranks: Di
             if not is_alive(device):
                 os.abort()
         if device.type != "cpu":
-            make_room()
+            free_memory()
     return True
 
 
@@ -139,7 +141,7 @@ def execute_run(
     folder: RunDir,
     data: Dataset,
     device: torch.device,
-    owner: Owner,
+    owner: LeaseControl,
     ranks: DistributedContext = SINGLE_PROCESS,
 ) -> None:
     """Train one claimed run and write its records, `status.json` last. A failure is recorded, not raised.
@@ -164,7 +166,7 @@ def execute_run(
         except StopRequested:
             log.info("stopped as asked; checkpointed")
             raise
-        except TakenOver:
+        except LeaseLost:
             log.warning("another worker took this run over meanwhile; leaving the records to it")
         except Exception as error:
             log.error("%s", error if isinstance(error, MupsweepError) else traceback.format_exc())
@@ -174,7 +176,7 @@ def execute_run(
                 folder.write_status(FAILED, error=told(error, run, device))
 
 
-def built_on(ranks: DistributedContext, run: RunSpec, device: torch.device) -> Built:
+def built_on(ranks: DistributedContext, run: RunSpec, device: torch.device) -> TrainingSetup:
     """The network and its optimizers, whole or this rank's shard of them."""
     if not ranks.shard:
         return build(run, device)
@@ -223,16 +225,16 @@ class LogFile(logging.FileHandler):
         pass
 
 
-class TakenOver(Exception):
+class LeaseLost(Exception):
     """The run belongs to another worker now; nothing of it may be written here any more."""
 
 
 @dataclass(frozen=True)
-class Owner:
+class LeaseControl:
     """What the training loop asks at every step: whether to stop, and a sign of life for other hosts."""
 
-    claim: Claim
-    stop: StopFlag
+    claim: Lease
+    stop: StopSignal
 
     def stop_requested(self) -> bool:
         return self.stop.signalled
@@ -242,16 +244,16 @@ class Owner:
             self.check()
 
     def check(self) -> None:
-        """Raise TakenOver where another host believed this process dead."""
+        """Raise LeaseLost where another host believed this process dead."""
         if not self.claim.is_held():
-            raise TakenOver
+            raise LeaseLost
 
 
 @dataclass(frozen=True)
 class ReplicaControl:
     """The same for a rank that owns no claim."""
 
-    stop: StopFlag
+    stop: StopSignal
 
     def stop_requested(self) -> bool:
         return self.stop.signalled

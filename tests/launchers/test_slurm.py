@@ -53,15 +53,15 @@ def test_a_sweep_is_an_array_per_size_in_pieces_that_the_cluster_takes_and_an_an
 def test_submitting_gives_signs_of_life_so_that_no_other_command_submits_as_well(
     slurm: Fake, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "BEAT_SECONDS", -1.0)
+    monkeypatch.setattr(lease, "HEARTBEAT_INTERVAL", -1.0)
     beaten: list[str] = []
 
-    def beat(claim: lease.Claim) -> bool:
+    def beat(claim: lease.Lease) -> bool:
         beaten.append(claim.path.parent.name)
         return heartbeat(claim)
 
-    heartbeat = lease.Claim.heartbeat
-    monkeypatch.setattr(lease.Claim, "heartbeat", beat)
+    heartbeat = lease.Lease.heartbeat
+    monkeypatch.setattr(lease.Lease, "heartbeat", beat)
     assert cli("run", *SMOKE)[0] == 0
     assert beaten == [".planning"] * 2  # an array per size
     assert len(slurm.calls("sbatch")) == 3

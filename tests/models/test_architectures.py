@@ -110,7 +110,7 @@ def test_the_base_shape_is_a_fixed_point(name: str, optimizer: str) -> None:
     assert not torch.equal(end["token_embedding.weight"], start["token_embedding.weight"])
 
 
-def step(built: build.Built, ids: Tensor) -> float:
+def step(built: build.TrainingSetup, ids: Tensor) -> float:
     """One step on the same tokens, next to be predicted from the one before; its loss."""
     loss = built.network(ids[:, :-1], ids[:, 1:])
     loss.backward()

@@ -20,7 +20,7 @@ from mupsweep.scaling import Role
 from mupsweep.sweep import config
 from mupsweep.sweep.plan import plan
 from mupsweep.sweep.run_spec import RunSpec
-from mupsweep.training.build import Built, build
+from mupsweep.training.build import TrainingSetup, build
 
 TOLERANCE = {
     "exponent": 0.05,  # of ||A||_2 in the width
@@ -132,13 +132,13 @@ def slope(xs: list[float], ys: list[float]) -> float:
     return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
 
 
-def gradients(built: Built, seed: int, scale: float = 1.0) -> None:
+def gradients(built: TrainingSetup, seed: int, scale: float = 1.0) -> None:
     for i, p in enumerate(built.network.parameters()):
         generator = torch.Generator().manual_seed(1000 * seed + i)
         p.grad = scale * torch.randn(p.shape, generator=generator)
 
 
-def weights(built: Built) -> dict[str, Tensor]:
+def weights(built: TrainingSetup) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in built.network.named_parameters()}
 
 

@@ -22,7 +22,7 @@ from mupsweep.scaling import Role
 from mupsweep.sweep import config, plan, run_spec
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.sweep.tensor_rules import rules
-from mupsweep.training.build import Built, build, generator
+from mupsweep.training.build import TrainingSetup, build, generator
 from mupsweep.training.trainer import clip, observe_curvature
 
 TOLERANCE = {
@@ -128,7 +128,7 @@ def run(*overrides: str) -> RunSpec:
 INPUTS = torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(0))
 
 
-def curvatures(built: Built) -> dict[str, Tensor]:
+def curvatures(built: TrainingSetup) -> dict[str, Tensor]:
     """The h of every parameter that Sophia takes."""
     names = {id(p): name for name, p in built.network.named_parameters()}
     return {

@@ -14,7 +14,7 @@ import pytest
 
 from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.analysis.transfer import analyse
-from mupsweep.atomic_files import write_json, write_parts
+from mupsweep.atomic_files import write_chunks, write_json
 from mupsweep.errors import DataError
 from mupsweep.report.generate import conclude_table
 from mupsweep.report.results_files import RUN_COLUMNS, _csv
@@ -87,7 +87,7 @@ def test_our_own_table_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_a_table_is_written_without_holding_its_text(tmp_path: Path) -> None:
     row = runs(seed=3, model="m", optimizer="o")[0]
     tracemalloc.start()
-    write_parts(tmp_path / "runs.csv", _csv(RUN_COLUMNS, (row for _ in range(20_000))), durable=False)
+    write_chunks(tmp_path / "runs.csv", _csv(RUN_COLUMNS, (row for _ in range(20_000))), durable=False)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (tmp_path / "runs.csv").stat().st_size > 800_000

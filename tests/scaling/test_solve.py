@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from mupsweep.errors import ConfigError
 from mupsweep.scaling import (
     WEIGHT_DECAY_RULES,
-    Claim,
     Parametrization,
     Role,
+    RoleScaling,
     Rule,
     TensorSpec,
     UpdateLaw,
@@ -222,7 +222,7 @@ def test_both_output_forms_change_the_logits_alike_under_adamw() -> None:
 def test_weight_decay_rules(a: Fraction, output: str, law: UpdateLaw, role: Role) -> None:
     rules = {name: symbolic(Spectral(name, str(a), output, name), law, role) for name in WEIGHT_DECAY_RULES}
     claim = Spectral("spectral", str(a), output).claims()[role]
-    assert isinstance(claim, Claim)
+    assert isinstance(claim, RoleScaling)
     for name in ("coupled_constant", "independent", "timescale"):
         assert rules[name].lr * rules[name].weight_decay == claim.update / claim.weight
     assert rules["inverse_width"].weight_decay == rules["independent"].weight_decay / R_N
@@ -242,7 +242,7 @@ def test_the_weight_decay_rule_moves_nothing_else(parametrization: Spectral, rul
 @given(depth_exponent, st.sampled_from(OUTPUT_FORMS))
 def test_every_role_spends_its_loss_share_at_any_depth_exponent(a: Fraction, output: str) -> None:
     for claim in Spectral("family", str(a), output).claims().values():
-        assert isinstance(claim, Claim)
+        assert isinstance(claim, RoleScaling)
         assert claim.multiplier * claim.update == claim.loss_share
 
 

@@ -21,7 +21,7 @@ from mupsweep.sweep.config import load
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.trackers.live import Live
 from mupsweep.training import worker
-from mupsweep.training.signals import StopFlag
+from mupsweep.training.signals import StopSignal
 
 WORKERS, SEEDS, LRS = 64, 32, 32
 RUNS = SEEDS * LRS
@@ -63,11 +63,11 @@ def work(sweep: SweepDir, start: Any, answer: Path) -> None:
 
     plan_of, plan.load, worker.execute_run = plan.load, load_and_wait, note
     with Live(sweep) as tracker:
-        worker.lead(sweep, (), torch.device("cpu"), StopFlag(), worker.SINGLE_PROCESS, lambda: None, tracker)
+        worker.lead(sweep, (), torch.device("cpu"), StopSignal(), worker.SINGLE_PROCESS, lambda: None, tracker)
     answer.write_text(json.dumps({"taken": taken, "calls": dict(calls), "listed": dict(listed)}))
 
 
-def led(sweep: SweepDir, monkeypatch: pytest.MonkeyPatch, stop: StopFlag) -> tuple[bool, list[str]]:
+def led(sweep: SweepDir, monkeypatch: pytest.MonkeyPatch, stop: StopSignal) -> tuple[bool, list[str]]:
     """How a worker ends, and the runs that it trained, in that order."""
     taken: list[str] = []
 
@@ -87,12 +87,12 @@ def test_a_run_that_two_workers_died_of_is_trained_after_the_others(monkeypatch:
         claim = sweep.run(run_id).claim()
         assert claim is not None
         write_json(claim.path, {**claim.owner, "born": "1"})
-    assert led(sweep, monkeypatch, StopFlag()) == (True, [*ids[1:], deadly])
+    assert led(sweep, monkeypatch, StopSignal()) == (True, [*ids[1:], deadly])
 
 
 def test_a_worker_that_is_told_to_stop_before_it_begins_a_run_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, runs = plan.save(load(["experiment=smoke"]), "")
-    assert led(sweep, monkeypatch, StopFlag(signalled=True)) == (False, [])
+    assert led(sweep, monkeypatch, StopSignal(signalled=True)) == (False, [])
     assert not any(sweep.run(run.run_id).is_claimed() for run in runs)
 
 

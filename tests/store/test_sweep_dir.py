@@ -234,7 +234,7 @@ def test_a_container_knows_nothing_of_the_pids_of_another_one_of_the_same_name(r
     assert run.claim() is None
     assert not run.is_owned_by(1)
     end(process, signal.SIGTERM)
-    past = time.time() - lease.STALE_SECONDS - 1
+    past = time.time() - lease.LEASE_TIMEOUT - 1
     os.utime(run.claims / "0000.json", (past, past))
     assert run.claim() is not None
 
@@ -260,9 +260,9 @@ def test_another_hosts_claim_holds_while_it_beats_and_is_taken_over_when_stale(r
     path = rewrite_claim(run, host="elsewhere", pid=1)
     assert run.claim() is None
     beat = path.stat().st_mtime
-    os.utime(path, (beat, beat - lease.STALE_SECONDS + 60))
+    os.utime(path, (beat, beat - lease.LEASE_TIMEOUT + 60))
     assert run.claim() is None
-    os.utime(path, (beat, beat - lease.STALE_SECONDS - 60))
+    os.utime(path, (beat, beat - lease.LEASE_TIMEOUT - 60))
     assert not run.is_claimed()
     assert run.claim() is not None
 
@@ -276,7 +276,7 @@ def test_a_host_whose_clock_jumps_judges_another_hosts_heartbeat_as_before(
     right = time.time
     monkeypatch.setattr(time, "time", lambda: right() + jump)
     assert run.claim() is None
-    past = right() - lease.STALE_SECONDS - 60
+    past = right() - lease.LEASE_TIMEOUT - 60
     os.utime(path, (past, past))
     assert run.claim() is not None
     assert names(run.path / "claims") == ["0000.json", "0001.json"]
@@ -325,7 +325,7 @@ def test_claim_10000_comes_after_9999(run: RunDir) -> None:
 def test_a_heartbeat_that_a_server_refuses_does_not_end_the_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     claim = run.claim()
     assert claim is not None
-    claim.beat -= lease.STALE_SECONDS
+    claim.beat -= lease.LEASE_TIMEOUT
 
     def refuse(path: Path) -> None:
         raise OSError(116, "Stale file handle")
@@ -349,7 +349,7 @@ def test_a_heartbeat_keeps_a_claim_fresh_for_other_hosts(run: RunDir) -> None:
     os.utime(claim.path, (0, 0))
     claim.heartbeat()
     assert claim.path.stat().st_mtime == 0  # too soon after the last one: nothing is written
-    claim.beat -= lease.STALE_SECONDS
+    claim.beat -= lease.LEASE_TIMEOUT
     claim.heartbeat()
     assert claim.path.stat().st_mtime > 1e9
 
@@ -375,7 +375,7 @@ def test_a_damaged_claim_is_taken_over(run: RunDir, content: str) -> None:
     assert claim is not None
     claim.path.write_text(content)
     assert run.claim() is None  # it may just be being written
-    past = time.time() - lease.SILENT_SECONDS - 1
+    past = time.time() - lease.HEARTBEAT_GRACE - 1
     os.utime(claim.path, (past, past))
     assert run.claim() is not None
 

@@ -20,8 +20,8 @@ from mupsweep.store.run_dir import RunDir
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import choices, load
-from mupsweep.trackers import Page
-from mupsweep.trackers.live import Live
+from mupsweep.trackers import RunLogger
+from mupsweep.trackers.live import LiveTracker
 from mupsweep.training.worker import execute
 
 SMALL = ["experiment=smoke", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-9,-7]", "sweep.name=tracked"]
@@ -118,7 +118,7 @@ class Broken:
     def __init__(self) -> None:
         self.asked = 0
 
-    def open(self, sweep: SweepDir, run: RunDir) -> Page:
+    def open(self, sweep: SweepDir, run: RunDir) -> RunLogger:
         self.asked += 1
         raise OSError("disk on fire:\nsmoke everywhere")
 
@@ -155,7 +155,7 @@ def test_a_tracker_that_is_stuck_is_left_behind(
     released = threading.Event()
 
     class Stuck(Broken):
-        def open(self, sweep: SweepDir, run: RunDir) -> Page:
+        def open(self, sweep: SweepDir, run: RunDir) -> RunLogger:
             released.wait()
             return super().open(sweep, run)
 
@@ -163,7 +163,7 @@ def test_a_tracker_that_is_stuck_is_left_behind(
     run = SweepDir(tmp_path).run("x")
     run.path.mkdir(parents=True)
     warned = caplog.at_level(logging.WARNING, logger="mupsweep")
-    with warned, Live(SweepDir(tmp_path), patience=0.01) as live, live.showing(run):
+    with warned, LiveTracker(SweepDir(tmp_path), patience=0.01) as live, live.showing(run):
         run.write_metrics([{"step": 1}])
     assert [r.message.split(";")[0] for r in caplog.records] == ["tracker: TimeoutError: still busy after 0.01 s"]
     released.set()
@@ -174,7 +174,7 @@ def test_a_run_that_goes_back_to_a_checkpoint_is_shown_anew(monkeypatch: pytest.
     pages: list[list[Any]] = []
 
     class Noting(Broken):
-        def open(self, sweep: SweepDir, run: RunDir) -> Page:
+        def open(self, sweep: SweepDir, run: RunDir) -> RunLogger:
             pages.append(page := [])
 
             class Noted:
@@ -188,7 +188,7 @@ def test_a_run_that_goes_back_to_a_checkpoint_is_shown_anew(monkeypatch: pytest.
     run = SweepDir(tmp_path).run("x")
     run.path.mkdir(parents=True)
     run.write_metrics([{"step": 1}, {"step": 2}])  # of an earlier attempt: the run has not begun yet
-    with Live(SweepDir(tmp_path)) as live, live.showing(run):
+    with LiveTracker(SweepDir(tmp_path)) as live, live.showing(run):
         run.write_metrics([{"step": 1}])
         run.append_metrics({"step": 2, "again": True})
         run.write_status("done")

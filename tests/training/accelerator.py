@@ -22,8 +22,8 @@ from mupsweep.sweep.config import load
 from mupsweep.sweep.plan import plan
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.training import build, trainer
-from mupsweep.training.build import Built
-from mupsweep.training.microbatch import Batches
+from mupsweep.training.build import TrainingSetup
+from mupsweep.training.microbatch import MicroBatcher
 
 NAME = "nowhere"
 STEPS = 2  # before and after a resume; some optimizers only look at the first gradient
@@ -39,7 +39,7 @@ def to_empty(network: nn.Module, *, device: torch.device, recurse: bool = True) 
     return network
 
 
-def resumed(built: Built, run: RunSpec, device: torch.device) -> Built:
+def resumed(built: TrainingSetup, run: RunSpec, device: torch.device) -> TrainingSetup:
     """A run made anew, with the weights and the state of `built`, which come from a file and so from the CPU."""
     network, state = (
         pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), part.state_dict())
@@ -55,7 +55,7 @@ def wrong(words: list[str]) -> str:
     """What goes wrong in the first steps of the run that `words` describe, and the first ones after a resume."""
     device = torch.device(NAME)
     run = plan(load(words))[0]
-    training, batches = run.recipe.training, Batches()
+    training, batches = run.recipe.training, MicroBatcher()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):  # constants
             built = build.build(run, device)

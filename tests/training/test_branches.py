@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_trainer import CLOCK, Control, Killed, Result, assert_same, attempt, checkpoint, run
+from test_trainer import CLOCK, Killed, Result, TrainControl, assert_same, attempt, checkpoint, run
 
 from mupsweep.data import Dataset, prepare
 from mupsweep.errors import ConfigError
@@ -53,7 +53,7 @@ def test_a_run_interrupted_in_trunk_or_branch_goes_on_bit_for_bit(
     made = run(*BRANCHED, "training.checkpoint_minutes=0")
     for _ in range(20):
         try:
-            result = attempt(made, data, tmp_path / "run", Control(**{interrupt: 4}))
+            result = attempt(made, data, tmp_path / "run", TrainControl(**{interrupt: 4}))
             break
         except (StopRequested, Killed):
             assert RunDir(tmp_path / "run").checkpoints[0].exists()
@@ -65,7 +65,7 @@ def test_a_run_interrupted_in_trunk_or_branch_goes_on_bit_for_bit(
 def test_a_damaged_trunk_starts_the_run_anew(whole: Result, data: Dataset, tmp_path: Path) -> None:
     made = run(*BRANCHED)
     with pytest.raises(StopRequested):
-        attempt(made, data, tmp_path / "run", Control(stop=11))  # one step into the first branch
+        attempt(made, data, tmp_path / "run", TrainControl(stop=11))  # one step into the first branch
     checkpoint(tmp_path / "run", "trunk.pt").write_bytes(b"damaged" * 20)
     with pytest.raises(Exception, match="the next try starts anew"):
         attempt(made, data, tmp_path / "run")

@@ -27,7 +27,7 @@ from mupsweep.sweep import config
 from mupsweep.sweep.plan import plan
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.sweep.tensor_rules import audit, clip_norm, multipliers, rules
-from mupsweep.training.build import Built, build, group_records
+from mupsweep.training.build import TrainingSetup, build, group_records
 from mupsweep.training.trainer import train
 
 TOLERANCE = {
@@ -53,7 +53,7 @@ def wide_and_deep(*overrides: str) -> RunSpec:
     return run("sweep.width_ratios=[4]", "sweep.depth_ratios=[2]", *overrides)
 
 
-def weights(built: Built) -> dict[str, Tensor]:
+def weights(built: TrainingSetup) -> dict[str, Tensor]:
     return built.network.state_dict()
 
 
@@ -204,7 +204,7 @@ def test_groups_json_and_the_optimizer_hold_the_numbers_of_the_rules(
         assert live[name][2] in (row.eps, None if optimizer == "sgd" else row.eps), name
 
 
-def names_of(built: Built) -> set[str]:
+def names_of(built: TrainingSetup) -> set[str]:
     return {name for name, _ in built.network.named_parameters()}
 
 

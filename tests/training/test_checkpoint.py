@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import CPU, NEVER, Control, Killed, Result, assert_same, attempt, checkpoint, run
+from test_trainer import CPU, NEVER, Killed, Result, TrainControl, assert_same, attempt, checkpoint, run
 
 from mupsweep.data import Dataset, prepare
 from mupsweep.errors import RecordError
 from mupsweep.store.run_dir import RUNNING, RunDir
 from mupsweep.training.build import build
-from mupsweep.training.checkpoint import Journal, Progress
+from mupsweep.training.checkpoint import Checkpointer, TrainState
 
 OFTEN = "training.checkpoint_minutes=0"
 
@@ -38,7 +38,7 @@ def killed_once(data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A run that died at step 12 with checkpoints of steps 12 and 11."""
     path = tmp_path_factory.mktemp("killed")
     with pytest.raises(Killed):
-        attempt(run(OFTEN), data, path, Control(kill=12))
+        attempt(run(OFTEN), data, path, TrainControl(kill=12))
     return path
 
 
@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one_before(
     latest.write_bytes(latest.read_bytes()[:-40])
     good = previous.read_bytes()
     with pytest.raises(Killed):
-        attempt(run(OFTEN), data, killed, Control(kill=1))  # resumes at 11 and saves once, at 12
+        attempt(run(OFTEN), data, killed, TrainControl(kill=1))  # resumes at 11 and saves once, at 12
     assert previous.read_bytes() == good
     latest.write_bytes(b"")  # damaged again
     assert_same(attempt(run(), data, killed), straight)
@@ -82,7 +82,7 @@ def test_what_a_killed_process_was_writing_does_not_stay_on_the_disk(
     assert {p.name for p in (killed / "checkpoint").iterdir()} == {"latest.pt", "previous.pt"}
 
 
-class TakenOver(Control):
+class LeaseLost(TrainControl):
     """Another host takes the run over before the twelfth step; this process finds out late."""
 
     folder: Path
@@ -97,7 +97,7 @@ class TakenOver(Control):
 def test_after_it_was_taken_over_a_process_writes_nothing_of_the_run(data: Dataset, tmp_path: Path) -> None:
     folder = RunDir(tmp_path / "run")
     assert folder.claim() is not None
-    control = TakenOver()
+    control = LeaseLost()
     control.folder = folder.path
     attempt(run(OFTEN), data, folder.path, control)
     assert set(control.before) >= {"metrics.jsonl", "checkpoint/latest.pt", "checkpoint/previous.pt"}
@@ -112,7 +112,7 @@ def test_a_checkpoint_of_another_version_is_named_and_kept(killed: Path) -> None
     path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
     before = files(killed)
     with pytest.raises(RecordError, match=r"latest\.pt is of another version of mupsweep: delete \S+/checkpoint to"):
-        Journal(build(run(), CPU), RunDir(killed), is_main_process=True, interval=60.0)
+        Checkpointer(build(run(), CPU), RunDir(killed), is_main_process=True, interval=60.0)
     assert files(killed) == before
 
 
@@ -120,29 +120,29 @@ def test_a_checkpoint_of_another_version_is_named_and_kept(killed: Path) -> None
 def test_only_the_leader_removes_the_checkpoints_of_a_damaged_trunk(is_main_process: bool, killed: Path) -> None:
     folder = RunDir(killed)
     folder.trunk_checkpoint.write_bytes(b"damaged" * 20)
-    journal = Journal(build(run(), CPU), folder, is_main_process, interval=60.0)
+    journal = Checkpointer(build(run(), CPU), folder, is_main_process, interval=60.0)
     before = files(killed)
     with pytest.raises(Exception, match="the next try starts anew"):
-        journal.rejoin({})
+        journal.resume_trunk({})
     assert folder.trunk_checkpoint.exists() == (not is_main_process)
     assert is_main_process or files(killed) == before
 
 
 def test_a_rank_that_does_not_lead_writes_nothing(killed: Path) -> None:
     before = files(killed)
-    journal = Journal(build(run(), CPU), RunDir(killed), is_main_process=False, interval=0.0)
+    journal = Checkpointer(build(run(), CPU), RunDir(killed), is_main_process=False, interval=0.0)
     journal.shown -= 60
     journal.show({"step": 12, "train_loss": 1.0}, 30, 1.0)
     journal.append({"step": 12})
     journal.save()
-    journal.branch_off()
+    journal.start_cooldown()
     assert files(killed) == before
 
 
 def test_a_status_is_shown_while_the_run_is_its_own(killed: Path) -> None:
     folder = RunDir(killed)
     assert folder.claim() is not None
-    journal = Journal(build(run(), CPU), folder, is_main_process=True, interval=60.0)
+    journal = Checkpointer(build(run(), CPU), folder, is_main_process=True, interval=60.0)
     assert journal.progress.step == 12
     journal.shown -= 60
     journal.show({"step": 12, "train_loss": 1.0}, 30, 1.0)
@@ -152,17 +152,17 @@ def test_a_status_is_shown_while_the_run_is_its_own(killed: Path) -> None:
 
 def test_progress_survives_its_checkpoint(tmp_path: Path) -> None:
     folder = RunDir(tmp_path)
-    journal = Journal(build(run(), CPU), folder, is_main_process=True, interval=60.0)
-    journal.progress = Progress(
+    journal = Checkpointer(build(run(), CPU), folder, is_main_process=True, interval=60.0)
+    journal.progress = TrainState(
         step=7, losses=[3.5, 3.25], micro_batch=2, horizon=1, branching=True, branches=[{"val_loss": 3.0}]
     )
     journal.save()
-    again = Journal(build(run(), CPU), folder, is_main_process=True, interval=60.0).progress
+    again = Checkpointer(build(run(), CPU), folder, is_main_process=True, interval=60.0).progress
     assert {**vars(again), "seconds": 0.0} == {**vars(journal.progress), "seconds": 0.0}
 
 
 def test_a_checkpoint_is_due_after_its_interval_and_one_new_step(tmp_path: Path) -> None:
-    journal = Journal(build(run(), CPU), RunDir(tmp_path), is_main_process=True, interval=60.0)
+    journal = Checkpointer(build(run(), CPU), RunDir(tmp_path), is_main_process=True, interval=60.0)
     journal.saved -= 61
     assert not journal.due()  # nothing new since it was loaded
     journal.steps = 1
@@ -177,7 +177,7 @@ def test_a_checkpoint_is_due_after_its_interval_and_one_new_step(tmp_path: Path)
 
 def test_writing_a_checkpoint_takes_its_size_in_memory_once(tmp_path: Path) -> None:
     made = run("model.width=256")
-    journal = Journal(build(made, CPU), RunDir(tmp_path), True, NEVER)
+    journal = Checkpointer(build(made, CPU), RunDir(tmp_path), True, NEVER)
     tracemalloc.start()
     try:
         journal.save()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_trainer import CPU, TOTAL, Control, run
+from test_trainer import CPU, TOTAL, TrainControl, run
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -38,7 +38,7 @@ from mupsweep.training.distributed import (
     connected,
     places,
 )
-from mupsweep.training.microbatch import Batches
+from mupsweep.training.microbatch import MicroBatcher
 from mupsweep.training.trainer import observe_curvature, train
 
 TOLERANCE = {
@@ -95,7 +95,7 @@ def trained(made: DistributedContext, overrides: tuple[str, ...], path: Path, st
     folder = RunDir(path)
     path.mkdir(exist_ok=True)
     built = build(run(*overrides), CPU)
-    control = Control(stop=stops.get(made.rank, 10**9))
+    control = TrainControl(stop=stops.get(made.rank, 10**9))
     summary = None
     with contextlib.suppress(StopRequested), made.together():
         summary = train(run(*overrides), built, corpus(), folder, CPU, control, made)
@@ -159,7 +159,7 @@ def observed(made: DistributedContext) -> tuple[Tensor, list[Tensor]]:
         seen.append(draws)
         return built.network(inputs, draws=draws)
 
-    observe_curvature(network, built, made.rows(inputs), 0, 10, "fp32", Batches(made))
+    observe_curvature(network, built, made.rows(inputs), 0, 10, "fp32", MicroBatcher(made))
     return torch.cat(seen), [s["h"] for m in built.optimizer.members for s in m.state.values() if "h" in s]
 
 
@@ -220,7 +220,7 @@ def leaving(made: DistributedContext, who: int, where: str, path: Path) -> str:
     path.mkdir(exist_ok=True)
     forward, calls = built.network.forward, []
 
-    class Fails(Control):
+    class Fails(TrainControl):
         def heartbeat(self) -> None:
             if made.rank == who and where == "between" and self.asked > 5:
                 raise ValueError("between steps")

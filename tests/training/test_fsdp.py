@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from test_distributed import WORKERS, corpus, digest, together
-from test_trainer import CPU, Control, run
+from test_trainer import CPU, TrainControl, run
 from tiny import recipe
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from mupsweep.optimizers.optimizer_set import OptimizerSet
 from mupsweep.store.run_dir import RunDir
 from mupsweep.sweep.config import load
 from mupsweep.sweep.tensor_rules import rules
-from mupsweep.training.build import Built, build, parameter_groups
+from mupsweep.training.build import TrainingSetup, build, parameter_groups
 from mupsweep.training.distributed import DistributedContext, PeerFailed, StopRequested
 from mupsweep.training.fsdp import ShardedNetwork, owner_rounds
 from mupsweep.training.trainer import train
@@ -55,7 +55,7 @@ def trained(
 ) -> dict[str, Any]:
     """A run until some rank is asked to stop before the step that `stops` gives it, or its end."""
     made.shard = shard
-    folder, control, summary = RunDir(path), Control(stop=stops.get(made.rank, 10**9)), None
+    folder, control, summary = RunDir(path), TrainControl(stop=stops.get(made.rank, 10**9)), None
     path.mkdir(exist_ok=True)
     built = built_on(made, run(*overrides), CPU)
     with contextlib.suppress(StopRequested), made.together():
@@ -69,7 +69,7 @@ def trained(
     }
 
 
-def numbers(built: Built) -> int:
+def numbers(built: TrainingSetup) -> int:
     """How many numbers of optimizer state are held here."""
     owned = getattr(built.optimizer, "owned", {None: built.optimizer})
     members = [member for optimizer in owned.values() for member in optimizer.members]

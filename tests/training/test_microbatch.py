@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import CPU, TOTAL, Control, Result, assert_same, run
+from test_trainer import CPU, TOTAL, Result, TrainControl, assert_same, run
 from torch import Tensor
 
 from mupsweep.analysis.labels import DONE
@@ -20,11 +20,11 @@ from mupsweep.store.run_dir import FAILED, RunDir
 from mupsweep.sweep.config import TrainingConfig
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.training import worker
-from mupsweep.training.build import Built, build
-from mupsweep.training.microbatch import Batches, is_out_of_memory, make_room
-from mupsweep.training.signals import StopFlag
+from mupsweep.training.build import TrainingSetup, build
+from mupsweep.training.microbatch import MicroBatcher, free_memory, is_out_of_memory
+from mupsweep.training.signals import StopSignal
 from mupsweep.training.trainer import StopRequested, loss_of_rows, observe_curvature, train
-from mupsweep.training.worker import Owner, execute_run
+from mupsweep.training.worker import LeaseControl, execute_run
 
 TOLERANCE = {
     "gradient": 2e-6,  # absolute, of gradients near 1: fp32 sums in another order
@@ -37,7 +37,7 @@ def data() -> Dataset:
     return prepare(run().recipe.variant.data)
 
 
-def small(built: Built, fits: int, begins: int = 0) -> Built:
+def small(built: TrainingSetup, fits: int, begins: int = 0) -> TrainingSetup:
     """The run on a device that holds `fits` sequences, from the forward pass number `begins` on."""
     forward, calls = built.network.forward, []
 
@@ -55,12 +55,12 @@ def attempt(
     made: RunSpec,
     data: Dataset,
     path: Path,
-    control: Control | None = None,
-    edit: Callable[[Built], Built] = lambda built: built,
+    control: TrainControl | None = None,
+    edit: Callable[[TrainingSetup], TrainingSetup] = lambda built: built,
 ) -> Result:
     path.mkdir(exist_ok=True)
     built, folder = edit(build(made, CPU)), RunDir(path)
-    summary = train(made, built, data, folder, CPU, control or Control())
+    summary = train(made, built, data, folder, CPU, control or TrainControl())
     return Result(built.network.state_dict(), summary, folder.metrics_path.read_bytes())
 
 
@@ -70,11 +70,11 @@ def test_the_gradient_and_the_loss_of_the_pieces_are_those_of_the_whole_batch(mi
     tokens = torch.from_numpy(data.train_batch(32, 4, 0, 0))
     named = dict(built.network.named_parameters())
 
-    def gradients(batches: Batches) -> tuple[float, dict[str, Tensor]]:
+    def gradients(batches: MicroBatcher) -> tuple[float, dict[str, Tensor]]:
         loss = batches.backward(named.values(), lambda rows: loss_of_rows(built.network, "fp32", rows), tokens)
         return loss.item(), {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
 
-    (whole, wanted), (loss, found) = gradients(Batches()), gradients(Batches(micro_batch=micro_batch))
+    (whole, wanted), (loss, found) = gradients(MicroBatcher()), gradients(MicroBatcher(micro_batch=micro_batch))
     assert loss == pytest.approx(whole, rel=TOLERANCE["loss"])
     assert found.keys() == wanted.keys() == named.keys()
     assert max(float(g.abs().max()) for g in wanted.values()) > 0.1
@@ -142,7 +142,7 @@ def test_making_room_frees_what_only_reference_cycles_hold(data: Dataset) -> Non
     gc.collect()
     del built
     assert weight() is not None
-    make_room()
+    free_memory()
     assert weight() is None
 
 
@@ -151,9 +151,11 @@ def test_memory_that_runs_out_within_a_step_leaves_no_half_gradient(data: Datase
     made = run("training.micro_batch=2")
     tokens = torch.from_numpy(data.train_batch(32, 5, 0, 0))
 
-    def gradients(built: Built, micro_batch: int) -> list[Tensor]:
+    def gradients(built: TrainingSetup, micro_batch: int) -> list[Tensor]:
         weights = list(built.network.parameters())
-        Batches(micro_batch=micro_batch).backward(weights, lambda r: loss_of_rows(built.network, "fp32", r), tokens)
+        MicroBatcher(micro_batch=micro_batch).backward(
+            weights, lambda r: loss_of_rows(built.network, "fp32", r), tokens
+        )
         return [p.grad for p in weights if p.grad is not None]
 
     forced, asked = gradients(small(build(made, CPU), fits=1, begins=1), 2), gradients(build(made, CPU), 1)
@@ -166,20 +168,20 @@ def test_an_observed_curvature_is_that_of_smaller_pieces_when_memory_runs_out(da
     states = []
     for fits, micro_batch in ((2, None), (100, 2)):
         built = small(build(made, CPU), fits)
-        observe_curvature(built.network, built, inputs, 0, 0, "fp32", Batches(micro_batch=micro_batch))
+        observe_curvature(built.network, built, inputs, 0, 0, "fp32", MicroBatcher(micro_batch=micro_batch))
         states.append([s["h"] for member in built.optimizer.members for s in member.state.values() if "h" in s])
     assert len(states[0]) > 3
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
 def test_memory_that_runs_out_late_is_remembered_over_an_interruption(data: Dataset, tmp_path: Path) -> None:
-    def edit(built: Built) -> Built:
+    def edit(built: TrainingSetup) -> TrainingSetup:
         return small(built, fits=2, begins=10)
 
     straight = attempt(run(), data, tmp_path / "straight", edit=edit)
     path = tmp_path / "stopped"
     with pytest.raises(StopRequested):
-        attempt(run(), data, path, Control(stop=20), edit=edit)
+        attempt(run(), data, path, TrainControl(stop=20), edit=edit)
     assert torch.load(path / "checkpoint" / "latest.pt", weights_only=True)["micro_batch"] == 2
     assert_same(attempt(run(), data, path), straight)  # with more memory
     assert len(straight.rows) == TOTAL
@@ -195,7 +197,7 @@ def broken(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
         folder = RunDir(tmp_path / made.run_id)
         claim = folder.claim()
         assert claim is not None
-        execute_run(made, folder, data, CPU, Owner(claim, StopFlag()))
+        execute_run(made, folder, data, CPU, LeaseControl(claim, StopSignal()))
         claim.release()
         found[made.run_id] = folder.status()
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mupsweep.training import signals
-from mupsweep.training.signals import STOPS, StopFlag, held_back, interrupt_on_stop
+from mupsweep.training.signals import STOPS, StopSignal, defer_signals, interrupt_on_stop
 
 pytestmark = pytest.mark.usefixtures("_signals_as_before")
 
@@ -20,7 +20,7 @@ DEAF = "import os, signal, sys; print(*sorted(signal.pthread_sigmask(signal.SIG_
 
 @pytest.mark.parametrize("number", STOPS)
 def test_a_stop_signal_sets_the_flag_or_interrupts(number: signal.Signals) -> None:
-    flag = StopFlag.install()
+    flag = StopSignal.install()
     assert not flag.signalled
     os.kill(os.getpid(), number)
     assert flag.signalled
@@ -31,7 +31,7 @@ def test_a_stop_signal_sets_the_flag_or_interrupts(number: signal.Signals) -> No
 
 def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    flag = StopFlag.install()
+    flag = StopSignal.install()
     os.kill(os.getpid(), signal.SIGHUP)
     assert not flag.signalled
     interrupt_on_stop()
@@ -42,9 +42,9 @@ def test_a_signal_that_was_held_back_comes_afterwards() -> None:
     done: list[str] = []
 
     def work() -> None:
-        with held_back():
+        with defer_signals():
             os.kill(os.getpid(), signal.SIGTERM)
-            with held_back():
+            with defer_signals():
                 done.append("inner")
             done.append("outer")  # the end of an inner one does not let it through
 
@@ -60,7 +60,7 @@ def test_a_thread_that_listens_does_not_let_a_signal_through() -> None:
     listening = threading.Thread(target=over.wait)
 
     def work() -> None:
-        with held_back():
+        with defer_signals():
             os.kill(os.getpid(), signal.SIGTERM)
             over.set()
             listening.join()  # the system had the time to give it to that thread
@@ -78,7 +78,7 @@ def test_a_thread_that_listens_does_not_let_a_signal_through() -> None:
 def test_a_flag_hears_what_was_held_back_before_it() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # as a process that was started deaf
     signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
-    assert StopFlag.install().signalled
+    assert StopSignal.install().signalled
 
 
 def test_a_process_is_started_deaf_with_an_environment_of_its_own(tmp_path: Path) -> None:

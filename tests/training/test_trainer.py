@@ -30,9 +30,9 @@ from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.training import trainer as loop
 from mupsweep.training.build import build
 from mupsweep.training.devices import choose_precision
-from mupsweep.training.signals import StopFlag
+from mupsweep.training.signals import StopSignal
 from mupsweep.training.trainer import StopRequested, compiled, diverged_at, lr_factor, train
-from mupsweep.training.worker import Owner, execute_run
+from mupsweep.training.worker import LeaseControl, execute_run
 
 TOLERANCE = {
     "schedule": 1e-12,
@@ -64,7 +64,7 @@ class Killed(Exception):
 
 
 @dataclass
-class Control:
+class TrainControl:
     """Asks to stop before step `stop`, dies before step `kill` (both count this attempt's steps from 0)."""
 
     stop: int = NEVER
@@ -91,11 +91,11 @@ class Result:
         return [json.loads(line) for line in self.metrics.decode().splitlines()]
 
 
-def attempt(made: RunSpec, data: Dataset, path: Path, control: Control | None = None) -> Result:
+def attempt(made: RunSpec, data: Dataset, path: Path, control: TrainControl | None = None) -> Result:
     """Train in `path`, going on from what is there."""
     path.mkdir(exist_ok=True)
     built, folder = build(made, CPU), RunDir(path)
-    summary = train(made, built, data, folder, CPU, control or Control())
+    summary = train(made, built, data, folder, CPU, control or TrainControl())
     return Result(built.network.state_dict(), summary, folder.metrics_path.read_bytes())
 
 
@@ -153,7 +153,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     done = 0
     for steps in stops:
         with pytest.raises(StopRequested):
-            attempt(made, data, path, Control(stop=steps))
+            attempt(made, data, path, TrainControl(stop=steps))
         done += steps
         assert checkpoint(path).exists() == (done > 0)
         if done:
@@ -173,9 +173,9 @@ def test_killed_and_resumed_equals_uninterrupted(
     straight = attempt(made, data, tmp_path / "straight")
     path = tmp_path / "killed"
     with pytest.raises(StopRequested):
-        attempt(made, data, path, Control(stop=10))
+        attempt(made, data, path, TrainControl(stop=10))
     with pytest.raises(Killed):
-        attempt(made, data, path, Control(kill=10))
+        attempt(made, data, path, TrainControl(kill=10))
     assert [row["step"] for row in RunDir(path).metrics()] == [3, 6, 9, 12, 15, 18]
     assert_same(attempt(made, data, path), straight)
 
@@ -185,7 +185,7 @@ def test_killed_while_writing_a_row_and_resumed_equals_uninterrupted(data: Datas
     straight = attempt(made, data, tmp_path / "straight")
     path = tmp_path / "killed"
     with pytest.raises(StopRequested):
-        attempt(made, data, path, Control(stop=10))
+        attempt(made, data, path, TrainControl(stop=10))
     with RunDir(path).metrics_path.open("a") as file:
         file.write('{"step": 11, "tok')
     assert_same(attempt(made, data, path), straight)
@@ -194,7 +194,7 @@ def test_killed_while_writing_a_row_and_resumed_equals_uninterrupted(data: Datas
 def test_killed_before_any_checkpoint_starts_afresh(data: Dataset, tmp_path: Path) -> None:
     made = run()
     with pytest.raises(Killed):
-        attempt(made, data, tmp_path / "killed", Control(kill=7))
+        attempt(made, data, tmp_path / "killed", TrainControl(kill=7))
     assert_same(attempt(made, data, tmp_path / "killed"), attempt(made, data, tmp_path / "straight"))
 
 
@@ -246,7 +246,7 @@ def killed_once(data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A run with a checkpoint after each step that died before its thirteenth step."""
     path = tmp_path_factory.mktemp("killed")
     with pytest.raises(Killed):
-        attempt(run("training.checkpoint_minutes=0"), data, path, Control(kill=12))
+        attempt(run("training.checkpoint_minutes=0"), data, path, TrainControl(kill=12))
     files = checkpoint(path), checkpoint(path, "previous.pt")
     assert [torch.load(file, weights_only=True)["step"] for file in files] == [12, 11]
     return path
@@ -460,7 +460,7 @@ def test_the_validation_loss_is_the_mean_over_the_fixed_batches(overrides: tuple
     data = prepare(made.recipe.variant.data)
     built, folder = build(made, CPU), RunDir(tmp_path / "run")
     folder.path.mkdir()
-    summary = train(made, built, data, folder, CPU, Control())
+    summary = train(made, built, data, folder, CPU, TrainControl())
     nats, n_tokens, text = 0.0, 0, ""
     for i in range(3):
         block = torch.from_numpy(data.validation_batch(32, 4, i))
@@ -566,12 +566,12 @@ def test_the_first_losses_are_those_of_the_first_batches(data: Dataset, tmp_path
 # Records of a run.
 
 
-def executed(made: RunSpec, data: Dataset, path: Path, stop: StopFlag | None = None) -> RunDir:
+def executed(made: RunSpec, data: Dataset, path: Path, stop: StopSignal | None = None) -> RunDir:
     folder = RunDir(path / made.run_id)
     claim = folder.claim()
     assert claim is not None
     try:
-        execute_run(made, folder, data, CPU, Owner(claim, stop or StopFlag()))
+        execute_run(made, folder, data, CPU, LeaseControl(claim, stop or StopSignal()))
     finally:
         claim.release()
     return folder
@@ -610,7 +610,7 @@ def test_a_diverged_run_is_a_result_without_a_validation_loss(data: Dataset, tmp
 
 def test_a_stopped_run_keeps_its_checkpoint_and_ends_like_an_uninterrupted_one(data: Dataset, tmp_path: Path) -> None:
     @dataclass
-    class After(StopFlag):
+    class After(StopSignal):
         steps: int = 0
 
         def __getattribute__(self, name: str) -> Any:
@@ -635,7 +635,7 @@ def test_a_stopped_run_keeps_its_checkpoint_and_ends_like_an_uninterrupted_one(d
 
 def test_a_run_that_is_stopped_before_its_first_step_writes_no_checkpoint(data: Dataset, tmp_path: Path) -> None:
     with pytest.raises(StopRequested):
-        executed(run(), data, tmp_path, StopFlag(signalled=True))
+        executed(run(), data, tmp_path, StopSignal(signalled=True))
     assert not checkpoint(tmp_path / run().run_id).exists()
 
 

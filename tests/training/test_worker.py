@@ -26,7 +26,7 @@ from mupsweep.sweep import plan
 from mupsweep.sweep.config import load
 from mupsweep.training import worker as working
 from mupsweep.training.distributed import DistributedContext
-from mupsweep.training.signals import StopFlag
+from mupsweep.training.signals import StopSignal
 from mupsweep.training.worker import follow
 
 CPU = ["launcher=inline", "launcher.device=cpu"]
@@ -224,7 +224,7 @@ def test_a_rank_that_follows_knows_the_runs_that_were_planned_after_it_started(
             return next(run.run_id for run in plan.save(load([*overrides, "sweep.seeds=[1]"]), "")[1] if run not in old)
 
     monkeypatch.setattr("mupsweep.training.worker.train", lambda run, *_: told.append(run.run_id))
-    assert follow(sweep, torch.device("cpu"), StopFlag(), Second(rank=1))
+    assert follow(sweep, torch.device("cpu"), StopSignal(), Second(rank=1))
     assert len(told) == 1
 
 
@@ -385,7 +385,7 @@ def test_a_gpu_is_told_to_repeat_its_bits_before_the_ranks_meet(
     monkeypatch.setattr(working, "gathered", met)
     monkeypatch.setattr(working, "execute_run", lambda *_: None)
     try:
-        assert working.execute(planned(MANY, Path("sweeps")), stop=StopFlag())
+        assert working.execute(planned(MANY, Path("sweeps")), stop=StopSignal())
         assert torch._inductor.config.deterministic  # else torch.compile chooses kernels by how long they take
     finally:
         torch.use_deterministic_algorithms(False)

@@ -8,7 +8,7 @@ from fractions import Fraction
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
 from mupsweep.scaling.monomial import ONE, R_N
-from mupsweep.scaling.parametrizations.claims import Claim, Rule, check_options
+from mupsweep.scaling.parametrizations.claims import RoleScaling, Rule, check_options
 from mupsweep.scaling.roles import Role
 
 INITS = ("constant", "fan_in")
@@ -39,7 +39,7 @@ class Standard:
     def attention_power(self) -> Fraction:
         return Fraction(-1, 2)
 
-    def claims(self) -> dict[Role, Claim | Rule]:
+    def claims(self) -> dict[Role, RoleScaling | Rule]:
         std = {role: R_N ** Fraction(-1, 2) for role in MATRICES_WITH_WIDE_INPUT if self.init == "fan_in"}
         return {role: Rule(ONE, std.get(role, ONE), ONE, ONE, ONE) for role in Role}
 
@@ -70,13 +70,13 @@ class PerLayer:
     def attention_power(self) -> Fraction:
         return Fraction(-1, 2)
 
-    def claims(self) -> dict[Role, Claim | Rule]:
+    def claims(self) -> dict[Role, RoleScaling | Rule]:
         update = ONE if self.alignment == "full" else R_N ** Fraction(1, 2)
-        vector = Claim(multiplier=ONE, weight=ONE, update=ONE, loss_share=ONE)
+        vector = RoleScaling(multiplier=ONE, weight=ONE, update=ONE, loss_share=ONE)
         return {
             Role.INPUT: vector,
             Role.INPUT_VECTOR: vector,
             Role.HIDDEN_VECTOR: vector,
-            Role.HIDDEN: Claim(multiplier=ONE, weight=ONE, update=update, loss_share=ONE),
-            Role.OUTPUT: Claim(multiplier=ONE, weight=R_N ** Fraction(1, 2), update=update, loss_share=ONE),
+            Role.HIDDEN: RoleScaling(multiplier=ONE, weight=ONE, update=update, loss_share=ONE),
+            Role.OUTPUT: RoleScaling(multiplier=ONE, weight=R_N ** Fraction(1, 2), update=update, loss_share=ONE),
         }

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from mupsweep.errors import ConfigError
 from mupsweep.scaling.monomial import ONE, R_L, R_N, Monomial
-from mupsweep.scaling.parametrizations.claims import Claim, Rule, check_options
+from mupsweep.scaling.parametrizations.claims import RoleScaling, Rule, check_options
 from mupsweep.scaling.roles import Role
 
 
@@ -49,14 +49,14 @@ class Spectral:
         """Aligned queries and keys grow their product as d_head, so the scale is 1/d_head relative to the base."""
         return Fraction(-1)
 
-    def claims(self) -> dict[Role, Claim | Rule]:
-        input_like = Claim(multiplier=ONE, weight=ONE, update=ONE, loss_share=ONE)
+    def claims(self) -> dict[Role, RoleScaling | Rule]:
+        input_like = RoleScaling(multiplier=ONE, weight=ONE, update=ONE, loss_share=ONE)
         hidden_like = input_like
         if self.depth_exponent is not None:
             a = Fraction(self.depth_exponent)
-            hidden_like = Claim(multiplier=R_L**-a, weight=ONE, update=R_L ** (a - 1), loss_share=R_L**-1)
+            hidden_like = RoleScaling(multiplier=R_L**-a, weight=ONE, update=R_L ** (a - 1), loss_share=R_L**-1)
         output_size: Monomial = R_N if self.output == "multiplier" else ONE
-        output = Claim(multiplier=output_size**-1, weight=output_size, update=output_size, loss_share=ONE)
+        output = RoleScaling(multiplier=output_size**-1, weight=output_size, update=output_size, loss_share=ONE)
         return {
             Role.INPUT: input_like,
             Role.INPUT_VECTOR: input_like,

@@ -24,7 +24,7 @@ import yaml
 from mupsweep.schema import one_of, require
 from mupsweep.store.run_dir import FAILED, FINISHED, RunDir
 from mupsweep.store.sweep_dir import SweepDir
-from mupsweep.trackers import Page, fingerprint, require_package
+from mupsweep.trackers import RunLogger, fingerprint, require_package
 
 MODES = ("offline", "online")
 LONGEST_ID = 64  # characters that W&B allows
@@ -63,7 +63,7 @@ class Wandb:
     def active(self) -> bool:
         return self.mode == "online"
 
-    def open(self, sweep: SweepDir, run: RunDir) -> Page:
+    def open(self, sweep: SweepDir, run: RunDir) -> RunLogger:
         return RunPage(self, sweep, run)
 
     def held(self, sweep: SweepDir) -> Mapping[str, str]:

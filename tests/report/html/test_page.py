@@ -20,7 +20,7 @@ from mupsweep.sweep.tensor_rules import TensorRule
 VOID = {"meta", "br", "hr", "input"}
 
 
-class Page(HTMLParser):
+class RunLogger(HTMLParser):
     """Collects attributes and checks that every element is closed."""
 
     def __init__(self, text: str) -> None:
@@ -45,7 +45,7 @@ class Page(HTMLParser):
 def test_the_page_needs_nothing_else(rows: Callable, save_sweep: Callable, write_html: Callable) -> None:
     runs = rows()
     text = write_html(save_sweep(runs), analyse(runs)).read_text()
-    page = Page(text)
+    page = RunLogger(text)
     assert not [a for a in page.attributes if a[1] in ("src", "href", "srcset", "action") or a[0] in ("link", "iframe")]
     assert not re.search(r"https?://|//[a-z]|@import|url\(", text.replace("// ", ""))
 
@@ -96,7 +96,7 @@ def test_what_a_config_says_is_escaped(
     text = write_html(sweep, analyse(runs), [(evil, [rule])]).read_text()
     assert text.count("<script>") == 1
     assert text.count("</script>") == 1
-    Page(text)
+    RunLogger(text)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_degenerate_sweeps_have_a_page(rows: Callable, save_sweep: Callable, gri
     runs = rows(**grid)
     text = write_html(save_sweep(runs), analyse(runs)).read_text()
     body = text[text.index("<body>") : text.index("<script>")]
-    Page(text)
+    RunLogger(text)
     assert not re.search(r"\b(nan|NaN|None|null|inf)\b", body.replace("gpu: null", ""))
     assert not re.search(r' d="M?"/>', body.replace(' d=""', ""))
 
@@ -126,7 +126,7 @@ def test_a_kept_check_is_shown_with_what_it_found(
     assert "Coordinate check" not in write_html(sweep, analyse(runs)).read_text()
     write_json(sweep.check_path, check())
     text = write_html(sweep, analyse(runs)).read_text()
-    Page(text)
+    RunLogger(text)
     section = text[text.index("Coordinate check") : text.index("Runs and cost")]
     assert "<li>SP promises nothing</li><li>μP failed: 2 of 3 promises kept</li><li>its LR &amp; eps</li>" in section
     assert (
@@ -144,7 +144,7 @@ def test_an_unfinished_sweep_has_a_page(save_sweep: Callable, write_html: Callab
     sweep.config_path.unlink()
     sweep.environment_path.unlink()
     text = write_html(sweep, analyse([])).read_text()
-    Page(text)
+    RunLogger(text)
     assert "nothing to judge" in text
 
 
