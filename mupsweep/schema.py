@@ -18,7 +18,7 @@ T = TypeVar("T")
 LARGEST = 1e30  # FLOPs of models and tokens so large are still finite
 
 
-def structured(cls: type[T], section: Mapping[str, Any], where: str) -> T:
+def to_dataclass(cls: type[T], section: Mapping[str, Any], where: str) -> T:
     """An instance of the dataclass `cls` from a mapping: unknown keys refused, values converted to their types.
 
     Raises:
@@ -45,7 +45,7 @@ def structured(cls: type[T], section: Mapping[str, Any], where: str) -> T:
         if any(isinstance(v, list | tuple) for v in entries):
             raise ConfigError(f"{where}.{key}={value}: expected a plain list, such as [-8,-7]")
 
-    schema = OmegaConf.structured(cls)
+    schema = OmegaConf.to_dataclass(cls)
     OmegaConf.set_readonly(schema, False)  # a frozen dataclass is read-only until told otherwise
     try:
         merged = OmegaConf.merge(schema, dict(section))
@@ -92,7 +92,7 @@ def instantiate(section: Mapping[str, Any], where: str) -> Any:
     name = section.get("name", cls.__name__)
     if not re.fullmatch(r"[\w.+-]+", str(name)):
         raise ConfigError(f"{where}.name={name}: it becomes part of file names, so use letters, digits, and . + - _")
-    return structured(cls, {k: v for k, v in section.items() if k != "kind"}, where)
+    return to_dataclass(cls, {k: v for k, v in section.items() if k != "kind"}, where)
 
 
 def refuse_foreign_code(section: Mapping[str, Any], where: str, allowed: bool) -> None:
@@ -117,10 +117,10 @@ def refuse_foreign_code(section: Mapping[str, Any], where: str, allowed: bool) -
 
 def _named(section: Mapping[str, Any], where: str) -> Any:
     """What a section's `kind` names."""
-    return imported(section.get("kind"), f"{where}.kind", "a dataclass")
+    return import_object(section.get("kind"), f"{where}.kind", "a dataclass")
 
 
-def imported(path: Any, key: str, what: str) -> Any:
+def import_object(path: Any, key: str, what: str) -> Any:
     """What a dotted path names, which the config gives at `key`.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mupsweep.models import Architecture, Multipliers
 from mupsweep.models.shape import Size
 from mupsweep.sweep import config, run_spec
-from mupsweep.sweep.run_spec import Recipe, RunSpec
+from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec
 
 MODELS = config.choices("model")
 # The yamls that name a class; presets inherit theirs.
@@ -19,7 +19,7 @@ ARCHITECTURES = [name for name in MODELS if "\nkind:" in (config.config_root() /
 
 
 @cache
-def recipe(*words: str) -> Recipe:
+def recipe(*words: str) -> ResolvedVariant:
     """The recipe that these words choose."""
     return run_spec.recipe(config.load(words).variants[0])
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mupsweep.analysis.labels import DIVERGED, DONE, Change, Label
+from mupsweep.analysis.labels import DIVERGED, DONE, HyperparameterOverride, Label
 
 Size = tuple[int, int, int | None]  # width, depth, and the tokens of training where runs have several horizons
 
@@ -67,7 +67,7 @@ class LossCurve:
     depth_ratio: float
     points: tuple[Point, ...]
     horizon: int | None = None
-    change: Change | None = None
+    change: HyperparameterOverride | None = None
 
     @property
     def names(self) -> tuple[str, str, str]:
@@ -108,7 +108,7 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> list[LossCurve]:
         if row["status"] in (DONE, DIVERGED):
             key = tuple(row[k] for k in ("model", "optimizer", "parametrization", "width", "depth"))
             ratios = row["width_ratio"], row["depth_ratio"]
-            sizes[(*key, *ratios, row.get("horizon"), Change.of(row))][row["log2_lr"]].append(row)
+            sizes[(*key, *ratios, row.get("horizon"), HyperparameterOverride.of(row))][row["log2_lr"]].append(row)
     curves = []
     for key, by_lr in sizes.items():
         points = []

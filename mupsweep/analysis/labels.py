@@ -11,7 +11,7 @@ Label = tuple[str, ...]  # NAMES, and the name of a change if there is one
 
 
 @dataclass(frozen=True)
-class Change:
+class HyperparameterOverride:
     """The one hyperparameter in which a variant is not the default.
 
     Attributes:
@@ -24,7 +24,7 @@ class Change:
     default: float | None
 
     @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Change | None:
+    def of(cls, row: Mapping[str, Any]) -> HyperparameterOverride | None:
         """That of a row of any table; None for the default."""
         if not row.get("hyperparameter"):
             return None
@@ -39,7 +39,7 @@ class Change:
 
 def label_of(row: Mapping[str, Any]) -> Label:
     """The variant of a row of any table."""
-    change = Change.of(row)
+    change = HyperparameterOverride.of(row)
     names = tuple(row[key] for key in NAMES)
     return names if change is None else (*names, change.name)
 

@@ -15,7 +15,7 @@ from scipy.interpolate import PchipInterpolator
 from mupsweep.analysis.curves import LossCurve, collect
 from mupsweep.analysis.estimate import UNKNOWN, ZERO, Estimate
 from mupsweep.analysis.gaussian_process import Array
-from mupsweep.analysis.labels import Change, Label, label_of
+from mupsweep.analysis.labels import HyperparameterOverride, Label, label_of
 from mupsweep.analysis.optimum import TAILS, Optimum, optima
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
@@ -123,8 +123,8 @@ class Analysis:
 def analyse(rows: Iterable[Mapping[str, Any]]) -> Analysis:
     """Curves, optima, drift, regret and verdict of every ladder in the rows; half-finished sweeps are welcome."""
     everything = tuple(rows)
-    rows = tuple(row for row in everything if Change.of(row) is None)
-    changed = tuple(row for row in everything if Change.of(row) is not None)
+    rows = tuple(row for row in everything if HyperparameterOverride.of(row) is None)
+    changed = tuple(row for row in everything if HyperparameterOverride.of(row) is not None)
     curves = collect(rows)
     by_label: dict[Label, list[LossCurve]] = defaultdict(list)
     for curve in curves:

@@ -21,7 +21,7 @@ from mupsweep.check.norms import spectral_norm, stable_rank
 from mupsweep.check.regression import Exponent, regress
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers import Optimizer
-from mupsweep.optimizers.composed import Composed
+from mupsweep.optimizers.composed import StackedOptimizer
 from mupsweep.optimizers.foreign import Foreign, Power
 from mupsweep.scaling import UpdateLaw
 from mupsweep.schema import instantiate
@@ -189,7 +189,7 @@ def update(optimizer: Optimizer, seen: Gradients, thresholds: float = 1.0) -> Te
 
     Thresholds such as eps follow gradients that are `thresholds` times as large.
     """
-    projects = isinstance(optimizer, Composed) and (optimizer.projects or optimizer.hyperball)
+    projects = isinstance(optimizer, StackedOptimizer) and (optimizer.projects or optimizer.hyperball)
     p, lr = nn.Parameter(seen.weights[0].clone()), SHORT_STEP if projects else 1.0
     made = optimizer.build([_group(optimizer, p, lr, scale=thresholds)])
     before = p.detach().clone()
@@ -210,7 +210,7 @@ def snap(exponent: Exponent) -> Fraction | None:
 
 def decay_of(optimizer: Optimizer) -> str:
     """What weight decay does, seen at a gradient of zero."""
-    if isinstance(optimizer, Composed) and (optimizer.projects or optimizer.hyperball):
+    if isinstance(optimizer, StackedOptimizer) and (optimizer.projects or optimizer.hyperball):
         return FIXED
     lr, weight_decay = 0.25, 0.5
     p = nn.Parameter(torch.randn(16, 8, generator=torch.Generator().manual_seed(0)))

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from mupsweep.errors import ConfigError
-from mupsweep.schema import structured
+from mupsweep.schema import to_dataclass
 
 L = TypeVar("L")
 
@@ -39,7 +39,7 @@ def for_size(launcher: L, size: str) -> L:
         return launcher
     common = {f.name: getattr(launcher, f.name) for f in fields(launcher) if f.name != "sizes"}  # type: ignore[arg-type]
     try:
-        return structured(type(launcher), {**common, **values}, f"{WHERE}.{size}")
+        return to_dataclass(type(launcher), {**common, **values}, f"{WHERE}.{size}")
     except ConfigError as error:
         named = str(error).startswith(("unknown key", WHERE))
         raise error if named else ConfigError(f"{WHERE}.{size}: {error}") from error

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from mupsweep.optimizers.algorithm import Now
-from mupsweep.optimizers.composed import Composed
+from mupsweep.optimizers.algorithm import StepContext
+from mupsweep.optimizers.composed import StackedOptimizer
 from mupsweep.optimizers.optimizer import MATRICES, Dims, Threshold, check_decays
 from mupsweep.optimizers.singular_values import orthogonalise
 from mupsweep.scaling import UpdateLaw
@@ -21,7 +21,7 @@ RMS = 0.2  # of an update's entries: about that of AdamW's (Moonlight, 2502.1698
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaMuon(Composed):
+class AdaMuon(StackedOptimizer):
     """W -= lr * (0.2 sqrt(n_out n_in) O / ||O||_F + weight_decay * W), O orthogonalised and then divided by the root of
     its second moment, entry by entry. lr: five times the RMS of an update's entries.
 
@@ -50,7 +50,7 @@ class AdaMuon(Composed):
         require(self.ns_steps >= 1, "optimizer.ns_steps", self.ns_steps, "at least 1")
         require(self.entry_eps > 0, "optimizer.entry_eps", self.entry_eps, "a positive number")
 
-    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
+    def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return ENTRYWISE
 
     def thresholds(self, dims: Dims | None = None) -> Mapping[str, Threshold]:
@@ -65,7 +65,7 @@ class AdaMuon(Composed):
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         return {"momentum": weights.new_zeros(weights.shape), "v": weights.new_zeros(weights.shape)}
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         n_out, n_in = grads.shape[-2:]
         M = state["momentum"].mul_(self.betas[0]).add_(grads)  # M <- b M + G
         update = orthogonalise(M.sign() if self.sign else M, self.ns_steps, now.thresholds["eps"])  # O

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mupsweep.errors import ConfigError
-from mupsweep.optimizers.algorithm import Now
-from mupsweep.optimizers.composed import Composed
+from mupsweep.optimizers.algorithm import StepContext
+from mupsweep.optimizers.composed import StackedOptimizer
 from mupsweep.optimizers.optimizer import Dims, Optimizer, check_decays
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import ENTRYWISE
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW(Composed):
+class AdamW(StackedOptimizer):
     """W -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * W). lr: size of an entry's update.
 
     Attributes:
@@ -33,7 +33,7 @@ class AdamW(Composed):
         super().__post_init__()
         check_decays(self, "betas")
 
-    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
+    def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return ENTRYWISE
 
     def at_batch_ratio(self, ratio: float) -> tuple[Optimizer, float]:
@@ -50,11 +50,11 @@ class AdamW(Composed):
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         return {"m": weights.new_zeros(weights.shape), "v": weights.new_zeros(weights.shape)}
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         return adam_direction(grads, state["m"], state["v"], self.betas, now)
 
 
-def adam_direction(grads: Tensor, m: Tensor, v: Tensor, betas: tuple[float, float], now: Now) -> Tensor:
+def adam_direction(grads: Tensor, m: Tensor, v: Tensor, betas: tuple[float, float], now: StepContext) -> Tensor:
     """m_hat / (sqrt(v_hat) + eps), with the moments updated in place."""
     m.lerp_(grads, 1 - betas[0])
     v.mul_(betas[1]).addcmul_(grads, grads, value=1 - betas[1])

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mupsweep.optimizers.adamw import sde_rule
-from mupsweep.optimizers.algorithm import Now
-from mupsweep.optimizers.composed import Composed
+from mupsweep.optimizers.algorithm import StepContext
+from mupsweep.optimizers.composed import StackedOptimizer
 from mupsweep.optimizers.optimizer import Dims, Optimizer, check_decays
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import ENTRYWISE
@@ -23,7 +23,7 @@ CLIP_POWER = 0.25  # entries of a normalised gradient are clipped at (earlier st
 
 
 @dataclass(frozen=True, kw_only=True)
-class ADOPT(Composed):
+class ADOPT(StackedOptimizer):
     """W -= lr * (m + weight_decay * W), m the average of G / max(sqrt(v), eps). lr: size of an entry's update.
 
     Attributes:
@@ -40,7 +40,7 @@ class ADOPT(Composed):
         # the rows of tokens that no batch has held yet have a second moment of zero
         require(self.eps > 0, "optimizer.eps", self.eps, f"above 0, since {self.name} divides by max(sqrt(v), eps)")
 
-    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
+    def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return ENTRYWISE
 
     def at_batch_ratio(self, ratio: float) -> tuple[Optimizer, float]:
@@ -51,7 +51,7 @@ class ADOPT(Composed):
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         return {"m": weights.new_zeros(weights.shape), "v": weights.new_zeros(weights.shape)}
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         m, v = state["m"], state["v"]
         if now.step == 1:  # v = g^2, and nothing moves
             v.addcmul_(grads, grads)

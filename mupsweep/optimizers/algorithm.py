@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Now:
+class StepContext:
     """What an algorithm knows of the moment of a step.
 
     Attributes:
@@ -43,11 +43,11 @@ class Algorithm:
         """The memory at the start, every entry with leading dimension count."""
         raise NotImplementedError
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         """The update at LR 1, as large as `grads`, which it may overwrite."""
         raise NotImplementedError
 
-    def observe(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> None:
+    def observe(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> None:
         """Take in gradients whose squares estimate the curvature (`Optimizer.curvature_every`): those of
         sqrt(tokens) times the mean loss, for labels drawn from the predictions."""
         raise NotImplementedError

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Composed(Optimizer, Algorithm):
+class StackedOptimizer(Optimizer, Algorithm):
     """The keys of the parts; a subclass adds its algorithm.
 
     Attributes:
@@ -46,7 +46,7 @@ class Composed(Optimizer, Algorithm):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.block_size is None or self.block_size > 0, "optimizer.block_size", self.block_size, "positive")
-        _ = self.magnitude  # may refuse
+        _ = self.graft_source  # may refuse
         in_use = [key for key in ("block_size", "graft", "spectral_norm", "hyperball") if getattr(self, key)]
         for role in self.roles:
             if in_use and role not in MATRICES:
@@ -72,10 +72,10 @@ class Composed(Optimizer, Algorithm):
         return self.composed or super().oriented
 
     @abstractmethod
-    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
+    def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         """The update law of the algorithm alone."""
 
-    def own(self, dims: Dims) -> Composed:
+    def own(self, dims: Dims) -> StackedOptimizer:
         """The algorithm alone, for tensors of (n_out, n_in)."""
         return self
 
@@ -84,12 +84,12 @@ class Composed(Optimizer, Algorithm):
         return self.block_size, self.block_size
 
     @cached_property
-    def magnitude(self) -> Composed | None:
+    def graft_source(self) -> StackedOptimizer | None:
         """The optimizer that `graft` names."""
         if self.graft is None:
             return None
         made = instantiate({**self.graft, "roles": list(self.roles), "rest": self.rest}, "optimizer.graft")
-        if not isinstance(made, Composed):
+        if not isinstance(made, StackedOptimizer):
             raise ConfigError(f"optimizer.graft={made.name}: its update cannot be computed apart from its step")
         if made.curvature_every is not None:
             raise ConfigError(f"optimizer.graft={made.name}: a graft observes no curvature; graft adamw or sgd")
@@ -99,8 +99,8 @@ class Composed(Optimizer, Algorithm):
 
     def update_law(self, dims: Dims | None = None) -> UpdateLaw:
         law = self._blocked_law(dims)
-        if self.magnitude is not None:  # Qiu et al. 2512.05620, Table 1: the rule of Q1#Q2 is that of Q1
-            law = replace(self.magnitude.update_law(dims), full_rank=law.full_rank)
+        if self.graft_source is not None:  # Qiu et al. 2512.05620, Table 1: the rule of Q1#Q2 is that of Q1
+            law = replace(self.graft_source.update_law(dims), full_rank=law.full_rank)
         if self.spectral_norm:
             law = replace(SPECTRAL_NORMALISED, full_rank=law.full_rank)
         return frobenius_normalised(law) if self.hyperball else law
@@ -109,7 +109,7 @@ class Composed(Optimizer, Algorithm):
         return self._blocked_law(dims) if self.decays else self.update_law(dims)
 
     def thresholds(self, dims: Dims | None = None) -> Mapping[str, Threshold]:
-        grafted = {} if self.magnitude is None else self.magnitude.thresholds(dims)
+        grafted = {} if self.graft_source is None else self.graft_source.thresholds(dims)
         own = {"eps": Threshold(self.eps, self._blocked_law(dims))}
         return own | {f"graft_{name}": threshold for name, threshold in grafted.items()}
 
@@ -121,7 +121,7 @@ class Composed(Optimizer, Algorithm):
         sizes = (None, None) if self.block_size is None else self.block_sizes(dims)
         b_out, b_in = (min(n, size or n) for n, size in zip(dims, sizes, strict=True))
         blocks = math.ceil(dims[0] / b_out) * math.ceil(dims[1] / b_in)
-        grafted = 0 if self.magnitude is None else self.magnitude.state_size(dims)
+        grafted = 0 if self.graft_source is None else self.graft_source.state_size(dims)
         parts = self.spectral_norm * dims[1] + self.hyperball  # a singular vector, a norm
         return blocks * self.own(dims).own_state_size((b_out, b_in)) + grafted + parts
 
@@ -132,8 +132,8 @@ class Composed(Optimizer, Algorithm):
         made: Algorithm = self.own(dims)
         if self.block_size is not None:
             made = Blocked(made, self.block_sizes(dims))
-        if self.magnitude is not None:
-            made = Grafted(made, self.magnitude.algorithm(dims))
+        if self.graft_source is not None:
+            made = Grafted(made, self.graft_source.algorithm(dims))
         if self.spectral_norm:
             made = SpectralNormalised(made)
         return Hyperball(made) if self.hyperball else made
@@ -144,5 +144,5 @@ class Composed(Optimizer, Algorithm):
         return StackedOptimizer(groups, self.algorithm)
 
     def _blocked_law(self, dims: Dims | None) -> UpdateLaw:
-        law = self.own_law(dims)
+        law = self.base_law(dims)
         return law if self.block_size is None else blocked(law, self.block_sizes(dims))

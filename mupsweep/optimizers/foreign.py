@@ -15,7 +15,7 @@ from mupsweep.formatting import nearest
 from mupsweep.optimizers.optimizer import Dims, Optimizer, Threshold
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import columns, entries, one, rows
-from mupsweep.schema import imported, one_of
+from mupsweep.schema import import_object, one_of
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ class Foreign(Optimizer):
     def _class(self) -> Any:
         import torch
 
-        found = imported(self.path, "optimizer.path", "your optimizer")
+        found = import_object(self.path, "optimizer.path", "your optimizer")
         if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
             raise ConfigError(f"optimizer.path={self.path} is no subclass of torch.optim.Optimizer")
         return found

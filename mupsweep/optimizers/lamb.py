@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from mupsweep.optimizers.adamw import adam_direction
-from mupsweep.optimizers.algorithm import Now
-from mupsweep.optimizers.composed import Composed
+from mupsweep.optimizers.algorithm import StepContext
+from mupsweep.optimizers.composed import StackedOptimizer
 from mupsweep.optimizers.optimizer import MATRICES, Dims, Threshold, check_decays
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import ENTRYWISE
@@ -24,7 +24,7 @@ WEIGHT_NORMS = ("spectral", "frobenius")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LAMB(Composed):
+class LAMB(StackedOptimizer):
     """U = r + weight_decay * W, r Adam's direction; W -= lr * ||W||_F / ||U||_F * U. lr: relative change per update.
 
     Attributes:
@@ -55,7 +55,7 @@ class LAMB(Composed):
     def oriented(self) -> bool:
         return self.composed  # a matrix and its transpose take the same step, and no copy is the fastest
 
-    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
+    def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return UpdateLaw(weight_norm=self.weight_norm)
 
     def measured_law(self, dims: Dims | None = None) -> UpdateLaw:
@@ -70,7 +70,7 @@ class LAMB(Composed):
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         return {"m": weights.new_zeros(weights.shape), "v": weights.new_zeros(weights.shape)}
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         from mupsweep.optimizers.wrappers import norm, with_norm
 
         assert now.weights is not None

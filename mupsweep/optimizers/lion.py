@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mupsweep.optimizers.algorithm import Now
-from mupsweep.optimizers.composed import Composed
+from mupsweep.optimizers.algorithm import StepContext
+from mupsweep.optimizers.composed import StackedOptimizer
 from mupsweep.optimizers.optimizer import Dims, check_decays
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import ENTRYWISE
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lion(Composed):
+class Lion(StackedOptimizer):
     """W -= lr * (sign(b1 m + (1 - b1) G) + weight_decay * W). lr: size of an entry's update, exactly.
 
     Attributes:
@@ -30,13 +30,13 @@ class Lion(Composed):
         super().__post_init__()
         check_decays(self, "betas")
 
-    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
+    def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return replace(ENTRYWISE, eps_power=None)
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         return {"momentum": weights.new_zeros(weights.shape)}
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         update = state["momentum"].lerp(grads, 1 - self.betas[0]).sign_()  # c = b1 m + (1 - b1) g
         state["momentum"].lerp_(grads, 1 - self.betas[1])  # m = b2 m + (1 - b2) g
         return update

@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mupsweep.optimizers.algorithm import Now
-from mupsweep.optimizers.composed import Composed
+from mupsweep.optimizers.algorithm import StepContext
+from mupsweep.optimizers.composed import StackedOptimizer
 from mupsweep.optimizers.optimizer import MATRICES, Dims, check_decays
 from mupsweep.optimizers.singular_values import clip
 from mupsweep.scaling import UpdateLaw
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuCon(Composed):
+class MuCon(StackedOptimizer):
     """W -= lr * (clip(momentum) + weight_decay * W). lr: spectral norm per update.
 
     Attributes:
@@ -49,13 +49,13 @@ class MuCon(Composed):
         check_decays(self, "momentum")
         require(0 < self.tau <= 1, "optimizer.tau", self.tau, "a number in (0, 1]")
 
-    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
+    def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return UpdateLaw(full_rank=True)
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         return {"momentum": weights.new_zeros(weights.shape)}
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         average = state["momentum"].lerp_(grads, 1 - self.momentum)
         M = grads.lerp(average, self.momentum) if self.nesterov else average
         norm = M.norm(dim=(-2, -1), keepdim=True).clamp(min=now.thresholds["eps"])

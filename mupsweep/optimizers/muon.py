@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
-from mupsweep.optimizers.algorithm import Now
-from mupsweep.optimizers.composed import Composed
+from mupsweep.optimizers.algorithm import StepContext
+from mupsweep.optimizers.composed import StackedOptimizer
 from mupsweep.optimizers.optimizer import MATRICES, Dims, check_decays
 from mupsweep.optimizers.singular_values import orthogonalise
 from mupsweep.scaling import UpdateLaw
@@ -41,7 +41,7 @@ def convert(lr: float, source: str, target: str, n_out: int, n_in: int) -> float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Muon(Composed):
+class Muon(StackedOptimizer):
     """W -= lr * (shape_factor * orthogonalise(momentum) + weight_decay * W). lr: spectral norm per update (plain).
 
     Attributes:
@@ -68,13 +68,13 @@ class Muon(Composed):
         check_decays(self, "momentum")
         require(self.ns_steps >= 1, "optimizer.ns_steps", self.ns_steps, "at least 1")
 
-    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
+    def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return UpdateLaw(shape_factor=SHAPE_FACTORS[self.scaling], full_rank=True)
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         return {"momentum": weights.new_zeros(weights.shape)}
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         average = state["momentum"].lerp_(grads, 1 - self.momentum)
         mixed = grads.lerp(average, self.momentum) if self.nesterov else average
         n_out, n_in = grads.shape[-2:]

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mupsweep.errors import ConfigError
-from mupsweep.optimizers.algorithm import Now
-from mupsweep.optimizers.composed import Composed
+from mupsweep.optimizers.algorithm import StepContext
+from mupsweep.optimizers.composed import StackedOptimizer
 from mupsweep.optimizers.optimizer import Dims, check_decays
 from mupsweep.optimizers.singular_values import msign, power_iterate, top_right_vectors, top_singular_pair
 from mupsweep.scaling import UpdateLaw
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuonPlusPlus(Composed):
+class MuonPlusPlus(StackedOptimizer):
     """W -= lr * S * msign((I - u u^T) M (I - v v^T)), M the momentum, (u, v) the top singular pair of W.
     lr: spectral norm of an update / that of the weight.
 
@@ -65,7 +65,7 @@ class MuonPlusPlus(Composed):
                 f"optimizer.adaptive={self.adaptive}: optimizer.rescale=true undoes what it does; set one of them"
             )
 
-    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
+    def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return UpdateLaw(shape_factor=spectral_ratio, full_rank=True)
 
     def own_state_size(self, dims: Dims) -> int:
@@ -80,7 +80,7 @@ class MuonPlusPlus(Composed):
         adaptive = {} if self.adaptive is None else {"rho": correlation(weights)}
         return {"momentum": weights.new_zeros(weights.shape), "top": top_right_vectors(weights), **adaptive}
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         assert now.weights is not None
         M = state["momentum"].mul_(self.momentum).add_(grads)
         _, u, v = top_singular_pair(now.weights, state["top"])

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mupsweep.optimizers.composed import Composed
+from mupsweep.optimizers.composed import StackedOptimizer
 from mupsweep.optimizers.optimizer import MATRICES, Dims
 from mupsweep.scaling.laws import Sizes
 from mupsweep.schema import require
@@ -18,7 +18,7 @@ AXES = ("out", "in")  # of a matrix (n_out, n_in): L of the papers handles the o
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preconditioned(Composed):
+class Preconditioned(StackedOptimizer):
     """The keys that both share.
 
     Attributes:
@@ -59,7 +59,7 @@ class Preconditioned(Composed):
             require(getattr(self, key) >= 1, f"optimizer.{key}", getattr(self, key), "at least 1")
 
 
-def facing(stack: Tensor, axis: str) -> Tensor:
+def rows_along(stack: Tensor, axis: str) -> Tensor:
     """A view of a stack (count, n_out, n_in) that has `axis` as its rows."""
     return stack if axis == "out" else stack.mT
 
@@ -71,5 +71,5 @@ def multiplied(factor: Tensor, stack: Tensor, axis: str) -> Tensor:
 
 def accumulate(moments: Tensor, grads: Tensor, axis: str, keep: float, take: float) -> None:
     """L <- keep L + take G G^T in place, or R <- keep R + take G^T G; `moments` are (count, n, n)."""
-    rows = facing(grads, axis)
+    rows = rows_along(grads, axis)
     moments.baddbmm_(rows, rows.mT, beta=keep, alpha=take)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mupsweep.errors import ConfigError
-from mupsweep.optimizers.algorithm import Now
-from mupsweep.optimizers.composed import Composed
+from mupsweep.optimizers.algorithm import StepContext
+from mupsweep.optimizers.composed import StackedOptimizer
 from mupsweep.optimizers.optimizer import Dims, Optimizer, check_decays
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import GRADIENT
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGD(Composed):
+class SGD(StackedOptimizer):
     """M = momentum * M + (G + weight_decay * W); W -= lr * M. lr: update per unit of gradient.
 
     Attributes:
@@ -38,7 +38,7 @@ class SGD(Composed):
         if self.nesterov and self.momentum == 0:
             raise ConfigError("optimizer.nesterov=true needs optimizer.momentum above 0")
 
-    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
+    def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return GRADIENT
 
     def at_batch_ratio(self, ratio: float) -> tuple[Optimizer, float]:
@@ -59,7 +59,7 @@ class SGD(Composed):
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         return {"momentum": weights.new_zeros(weights.shape)}
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         assert now.weights is not None
         grads.add_(now.weights, alpha=now.weight_decay)
         average = state["momentum"].mul_(self.momentum).add_(grads)

@@ -11,9 +11,9 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from mupsweep.errors import ConfigError
-from mupsweep.optimizers.algorithm import Now
+from mupsweep.optimizers.algorithm import StepContext
 from mupsweep.optimizers.optimizer import Dims, check_decays
-from mupsweep.optimizers.preconditioner import AXES, Preconditioned, accumulate, facing, multiplied
+from mupsweep.optimizers.preconditioner import AXES, Preconditioned, accumulate, multiplied, rows_along
 from mupsweep.optimizers.singular_values import symmetric_eigen
 from mupsweep.scaling import UpdateLaw
 from mupsweep.schema import one_of, require
@@ -73,7 +73,7 @@ class Shampoo(Preconditioned):
             )
         return self if kept == tuple(self.exponents) else replace(self, exponents=kept)
 
-    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
+    def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         active = self if dims is None else self.own(dims)
         degree = 1 - 2 * sum(active.powers.values(), Fraction(0))
         return UpdateLaw(degree=degree, eps_power=2)
@@ -81,11 +81,11 @@ class Shampoo(Preconditioned):
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         made = {"momentum": weights.new_zeros(weights.shape)}
         for axis in self.powers:
-            count, n, _ = facing(weights, axis).shape
+            count, n, _ = rows_along(weights, axis).shape
             made |= {name: weights.new_zeros(count, n, n) for name in (axis, f"{axis}_root")}
         return made
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         keep, take, total = 1.0, 1.0, 1.0
         if self.statistics == "ema":
             keep, take, total = self.betas[1], 1 - self.betas[1], 1 - self.betas[1] ** now.step

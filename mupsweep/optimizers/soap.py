@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mupsweep.optimizers.algorithm import Now
+from mupsweep.optimizers.algorithm import StepContext
 from mupsweep.optimizers.optimizer import Dims, check_decays
-from mupsweep.optimizers.preconditioner import AXES, Preconditioned, accumulate, facing, multiplied
+from mupsweep.optimizers.preconditioner import AXES, Preconditioned, accumulate, multiplied, rows_along
 from mupsweep.optimizers.singular_values import symmetric_eigen
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import columns, entries, one, rows
@@ -57,18 +57,18 @@ class SOAP(Preconditioned):
         kept = tuple(axis for axis, n in zip(AXES, dims, strict=True) if axis in self.axes and n <= self.max_axis)
         return self if kept == tuple(self.axes) else replace(self, axes=kept)
 
-    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
+    def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         active = self if dims is None else self.own(dims)
         return UpdateLaw(blocks=BLOCKS[frozenset(active.axes)])
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         made = {name: weights.new_zeros(weights.shape) for name in ("m", "v")}
         for axis in self.axes:
-            count, n, _ = facing(weights, axis).shape
+            count, n, _ = rows_along(weights, axis).shape
             made |= {name: weights.new_zeros(count, n, n) for name in (axis, f"{axis}_basis")}
         return made
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         step = now.step - 1
         update = self.adam(grads, state, step, now.thresholds["eps"]) if step else grads.new_zeros(grads.shape)
         turns = step % self.every == 0
@@ -81,7 +81,7 @@ class SOAP(Preconditioned):
             if step == 0:
                 basis.copy_(symmetric_eigen(moments)[1])
             elif turns:
-                follow(moments, basis, facing(state["v"], axis))
+                follow(moments, basis, rows_along(state["v"], axis))
         if momentum is not None:
             state["m"].copy_(self.rotated(momentum, state))
         return update

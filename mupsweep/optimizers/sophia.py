@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mupsweep.optimizers.algorithm import Now
-from mupsweep.optimizers.composed import Composed
+from mupsweep.optimizers.algorithm import StepContext
+from mupsweep.optimizers.composed import StackedOptimizer
 from mupsweep.optimizers.optimizer import Dims, Threshold, check_decays
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import ENTRYWISE
@@ -25,7 +25,7 @@ RHO_POWERS = {"gradient": -1, "constant": None}  # m / (rho h) is a number, m a 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sophia(Composed):
+class Sophia(StackedOptimizer):
     """W -= lr * (clip(m / (rho * h + eps), 1) + weight_decay * W). lr: largest update of an entry.
 
     Attributes:
@@ -56,7 +56,7 @@ class Sophia(Composed):
     def curvature_every(self) -> int:
         return self.hessian_every
 
-    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
+    def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return ENTRYWISE
 
     def thresholds(self, dims: Dims | None = None) -> Mapping[str, Threshold]:
@@ -66,10 +66,10 @@ class Sophia(Composed):
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         return {"m": weights.new_zeros(weights.shape), "h": weights.new_zeros(weights.shape)}
 
-    def observe(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> None:
+    def observe(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> None:
         state["h"].mul_(self.betas[1]).addcmul_(grads, grads, value=1 - self.betas[1])  # h = b2 h + (1 - b2) h_hat
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         m = state["m"].lerp_(grads, 1 - self.betas[0])  # m = b1 m + (1 - b1) g
         bound = state["h"].mul(now.thresholds["rho"]).add_(now.thresholds["eps"])
         return (m / bound).clamp_(-1, 1)  # clip(m / (rho h + eps), 1)

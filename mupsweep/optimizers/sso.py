@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mupsweep.optimizers.algorithm import Now
-from mupsweep.optimizers.composed import Composed
+from mupsweep.optimizers.algorithm import StepContext
+from mupsweep.optimizers.composed import StackedOptimizer
 from mupsweep.optimizers.optimizer import Dims, check_decays
 from mupsweep.optimizers.singular_values import msign, power_iterate, top_right_vectors, top_singular_pair
 from mupsweep.scaling import UpdateLaw
@@ -30,7 +30,7 @@ TINY = 1e-7  # bounds the norm of a matrix of norm about 1 before it divides
 
 
 @dataclass(frozen=True, kw_only=True)
-class SSO(Composed):
+class SSO(StackedOptimizer):
     """W <- retract(W - lr * R * msign(momentum + lam u v^T)). lr: spectral norm of an update / that of the weight.
 
     Attributes:
@@ -62,7 +62,7 @@ class SSO(Composed):
         for key in ("power_iterations", "solver_steps"):
             require(getattr(self, key) >= 1, f"optimizer.{key}", getattr(self, key), "at least 1")
 
-    def own_law(self, dims: Dims | None = None) -> UpdateLaw:
+    def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return UpdateLaw(shape_factor=spectral_ratio, full_rank=True)
 
     def own_state_size(self, dims: Dims) -> int:
@@ -75,7 +75,7 @@ class SSO(Composed):
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         return {"momentum": weights.new_zeros(weights.shape), "top": top_right_vectors(weights)}
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         assert now.weights is not None
         average = state["momentum"].lerp_(grads, 1 - self.momentum)
         M = grads.lerp(average, self.momentum) if self.nesterov else average

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mupsweep.optimizers.algorithm import Algorithm, Now
+from mupsweep.optimizers.algorithm import Algorithm, StepContext
 
 KEYS = ("params", "lr", "peak_lr", "weight_decay", "transposed", "step")  # of a group; every other key is a threshold
 
@@ -108,7 +108,7 @@ class StackedOptimizer(torch.optim.Optimizer):
         return stack
 
     @staticmethod
-    def _now(group: dict[str, Any], stack: Stack) -> Now:
+    def _now(group: dict[str, Any], stack: Stack) -> StepContext:
         thresholds = {key: value for key, value in group.items() if key not in KEYS}
         weights = torch.stack(stack.weights) if stack.algorithm.uses_weights else None
-        return Now(group["step"], group["lr"], group["weight_decay"], thresholds, weights)
+        return StepContext(group["step"], group["lr"], group["weight_decay"], thresholds, weights)

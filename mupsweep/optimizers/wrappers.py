@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mupsweep.optimizers.algorithm import Algorithm, Now
+from mupsweep.optimizers.algorithm import Algorithm, StepContext
 from mupsweep.optimizers.singular_values import power_iterate, random_like, top_singular_pair
 from mupsweep.scaling.laws import Sizes
 
@@ -27,7 +27,7 @@ class Wrapper(Algorithm):
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         return self.inner.state(weights)
 
-    def observe(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> None:
+    def observe(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> None:
         self.inner.observe(grads, state, now)
 
     def project(self, weights: Tensor, state: dict[str, Tensor]) -> None:
@@ -45,12 +45,12 @@ class Blocked(Wrapper):
         inner = self.inner.state(self.split(weights))
         return {name: value.unflatten(0, (len(weights), -1)) for name, value in inner.items()}
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         weights = None if now.weights is None else self.split(now.weights)
         blocks = self.inner.direction(self.split(grads), self.flat(state), replace(now, weights=weights))
         return self.join(blocks, grads.shape)
 
-    def observe(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> None:
+    def observe(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> None:
         self.inner.observe(self.split(grads), self.flat(state), now)
 
     def split(self, stack: Tensor) -> Tensor:
@@ -73,20 +73,20 @@ class Blocked(Wrapper):
 
 
 class Grafted(Wrapper):
-    """Q1#Q2: the direction of Q2 (`inner`) with the Frobenius norm of Q1 (`magnitude`), each with its own memory."""
+    """Q1#Q2: the direction of Q2 (`inner`) with the Frobenius norm of Q1 (`graft_source`), each with its own memory."""
 
-    def __init__(self, inner: Algorithm, magnitude: Algorithm) -> None:
+    def __init__(self, inner: Algorithm, graft_source: Algorithm) -> None:
         super().__init__(inner)
-        self.magnitude = magnitude
-        self.uses_weights = inner.uses_weights or magnitude.uses_weights
+        self.graft_source = graft_source
+        self.uses_weights = inner.uses_weights or graft_source.uses_weights
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
-        grafted = self.magnitude.state(weights)
+        grafted = self.graft_source.state(weights)
         return self.inner.state(weights) | {GRAFT + name: value for name, value in grafted.items()}
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         alone = replace(now, weight_decay=0.0, thresholds=_unprefixed(now.thresholds))  # decay is no part of the norm
-        size = norm(self.magnitude.direction(grads.clone(), _unprefixed(state), alone))
+        size = norm(self.graft_source.direction(grads.clone(), _unprefixed(state), alone))
         return with_norm(self.inner.direction(grads, state, now), size)
 
 
@@ -96,7 +96,7 @@ class SpectralNormalised(Wrapper):
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         return {**self.inner.state(weights), "top": random_like(weights[:, 0]).clone()}
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         update = self.inner.direction(grads, state, now)
         power_iterate(update, state["top"], FIRST_ITERATIONS if now.step <= 2 else 1)  # SOAP starts with step 2
         sigma, _, _ = top_singular_pair(update, state["top"])
@@ -115,7 +115,7 @@ class Hyperball(Wrapper):
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         return {**self.inner.state(weights), "radius": norm(weights).flatten()}
 
-    def direction(self, grads: Tensor, state: dict[str, Tensor], now: Now) -> Tensor:
+    def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         return with_norm(self.inner.direction(grads, state, now), state["radius"].view(-1, 1, 1))
 
     def project(self, weights: Tensor, state: dict[str, Tensor]) -> None:

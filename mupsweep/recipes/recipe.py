@@ -15,7 +15,7 @@ from mupsweep.analysis.transfer import DOUBLED, DRIFTS, HORIZON, INCONCLUSIVE, T
 from mupsweep.errors import RecordError
 from mupsweep.models.shape import Size
 from mupsweep.sweep import tensor_rules
-from mupsweep.sweep.run_spec import Recipe
+from mupsweep.sweep.run_spec import ResolvedVariant
 
 SHAPE = ("width", "depth", "heads", "kv_heads", "head_dim", "ffn_width", "vocab_size", "context")
 SCHEDULE = ("batch_size", "schedule", "min_lr_frac", "decay_fraction", "precision")
@@ -62,13 +62,13 @@ def recommend(one: Group, doublings: float) -> tuple[Estimate, str]:
     )
 
 
-def axis_of(made: Recipe, width: int, depth: int) -> str | None:
+def axis_of(made: ResolvedVariant, width: int, depth: int) -> str | None:
     """The ladder that leads from the base to a target; None for the base itself."""
     wider, deeper = width != made.model.width, depth != made.model.depth
     return "joint" if wider and deeper else "width" if wider else "depth" if deeper else None
 
 
-def leading(groups: Sequence[Group], made: Recipe, width: int, depth: int) -> Group:
+def leading(groups: Sequence[Group], made: ResolvedVariant, width: int, depth: int) -> Group:
     """The ladder of a variant that leads to a target, or else its first; horizons alone are one size, the base."""
     axis = axis_of(made, width, depth)
     sizes = [group for group in groups if group.axis != HORIZON]
@@ -91,7 +91,7 @@ def doublings_to(one: Group, size: Size) -> float:
 
 def recipe(
     one: Group,
-    made: Recipe,
+    made: ResolvedVariant,
     width: int,
     depth: int,
     tokens: int | None = None,
@@ -131,7 +131,7 @@ def recipe(
     }
 
 
-def settings(made: Recipe, size: Size, base_lr: float) -> dict[str, Any]:
+def settings(made: ResolvedVariant, size: Size, base_lr: float) -> dict[str, Any]:
     """Everything that a run of `made` at a size is trained with; all that an export to another trainer needs."""
     forward = tensor_rules.multipliers(made, size)
     training = made.training
@@ -163,7 +163,7 @@ def settings(made: Recipe, size: Size, base_lr: float) -> dict[str, Any]:
 
 
 def _carried(
-    choice: Estimate, made: Recipe, final: Recipe, exponent: Estimate | None
+    choice: Estimate, made: ResolvedVariant, final: ResolvedVariant, exponent: Estimate | None
 ) -> tuple[Estimate, dict[str, Any]]:
     """The LR at the target's horizon, and what is to be said of it."""
     measured, wanted = _tokens(made), _tokens(final)
@@ -197,12 +197,12 @@ def _power(exponent: float) -> str:
     return f"LR ~ tokens^{exponent:.3g}"
 
 
-def _tokens(made: Recipe) -> int:
+def _tokens(made: ResolvedVariant) -> int:
     """Training tokens of a run."""
     return made.steps * made.training.batch_size * made.model.context
 
 
-def _trained_on(made: Recipe, tokens: int) -> Any:
+def _trained_on(made: ResolvedVariant, tokens: int) -> Any:
     """The variant with another token budget; a warm-up given as a fraction, and decay rules per run, follow it."""
     return replace(made.variant, training=replace(made.training, steps=None, tokens=tokens))
 

@@ -11,7 +11,7 @@ from mupsweep.errors import ConfigError
 from mupsweep.optimizers.muon import convert
 
 Row = Mapping[str, Any]  # a tensor of a recipe
-Recipe = Mapping[str, Any]
+ResolvedVariant = Mapping[str, Any]
 
 COMPOSED = ("block_size", "graft", "spectral_norm", "hyperball")  # parts that torch's classes do not have
 TORCH = {  # ours -> torch's class, and what its constructor takes beside the groups
@@ -32,12 +32,12 @@ def kind(optimizer: Mapping[str, Any]) -> str:
     return "" if any(optimizer.get(key) for key in COMPOSED) else str(optimizer["kind"]).rpartition(".")[2]
 
 
-def kinds(recipe: Recipe) -> dict[str, str]:
+def kinds(recipe: ResolvedVariant) -> dict[str, str]:
     """Name of an optimizer -> its class."""
     return {optimizer["name"]: kind(optimizer) for optimizer in recipe["optimizers"]}
 
 
-def only_adamw(recipe: Recipe) -> bool:
+def only_adamw(recipe: ResolvedVariant) -> bool:
     """Whether AdamW takes every tensor."""
     return set(kinds(recipe).values()) == {"AdamW"}
 
@@ -67,7 +67,7 @@ def as_torch(row: Row, optimizer: Mapping[str, Any]) -> dict[str, Any]:
     return numbers
 
 
-def groups(recipe: Recipe, rename: Callable[[str], str] = str) -> list[dict[str, Any]]:
+def groups(recipe: ResolvedVariant, rename: Callable[[str], str] = str) -> list[dict[str, Any]]:
     """The tensors that share an optimizer and its numbers, each group with the patterns of its names."""
     optimizers = {optimizer["name"]: optimizer for optimizer in recipe["optimizers"]}
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -81,14 +81,14 @@ def groups(recipe: Recipe, rename: Callable[[str], str] = str) -> list[dict[str,
     return list(found.values())
 
 
-def starts(recipe: Recipe, rename: Callable[[str], str] = str) -> dict[str, float | str]:
+def starts(recipe: ResolvedVariant, rename: Callable[[str], str] = str) -> dict[str, float | str]:
     """Pattern of names -> the standard deviation that tensors start with, or "ones" or "zeros"."""
     return {
         pattern(rename(row["name"])): row["init_std"] if row["init"] == "normal" else row["init"] for row in own(recipe)
     }
 
 
-def own(recipe: Recipe) -> list[Row]:
+def own(recipe: ResolvedVariant) -> list[Row]:
     """The tensors that have storage of their own."""
     return [row for row in recipe["tensors"] if row["tied_to"] is None]
 
@@ -103,7 +103,7 @@ def unique(items: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(items))
 
 
-def folded(recipe: Recipe) -> tuple[Recipe, list[str]]:
+def folded(recipe: ResolvedVariant) -> tuple[ResolvedVariant, list[str]]:
     """The same training without multipliers in the forward pass, for models that have none, and what is lost by it."""
     factors = {"block": recipe["block_multiplier"], "output": recipe["output_multiplier"]}
     if set(factors.values()) == {1.0}:
@@ -145,7 +145,9 @@ def _check_partition(names: Iterable[str], found: list[dict[str, Any]]) -> None:
         assert len(fits) == 1, f"{name} is in {len(fits)} groups"
 
 
-def differences(recipe: Recipe, theirs: Callable[[Row], Mapping[str, float]], remedies: Mapping[str, str]) -> list[str]:
+def differences(
+    recipe: ResolvedVariant, theirs: Callable[[Row], Mapping[str, float]], remedies: Mapping[str, str]
+) -> list[str]:
     """Where a trainer would train a tensor with other numbers than the rule's, a line per kind of tensor.
 
     Args:
@@ -164,18 +166,18 @@ def differences(recipe: Recipe, theirs: Callable[[Row], Mapping[str, float]], re
     ]
 
 
-def ratios(recipe: Recipe) -> tuple[float, float]:
+def ratios(recipe: ResolvedVariant) -> tuple[float, float]:
     """Width and depth of the target / those of the base."""
     target, base = recipe["target"], recipe["base"]
     return target["width"] / base["width"], target["depth"] / base["depth"]
 
 
-def named(recipe: Recipe, ending: str) -> Row:
+def named(recipe: ResolvedVariant, ending: str) -> Row:
     """The first tensor whose name ends so."""
     return next(row for row in recipe["tensors"] if row["name"].endswith(ending))
 
 
-def need_model(recipe: Recipe, trainer: str, wanted: str, others: str) -> None:
+def need_model(recipe: ResolvedVariant, trainer: str, wanted: str, others: str) -> None:
     """Refuse a model that the trainer does not build."""
     if not recipe["architecture"]["kind"].endswith(f".{wanted}"):
         raise ConfigError(

@@ -25,7 +25,7 @@ from mupsweep.recipes import recipe
 from mupsweep.store.results import read_runs
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
-from mupsweep.sweep.run_spec import Recipe, RunSpec
+from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec
 
 GRAIN = 8  # parts of an octave that a transferred LR is rounded to: a refit that moves less plans no new runs
 STEPS = (0.5, 1.0)  # octaves between neighbours, at least and at most; the spacing of the sweep's grid between them
@@ -42,7 +42,7 @@ class Trial:
         seeds: those of the sweep.
     """
 
-    made: Recipe
+    made: ResolvedVariant
     size: Size
     log2_lr: float
     step: float
@@ -181,7 +181,7 @@ def to_json(outcome: Validation) -> dict[str, Any]:
     }
 
 
-def _check(target: Mapping[str, int], made: Recipe, size: Size) -> None:
+def _check(target: Mapping[str, int], made: ResolvedVariant, size: Size) -> None:
     tokens = made.steps * made.training.batch_size * made.model.context
     if target.get("tokens", tokens) != tokens:
         raise ConfigError(

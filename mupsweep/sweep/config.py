@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from mupsweep.analysis.labels import LARGEST_LOG2_LR, Change, Label
+from mupsweep.analysis.labels import LARGEST_LOG2_LR, HyperparameterOverride, Label
 from mupsweep.data.config import DataConfig
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
-from mupsweep.schema import boolean, instantiate, one_of, refuse_foreign_code, require, structured, with_whole_numbers
+from mupsweep.schema import boolean, instantiate, one_of, refuse_foreign_code, require, to_dataclass, with_whole_numbers
 from mupsweep.sweep.compose import COMPARABLE, composed, split
 from mupsweep.sweep.compose import choices as choices
 from mupsweep.sweep.compose import config_root as config_root
@@ -183,7 +183,7 @@ class Variant:
     parametrization: dict[str, Any]
     data: DataConfig
     training: TrainingConfig
-    change: Change | None = None
+    change: HyperparameterOverride | None = None
 
     @property
     def names(self) -> tuple[str, str, str]:
@@ -257,13 +257,13 @@ def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
         variants=tuple(
             Variant(
                 **{group: dict(v[group]) for group in COMPARABLE},
-                data=structured(DataConfig, with_whole_numbers(DataConfig, v["data"]), "data"),
-                training=structured(TrainingConfig, with_whole_numbers(TrainingConfig, v["training"]), "training"),
-                change=None if v.get("change") is None else Change(**v["change"]),
+                data=to_dataclass(DataConfig, with_whole_numbers(DataConfig, v["data"]), "data"),
+                training=to_dataclass(TrainingConfig, with_whole_numbers(TrainingConfig, v["training"]), "training"),
+                change=None if v.get("change") is None else HyperparameterOverride(**v["change"]),
             )
             for v in tree["variants"]
         ),
-        sweep=structured(GridConfig, tree["sweep"], "sweep"),
+        sweep=to_dataclass(GridConfig, tree["sweep"], "sweep"),
         launcher=dict(tree["launcher"]),
         tracker=dict(tree["tracker"]),
         out=_folder(tree["out"]),

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mupsweep.analysis.labels import Change
+from mupsweep.analysis.labels import HyperparameterOverride
 from mupsweep.errors import ConfigError
 from mupsweep.sweep.compose import nearest_key
 
@@ -47,7 +47,7 @@ def expand(variants: Sequence[Mapping[str, Any]], axes: Mapping[str, Any]) -> li
             keys = _numeric(variant)
             for value in values if key in keys else ():
                 if value != keys[key]:
-                    change = Change(key, float(value), keys[key])
+                    change = HyperparameterOverride(key, float(value), keys[key])
                     made.append({**_with(variant, key, value), "change": asdict(change)})
     return made
 

@@ -17,7 +17,7 @@ from mupsweep.schema import refuse_foreign_code
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import GRID, GridConfig, SweepConfig, from_tree, to_tree
 from mupsweep.sweep.run_identity import digest_of, refuse_namesakes
-from mupsweep.sweep.run_spec import Recipe, RunSpec, _check_shares, _check_sizes, _sized, recipe
+from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, _check_shares, _check_sizes, _sized, recipe
 
 if TYPE_CHECKING:
     from mupsweep.sweep.size_search import Outlook
@@ -39,7 +39,7 @@ def plan(config: SweepConfig, finished: Iterable[Mapping[str, Any]] = ()) -> lis
     return _longest_first(run for made in recipes for run in _grid(made, grid.ratios, grid.log2_lrs, grid.seeds))
 
 
-def _next(recipes: Sequence[Recipe], grid: GridConfig, finished: Sequence[Mapping[str, Any]]) -> list[RunSpec]:
+def _next(recipes: Sequence[ResolvedVariant], grid: GridConfig, finished: Sequence[Mapping[str, Any]]) -> list[RunSpec]:
     """The next round of a search: size by size, as far as its budget goes, which the defaults draw on first."""
     from mupsweep.sweep.search import survey  # which needs scipy
 
@@ -59,7 +59,7 @@ def _next(recipes: Sequence[Recipe], grid: GridConfig, finished: Sequence[Mappin
     return []
 
 
-def _wanted(recipes: Iterable[Recipe], looks: Mapping[Label, Sequence[Outlook]]) -> list[list[RunSpec]]:
+def _wanted(recipes: Iterable[ResolvedVariant], looks: Mapping[Label, Sequence[Outlook]]) -> list[list[RunSpec]]:
     """The runs that a search wants of each size, the defaults first, then by cost."""
     sizes = [
         [run for r_n, r_L, log2_lr, seed in one.wanted for run in _grid(made, [(r_n, r_L)], [log2_lr], [seed])]
@@ -120,7 +120,7 @@ def next_round(config: SweepConfig, sweep: SweepDir) -> list[RunSpec]:
 
 
 def extend(
-    sweep: SweepDir, made: Recipe, ratios: tuple[float, float], log2_lrs: Iterable[float], seeds: Iterable[int]
+    sweep: SweepDir, made: ResolvedVariant, ratios: tuple[float, float], log2_lrs: Iterable[float], seeds: Iterable[int]
 ) -> list[RunSpec]:
     """Add runs of one size of a variant to a sweep's plan, and return them; its config stays as it is."""
     new = list(_grid(made, [ratios], log2_lrs, seeds))
@@ -181,7 +181,7 @@ def _longest_first(runs: Iterable[RunSpec]) -> list[RunSpec]:
 
 
 def _grid(
-    made: Recipe, ratios: Iterable[tuple[float, float]], log2_lrs: Iterable[float], seeds: Iterable[int]
+    made: ResolvedVariant, ratios: Iterable[tuple[float, float]], log2_lrs: Iterable[float], seeds: Iterable[int]
 ) -> Iterable[RunSpec]:
     for r_n, r_L in ratios:
         size, cost = _sized(made, r_n, r_L)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 VOCAB_MULTIPLE = 64  # the vocabulary is padded to this, as nanoGPT pads 50257 to 50304: aligned matrix products
 
 
-class Part(NamedTuple):
+class ScaledOptimizer(NamedTuple):
     """One optimizer of a hybrid, at the batch size that is trained with.
 
     Attributes:
@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ResolvedVariant:
     """A variant with its sections turned into the objects they describe.
 
     Attributes:
@@ -52,7 +52,7 @@ class Recipe:
     launcher: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[ScaledOptimizer, ...]:
         """The optimizer, that of its `rest` and so on, until every role is taken."""
         training = self.training
         ratio = 1.0
@@ -64,7 +64,7 @@ class Recipe:
             factor = 1.0
             if training.base_batch_size is not None:
                 optimizer, factor = optimizer.at_batch_ratio(training.batch_size / training.base_batch_size)
-            parts.append(Part(optimizer, ratio * factor))
+            parts.append(ScaledOptimizer(optimizer, ratio * factor))
             ratio *= optimizer.lr_ratio
         return tuple(parts)
 
@@ -114,7 +114,7 @@ class RunSpec:
     """One training run: a recipe at a size, a base LR and a seed."""
 
     run_id: str
-    recipe: Recipe
+    recipe: ResolvedVariant
     size: Size
     log2_lr: float
     seed: int
@@ -153,7 +153,7 @@ class RunSpec:
         }
 
 
-def recipe(variant: Variant, launcher: Mapping[str, Any] | None = None, digest: str | None = None) -> Recipe:
+def recipe(variant: Variant, launcher: Mapping[str, Any] | None = None, digest: str | None = None) -> ResolvedVariant:
     """The objects that a variant describes, its combination checked.
 
     Args:
@@ -163,7 +163,7 @@ def recipe(variant: Variant, launcher: Mapping[str, Any] | None = None, digest: 
     Raises:
         ConfigError: settings that are each valid but contradict one another.
     """
-    made = Recipe(
+    made = ResolvedVariant(
         variant=variant,
         model=instantiate(variant.model, "model"),
         optimizer=instantiate(variant.optimizer, "optimizer"),
@@ -201,7 +201,7 @@ def _check_shares(training: TrainingConfig, launcher: Mapping[str, Any]) -> None
             )
 
 
-def _check_sizes(recipes: Sequence[Recipe], config: SweepConfig) -> None:
+def _check_sizes(recipes: Sequence[ResolvedVariant], config: SweepConfig) -> None:
     """What a launcher says of sizes names sizes of the sweep."""
     known = {made.size(*ratios).name for made in recipes for ratios in config.sweep.ratios}
     for name in config.launcher.get("sizes") or ():
@@ -221,6 +221,6 @@ def _check_decay(optimizer: Optimizer, parametrization: Parametrization) -> None
         )
 
 
-def _sized(made: Recipe, r_n: float, r_L: float) -> tuple[Size, Cost]:  # noqa: N803
+def _sized(made: ResolvedVariant, r_n: float, r_L: float) -> tuple[Size, Cost]:  # noqa: N803
     size = made.size(r_n, r_L)
     return size, made.cost(size)

@@ -11,7 +11,7 @@ from mupsweep.errors import ConfigError
 from mupsweep.models import Multipliers
 from mupsweep.models.shape import Size
 from mupsweep.scaling import WEIGHT_DECAY_RULES, Init, Role, Rule, TensorSpec, UpdateLaw, numeric, symbolic
-from mupsweep.sweep.run_spec import Part, Recipe, RunSpec
+from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, ScaledOptimizer
 
 if TYPE_CHECKING:
     pass
@@ -48,15 +48,15 @@ class TensorRule:
     tied_to: str | None
 
 
-class Solved(NamedTuple):
+class TensorScaling(NamedTuple):
     """A tensor's part of the optimizer, its rule, and the thresholds that follow, in absolute numbers."""
 
-    part: Part
+    part: ScaledOptimizer
     rule: Rule
     thresholds: Mapping[str, float]
 
 
-def rules(recipe: Recipe, size: Size, base_lr: float) -> tuple[TensorRule, ...]:
+def rules(recipe: ResolvedVariant, size: Size, base_lr: float) -> tuple[TensorRule, ...]:
     """The rule of every tensor at `size`, in the order of the forward pass.
 
     Raises:
@@ -77,7 +77,7 @@ def rules(recipe: Recipe, size: Size, base_lr: float) -> tuple[TensorRule, ...]:
     return tuple(_row(spec, by_name[spec.name], recipe, forward, base_lr) for spec in target)
 
 
-def multipliers(recipe: Recipe, size: Size) -> Multipliers:
+def multipliers(recipe: ResolvedVariant, size: Size) -> Multipliers:
     """The forward constants at `size`."""
     claims = recipe.parametrization.claims()
 
@@ -88,7 +88,7 @@ def multipliers(recipe: Recipe, size: Size) -> Multipliers:
     return recipe.model.multipliers(size, ratio(Role.HIDDEN), ratio(Role.OUTPUT), power)
 
 
-def clip_norm(recipe: Recipe) -> float | None:
+def clip_norm(recipe: ResolvedVariant) -> float | None:
     """The norm that gradients are clipped to; None where an optimizer's rule depends on the gradient's size.
 
     The gradient's norm itself changes with width and depth, so a constant norm would clip sizes differently and break
@@ -98,7 +98,7 @@ def clip_norm(recipe: Recipe) -> float | None:
     return recipe.training.clip if normalised else None
 
 
-def audit(recipe: Recipe) -> list[str]:
+def audit(recipe: ResolvedVariant) -> list[str]:
     """What a reader of the rules should know before training; contradictions are raised by `recipe` and `rules`."""
     notes = []
     for optimizer, _ in recipe.parts:
@@ -137,7 +137,7 @@ def audit(recipe: Recipe) -> list[str]:
     return notes
 
 
-def solved(recipe: Recipe, r_n: float, r_L: float, spec: TensorSpec, small: TensorSpec) -> Solved:  # noqa: N803
+def solved(recipe: ResolvedVariant, r_n: float, r_L: float, spec: TensorSpec, small: TensorSpec) -> TensorScaling:  # noqa: N803
     """Everything that one tensor is trained with, as ratios to the tensor `small` of the base shape."""
     part = _taker(recipe.parts, spec)
     optimizer = part.optimizer
@@ -161,10 +161,12 @@ def solved(recipe: Recipe, r_n: float, r_L: float, spec: TensorSpec, small: Tens
     values = {name: threshold.value for name, threshold in optimizer.thresholds(spec.dims).items()}
     scales = {name: ratios(lambda dims, name=name: optimizer.thresholds(dims)[name].law).eps for name in values}
     thresholds = {name: value * scales[name] for name, value in values.items()}
-    return Solved(part, replace(rule, weight_decay=decay.weight_decay, eps=scales["eps"]), thresholds)
+    return TensorScaling(part, replace(rule, weight_decay=decay.weight_decay, eps=scales["eps"]), thresholds)
 
 
-def _row(spec: TensorSpec, solved: Solved, recipe: Recipe, forward: Multipliers, base_lr: float) -> TensorRule:
+def _row(
+    spec: TensorSpec, solved: TensorScaling, recipe: ResolvedVariant, forward: Multipliers, base_lr: float
+) -> TensorRule:
     multiplier = {Role.OUTPUT: forward.output, Role.HIDDEN: forward.block, Role.HIDDEN_VECTOR: forward.block}
     (optimizer, lr_ratio), rule, thresholds = solved.part, solved.rule, dict(solved.thresholds)
     lr = base_lr * lr_ratio * rule.lr
@@ -192,7 +194,7 @@ def _row(spec: TensorSpec, solved: Solved, recipe: Recipe, forward: Multipliers,
     )
 
 
-def _taker(parts: tuple[Part, ...], spec: TensorSpec) -> Part:
+def _taker(parts: tuple[ScaledOptimizer, ...], spec: TensorSpec) -> ScaledOptimizer:
     """The optimizer of a tensor: the first part that takes its role."""
     for part in parts:
         if spec.role in part.optimizer.takes:
@@ -205,7 +207,7 @@ def _first_block(name: str) -> str:
     return f"{head}.0.{tail}"
 
 
-def _check_roles(recipe: Recipe) -> None:
+def _check_roles(recipe: ResolvedVariant) -> None:
     """A dimension grows with the width exactly where the role says so."""
     sizes = [recipe.size(1.0, 1.0), recipe.size(2.0, 1.0)]
     for small, big in zip(*(recipe.model.tensors(s) for s in sizes), strict=True):
@@ -217,7 +219,7 @@ def _check_roles(recipe: Recipe) -> None:
             )
 
 
-def _check_tie(recipe: Recipe, spec: TensorSpec, mine: Solved, other: Solved) -> None:
+def _check_tie(recipe: ResolvedVariant, spec: TensorSpec, mine: TensorScaling, other: TensorScaling) -> None:
     for key in ("init_std", "lr", "weight_decay", "eps"):
         a, b = getattr(mine.rule, key), getattr(other.rule, key)
         if not math.isclose(a, b, rel_tol=1e-9):

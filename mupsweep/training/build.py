@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.optimizer_set import OptimizerSet
 from mupsweep.scaling import Init, Role
-from mupsweep.sweep.run_spec import Recipe, RunSpec
+from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec
 from mupsweep.sweep.tensor_rules import TensorRule, clip_norm, multipliers, rules
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def parameter_groups(recipe: Recipe, rows: tuple[TensorRule, ...]) -> Iterator[dict[str, Any]]:
+def parameter_groups(recipe: ResolvedVariant, rows: tuple[TensorRule, ...]) -> Iterator[dict[str, Any]]:
     """Parameter groups: the tensors of one part of the optimizer that share all numbers."""
     grouped: dict[tuple[Any, ...], list[TensorRule]] = {}
     for row in rows:

@@ -21,7 +21,7 @@ from mupsweep.models.shape import Size
 from mupsweep.scaling import Role
 from mupsweep.sweep import tensor_rules
 from mupsweep.sweep.config import SweepConfig
-from mupsweep.sweep.run_spec import Recipe
+from mupsweep.sweep.run_spec import ResolvedVariant
 from mupsweep.sweep.tensor_rules import TensorRule
 from mupsweep.training import build
 
@@ -96,7 +96,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, alter: Alter) -> None:
     """Every rule that runs are built from, altered."""
     right = tensor_rules.rules
 
-    def wrong(recipe: Recipe, size: Size, base_lr: float) -> tuple[TensorRule, ...]:
+    def wrong(recipe: ResolvedVariant, size: Size, base_lr: float) -> tuple[TensorRule, ...]:
         return tuple(alter(row) for row in right(recipe, size, base_lr))
 
     monkeypatch.setattr(build, "rules", wrong)
@@ -163,7 +163,7 @@ def test_one_wrong_matrix_among_many_is_named(matrix: str, monkeypatch: pytest.M
     assert updates[0].tensor == f"blocks.*.{matrix}.weight"
 
 
-MULTIPLIERS: dict[str, tuple[Callable[[Multipliers, Recipe], Multipliers], tuple[str, ...], str, str]] = {
+MULTIPLIERS: dict[str, tuple[Callable[[Multipliers, ResolvedVariant], Multipliers], tuple[str, ...], str, str]] = {
     "logits twice": (
         lambda m, _: replace(m, output=m.output**2),
         ALONG_WIDTH,

@@ -191,7 +191,7 @@ def test_a_law_that_is_no_monomial_is_compared_as_it_is() -> None:
 def test_a_law_that_is_declared_wrongly_is_found_and_its_exponents_named(
     own: type, wrong: UpdateLaw, off: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(own, "own_law", lambda self, dims=None: wrong)
+    monkeypatch.setattr(own, "base_law", lambda self, dims=None: wrong)
     assert set(off) <= set(measured(optimizer(f"optimizer={own.__name__.lower()}")).off)
 
 

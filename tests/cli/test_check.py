@@ -121,7 +121,7 @@ def test_a_law_that_agrees_exits_with_0(cli: Cli) -> None:
 
 
 def test_a_law_that_is_wrong_exits_with_1_and_names_its_exponents(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AdamW, "own_law", lambda self, dims=None: GRADIENT)
+    monkeypatch.setattr(AdamW, "base_law", lambda self, dims=None: GRADIENT)
     code, out, _ = cli("check", "law", "optimizer=adamw")
     assert code == 1
     assert "off: degree is +0.00 [-0.05, +0.05], declared +1.00" in out

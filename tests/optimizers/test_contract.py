@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mupsweep.optimizers import Optimizer
-from mupsweep.optimizers.composed import Composed
+from mupsweep.optimizers.composed import StackedOptimizer
 from mupsweep.scaling import Role
 from mupsweep.sweep import config
 from mupsweep.sweep.plan import plan
@@ -83,7 +83,7 @@ def dims(p: Tensor) -> tuple[int, int]:
 
 def projects(part: Optimizer) -> bool:
     """Whether it puts the weights back onto a sphere, so that weight decay has no effect."""
-    return isinstance(part, Composed) and (part.hyperball or part.projects)
+    return isinstance(part, StackedOptimizer) and (part.hyperball or part.projects)
 
 
 def decay(name: str) -> str:

@@ -246,10 +246,10 @@ def test_zero_and_negative_eigenvalues_stay_zero_without_a_ridge() -> None:
 def test_shampoo2_is_the_one_of_qiu() -> None:
     optimizer = plan(config.load(["optimizer=shampoo2"]))[0].recipe.optimizer
     assert isinstance(optimizer, Shampoo)
-    assert optimizer.magnitude is not None
+    assert optimizer.graft_source is not None
     assert (optimizer.exponents, optimizer.block_size, optimizer.every) == (HALVES, 512, 10)
-    assert (optimizer.magnitude.name, optimizer.betas, optimizer.relative_eps) == ("adamw", (0.95, 0.98), 1e-5)
-    assert optimizer.update_law((1024, 1024)) == optimizer.magnitude.update_law((1024, 1024))
+    assert (optimizer.graft_source.name, optimizer.betas, optimizer.relative_eps) == ("adamw", (0.95, 0.98), 1e-5)
+    assert optimizer.update_law((1024, 1024)) == optimizer.graft_source.update_law((1024, 1024))
 
 
 def test_a_ladder_across_max_axis_is_refused() -> None:

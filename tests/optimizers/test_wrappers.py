@@ -17,8 +17,8 @@ from walking import REST
 
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.adamw import AdamW
-from mupsweep.optimizers.algorithm import Now
-from mupsweep.optimizers.composed import Composed
+from mupsweep.optimizers.algorithm import StepContext
+from mupsweep.optimizers.composed import StackedOptimizer
 from mupsweep.optimizers.muon import Muon
 from mupsweep.optimizers.sgd import SGD
 from mupsweep.optimizers.wrappers import Blocked, SpectralNormalised
@@ -41,7 +41,7 @@ HIDDEN: dict[str, Any] = {"roles": ("hidden",), "rest": REST}
 SINGLE_PROCESS = [
     replace(part, **HIDDEN, hyperball=False, lr_ratio=1.0)
     for part in (parts(name)[0] for name in NAMES)
-    if isinstance(part, Composed) and not part.projects
+    if isinstance(part, StackedOptimizer) and not part.projects
 ]
 MATRIX = {part.name: part for part in {repr(replace(part, name="")): part for part in SINGLE_PROCESS}.values()}
 every_optimizer = pytest.mark.parametrize("name", MATRIX)
@@ -64,7 +64,7 @@ def grads(shape: tuple[int, ...], seed: int) -> Tensor:
 class Walk:
     """Weights of some shapes under one optimizer, with gradients that depend on the step alone."""
 
-    def __init__(self, optimizer: Composed, shapes: tuple[tuple[int, int], ...], **thresholds: float) -> None:
+    def __init__(self, optimizer: StackedOptimizer, shapes: tuple[tuple[int, int], ...], **thresholds: float) -> None:
         self.part = optimizer
         self.weights = [torch.nn.Parameter(grads(shape, 1000 + i)) for i, shape in enumerate(shapes)]
         declared = {name: threshold.value for name, threshold in optimizer.thresholds(shapes[0]).items()}
@@ -182,15 +182,15 @@ def test_the_lr_in_blocks_counts_real_blocks(shape: tuple[int, int], base: tuple
 def test_a_graft_gives_the_norm_and_leaves_the_direction(name: str, graft: dict[str, Any]) -> None:
     shapes = ((16, 16), (24, 8), (16, 16))
     grafted, plain = Walk(replace(MATRIX[name], graft=graft), shapes), Walk(MATRIX[name], shapes)
-    made = replace(MATRIX[name], graft=graft).magnitude
+    made = replace(MATRIX[name], graft=graft).graft_source
     assert made is not None
-    magnitude = Walk(made, shapes)
+    graft_source = Walk(made, shapes)
     for step in range(4):
         if MATRIX[name].uses_weights:  # they see the same weights, not each its own
             with torch.no_grad():
                 for a, b in zip(plain.weights, grafted.weights, strict=True):
                     a.copy_(b)
-        updates, directions, sizes = grafted.step(step), plain.step(step), norms(magnitude.step(step))
+        updates, directions, sizes = grafted.step(step), plain.step(step), norms(graft_source.step(step))
         for update, direction, size in zip(updates, directions, sizes, strict=True):
             if direction.norm() == 0:  # SOAP's first step
                 assert update.norm() == 0
@@ -244,7 +244,9 @@ def test_spectral_normalisation_is_as_by_svd_over_twenty_steps(shape: tuple[int,
         columns = common[0] * angle.cos() + common[1] * angle.sin()
         grad = columns.unsqueeze(-1) * rows.unsqueeze(-2) + 2 * grads((3, *shape), 10 * step)
         average = 0.9 * average + 0.1 * grad
-        update = wrapped.direction(average.clone(), state, Now(step, 1.0, 0.0, {"eps": 0.0}, torch.zeros(3, *shape)))
+        update = wrapped.direction(
+            average.clone(), state, StepContext(step, 1.0, 0.0, {"eps": 0.0}, torch.zeros(3, *shape))
+        )
         exact = average / torch.linalg.matrix_norm(average, ord=2)[:, None, None] * (shape[0] / shape[1]) ** 0.5
         assert (update - exact).norm() < TOLERANCE["spectral"] * exact.norm(), step
 
@@ -263,7 +265,7 @@ def test_an_update_of_zero_stays_one_and_keeps_the_vector() -> None:
     wrapped = SpectralNormalised(SGD(name="sgd", momentum=0.0, **HIDDEN))
     state = wrapped.state(torch.zeros(2, 4, 3))
     before = state["top"].clone()
-    now = Now(1, 1.0, 0.0, {"eps": 0.0}, torch.zeros(2, 4, 3))
+    now = StepContext(1, 1.0, 0.0, {"eps": 0.0}, torch.zeros(2, 4, 3))
     assert torch.equal(wrapped.direction(torch.zeros(2, 4, 3), state, now), torch.zeros(2, 4, 3))
     assert torch.equal(state["top"], before)
 
@@ -327,10 +329,13 @@ def test_parts_apply_from_the_inside_out() -> None:
         (lambda: Muon(name="muon", block_size=0, **HIDDEN), "optimizer.block_size=0"),
         (lambda: AdamW(name="adamw", block_size=8), "optimizer.block_size is for matrices, but adamw takes"),
         (lambda: AdamW(name="adamw", spectral_norm=True), "optimizer.spectral_norm is for matrices"),
-        (lambda: Muon(name="muon", graft={**ADAMW, "bets": 1}, **HIDDEN).magnitude, "optimizer.graft.*bets"),
-        (lambda: Muon(name="muon", graft={"name": "x"}, **HIDDEN).magnitude, "optimizer.graft"),
-        (lambda: Muon(name="muon", graft=SSO, **HIDDEN).magnitude, "optimizer.graft=sso: the norm of its update"),
-        (lambda: Muon(name="muon", graft=MUON_H, **HIDDEN).magnitude, "optimizer.graft=muon_h: the norm of its update"),
+        (lambda: Muon(name="muon", graft={**ADAMW, "bets": 1}, **HIDDEN).graft_source, "optimizer.graft.*bets"),
+        (lambda: Muon(name="muon", graft={"name": "x"}, **HIDDEN).graft_source, "optimizer.graft"),
+        (lambda: Muon(name="muon", graft=SSO, **HIDDEN).graft_source, "optimizer.graft=sso: the norm of its update"),
+        (
+            lambda: Muon(name="muon", graft=MUON_H, **HIDDEN).graft_source,
+            "optimizer.graft=muon_h: the norm of its update",
+        ),
     ],
 )
 def test_a_bad_setting_is_refused_with_its_key_and_value(make: Any, message: str) -> None:

@@ -18,7 +18,7 @@ from mupsweep.analysis.transfer import Group, analyse
 from mupsweep.recipes import recipe
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import config, plan, run_spec
-from mupsweep.sweep.run_spec import Recipe
+from mupsweep.sweep.run_spec import ResolvedVariant
 
 TOLERANCE = {"numbers": 1e-12, "drawn": 0.002}  # relative; octaves, an optimum is a median of draws
 Cli = Callable[..., tuple[int, str, str]]
@@ -54,7 +54,7 @@ def measured() -> Group:
     return group
 
 
-def made(*words: str) -> Recipe:
+def made(*words: str) -> ResolvedVariant:
     return run_spec.recipe(config.load(["experiment=smoke", *words]).variants[0])
 
 

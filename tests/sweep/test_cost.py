@@ -36,11 +36,11 @@ TOLERANCE = {
 
 
 @cache
-def recipe(*words: str) -> run_spec.Recipe:
+def recipe(*words: str) -> run_spec.ResolvedVariant:
     return run_spec.recipe(config.load([*TINY, *words]).variants[0])
 
 
-def counted(made: run_spec.Recipe, size: Size, batch: int, with_loss: bool) -> int:
+def counted(made: run_spec.ResolvedVariant, size: Size, batch: int, with_loss: bool) -> int:
     """FLOPs of a forward and backward pass. The math backend writes attention as the two products it is."""
     net = network(made.model, size)
     ids = torch.zeros((batch, size.context), dtype=torch.int64)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mupsweep.analysis.labels import Change, label_of
+from mupsweep.analysis.labels import HyperparameterOverride, label_of
 from mupsweep.errors import ConfigError
 from mupsweep.sweep import plan, run_spec, tensor_rules
 from mupsweep.sweep.config import from_tree, load, to_tree
@@ -27,16 +27,16 @@ def test_values_form_a_star_around_the_default() -> None:
     ]
     assert [v.optimizer["lr_ratio"] for v in made.variants[:4]] == [1.0, 0.5, 4.0, 1.0]
     assert [v.model["init_std"] for v in made.variants[:4]] == [default, default, default, 0.08]
-    assert made.variants[1].change == Change("optimizer.lr_ratio", 0.5, 1.0)
+    assert made.variants[1].change == HyperparameterOverride("optimizer.lr_ratio", 0.5, 1.0)
 
 
 def test_a_list_entry_a_nested_key_and_a_null_are_keys_too() -> None:
     muon = ["optimizer=muon", "sweep.axes={optimizer.rest.betas.1:[0.99],model.head_init_std:[0.1]}"]
     _, beta, head = load([*SMOKE, *muon]).variants
     assert beta.optimizer["rest"]["betas"] == [0.9, 0.99]
-    assert beta.change == Change("optimizer.rest.betas.1", 0.99, 0.95)
+    assert beta.change == HyperparameterOverride("optimizer.rest.betas.1", 0.99, 0.95)
     assert head.model["head_init_std"] == 0.1
-    assert head.change == Change("model.head_init_std", 0.1, None)
+    assert head.change == HyperparameterOverride("model.head_init_std", 0.1, None)
     assert run_spec.recipe(beta).parts[1].optimizer.betas == (0.9, 0.99)  # type: ignore[attr-defined]
 
 
@@ -84,7 +84,9 @@ def test_a_line_of_the_plan_says_what_was_changed() -> None:
     assert len(changed) == len(rows) / 2
     assert {(row["hyperparameter"], row["value"]) for row in changed} == {("model.init_std", 0.08)}
     assert {label_of(row)[3:] for row in rows} == {(), ("model.init_std=0.08",)}
-    assert Change.of({**changed[0], "value": "0.08", "default": ""}) == Change("model.init_std", 0.08, None)  # of a csv
+    assert HyperparameterOverride.of({**changed[0], "value": "0.08", "default": ""}) == HyperparameterOverride(
+        "model.init_std", 0.08, None
+    )  # of a csv
 
 
 def test_more_values_extend_a_sweep(tmp_path: Path) -> None:

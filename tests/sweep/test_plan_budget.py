@@ -6,22 +6,22 @@ import pytest
 
 from mupsweep.optimizers.adamw import AdamW
 from mupsweep.sweep.config import load
-from mupsweep.sweep.run_spec import Recipe, recipe
+from mupsweep.sweep.run_spec import ResolvedVariant, recipe
 from mupsweep.sweep.tensor_rules import audit, rules
 
 REL = 1e-12  # a dozen float64 operations
 LR = 2.0**-6
 
 
-def made(*overrides: str) -> Recipe:
+def made(*overrides: str) -> ResolvedVariant:
     return recipe(load(["experiment=smoke", "parametrization=mup", *overrides]).variants[0])
 
 
-def lrs(one: Recipe) -> list[float]:
+def lrs(one: ResolvedVariant) -> list[float]:
     return [row.lr for row in rules(one, one.size(2.0, 1.0), LR)]
 
 
-def ratio(one: Recipe, other: Recipe) -> set[float]:
+def ratio(one: ResolvedVariant, other: ResolvedVariant) -> set[float]:
     return {round(a / b, 12) for a, b in zip(lrs(one), lrs(other), strict=True)}
 
 

@@ -14,7 +14,7 @@ from mupsweep.optimizers.muon import SHAPE_FACTORS, Muon, convert
 from mupsweep.report.terminal.console import console_of, table_of
 from mupsweep.scaling import Monomial, Role, Rule, symbolic
 from mupsweep.sweep.config import SweepConfig
-from mupsweep.sweep.run_spec import Recipe, recipe
+from mupsweep.sweep.run_spec import ResolvedVariant, recipe
 from mupsweep.sweep.tensor_rules import TensorRule, audit, multipliers, rule_record, rules
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def show_rules(config: SweepConfig, as_json: bool, per_tensor: bool) -> None:
     console.say("audit: every tensor has one role, one optimizer and one LR; no contradiction found")
 
 
-def _rules_document(one: Recipe, config: SweepConfig, base_lr: float) -> dict[str, Any]:
+def _rules_document(one: ResolvedVariant, config: SweepConfig, base_lr: float) -> dict[str, Any]:
     model, optimizer, parametrization = one.variant.names
     roles = {}
     for role, part, rule, thresholds in _symbols(one):
@@ -94,7 +94,7 @@ def _rules_document(one: Recipe, config: SweepConfig, base_lr: float) -> dict[st
     }
 
 
-def _symbols(one: Recipe) -> Iterable[tuple[Role, str, Rule, dict[str, Monomial]]]:
+def _symbols(one: ResolvedVariant) -> Iterable[tuple[Role, str, Rule, dict[str, Monomial]]]:
     """(role, optimizer, rule as monomials, that of every threshold beside eps)."""
     for role in Role:
         optimizer = next(p.optimizer for p in one.parts if role in p.optimizer.takes)
@@ -133,7 +133,7 @@ def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:
     return table
 
 
-def muon_conventions(one: Recipe, rows: Sequence[TensorRule]) -> list[dict[str, Any]]:
+def muon_conventions(one: ResolvedVariant, rows: Sequence[TensorRule]) -> list[dict[str, Any]]:
     """For every shape that a Muon without further parts steps, the LR of the same step in each convention."""
     optimizers = {role: p.optimizer for p in reversed(one.parts) for role in p.optimizer.takes}
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
