@@ -16,7 +16,7 @@ import numpy as np
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.gaussian_process import Array
 from mupsweep.analysis.optimum import TAILS, Optimum
-from mupsweep.analysis.transfer import Analysis, Group
+from mupsweep.analysis.transfer import Analysis, LadderResult
 
 POWERS = (0.5, 2.0)  # finite-size corrections fall as size^-p; p is drawn between these, since few sizes cannot tell it
 MISS = 1.0  # octaves: the error whose price kappa follows from size to size
@@ -80,7 +80,7 @@ class Comparison:
     horizon: int | None = None
 
 
-def quality(group: Group) -> Quality:
+def quality(group: LadderResult) -> Quality:
     """The metrics of one ladder; unknown where its optima are."""
     known = _known(group)
     if len(known) < 2:
@@ -101,10 +101,10 @@ def comparisons(analysis: Analysis) -> list[Comparison]:
     return [compare(a, b, analysis.flops) for a, b in pairs(analysis.groups) if shared(a, b)]
 
 
-def pairs(groups: Sequence[Group]) -> Iterable[tuple[Group, Group]]:
+def pairs(groups: Sequence[LadderResult]) -> Iterable[tuple[LadderResult, LadderResult]]:
     """Ladders that differ in their optimizer or their parametrization alone: (one, the reference)."""
     for position, reference in ((1, REFERENCE), (2, STANDARD)):
-        alike: dict[tuple[str, ...], list[Group]] = defaultdict(list)
+        alike: dict[tuple[str, ...], list[LadderResult]] = defaultdict(list)
         for group in groups:
             same = [name for i, name in enumerate(group.label) if i != position]
             alike[(group.axis, *same)].append(group)
@@ -113,13 +113,13 @@ def pairs(groups: Sequence[Group]) -> Iterable[tuple[Group, Group]]:
             yield from ((group, over) for group in members if group is not over)
 
 
-def shared(a: Group, b: Group) -> list[tuple[Optimum, Optimum]]:
+def shared(a: LadderResult, b: LadderResult) -> list[tuple[Optimum, Optimum]]:
     """The optima of the sizes that two groups have in common."""
     mine = {o.curve.size: o for o in _known(b)}
     return [(o, mine[o.curve.size]) for o in _known(a) if o.curve.size in mine]
 
 
-def compare(a: Group, b: Group, flops: Mapping[tuple[Any, ...], float]) -> Comparison:
+def compare(a: LadderResult, b: LadderResult, flops: Mapping[tuple[Any, ...], float]) -> Comparison:
     """What `a` is worth against `b`, which share a size of known optima; FLOPs by variant, width, depth and horizon."""
     ours, theirs = shared(a, b)[-1]
     random = np.random.default_rng(1)  # the draws of two ladders have nothing to do with one another
@@ -171,7 +171,7 @@ def _speed_up(
     return Estimate(factor(value), factor(low), factor(high))
 
 
-def _asymptote(group: Group) -> Array:
+def _asymptote(group: LadderResult) -> Array:
     """(draws,) the loss that those at the optima tend to, the correction's power drawn too; empty below 3 sizes."""
     known = _known(group)
     if len(known) < 3:
@@ -214,11 +214,11 @@ def _price(optimum: Optimum) -> Array:
     return (optimum.posterior.at(lowest - MISS) + optimum.posterior.at(lowest + MISS)) / 2 - loss
 
 
-def _known(group: Group) -> list[Optimum]:
+def _known(group: LadderResult) -> list[Optimum]:
     return [o for o in group.optima if o.known]
 
 
-def _positions(group: Group, known: Sequence[Optimum]) -> Array:
+def _positions(group: LadderResult, known: Sequence[Optimum]) -> Array:
     return np.log2([group.ratio(o.curve) for o in known])
 
 

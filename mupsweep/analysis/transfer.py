@@ -22,7 +22,7 @@ from mupsweep.formatting import nearest
 
 TRANSFERS, DRIFTS, INCONCLUSIVE = "transfers", "drifts", "inconclusive"
 HORIZON = "horizon"  # the axis of training tokens
-DOUBLED = {"joint": "size", HORIZON: "tokens"}  # what an axis counts, where that is not its name
+AXIS_UNIT = {"joint": "size", HORIZON: "tokens"}  # what an axis counts, where that is not its name
 TOLERANCE_OCTAVES = 0.5  # of total drift from the base to the largest size: half a step of an octave grid
 TOLERANCE_NATS = 0.01  # of regret
 
@@ -35,7 +35,7 @@ def loss_of(optimum: Optimum) -> Estimate:
 
 
 @dataclass(frozen=True)
-class Group:
+class LadderResult:
     """One ladder of sizes of one variant: what it says about transfer.
 
     Attributes:
@@ -106,7 +106,7 @@ class Analysis:
 
     rows: tuple[Mapping[str, Any], ...]
     curves: tuple[LossCurve, ...]
-    groups: tuple[Group, ...]
+    groups: tuple[LadderResult, ...]
     remarks: tuple[str, ...]
     changed: tuple[Mapping[str, Any], ...] = ()
 
@@ -153,15 +153,15 @@ def ladders(curves: Sequence[LossCurve]) -> Iterable[tuple[str, list[LossCurve]]
     return long or [("width", list(curves)[:1])]
 
 
-def group(axis: str, ladder: Sequence[LossCurve]) -> Group:
+def group(axis: str, ladder: Sequence[LossCurve]) -> LadderResult:
     """What one ladder says."""
     return judge(axis, optima(ladder))
 
 
-def judge(axis: str, found: Sequence[Optimum], of: str = "LR") -> Group:
+def judge(axis: str, found: Sequence[Optimum], of: str = "LR") -> LadderResult:
     """What the optima of one ladder say, those of the LR or of another hyperparameter."""
     label = found[0].curve.names
-    unjudged = Group(*label, axis, tuple(found), UNKNOWN, UNKNOWN, UNKNOWN, (), INCONCLUSIVE, ())
+    unjudged = LadderResult(*label, axis, tuple(found), UNKNOWN, UNKNOWN, UNKNOWN, (), INCONCLUSIVE, ())
     position = [math.log2(unjudged.ratio(o.curve)) for o in found]
     base = unjudged.base
     drift = _slope(position, found)
@@ -171,7 +171,7 @@ def judge(axis: str, found: Sequence[Optimum], of: str = "LR") -> Group:
     if unjudged.ratio(base.curve) != 1:
         reasons.append(f"nothing is known at the base: {base.curve.place(axis)} stands for it")
     reasons += [f"{_size(axis, o)}: the base's {of} diverges there" for o in found if diverges(base, o)]
-    return Group(*label, axis, tuple(found), drift, total, regrets[-1], regrets, verdict, tuple(reasons))
+    return LadderResult(*label, axis, tuple(found), drift, total, regrets[-1], regrets, verdict, tuple(reasons))
 
 
 def _slope(position: Sequence[float], found: Sequence[Optimum]) -> Estimate:
@@ -310,9 +310,9 @@ def _mixtures(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
             yield f"the runs differ in {key} ({', '.join(found)}), which shifts losses a little"
 
 
-def _remarks(groups: Sequence[Group]) -> Iterable[str]:
+def _remarks(groups: Sequence[LadderResult]) -> Iterable[str]:
     """Transfer and the lowest loss are two questions: compare variants at the largest size, each at its own optimum."""
-    ends: dict[tuple[Any, ...], list[tuple[Group, Optimum]]] = defaultdict(list)
+    ends: dict[tuple[Any, ...], list[tuple[LadderResult, Optimum]]] = defaultdict(list)
     for one in groups:
         last = one.optima[-1]
         if last.loss is not None and one.axis != HORIZON:
@@ -342,7 +342,7 @@ def _is_lower(one: Optimum, other: Optimum) -> bool:
     return bool(np.quantile(shuffled - one.posterior.losses, TAILS[0]) > 0)
 
 
-def select(analysis: Analysis, optimizer: str | None, parametrization: str | None) -> list[Group]:
+def select(analysis: Analysis, optimizer: str | None, parametrization: str | None) -> list[LadderResult]:
     """The groups of the named optimizer and parametrization."""
     chosen = list(analysis.groups)
     for key, wanted in (("optimizer", optimizer), ("parametrization", parametrization)):

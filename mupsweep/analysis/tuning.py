@@ -22,16 +22,16 @@ from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.gaussian_process import Array
 from mupsweep.analysis.labels import Label
 from mupsweep.analysis.optimum import Optimum, located, optima
-from mupsweep.analysis.transfer import HORIZON, INCONCLUSIVE, TOLERANCE_NATS, TRANSFERS, Analysis, Group, judge
+from mupsweep.analysis.transfer import HORIZON, INCONCLUSIVE, TOLERANCE_NATS, TRANSFERS, Analysis, LadderResult, judge
 from mupsweep.formatting import counted
 
-KNOWN = 1000.0  # degrees of freedom of a noise that draws tell
+EXACT_DOF = 1000.0  # degrees of freedom of a noise that draws tell
 DECAYS = ("beta", "momentum")  # in the last words of keys whose octaves are those of 1 - value
-NOTHING = 0.0005  # nats: a gap below the last digit that is told is none to close
+NEGLIGIBLE_NATS = 0.0005  # nats: a gap below the last digit that is told is none to close
 
 
 @dataclass(frozen=True)
-class AtSize:
+class SizeTuning:
     """The values of one hyperparameter at one size.
 
     Attributes:
@@ -73,14 +73,14 @@ class Tuning:
     hyperparameter: str
     default: float | None
     axis: str
-    sizes: tuple[AtSize, ...]
+    sizes: tuple[SizeTuning, ...]
     moves: Estimate
     verdict: str
     reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Closing:
+class GapAfterTuning:
     """What tuning one hyperparameter of both does to the gap between a parametrization and SP.
 
     Attributes:
@@ -96,7 +96,7 @@ class Closing:
     def share(self) -> float | None:
         """Of the gap at the largest size, how much is gone: above 1 where the order is reversed. None without a gap."""
         gap, left = self.before[-1].lower.value, self.after[-1].lower.value
-        return None if gap is None or left is None or gap > -NOTHING else (left - gap) / -gap
+        return None if gap is None or left is None or gap > -NEGLIGIBLE_NATS else (left - gap) / -gap
 
 
 def tunings(analysis: Analysis) -> list[Tuning]:
@@ -115,7 +115,7 @@ def tunings(analysis: Analysis) -> list[Tuning]:
     return found
 
 
-def closings(analysis: Analysis, tuned: Sequence[Tuning]) -> list[Closing]:
+def gaps_after_tuning(analysis: Analysis, tuned: Sequence[Tuning]) -> list[GapAfterTuning]:
     """What each hyperparameter does to the gap of every parametrization to SP, the one that closes most of it first."""
     found = []
     for a, b in pairs([group for group in analysis.groups if group.axis != HORIZON]):
@@ -127,13 +127,13 @@ def closings(analysis: Analysis, tuned: Sequence[Tuning]) -> list[Closing]:
                 after = _along(ours, theirs, analysis.flops)
                 both = {(c.width, c.depth) for c in after}
                 before = tuple(c for c in _along(a, b, analysis.flops) if (c.width, c.depth) in both)
-                found += [Closing(key, before, after)] if len(before) == len(after) > 0 else []
+                found += [GapAfterTuning(key, before, after)] if len(before) == len(after) > 0 else []
     return sorted(found, key=lambda c: (c.before[-1].of, c.before[-1].axis, -(c.share or -math.inf)))
 
 
-def remarks(found: Sequence[Closing]) -> list[str]:
+def remarks(found: Sequence[GapAfterTuning]) -> list[str]:
     """For every parametrization that ends above SP at the largest size, the hyperparameter that changes that most."""
-    best: dict[tuple[Label, str], Closing] = {}
+    best: dict[tuple[Label, str], GapAfterTuning] = {}
     for one in found:
         if one.share is not None:
             best.setdefault((one.before[-1].of, one.before[-1].axis), one)
@@ -153,7 +153,9 @@ def remarks(found: Sequence[Closing]) -> list[str]:
     return told
 
 
-def _tuning(group: Group, key: str, default: float | None, curves: Mapping[float, Sequence[LossCurve]]) -> Tuning:
+def _tuning(
+    group: LadderResult, key: str, default: float | None, curves: Mapping[float, Sequence[LossCurve]]
+) -> Tuning:
     """One hyperparameter along one ladder of the default."""
     sizes = [o.curve.size for o in group.optima]
     by_value: dict[float | None, dict[Size, Optimum]] = {default: {o.curve.size: o for o in group.optima}}
@@ -181,7 +183,7 @@ def _tuning(group: Group, key: str, default: float | None, curves: Mapping[float
         bar = float(np.median(losses[best]))
         edges = {value: at[size].curve.usable for value, at in by_value.items() if size in at and value not in losses}
         found.append(
-            AtSize(
+            SizeTuning(
                 *size,
                 losses={value: Estimate.of(x) for value, x in losses.items()},
                 best=best,
@@ -209,12 +211,12 @@ def _tuning(group: Group, key: str, default: float | None, curves: Mapping[float
 
 
 def _over_values(
-    group: Group,
+    group: LadderResult,
     key: str,
     sizes: Sequence[Size],
     by_value: Mapping[float | None, Mapping[Size, Optimum]],
     drawn: Mapping[Size, Mapping[float | None, Array]],
-) -> Group:
+) -> LadderResult:
     """The ladder of the best values: curves of the losses at the optimal LRs over the log2 of the value."""
     curves, sds = [], []
     own = {o.curve.size: o.curve for o in group.optima}
@@ -227,7 +229,7 @@ def _over_values(
                 sd[place] = float(drawn[size][value].std())
         curves.append(replace(own[size], points=tuple(sorted(points, key=lambda p: p.log2_lr))))
         sds.append(sd)
-    found = [replace(o, reason=_reason(key, o)) for o in located(curves, sds, KNOWN)]
+    found = [replace(o, reason=_reason(key, o)) for o in located(curves, sds, EXACT_DOF)]
     return judge(group.axis, found, "value")
 
 
@@ -243,7 +245,7 @@ def _reason(key: str, optimum: Optimum) -> str | None:
     return "too flat or too noisy to bound the best value: add seeds or values"
 
 
-def _tuned(group: Group, key: str, tuned: Iterable[Tuning]) -> Group:
+def _tuned(group: LadderResult, key: str, tuned: Iterable[Tuning]) -> LadderResult:
     """A ladder with the optima at the best values of one hyperparameter, where it was tuned; without the sizes where
     the best value is not known."""
     for one in tuned:
@@ -255,7 +257,7 @@ def _tuned(group: Group, key: str, tuned: Iterable[Tuning]) -> Group:
     return group
 
 
-def _along(a: Group, b: Group, flops: Mapping[tuple[Any, ...], float]) -> tuple[Comparison, ...]:
+def _along(a: LadderResult, b: LadderResult, flops: Mapping[tuple[Any, ...], float]) -> tuple[Comparison, ...]:
     """The comparison at every size at which both have an optimum."""
     ours = [optimum for optimum, _ in shared(a, b)]
     return tuple(compare(replace(a, optima=tuple(ours[: i + 1])), b, flops) for i in range(len(ours)))

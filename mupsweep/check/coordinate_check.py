@@ -9,7 +9,7 @@ import torch
 
 from mupsweep import data
 from mupsweep.check.exponents import DEPTH, WIDTH, Coordinates, Point, family, fit, promises
-from mupsweep.check.measure import CHANGE, LOGITS, Subject, Values, trace
+from mupsweep.check.measure import CHANGE, LOGITS, Probe, Values, trace
 from mupsweep.data import Dataset
 from mupsweep.errors import ConfigError
 from mupsweep.sweep import config
@@ -95,7 +95,7 @@ def runs_of(variant: Variant, grid: GridConfig) -> list[RunSpec]:
     return plan(SweepConfig(variants=(variant,), sweep=grid, launcher={}, tracker={}))
 
 
-def subject(run: RunSpec, dataset: Dataset | None = None) -> Subject:
+def subject(run: RunSpec, dataset: Dataset | None = None) -> Probe:
     """A run's network with the steps that training it would take at its peak LR, on the batches it would see."""
     corpus = dataset or data.prepare(run.recipe.variant.data)
     built = build(run, CPU)
@@ -113,7 +113,7 @@ def subject(run: RunSpec, dataset: Dataset | None = None) -> Subject:
 
     probe = torch.from_numpy(corpus.validation_batch(context, PROBE_SEQUENCES, 0))[:, :-1]
     roles = {t.name: t.role for t in run.recipe.model.tensors(run.size)}
-    return Subject(built.network, step, built.network.get_submodule(f"blocks.{run.size.depth - 1}"), (probe,), roles)
+    return Probe(built.network, step, built.network.get_submodule(f"blocks.{run.size.depth - 1}"), (probe,), roles)
 
 
 def suitable_log2_lr(variant: Variant) -> float:

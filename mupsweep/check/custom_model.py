@@ -41,7 +41,7 @@ from torch import nn
 
 from mupsweep.check.coordinate_check import STEPS
 from mupsweep.check.exponents import DEPTH, STABLE, STABLE_WIDTH, WIDTH, Coordinates, Point, family, fit
-from mupsweep.check.measure import Subject, trace
+from mupsweep.check.measure import Probe, trace
 from mupsweep.errors import ConfigError
 from mupsweep.scaling import Role
 
@@ -93,7 +93,7 @@ def coordinates(
                     torch.manual_seed(seed)
                     network, step = model_fn(width, depth)
                     of_tensors = {n: roles.get(family(n), _grown(p, p)) for n, p in network.named_parameters()}
-                    subject = Subject(network, step, features(network), probe, of_tensors)
+                    subject = Probe(network, step, features(network), probe, of_tensors)
                     points.append(Point(axis, size, seed, trace(subject, at)))
     promised = {WIDTH: STABLE_WIDTH, DEPTH: STABLE}
     return fit((name, "own", "own"), None, points, roles, promised)

@@ -24,7 +24,7 @@ Values = dict[tuple[str, str], float]  # (quantity, tensor or "") -> size
 
 
 @dataclass(frozen=True)
-class Subject:
+class Probe:
     """A network and what is measured on it.
 
     Attributes:
@@ -42,7 +42,7 @@ class Subject:
     roles: Mapping[str, Role]
 
 
-def trace(subject: Subject, at: Sequence[int]) -> dict[int, Values]:
+def trace(subject: Probe, at: Sequence[int]) -> dict[int, Values]:
     """Take steps and measure after each count of `at` (ascending); 0 stands for the start.
 
     Returns:
@@ -84,7 +84,7 @@ def update_norm(change: Tensor, role: Role) -> float:
     return rms_operator_norm(change) if role in (Role.HIDDEN, Role.OUTPUT) else rms_norm(change)
 
 
-def observe(subject: Subject) -> dict[str, Tensor]:
+def observe(subject: Probe) -> dict[str, Tensor]:
     """The coordinates on the probe batch; attention logits where the network calls torch's attention."""
     with torch.no_grad(), recorded(subject.features) as features, AttentionLogits() as attention:
         logits = subject.network(*subject.probe)

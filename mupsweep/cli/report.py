@@ -27,11 +27,11 @@ def report(
     Example: mupsweep report sweeps/demo
     """
     from mupsweep.launchers.driver import go_on
-    from mupsweep.report.generate import conclude
+    from mupsweep.report.generate import generate
     from mupsweep.store.sweep_dir import SweepDir
 
     try:
         if next_round:
             go_on(SweepDir.open(sweep))
     finally:
-        conclude([SweepDir.open(sweep)], figures=figures)
+        generate([SweepDir.open(sweep)], figures=figures)

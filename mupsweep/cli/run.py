@@ -39,7 +39,7 @@ def run(
     Example: mupsweep run parametrization=sp,spectral experiment=demo
     """
     from mupsweep.launchers import Detached
-    from mupsweep.report.generate import conclude
+    from mupsweep.report.generate import generate
     from mupsweep.schema import instantiate
     from mupsweep.sweep import config, plan
 
@@ -62,7 +62,7 @@ def run(
         unfinished = not finished or any(sweep.run(r.run_id).is_open() for r in missing)
         if not missing or unfinished or chosen.sweep.search == config.GRID:
             break
-    verdicts = conclude([sweep], as_json=json)
+    verdicts = generate([sweep], as_json=json)
     raise typer.Exit(exit_code(sweep, runs, finished, strict and "drifts" in verdicts))
 
 

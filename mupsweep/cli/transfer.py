@@ -56,7 +56,7 @@ def transfer(
     Example: mupsweep transfer sweeps/demo --to width=4096 depth=32 --format pytorch
     """
     from mupsweep.errors import ConfigError
-    from mupsweep.report.generate import conclude, conclude_table, export
+    from mupsweep.report.generate import conclude_table, export, generate
     from mupsweep.store.sweep_dir import SweepDir
 
     sweeps, to = sweeps or [], to or []
@@ -76,7 +76,7 @@ def transfer(
         return
     if form != JSON:
         raise ConfigError(f"--format {form} is of a recipe: name its target with --to width=N depth=N")
-    verdicts = conclude(folders, as_json=json, optimizer=optimizer, parametrization=parametrization)
+    verdicts = generate(folders, as_json=json, optimizer=optimizer, parametrization=parametrization)
     raise typer.Exit(3 if strict and "drifts" in verdicts else 0)
 
 
@@ -88,7 +88,7 @@ def train_target(
     from mupsweep.launchers import Detached, Launcher
     from mupsweep.launchers.driver import train
     from mupsweep.recipes import validation
-    from mupsweep.report.generate import conclude, conclude_validation, read_target
+    from mupsweep.report.generate import conclude_validation, generate, read_target
     from mupsweep.schema import instantiate
     from mupsweep.store.results import read_runs
     from mupsweep.sweep import config
@@ -111,6 +111,6 @@ def train_target(
             return [], 0
         if any(sweep.run(run.run_id).is_open() for run in missing):  # failed, or trained by another process
             break
-    verdicts = conclude([sweep], as_json=as_json, optimizer=optimizer, parametrization=parametrization)
+    verdicts = generate([sweep], as_json=as_json, optimizer=optimizer, parametrization=parametrization)
     conclude_validation(sweep, trials, as_json)
     return verdicts, exit_code(sweep, runs, finished, drifts=False)

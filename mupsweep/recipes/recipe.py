@@ -11,7 +11,7 @@ import numpy as np
 
 from mupsweep.analysis.estimate import Estimate
 from mupsweep.analysis.optimum import Optimum
-from mupsweep.analysis.transfer import DOUBLED, DRIFTS, HORIZON, INCONCLUSIVE, TRANSFERS, Group
+from mupsweep.analysis.transfer import AXIS_UNIT, DRIFTS, HORIZON, INCONCLUSIVE, TRANSFERS, LadderResult
 from mupsweep.errors import RecordError
 from mupsweep.models.shape import Size
 from mupsweep.sweep import tensor_rules
@@ -21,7 +21,7 @@ SHAPE = ("width", "depth", "heads", "kv_heads", "head_dim", "ffn_width", "vocab_
 SCHEDULE = ("batch_size", "schedule", "min_lr_frac", "decay_fraction", "precision")
 
 
-def recommend(one: Group, doublings: float) -> tuple[Estimate, str]:
+def recommend(one: LadderResult, doublings: float) -> tuple[Estimate, str]:
     """log2 of the base LR to use at a target `doublings` beyond the base on the group's axis, and what it rests on."""
     known = one.sloped
     if not known:
@@ -68,7 +68,7 @@ def axis_of(made: ResolvedVariant, width: int, depth: int) -> str | None:
     return "joint" if wider and deeper else "width" if wider else "depth" if deeper else None
 
 
-def leading(groups: Sequence[Group], made: ResolvedVariant, width: int, depth: int) -> Group:
+def leading(groups: Sequence[LadderResult], made: ResolvedVariant, width: int, depth: int) -> LadderResult:
     """The ladder of a variant that leads to a target, or else its first; horizons alone are one size, the base."""
     axis = axis_of(made, width, depth)
     sizes = [group for group in groups if group.axis != HORIZON]
@@ -78,19 +78,19 @@ def leading(groups: Sequence[Group], made: ResolvedVariant, width: int, depth: i
     return next((group for group in sizes if group.axis == axis), sizes[0])
 
 
-def exponent_of(groups: Sequence[Group]) -> Estimate | None:
+def exponent_of(groups: Sequence[LadderResult]) -> Estimate | None:
     """x in LR ~ tokens^x as the horizons of a variant measured it: the drift in octaves per doubling of tokens."""
     return next((group.drift for group in groups if group.axis == HORIZON), None)
 
 
-def doublings_to(one: Group, size: Size) -> float:
+def doublings_to(one: LadderResult, size: Size) -> float:
     """How far a size lies from the base on the group's axis."""
     ratio = {"width": size.width_ratio, "depth": size.depth_ratio}.get(one.axis, size.width_ratio * size.depth_ratio)
     return math.log2(ratio)
 
 
 def recipe(
-    one: Group,
+    one: LadderResult,
     made: ResolvedVariant,
     width: int,
     depth: int,
@@ -113,7 +113,7 @@ def recipe(
     if axis not in (None, one.axis):
         basis = f"untested: the target lies on the {axis} axis, but only {one.axis} was measured; there, {basis}"
     elif (beyond := 2 ** doublings_to(one, size) / one.ratio(one.optima[-1].curve)) > 1:
-        basis += f"; the target's {DOUBLED.get(one.axis, one.axis)} is {beyond:.3g} times the largest measured"
+        basis += f"; the target's {AXIS_UNIT.get(one.axis, one.axis)} is {beyond:.3g} times the largest measured"
     final = made if tokens is None else replace(made, variant=_trained_on(made, tokens))
     choice, horizon = _carried(choice, made, final, horizon_exponent)
     assert choice.value is not None

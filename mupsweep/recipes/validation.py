@@ -18,7 +18,7 @@ from mupsweep.analysis.curves import collect
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.labels import label_of
 from mupsweep.analysis.optimum import Optimum
-from mupsweep.analysis.transfer import Analysis, Group, analyse, select
+from mupsweep.analysis.transfer import Analysis, LadderResult, analyse, select
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.models.shape import Size
 from mupsweep.recipes import recipe
@@ -27,9 +27,9 @@ from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec
 
-GRAIN = 8  # parts of an octave that a transferred LR is rounded to: a refit that moves less plans no new runs
+LR_ROUNDING = 8  # parts of an octave that a transferred LR is rounded to: a refit that moves less plans no new runs
 STEPS = (0.5, 1.0)  # octaves between neighbours, at least and at most; the spacing of the sweep's grid between them
-MOST = 7  # LRs at the target
+MAX_TARGET_LRS = 7  # LRs at the target
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def trials(
         assert choice.value is not None
         mine = [run for run in runs if run.recipe.digest == made.digest]
         seeds = tuple(sorted({run.seed for run in mine}))
-        found.append(Trial(made, size, round(choice.value * GRAIN) / GRAIN, _step(mine), seeds))
+        found.append(Trial(made, size, round(choice.value * LR_ROUNDING) / LR_ROUNDING, _step(mine), seeds))
     if not found:
         select(analyse(rows), optimizer, parametrization)  # says which names there are
         raise RecordError(f"{sweep.path} has no finished runs: mupsweep run first")
@@ -121,7 +121,7 @@ def extend(sweep: SweepDir, trial: Trial, rows: Sequence[Mapping[str, Any]]) -> 
 def neighbours(log2_lr: float, step: float, losses: Mapping[float, float]) -> list[float]:
     """The LRs to train, given the losses so far (inf: diverged): three, and more on a side where the last is best."""
     wanted = [log2_lr - step, log2_lr, log2_lr + step]
-    while len(wanted) < MOST and all(lr in losses for lr in wanted):
+    while len(wanted) < MAX_TARGET_LRS and all(lr in losses for lr in wanted):
         best = min(wanted, key=lambda lr: losses[lr])
         if best == wanted[0]:
             wanted.insert(0, best - step)
@@ -136,7 +136,7 @@ def _unbounded(best: Estimate, losses: Mapping[float, float], step: float) -> li
     """An LR further out on every side where the losses so far do not bound the best one."""
     ends = [(best.low, min(losses), -step), (best.high, max(losses), step)]
     found = [end + out for bound, end, out in ends if bound is None and math.isfinite(losses[end])]
-    return found if len(losses) + len(found) <= MOST else []
+    return found if len(losses) + len(found) <= MAX_TARGET_LRS else []
 
 
 def judge(analysis: Analysis, trial: Trial) -> Validation:
@@ -208,7 +208,7 @@ def _of(trial: Trial, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, An
     return [row for row in rows if label_of(row) == trial.made.variant.names and (row["width"], row["depth"]) == size]
 
 
-def _optimum(group: Group, size: Size) -> Optimum | None:
+def _optimum(group: LadderResult, size: Size) -> Optimum | None:
     shape = size.width, size.depth
     return next((o for o in group.optima if (o.curve.width, o.curve.depth) == shape), None)
 

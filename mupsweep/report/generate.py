@@ -18,14 +18,14 @@ from mupsweep.recipes import JSON, check, recipe, validation
 from mupsweep.recipes import export as export_format
 from mupsweep.report.results_files import to_json, write_results
 from mupsweep.schema import LARGEST
-from mupsweep.store.results import Ledger, read, read_runs, read_table
+from mupsweep.store.results import RunCounts, read, read_runs, read_table
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.sweep.tensor_rules import TensorRule, rules
 
 
-def conclude(
+def generate(
     sweeps: Sequence[SweepDir],
     as_json: bool = False,
     optimizer: str | None = None,
@@ -92,7 +92,7 @@ def write_views(
     sweep: SweepDir,
     analysis: Analysis,
     shown_rules: Sequence[tuple[str, Sequence[TensorRule]]],
-    ledger: Ledger,
+    ledger: RunCounts,
     look: str | None,
 ) -> list[Path]:
     """results/: tables, and figures and the report once there is something to see."""

@@ -11,7 +11,7 @@ from mupsweep.analysis.curves import LossCurve, Size
 from mupsweep.analysis.estimate import UNKNOWN
 from mupsweep.analysis.labels import Label
 from mupsweep.analysis.optimum import Optimum
-from mupsweep.analysis.transfer import DOUBLED, HORIZON, Group
+from mupsweep.analysis.transfer import AXIS_UNIT, HORIZON, LadderResult
 from mupsweep.formatting import si
 
 NAMES = {"sp": "SP", "mup": "μP", "depth_mup": "depth-μP"}
@@ -29,22 +29,22 @@ def variant_order(label: Label) -> tuple[Any, ...]:
     return label[:2], [*NAMES, label[2]].index(label[2]), label[2:]
 
 
-def in_order(groups: Iterable[Group]) -> list[Group]:
+def in_order(groups: Iterable[LadderResult]) -> list[LadderResult]:
     """Groups in the order of their variants."""
     return sorted(groups, key=lambda g: variant_order(g.label))
 
 
-def drift_words(group: Group) -> str:
+def drift_words(group: LadderResult) -> str:
     """How far the optimum of a ladder moves, as far as it is known."""
     if len(group.sloped) < len(group.optima) and group.total_drift != UNKNOWN:  # a slope would leave out a bound
         return f"the optimum moves {group.total_drift} octaves"
     return "drift unknown" if group.drift == UNKNOWN else slope_words(group)
 
 
-def slope_words(group: Group) -> str:
+def slope_words(group: LadderResult) -> str:
     """The drift by doubling, and of which sizes where some are only bounded."""
     known, every = len(group.sloped), len(group.optima)
-    of = f" of {DOUBLED.get(group.axis, group.axis)}" if known == every else f" ({known} of {every} sizes)"
+    of = f" of {AXIS_UNIT.get(group.axis, group.axis)}" if known == every else f" ({known} of {every} sizes)"
     return f"{group.drift} octaves per doubling{of}"
 
 
@@ -53,7 +53,7 @@ def axis_name(axis: str) -> str:
     return {"joint": "width x depth", HORIZON: "tokens"}.get(axis, axis)
 
 
-def ordered_sizes(groups: Sequence[Group]) -> dict[Size, LossCurve]:
+def ordered_sizes(groups: Sequence[LadderResult]) -> dict[Size, LossCurve]:
     """Every size, the smallest first."""
     curves = [o.curve for g in groups for o in g.optima]
     return {c.size: c for c in sorted(curves, key=lambda c: (c.width * c.depth, c.width, c.horizon or 0))}

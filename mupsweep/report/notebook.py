@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mupsweep.analysis.curves import LossCurve
-from mupsweep.analysis.transfer import Analysis, Group, analyse
+from mupsweep.analysis.transfer import Analysis, LadderResult, analyse
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import counted
 from mupsweep.report.results_files import curve_table, to_json
@@ -104,7 +104,7 @@ class Sweep:
         return self.analysis.curves
 
     @property
-    def verdicts(self) -> tuple[Group, ...]:
+    def verdicts(self) -> tuple[LadderResult, ...]:
         """One for every variant and axis: verdict, reasons, drift, regret, and the optimum of every size."""
         return self.analysis.groups
 

@@ -13,8 +13,8 @@ from mupsweep.analysis.curves import LossCurve, collect
 from mupsweep.analysis.estimate import Estimate
 from mupsweep.analysis.labels import NAMES
 from mupsweep.analysis.optimum import CONFIDENCE
-from mupsweep.analysis.transfer import TOLERANCE_NATS, TOLERANCE_OCTAVES, Analysis, Group, loss_of
-from mupsweep.analysis.tuning import closings, remarks, tunings
+from mupsweep.analysis.transfer import TOLERANCE_NATS, TOLERANCE_OCTAVES, Analysis, LadderResult, loss_of
+from mupsweep.analysis.tuning import gaps_after_tuning, remarks, tunings
 from mupsweep.atomic_files import make_folder, write_chunks, write_json
 from mupsweep.store.sweep_dir import SweepDir
 
@@ -121,7 +121,7 @@ def _tuning(analysis: Analysis) -> dict[str, Any]:
     tuned = tunings(analysis)
     if not tuned:
         return {}
-    closed = closings(analysis, tuned)
+    closed = gaps_after_tuning(analysis, tuned)
     return {
         "tuning": [
             {
@@ -164,7 +164,7 @@ def _tuning(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def _quality(group: Group) -> dict[str, Any]:
+def _quality(group: LadderResult) -> dict[str, Any]:
     found = quality(group)
     held_out = found.held_out and {
         "predicted": _interval("log2_lr", found.held_out.predicted),

@@ -18,7 +18,7 @@ from mupsweep.store.sweep_dir import SweepDir
 
 SUMMARY_KEYS = (*NAMES, "run_id", "width", "depth", "width_ratio", "depth_ratio", "log2_lr", "seed", "val_loss")
 # variant, width, depth, parameters -> "runs", as many of each state, and their tokens, flops and seconds
-Ledger = dict[tuple[Label, int, int, int | None], Counter[str]]
+RunCounts = dict[tuple[Label, int, int, int | None], Counter[str]]
 
 
 def read_runs(sweeps: Sequence[SweepDir]) -> list[dict[str, Any]]:
@@ -26,10 +26,10 @@ def read_runs(sweeps: Sequence[SweepDir]) -> list[dict[str, Any]]:
     return read(sweeps)[0]
 
 
-def read(sweeps: Sequence[SweepDir]) -> tuple[list[dict[str, Any]], list[Ledger]]:
+def read(sweeps: Sequence[SweepDir]) -> tuple[list[dict[str, Any]], list[RunCounts]]:
     """The same, and what every sweep planned: of 100,000 runs, each walk through a plan takes seconds and memory."""
     rows, variants = [], {}
-    ledgers: list[Ledger] = []
+    ledgers: list[RunCounts] = []
     for sweep in sweeps:
         ledgers.append({})
         plan = sweep.read_plan()
@@ -57,7 +57,7 @@ def read(sweeps: Sequence[SweepDir]) -> tuple[list[dict[str, Any]], list[Ledger]
     return sorted(unique.values(), key=lambda row: (label_of(row), *(row[k] for k in keys))), ledgers
 
 
-def _enter(ledger: Ledger, planned: Mapping[str, Any], status: str, known: Mapping[str, Any]) -> None:
+def _enter(ledger: RunCounts, planned: Mapping[str, Any], status: str, known: Mapping[str, Any]) -> None:
     """Count a run."""
     key = label_of(planned), planned["width"], planned["depth"], planned.get("parameters")
     costs = {"tokens": planned.get("tokens"), "flops": planned.get("flops"), "seconds": known.get("seconds")}

@@ -20,7 +20,7 @@ from mupsweep.sweep.run_identity import digest_of, refuse_namesakes
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, _check_shares, _check_sizes, _sized, recipe
 
 if TYPE_CHECKING:
-    from mupsweep.sweep.size_search import Outlook
+    from mupsweep.sweep.size_search import SearchState
 
 
 def plan(config: SweepConfig, finished: Iterable[Mapping[str, Any]] = ()) -> list[RunSpec]:
@@ -59,7 +59,7 @@ def _next(recipes: Sequence[ResolvedVariant], grid: GridConfig, finished: Sequen
     return []
 
 
-def _wanted(recipes: Iterable[ResolvedVariant], looks: Mapping[Label, Sequence[Outlook]]) -> list[list[RunSpec]]:
+def _wanted(recipes: Iterable[ResolvedVariant], looks: Mapping[Label, Sequence[SearchState]]) -> list[list[RunSpec]]:
     """The runs that a search wants of each size, the defaults first, then by cost."""
     sizes = [
         [run for r_n, r_L, log2_lr, seed in one.wanted for run in _grid(made, [(r_n, r_L)], [log2_lr], [seed])]

@@ -17,15 +17,15 @@ from mupsweep.analysis.curves import LossCurve, collect
 from mupsweep.analysis.labels import Label, label_of
 from mupsweep.analysis.optimum import TAILS, optima
 from mupsweep.sweep.config import GridConfig, Variant
-from mupsweep.sweep.size_search import COARSE, Outlook, lattice, outlook
+from mupsweep.sweep.size_search import COARSE, SearchState, lr_grid, search_state
 
-Looks = dict[Label, list[Outlook]]
+SearchStates = dict[Label, list[SearchState]]
 Rows = Sequence[Mapping[str, Any]]
 
 
 def survey(
     variants: Sequence[Variant], rows: Iterable[Mapping[str, Any]], grid: GridConfig, patient: bool = False
-) -> Looks:
+) -> SearchStates:
     """What the search thinks of every size of every variant.
 
     Args:
@@ -35,29 +35,31 @@ def survey(
     mine: dict[Label, list[Mapping[str, Any]]] = {variant.label: [] for variant in variants}
     for row in rows:
         mine.get(label_of(row), []).append(row)
-    looks = {v.label: outlook(mine[v.label], grid) for v in variants if v.change is None}
+    looks = {v.label: search_state(mine[v.label], grid) for v in variants if v.change is None}
     busy = any(one.wanted for sizes in looks.values() for one in sizes)
     for default in list(looks):
         values = {v.label: v.change.hyperparameter for v in variants if v.change is not None and v.names == default}
         first = [one.ratios for one in looks[default]].index(base_of(grid)) + 1  # smaller sizes come before it
         if busy if patient else any(one.wanted for one in looks[default][:first]):
-            looks |= {label: [Outlook(base_of(grid), (), "waits for the default")] for label in values}
+            looks |= {label: [SearchState(base_of(grid), (), "waits for the default")] for label in values}
         else:
             looks |= _of_values(values, mine[default], mine, grid)
     return looks
 
 
-def _of_values(values: Mapping[Label, str], default: Rows, mine: Mapping[Label, Rows], grid: GridConfig) -> Looks:
+def _of_values(
+    values: Mapping[Label, str], default: Rows, mine: Mapping[Label, Rows], grid: GridConfig
+) -> SearchStates:
     """The same for the values of one default, whose search at the base has ended."""
     at = base_of(grid)
     [known] = _at_base([default], grid)
     if not known.usable:
-        return {label: [Outlook(at, (), "the default diverges at every LR")] for label in values}
+        return {label: [SearchState(at, (), "the default diverges at every LR")] for label in values}
     [found] = optima([known])
-    center = round(found.center / lattice(grid.half_width)) * lattice(grid.half_width)
+    center = round(found.center / lr_grid(grid.half_width)) * lr_grid(grid.half_width)
     near = replace(grid, log2_lrs=(center - COARSE, center, center + COARSE))
     small = replace(near, width_ratios=at[:1], depth_ratios=at[1:], pair=False)
-    looks = {label: outlook(mine[label], small) for label in values}
+    looks = {label: search_state(mine[label], small) for label in values}
     for key in dict.fromkeys(values.values()):
         rivals = [label for label, other in values.items() if other == key]
         if any(one.wanted for label in rivals for one in looks[label]) or len(grid.ratios) == 1:
@@ -65,9 +67,9 @@ def _of_values(values: Mapping[Label, str], default: Rows, mine: Mapping[Label, 
         chances = may_be_best(_at_base([default, *(mine[label] for label in rivals)], grid))
         for label, chance in zip(rivals, chances[1:], strict=True):
             if chance:
-                looks[label] = outlook(mine[label], near)
+                looks[label] = search_state(mine[label], near)
             else:
-                looks[label] = [Outlook(at, (), f"{one.reason}; not the best there") for one in looks[label]]
+                looks[label] = [SearchState(at, (), f"{one.reason}; not the best there") for one in looks[label]]
     return looks
 
 

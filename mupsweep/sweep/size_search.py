@@ -26,12 +26,14 @@ from mupsweep.analysis.optimum import TAILS, Optimum, Posterior, optima, point_s
 from mupsweep.sweep.config import GridConfig
 
 COARSE = 2.0  # octaves between the LRs of the first look at the smallest size
-STRIDE = 1.0  # octaves between the LRs around a minimum, before the draws choose
-ROOM = 6.0  # octaves beyond log2_lrs that the search may go
-POINTS = 5  # LRs within REACH of the minimum before its interval counts; fewer leave the shape to the prior
-REACH = 2.25  # octaves
-FILL = 2.0  # octaves from the optimum, within which new LRs are taken between others; far ones have leverage on noise
-A_ROUND = 3  # such choices in one round at most, since each changes what the next would be
+COARSE_STEP = 1.0  # octaves between the LRs around a minimum, before the draws choose
+SEARCH_MARGIN = 6.0  # octaves beyond log2_lrs that the search may go
+MIN_NEAR_POINTS = 5  # LRs within REACH of the minimum before its interval counts; fewer leave the shape to the prior
+NEAR_RADIUS = 2.25  # octaves
+REFINE_RADIUS = (
+    2.0  # octaves from the optimum, within which new LRs are taken between others; far ones have leverage on noise
+)
+MAX_PER_ROUND = 3  # such choices in one round at most, since each changes what the next would be
 FIRST_SEEDS = 2  # of every LR: without repetitions noise is a guess, and a search that stops early stops on luck
 SLOPE = 1.0  # octaves per doubling: standard deviation of the drift before any was seen; SP drifts by one
 SCATTER = 0.2  # octaves by which optima may lie off a straight line
@@ -50,7 +52,7 @@ class Proposal(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Outlook:
+class SearchState:
     """What the search thinks of one size.
 
     Attributes:
@@ -72,12 +74,12 @@ def propose(
         rows: its finished runs, as in results/runs.csv.
         limits: the lowest and the highest log2 LR; ROOM beyond `log2_lrs` unless given.
     """
-    return [proposal for one in outlook(rows, grid, limits) for proposal in one.wanted]
+    return [proposal for one in search_state(rows, grid, limits) for proposal in one.wanted]
 
 
-def outlook(
+def search_state(
     rows: Iterable[Mapping[str, Any]], grid: GridConfig, limits: tuple[float, float] | None = None
-) -> list[Outlook]:
+) -> list[SearchState]:
     """The state of every size, by rising cost; a size that still waits for smaller ones wants nothing."""
     space = Space.of(grid, limits)
     curves = {(c.width_ratio, c.depth_ratio): c for c in collect(rows)}
@@ -86,15 +88,15 @@ def outlook(
     ladder = [curves[size] for size in seen]
     sds, freedom = point_sds(ladder)
     found = dict(zip(seen, optima(ladder), strict=True))
-    looks = {size: Look(space, found[size], sd if freedom else {}) for size, sd in zip(seen, sds, strict=True)}
-    made: list[Outlook] = []
+    looks = {size: SizeSearch(space, found[size], sd if freedom else {}) for size, sd in zip(seen, sds, strict=True)}
+    made: list[SearchState] = []
     waits = False
     for size in sizes:
         if waits:
-            made.append(Outlook(size, (), "waits for smaller sizes"))
+            made.append(SearchState(size, (), "waits for smaller sizes"))
             continue
         runs, reason = looks[size].next() if size in looks else (space.first_look(size, found), "first look")
-        made.append(Outlook(size, tuple(Proposal(*size, *run) for run in runs), reason))
+        made.append(SearchState(size, tuple(Proposal(*size, *run) for run in runs), reason))
         waits = bool(runs) and (size not in found or found[size].se is None)
     return made
 
@@ -122,8 +124,8 @@ class Space:
 
     @classmethod
     def of(cls, grid: GridConfig, limits: tuple[float, float] | None) -> Space:
-        step = lattice(grid.half_width)
-        low, high = limits or (min(grid.log2_lrs) - ROOM, max(grid.log2_lrs) + ROOM)
+        step = lr_grid(grid.half_width)
+        low, high = limits or (min(grid.log2_lrs) - SEARCH_MARGIN, max(grid.log2_lrs) + SEARCH_MARGIN)
         ends = math.ceil(low / step - EPS) * step, math.floor(high / step + EPS) * step
         further = (seed for seed in range(grid.max_seeds + len(grid.seeds)) if seed not in grid.seeds)
         seeds = (*grid.seeds, *further)[: grid.max_seeds]
@@ -138,8 +140,8 @@ class Space:
         seeds = self.seeds[:FIRST_SEEDS]
         known = {at: o for at, o in found.items() if o.curve.usable}
         if known:
-            center = min(max(self.on(_expected(size, known)), self.lowest + STRIDE), self.highest - STRIDE)
-            return [(self.on(center + d), seed) for d in (-STRIDE, 0.0, STRIDE) for seed in seeds]
+            center = min(max(self.on(_expected(size, known)), self.lowest + COARSE_STEP), self.highest - COARSE_STEP)
+            return [(self.on(center + d), seed) for d in (-COARSE_STEP, 0.0, COARSE_STEP) for seed in seeds]
         taken = [self.on(self.log2_lrs[0])]
         for log2_lr in map(self.on, self.log2_lrs):
             if log2_lr >= taken[-1] + COARSE - EPS:
@@ -150,13 +152,13 @@ class Space:
 Run = tuple[float, int]  # log2 LR and seed
 
 
-def lattice(half_width: float) -> float:
+def lr_grid(half_width: float) -> float:
     """Octaves between the LRs of a search: the largest power of two within an interval of the wanted width."""
     return 2.0 ** min(0, math.floor(math.log2(2 * half_width) + EPS))
 
 
 @dataclass(frozen=True)
-class Look:
+class SizeSearch:
     """What is known of one size.
 
     Attributes:
@@ -175,10 +177,10 @@ class Look:
         """The next runs, and why these or why none."""
         known = self.half_width()
         if not self.curve.usable:
-            runs = self.fresh([min(p.log2_lr for p in self.curve.points) - COARSE], self.space.seeds[:FIRST_SEEDS])
+            runs = self.untrained([min(p.log2_lr for p in self.curve.points) - COARSE], self.space.seeds[:FIRST_SEEDS])
             return runs, "every LR diverges: looks lower" if runs else "every LR diverges"
-        for lrs, seeds, reason in self.shaping():
-            if runs := self.fresh(lrs, seeds):
+        for lrs, seeds, reason in self.bracket():
+            if runs := self.untrained(lrs, seeds):
                 return self.within_budget(runs, reason)
         if self.optimum.posterior is None:
             return [], f"stopped: {self.optimum.reason}"
@@ -188,7 +190,7 @@ class Look:
         options = list(self.options(self.optimum.posterior))
         if not options:
             return [], f"stopped: {about}, with every seed: noise rules"
-        runs = self.sharpening(self.optimum.posterior, options)
+        runs = self.refine(self.optimum.posterior, options)
         return self.within_budget(runs or options[0].runs, about)
 
     def half_width(self) -> float:
@@ -200,7 +202,7 @@ class Look:
             return runs, reason
         return [], f"stopped at sweep.max_runs={self.space.max_runs}: {reason}"
 
-    def fresh(self, lrs: Iterable[float], seeds: Sequence[int]) -> list[Run]:
+    def untrained(self, lrs: Iterable[float], seeds: Sequence[int]) -> list[Run]:
         """Those of these runs that are new, within the limits, and not at an LR that diverged."""
         had = {p.log2_lr: p for p in self.curve.points}
         return [
@@ -214,18 +216,18 @@ class Look:
     def best(self) -> Point:
         return min(self.curve.usable, key=lambda p: p.mean)
 
-    def shaping(self) -> Iterator[tuple[list[float], tuple[int, ...], str]]:
+    def bracket(self) -> Iterator[tuple[list[float], tuple[int, ...], str]]:
         """LRs, and their seeds, that every curve needs before its draws can choose: what to try in turn."""
         best = self.best()
         yield list(self.neighbours()), self.space.seeds[: len(best.losses)], "the best LR lacks a neighbour"
         if self.optimum.posterior is None:
             return
         middle, trained = self.optimum.center, [p.log2_lr for p in self.curve.points]
-        near = [p.log2_lr for p in self.curve.usable if abs(p.log2_lr - middle) <= REACH]
+        near = [p.log2_lr for p in self.curve.usable if abs(p.log2_lr - middle) <= NEAR_RADIUS]
         seeds = self.space.seeds[: max(FIRST_SEEDS, len(best.losses))]
         yield near, seeds, "LRs around the minimum lack seeds"
-        if 0 < len(near) < POINTS:
-            beyond = [x for x in (min(near) - STRIDE, max(near) + STRIDE) if self.is_open(x)]
+        if 0 < len(near) < MIN_NEAR_POINTS:
+            beyond = [x for x in (min(near) - COARSE_STEP, max(near) + COARSE_STEP) if self.is_open(x)]
             between = [x for x in self.lattice_around(middle) if self.is_open(x)]
             for chosen in (beyond, between):
                 yield sorted(chosen, key=lambda x: abs(x - middle))[:1], seeds, f"fewer than {POINTS} LRs around it"
@@ -234,17 +236,17 @@ class Look:
         for end, sign in ((posterior.grid[0], -1), (posterior.grid[-1], 1)):
             reached = float(np.mean(np.abs(posterior.minima - end) <= cell)) > TAILS[0]
             if reached and not any((x - end) * sign > EPS for x in trained):
-                yield [float(end) + sign * STRIDE], seeds, "the minimum may lie beyond what was trained"
+                yield [float(end) + sign * COARSE_STEP], seeds, "the minimum may lie beyond what was trained"
 
     def neighbours(self) -> Iterator[float]:
         """LRs that are missing beside the best one; before a cliff, half of the way to it."""
         best = self.best().log2_lr
         below = max((p.log2_lr for p in self.curve.points if p.log2_lr < best - EPS), default=-math.inf)
         above = min((p.log2_lr for p in self.curve.points if p.log2_lr > best + EPS), default=math.inf)
-        if best - below > STRIDE + EPS:
-            yield best - STRIDE
-        if above - best > STRIDE + EPS:
-            yield best + STRIDE
+        if best - below > COARSE_STEP + EPS:
+            yield best - COARSE_STEP
+        if above - best > COARSE_STEP + EPS:
+            yield best + COARSE_STEP
         elif best == self.curve.usable[-1].log2_lr and above - best > self.space.step + EPS:
             yield best + (above - best) / 2 - EPS
 
@@ -256,35 +258,35 @@ class Look:
 
     def lattice_around(self, middle: float) -> list[float]:
         """The LRs of the lattice within FILL of the optimum."""
-        count = math.ceil(FILL / self.space.step)
+        count = math.ceil(REFINE_RADIUS / self.space.step)
         around = [self.space.on(middle) + i * self.space.step for i in range(-count, count + 1)]
-        return [x for x in around if abs(x - middle) <= FILL]
+        return [x for x in around if abs(x - middle) <= REFINE_RADIUS]
 
-    def options(self, posterior: Posterior) -> Iterator[Option]:
+    def options(self, posterior: Posterior) -> Iterator[Candidate]:
         """What could be trained: another seed at every LR at hand, or an LR between them with their seeds."""
         inside = [p for p in self.curve.usable if posterior.covers(p.log2_lr)]
         noise = {p.log2_lr: self.noise(p, posterior) for p in inside}
         typical = float(np.median(list(noise.values())))
         another = [seed for seed in self.space.seeds if any(seed not in p.losses for p in inside)][:1]
-        if repeats := self.fresh([p.log2_lr for p in inside], another):
+        if repeats := self.untrained([p.log2_lr for p in inside], another):
             lrs = [log2_lr for log2_lr, _ in repeats]
             shift = SHIFT * typical if len(lrs) == len(inside) else 0.0  # of a new seed, only differences tell
-            yield Option(repeats, lrs, np.diag([noise[x] for x in lrs]) + shift)
+            yield Candidate(repeats, lrs, np.diag([noise[x] for x in lrs]) + shift)
         seeds = self.space.seeds[: max(FIRST_SEEDS, min(len(p.losses) for p in inside))]
         for log2_lr in self.lattice_around(self.optimum.log2_lr or 0.0):
             if posterior.covers(log2_lr) and self.is_open(log2_lr):
-                yield Option(self.fresh([log2_lr], seeds), [log2_lr], np.array([[typical / len(seeds)]]))
+                yield Candidate(self.untrained([log2_lr], seeds), [log2_lr], np.array([[typical / len(seeds)]]))
 
-    def sharpening(self, posterior: Posterior, options: list[Option]) -> list[Run]:
+    def refine(self, posterior: Posterior, options: list[Candidate]) -> list[Run]:
         """The options that take away the most variance of the minimum per run, until the rest is expected to suffice:
         LRs, or another seed of all there are. None where the budget has no room for any."""
         goal = float(posterior.minima.var()) - (self.space.half_width / NormalDist().inv_cdf(TAILS[1])) ** 2
         room = self.space.max_runs - self.curve.n_runs
-        taken: list[Option] = []
+        taken: list[Candidate] = []
         gained = 0.0
-        while len(taken) < A_ROUND and (not taken or gained < goal):
+        while len(taken) < MAX_PER_ROUND and (not taken or gained < goal):
             left = [o for o in options if len(o.runs) <= room and o not in taken and (len(o.lrs) == 1 or not taken)]
-            gains = [(_gain(posterior, [*taken, o]), o) for o in left]
+            gains = [(variance_reduction(posterior, [*taken, o]), o) for o in left]
             if not gains or (taken and len(taken[0].lrs) > 1):
                 break
             gained, best = max(gains, key=lambda pair: (pair[0] - gained) / len(pair[1].runs))
@@ -300,7 +302,7 @@ class Look:
 
 
 @dataclass(frozen=True, eq=False)
-class Option:
+class Candidate:
     """Some runs, and the losses that they would give: at which LRs, with which covariance of the noise."""
 
     runs: list[Run]
@@ -308,7 +310,7 @@ class Option:
     noise: np.ndarray
 
 
-def _gain(posterior: Posterior, options: Sequence[Option]) -> float:
+def variance_reduction(posterior: Posterior, options: Sequence[Candidate]) -> float:
     """Variance of the minimum that these runs would take away."""
     lrs = [x for option in options for x in option.lrs]
     curves = np.array([posterior.at(np.full(len(posterior.minima), x)) for x in lrs])  # (LRs, draws)

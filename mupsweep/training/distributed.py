@@ -253,7 +253,7 @@ def _number(said: Mapping[str, str], name: str, low: int, end: int) -> int:
 
 def _misplaced(name: str, value: str, why: str) -> ConfigError:
     return ConfigError(
-        f"{name}={value} in the environment {why}: torchrun or a job script sets {', '.join(TOLD)} for the "
+        f"{name}={value} in the environment {why}: torchrun or a job script sets {', '.join(TORCHRUN_ENV)} for the "
         "processes of one run; for a process alone, unset RANK and WORLD_SIZE"
     )
 

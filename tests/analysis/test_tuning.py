@@ -9,7 +9,7 @@ import pytest
 
 from mupsweep.analysis.estimate import Estimate
 from mupsweep.analysis.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS, analyse
-from mupsweep.analysis.tuning import Tuning, closings, remarks, tunings
+from mupsweep.analysis.tuning import Tuning, gaps_after_tuning, remarks, tunings
 from mupsweep.report.results_files import to_json
 from mupsweep.report.terminal.tuning import tuning_line
 
@@ -141,7 +141,7 @@ def test_a_value_that_is_lower_already_at_the_edge_of_its_lrs_leaves_the_best_un
     assert one.reasons[0].startswith(
         "lower already, with a best LR beyond those trained: optimizer.lr_ratio=4 at 128x4"
     )
-    [ratio] = [c for c in closings(analysis, tunings(analysis)) if c.hyperparameter == RATIO]
+    [ratio] = [c for c in gaps_after_tuning(analysis, tunings(analysis)) if c.hyperparameter == RATIO]
     assert [[c.width for c in sizes] for sizes in (ratio.before, ratio.after)] == [[32, 64], [32, 64]]
 
 
@@ -164,7 +164,7 @@ def test_the_hyperparameter_that_closes_the_gap_is_named() -> None:
     sp, mup = rows("sp", lower=0.0), rows("mup", best={RATIO: 4.0, STD: 0.12})
     analysis = analyse([*sp, *mup])
     tuned = tunings(analysis)
-    found = closings(analysis, tuned)
+    found = gaps_after_tuning(analysis, tuned)
     assert [c.hyperparameter for c in found] == [RATIO, STD, BETA]
     assert [c.before[-1].width for c in found] == [128] * 3
     assert found[0].before[-1].lower.value == pytest.approx(-0.05, abs=0.001)
@@ -183,7 +183,7 @@ def test_the_hyperparameter_that_closes_the_gap_is_named() -> None:
 def test_both_sides_are_tuned_so_that_what_helps_both_closes_nothing() -> None:
     sp, mup = rows("sp", lower=0.03, best={RATIO: 4.0}), rows("mup", best={RATIO: 4.0})
     analysis = analyse([*sp, *mup])
-    found = closings(analysis, tunings(analysis))
+    found = gaps_after_tuning(analysis, tunings(analysis))
     assert found[0].share == pytest.approx(0.0, abs=0.05)
     [told] = remarks(found)
     assert told.startswith("no hyperparameter of this sweep closes the gap of mup to sp at width 128, depth 4")
@@ -191,8 +191,8 @@ def test_both_sides_are_tuned_so_that_what_helps_both_closes_nothing() -> None:
 
 def test_without_a_gap_there_is_nothing_to_close() -> None:
     analysis = analyse([*rows("sp"), *rows("mup", lower=0.05, best={RATIO: 4.0})])
-    assert [c.share for c in closings(analysis, tunings(analysis))] == [None] * 3
-    assert remarks(closings(analysis, tunings(analysis))) == []
+    assert [c.share for c in gaps_after_tuning(analysis, tunings(analysis))] == [None] * 3
+    assert remarks(gaps_after_tuning(analysis, tunings(analysis))) == []
 
 
 def test_changed_runs_are_no_part_of_the_verdict_on_the_lr() -> None:

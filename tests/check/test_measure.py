@@ -15,7 +15,7 @@ from mupsweep.check.measure import (
     UPDATE,
     WEIGHT,
     AttentionLogits,
-    Subject,
+    Probe,
     attention_logits,
     recorded,
     trace,
@@ -38,7 +38,7 @@ class Net(nn.Module):
         return self.head(self.body(x))
 
 
-def doubling() -> Subject:
+def doubling() -> Probe:
     """A network whose weights double at every step."""
     net = Net()
 
@@ -47,7 +47,7 @@ def doubling() -> Subject:
             for p in net.parameters():
                 p.mul_(2)
 
-    return Subject(net, step, net.body, (X,), {"body.weight": Role.HIDDEN, "head.weight": Role.OUTPUT})
+    return Probe(net, step, net.body, (X,), {"body.weight": Role.HIDDEN, "head.weight": Role.OUTPUT})
 
 
 def test_norms_and_changes_are_those_since_the_start() -> None:
@@ -114,7 +114,7 @@ def test_what_is_not_finite_ends_the_trace() -> None:
             net.body.weight.mul_(1e20)
 
     roles = {"body.weight": Role.HIDDEN, "head.weight": Role.OUTPUT}
-    assert sorted(trace(Subject(net, step, net.body, (X,), roles), (1, 2, 3))) == [0, 1]
+    assert sorted(trace(Probe(net, step, net.body, (X,), roles), (1, 2, 3))) == [0, 1]
 
 
 def test_of_several_outputs_the_first_are_the_features() -> None:

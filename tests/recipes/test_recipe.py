@@ -14,7 +14,7 @@ import pytest
 from mupsweep import recipes
 from mupsweep.analysis.estimate import Estimate
 from mupsweep.analysis.labels import DONE
-from mupsweep.analysis.transfer import Group, analyse
+from mupsweep.analysis.transfer import LadderResult, analyse
 from mupsweep.recipes import recipe
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import config, plan, run_spec
@@ -41,7 +41,7 @@ def ladder(*words: str) -> SweepDir:
 
 
 @cache
-def measured() -> Group:
+def measured() -> LadderResult:
     rows = [
         {"model": "nanogpt", "optimizer": "adamw", "parametrization": "spectral", "depth": 2, "depth_ratio": 1.0}
         | {"width": 16 * r, "width_ratio": float(r), "log2_lr": lr, "seed": seed, "status": DONE}
@@ -193,7 +193,7 @@ def test_what_cannot_be_written_is_refused_in_one_line(words: list[str], said: s
     assert not list(sweep.results.glob("recipe*"))
 
 
-def drifting(*lowest: float) -> Group:
+def drifting(*lowest: float) -> LadderResult:
     """Optima at -5 and -7, and at -10, which `lowest` cuts off: the largest size is only bounded."""
     best = (-5.0, -7.0, -10.0)
     rows = [

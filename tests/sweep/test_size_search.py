@@ -17,7 +17,7 @@ from mupsweep.errors import ConfigError
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan, run_spec
 from mupsweep.sweep.config import ADAPTIVE, GridConfig, load
-from mupsweep.sweep.size_search import Proposal, lattice, outlook, propose
+from mupsweep.sweep.size_search import Proposal, lr_grid, propose, search_state
 
 Row = Mapping[str, Any]
 LADDER = GridConfig(
@@ -108,7 +108,7 @@ def test_it_stops_at_its_budget_and_says_so() -> None:
     one = GridConfig(log2_lrs=LADDER.log2_lrs, search=ADAPTIVE, max_runs=16)
     rows = searched(one, valley(-6.7, noise=0.05))
     assert len(rows) <= 16
-    (last,) = outlook(rows, one)
+    (last,) = search_state(rows, one)
     assert last.reason.startswith("stopped at sweep.max_runs=16: ")
 
 
@@ -125,7 +125,7 @@ def test_a_larger_size_begins_around_what_the_smaller_ones_lead_to_expect() -> N
 
 @pytest.mark.parametrize(("half_width", "step"), [(0.25, 0.5), (0.1, 0.125), (0.125, 0.25), (1.0, 1.0), (3.0, 1.0)])
 def test_the_lattice_follows_from_the_wanted_half_width(half_width: float, step: float) -> None:
-    assert lattice(half_width) == step
+    assert lr_grid(half_width) == step
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 
 from mupsweep import trackers
 from mupsweep.errors import ConfigError
-from mupsweep.report.generate import conclude
+from mupsweep.report.generate import generate
 from mupsweep.schema import instantiate
 from mupsweep.store.run_dir import RunDir
 from mupsweep.store.sweep_dir import SweepDir
@@ -102,10 +102,10 @@ def test_a_local_tracker_shows_every_run_once_also_after_an_interruption(name: s
     interrupted = runs[0]
     rows = interrupted.metrics()
     interrupted.write_metrics([*rows[:10], {**rows[10], "train_loss": 99.0}])  # what a killed worker left there
-    conclude([sweep])
+    generate([sweep])
     assert SHOWN[name](sweep, interrupted) == metrics(interrupted)
     interrupted.write_metrics(rows)
-    conclude([sweep])
+    generate([sweep])
     assert [SHOWN[name](sweep, run) for run in runs] == [metrics(run) for run in runs]
     assert trackers.load(sweep).held(sweep) == {run.run_id: trackers.fingerprint(run) for run in runs}
 
@@ -145,7 +145,7 @@ def test_a_tracker_that_raises_is_one_warning_and_is_not_asked_again(
         f"`mupsweep sync {sweep.path}` mirrors them later"
     )
     assert [r.message for r in caplog.records] == [told]
-    conclude([sweep])
+    generate([sweep])
     assert [r.message for r in caplog.records] == [told] * 2
 
 

@@ -19,7 +19,7 @@ from wandb_server import API_KEY, StoredRun, WandbServer
 
 from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.analysis.transfer import analyse
-from mupsweep.report.generate import conclude
+from mupsweep.report.generate import generate
 from mupsweep.report.results_files import write_results
 from mupsweep.store.run_dir import RunDir
 from mupsweep.store.sweep_dir import SweepDir
@@ -118,7 +118,7 @@ def analysed(*words: str) -> SweepDir:
             {"run_id": run.run_id, **run.identity(), **measured, **unknown, "seconds": 1, "device": "cpu"}
         )
         folder.write_status(DONE)
-    conclude([sweep])
+    generate([sweep])
     return sweep
 
 
@@ -185,9 +185,9 @@ def table(run: StoredRun, key: str) -> dict[tuple[str, float], float]:
 def test_pushing_again_sends_nothing(server: WandbServer, cli: Callable[..., tuple[int, str, str]]) -> None:
     sweep = planned(*ONLINE)
     assert execute(sweep)
-    conclude([sweep])
+    generate([sweep])
     before = {name: (run.sessions, dict(run.lines)) for name, run in server.runs.items()}
-    conclude([sweep])
+    generate([sweep])
     code, out, err = cli("sync", str(sweep.path))
     assert (code, out, err) == (0, "0 of 4 runs pushed to lab/mupsweep, group tracked\n", "")
     assert {name: (run.sessions, dict(run.lines)) for name, run in server.runs.items()} == before
@@ -199,11 +199,11 @@ def test_an_offline_sweep_that_is_synced_ends_like_an_online_one(
 ) -> None:
     online = planned(*ONLINE)
     assert execute(online)
-    conclude([online])
+    generate([online])
     expected = {name: content(run) for name, run in server.runs.items()}
     offline = planned("out=elsewhere")  # tracker=jsonl
     assert execute(offline)
-    conclude([offline])
+    generate([offline])
     code, out, _ = cli("sync", str(offline.path), "--project", "later")
     assert code == 0
     assert out == "4 of 4 runs pushed to lab/later, group tracked\n"
@@ -253,7 +253,7 @@ def test_two_workers_on_one_sweep_push_every_run_once(server: WandbServer) -> No
     sweep = planned(*ONLINE)
     workers = [subprocess.Popen(worker_of(sweep)) for _ in range(2)]
     assert [worker.wait() for worker in workers] == [0, 0]
-    conclude([sweep])
+    generate([sweep])
     assert_mirrored(server, sweep)
     assert {run.sessions for run in server.runs.values()} == {1}
 
@@ -307,7 +307,7 @@ def test_a_server_that_fails_in_the_middle_is_caught_up_with_later(
 def test_the_workspace_shows_curves_and_drift_and_is_saved_once(server: WandbServer) -> None:
     pytest.importorskip("wandb_workspaces")
     sweep = analysed("parametrization=sp,spectral")
-    conclude([sweep])
+    generate([sweep])
     (view,) = server.views.values()
     assert view["displayName"] == "tracked LR transfer"
     section = json.loads(view["spec"])["section"]
@@ -325,7 +325,7 @@ def test_without_the_workspaces_package_one_line_says_what_to_install(
     sweep = planned(*ONLINE, "sweep.width_ratios=[1]")
     assert execute(sweep)
     with caplog.at_level(logging.WARNING, logger="mupsweep"):
-        conclude([sweep])
+        generate([sweep])
     assert said(caplog) == ["no W&B Workspace: pip install 'mupsweep[workspaces]', or set tracker.workspace=false"]
     assert "tracked-summary" in server.runs
 
@@ -334,7 +334,7 @@ def test_without_the_workspaces_package_one_line_says_what_to_install(
 def test_no_key_reaches_the_records_and_no_environment_the_server(server: WandbServer) -> None:
     sweep = planned(*ONLINE, "sweep.width_ratios=[1]")
     assert execute(sweep)
-    conclude([sweep])
+    generate([sweep])
     for path in sweep.path.rglob("*"):
         assert not path.is_file() or API_KEY.encode() not in path.read_bytes(), path
     uploaded = {name for run in server.runs.values() for name in run.files}

@@ -17,7 +17,7 @@ from test_wandb import ONLINE, assert_mirrored, of_the_clients_own, planned, sai
 from wandb_server import WandbServer
 
 from mupsweep.analysis.labels import DONE
-from mupsweep.report.generate import conclude
+from mupsweep.report.generate import generate
 from mupsweep.trackers.wandb import leave
 from mupsweep.training.worker import execute
 
@@ -39,7 +39,7 @@ def test_folders_that_cannot_be_made_cost_one_warning_and_no_run(
         for name in FOLDERS:
             sick.setenv(name, str(tmp_path / "file" / name))
         assert execute(sweep)
-        conclude([sweep])  # whose tables the client stores before it sends them
+        generate([sweep])  # whose tables the client stores before it sends them
     assert sweep.counts() == {DONE: 2}
     (warning,) = said(caplog)
     assert str(tmp_path / "file" / "WANDB_DATA_DIR") in warning

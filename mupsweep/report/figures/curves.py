@@ -23,10 +23,21 @@ from matplotlib.transforms import Bbox, TransformedBbox
 from mupsweep.analysis.curves import LossCurve, Size
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.optimum import Optimum
-from mupsweep.analysis.transfer import HORIZON, TOLERANCE_OCTAVES, Analysis, Group
+from mupsweep.analysis.transfer import HORIZON, TOLERANCE_OCTAVES, Analysis, LadderResult
 from mupsweep.atomic_files import make_folder
 from mupsweep.formatting import si
-from mupsweep.report.figures.theme import BAND, GROUPS, INK, MARKERS, QUIET, SIZES, VERDICT_COLORS, Look, look_of, save
+from mupsweep.report.figures.theme import (
+    BAND,
+    GROUPS,
+    INK,
+    MARKERS,
+    QUIET,
+    SIZES,
+    VERDICT_COLORS,
+    FigureStyle,
+    look_of,
+    save,
+)
 from mupsweep.report.names import axis_name, drift_words, in_order, loss_range, ordered_sizes, size_names, variant_name
 
 COLUMNS = 3  # panels side by side
@@ -82,8 +93,8 @@ class _Scale:
     crowded: bool
 
 
-def _curves(groups: Sequence[Group], look: Look) -> Figure:
-    families: dict[tuple[str, str], list[Group]] = {}
+def _curves(groups: Sequence[LadderResult], look: FigureStyle) -> Figure:
+    families: dict[tuple[str, str], list[LadderResult]] = {}
     for group in groups:
         families.setdefault(group.label[:2], []).append(group)
     if all(len(members) == 1 for members in families.values()):  # nothing to put side by side: fill the rows
@@ -119,7 +130,7 @@ def _curves(groups: Sequence[Group], look: Look) -> Figure:
     return figure
 
 
-def _marks(groups: Sequence[Group]) -> list[Line2D]:
+def _marks(groups: Sequence[LadderResult]) -> list[Line2D]:
     """Legend entries of what is drawn beside the curves."""
     drawn = [o for g in groups for o in g.optima if o.log2_lr is not None]
     marker = {"color": QUIET, "marker": "D", "markersize": 6}
@@ -142,7 +153,7 @@ def _faces(one: Optimum | Estimate, color: Any) -> dict[str, Any]:
     return {"mfc": color, "mec": "white"} if _bounded(one) else {"mfc": "white", "mec": color}
 
 
-def _scale(members: Sequence[Group], shades: dict[Size, float]) -> _Scale:
+def _scale(members: Sequence[LadderResult], shades: dict[Size, float]) -> _Scale:
     low, high = loss_range([o for g in members for o in g.optima])
     curves = [o.curve for g in members for o in g.optima]
     diverged = [key for key in shades if any(c.n_diverged for c in curves if c.size == key)]
@@ -152,7 +163,7 @@ def _scale(members: Sequence[Group], shades: dict[Size, float]) -> _Scale:
     return _Scale(low, high, top, {key: i for i, key in enumerate(diverged)}, shades, crowded)
 
 
-def _panel(axes: Axes, group: Group, groups: Sequence[Group], scale: _Scale, look: Look) -> None:
+def _panel(axes: Axes, group: LadderResult, groups: Sequence[LadderResult], scale: _Scale, look: FigureStyle) -> None:
     # curves leave through the upper edge of the losses, not through the strip
     window = TransformedBbox(Bbox([[0, scale.low], [1, scale.high]]), axes.get_yaxis_transform())
     if scale.rows:
@@ -222,7 +233,7 @@ def _lr_axis(axes: Axes, lrs: Sequence[float]) -> None:
 # Drift of the optimum
 
 
-def _drift(groups: Sequence[Group], look: Look) -> Figure:
+def _drift(groups: Sequence[LadderResult], look: FigureStyle) -> Figure:
     wide, high = look.drift
     named = [_drift_legend(g, groups, look.told) for g in groups]
     rows = sum(1 + name.count("\n") for name in named)
@@ -267,7 +278,7 @@ def _drift(groups: Sequence[Group], look: Look) -> Figure:
     return figure
 
 
-def _moves(axes: Axes, group: Group, dodge: float, color: str, marker: str) -> tuple[float, float]:
+def _moves(axes: Axes, group: LadderResult, dodge: float, color: str, marker: str) -> tuple[float, float]:
     """One group's optima relative to its base; returns the lowest and the highest octave drawn."""
     drawn, fitted = [0.0], []
     for optimum, move in zip(group.optima, group.moves, strict=True):
@@ -304,7 +315,7 @@ def _bound(axes: Axes, x: float, low: float | None, high: float | None, color: s
             axes.plot(x, start, "_", color=color, markersize=9, markeredgewidth=1.6, zorder=3)
 
 
-def _drift_legend(group: Group, groups: Sequence[Group], told: bool) -> str:
+def _drift_legend(group: LadderResult, groups: Sequence[LadderResult], told: bool) -> str:
     name = variant_name(group.label, [g.label for g in groups])
     return _plain(fill(f"{name}: {group.verdict}, {drift_words(group)}", LEGEND) if told else name)
 

@@ -61,7 +61,7 @@ PAPER_STYLE = {
 
 
 @dataclass(frozen=True)
-class Look:
+class FigureStyle:
     """How figures are drawn.
 
     Attributes:
@@ -91,12 +91,12 @@ class Look:
 
 TEXT_WIDTH = 3.35, 6.9  # inches of one column and of two, which fit most journals
 LOOKS = {
-    "screen": Look(STYLE, (".png", ".svg"), (4.1, 3.7), (5.8, 4.1), 11, 7, 1.0, True),
-    "paper": Look(PAPER_STYLE, (".png", ".svg", ".pdf"), (None, 2.1), (3.35, 2.5), 8.5, 6, 0.7, False),
+    "screen": FigureStyle(STYLE, (".png", ".svg"), (4.1, 3.7), (5.8, 4.1), 11, 7, 1.0, True),
+    "paper": FigureStyle(PAPER_STYLE, (".png", ".svg", ".pdf"), (None, 2.1), (3.35, 2.5), 8.5, 6, 0.7, False),
 }
 
 
-def look_of(name: str) -> Look:
+def look_of(name: str) -> FigureStyle:
     """The look of that name, a key of LOOKS."""
     if name not in LOOKS:
         raise ConfigError(f"--figures {name}: {nearest(name, LOOKS)}")

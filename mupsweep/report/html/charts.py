@@ -11,7 +11,7 @@ from typing import Any
 from mupsweep.analysis.curves import LossCurve, Point, Size
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.optimum import Optimum
-from mupsweep.analysis.transfer import TOLERANCE_OCTAVES, Analysis, Group, loss_of
+from mupsweep.analysis.transfer import TOLERANCE_OCTAVES, Analysis, LadderResult, loss_of
 from mupsweep.formatting import counted
 from mupsweep.report.html.svg import Plot, hollow, minus, round_numbers, tip_of
 from mupsweep.report.names import axis_name, in_order, loss_range, ordered_sizes, size_names, variant_name
@@ -54,7 +54,7 @@ class Charts:
         ends = chain(*((e.low, e.value, e.high) for e in (g.total_drift for g in self.groups)))
         self._reach = 1.15 * max([1.0, *(abs(x) for x in ends if x is not None)])
 
-    def variant(self, group: Group) -> str:
+    def variant(self, group: LadderResult) -> str:
         """The name of a group's variant."""
         return variant_name(group.label, self.labels)
 
@@ -70,7 +70,7 @@ class Charts:
         """Where a size lies between the colours of the smallest and the largest."""
         return f'style="--t:{100 * list(self.names).index(size) / max(1, len(self.names) - 1):.0f}%"'
 
-    def keys(self, groups: Sequence[Group]) -> str:
+    def keys(self, groups: Sequence[LadderResult]) -> str:
         """The markers of the variants."""
         drawn = {g.label for g in groups}
         return "".join(
@@ -104,7 +104,7 @@ class Charts:
         label = f"total drift: {words(drift, 'octaves')}"
         return f'<svg class="chart" viewBox="0 0 300 38" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
-    def curves(self, group: Group, family: Sequence[Group]) -> str:
+    def curves(self, group: LadderResult, family: Sequence[LadderResult]) -> str:
         """Loss versus LR; the groups of a family share their axes, so that they can be compared by eye."""
         optima = [o for g in family for o in g.optima]
         curves = [o.curve for o in optima]
@@ -178,7 +178,9 @@ class Charts:
         tip = tip_of(f"{self.name(optimum.curve)}: best rate", rate, f"loss {loss}")
         plot.add(f'<path class="pt best{hollow(at)}" {tip} transform="translate({x} {y})" d="{DIAMOND}"/>')
 
-    def ladder(self, groups: Sequence[Group], values: Sequence[Sequence[Estimate]], tolerance: float, unit: str) -> str:
+    def ladder(
+        self, groups: Sequence[LadderResult], values: Sequence[Sequence[Estimate]], tolerance: float, unit: str
+    ) -> str:
         """An estimate per size of every group over the axis's ratio: octaves, or nats, which are never negative."""
         octaves = unit == "octaves"
         known = [v for e in chain(*values) for v in (e.value, e.low, e.high) if v is not None]

@@ -21,7 +21,7 @@ from mupsweep.analysis.transfer import (
     TOLERANCE_OCTAVES,
     TRANSFERS,
     Analysis,
-    Group,
+    LadderResult,
     diverges,
     loss_of,
 )
@@ -34,7 +34,7 @@ from mupsweep.report.html.svg import minus
 from mupsweep.report.names import axis_name, slope_words, variant_name
 from mupsweep.report.terminal.tuning import told
 from mupsweep.report.terminal.verdicts import advice_on, comparison_line, quality_lines
-from mupsweep.store.results import Ledger
+from mupsweep.store.results import RunCounts
 from mupsweep.store.run_dir import FAILED
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.tensor_rules import TensorRule
@@ -52,7 +52,7 @@ SIZE_COLUMNS = (
 
 
 def write(
-    sweep: SweepDir, analysis: Analysis, rules: Sequence[tuple[str, Sequence[TensorRule]]], ledger: Ledger
+    sweep: SweepDir, analysis: Analysis, rules: Sequence[tuple[str, Sequence[TensorRule]]], ledger: RunCounts
 ) -> Path:
     """Write results/report.html.
 
@@ -89,7 +89,7 @@ def write(
     return path
 
 
-def _header(sweep: SweepDir, analysis: Analysis, ledger: Ledger) -> str:
+def _header(sweep: SweepDir, analysis: Analysis, ledger: RunCounts) -> str:
     names = [", ".join(dict.fromkeys(row[k] for row in analysis.rows)) for k in ("model", "optimizer")]
     counts = sum(ledger.values(), Counter())
     done, every = counts[DONE] + counts[DIVERGED], counted(counts["runs"], "run")
@@ -121,7 +121,7 @@ def _verdicts(charts: Charts, analysis: Analysis, sweep: SweepDir) -> str:
     )
 
 
-def _card(charts: Charts, group: Group) -> str:
+def _card(charts: Charts, group: LadderResult) -> str:
     base, last = group.base, group.optima[-1]
     facts = [("only size", escape(charts.name(base.curve)))]
     if len(group.optima) > 1:
@@ -191,7 +191,7 @@ def _toggles(charts: Charts) -> str:
     return f'<div class="toggles" role="group" aria-label="what the charts show">{"".join(buttons)}</div>'
 
 
-def _panels(charts: Charts, groups: Sequence[Group]) -> str:
+def _panels(charts: Charts, groups: Sequence[LadderResult]) -> str:
     panels = []
     for family in dict.fromkeys(g.label[:2] for g in groups):
         members = [g for g in groups if g.label[:2] == family]
@@ -209,7 +209,7 @@ def _drift(charts: Charts) -> str:
     return _title("Drift and regret by size", note) + _by_axis(charts, _ladders)
 
 
-def _ladders(charts: Charts, groups: Sequence[Group]) -> str:
+def _ladders(charts: Charts, groups: Sequence[LadderResult]) -> str:
     drift = charts.ladder(groups, [g.moves for g in groups], TOLERANCE_OCTAVES, "octaves")
     regret = charts.ladder(groups, [g.regrets for g in groups], TOLERANCE_NATS, "nats")
     drawn = {"octaves from the base's best rate": drift, "regret of the base's rate, nats per token": regret}
@@ -276,7 +276,7 @@ def _best(optimum: Optimum) -> float | None:
     return min(optimum.curve.usable, key=lambda p: p.mean).log2_lr if optimum.curve.usable else None
 
 
-def _by_axis(charts: Charts, draw: Callable[[Charts, Sequence[Group]], str]) -> str:
+def _by_axis(charts: Charts, draw: Callable[[Charts, Sequence[LadderResult]], str]) -> str:
     parts = []
     for axis in dict.fromkeys(g.axis for g in charts.groups):
         if charts.several_axes:
@@ -285,14 +285,14 @@ def _by_axis(charts: Charts, draw: Callable[[Charts, Sequence[Group]], str]) -> 
     return "\n".join(parts)
 
 
-def _figure(charts: Charts, group: Group, chart: str, aside: str) -> str:
+def _figure(charts: Charts, group: LadderResult, chart: str, aside: str) -> str:
     return (
         f'<figure data-variant="{charts.labels.index(group.label)}"><figcaption class="{group.verdict}">'
         f"{escape(charts.variant(group))} {aside}</figcaption>{chart}</figure>"
     )
 
 
-def _axis(charts: Charts, group: Group) -> str:
+def _axis(charts: Charts, group: LadderResult) -> str:
     """What tells the ladders of one variant apart."""
     return f'<span class="quiet">in {escape(axis_name(group.axis))}</span>' if charts.several_axes else ""
 
@@ -326,7 +326,7 @@ def _rules(rules: Sequence[tuple[str, Sequence[TensorRule]]]) -> str:
     return _title("Rules", note) + "\n".join(tables)
 
 
-def _runs(ledger: Ledger) -> str:
+def _runs(ledger: RunCounts) -> str:
     """Runs by state, and what they cost, per variant and size."""
     if not ledger:
         return ""

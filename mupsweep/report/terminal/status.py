@@ -20,7 +20,7 @@ from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import GRID, SweepConfig, from_tree
 
 if TYPE_CHECKING:
-    from mupsweep.sweep.search import Looks
+    from mupsweep.sweep.search import SearchStates
 
 SILENT_SECONDS = 300.0  # a worker gives a sign of life every half minute, unless a step takes longer
 
@@ -98,7 +98,7 @@ def _searching(sweep: SweepDir) -> SweepConfig | None:
     return None if config.sweep.search == GRID else config
 
 
-def _survey(config: SweepConfig, sweep: SweepDir) -> Looks:
+def _survey(config: SweepConfig, sweep: SweepDir) -> SearchStates:
     """Where a search stands, by variant."""
     from mupsweep.store.results import read_runs
     from mupsweep.sweep.search import survey  # which needs scipy

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.transfer import Analysis
-from mupsweep.analysis.tuning import AtSize, Closing, Tuning, closings, remarks, said, tunings
+from mupsweep.analysis.tuning import GapAfterTuning, SizeTuning, Tuning, gaps_after_tuning, remarks, said, tunings
 from mupsweep.report.terminal.console import table_of
 
 Gap = tuple[tuple[str, ...], list[tuple[str, ...]]]  # head and rows of a table
@@ -28,7 +28,7 @@ def tuning_text(analysis: Analysis) -> Iterator[str | Table]:
 def told(analysis: Analysis) -> tuple[list[str], list[Gap]]:
     """What stands in every view: a line per hyperparameter and the remarks, and the tables of the gaps to SP."""
     tuned = tunings(analysis)
-    closed = closings(analysis, tuned)
+    closed = gaps_after_tuning(analysis, tuned)
     kinds = dict.fromkeys((c.before[-1].of, c.before[-1].axis) for c in closed)
     gaps = [gap([c for c in closed if (c.before[-1].of, c.before[-1].axis) == kind]) for kind in kinds]
     return [*map(tuning_line, tuned), *remarks(closed)], gaps
@@ -44,14 +44,14 @@ def tuning_line(one: Tuning) -> str:
     return f"{'/'.join(one.names[1:])}, {one.hyperparameter} in {one.axis}: best {best}, {than}; {one.verdict}{why}"
 
 
-def _around(at: AtSize) -> str:
+def _around(at: SizeTuning) -> str:
     """What is known beyond the best of the values that were trained."""
     if at.edge is not None:
         return f" (the {at.edge} tried)"
     return "" if at.minimum.value is None else f" (minimum {at.minimum:.3g})"
 
 
-def gap(closed: list[Closing]) -> Gap:
+def gap(closed: list[GapAfterTuning]) -> Gap:
     """A parametrization against SP at every size, each at its own optimum."""
     first = closed[0].before[0]
     title = f"{first.of[2]} against {first.over[2]}, {first.of[1]}, {first.axis}"

@@ -14,7 +14,16 @@ from mupsweep.analysis.comparison import Comparison, comparisons, quality
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.analysis.optimum import CONFIDENCE, Optimum
-from mupsweep.analysis.transfer import DRIFTS, HORIZON, INCONCLUSIVE, TRANSFERS, Analysis, Group, diverges, loss_of
+from mupsweep.analysis.transfer import (
+    DRIFTS,
+    HORIZON,
+    INCONCLUSIVE,
+    TRANSFERS,
+    Analysis,
+    LadderResult,
+    diverges,
+    loss_of,
+)
 from mupsweep.formatting import counted, si
 from mupsweep.recipes.validation import Validation
 from mupsweep.report.names import slope_words
@@ -124,7 +133,7 @@ def show_validation(outcome: Validation) -> None:
         console.say(reason)
 
 
-def _optimum_table(group: Group) -> Table:
+def _optimum_table(group: LadderResult) -> Table:
     size = ["tokens"] if group.axis == HORIZON else ["width", "depth"]
     rest = ("runs", "x", "optimal log2 LR", "loss", "the base's LR costs")  # 80 columns hold them
     table = table_of(*size, *rest)
@@ -149,7 +158,7 @@ def _loss_words(optimum: Optimum) -> str:
     return f"{loss.value:.4f}" + (f" ±{max(ends):.4f}" if ends else "")
 
 
-def _known_lines(group: Group) -> Iterator[str]:
+def _known_lines(group: LadderResult) -> Iterator[str]:
     """The LR that a ladder begins with, and what becomes of it along the ladder."""
     base, last = group.base, group.optima[-1]
     if base.log2_lr is not None:
@@ -162,7 +171,7 @@ def _known_lines(group: Group) -> Iterator[str]:
         yield "; ".join(told)
 
 
-def quality_lines(group: Group) -> Iterator[str]:
+def quality_lines(group: LadderResult) -> Iterator[str]:
     """What is known of a ladder beyond its verdict."""
     found = quality(group)
     if found.held_out is not None:

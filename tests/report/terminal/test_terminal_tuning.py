@@ -11,10 +11,10 @@ import pytest
 from mupsweep.analysis.comparison import Comparison
 from mupsweep.analysis.estimate import Estimate
 from mupsweep.analysis.transfer import TRANSFERS
-from mupsweep.analysis.tuning import AtSize, Closing, Tuning
+from mupsweep.analysis.tuning import GapAfterTuning, SizeTuning, Tuning
 from mupsweep.launchers import Launcher
 from mupsweep.launchers.driver import train
-from mupsweep.report.generate import conclude
+from mupsweep.report.generate import generate
 from mupsweep.report.terminal.status import show_status
 from mupsweep.report.terminal.tuning import gap, tuning_line
 from mupsweep.schema import instantiate
@@ -24,9 +24,9 @@ from mupsweep.sweep.config import load
 NONE = Estimate(None, None, None)
 
 
-def at(width: int, best: float, gain: float) -> AtSize:
+def at(width: int, best: float, gain: float) -> SizeTuning:
     told = Estimate(gain, gain - 0.01, gain + 0.01)
-    return AtSize(width, 4, None, {1.0: told, best: told}, best, None, told, NONE, NONE)  # type: ignore[arg-type]
+    return SizeTuning(width, 4, None, {1.0: told, best: told}, best, None, told, NONE, NONE)  # type: ignore[arg-type]
 
 
 def test_a_hyperparameter_is_a_line_with_its_ends() -> None:
@@ -48,7 +48,10 @@ def test_the_gap_has_a_line_for_every_size_and_hyperparameter() -> None:
             for size, nats, speed_up in zip(sizes, lower, (Estimate(1.5, 1.2, None), NONE), strict=True)
         )
 
-    closed = [Closing("a", along(-0.02, -0.04), along(0.0, 0.01)), Closing("b", along(-0.02, -0.04), along(0.0, -0.03))]
+    closed = [
+        GapAfterTuning("a", along(-0.02, -0.04), along(0.0, 0.01)),
+        GapAfterTuning("b", along(-0.02, -0.04), along(0.0, -0.03)),
+    ]
     _, rows = gap(closed)
     cells = [list(column) for column in zip(*rows, strict=True)]
     assert cells[0] == ["both at the defaults"] * 2 + ["each at its best a"] * 2 + ["each at its best b"] * 2
@@ -72,7 +75,7 @@ def test_a_sweep_with_axes_is_reported_with_its_values_apart(
     sweep, runs = plan.save(chosen, "")
     launcher: Launcher = instantiate(chosen.launcher, "launcher")
     assert train(launcher, sweep, runs)
-    conclude([sweep])
+    generate([sweep])
     show_status(sweep, per_run=False, as_json=False)
     told = capsys.readouterr().out
     assert "nanogpt/adamw/mup/model.init_std=0.08" in told  # the status
