@@ -45,7 +45,7 @@ def to_dataclass(cls: type[T], section: Mapping[str, Any], where: str) -> T:
         if any(isinstance(v, list | tuple) for v in entries):
             raise ConfigError(f"{where}.{key}={value}: expected a plain list, such as [-8,-7]")
 
-    schema = OmegaConf.to_dataclass(cls)
+    schema = OmegaConf.structured(cls)
     OmegaConf.set_readonly(schema, False)  # a frozen dataclass is read-only until told otherwise
     try:
         merged = OmegaConf.merge(schema, dict(section))

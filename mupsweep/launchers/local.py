@@ -227,7 +227,9 @@ class Pool:
                     hint = (
                         "; out of memory? lower launcher.slots_per_device or training.batch_size" if code == -9 else ""
                     )
-                    folder.write_status(FAILED, error=f"its worker died {MAX_WORKER_DEATHS} times ({ending(code)}){hint}")
+                    folder.write_status(
+                        FAILED, error=f"its worker died {MAX_WORKER_DEATHS} times ({ending(code)}){hint}"
+                    )
         return held
 
     def last_words(self, index: int) -> str:

@@ -95,7 +95,7 @@ def array_script(
             'echo "$(date +%FT%T) on $(hostname), GPUs: ${CUDA_VISIBLE_DEVICES:-none}: ${runs[*]}"',
             f"devices=({shlex.join(worker.devices)})",
             f"max_restarts={restarts}",
-            f"max_deaths={DEATHS}",
+            f"max_deaths={MAX_WORKER_DEATHS}",
             f"export OMP_NUM_THREADS={worker.threads} MKL_NUM_THREADS={worker.threads}",
             start,
             TRAIN,

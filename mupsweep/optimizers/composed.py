@@ -146,3 +146,6 @@ class StackedOptimizer(Optimizer, Algorithm):
     def _blocked_law(self, dims: Dims | None) -> UpdateLaw:
         law = self.base_law(dims)
         return law if self.block_size is None else blocked(law, self.block_sizes(dims))
+
+
+Composed = StackedOptimizer  # the name that optimizers outside this repository may import

@@ -13,11 +13,11 @@ from mupsweep.scaling.solve import numeric, symbolic
 
 __all__ = [
     "WEIGHT_DECAY_RULES",
-    "Claim",
     "Init",
     "Monomial",
     "Parametrization",
     "Role",
+    "RoleScaling",
     "Rule",
     "TensorSpec",
     "UpdateLaw",

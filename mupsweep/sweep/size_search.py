@@ -230,7 +230,11 @@ class SizeSearch:
             beyond = [x for x in (min(near) - COARSE_STEP, max(near) + COARSE_STEP) if self.is_open(x)]
             between = [x for x in self.lattice_around(middle) if self.is_open(x)]
             for chosen in (beyond, between):
-                yield sorted(chosen, key=lambda x: abs(x - middle))[:1], seeds, f"fewer than {POINTS} LRs around it"
+                yield (
+                    sorted(chosen, key=lambda x: abs(x - middle))[:1],
+                    seeds,
+                    f"fewer than {MIN_NEAR_POINTS} LRs around it",
+                )
         posterior = self.optimum.posterior
         cell = posterior.grid[1] - posterior.grid[0]
         for end, sign in ((posterior.grid[0], -1), (posterior.grid[-1], 1)):

@@ -1,10 +1,10 @@
 """Ranks: the processes that train one run together, a device each, and how they agree.
 
-Rank 0 is the worker: it claims runs and alone writes records. It starts the other ranks, unless torchrun or a job
-script started all of them, on one machine or on several. Every rank computes the gradient of its rows of the global
-batch, and sums it with the others'; all weights and optimizer state are on each, unless they are sharded. What only one
-of them knows (a signal, an error, memory that ran out) is told in `all_reduce_max`, which comes before whatever takes all of
-them, and at the end of every run: so nobody waits for a rank that has left the run.
+Rank 0 is the worker: it holds the lease of a run and alone writes records. It starts the other ranks, unless torchrun
+or a job script started all of them, on one machine or on several. Every rank computes the gradient of its rows of the
+global batch, and sums it with the others'; all weights and optimizer state are on each, unless they are sharded. What
+only one rank knows (a signal, an error, memory that ran out) reaches the others in `all_reduce_max`, which comes before
+every other collective and at the end of every run: so no rank waits for one that has left the run.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class DistributedContext:
             raise PeerOutOfMemory
 
     def all_to_all(self, send_buffer: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Send every rank the next `sent` numbers of `send_buffer`; what came from each, `received` of them, in order."""
+        """Send every rank the next `sent` numbers of `send_buffer`; return `received` numbers from each, in order."""
         came = send_buffer.new_empty(sum(received))
         self.go_on()
         dist.all_to_all_single(came, send_buffer, list(received), list(sent))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from rich.console import LadderResult as Lines
+from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
