@@ -19,7 +19,7 @@ from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import load
 from mupsweep.sweep.run_spec import RunSpec
-from mupsweep.trackers.live import Live
+from mupsweep.trackers.live import LiveTracker
 from mupsweep.training import worker
 from mupsweep.training.signals import StopSignal
 
@@ -62,7 +62,7 @@ def work(sweep: SweepDir, start: Any, answer: Path) -> None:
         finish(folder)
 
     plan_of, plan.load, worker.execute_run = plan.load, load_and_wait, note
-    with Live(sweep) as tracker:
+    with LiveTracker(sweep) as tracker:
         worker.lead(sweep, (), torch.device("cpu"), StopSignal(), worker.SINGLE_PROCESS, lambda: None, tracker)
     answer.write_text(json.dumps({"taken": taken, "calls": dict(calls), "listed": dict(listed)}))
 
@@ -76,7 +76,7 @@ def led(sweep: SweepDir, monkeypatch: pytest.MonkeyPatch, stop: StopSignal) -> t
         finish(folder)
 
     monkeypatch.setattr(worker, "execute_run", note)
-    with Live(sweep) as tracker:
+    with LiveTracker(sweep) as tracker:
         return worker.lead(sweep, (), torch.device("cpu"), stop, worker.SINGLE_PROCESS, lambda: None, tracker), taken
 
 

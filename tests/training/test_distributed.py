@@ -289,7 +289,7 @@ def test_sums_are_those_of_every_tensor_whatever_fits_in_a_bucket(
 
 
 def test_a_rank_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "PARTING", 0.2)
+    monkeypatch.setattr(distributed, "SHUTDOWN_TIMEOUT", 0.2)
     followers = distributed.RankProcesses()
     for number in ("1", "2"):
         followers.start({"RANK": number}, [sys.executable, "-c", f"import signal; {number} == 1 and signal.pause()"])

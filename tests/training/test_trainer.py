@@ -134,7 +134,7 @@ def test_what_only_decides_how_often_to_log_or_save_changes_no_number(
     straight = attempt(run(), data, tmp_path / "a")
     often = attempt(run("training.checkpoint_minutes=0"), data, tmp_path / "b")
     assert_same(straight, often)
-    monkeypatch.setattr(loop, "ROWS", 7)
+    monkeypatch.setattr(loop, "METRICS_ROWS", 7)
     seldom = attempt(run(), data, tmp_path / "c")
     for name, w in straight.weights.items():
         assert torch.equal(w, seldom.weights[name]), name
@@ -146,7 +146,7 @@ def test_what_only_decides_how_often_to_log_or_save_changes_no_number(
 def test_interrupted_and_resumed_equals_uninterrupted(
     optimizer: str, stops: tuple[int, ...], data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "ROWS", 10)  # a row every three steps, so that stops fall between rows
+    monkeypatch.setattr(loop, "METRICS_ROWS", 10)  # a row every three steps, so that stops fall between rows
     made = run(f"optimizer={optimizer}", "training.evals=2")
     straight = attempt(made, data, tmp_path / "straight")
     path = tmp_path / "stopped"
@@ -168,7 +168,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     optimizer: str, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows after the last checkpoint are made anew, not twice."""
-    monkeypatch.setattr(loop, "ROWS", 10)
+    monkeypatch.setattr(loop, "METRICS_ROWS", 10)
     made = run(f"optimizer={optimizer}")
     straight = attempt(made, data, tmp_path / "straight")
     path = tmp_path / "killed"
@@ -315,7 +315,7 @@ def test_the_step_of_divergence_does_not_depend_on_how_often_it_is_looked_for(
 ) -> None:
     made = run("optimizer=sgd", "sweep.log2_lrs=[40]")
     at_each_step = attempt(made, data, tmp_path / "a").summary
-    monkeypatch.setattr(loop, "ROWS", 3)
+    monkeypatch.setattr(loop, "METRICS_ROWS", 3)
     seldom = attempt(made, data, tmp_path / "b").summary
     assert at_each_step["diverged_at_step"] == seldom["diverged_at_step"] < 10
     assert seldom["steps"] == 10
@@ -496,7 +496,7 @@ def test_bits_per_byte_count_the_bytes_of_the_whole_validation_set(data: Dataset
 def test_about_so_many_rows_are_logged(
     rows: int, steps: list[int], data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "ROWS", rows)
+    monkeypatch.setattr(loop, "METRICS_ROWS", rows)
     found = attempt(run(), data, tmp_path / "run").rows
     assert [row["step"] for row in found] == steps
     assert [row["tokens"] for row in found] == [step * 4 * 32 for step in steps]
@@ -505,7 +505,7 @@ def test_about_so_many_rows_are_logged(
 def test_the_last_step_is_logged_whatever_the_interval(
     data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "ROWS", 7)
+    monkeypatch.setattr(loop, "METRICS_ROWS", 7)
     rows = attempt(run(), data, tmp_path / "run").rows
     assert [row["step"] for row in rows] == [4, 8, 12, 16, 20, 24, 28, 30]
 
@@ -514,7 +514,7 @@ def test_a_rows_loss_is_the_mean_since_the_row_before(
     data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     each = [row["train_loss"] for row in attempt(run(), data, tmp_path / "a").rows]
-    monkeypatch.setattr(loop, "ROWS", 10)
+    monkeypatch.setattr(loop, "METRICS_ROWS", 10)
     thirds = [row["train_loss"] for row in attempt(run(), data, tmp_path / "b").rows]
     assert thirds == pytest.approx([sum(each[i : i + 3]) / 3 for i in range(0, 30, 3)], rel=1e-12)
 
@@ -524,7 +524,7 @@ def test_three_evaluations_give_three_rows_with_a_validation_loss(
     rows: int, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the thirds of the run fall between two rows."""
-    monkeypatch.setattr(loop, "ROWS", rows)
+    monkeypatch.setattr(loop, "METRICS_ROWS", rows)
     result = attempt(run("training.evals=3"), data, tmp_path / "run")
     evaluated = [row for row in result.rows if "val_loss" in row]
     assert len(evaluated) == 3
