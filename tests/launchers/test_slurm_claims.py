@@ -19,7 +19,7 @@ from mupsweep.store import lease
 def foreign(tmp_path: Path) -> Callable[..., Path]:
     """A claim of another host by a job of this cluster, whose owner has missed two heartbeats."""
 
-    def made(silent: float = lease.SILENT_SECONDS + 1, **owner: str | None) -> Path:
+    def made(silent: float = lease.HEARTBEAT_GRACE + 1, **owner: str | None) -> Path:
         folder = tmp_path / "claims"
         claim = lease.take(folder)
         assert claim is not None
@@ -95,7 +95,7 @@ def test_a_claim_whose_job_slurm_does_not_know_is_taken_over_once_it_misses_its_
     clock = SimpleNamespace(time=time.time, monotonic=lambda: sum(slept), sleep=sleep)  # of claims, not of subprocess
     monkeypatch.setattr(lease, "time", clock)
     assert (lease.take(folder) is None) == beats
-    assert len(slept) == 5 if beats else lease.SILENT_SECONDS - 2 < sum(slept) < lease.SILENT_SECONDS + 1
+    assert len(slept) == 5 if beats else lease.HEARTBEAT_GRACE - 2 < sum(slept) < lease.HEARTBEAT_GRACE + 1
 
 
 def test_a_dead_owner_whose_jobs_number_is_another_jobs_by_now_goes_stale_like_any_other(
