@@ -27,7 +27,7 @@ from mupsweep.sweep.config import load
 from mupsweep.training import worker as working
 from mupsweep.training.distributed import DistributedContext
 from mupsweep.training.signals import StopSignal
-from mupsweep.training.worker import follow
+from mupsweep.training.worker import run_replica
 
 CPU = ["launcher=inline", "launcher.device=cpu"]
 LONG = ["experiment=smoke", *CPU, "training.steps=250", "sweep.width_ratios=[2]", "sweep.log2_lrs=[-7]"]
@@ -224,7 +224,7 @@ def test_a_rank_that_follows_knows_the_runs_that_were_planned_after_it_started(
             return next(run.run_id for run in plan.save(load([*overrides, "sweep.seeds=[1]"]), "")[1] if run not in old)
 
     monkeypatch.setattr("mupsweep.training.worker.train", lambda run, *_: told.append(run.run_id))
-    assert follow(sweep, torch.device("cpu"), StopSignal(), Second(rank=1))
+    assert run_replica(sweep, torch.device("cpu"), StopSignal(), Second(rank=1))
     assert len(told) == 1
 
 
