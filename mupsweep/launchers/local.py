@@ -19,6 +19,7 @@ from mupsweep.formatting import si
 from mupsweep.launchers import check_counts, size_overrides
 from mupsweep.report.terminal.progress import Progress
 from mupsweep.store.environment import cores, device_memory, find_devices
+from mupsweep.store.lease import MAX_WORKER_DEATHS
 from mupsweep.store.run_dir import FAILED, RUNNING
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
@@ -28,9 +29,6 @@ from mupsweep.training.signals import defer_signals, interrupt_on_stop
 
 POLL_SECONDS = 0.3
 USABLE = 0.8  # of a device's memory, as far as estimates go
-MAX_WORKER_DEATHS = (
-    2  # a run that kills its worker this often is recorded as failed; a slot is given so many workers for nothing
-)
 
 
 @dataclass(frozen=True)
@@ -210,6 +208,7 @@ class Pool:
         for index, (worker, code) in enumerate(zip(self.workers, codes, strict=True)):
             if code in (None, 0, STOPPED):
                 continue
+            # workers that die without a run would be replaced forever: a slot is given as many as a run
             self.idle_deaths = 0 if self.record_death(worker.pid, code) else self.idle_deaths + 1
             if self.idle_deaths > MAX_WORKER_DEATHS * len(self.slots) or code > 0:
                 raise RecordError(f"a worker ended with {ending(code)}: {self.last_words(index)}")

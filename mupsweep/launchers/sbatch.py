@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import duration
+from mupsweep.store.lease import MAX_WORKER_DEATHS
 
-MAX_WORKER_DEATHS = 3  # a worker's place in a task is left empty after so many of them
 VALUE = re.compile(r"[\w.,:@+=/*&|()\[\]!%~^][\w.,:@+=/*&|()\[\]!%~^-]*", re.ASCII)  # no blank, quote or further option
 OPTION = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(=(?P<value>.*))?", re.DOTALL)
 OURS = (  # what the script relies on
@@ -95,7 +95,7 @@ def array_script(
             'echo "$(date +%FT%T) on $(hostname), GPUs: ${CUDA_VISIBLE_DEVICES:-none}: ${runs[*]}"',
             f"devices=({shlex.join(worker.devices)})",
             f"max_restarts={restarts}",
-            f"max_deaths={MAX_WORKER_DEATHS}",
+            f"max_deaths={MAX_WORKER_DEATHS + 1}",  # the last worker trains the other runs before the deadly one
             f"export OMP_NUM_THREADS={worker.threads} MKL_NUM_THREADS={worker.threads}",
             start,
             TRAIN,

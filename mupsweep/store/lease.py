@@ -26,6 +26,7 @@ HEARTBEAT_INTERVAL = 15.0  # from one heartbeat to the next, unless a step takes
 HEARTBEAT_GRACE = (
     2 * HEARTBEAT_INTERVAL
 )  # one that is damaged, or whose job is over, is taken over after so long without
+MAX_WORKER_DEATHS = 2  # workers that a run may cost: after so many it waits for all others, or counts as failed
 LEASE_TIMEOUT = 600.0  # a claim of another host without a heartbeat for so long is taken over
 
 

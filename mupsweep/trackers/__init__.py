@@ -114,6 +114,9 @@ class SyncState:
         write_text(self.folder / run.run_id, fingerprint(run), durable=False)
 
 
+Ledger = SyncState  # the name by which trackers outside this package import it
+
+
 class WithoutServer:
     """What trackers share that keep all they show on this machine: a ledger of it, and no page of the sweep."""
 

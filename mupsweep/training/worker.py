@@ -19,7 +19,7 @@ import torch
 from mupsweep.data import Dataset, prepare
 from mupsweep.errors import MupsweepError, RecordError
 from mupsweep.formatting import nearest, si
-from mupsweep.store.lease import Lease
+from mupsweep.store.lease import MAX_WORKER_DEATHS, Lease
 from mupsweep.store.run_dir import FAILED, FINISHED, PENDING, RUNNING, RunDir
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
@@ -34,8 +34,6 @@ from mupsweep.training.signals import StopSignal
 from mupsweep.training.trainer import train
 
 log = logging.getLogger("mupsweep")
-
-MAX_WORKER_DEATHS = 2  # a run of which so many workers died is trained last
 
 
 def execute(
