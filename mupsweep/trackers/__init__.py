@@ -144,4 +144,4 @@ def require_package(tracker: str, package: str) -> None:
         ConfigError: saying what to install.
     """
     if importlib.util.find_spec(package) is None:
-        raise ConfigError(f"tracker={tracker} needs the package {package}: pip install 'mupsweep[{tracker}]'")
+        raise ConfigError(f"tracker={tracker} needs the package {package}: pip install {package}")

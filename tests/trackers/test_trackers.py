@@ -57,7 +57,7 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(name: str, monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
     with pytest.raises(ConfigError) as caught:
         instantiate({"name": name, "kind": load([]).tracker["kind"].replace("jsonl.Jsonl", KINDS[name])}, "tracker")
-    assert str(caught.value) == f"tracker={name} needs the package {PACKAGES[name]}: pip install 'mupsweep[{name}]'"
+    assert str(caught.value) == f"tracker={name} needs the package {PACKAGES[name]}: pip install {PACKAGES[name]}"
 
 
 def shown_by_tensorboard(sweep: SweepDir, run: RunDir) -> list[tuple[int, str, float]]:

@@ -223,7 +223,7 @@ def _library() -> Any:
         import datasets.config
     except ImportError as error:
         raise DataError(
-            f"data sets of the hub need the package datasets ({error}): pip install 'mupsweep[data]'"
+            f"data sets of the hub need the package datasets ({error}): pip install datasets"
         ) from error
     datasets.utils.logging.disable_progress_bar()
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = RETRIES

@@ -27,7 +27,7 @@ def asked(config: DataConfig, revision: str) -> str:
         from huggingface_hub import HfApi
     except ImportError as error:
         raise DataError(
-            f"data sets of the hub need the package datasets ({error}): pip install 'mupsweep[data]'"
+            f"data sets of the hub need the package datasets ({error}): pip install datasets"
         ) from error
     try:
         return str(HfApi().dataset_info(str(config.hub_id), revision=revision, timeout=SECONDS).sha)
