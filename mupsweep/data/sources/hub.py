@@ -222,9 +222,7 @@ def _library() -> Any:
         import datasets
         import datasets.config
     except ImportError as error:
-        raise DataError(
-            f"data sets of the hub need the package datasets ({error}): pip install datasets"
-        ) from error
+        raise DataError(f"data sets of the hub need the package datasets ({error}): pip install datasets") from error
     datasets.utils.logging.disable_progress_bar()
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = RETRIES
     return datasets

@@ -26,9 +26,7 @@ def asked(config: DataConfig, revision: str) -> str:
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
-        raise DataError(
-            f"data sets of the hub need the package datasets ({error}): pip install datasets"
-        ) from error
+        raise DataError(f"data sets of the hub need the package datasets ({error}): pip install datasets") from error
     try:
         return str(HfApi().dataset_info(str(config.hub_id), revision=revision, timeout=SECONDS).sha)
     except Exception as error:
