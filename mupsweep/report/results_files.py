@@ -1,4 +1,4 @@
-"""Results: the files of `results/` that scripts read, runs.csv, curves.csv and transfer.json (design section 9)."""
+"""Results: the files of `results/` that scripts read, runs.csv, curves.csv and transfer.json."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def write_results(sweep: SweepDir, analysis: Analysis) -> None:
 
 
 def to_json(analysis: Analysis) -> dict[str, Any]:
-    """The stable form that scripts read: design section 9."""
+    """The stable form that scripts read; mupsweep/report/README.md describes it."""
     return {
         "groups": [
             {

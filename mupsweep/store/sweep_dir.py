@@ -1,4 +1,4 @@
-"""Records: what a sweep leaves on disk. The only module that knows file names (design: every view reads these).
+"""Records: what a sweep leaves on disk. Only this room knows the names of its files.
 
     <sweep>/  config.yaml  plan.jsonl  environment.json  submit-*.sbatch  jobs/  logs/  results/
     <sweep>/runs/<run-id>/  config.yaml  groups.json  status.json  metrics.jsonl  summary.json  train.log

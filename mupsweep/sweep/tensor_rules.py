@@ -92,7 +92,7 @@ def clip_norm(recipe: ResolvedVariant) -> float | None:
     """The norm that gradients are clipped to; None where an optimizer's rule depends on the gradient's size.
 
     The gradient's norm itself changes with width and depth, so a constant norm would clip sizes differently and break
-    the rule of every optimizer whose update is not normalised (theory: any degree other than 0).
+    the rule of every optimizer whose update is not normalised: any degree other than 0.
     """
     normalised = all(part.optimizer.update_law().degree == 0 for part in recipe.parts)
     return recipe.training.clip if normalised else None

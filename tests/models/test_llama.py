@@ -248,7 +248,7 @@ def test_keys_shared_in_groups_of_one_size_follow_the_rule_of_every_hidden_matri
             assert getattr(row, ratio) == pytest.approx(getattr(query, ratio), rel=TOLERANCE["rule"]), (name, ratio)
 
 
-# r_n = 4 with two keys held: theory of repeated rows, ||W||_R as it is. (init std, LR, weight decay, eps) of keys.
+# r_n = 4 with two keys held: rows that repeat leave ||W||_R as it is. (init std, LR, weight decay, eps) of keys.
 HELD = {
     "adamw": (1 / 2, 1 / 4, 4, 1),
     "muon": (1 / 2, 1 / 2, 2, 2),

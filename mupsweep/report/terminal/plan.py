@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON for scripts (design section 9)."""
+"""What commands print: tables for people, JSON for scripts."""
 
 from __future__ import annotations
 
