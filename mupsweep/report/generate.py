@@ -35,7 +35,7 @@ def generate(
     """Analyse some sweeps together, write the results of a single one, print the outcome, return the verdicts.
 
     Args:
-        figures: a further look to draw the figures in, a key of `looks.LOOKS`.
+        figures: a further style to draw the figures in, a key of `theme.FIGURE_STYLES`.
     """
     from mupsweep.report.terminal import verdicts
 
@@ -44,7 +44,7 @@ def generate(
     if figures is not None:
         from mupsweep.report.figures import theme
 
-        theme.look_of(figures)  # this, and a damaged config, are told before anything is written
+        theme.figure_style(figures)  # this, and a damaged config, are refused before anything is written
     for sweep in sweeps:
         sweep.read_config()
     # before the runs are read: of 100,000, plan and results together would take the most memory
@@ -93,7 +93,7 @@ def write_views(
     analysis: Analysis,
     shown_rules: Sequence[tuple[str, Sequence[TensorRule]]],
     ledger: RunCounts,
-    look: str | None,
+    style: str | None,
 ) -> list[Path]:
     """results/: tables, and figures and the report once there is something to see."""
     write_results(sweep, analysis)
@@ -103,8 +103,8 @@ def write_views(
         from mupsweep.report.html import page
 
         curves.draw(analysis, sweep.figures)
-        if look is not None:
-            files += curves.draw(analysis, sweep.figures / look, look)
+        if style is not None:
+            files += curves.draw(analysis, sweep.figures / style, style)
         files = [page.write(sweep, analysis, shown_rules, ledger), sweep.figures, *files]
     trackers.analysed(sweep)
     return files

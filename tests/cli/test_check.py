@@ -63,7 +63,7 @@ def test_the_outcome_is_kept_with_a_sweep_for_its_report(cli: Cli, tmp_path: Pat
     assert json.loads(sweep.check_path.read_text()) == json.loads(out)
     (label, mup), *_ = [pair for pair in coordinates.read(sweep) if pair[0][2] == "mup"]
     assert label == ("nanogpt", "adamw", "mup")
-    lines = {line[2]: line for line in coordinates.lines([(label, mup)])}
+    lines = {line[2]: line for line in coordinates.table_rows([(label, mup)])}
     assert lines["change of features"][4:] == ("0", "ok")
     assert "13 of 13 promises kept" in coordinates.verdicts([(label, mup)])
 

@@ -1,4 +1,4 @@
-"""The figure of a coordinate check: what moved against the size, one line per step count, SP beside muP."""
+"""The figure of a coordinate check: every coordinate against the size, a line per number of steps, SP beside muP."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mupsweep.report.figures.theme import QUIET, SIZES, STYLE, VERDICT_COLORS, s
 from mupsweep.scaling import Role
 
 FORMATS = (".png", ".svg")
-ROWS: tuple[tuple[str, Role | None, str], ...] = (
+ROWS: tuple[tuple[str, Role | None, str], ...] = (  # quantity, role, name on the y axis
     (CHANGE + FEATURES, None, "change of features"),
     (CHANGE + LOGITS, None, "change of logits"),
     (CHANGE + ATTENTION, None, "change of attention logits"),
@@ -34,39 +34,47 @@ def check(path: Path) -> None:
     if path.suffix not in FORMATS:
         raise ConfigError(f"--figure {path}: expected a path that ends in {' or '.join(FORMATS)}")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        where = "it is a folder" if path.is_dir() else f"{path.parent} is no folder that can be written to"
-        raise ConfigError(f"--figure {path}: {where}; name a file in one that is there, such as check{FORMATS[0]}")
+        problem = "it is a folder" if path.is_dir() else f"{path.parent} is no folder that can be written to"
+        raise ConfigError(f"--figure {path}: {problem}; name a file in one that is there, such as check{FORMATS[0]}")
 
 
-def draw(checked: Sequence[Coordinates], path: Path) -> None:
-    """Draw what was measured: a column per axis and variant, a row per coordinate, both axes logarithmic."""
-    columns = [(axis, one) for axis in (WIDTH, DEPTH) for one in checked if axis in one.axes()]
-    shown = [key for key in ROWS if all(_row(one, axis, *key[:2]) for axis, one in columns)]
+def draw(variants: Sequence[Coordinates], path: Path) -> None:
+    """Draw every coordinate against the size: a column per axis and variant, a row per quantity, both axes log."""
+    columns = [(axis, variant) for axis in (WIDTH, DEPTH) for variant in variants if axis in variant.axes()]
+    # a row is drawn where every column has its quantity
+    rows = [key for key in ROWS if all(_row(variant, axis, *key[:2]) for axis, variant in columns)]
     with matplotlib.style.context(["default", STYLE]):
-        figure = Figure(figsize=(0.6 + 2.5 * len(columns), 0.9 + 2.1 * len(shown)), layout="constrained")
-        panels = figure.subplots(len(shown), len(columns), squeeze=False, sharey="row")
-        for line, (quantity, role, name) in zip(panels, shown, strict=True):
-            line[0].set_ylabel(name)
-            for axes, (axis, one) in zip(line, columns, strict=True):
-                row = _row(one, axis, quantity, role)
+        figure = Figure(figsize=(0.6 + 2.5 * len(columns), 0.9 + 2.1 * len(rows)), layout="constrained")
+        panels = figure.subplots(len(rows), len(columns), squeeze=False, sharey="row")
+        for panel_row, (quantity, role, name) in zip(panels, rows, strict=True):
+            panel_row[0].set_ylabel(name)
+            for axes, (axis, variant) in zip(panel_row, columns, strict=True):
+                row = _row(variant, axis, quantity, role)
                 assert row is not None
                 _panel(axes, row)
-        several = len({one.label[:2] for one in checked}) > 1
-        for axes, (_, one) in zip(panels[0], columns, strict=True):
-            title = " ".join(one.label[1:]) if several else one.label[2]
+        several_models = len({variant.label[:2] for variant in variants}) > 1
+        for axes, (_, variant) in zip(panels[0], columns, strict=True):
+            title = " ".join(variant.label[1:]) if several_models else variant.label[2]
             axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=19)
         for axes, (axis, _) in zip(panels[-1], columns, strict=True):
             axes.set_xlabel(axis)
-        counts = sorted({count for one in checked for row in one.rows for count in row.values if count})
-        handles = [
-            Line2D([], [], color=_shade(i, len(counts)), marker="o", markersize=4, label=f"after {told}")
-            for i, told in enumerate(counted(count, "step") for count in counts)
-        ]
+        handles = _step_handles(variants)
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
         save(figure, path)
 
 
+def _step_handles(variants: Sequence[Coordinates]) -> list[Line2D]:
+    """A legend entry per number of steps after which coordinates were measured."""
+    steps = {count for variant in variants for row in variant.rows for count in row.values if count}
+    handles = []
+    for i, count in enumerate(sorted(steps)):
+        label = f"after {counted(count, 'step')}"
+        handles.append(Line2D([], [], color=_shade(i, len(steps)), marker="o", markersize=4, label=label))
+    return handles
+
+
 def _panel(axes: Axes, row: Row) -> None:
+    """One quantity of one variant against the size, a line per number of steps."""
     for i, values in enumerate(row.values.values()):
         axes.plot(row.sizes, values, color=_shade(i, len(row.values)), marker="o", markersize=3.5, linewidth=1.2)
     axes.set_xscale("log", base=2)
@@ -81,9 +89,11 @@ def _panel(axes: Axes, row: Row) -> None:
     axes.text(0, 1.04, text, transform=axes.transAxes, fontsize=8, color=color)
 
 
-def _row(one: Coordinates, axis: str, quantity: str, role: Role | None) -> Row | None:
-    return next((r for r in one.by_role(axis) if (r.quantity, r.role) == (quantity, role)), None)
+def _row(variant: Coordinates, axis: str, quantity: str, role: Role | None) -> Row | None:
+    """The row of a quantity and role, or None where it was not measured."""
+    return next((r for r in variant.by_role(axis) if (r.quantity, r.role) == (quantity, role)), None)
 
 
 def _shade(i: int, count: int) -> tuple[float, float, float, float]:
+    """The i-th of this many colours, from light to dark."""
     return SIZES(i / max(1, count - 1))

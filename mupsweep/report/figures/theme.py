@@ -16,13 +16,13 @@ from mupsweep.formatting import nearest
 
 INK, QUIET, BAND = "#1f2328", "#6b7280", "#f1f3f5"
 VERDICT_COLORS = {"transfers": "#17734a", "drifts": "#b3400a", "inconclusive": QUIET}
-# light and small to dark and large, of falling lightness in every kind of colour vision
+# small sizes are light and large ones dark, in every kind of colour vision
 SIZES = LinearSegmentedColormap.from_list("sizes", ["#9fd49b", "#45b5a5", "#2a86b5", "#33529b", "#2d1857"])
 # Okabe and Ito, jfly.uni-koeln.de/color
 GROUPS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 MARKERS = ("o", "s", "D", "^", "v", "P")
 STYLE = {
-    "svg.hashsalt": "mupsweep",  # element ids that do not change from one drawing to the next
+    "svg.hashsalt": "mupsweep",  # gives elements the same ids in every drawing
     "font.size": 9,
     "text.color": INK,
     "axes.edgecolor": "#9aa1a9",
@@ -62,48 +62,49 @@ PAPER_STYLE = {
 
 @dataclass(frozen=True)
 class FigureStyle:
-    """How figures are drawn.
+    """The fonts, sizes and file formats of the figures.
 
     Attributes:
-        suffixes: of the files, which say their format.
+        rc_params: matplotlib's settings.
+        suffixes: suffixes of the written files, which select the format.
         panel: width and height of a panel, in inches; a width of None divides TEXT_WIDTH among the columns.
-        drift: width and height of the drift figure, without its legend.
+        drift: width and height of the drift figure without its legend, in inches.
         title, small: font sizes, in points.
-        lines: by what lines and markers are scaled.
-        told: whether verdicts and drifts stand above the panels; where not, letters for a caption do.
+        lines: factor for line widths and marker sizes.
+        show_titles: whether verdict and drift stand above each panel; if not, panels get letters for a caption.
     """
 
-    style: dict[str, Any]
+    rc_params: dict[str, Any]
     suffixes: tuple[str, ...]
     panel: tuple[float | None, float]
     drift: tuple[float, float]
     title: float
     small: float
     lines: float
-    told: bool
+    show_titles: bool
 
     def size(self, columns: int, rows: int) -> tuple[float, float]:
-        """Of a figure of panels, in inches."""
+        """Width and height of a figure with this many panels, in inches."""
         width, height = self.panel
-        wide = 0.5 + width * columns if width else TEXT_WIDTH[0] if columns == 1 else TEXT_WIDTH[1]
-        return wide, 0.7 + height * rows
+        text_width = TEXT_WIDTH[0] if columns == 1 else TEXT_WIDTH[1]
+        return text_width if width is None else 0.5 + width * columns, 0.7 + height * rows
 
 
 TEXT_WIDTH = 3.35, 6.9  # inches of one column and of two, which fit most journals
-LOOKS = {
+FIGURE_STYLES = {
     "screen": FigureStyle(STYLE, (".png", ".svg"), (4.1, 3.7), (5.8, 4.1), 11, 7, 1.0, True),
     "paper": FigureStyle(PAPER_STYLE, (".png", ".svg", ".pdf"), (None, 2.1), (3.35, 2.5), 8.5, 6, 0.7, False),
 }
 
 
-def look_of(name: str) -> FigureStyle:
-    """The look of that name, a key of LOOKS."""
-    if name not in LOOKS:
-        raise ConfigError(f"--figures {name}: {nearest(name, LOOKS)}")
-    return LOOKS[name]
+def figure_style(name: str) -> FigureStyle:
+    """Look up a style by its name in FIGURE_STYLES."""
+    if name not in FIGURE_STYLES:
+        raise ConfigError(f"--figures {name}: {nearest(name, FIGURE_STYLES)}")
+    return FIGURE_STYLES[name]
 
 
-# what would make two drawings differ
+# file metadata that would differ between two drawings of one figure
 METADATA = {
     ".png": {"Software": None},
     ".svg": {"Date": None, "Creator": None},
@@ -112,8 +113,8 @@ METADATA = {
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure, in the format that its name says; returns the path."""
-    drawn = BytesIO()
-    figure.savefig(drawn, format=path.suffix[1:], dpi=200, metadata=METADATA[path.suffix])
-    write_bytes(path, drawn.getvalue())
+    """Write a figure in the format of the path's suffix; returns the path."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:], dpi=200, metadata=METADATA[path.suffix])
+    write_bytes(path, buffer.getvalue())
     return path

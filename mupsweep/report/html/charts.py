@@ -1,4 +1,4 @@
-"""The charts of the HTML report, as SVG. A point carries its values in data-tip, which report.js shows."""
+"""The charts of the HTML report, as SVG. A point carries its values in data-tip, which report.js displays."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mupsweep.analysis.optimum import Optimum
 from mupsweep.analysis.transfer import TOLERANCE_OCTAVES, Analysis, LadderResult, loss_of
 from mupsweep.formatting import counted
 from mupsweep.report.html.svg import Plot, hollow, minus, round_numbers, tip_of
-from mupsweep.report.names import axis_name, in_order, loss_range, ordered_sizes, size_names, variant_name
+from mupsweep.report.names import axis_name, loss_range, ordered_sizes, size_names, sorted_ladders, variant_name
 
-THINNED = 80  # points of a training curve: more than a panel can show
-SMOOTHED = 40  # means that a noisy curve is reduced to
-SEED_POINTS = 2000  # of one loss curve, seed by seed: more make a page that nobody waits for
+MAX_CURVE_POINTS = 80  # of a training curve: a panel can show no more
+SMOOTHED_POINTS = 40  # means that a noisy curve is reduced to
+MAX_SEED_POINTS = 2000  # of one loss curve, seed by seed: with more of them the page loads too slowly
 DIAMOND = "M0-5.5L5.5 0L0 5.5L-5.5 0Z"
-MARKERS = (  # paths around the origin, one per variant
+MARKERS = (  # SVG paths around the origin, one per variant
     "M0-4.5A4.5 4.5 0 1 1 0 4.5A4.5 4.5 0 1 1 0-4.5Z",
     "M-4-4H4V4H-4Z",
     DIAMOND,
@@ -30,23 +30,23 @@ MARKERS = (  # paths around the origin, one per variant
 )
 
 
-def words(estimate: Estimate, unit: str = "", spec: str = "+.2f") -> str:
-    """A value with its interval, or the bound there is, typeset."""
+def estimate_text(estimate: Estimate, unit: str = "", spec: str = "+.2f") -> str:
+    """A value with its interval and typographic minus signs, or the bounds that are known."""
     return "unknown" if estimate == UNKNOWN else f"{minus(f'{estimate:{spec}}')} {unit}".rstrip()
 
 
 class Charts:
-    """Draws an analysis; sizes share their colours, and variants their markers, on the whole page.
+    """Draws an analysis; a size has one colour, and a variant one marker, on the whole page.
 
     Attributes:
-        groups: as people compare them.
-        labels: of the variants; a variant is known to the page by its place in this list.
-        names: of the sizes, the smallest first.
-        several_axes: whether a group's variant does not yet tell which group it is.
+        groups: ladders in the order of their variants.
+        labels: labels of the variants; the page identifies a variant by its position in this list.
+        names: name of every size, the smallest first.
+        several_axes: whether ladders run along several axes, so that the variant alone does not identify one.
     """
 
     def __init__(self, analysis: Analysis) -> None:
-        self.groups = in_order(analysis.groups)
+        self.groups = sorted_ladders(analysis.groups)
         self.labels = list(dict.fromkeys(g.label for g in self.groups))
         sizes = ordered_sizes(self.groups)
         self.names = dict(zip(sizes, size_names(list(sizes)), strict=True))
@@ -55,33 +55,35 @@ class Charts:
         self._reach = 1.15 * max([1.0, *(abs(x) for x in ends if x is not None)])
 
     def variant(self, group: LadderResult) -> str:
-        """The name of a group's variant."""
+        """The name of a ladder's variant."""
         return variant_name(group.label, self.labels)
 
     def name(self, curve: LossCurve) -> str:
-        """A size: width 64, depth 8, 64x8 or 400k tokens."""
+        """The name of a size, such as width 64, depth 8, 64x8 or 400k tokens."""
         return self.names[curve.size]
 
     def number(self, curve: LossCurve) -> str:
-        """A size where it is known what is meant: 64, 8, 64x8 or 400k."""
+        """The name of a size without its quantity, such as 64, 8, 64x8 or 400k, where an axis names that."""
         return self.name(curve).removeprefix("width ").removeprefix("depth ").removesuffix(" tokens")
 
     def shade(self, size: Size) -> str:
-        """Where a size lies between the colours of the smallest and the largest."""
+        """The attribute that places a size between the colours of the smallest and the largest."""
         return f'style="--t:{100 * list(self.names).index(size) / max(1, len(self.names) - 1):.0f}%"'
 
     def keys(self, groups: Sequence[LadderResult]) -> str:
-        """The markers of the variants."""
-        drawn = {g.label for g in groups}
-        return "".join(
-            f'<span class="v{i % 6}" data-variant="{i}"><svg viewBox="-7 -7 14 14">'
-            f'<path class="pt" d="{MARKERS[i % 6]}"/></svg> {escape(variant_name(label, self.labels))}</span>'
-            for i, label in enumerate(self.labels)
-            if label in drawn
-        )
+        """The legend: markers and names of the variants that these ladders have."""
+        labels = {g.label for g in groups}
+        keys = []
+        for i, label in enumerate(self.labels):
+            if label in labels:
+                keys.append(
+                    f'<span class="v{i % 6}" data-variant="{i}"><svg viewBox="-7 -7 14 14">'
+                    f'<path class="pt" d="{MARKERS[i % 6]}"/></svg> {escape(variant_name(label, self.labels))}</span>'
+                )
+        return "".join(keys)
 
     def bar(self, drift: Estimate) -> str:
-        """A drift against the tolerance; all bars of the page have one scale."""
+        """A drift beside the tolerance; all bars of the page have one scale."""
 
         def at(octaves: float) -> float:
             return round(150 + octaves / self._reach * 140, 1)
@@ -94,25 +96,28 @@ class Charts:
         for k in range(-last, last + 1, step):
             label = minus(f"{k:+d}") if k else "0"
             parts.append(f'<text class="middle" x="{at(k)}" y="34">{label}</text>')
-        known = [end is not None for end in (drift.low, drift.high)]
-        if any(known):
-            low, high = at(-self._reach if drift.low is None else drift.low), drift.high
-            arrows = ("" if known[0] else "M16 8l-6 4l6 4") + ("" if known[1] else "M284 8l6 4l-6 4")  # open ends
-            parts.append(f'<path class="range" d="M{low} 12H{at(self._reach if high is None else high)}{arrows}"/>')
+        if drift.low is not None or drift.high is not None:
+            low = -self._reach if drift.low is None else drift.low
+            high = self._reach if drift.high is None else drift.high
+            # an unknown end is an arrow to the edge of the bar
+            arrows = ("M16 8l-6 4l6 4" if drift.low is None else "") + ("M284 8l6 4l-6 4" if drift.high is None else "")
+            parts.append(f'<path class="range" d="M{at(low)} 12H{at(high)}{arrows}"/>')
         if drift.value is not None:
             parts.append(f'<circle class="dot{hollow(drift)}" cx="{at(drift.value)}" cy="12" r="5.5"/>')
-        label = f"total drift: {words(drift, 'octaves')}"
+        label = f"total drift: {estimate_text(drift, 'octaves')}"
         return f'<svg class="chart" viewBox="0 0 300 38" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
     def curves(self, group: LadderResult, family: Sequence[LadderResult]) -> str:
-        """Loss versus LR; the groups of a family share their axes, so that they can be compared by eye."""
+        """Loss versus LR of one ladder; the ladders of `family` share their axes, for comparison by eye."""
         optima = [o for g in family for o in g.optima]
         curves = [o.curve for o in optima]
         lrs = [p.log2_lr for c in curves for p in c.points]
         pad = 0.06 * (max(lrs) - min(lrs)) or 0.5
         unstable = {c.size for c in curves if c.n_diverged}
         diverged = [size for size in self.names if size in unstable]
-        pitch = min(9.0, 64 / max(1, len(diverged)))  # of the rows of crosses, one per size
+        pitch = min(
+            9.0, 64 / max(1, len(diverged))
+        )  # height of a row of crosses, of which every size with diverged runs has one
         strip = pitch * len(diverged) + 4 if diverged else 0.0
         plot = Plot((min(lrs) - pad, max(lrs) + pad), loss_range(optima), "peak learning rate", strip)
         plot.y_ticks()
@@ -129,13 +134,13 @@ class Charts:
             plot.add("</g>")
         return plot.svg(f"loss versus learning rate, {self.variant(group)}")
 
-    def _points(self, plot: Plot, optimum: Optimum, strip: float) -> None:
-        """What was trained, and the expected loss around the minimum."""
-        curve, made = optimum.curve, optimum.posterior
+    def _points(self, plot: Plot, optimum: Optimum, cross_height: float) -> None:
+        """Trained losses of one size, and the fitted curve around its minimum."""
+        curve, posterior = optimum.curve, optimum.posterior
         points = [p for p in curve.usable if math.isfinite(p.mean)]
         line = f'<path class="line" d="{plot.path((p.log2_lr, p.mean) for p in points)}"/>'
-        if made is not None:
-            expected = zip(made.grid.tolist(), made.mean.tolist(), strict=True)
+        if posterior is not None:
+            expected = zip(posterior.grid.tolist(), posterior.mean.tolist(), strict=True)
             line = f'<path class="fit" d="{plot.path(expected)}"/>{line}'
         bars = [(plot.x(p.log2_lr), p.mean, p.sem) for p in points if p.sem is not None and p.mean <= plot.ys[1]]
         line += "".join(f'<path class="bar" d="M{x} {plot.y(m - sem)}V{plot.y(m + sem)}"/>' for x, m, sem in bars)
@@ -144,19 +149,19 @@ class Charts:
         for p in curve.points:
             x, tip = plot.x(p.log2_lr), tip_of(self.name(curve), *_facts(p))
             if p.censored:
-                plot.add(f'<path class="pt cross" {tip} d="M{x - 3:.1f} {strip - 3}l6 6m0-6l-6 6"/>')
+                plot.add(f'<path class="pt cross" {tip} d="M{x - 3:.1f} {cross_height - 3}l6 6m0-6l-6 6"/>')
             elif p in points and p.mean > plot.ys[1]:
                 plot.add(f'<path class="pt" {tip} transform="translate({x} {plot.upper + 5})" d="M0-5L4 3H-4Z"/>')
             elif p in points:
                 plot.add(f'<circle class="pt" {tip} cx="{x}" cy="{plot.y(p.mean)}" r="2.8"/>')
 
     def _seeds(self, plot: Plot, curve: LossCurve) -> None:
-        """Every seed's own losses, hidden until they are asked for."""
-        shown, every = drawn_seeds(curve)
-        if len(every) < 2:
+        """The losses of every single seed, hidden until the user asks for them."""
+        seeds, all_seeds = drawn_seeds(curve)
+        if len(all_seeds) < 2:
             return
         plot.add('<g class="off" data-seeds="each">')
-        for seed in shown:
+        for seed in seeds:
             losses = [(p.log2_lr, p.losses[seed]) for p in curve.points if seed in p.losses]
             plot.clipped(f'<path class="faint" d="{plot.path(losses)}"/>')
             for lr, loss in losses:
@@ -170,39 +175,49 @@ class Charts:
         if optimum.log2_lr is None or optimum.loss is None:
             return
         x, y = plot.x(optimum.log2_lr), plot.y(optimum.loss)
-        at = Estimate(optimum.log2_lr, optimum.low, optimum.high)
-        if ends := [plot.x(end) for end in (at.low, at.high) if end is not None]:
+        log2_lr = Estimate(optimum.log2_lr, optimum.low, optimum.high)
+        if ends := [plot.x(end) for end in (log2_lr.low, log2_lr.high) if end is not None]:
             caps = "".join(f"M{end} {y - 4:.1f}v8" for end in ends)
             plot.add(f'<path class="interval" d="M{min(x, *ends)} {y}H{max(x, *ends)}{caps}"/>')
-        rate, loss = f"{2**optimum.log2_lr:.3g}, log2 {words(at, spec='.2f')}", words(loss_of(optimum), spec=".4f")
+        rate = f"{2**optimum.log2_lr:.3g}, log2 {estimate_text(log2_lr, spec='.2f')}"
+        loss = estimate_text(loss_of(optimum), spec=".4f")
         tip = tip_of(f"{self.name(optimum.curve)}: best rate", rate, f"loss {loss}")
-        plot.add(f'<path class="pt best{hollow(at)}" {tip} transform="translate({x} {y})" d="{DIAMOND}"/>')
+        plot.add(f'<path class="pt best{hollow(log2_lr)}" {tip} transform="translate({x} {y})" d="{DIAMOND}"/>')
 
     def ladder(
         self, groups: Sequence[LadderResult], values: Sequence[Sequence[Estimate]], tolerance: float, unit: str
     ) -> str:
-        """An estimate per size of every group over the axis's ratio: octaves, or nats, which are never negative."""
+        """An estimate per size of every ladder against the ratio of its axis.
+
+        Args:
+            groups: ladders along one axis.
+            values: for every ladder an estimate per size.
+            tolerance: half height of the shaded band.
+            unit: octaves, which are signed, or nats, which are never negative.
+        """
         octaves = unit == "octaves"
-        known = [v for e in chain(*values) for v in (e.value, e.low, e.high) if v is not None]
-        top = max([tolerance * 1.5, *known])
-        low = min([-tolerance * 1.5, *known]) if octaves else 0.0
-        room = 0.12 * (top - low)  # for the arrows of bounds too
-        at = {math.log2(g.ratio(o.curve)): o.curve for g in groups for o in g.optima}
-        plot = Plot((min(at) - 0.3, max(at) + 0.3), (low - room * octaves, top + room), axis_name(groups[0].axis))
+        numbers = [v for e in chain(*values) for v in (e.value, e.low, e.high) if v is not None]
+        top = max([tolerance * 1.5, *numbers])
+        low = min([-tolerance * 1.5, *numbers]) if octaves else 0.0
+        margin = 0.12 * (top - low)  # enough for the arrows of bounds
+        curves = {math.log2(g.ratio(o.curve)): o.curve for g in groups for o in g.optima}
+        xs = (min(curves) - 0.3, max(curves) + 0.3)
+        plot = Plot(xs, (low - margin * octaves, top + margin), axis_name(groups[0].axis))
         plot.band(plot.y(tolerance), plot.y(-tolerance if octaves else 0.0))
         plot.y_ticks()
-        plot.x_ticks((x, self.number(curve)) for x, curve in at.items())
-        if not known:
+        plot.x_ticks((x, self.number(curve)) for x, curve in curves.items())
+        if not numbers:
             plot.add(f'<text class="middle" x="{(plot.LEFT + plot.RIGHT) / 2}" y="{plot.y(0) - 6}">unknown</text>')
-        for nth, (group, estimates) in enumerate(zip(groups, values, strict=True)):
+        for i, (group, estimates) in enumerate(zip(groups, values, strict=True)):
             variant = self.labels.index(group.label)
+            dodge = (i - (len(groups) - 1) / 2) * 7  # ladders stand side by side at each size
             plot.add(f'<g class="v{variant % 6}" data-variant="{variant}">')
             line = []
             for optimum, estimate in zip(group.optima, estimates, strict=True):
-                x = plot.x(math.log2(group.ratio(optimum.curve))) + (nth - (len(groups) - 1) / 2) * 7  # side by side
+                x = plot.x(math.log2(group.ratio(optimum.curve))) + dodge
                 if estimate.value is not None:
                     line.append(f"{x:.1f} {plot.y(estimate.value)}")
-                value = words(estimate, unit, "+.2f" if octaves else ".4f")
+                value = estimate_text(estimate, unit, "+.2f" if octaves else ".4f")
                 tip = tip_of(f"{self.variant(group)}, {self.name(optimum.curve)}", value)
                 plot.estimate(x, estimate, tip, MARKERS[variant % 6])
             if len(line) > 1:
@@ -211,14 +226,14 @@ class Charts:
         return plot.svg(f"{unit} by size")
 
     def training(self, runs: Iterable[tuple[Size, Mapping[str, Any], Sequence[Mapping[str, Any]]]]) -> str:
-        """Loss by step of some runs, each with its size, its row and its metrics; nothing where none was logged."""
+        """Loss by step of runs given as (size, row, metrics), or an empty string where no loss was logged."""
         series = [(size, row, _smooth(_column(log, "train_loss")), _column(log, "val_loss")) for size, row, log in runs]
-        every = [point for _, _, train, val in series for point in chain(train, val)]
-        if not every:
+        points = [point for _, _, train, val in series for point in chain(train, val)]
+        if not points:
             return ""
-        last = max(step for step, _ in every)
-        # the first steps fall from log(vocabulary): they would take all the room
-        settled = [loss for step, loss in every if step >= 0.1 * last]
+        last = max(step for step, _ in points)
+        # the first steps fall from log(vocabulary) and would flatten the rest of the curve
+        settled = [loss for step, loss in points if step >= 0.1 * last]
         low, high = min(settled), max(settled)
         pad = 0.05 * (high - low) or 0.01
         plot = Plot((0, last), (low - pad, high + pad), "step")
@@ -226,8 +241,8 @@ class Charts:
         plot.x_ticks((t, f"{t:g}") for t in round_numbers(0, last))
         for size, row, train, val in series:
             plot.add(self._group(size))
-            lines = {"smooth": train, "line": _thin(val)}
-            plot.clipped("".join(f'<path class="{k}" d="{plot.path(v)}"/>' for k, v in lines.items()))
+            smooth, line = plot.path(train), plot.path(_thin(val))
+            plot.clipped(f'<path class="smooth" d="{smooth}"/><path class="line" d="{line}"/>')
             for step, loss in _thin(val):
                 if loss <= plot.ys[1]:
                     run = f"{self.names[size]}, LR 2^{row['log2_lr']:g}, seed {row['seed']}"
@@ -241,18 +256,18 @@ class Charts:
 
 
 def drawn_seeds(curve: LossCurve) -> tuple[list[int], list[int]]:
-    """The seeds of a loss curve that are drawn, and all it has."""
-    every = sorted({seed for p in curve.points for seed in p.losses})
-    return every[: max(1, SEED_POINTS // max(1, len(curve.points)))], every
+    """The seeds of a loss curve that are drawn one by one, and all its seeds."""
+    seeds = sorted({seed for p in curve.points for seed in p.losses})
+    return seeds[: max(1, MAX_SEED_POINTS // max(1, len(curve.points)))], seeds
 
 
 def size_id(size: Size) -> str:
-    """What marks all that is drawn of a size, for the buttons."""
+    """The value by which buttons find all elements of a size."""
     return "x".join(str(number) for number in size if number is not None)
 
 
 def _facts(point: Point) -> Iterable[str]:
-    """What is known of a point of a loss curve."""
+    """The lines of the tip at a point of a loss curve."""
     yield f"LR 2^{point.log2_lr:g} = {2**point.log2_lr:.3g}"
     if point.diverged:
         yield f"{point.diverged} of {counted(point.diverged + len(point.losses), 'seed')} diverged"
@@ -262,19 +277,23 @@ def _facts(point: Point) -> Iterable[str]:
 
 
 def _column(metrics: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) wherever a value was logged."""
-    pairs = ((row.get("step"), row.get(key)) for row in metrics)
-    return [(step, v) for step, v in pairs if step is not None and v is not None and math.isfinite(v)]
+    """(step, value) wherever a finite value was logged."""
+    pairs = []
+    for row in metrics:
+        step, value = row.get("step"), row.get(key)
+        if step is not None and value is not None and math.isfinite(value):
+            pairs.append((step, value))
+    return pairs
 
 
 def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means of neighbouring steps, SMOOTHED of them: of single batches one sees the noise only."""
-    width = math.ceil(len(points) / SMOOTHED) or 1
+    """About SMOOTHED_POINTS means over neighbouring steps, since the losses of single batches show only noise."""
+    width = math.ceil(len(points) / SMOOTHED_POINTS) or 1
     parts = (points[i : i + width] for i in range(0, len(points), width))
     return [(part[-1][0], sum(loss for _, loss in part) / len(part)) for part in parts]
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most THINNED points, the last one always."""
-    stride = math.ceil(len(points) / THINNED) or 1
+    """At most MAX_CURVE_POINTS points, always with the last one."""
+    stride = math.ceil(len(points) / MAX_CURVE_POINTS) or 1
     return [p for i, p in enumerate(points) if (len(points) - 1 - i) % stride == 0]

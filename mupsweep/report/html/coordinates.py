@@ -1,10 +1,11 @@
-"""The coordinate check in the HTML report: what moved against the size, and what was promised of it."""
+"""The coordinate check in the HTML report: coordinates against the size, and their exponents beside the promised."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import chain
 from typing import Any
 
 from mupsweep.analysis.estimate import Estimate
@@ -24,40 +25,46 @@ Label = tuple[str, str, str]
 
 
 def read(sweep: SweepDir) -> list[tuple[Label, Mapping[str, Any]]]:
-    """The variants of the check that was kept with a sweep, in order; none where there is none that can be read."""
+    """The variants of the check that is stored with a sweep, sorted; empty where no check can be read."""
     variants = (read_json(sweep.check_path) or {}).get("variants")
-    kept = [v for v in variants if isinstance(v, dict) and "roles" in v] if isinstance(variants, list) else []
-    labelled = [((v["model"], v["optimizer"], v["parametrization"]), v) for v in kept]
+    if not isinstance(variants, list):
+        return []
+    labelled = []
+    for variant in variants:
+        if isinstance(variant, dict) and "roles" in variant:
+            labelled.append(((variant["model"], variant["optimizer"], variant["parametrization"]), variant))
     return sorted(labelled, key=lambda pair: variant_order(pair[0]))
 
 
-def verdicts(found: Sequence[tuple[Label, Mapping[str, Any]]]) -> str:
-    """A line per variant, and what broken promises point at."""
-    labels = [label for label, _ in found]
+def verdicts(variants: Sequence[tuple[Label, Mapping[str, Any]]]) -> str:
+    """A line per variant, with the likely causes of promises that it breaks."""
+    labels = [label for label, _ in variants]
     items = []
-    for label, variant in found:
+    for label, variant in variants:
         judged = [row for row in variant["roles"] if row["promised"] is not None]
         missed = sum(bool(row["off"]) for row in judged)
-        said = f"{len(judged) - missed} of {len(judged)} promises kept" if judged else "promises nothing"
         if judged:
-            said = f"{'passed' if variant['passed'] else 'failed'}: {said}"
-        items.append(f"<li>{escape(variant_name(label, labels))} {escape(said)}</li>")
+            outcome = "passed" if variant["passed"] else "failed"
+            verdict = f"{outcome}: {len(judged) - missed} of {len(judged)} promises kept"
+        else:
+            verdict = "promises nothing"
+        items.append(f"<li>{escape(variant_name(label, labels))} {escape(verdict)}</li>")
         items += [f"<li>{escape(cause)}</li>" for cause in variant["causes"]]
     return f'<ul class="remarks">{"".join(items)}</ul>'
 
 
-def panels(found: Sequence[tuple[Label, Mapping[str, Any]]]) -> str:
-    """A chart per axis and variant; those of an axis share their scale."""
-    labels = [label for label, _ in found]
-    quantities = list(dict.fromkeys(_name(row) for _, v in found for row in _level(v["roles"])))
+def panels(variants: Sequence[tuple[Label, Mapping[str, Any]]]) -> str:
+    """A chart per axis and variant; the charts of an axis share their scale."""
+    labels = [label for label, _ in variants]
+    quantities = list(dict.fromkeys(_name(row) for _, v in variants for row in _coordinates(v["roles"])))
     figures = []
-    for axis in dict.fromkeys(row["axis"] for _, v in found for row in v["roles"]):
-        drawn = {label: [r for r in _level(v["roles"]) if r["axis"] == axis] for label, v in found}
-        grown = [g for rows in drawn.values() for row in rows for g in _growth(row)]
-        if not grown:
+    for axis in dict.fromkeys(row["axis"] for _, v in variants for row in v["roles"]):
+        rows_by_label = {label: [r for r in _coordinates(v["roles"]) if r["axis"] == axis] for label, v in variants}
+        growths = [_growth(row) for rows in rows_by_label.values() for row in rows]
+        if not any(growths):
             continue
-        low, high = min(-1.0, *grown), max(1.0, *grown)
-        for label, rows in drawn.items():
+        low, high = min(-1.0, *chain(*growths)), max(1.0, *chain(*growths))
+        for label, rows in rows_by_label.items():
             if rows:
                 chart = _chart(rows, axis, (low - 0.3, high + 0.3), quantities)
                 caption = f'{escape(variant_name(label, labels))} <span class="quiet">by {escape(axis)}</span>'
@@ -69,18 +76,21 @@ def panels(found: Sequence[tuple[Label, Mapping[str, Any]]]) -> str:
     return f'<div class="keys">{keys}</div><div class="panels">{"".join(figures)}</div>'
 
 
-def lines(found: Sequence[tuple[Label, Mapping[str, Any]]]) -> list[tuple[str, ...]]:
-    """A line of the table per quantity: COLUMNS."""
-    labels = [label for label, _ in found]
-    return [
-        (variant_name(label, labels), row["axis"], _name(row), _interval(row), row["promised"] or "–", _said(row))
-        for label, variant in found
-        for row in variant["roles"]
-        if row["shown"]
-    ]
+def table_rows(variants: Sequence[tuple[Label, Mapping[str, Any]]]) -> list[tuple[str, ...]]:
+    """Rows of the table of exponents, one per quantity; their columns are COLUMNS."""
+    labels = [label for label, _ in variants]
+    rows = []
+    for label, variant in variants:
+        name = variant_name(label, labels)
+        for row in variant["roles"]:
+            if row["shown"]:
+                promised = row["promised"] or "–"
+                rows.append((name, row["axis"], _name(row), _interval(row), promised, _verdict(row)))
+    return rows
 
 
-def _said(row: Mapping[str, Any]) -> str:
+def _verdict(row: Mapping[str, Any]) -> str:
+    """Whether a quantity keeps its promise, and which tensors do not."""
     if row["promised"] is None:
         return ""
     return f"off {', '.join(filter(None, row['off']))}".strip() if row["off"] else "ok"
@@ -94,13 +104,13 @@ def _name(row: Mapping[str, Any]) -> str:
     return row["quantity"] if row["role"] is None else f"{row['quantity']} {row['role']}"
 
 
-def _level(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """What should not depend on the size: coordinates, which are of no tensor."""
+def _coordinates(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows that should not depend on the size: coordinates, which belong to no role of tensors."""
     return [row for row in rows if row["shown"] and row["role"] is None]
 
 
 def _growth(row: Mapping[str, Any]) -> list[float]:
-    """log2 of the last values over the first size's; nothing where one of them is not a number."""
+    """log2 of the values after the last step, over that of the first size; empty if one of them is not positive."""
     values = row["after"][max(row["after"], key=int)]["values"]
     if not values or any(v is None or v <= 0 for v in values):
         return []
@@ -117,6 +127,7 @@ def _chart(rows: Sequence[Mapping[str, Any]], axis: str, ys: tuple[float, float]
         plot.add(f'<text class="end" x="{plot.LEFT - 6}" y="{y + 4:.1f}">{2.0**power:g}×</text>')
     plot.x_ticks((math.log2(size), f"{size:g}") for size in sizes)
     for row in rows:
+        # values that are not positive leave a row without points
         points = list(zip(map(math.log2, row["sizes"]), _growth(row), strict=False))
         plot.add(f'<g class="v{quantities.index(_name(row)) % 6}"><path class="line" d="{plot.path(points)}"/>')
         for (x, y), size in zip(points, row["sizes"], strict=False):

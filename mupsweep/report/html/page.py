@@ -1,4 +1,4 @@
-"""The HTML report: one file that needs nothing else, complete without its script, readable in print."""
+"""The HTML report: one self-contained file that is complete without its script and readable in print."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from mupsweep.atomic_files import make_folder, read_json, write_text
 from mupsweep.formatting import counted, duration, si
 from mupsweep.report.html import coordinates
 from mupsweep.report.html import rules as rules_table
-from mupsweep.report.html.charts import Charts, drawn_seeds, size_id, words
+from mupsweep.report.html.charts import Charts, drawn_seeds, estimate_text, size_id
 from mupsweep.report.html.svg import minus
-from mupsweep.report.names import axis_name, slope_words, variant_name
-from mupsweep.report.terminal.tuning import told
+from mupsweep.report.names import axis_name, slope_text, variant_name
+from mupsweep.report.terminal.tuning import tuning_summary
 from mupsweep.report.terminal.verdicts import advice_on, comparison_line, quality_lines
 from mupsweep.store.results import RunCounts
 from mupsweep.store.run_dir import FAILED
@@ -52,30 +52,29 @@ SIZE_COLUMNS = (
 
 
 def write(
-    sweep: SweepDir, analysis: Analysis, rules: Sequence[tuple[str, Sequence[TensorRule]]], ledger: RunCounts
+    sweep: SweepDir, analysis: Analysis, rules: Sequence[tuple[str, Sequence[TensorRule]]], counts: RunCounts
 ) -> Path:
     """Write results/report.html.
 
     Args:
-        sweep: whose plan, environment and training curves are shown.
-        analysis: what its runs say.
+        sweep: the sweep whose config, environment and training curves go into the report.
+        analysis: verdicts and curves of its runs.
         rules: a heading and the tensors under it, for every variant and size.
-        ledger: the sweep's runs by state, and what they cost.
+        counts: number of runs by state, and their cost, per variant and size.
 
     Returns:
         The path of the report.
     """
     charts = Charts(analysis)
-    sections = [_header(sweep, analysis, ledger)]
+    sections = [_header(sweep, analysis, counts)]
     if charts.groups:
         sections += [_verdicts(charts, analysis, sweep), _curves(charts), _drift(charts)]
         sections += [_tuning(analysis), _training(charts, sweep, analysis)]
     else:
         sections.append("<p>No run has finished yet, so there is nothing to judge.</p>")
-    sections += [_check(sweep), _rules(rules), _runs(ledger), _provenance(sweep)]
-    css, js = (
-        resources.files("mupsweep.report.html").joinpath(n).read_text("utf-8") for n in ("report.css", "report.js")
-    )
+    sections += [_check(sweep), _rules(rules), _runs(counts), _provenance(sweep)]
+    assets = resources.files("mupsweep.report.html")
+    css, js = (assets.joinpath(name).read_text("utf-8") for name in ("report.css", "report.js"))
     text = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -89,16 +88,15 @@ def write(
     return path
 
 
-def _header(sweep: SweepDir, analysis: Analysis, ledger: RunCounts) -> str:
+def _header(sweep: SweepDir, analysis: Analysis, counts: RunCounts) -> str:
     names = [", ".join(dict.fromkeys(row[k] for row in analysis.rows)) for k in ("model", "optimizer")]
-    counts = sum(ledger.values(), Counter())
-    done, every = counts[DONE] + counts[DIVERGED], counted(counts["runs"], "run")
-    told = (
-        f"{every}, all finished"
-        if done == counts["runs"]
-        else f"{done} of {every} finished: what follows rests on them"
-    )
-    line = " · ".join(n for n in [*names, told] if n)
+    total = sum(counts.values(), Counter())
+    finished, runs = total[DONE] + total[DIVERGED], counted(total["runs"], "run")
+    if finished == total["runs"]:
+        progress = f"{runs}, all finished"
+    else:
+        progress = f"{finished} of {runs} finished: what follows rests on them"
+    line = " · ".join(n for n in [*names, progress] if n)
     return f'<h1>{escape(sweep.name)}</h1>\n<p class="quiet">{escape(line)} · losses in nats per token</p>'
 
 
@@ -112,8 +110,8 @@ def _verdicts(charts: Charts, analysis: Analysis, sweep: SweepDir) -> str:
         f"tolerance of ±{TOLERANCE_OCTAVES:g} octaves."
     )
     cards = "\n".join(_card(charts, group) for group in charts.groups)
-    told = (*analysis.remarks, *map(comparison_line, comparisons(analysis)), *advice_on(analysis, sweep))
-    remarks = "".join(f"<li>{escape(line)}</li>" for line in told)
+    lines = (*analysis.remarks, *map(comparison_line, comparisons(analysis)), *advice_on(analysis, sweep))
+    remarks = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return (
         _title("Does the learning rate transfer?", note)
         + f'<div class="cards">\n{cards}\n</div>'
@@ -122,28 +120,28 @@ def _verdicts(charts: Charts, analysis: Analysis, sweep: SweepDir) -> str:
 
 
 def _card(charts: Charts, group: LadderResult) -> str:
+    """The verdict on one ladder, with its drift, regret and reasons."""
     base, last = group.base, group.optima[-1]
     facts = [("only size", escape(charts.name(base.curve)))]
     if len(group.optima) > 1:
-        total = words(group.total_drift, "octaves")
+        total = estimate_text(group.total_drift, "octaves")
         if group.total_drift.value is not None:
             total += f' <span class="quiet">(× {2**group.total_drift.value:.2g})</span>'
         facts = [
             (f"{charts.name(base.curve)} → {charts.number(last.curve)}", total),
-            ("drift", "unknown" if group.drift == UNKNOWN else minus(slope_words(group))),
-            ("regret", words(group.regret, "nats per token", ".4f")),
+            ("drift", "unknown" if group.drift == UNKNOWN else minus(slope_text(group))),
+            ("regret", estimate_text(group.regret, "nats per token", ".4f")),
         ]
     if base.log2_lr is not None:
-        exponent = words(Estimate(base.log2_lr, base.low, base.high), spec=".2f")
-        best = f"{2**base.log2_lr:.3g}, log2 {exponent}"
-        facts.append((f"best at {charts.name(base.curve)}", best))
-    listed = "".join(f"<dt>{escape(k)}</dt><dd>{v}</dd>" for k, v in facts)
+        log2_lr = estimate_text(Estimate(base.log2_lr, base.low, base.high), spec=".2f")
+        facts.append((f"best at {charts.name(base.curve)}", f"{2**base.log2_lr:.3g}, log2 {log2_lr}"))
+    fact_list = "".join(f"<dt>{escape(name)}</dt><dd>{value}</dd>" for name, value in facts)
     reasons = "".join(f"<li>{escape(r)}</li>" for r in (*group.reasons, *quality_lines(group)))
     return (
         f'<article class="card {group.verdict}" data-variant="{charts.labels.index(group.label)}">'
         f"<header><h3>{escape(charts.variant(group))} {_axis(charts, group)}</h3>"
         f'<span class="badge">{BADGES[group.verdict]}</span></header><p>{SENTENCES[group.verdict]}</p>'
-        f"{charts.bar(group.total_drift)}<dl>{listed}</dl><ul>{reasons}</ul></article>"
+        f"{charts.bar(group.total_drift)}<dl>{fact_list}</dl><ul>{reasons}</ul></article>"
     )
 
 
@@ -151,26 +149,28 @@ def _card(charts: Charts, group: LadderResult) -> str:
 
 
 def _curves(charts: Charts) -> str:
-    """Loss versus LR, a panel for every ladder, under the buttons that choose what every chart shows."""
+    """Loss versus LR, a panel per ladder, under the buttons that select sizes and variants in all charts."""
     note = (
         "Validation loss against the peak learning rate at the base shape. Points are means over seeds with "
         "their standard errors; the broad line is the fit, the diamond its minimum with its interval, hollow where an "
         "end of it is unknown, the dashed line the best rate of the base. A cross in the upper band is a rate at which "
         "seeds diverged, a triangle a loss beyond the axis."
     )
-    shown, every = _seeds(charts)
-    if shown < every:
-        note += f" Of {every} seeds, {shown} can be shown one by one."
+    n_drawn, n_seeds = _seed_counts(charts)
+    if n_drawn < n_seeds:
+        note += f" Of {n_seeds} seeds, {n_drawn} can be shown one by one."
     return _title("Loss versus learning rate", note) + _toggles(charts) + _by_axis(charts, _panels)
 
 
-def _seeds(charts: Charts) -> tuple[int, int]:
-    """How many seeds of a curve are drawn, of how many, where the most are left out."""
+def _seed_counts(charts: Charts) -> tuple[int, int]:
+    """Numbers of drawn and of all seeds, of the curve that leaves out most of them."""
     seeds = [drawn_seeds(o.curve) for g in charts.groups for o in g.optima]
-    return max(((len(shown), len(every)) for shown, every in seeds), key=lambda pair: (pair[1] - pair[0], pair[1]))
+    counts = [(len(drawn), len(every)) for drawn, every in seeds]
+    return max(counts, key=lambda pair: (pair[1] - pair[0], pair[1]))
 
 
 def _toggles(charts: Charts) -> str:
+    """The buttons that show and hide sizes, variants and single seeds."""
     buttons = [
         f'<button type="button" class="sized" {charts.shade(size)} aria-pressed="true" data-key="size" '
         f'data-value="{size_id(size)}"><i></i>{escape(name)}</button>'
@@ -183,15 +183,16 @@ def _toggles(charts: Charts) -> str:
             f"{escape(variant_name(label, charts.labels))}</button>"
             for i, label in enumerate(charts.labels)
         ]
-    shown, every = _seeds(charts)
-    if every > 1:
-        said = "each seed" if shown == every else f"{shown} of {every} seeds"
+    n_drawn, n_seeds = _seed_counts(charts)
+    if n_seeds > 1:
+        text = "each seed" if n_drawn == n_seeds else f"{n_drawn} of {n_seeds} seeds"
         buttons.append('<span class="gap"></span>')
-        buttons.append(f'<button type="button" aria-pressed="false" data-key="seeds" data-value="each">{said}</button>')
+        buttons.append(f'<button type="button" aria-pressed="false" data-key="seeds" data-value="each">{text}</button>')
     return f'<div class="toggles" role="group" aria-label="what the charts show">{"".join(buttons)}</div>'
 
 
 def _panels(charts: Charts, groups: Sequence[LadderResult]) -> str:
+    """A panel per ladder; ladders of one model and optimizer have the same axes."""
     panels = []
     for family in dict.fromkeys(g.label[:2] for g in groups):
         members = [g for g in groups if g.label[:2] == family]
@@ -210,36 +211,44 @@ def _drift(charts: Charts) -> str:
 
 
 def _ladders(charts: Charts, groups: Sequence[LadderResult]) -> str:
+    """Drift and regret of the ladders along one axis, as charts and as a table."""
     drift = charts.ladder(groups, [g.moves for g in groups], TOLERANCE_OCTAVES, "octaves")
     regret = charts.ladder(groups, [g.regrets for g in groups], TOLERANCE_NATS, "nats")
-    drawn = {"octaves from the base's best rate": drift, "regret of the base's rate, nats per token": regret}
-    figures = "".join(f"<figure><figcaption>{escape(k)}</figcaption>{v}</figure>" for k, v in drawn.items())
-    rows = [
-        (
-            charts.variant(group),
-            charts.name(o.curve),
-            o.curve.n_runs,
-            o.curve.n_diverged or "",
-            "–" if o.log2_lr is None else f"{2**o.log2_lr:.3g}",
-            words(Estimate(o.log2_lr, o.low, o.high), spec=".2f"),
-            "–" if o.loss is None else words(loss_of(o), spec=".4f"),
-            "base" if o is group.base else "diverges" if diverges(group.base, o) else words(regret, spec=".4f"),
-        )
-        for group in groups
-        for o, regret in zip(group.optima, group.regrets, strict=True)
-    ]
+    titled = {"octaves from the base's best rate": drift, "regret of the base's rate, nats per token": regret}
+    figures = "".join(
+        f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in titled.items()
+    )
+    rows = []
+    for group in groups:
+        for optimum, lost in zip(group.optima, group.regrets, strict=True):
+            if optimum is group.base:
+                cost = "base"
+            else:
+                cost = "diverges" if diverges(group.base, optimum) else estimate_text(lost, spec=".4f")
+            rows.append(
+                (
+                    charts.variant(group),
+                    charts.name(optimum.curve),
+                    optimum.curve.n_runs,
+                    optimum.curve.n_diverged or "",
+                    "–" if optimum.log2_lr is None else f"{2**optimum.log2_lr:.3g}",
+                    estimate_text(Estimate(optimum.log2_lr, optimum.low, optimum.high), spec=".2f"),
+                    "–" if optimum.loss is None else estimate_text(loss_of(optimum), spec=".4f"),
+                    cost,
+                )
+            )
     table = _table(SIZE_COLUMNS, rows)
     return f'<div class="keys">{charts.keys(groups)}</div><div class="panels">{figures}</div>{table}'
 
 
 def _tuning(analysis: Analysis) -> str:
-    """What was varied beside the LR, and what it does to the gap to SP; nothing where nothing was."""
-    lines, gaps = told(analysis)
+    """Hyperparameters that were varied beside the LR, and their effect on the gap to SP; empty where none was."""
+    lines, gaps = tuning_summary(analysis)
     if not lines:
         return ""
-    listed = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     tables = "".join(_table(head, rows, "words") for head, rows in gaps)
-    return _title("Other hyperparameters", "Each value at its own best rate.") + f"<ul>{listed}</ul>{tables}"
+    return _title("Other hyperparameters", "Each value at its own best rate.") + f"<ul>{items}</ul>{tables}"
 
 
 def _training(charts: Charts, sweep: SweepDir, analysis: Analysis) -> str:
@@ -250,14 +259,14 @@ def _training(charts: Charts, sweep: SweepDir, analysis: Analysis) -> str:
             runs[label_of(row), (row["width"], row["depth"], row.get("horizon"))].append(row)
     panels = []
     for group in charts.groups:
-        chosen = []
+        logged = []
         for optimum in group.optima:
             best, size = _best(optimum), optimum.curve.size
-            found = runs[group.label, size]
-            if best is not None and found:
-                row = min(found, key=lambda r: (abs(r["log2_lr"] - best), r["seed"]))
-                chosen.append((size, row, sweep.run(row["run_id"]).metrics()))
-        chart = charts.training(chosen)
+            candidates = runs[group.label, size]
+            if best is not None and candidates:
+                row = min(candidates, key=lambda r: (abs(r["log2_lr"] - best), r["seed"]))
+                logged.append((size, row, sweep.run(row["run_id"]).metrics()))
+        chart = charts.training(logged)
         if chart:
             panels.append(_figure(charts, group, chart, _axis(charts, group)))
     if not panels:
@@ -270,13 +279,14 @@ def _training(charts: Charts, sweep: SweepDir, analysis: Analysis) -> str:
 
 
 def _best(optimum: Optimum) -> float | None:
-    """The best LR known: fitted, else the best that was trained."""
+    """The fitted best LR, or else the best one that was trained, or None."""
     if optimum.log2_lr is not None:
         return optimum.log2_lr
     return min(optimum.curve.usable, key=lambda p: p.mean).log2_lr if optimum.curve.usable else None
 
 
 def _by_axis(charts: Charts, draw: Callable[[Charts, Sequence[LadderResult]], str]) -> str:
+    """What `draw` makes of the ladders along each axis, with headings where there are several axes."""
     parts = []
     for axis in dict.fromkeys(g.axis for g in charts.groups):
         if charts.several_axes:
@@ -293,7 +303,7 @@ def _figure(charts: Charts, group: LadderResult, chart: str, aside: str) -> str:
 
 
 def _axis(charts: Charts, group: LadderResult) -> str:
-    """What tells the ladders of one variant apart."""
+    """The axis of a ladder, where its variant has ladders along several."""
     return f'<span class="quiet">in {escape(axis_name(group.axis))}</span>' if charts.several_axes else ""
 
 
@@ -301,15 +311,15 @@ def _axis(charts: Charts, group: LadderResult) -> str:
 
 
 def _check(sweep: SweepDir) -> str:
-    """The coordinate check that was kept with the sweep."""
-    found = coordinates.read(sweep)
-    if not found:
+    """The coordinate check that is stored with the sweep."""
+    variants = coordinates.read(sweep)
+    if not variants:
         return ""
-    table = _table(coordinates.COLUMNS, coordinates.lines(found), "words")
+    table = _table(coordinates.COLUMNS, coordinates.table_rows(variants), "words")
     return (
         _title("Coordinate check", coordinates.NOTE)
-        + coordinates.verdicts(found)
-        + coordinates.panels(found)
+        + coordinates.verdicts(variants)
+        + coordinates.panels(variants)
         + f"<details><summary>exponents</summary>{table}</details>"
     )
 
@@ -320,28 +330,28 @@ def _rules(rules: Sequence[tuple[str, Sequence[TensorRule]]]) -> str:
     note = "What every tensor is trained with. A ratio is to the base shape; shapes are as stored."
     tables = [
         f"<details><summary>{escape(heading)}</summary>"
-        f"{_table(rules_table.COLUMNS, rules_table.lines(tensors), 'tensors')}</details>"
+        f"{_table(rules_table.COLUMNS, rules_table.table_rows(tensors), 'tensors')}</details>"
         for heading, tensors in rules
     ]
     return _title("Rules", note) + "\n".join(tables)
 
 
-def _runs(ledger: RunCounts) -> str:
-    """Runs by state, and what they cost, per variant and size."""
-    if not ledger:
+def _runs(counts: RunCounts) -> str:
+    """Number of runs by state, and their cost, per variant and size."""
+    if not counts:
         return ""
 
-    def cells(counted: Counter[str]) -> Iterable[Any]:
-        counts = [counted[name] for name in ("runs", DONE, DIVERGED, FAILED)]
-        counts.append(counted["runs"] - sum(counts[1:]))
-        costs = [(counted["tokens"], si), (counted["flops"], si), (counted["seconds"], duration)]
-        return [*(n or "" for n in counts), *(said(cost) if cost else "" for cost, said in costs)]
+    def cells(row: Counter[str]) -> Iterable[Any]:
+        finished = [row[state] for state in (DONE, DIVERGED, FAILED)]
+        costs = [(row["tokens"], si), (row["flops"], si), (row["seconds"], duration)]
+        yield from (n or "" for n in (row["runs"], *finished, row["runs"] - sum(finished)))
+        yield from (as_text(cost) if cost else "" for cost, as_text in costs)
 
     rows: list[tuple[Any, ...]] = [
-        (" / ".join(label), width, depth, si(parameters) if parameters else "", *cells(counted))
-        for (label, width, depth, parameters), counted in sorted(ledger.items())
+        (" / ".join(label), width, depth, si(parameters) if parameters else "", *cells(row))
+        for (label, width, depth, parameters), row in sorted(counts.items())
     ]
-    rows.append(("all", "", "", "", *cells(sum(ledger.values(), Counter()))))
+    rows.append(("all", "", "", "", *cells(sum(counts.values(), Counter()))))
     note = (
         "Tokens and FLOPs as planned, time as measured. "
         "A diverged run is a result; a failed one is tried again by the next run of the command."
@@ -352,6 +362,7 @@ def _runs(ledger: RunCounts) -> str:
 
 
 def _provenance(sweep: SweepDir) -> str:
+    """The command, the config and the environment of the sweep."""
     try:
         config = sweep.config_path.read_text(encoding="utf-8")
     except OSError:
@@ -373,6 +384,7 @@ def _provenance(sweep: SweepDir) -> str:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """(path of keys, value) of every leaf that is not None."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key} ")
@@ -388,7 +400,7 @@ def _title(text: str, note: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "") -> str:
-    """A table of values, which are escaped; report.css knows its kind."""
+    """A table of values, which are escaped; `kind` is a class of report.css."""
     titles = "".join(f"<th>{escape(h)}</th>" for h in head)
     body = "\n".join(f"<tr>{''.join(f'<td>{escape(str(c))}</td>' for c in row)}</tr>" for row in rows)
     top = f"<thead><tr>{titles}</tr></thead>\n" if head else ""

@@ -1,4 +1,4 @@
-"""The tables of the HTML report that say what every tensor is trained with."""
+"""The tables of the HTML report with the init, multiplier, LR, weight decay and eps of every tensor."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ COLUMNS = (
 )
 
 
-def lines(tensors: Iterable[TensorRule]) -> list[tuple[str, ...]]:
-    """A row for all tensors that are treated alike."""
+def table_rows(tensors: Iterable[TensorRule]) -> list[tuple[str, ...]]:
+    """Rows of the table: tensors that are treated alike share one, and layers are written as *."""
     rows: dict[tuple[str, ...], dict[str, None]] = defaultdict(dict)
     for t in tensors:
         std = f"{t.init_std:.4g}" if t.init.value == "normal" else t.init.value

@@ -1,4 +1,4 @@
-"""One chart as SVG: scales, axes, and what is added to them."""
+"""One chart as SVG: its scales, its axes, and the marks on it."""
 
 from __future__ import annotations
 
@@ -10,48 +10,59 @@ from mupsweep.analysis.estimate import Estimate
 
 
 def minus(number: str) -> str:
-    """A number with the minus sign of print."""
+    """A number with a typographic minus sign."""
     return number.replace("-", "−")
 
 
 class Plot:
-    """One SVG: scales, axes, and what is added to it."""
+    """A chart whose marks are added one after the other, and which `svg` closes.
+
+    Attributes:
+        xs, ys: ranges of the axes.
+        title: name of the x axis.
+        upper: height at which the largest y lies, below the strip for diverged runs.
+        parts: SVG elements in the order of drawing.
+    """
 
     WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 300, 50, 432, 8, 258
 
     def __init__(self, xs: tuple[float, float], ys: tuple[float, float], title: str, strip: float = 0.0) -> None:
         self.xs, self.ys, self.title = xs, ys, title
-        self.upper = self.TOP + strip  # where the largest y lies
+        self.upper = self.TOP + strip
         self.parts: list[str] = []
         if strip:
             self.band(self.TOP, self.upper)
             self.add(f'<text x="{self.LEFT + 5}" y="{self.TOP + 11}">diverged</text>')
 
     def add(self, part: str) -> None:
+        """Add an SVG element."""
         self.parts.append(part)
 
     def band(self, top: float, bottom: float) -> None:
-        """Shade the whole width between two heights."""
+        """Shade the plot between two heights."""
         width = self.RIGHT - self.LEFT
         self.add(f'<rect class="band" x="{self.LEFT}" y="{top}" width="{width}" height="{bottom - top:.1f}"/>')
 
     def clipped(self, parts: str) -> None:
-        """Add lines that may leave the plot: a nested svg cuts them at its edge."""
+        """Add lines that may leave the plot; a nested svg clips them at its edge."""
         x, y, w, h = self.LEFT, self.upper, self.RIGHT - self.LEFT, self.BOTTOM - self.upper
         box = f'x="{x}" y="{y}" width="{w}" height="{h}" viewBox="{x} {y} {w} {h}"'
         self.add(f'<svg {box} style="overflow:hidden">{parts}</svg>')
 
     def estimate(self, x: float, estimate: Estimate, tip: str, marker: str) -> None:
-        """Add a value with its interval, hollow where an end is unknown, or else the bounds: an arrow away from one."""
+        """Add a value with its interval, or where there is no value its bounds.
+
+        A value is hollow where an end of its interval is unknown; a single bound is an arrow away from it.
+        """
         value, ends = estimate.value, [end for end in (estimate.low, estimate.high) if end is not None]
         if ends and (value is not None or len(ends) == 2):
-            line = [self.y(end) for end in (*ends, value) if end is not None]
+            heights = [self.y(end) for end in (*ends, value) if end is not None]
             caps = "".join(f"M{x - 4:.1f} {self.y(end)}h8" for end in ends)
-            hovered = f"{tip} " if value is None else ""
-            self.add(f'<path class="bar" {hovered}d="{caps}M{x:.1f} {max(line)}V{min(line)}"/>')
+            bar_tip = f"{tip} " if value is None else ""
+            self.add(f'<path class="bar" {bar_tip}d="{caps}M{x:.1f} {max(heights)}V{min(heights)}"/>')
         if value is not None:
-            place = f'transform="translate({x:.1f} {self.y(value)})"'
-            self.add(f'<path class="pt best{hollow(estimate)}" {tip} {place} d="{marker}"/>')
+            position = f'transform="translate({x:.1f} {self.y(value)})"'
+            self.add(f'<path class="pt best{hollow(estimate)}" {tip} {position} d="{marker}"/>')
         if value is not None or len(ends) == 2:
             return
         for bound, sign in ((estimate.low, -1), (estimate.high, 1)):
@@ -61,37 +72,41 @@ class Plot:
                 self.add(f'<path class="bar" {tip} d="{arrow}"/>')
 
     def x(self, value: float) -> float:
+        """Horizontal position of a value, in SVG units."""
         return round(self.LEFT + (value - self.xs[0]) / (self.xs[1] - self.xs[0]) * (self.RIGHT - self.LEFT), 1)
 
     def y(self, value: float) -> float:
+        """Vertical position of a value, in SVG units."""
         return round(self.BOTTOM - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (self.BOTTOM - self.upper), 1)
 
     def path(self, points: Iterable[tuple[float, float]]) -> str:
-        """The d of a line; nothing where there are no points."""
+        """The `d` attribute of a line through points, or an empty string for no points."""
         line = "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points)
         return f"M{line}" if line else ""
 
     def y_ticks(self) -> None:
+        """Label the y axis with round numbers."""
         for value in round_numbers(*self.ys):
             y = self.y(value)
             self.add(f'<path class="grid" d="M{self.LEFT} {y}H{self.RIGHT}"/>')
             self.add(f'<text class="end" x="{self.LEFT - 6}" y="{y + 4:.1f}">{minus(f"{value:g}")}</text>')
 
     def x_ticks(self, ticks: Iterable[tuple[float, str]]) -> None:
-        """Labels are SVG already."""
+        """Label the x axis at these values; labels may contain SVG."""
         for value, label in ticks:
             x = self.x(value)
             self.add(f'<path class="frame" d="M{x} {self.BOTTOM}v4"/>')
             self.add(f'<text class="middle" x="{x}" y="{self.BOTTOM + 17}">{label}</text>')
 
     def lr_ticks(self) -> None:
-        """Powers of two."""
+        """Label the x axis, log2 of the LR, with powers of two."""
         low, high = self.xs
         step = next(s for s in (0.5, 1, 2, 4, 8, 16, 1000) if (high - low) / s <= 9)
         lrs = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
         self.x_ticks((lr, f'2<tspan dy="-4" style="font-size:8.5px">{minus(f"{lr:g}")}</tspan>') for lr in lrs)
 
     def svg(self, label: str) -> str:
+        """The whole chart; `label` describes it to screen readers."""
         middle = (self.LEFT + self.RIGHT) / 2
         return (
             f'<svg class="chart" viewBox="0 0 {self.WIDTH} {self.HEIGHT}" role="img" aria-label="{escape(label)}">'
@@ -102,7 +117,7 @@ class Plot:
 
 
 def hollow(estimate: Estimate) -> str:
-    """The class of a point without an interval."""
+    """The CSS class that draws a point without a complete interval hollow."""
     return " hollow" if estimate.low is None or estimate.high is None else ""
 
 
@@ -115,5 +130,5 @@ def round_numbers(low: float, high: float) -> list[float]:
 
 
 def tip_of(*lines: str) -> str:
-    """The attribute that holds what hovering a point says."""
+    """The attribute with the lines that report.js shows where a point is hovered."""
     return f'data-tip="{escape(chr(10).join(lines))}"'

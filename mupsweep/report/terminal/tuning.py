@@ -16,7 +16,7 @@ Gap = tuple[tuple[str, ...], list[tuple[str, ...]]]  # head and rows of a table
 
 def tuning_text(analysis: Analysis) -> Iterator[str | Table]:
     """A line per variant and hyperparameter, the gaps to SP at every size, and what closes them."""
-    lines, gaps = told(analysis)
+    lines, gaps = tuning_summary(analysis)
     yield from lines
     for head, rows in gaps:
         table = table_of(*head)
@@ -25,7 +25,7 @@ def tuning_text(analysis: Analysis) -> Iterator[str | Table]:
         yield table
 
 
-def told(analysis: Analysis) -> tuple[list[str], list[Gap]]:
+def tuning_summary(analysis: Analysis) -> tuple[list[str], list[Gap]]:
     """What stands in every view: a line per hyperparameter and the remarks, and the tables of the gaps to SP."""
     tuned = tunings(analysis)
     closed = gaps_after_tuning(analysis, tuned)

@@ -26,7 +26,7 @@ from mupsweep.analysis.transfer import (
 )
 from mupsweep.formatting import counted, si
 from mupsweep.recipes.validation import Validation
-from mupsweep.report.names import slope_words
+from mupsweep.report.names import slope_text
 from mupsweep.report.terminal.console import console_of, table_of
 from mupsweep.report.terminal.curve_plot import curve_text
 from mupsweep.report.terminal.tuning import factor, nats, tuning_text
@@ -164,7 +164,7 @@ def _known_lines(group: LadderResult) -> Iterator[str]:
     if base.log2_lr is not None:
         at = Estimate(base.log2_lr, base.low, base.high)
         yield f"best LR at {base.curve.place(group.axis)}: {2**base.log2_lr:.3g}, log2 {at:.2f}"
-    told = [] if group.drift.value is None else [slope_words(group)]
+    told = [] if group.drift.value is None else [slope_text(group)]
     if base is not last and group.regret != UNKNOWN:
         told.append(f"at {last.curve.place(group.axis)} the base's LR costs {nats(group.regret)}")
     if told:

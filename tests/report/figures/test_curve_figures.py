@@ -10,7 +10,7 @@ import pytest
 
 from mupsweep.analysis.transfer import analyse
 from mupsweep.errors import ConfigError
-from mupsweep.report.figures.curves import LEGEND, _drift_legend, _marks, draw
+from mupsweep.report.figures.curves import LEGEND_CHARACTERS, _drift_legend, _mark_handles, draw
 
 
 def test_same_analysis_gives_the_same_bytes(rows: Callable, tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_paper_gets_pdf_at_journal_widths_and_the_same_bytes_every_time(rows: 
         assert float(box[1]) == pytest.approx(72 * inches)
 
 
-def test_an_unknown_look_is_refused(rows: Callable, tmp_path: Path) -> None:
+def test_an_unknown_style_is_refused(rows: Callable, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--figures poster: did you mean 'paper'\?"):
         draw(analyse(rows(widths=(32,), seeds=1)), tmp_path, "poster")
 
@@ -74,12 +74,12 @@ def test_no_runs_no_figures(tmp_path: Path) -> None:
 
 def test_the_legend_names_what_is_drawn_and_no_more(rows: Callable) -> None:
     def marks(**grid: object) -> list[object]:
-        return [line.get_label() for line in _marks(analyse(rows(parametrizations=["sp"], **grid)).groups)]
+        return [line.get_label() for line in _mark_handles(analyse(rows(parametrizations=["sp"], **grid)).groups)]
 
     assert marks(widths=(32, 64)) == ["fitted optimum", "the base's optimum"]
     assert marks(widths=(32, 64), log2_lrs=[-10, -9, -8]) == []
     flat = [{**row, "val_loss": 3.0 + 1e-3 * row["seed"]} for row in rows(widths=[32], log2_lrs=range(-11, -6))]
-    assert "fitted optimum" not in [line.get_label() for line in _marks(analyse(flat).groups)]
+    assert "fitted optimum" not in [line.get_label() for line in _mark_handles(analyse(flat).groups)]
 
 
 def test_a_long_name_in_the_drift_legend_goes_on_below(rows: Callable) -> None:
@@ -87,5 +87,5 @@ def test_a_long_name_in_the_drift_legend_goes_on_below(rows: Callable) -> None:
     groups = analyse(
         [*made, *({**row, "model": "llama_qiu_190m", "optimizer": "muon_plus_plus"} for row in made)]
     ).groups
-    lines = [line for g in groups for line in _drift_legend(g, groups, told=True).splitlines()]
-    assert max(map(len, lines)) <= LEGEND
+    lines = [line for g in groups for line in _drift_legend(g, groups, show_titles=True).splitlines()]
+    assert max(map(len, lines)) <= LEGEND_CHARACTERS

@@ -11,7 +11,7 @@ import pytest
 
 from mupsweep.analysis.estimate import Estimate
 from mupsweep.analysis.transfer import TOLERANCE_OCTAVES, analyse
-from mupsweep.report.html.charts import SEED_POINTS, THINNED, Charts, drawn_seeds, words
+from mupsweep.report.html.charts import MAX_CURVE_POINTS, MAX_SEED_POINTS, Charts, drawn_seeds, estimate_text
 from mupsweep.report.html.svg import Plot
 
 NUMBER = r"([−+\d.]+)"
@@ -47,7 +47,7 @@ def scale(svg: str, kind: str) -> np.poly1d:
     ],
 )
 def test_an_estimate_in_words(estimate: Estimate, said: str) -> None:
-    assert words(estimate, "octaves") == said
+    assert estimate_text(estimate, "octaves") == said
 
 
 def test_points_lie_at_their_rates_and_losses(rows: Callable) -> None:
@@ -66,7 +66,7 @@ def test_of_very_many_seeds_the_first_are_drawn_and_the_page_says_so(
     rows: Callable, save_sweep: Callable, write_html: Callable
 ) -> None:
     lrs = [-12 + i / 50 for i in range(100)]
-    runs = rows(widths=[32], log2_lrs=lrs, parametrizations=["sp"], seeds=SEED_POINTS // 100 + 5)
+    runs = rows(widths=[32], log2_lrs=lrs, parametrizations=["sp"], seeds=MAX_SEED_POINTS // 100 + 5)
     analysis = analyse(runs)
     (group,) = analysis.groups
     shown, every = drawn_seeds(group.optima[0].curve)
@@ -135,7 +135,7 @@ def test_a_long_training_curve_is_thinned_to_its_last_point(rows: Callable) -> N
     svg = Charts(analyse(run)).training([((32, 4, None), run[0], metrics)])
     steps = [int(step) for step in re.findall(r"\nstep (\d+): ", svg)]
     assert steps[-1] == 5000
-    assert THINNED // 2 < len(steps) <= THINNED
+    assert MAX_CURVE_POINTS // 2 < len(steps) <= MAX_CURVE_POINTS
     assert Charts(analyse(run)).training([((32, 4, None), run[0], [{"step": 1, "val_loss": math.nan}])]) == ""
 
 

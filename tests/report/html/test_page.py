@@ -14,7 +14,7 @@ import pytest
 from mupsweep.analysis.estimate import Estimate
 from mupsweep.analysis.transfer import analyse, loss_of
 from mupsweep.atomic_files import write_json
-from mupsweep.report.html.charts import words
+from mupsweep.report.html.charts import estimate_text
 from mupsweep.sweep.tensor_rules import TensorRule
 
 VOID = {"meta", "br", "hr", "input"}
@@ -173,7 +173,7 @@ def test_the_page_says_on_how_many_runs_it_rests_and_what_is_known_how_well(
     (group,) = analysis.groups
     text = write_html(save_sweep(made, pending=3), analysis).read_text()
     assert f"{len(made)} of {len(made) + 3} runs finished" in text
-    best = words(Estimate(group.base.log2_lr, group.base.low, group.base.high), spec=".2f")
+    best = estimate_text(Estimate(group.base.log2_lr, group.base.low, group.base.high), spec=".2f")
     assert f"<dd>{2**group.base.log2_lr:.3g}, log2 {best}</dd>" in text
     for optimum in group.optima:
-        assert f"<td>{words(loss_of(optimum), spec='.4f')}</td>" in text
+        assert f"<td>{estimate_text(loss_of(optimum), spec='.4f')}</td>" in text
