@@ -106,7 +106,7 @@ def write_views(
         if style is not None:
             files += curves.draw(analysis, sweep.figures / style, style)
         files = [page.write(sweep, analysis, shown_rules, ledger), sweep.figures, *files]
-    trackers.analysed(sweep)
+    trackers.log_results(sweep)
     return files
 
 

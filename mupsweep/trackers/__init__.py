@@ -1,7 +1,7 @@
-"""Trackers show the records to somebody else: one file and one yaml each. They read records and decide nothing.
+"""Trackers mirror records elsewhere: one file and one yaml each. They read records and decide nothing.
 
-A tracker shows a run while it trains (`live`) and catches up with whatever it has not seen whole when a sweep is
-analysed. What goes wrong there is a warning, never an error: `mupsweep sync` makes up for it from the records.
+A tracker logs a run while it trains (`live`), and logs what it missed when the sweep is analysed. An error of a tracker
+is a warning and costs no result: `mupsweep sync` mirrors the records later.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ log = logging.getLogger("mupsweep")
 
 
 class RunLogger(Protocol):
-    """One run as a tracker shows it."""
+    """Logs one run to a tracker."""
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """The next row of metrics."""
+        """Log the next row of metrics."""
         ...
 
     def close(self, status: str) -> None:
-        """No more rows: the run ended with this status, or goes on later where it is none of those that end a run."""
+        """End the log: the run ended with this status, or was interrupted where the status is not a final one."""
         ...
 
 
@@ -40,53 +40,53 @@ class Tracker(Protocol):
 
     @property
     def active(self) -> bool:
-        """Whether it is told anything while a sweep runs."""
+        """Whether runs are logged while a sweep trains."""
         ...
 
     def open(self, sweep: SweepDir, run: RunDir) -> RunLogger:
-        """The run's page, the one that is there already or a new one; rows that it shows already are added again."""
+        """Open the log of a run, an existing one or a new one; every row is added anew, also those it holds already."""
         ...
 
     def held(self, sweep: SweepDir) -> Mapping[str, str]:
-        """The fingerprints of the runs that it shows whole, by run id."""
+        """Return the fingerprints of the runs that are logged in full, by run id."""
         ...
 
     def analysed(self, sweep: SweepDir) -> None:
-        """The sweep's results were written and every run is shown."""
+        """Log the sweep's results, which were written; every run is logged by now."""
         ...
 
 
 def load(sweep: SweepDir) -> Tracker:
-    """The tracker that a sweep's config names."""
+    """Return the tracker that a sweep's config names."""
     return instantiate(sweep.read_config()["tracker"], "tracker")
 
 
-def analysed(sweep: SweepDir) -> None:
-    """Tell the sweep's tracker that results were written, and show it the runs that it missed."""
-    from mupsweep.trackers.live import catch_up
+def log_results(sweep: SweepDir) -> None:
+    """Log the results of a sweep to its tracker, and the runs that it missed."""
+    from mupsweep.trackers.live import sync_runs
 
     try:
         tracker = load(sweep)
         if tracker.active:
-            catch_up(tracker, sweep, running=False)
-    except Exception as error:  # a tracker is a view: nothing that it does may cost a result
+            sync_runs(tracker, sweep, running=False)
+    except Exception as error:  # no failure of a tracker may cost a result
         warn(sweep, error)
 
 
 def warn(sweep: SweepDir, error: BaseException) -> None:
-    """Say that a tracker failed, in one line, and how to make up for it."""
+    """Warn in one line that a tracker failed, and how to mirror the records later."""
     log.warning(
         "tracker: %s; the records are complete, `mupsweep sync %s` mirrors them later", in_one_line(error), sweep.path
     )
 
 
 def in_one_line(error: BaseException) -> str:
-    """What a tracker's own error says, and of which kind it is."""
+    """Return an error's class and message in one line of at most 400 characters."""
     return shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
 
 
 def fingerprint(run: RunDir) -> str:
-    """Changes with whatever of a run a tracker shows."""
+    """Return a digest of everything of a run that a tracker logs."""
     digest = hashlib.sha256(run.status()["status"].encode())
     for path in (run.metrics_path, run.summary_path):
         digest.update(path.read_bytes() if path.is_file() else b"")
@@ -95,30 +95,30 @@ def fingerprint(run: RunDir) -> str:
 
 
 class SyncState:
-    """The fingerprints of what a tracker without a server holds: a file for each run, so that workers need no lock."""
+    """The fingerprints of the runs that a local tracker has logged: a file per run, so that workers need no lock."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def read(self) -> dict[str, str]:
-        """Run id -> fingerprint."""
+        """Return the fingerprints by run id."""
         return {path.name: path.read_text() for path in self.folder.glob("*")}
 
     def remove(self, run: RunDir) -> None:
-        """The run is not shown whole."""
+        """Record that a run is not logged in full."""
         (self.folder / run.run_id).unlink(missing_ok=True)
 
     def write(self, run: RunDir) -> None:
-        """The run is shown as its records are now."""
+        """Record that a run is logged as its records are now."""
         make_folder(self.folder)
         write_text(self.folder / run.run_id, fingerprint(run), durable=False)
 
 
-Ledger = SyncState  # the name by which trackers outside this package import it
+Ledger = SyncState  # the former name, which trackers outside this package import
 
 
-class WithoutServer:
-    """What trackers share that keep all they show on this machine: a ledger of it, and no page of the sweep."""
+class LocalTracker:
+    """Base of trackers that write to this machine: they keep a SyncState, and log no results of the sweep."""
 
     name: str
 
@@ -127,21 +127,21 @@ class WithoutServer:
         return True
 
     def held(self, sweep: SweepDir) -> Mapping[str, str]:
-        return self.ledger(sweep).read()
+        return self.sync_state(sweep).read()
 
     def analysed(self, sweep: SweepDir) -> None:
         pass
 
-    def ledger(self, sweep: SweepDir) -> SyncState:
-        """What is shown whole."""
+    def sync_state(self, sweep: SweepDir) -> SyncState:
+        """Return the record of the runs that are logged in full."""
         return SyncState(sweep.trackers / f"{self.name}-held")
 
 
 def require_package(tracker: str, package: str) -> None:
-    """Refuse a tracker whose package is not installed.
+    """Check that a tracker's package is installed.
 
     Raises:
-        ConfigError: saying what to install.
+        ConfigError: it is not; the message names what to install.
     """
     if importlib.util.find_spec(package) is None:
         raise ConfigError(f"tracker={tracker} needs the package {package}: pip install {package}")

@@ -12,7 +12,7 @@ from mupsweep.trackers import RunLogger
 
 @dataclass(frozen=True)
 class Jsonl:
-    """Tells nobody else."""
+    """A tracker that mirrors nothing."""
 
     name: str = "jsonl"
 

@@ -1,7 +1,7 @@
-"""Live: a thread that reads the records of runs while they train and passes new rows on to a tracker.
+"""Live tracking: a thread that reads the records of runs while they train and passes new rows on to a tracker.
 
-The training loop writes its rows to a file and knows nothing of this; a tracker that is slow, stuck or broken costs it
-nothing. What a tracker did not get in time it gets when the sweep is analysed, or from `mupsweep sync`.
+The training loop writes its rows to a file and knows nothing of trackers, so a slow, stuck or broken one costs it
+nothing. Rows that a tracker missed are logged when the sweep is analysed, or by `mupsweep sync`.
 """
 
 from __future__ import annotations
@@ -19,110 +19,116 @@ from mupsweep.store.run_dir import FAILED, FINISHED, RunDir
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.trackers import RunLogger, Tracker, fingerprint
 
-POLL = 1.0  # seconds between two looks at a run's records
+POLL = 1.0  # seconds between two reads of a run's records
 PATIENCE = 30.0  # seconds that a worker waits for its tracker after its last run
 
 
 @dataclass
 class TrackedRun:
-    """A run to show.
+    """A run to log.
 
     Attributes:
-        before: the version of its metrics before this attempt; what stands there until the run begins is older.
+        stale_version: the version of the run's metrics before this attempt; while the file has this version, its rows
+            are those of an earlier attempt.
+        ended: set when the run has ended or was interrupted.
     """
 
     run: RunDir
-    before: tuple[int, ...] | None = None
+    stale_version: tuple[int, ...] | None = None
     ended: threading.Event = field(default_factory=threading.Event)
 
 
 class LiveTracker:
-    """Shows the runs of a worker to the sweep's tracker, one after the other, in a thread of its own."""
+    """Logs the runs of a worker to the sweep's tracker, one after the other, in a thread of its own."""
 
     def __init__(self, sweep: SweepDir, patience: float = PATIENCE) -> None:
         self.sweep, self.tracker, self.patience = sweep, trackers.load(sweep), patience
-        self.jobs: SimpleQueue[TrackedRun | None] = SimpleQueue()
+        self.queue: SimpleQueue[TrackedRun | None] = SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="tracker", daemon=True)
 
     def __enter__(self) -> LiveTracker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let the thread finish what it has, for a while."""
+        """Wait for the thread to log the runs in its queue, for `patience` seconds at most."""
         if self.thread.ident:
-            self.jobs.put(None)
+            self.queue.put(None)
             self.thread.join(self.patience)
             if self.thread.is_alive():
                 trackers.warn(self.sweep, TimeoutError(f"still busy after {self.patience:g} s"))
 
     @contextlib.contextmanager
-    def showing(self, run: RunDir) -> Iterator[None]:
-        """Show a run while it trains; never waits."""
+    def track(self, run: RunDir) -> Iterator[None]:
+        """Log a run while it trains in this context, which never waits for the tracker."""
         if not self.tracker.active:
             yield
             return
         if not self.thread.ident:
             self.thread.start()
-        job = TrackedRun(run, version(run.metrics_path))
-        self.jobs.put(job)
+        tracked = TrackedRun(run, version(run.metrics_path))
+        self.queue.put(tracked)
         try:
             yield
         finally:
-            job.ended.set()
+            tracked.ended.set()
 
     def _work(self) -> None:
         try:
-            while (job := self.jobs.get()) is not None:
-                show(self.tracker, self.sweep, job)
-        except Exception as error:  # once is enough: no later run of this process waits for the same again
+            while (tracked := self.queue.get()) is not None:
+                log_run(self.tracker, self.sweep, tracked)
+        except Exception as error:  # the thread ends, so that no later run waits for the tracker to fail again
             trackers.warn(self.sweep, error)
 
 
-def show(tracker: Tracker, sweep: SweepDir, job: TrackedRun) -> None:
-    """Pass a run's rows on until it ended; from the first one again where the run went back to a checkpoint."""
-    page: RunLogger | None = None
-    shown: list[dict[str, Any]] = []
+def log_run(tracker: Tracker, sweep: SweepDir, tracked: TrackedRun) -> None:
+    """Log a run's rows until it has ended; all of them anew where the run went back to a checkpoint."""
+    logger: RunLogger | None = None
+    logged: list[dict[str, Any]] = []
     ended = False
     while not ended:
-        ended = job.ended.is_set()  # asked before the rows are read, so that none is missed
-        rows = job.run.metrics() if ended or version(job.run.metrics_path) != job.before else []
-        if page is not None and rows[: len(shown)] != shown:
-            page.close(job.run.status()["status"])
-            page = None
-        if page is None and rows:
-            page, shown = tracker.open(sweep, job.run), []
-        if page is not None:
-            for row in rows[len(shown) :]:
-                page.add(row)
-                shown.append(row)
+        ended = tracked.ended.is_set()  # checked before the rows are read, so that none is missed
+        is_stale = not ended and version(tracked.run.metrics_path) == tracked.stale_version
+        rows = [] if is_stale else tracked.run.metrics()
+        if logger is not None and rows[: len(logged)] != logged:
+            logger.close(tracked.run.status()["status"])
+            logger = None
+        if logger is None and rows:
+            logger, logged = tracker.open(sweep, tracked.run), []
+        if logger is not None:
+            for row in rows[len(logged) :]:
+                logger.add(row)
+                logged.append(row)
         if not ended:
-            job.ended.wait(POLL)
-    if page is not None:
-        page.close(job.run.status()["status"])
+            tracked.ended.wait(POLL)
+    if logger is not None:
+        logger.close(tracked.run.status()["status"])
 
 
-def catch_up(tracker: Tracker, sweep: SweepDir, running: bool) -> int:
-    """Show every run that has rows and is not held as it is, then the results; how many runs that were.
+def sync_runs(tracker: Tracker, sweep: SweepDir, running: bool) -> int:
+    """Log every run that has rows and is not logged as its records are now, then the results.
 
     Args:
-        running: also those that train at this moment, which their own workers do not show.
+        running: whether to log runs too that train at this moment, which is right where their workers do not.
+
+    Returns:
+        How many runs were logged.
     """
-    held, shown = tracker.held(sweep), 0
-    for planned in sweep.read_plan():
-        run = sweep.run(planned["run_id"])
+    synced, n_logged = tracker.held(sweep), 0
+    for row in sweep.read_plan():
+        run = sweep.run(row["run_id"])
         if run.status()["status"] not in (*FINISHED, FAILED) and run.is_claimed() and not running:
             continue
-        if run.metrics_path.is_file() and held.get(run.run_id) != fingerprint(run):
-            job = TrackedRun(run)
-            job.ended.set()
-            show(tracker, sweep, job)
-            shown += 1
+        if run.metrics_path.is_file() and synced.get(run.run_id) != fingerprint(run):
+            tracked = TrackedRun(run)
+            tracked.ended.set()
+            log_run(tracker, sweep, tracked)
+            n_logged += 1
     tracker.analysed(sweep)
-    return shown
+    return n_logged
 
 
 def version(path: Path) -> tuple[int, ...] | None:
-    """Changes whenever a file is written to or replaced."""
+    """Return what changes whenever a file is written to or replaced; None where there is no file."""
     try:
         stat = path.stat()
     except OSError:

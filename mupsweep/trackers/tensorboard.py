@@ -13,17 +13,17 @@ from typing import Any
 
 from mupsweep.store.run_dir import RunDir
 from mupsweep.store.sweep_dir import SweepDir
-from mupsweep.trackers import RunLogger, SyncState, WithoutServer, require_package
+from mupsweep.trackers import LocalTracker, RunLogger, SyncState, require_package
 
-TRIAL = ("model", "optimizer", "parametrization", "width", "depth", "log2_lr", "seed")
+HPARAMS = ("model", "optimizer", "parametrization", "width", "depth", "log2_lr", "seed")
 
 
 @dataclass
-class TensorBoard(WithoutServer):
+class TensorBoard(LocalTracker):
     """Writes event files under the sweep.
 
     Attributes:
-        flush_seconds: how long a row may wait for its way to the disk.
+        flush_seconds: the longest time until a row is on the disk.
     """
 
     name: str = "tensorboard"
@@ -34,19 +34,19 @@ class TensorBoard(WithoutServer):
 
     def open(self, sweep: SweepDir, run: RunDir) -> RunLogger:
         folder = sweep.trackers / self.name / run.run_id
-        ledger = self.ledger(sweep)
-        ledger.remove(run)
+        sync_state = self.sync_state(sweep)
+        sync_state.remove(run)
         shutil.rmtree(folder, ignore_errors=True)  # event files can only grow: a resumed run is written anew
-        return TensorBoardPage(run, folder, self.flush_seconds, ledger)
+        return TensorBoardLogger(run, folder, self.flush_seconds, sync_state)
 
 
-class TensorBoardPage:
-    """One run's event files."""
+class TensorBoardLogger:
+    """Writes the event files of one run."""
 
-    def __init__(self, run: RunDir, folder: Path, flush_seconds: int, ledger: SyncState) -> None:
+    def __init__(self, run: RunDir, folder: Path, flush_seconds: int, sync_state: SyncState) -> None:
         from tensorboardX import SummaryWriter
 
-        self.run, self.ledger = run, ledger
+        self.run, self.sync_state = run, sync_state
         self.writer = SummaryWriter(logdir=str(folder), flush_secs=flush_seconds)
         self.writer.add_text("config", f"```\n{run.config_path.read_text()}\n```")
 
@@ -58,7 +58,8 @@ class TensorBoardPage:
     def close(self, status: str) -> None:
         summary = self.run.summary()
         if summary is not None:
-            measured = {key: summary[key] for key in ("val_loss", "train_loss") if summary[key] is not None}
-            self.writer.add_hparams({key: summary[key] for key in TRIAL} | {"status": status}, measured, name="trial")
+            metrics = {key: summary[key] for key in ("val_loss", "train_loss") if summary[key] is not None}
+            hparams = {key: summary[key] for key in HPARAMS} | {"status": status}
+            self.writer.add_hparams(hparams, metrics, name="trial")
         self.writer.close()
-        self.ledger.write(self.run)
+        self.sync_state.write(self.run)

@@ -12,15 +12,15 @@ import yaml
 
 from mupsweep.store.run_dir import RunDir
 from mupsweep.store.sweep_dir import SweepDir
-from mupsweep.trackers import RunLogger, SyncState, WithoutServer, require_package
+from mupsweep.trackers import LocalTracker, RunLogger, SyncState, require_package
 
 
 @dataclass
-class Trackio(WithoutServer):
+class Trackio(LocalTracker):
     """Writes runs to trackio's database.
 
     Attributes:
-        project: where they are found in the dashboard.
+        project: the project of the dashboard that the runs are in.
     """
 
     name: str = "trackio"
@@ -30,33 +30,33 @@ class Trackio(WithoutServer):
         require_package(self.name, "trackio")
 
     def open(self, sweep: SweepDir, run: RunDir) -> RunLogger:
-        ledger = self.ledger(sweep)
-        ledger.remove(run)
-        return TrackioPage(self.project, sweep, run, ledger)
+        sync_state = self.sync_state(sweep)
+        sync_state.remove(run)
+        return TrackioLogger(self.project, sweep, run, sync_state)
 
 
-class TrackioPage:
-    """One run in trackio's database; what an earlier attempt left there goes."""
+class TrackioLogger:
+    """Writes one run to trackio's database, in place of what an earlier attempt left there."""
 
-    def __init__(self, project: str, sweep: SweepDir, run: RunDir, ledger: SyncState) -> None:
+    def __init__(self, project: str, sweep: SweepDir, run: RunDir, sync_state: SyncState) -> None:
         import trackio
 
-        self.run, self.ledger = run, ledger
+        self.run, self.sync_state = run, sync_state
         name = f"{sweep.name}-{run.run_id}"
         with contextlib.suppress(ValueError):  # the project does not exist yet
-            for older in trackio.Api().runs(project):
-                if older.name == name:
-                    older.delete()
+            for earlier in trackio.Api().runs(project):
+                if earlier.name == name:
+                    earlier.delete()
         config = yaml.safe_load(run.config_path.read_text())
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
-            self.shown = trackio.init(
+            self.trackio_run = trackio.init(
                 project, name, group=sweep.name, config=config, embed=False, auto_log_gpu=False, auto_log_cpu=False
             )
 
     def add(self, row: Mapping[str, Any]) -> None:
-        self.shown.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=row["step"])
+        self.trackio_run.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=row["step"])
 
     def close(self, status: str) -> None:
         with contextlib.redirect_stdout(sys.stderr):
-            self.shown.finish()
-        self.ledger.write(self.run)
+            self.trackio_run.finish()
+        self.sync_state.write(self.run)

@@ -1,7 +1,7 @@
-"""Build: the only place that joins models, optimizers, scaling and data.
+"""Building a run: the only place that joins models, optimizers and scaling rules.
 
-`rules` solves every tensor of a recipe at a size, without torch. `build` makes the network and its optimizers from
-exactly those rules. What `mupsweep rules` prints is what a run trains with.
+`tensor_rules.rules` solves every tensor of a variant at a size, without torch. `build` makes the network and its
+optimizers from exactly those rules, so what `mupsweep rules` prints is what a run trains with.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ class TrainingSetup:
     """A run ready to train.
 
     Attributes:
-        clip: norm that gradients are clipped to.
-        rewrap: where weights are sharded, so that the backward pass also sums gradients over the ranks: makes the
-            network usable again after an error within a pass.
+        groups: the parameter groups, as `parameter_groups` yields them.
+        clip: the norm that gradients are clipped to; None where they are not clipped.
+        reapply_fsdp: restores a sharded network after an error within a pass; None where weights are not sharded. In a
+            sharded network the backward pass also sums the gradients over the ranks.
     """
 
     network: nn.Module
@@ -40,16 +41,16 @@ class TrainingSetup:
 
 
 def build(run: RunSpec, device: torch.device) -> TrainingSetup:
-    """The network, initialised, and its optimizers.
+    """Build the initialised network and its optimizers.
 
-    Initial values depend on (seed, tensor name, shape) alone: they are drawn on the CPU, so that every device starts
-    from the same numbers.
+    Initial values depend on (seed, tensor name, shape) alone and are drawn on the CPU, so that every device starts from
+    the same numbers.
     """
     network, rows = meta_model(run)
     network.to_empty(device=device)
-    for row in rows:  # leaving the meta device gave every module a parameter of its own
+    for row in rows:  # `to_empty` unties weights: it gives every module a parameter of its own
         if row.tied_to is not None:
-            _share(network, row.name, row.tied_to)
+            _tie(network, row.name, row.tied_to)
     parameters = dict(network.named_parameters())
     for row in rows:
         if row.tied_to is None:
@@ -64,7 +65,7 @@ def build(run: RunSpec, device: torch.device) -> TrainingSetup:
 
 
 def meta_model(run: RunSpec) -> tuple[nn.Module, tuple[TensorRule, ...]]:
-    """The network on the meta device, without values, and the rule of every tensor."""
+    """Return the network on the meta device, without values, and the rule of every tensor."""
     import torch
 
     rows = rules(run.recipe, run.size, run.base_lr)
@@ -75,7 +76,7 @@ def meta_model(run: RunSpec) -> tuple[nn.Module, tuple[TensorRule, ...]]:
 
 
 def initialise(parameter: torch.Tensor, row: TensorRule, seed: int) -> None:
-    """Fill a parameter.
+    """Fill a parameter with its initial values.
 
     | init   | distribution | standard deviation                       |
     |--------|--------------|------------------------------------------|
@@ -93,7 +94,7 @@ def initialise(parameter: torch.Tensor, row: TensorRule, seed: int) -> None:
 
 
 def generator(*key: object) -> torch.Generator:
-    """Random numbers that depend on `key` alone; on the CPU, so that every device draws the same."""
+    """Return a CPU generator whose random numbers depend on `key` alone, so that every device draws the same."""
     import torch
 
     digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
@@ -101,7 +102,7 @@ def generator(*key: object) -> torch.Generator:
 
 
 def parameter_groups(recipe: ResolvedVariant, rows: tuple[TensorRule, ...]) -> Iterator[dict[str, Any]]:
-    """Parameter groups: the tensors of one part of the optimizer that share all numbers."""
+    """Yield the parameter groups: the tensors of one optimizer that share all hyperparameters."""
     grouped: dict[tuple[Any, ...], list[TensorRule]] = {}
     for row in rows:
         if row.tied_to is None:
@@ -119,14 +120,14 @@ def parameter_groups(recipe: ResolvedVariant, rows: tuple[TensorRule, ...]) -> I
         }
 
 
-def _share(network: nn.Module, name: str, other: str) -> None:
-    """Make the tensor `name` the tensor `other`."""
+def _tie(network: nn.Module, name: str, other: str) -> None:
+    """Let the parameter `name` be the parameter `other`."""
     module, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(module), leaf, network.get_parameter(other))
 
 
 def _check_shapes(network: nn.Module, rows: tuple[TensorRule, ...]) -> None:
-    """The network has exactly the declared tensors."""
+    """Raise ConfigError unless the network has exactly the declared tensors."""
     declared = {row.name: tuple(row.shape) for row in rows}
     actual = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     for name in declared.keys() | actual.keys():
@@ -137,6 +138,6 @@ def _check_shapes(network: nn.Module, rows: tuple[TensorRule, ...]) -> None:
             )
 
 
-def group_records(built: TrainingSetup) -> list[dict[str, Any]]:
-    """The groups as groups.json holds them."""
-    return [{k: v for k, v in group.items() if k not in ("part", "transposed")} for group in built.groups]
+def group_records(setup: TrainingSetup) -> list[dict[str, Any]]:
+    """The parameter groups as groups.json holds them."""
+    return [{k: v for k, v in group.items() if k not in ("part", "transposed")} for group in setup.groups]

@@ -1,4 +1,4 @@
-"""The journal of one run: what it leaves on disk while it trains, and how it goes on from there bit for bit."""
+"""Checkpoints of one run: what it leaves on disk while it trains, and how it resumes from there bit for bit."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from mupsweep.training.build import TrainingSetup
 log = logging.getLogger("mupsweep")
 
 DIGEST_BYTES = hashlib.sha256().digest_size
-STATUS_SECONDS = 0.5  # how often status.json is refreshed for whoever watches
+STATUS_SECONDS = 0.5  # status.json is refreshed at most this often, for `mupsweep status` and the board
 
 
 @dataclass
 class TrainState:
-    """What a checkpoint holds beside weights and optimizer state.
+    """What a checkpoint holds beside weights and optimizer state; the field names are keys of stored checkpoints.
 
     Attributes:
-        losses: of every step, nats per token.
-        seconds: in the loop, over all attempts.
-        micro_batch: that memory asked for.
-        horizon: which of the run's horizons comes next.
-        branching: whether the steps are those of a branch, which ends before the run.
-        branches: what the branches so far came to.
+        losses: the loss of every step so far, in nats per token.
+        seconds: the time spent in the training loop, over all attempts.
+        micro_batch: the largest micro-batch that fitted in memory, or None where memory never ran out.
+        horizon: the index of the horizon (`TrainingConfig.horizons`) that is trained for now.
+        branching: whether the run is in the cooldown of a shorter horizon.
+        branches: the outcomes of the shorter horizons that have ended.
     """
 
     step: int = 0
@@ -49,142 +49,158 @@ class TrainState:
 
 @dataclass
 class Checkpointer:
-    """Checkpoints, rows of metrics and the status of a run. Written by rank 0 alone, while the run is its own.
+    """Checkpoints, rows of metrics and the status of a run. Only rank 0 writes, and only while it holds the lease.
 
     Attributes:
         interval: seconds between two checkpoints.
-        pending: losses of the latest steps, still on the device.
-        steps: how many this attempt has taken.
-        damaged: checkpoints that are.
+        state: the state of the run, which the training loop updates.
+        damaged: checkpoint files that could not be read.
+        pending_losses: losses of the latest steps, still on the device.
+        steps: the number of steps that this attempt has taken.
     """
 
-    built: TrainingSetup
+    setup: TrainingSetup
     folder: RunDir
     is_main_process: bool
     interval: float
-    progress: TrainState = field(init=False)
+    state: TrainState = field(init=False)
     damaged: set[Path] = field(default_factory=set)
-    pending: list[Tensor] = field(default_factory=list)
+    pending_losses: list[Tensor] = field(default_factory=list)
     steps: int = 0
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.saved = self.shown = self.started
-        self.progress = self.resumed()
-        self.spent = self.progress.seconds
-        if self.writes():
+        self.last_save = self.last_status = self.started
+        self.state = self.restore()
+        self.earlier_seconds = self.state.seconds
+        if self.should_write():
             self.folder.remove_unfinished_checkpoints()
-            self.folder.write_metrics(row for row in self.folder.metrics() if row["step"] <= self.progress.step)
+            # the steps after the checkpoint are trained again, so their rows go
+            self.folder.write_metrics(row for row in self.folder.metrics() if row["step"] <= self.state.step)
 
-    def resumed(self) -> TrainState:
-        """Load the newest whole checkpoint into the run; a fresh start where there is none."""
+    def restore(self) -> TrainState:
+        """Load the newest undamaged checkpoint into the run; a fresh state where there is none."""
         for path in self.folder.checkpoints:
             if not path.exists():
                 continue
-            if (progress := self._loaded(path)) is not None:
-                log.info("resuming at step %d from %s", progress.step, path.name)
-                return progress
+            state = self._load(path)
+            if state is not None:
+                log.info("resuming at step %d from %s", state.step, path.name)
+                return state
             log.warning("%s is damaged; trying an older one", path)
             self.damaged.add(path)
         return TrainState()
 
-    def writes(self) -> bool:
-        """Whether the files are this process's to write. Another worker may have taken the run over while this process
-        was suspended, which it notices at its next heartbeat only."""
+    def should_write(self) -> bool:
+        """Whether this process may write the run's files.
+
+        Another worker may have taken the run over while this process was suspended; it learns so only at its next
+        heartbeat, which may come after a write.
+        """
         return self.is_main_process and not self.folder.is_taken_over(os.getpid())
 
     def due(self) -> bool:
-        """Whether it is time for a checkpoint, and there is something new to keep."""
-        return self.is_main_process and self.steps > 0 and time.monotonic() - self.saved > self.interval
+        """Whether the interval has passed and there is something new to save."""
+        return self.is_main_process and self.steps > 0 and time.monotonic() - self.last_save > self.interval
 
     def save(self) -> None:
-        """Write a checkpoint, and keep the one before; what is sharded is collected from every rank."""
-        content = self._content()
+        """Write a checkpoint and keep the previous one. Collective: shards are gathered from every rank."""
+        content = self._serialise()
         latest, previous = self.folder.checkpoints
-        if self.writes():
+        if self.should_write():
             self.folder.keep_metrics()
             if latest.exists() and latest not in self.damaged:
                 latest.replace(previous)
             _write(latest, content)
             self.damaged.clear()
-        self.saved = time.monotonic()
+        self.last_save = time.monotonic()
 
     def start_cooldown(self) -> None:
-        """Remember where the run stands; what follows is a branch of it."""
-        content = self._content()
-        if self.writes():
+        """Save the trunk, from which the run continues when the cooldown that starts here has ended."""
+        content = self._serialise()
+        if self.should_write():
             _write(self.folder.trunk_checkpoint, content)
-        self.progress.branching = True
+        self.state.branching = True
 
     def resume_trunk(self, branch: dict[str, Any]) -> None:
-        """A branch has ended with `branch`: back to where it left."""
-        self.flush()
+        """Return to where the cooldown left the trunk, and keep its outcome, `branch`.
+
+        Raises:
+            RecordError: the trunk's checkpoint is damaged; every checkpoint of the run is removed.
+        """
+        self.read_losses()
         self.clock()
-        ended, path = self.progress, self.folder.trunk_checkpoint
-        trunk = self._loaded(path) if path.exists() else None
+        cooldown, path = self.state, self.folder.trunk_checkpoint
+        trunk = self._load(path) if path.exists() else None
         if trunk is None:
-            if self.writes():
+            if self.should_write():
                 self.folder.remove_checkpoints()
             raise RecordError(f"{path} is damaged, so the run cannot go on from its branch: the next try starts anew")
-        self.progress = replace(
+        self.state = replace(
             trunk,
-            seconds=ended.seconds,
-            micro_batch=ended.micro_batch,
-            horizon=ended.horizon + 1,
-            branches=[*ended.branches, branch],
+            seconds=cooldown.seconds,
+            micro_batch=cooldown.micro_batch,
+            horizon=cooldown.horizon + 1,
+            branches=[*cooldown.branches, branch],
         )
 
-    def flush(self) -> None:
-        """Read the pending losses off the device, once for many steps."""
-        if self.pending:
-            self.progress.losses += torch.stack(self.pending).tolist()
-            self.pending.clear()
+    def read_losses(self) -> None:
+        """Read the pending losses off the device, in one transfer for many steps."""
+        if self.pending_losses:
+            self.state.losses += torch.stack(self.pending_losses).tolist()
+            self.pending_losses.clear()
 
     def clock(self) -> float:
-        """Steps per second of this attempt."""
-        passed = time.monotonic() - self.started
-        self.progress.seconds = self.spent + passed
-        return self.steps / max(passed, 1e-9)
+        """Bring the run's seconds up to date and return the steps per second of this attempt."""
+        elapsed = time.monotonic() - self.started
+        self.state.seconds = self.earlier_seconds + elapsed
+        return self.steps / max(elapsed, 1e-9)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Log a row of metrics."""
-        if self.writes():
+        """Append a row to metrics.jsonl."""
+        if self.should_write():
             self.folder.append_metrics(row)
 
-    def show(self, row: dict[str, Any], total: int, rate: float) -> None:
-        """Tell whoever watches, now and then."""
-        if time.monotonic() - self.shown <= STATUS_SECONDS or not self.writes():
+    def update_status(self, row: dict[str, Any], total_steps: int, tokens_per_second: float) -> None:
+        """Refresh status.json, at most once in STATUS_SECONDS."""
+        if time.monotonic() - self.last_status <= STATUS_SECONDS or not self.should_write():
             return
-        details = {"step": row["step"], "steps": total, "train_loss": row["train_loss"], "tokens_per_second": rate}
-        self.folder.write_status(RUNNING, durable=False, **details)
-        self.shown = time.monotonic()
+        self.folder.write_status(
+            RUNNING,
+            durable=False,
+            step=row["step"],
+            steps=total_steps,
+            train_loss=row["train_loss"],
+            tokens_per_second=tokens_per_second,
+        )
+        self.last_status = time.monotonic()
 
-    def _content(self) -> bytes:
-        """Everything that the rest of the run depends on, followed by its digest."""
-        self.flush()
+    def _serialise(self) -> bytes:
+        """The content of a checkpoint file: all that the rest of the run depends on, followed by its digest."""
+        self.read_losses()
         self.clock()
         buffer = io.BytesIO()
-        state = {"network": self.built.network.state_dict(), "optimizer": self.built.optimizer.state_dict()}
+        state = {"network": self.setup.network.state_dict(), "optimizer": self.setup.optimizer.state_dict()}
         if self.is_main_process:
-            torch.save({**state, **asdict(self.progress)}, buffer)
+            torch.save({**state, **asdict(self.state)}, buffer)
         buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
         return buffer.getvalue()
 
-    def _loaded(self, path: Path) -> TrainState | None:
-        """What a checkpoint holds, its weights and state loaded into the run; None where it is damaged."""
+    def _load(self, path: Path) -> TrainState | None:
+        """Load a checkpoint's weights and optimizer state into the run and return its TrainState; None if damaged."""
         try:
             stored = path.read_bytes()
         except OSError:  # a bad disk
             return None
         content, digest = stored[:-DIGEST_BYTES], stored[-DIGEST_BYTES:]
-        del stored  # it may be as large as the memory that a job is given
+        del stored  # two copies of a checkpoint may exceed the memory that a job is given
         if hashlib.sha256(content).digest() != digest:
             return None
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if saved.keys() - {"network", "optimizer"} != {f.name for f in fields(TrainState)}:
             raise RecordError(f"{path} is of another version of mupsweep: delete {path.parent} to start the run anew")
-        self.built.network.load_state_dict(saved.pop("network"))
-        self.built.optimizer.load_state_dict(saved.pop("optimizer"))
+        self.setup.network.load_state_dict(saved.pop("network"))
+        self.setup.optimizer.load_state_dict(saved.pop("optimizer"))
         return TrainState(**saved)
 
 

@@ -1,8 +1,9 @@
 """Sharded runs: weights, gradients and optimizer state divided among the ranks, for what does not fit on one device.
 
-Weights and gradients are torch's FSDP2: a rank holds some rows of every tensor, and whole ones exist while a block is
-computed. Optimizers want whole matrices, so every tensor has an owner, a rank that keeps its optimizer state. At a step
-owners are sent the rows of their tensors, a bucket at a time, run the optimizer as on one device, and send them back.
+Weights and gradients are sharded by torch's FSDP2: a rank holds some rows of every tensor, and whole tensors exist only
+while their block is computed. Optimizers need whole matrices, so every tensor has an owner, the rank that keeps its
+optimizer state. In a step the owners receive the rows of their tensors, a bucket at a time, run the optimizer as on one
+device and send the rows back.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from mupsweep.training.distributed import BUCKET, DistributedContext, bucketed
 def build_sharded(
     run: RunSpec, device: torch.device, ranks: DistributedContext, dtype: torch.dtype | None
 ) -> TrainingSetup:
-    """As `build`, with the same initial values, and never a whole network on one device.
+    """Build a sharded run with the initial values of `build`, without a whole network on any device.
 
     Args:
-        dtype: of matrix products, where it is not that of the weights.
+        dtype: the dtype of matrix products; None where it is that of the weights.
     """
     _, rows = meta_model(run)
     network = ShardedNetwork(lambda: meta_model(run)[0], rows, device, ranks, dtype)
     for row in rows:
         if row.tied_to is None:
-            whole = torch.empty(row.shape)
-            initialise(whole, row, run.seed)
-            network.rows(row.name).copy_(whole[network.shard_slice(row.name, ranks.rank)])
+            full = torch.empty(row.shape)
+            initialise(full, row, run.seed)
+            network.local_shard(row.name).copy_(full[network.shard_slice(row.name, ranks.rank)])
     groups = list(parameter_groups(run.recipe, rows))
     optimizer = ShardedOptimizer([part.optimizer for part in run.recipe.parts], groups, network)
     return TrainingSetup(network, optimizer, groups, clip_norm(run.recipe), network.reapply_fsdp)
@@ -56,36 +57,38 @@ class Bucket:
     names: tuple[str, ...]
 
 
-OwnerRound = Sequence[Bucket | None]  # the bucket of every rank
+OwnerRound = Sequence[Bucket | None]  # the bucket that each rank steps in this round, or None
 
 
-def owner_rounds(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, torch.Size], size: int) -> list[OwnerRound]:
-    """Every tensor in one bucket of one of `size` ranks, with as many numbers for each rank as whole tensors allow."""
+def assign_owners(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, torch.Size], size: int) -> list[OwnerRound]:
+    """Assign every tensor to one of `size` ranks, with as even a load as whole tensors allow, in rounds of buckets."""
     buckets: list[tuple[int, torch.Size, Bucket]] = []
     for index, group in enumerate(groups):
-        same_shape = defaultdict(list)
+        names_of_shape = defaultdict(list)
         for name in group["tensors"]:
-            same_shape[shapes[name]].append(name)
-        for shape, names in same_shape.items():
+            names_of_shape[shapes[name]].append(name)
+        for shape, names in names_of_shape.items():
             count = min(-(-len(names) // size), max(1, BUCKET // shape.numel()))
             for start in range(0, len(names), count):
-                piece = tuple(names[start : start + count])
-                buckets.append((len(piece) * shape.numel(), shape, Bucket(index, piece)))
-    piles: list[list[Bucket]] = [[] for _ in range(size)]
+                bucket_names = tuple(names[start : start + count])
+                buckets.append((len(bucket_names) * shape.numel(), shape, Bucket(index, bucket_names)))
+    # the largest bucket first, each to the rank with the least to do, then the least of this optimizer and shape
+    buckets_of_rank: list[list[Bucket]] = [[] for _ in range(size)]
     loads: list[dict[Any, int]] = [defaultdict(int) for _ in range(size)]
-    for numbers, shape, bucket in sorted(buckets, key=lambda entry: -entry[0]):  # the largest first
+    for numel, shape, bucket in sorted(buckets, key=lambda entry: -entry[0]):
         kind = (groups[bucket.group]["part"], shape)
         rank = min(range(size), key=lambda r: (sum(loads[r].values()), loads[r][kind]))
-        piles[rank].append(bucket)
-        loads[rank][kind] += numbers
-    return list(zip_longest(*piles))
+        buckets_of_rank[rank].append(bucket)
+        loads[rank][kind] += numel
+    return list(zip_longest(*buckets_of_rank))
 
 
 class ShardedNetwork(nn.Module):
-    """A network of which this rank holds some rows of every tensor, in order of the ranks.
+    """A network of which this rank holds some rows of every tensor: rank 0 the first rows, and so on.
 
     Attributes:
-        shapes: of the whole tensors, without those that share another's storage.
+        shapes: the shapes of the full tensors, without those that share the storage of another.
+        storage: for every tensor, the name of the tensor that holds its values; another one's where it is tied.
     """
 
     def __init__(
@@ -99,16 +102,16 @@ class ShardedNetwork(nn.Module):
         super().__init__()
         self.make, self.device, self.ranks, self.dtype = make, device, ranks, dtype
         self.shapes = {row.name: torch.Size(row.shape) for row in table if row.tied_to is None}
-        self.storage = {row.name: row.tied_to or row.name for row in table}  # the tensor that holds the values of each
+        self.storage = {row.name: row.tied_to or row.name for row in table}
         self.mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)  # pyright: ignore[reportArgumentType]
         self.sharded = {name: self._empty(name) for name in self.shapes}
         self.reapply_fsdp()
 
     def reapply_fsdp(self) -> None:
-        """Hand the rows to FSDP anew; after an error in a pass its own bookkeeping cannot be used any more."""
+        """Hand this rank's shards to a new FSDP network, since an error within a pass leaves FSDP's state unusable."""
         network = self.make()
-        # autocast would keep its copies of weights until the backward pass; with a policy whole weights come in its
-        # dtype, and go after use
+        # autocast would keep its copies of weights until the backward pass; a policy gathers full weights in its dtype
+        # and frees them after use
         matrices = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for unit in _units(network):
             fully_shard(unit, mesh=self.mesh, mp_policy=matrices)
@@ -120,9 +123,9 @@ class ShardedNetwork(nn.Module):
             if isinstance(module, FSDPModule):
                 module.set_custom_all_gather(CheckedAllGather(self.ranks))  # type: ignore[arg-type]
                 module.set_custom_reduce_scatter(CheckedReduceScatter(self.ranks))  # type: ignore[arg-type]
-                module.set_gradient_divide_factor(1.0)  # a loss is already its share of the global batch's
+                module.set_gradient_divide_factor(1.0)  # every rank's loss is divided by the global batch size already
                 module.set_force_sum_reduction_for_comms(True)
-        self.wrapped = [network]  # in a list, since it is no submodule: `parameters` are the rows alone
+        self.wrapped = [network]  # in a list, so that it is no submodule: `parameters` are the shards alone
 
     def forward(self, *tokens: Tensor, **named: Tensor) -> Tensor:
         return self.wrapped[0](*tokens, **named)
@@ -130,110 +133,111 @@ class ShardedNetwork(nn.Module):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return iter(self.sharded.values())
 
-    def rows(self, name: str) -> Tensor:
-        """This rank's rows of a tensor."""
+    def local_shard(self, name: str) -> Tensor:
+        """Return this rank's rows of a tensor."""
         return self.sharded[name].detach().to_local()  # type: ignore[attr-defined]
 
     def gradient(self, name: str) -> Tensor:
-        """The gradient of this rank's rows."""
+        """Return the gradient of this rank's rows of a tensor."""
         gradient = self.sharded[name].grad
-        return torch.zeros_like(self.rows(name)) if gradient is None else gradient.to_local()  # type: ignore[attr-defined]
+        return torch.zeros_like(self.local_shard(name)) if gradient is None else gradient.to_local()  # type: ignore[attr-defined]
 
     def shard_slice(self, name: str, rank: int) -> slice:
-        """Which rows of a tensor a rank holds."""
-        n = self.shapes[name][0]
-        each = -(-n // self.ranks.size)
-        return slice(min(rank * each, n), min((rank + 1) * each, n))
+        """Return which rows of a tensor a rank holds."""
+        n_rows = self.shapes[name][0]
+        per_rank = -(-n_rows // self.ranks.size)
+        return slice(min(rank * per_rank, n_rows), min((rank + 1) * per_rank, n_rows))
 
-    def gather(self, turn: OwnerRound, rows: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """The whole tensors of this rank's bucket."""
-        whole = {name: torch.empty(self.shapes[name], device=self.device) for name in self.owned_names(turn)}
-        self._trade(
-            [[rows(name) for name in bucket.names] if bucket else [] for bucket in turn],
-            [[w[self.shard_slice(name, rank)] for name, w in whole.items()] for rank in range(self.ranks.size)],
-        )
-        return whole
+    def gather(self, owners: OwnerRound, shard_of: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Return the full tensors of this rank's bucket by name; `shard_of` gives the shards on each rank."""
+        full = {name: torch.empty(self.shapes[name], device=self.device) for name in self.owned_names(owners)}
+        self._all_to_all(self._shards_by_owner(owners, shard_of), self._shards_by_rank(full))
+        return full
 
-    def scatter(self, turn: OwnerRound, whole: Mapping[str, Tensor]) -> None:
-        """The way back: everybody's rows of this rank's bucket, and this rank's rows of everybody's."""
-        self._trade(
-            [
-                [whole[name][self.shard_slice(name, rank)] for name in self.owned_names(turn)]
-                for rank in range(self.ranks.size)
-            ],
-            [[self.rows(name) for name in bucket.names] if bucket else [] for bucket in turn],
-        )
+    def scatter(self, owners: OwnerRound, full: Mapping[str, Tensor]) -> None:
+        """Send every rank its rows of the full tensors of this rank's bucket, and receive this rank's shards."""
+        self._all_to_all(self._shards_by_rank(full), self._shards_by_owner(owners, self.local_shard))
+
+    def _shards_by_owner(self, owners: OwnerRound, shard_of: Callable[[str], Tensor]) -> list[list[Tensor]]:
+        """For every rank, this rank's shards of the tensors in that rank's bucket."""
+        return [[shard_of(name) for name in bucket.names] if bucket else [] for bucket in owners]
+
+    def _shards_by_rank(self, full: Mapping[str, Tensor]) -> list[list[Tensor]]:
+        """For every rank, its rows of the full tensors in this rank's bucket."""
+        return [[t[self.shard_slice(name, rank)] for name, t in full.items()] for rank in range(self.ranks.size)]
 
     def state_dict(self, *unused: Any, **named: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """The whole tensors as on one device, on rank 0 and on the CPU."""
-        found: dict[str, Tensor] = {}
+        """Return the full tensors as on one device: on rank 0, on the CPU."""
+        full: dict[str, Tensor] = {}
         for names in bucketed(self.shapes, lambda name: self.shapes[name].numel()):
             for_rank_0: OwnerRound = [Bucket(0, tuple(names)), *[None] * (self.ranks.size - 1)]
-            found |= {name: whole.cpu() for name, whole in self.gather(for_rank_0, self.rows).items()}
-        return {name: found[storage] for name, storage in self.storage.items()} if self.ranks.is_main_process else {}
+            full |= {name: tensor.cpu() for name, tensor in self.gather(for_rank_0, self.local_shard).items()}
+        return {name: full[storage] for name, storage in self.storage.items()} if self.ranks.is_main_process else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *unused: Any, **named: Any) -> None:  # type: ignore[override]
-        """Take this rank's rows of the whole tensors."""
+        """Copy this rank's rows of the full tensors into its shards."""
         for name in self.shapes:
-            self.rows(name).copy_(state_dict[name][self.shard_slice(name, self.ranks.rank)])
+            self.local_shard(name).copy_(state_dict[name][self.shard_slice(name, self.ranks.rank)])
 
-    def owned_names(self, turn: OwnerRound) -> tuple[str, ...]:
-        bucket = turn[self.ranks.rank]
+    def owned_names(self, owners: OwnerRound) -> tuple[str, ...]:
+        """Return the names of the tensors in this rank's bucket."""
+        bucket = owners[self.ranks.rank]
         return () if bucket is None else bucket.names
 
-    def _trade(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
-        """Send every rank some tensors, and fill others with what each of them sends."""
+    def _all_to_all(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
+        """Send the tensors `sent[r]` to every rank r, and fill the tensors `received[r]` with what rank r sends."""
         flat = [tensor.flatten() for tensors in sent for tensor in tensors]
         targets = [tensor for tensors in received for tensor in tensors]
-        came = self.ranks.all_to_all(
+        recv_buffer = self.ranks.all_to_all(
             torch.cat(flat) if flat else torch.empty(0, device=self.device),
             [sum(tensor.numel() for tensor in tensors) for tensors in sent],
             [sum(tensor.numel() for tensor in tensors) for tensors in received],
         )
-        for target, part in zip(targets, came.split([target.numel() for target in targets]), strict=True):
-            target.copy_(part.view_as(target))
+        pieces = recv_buffer.split([target.numel() for target in targets])
+        for target, piece in zip(targets, pieces, strict=True):
+            target.copy_(piece.view_as(target))
 
     def _empty(self, name: str) -> nn.Parameter:
         shape, shard_slice = self.shapes[name], self.shard_slice(name, self.ranks.rank)
         local = torch.empty(shard_slice.stop - shard_slice.start, *shape[1:], device=self.device)
         stride = torch.empty(shape, device="meta").stride()
-        rows = DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
-        return nn.Parameter(rows)
+        sharded = DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        return nn.Parameter(sharded)
 
 
 class ShardedOptimizer(OptimizerSet):
-    """The optimizers of a run, each tensor's on the rank that owns it."""
+    """The optimizers of a sharded run: a tensor's optimizer state is on the rank that owns the tensor."""
 
     def __init__(self, parts: Sequence[Optimizer], groups: Sequence[dict[str, Any]], network: ShardedNetwork) -> None:
         self.groups, self.network, self.ranks = groups, network, network.ranks
         self.curvature_every = [parts[group["part"]].curvature_every for group in groups]
-        self.owner_rounds = owner_rounds(groups, network.shapes, self.ranks.size)
+        self.owner_rounds = assign_owners(groups, network.shapes, self.ranks.size)
         self.parameters: dict[Bucket, dict[str, nn.Parameter]] = {}
         self.owned: dict[Bucket, OptimizerSet] = {}
-        for turn in self.owner_rounds:
-            whole = {name: nn.Parameter(w) for name, w in network.gather(turn, network.rows).items()}
-            if (bucket := turn[self.ranks.rank]) is not None:
+        for owners in self.owner_rounds:
+            full = {name: nn.Parameter(w) for name, w in network.gather(owners, network.local_shard).items()}
+            if (bucket := owners[self.ranks.rank]) is not None:
                 group = groups[bucket.group] | {"tensors": bucket.names}
-                self.parameters[bucket] = whole
-                self.owned[bucket] = OptimizerSet(parts, [group], whole)
-            network.scatter(turn, {name: p.detach() for name, p in whole.items()})  # some optimizers scale the start
-            free_full_tensors(whole)
+                self.parameters[bucket] = full
+                self.owned[bucket] = OptimizerSet(parts, [group], full)
+            network.scatter(owners, {name: p.detach() for name, p in full.items()})  # some optimizers rescale the init
+            free_full_tensors(full)
 
     def step(self, lr_factor: float) -> None:
-        self._each(lambda optimizer: optimizer.step(lr_factor))
+        self._for_each_owned(lambda optimizer: optimizer.step(lr_factor))
 
     def observe(self, step: int) -> None:
-        self._each(lambda optimizer: optimizer.observe(step))
+        self._for_each_owned(lambda optimizer: optimizer.observe(step))
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """As on one device, on rank 0 and on the CPU; collected a turn at a time."""
+        """Return the state of every optimizer as on one device: on rank 0, on the CPU, gathered a round at a time."""
         states: dict[str, Any] = {}
-        groups: dict[int, dict[str, Any]] = {}
-        for turn in self.owner_rounds:
-            for saved in self.ranks.collect(self._saved(turn)):
+        param_groups: dict[int, dict[str, Any]] = {}
+        for owners in self.owner_rounds:
+            for saved in self.ranks.gather_object(self._saved(owners)):
                 if saved is not None:
-                    index, group, state = saved
-                    groups[index] = group
+                    index, param_group, state = saved
+                    param_groups[index] = param_group
                     states |= state
         if not self.ranks.is_main_process:
             return []
@@ -241,7 +245,7 @@ class ShardedOptimizer(OptimizerSet):
             {
                 "state": {number: states[name] for name, number in numbers.items() if name in states},
                 "param_groups": [
-                    groups[index] | {"params": [numbers[name] for name in self.groups[index]["tensors"]]}
+                    param_groups[index] | {"params": [numbers[name] for name in self.groups[index]["tensors"]]}
                     for index in indices
                 ],
             }
@@ -256,52 +260,60 @@ class ShardedOptimizer(OptimizerSet):
             state_of |= {name: member["state"][number] for name, number in numbers.items() if number in member["state"]}
         for bucket, optimizer in self.owned.items():
             state = {i: state_of[name] for i, name in enumerate(bucket.names) if name in state_of}
-            group = group_of[bucket.group] | {"params": list(range(len(bucket.names)))}
-            optimizer.load_state_dict([{"state": state, "param_groups": [group]}])
+            param_group = group_of[bucket.group] | {"params": list(range(len(bucket.names)))}
+            optimizer.load_state_dict([{"state": state, "param_groups": [param_group]}])
 
-    def _each(self, act: Callable[[OptimizerSet], None]) -> None:
-        """`act` on every optimizer that this rank owns, while its weights and gradients are there, whole; the gradients
-        are forgotten."""
-        for turn in self.owner_rounds:
-            weights = self.network.gather(turn, self.network.rows)
-            gradients = self.network.gather(turn, self.network.gradient)
-            for name in (name for bucket in turn if bucket for name in bucket.names):
-                self.network.sharded[name].grad = None
-            bucket = turn[self.ranks.rank]
-            if bucket is not None:
-                parameters = self.parameters[bucket]
+    def _for_each_owned(self, act: Callable[[OptimizerSet], None]) -> None:
+        """Call `act` on every optimizer that this rank owns while its weights and gradients are there in full.
+
+        The gradients are freed afterwards.
+        """
+        for owners in self.owner_rounds:
+            weights = self.network.gather(owners, self.network.local_shard)
+            gradients = self.network.gather(owners, self.network.gradient)
+            for bucket in owners:
+                for name in bucket.names if bucket else ():
+                    self.network.sharded[name].grad = None
+            owned = owners[self.ranks.rank]
+            if owned is not None:
+                parameters = self.parameters[owned]
                 for name, parameter in parameters.items():
                     parameter.data, parameter.grad = weights[name], gradients[name]
                 del gradients
-                act(self.owned[bucket])
+                act(self.owned[owned])
                 weights = {name: parameter.data for name, parameter in parameters.items()}
                 free_full_tensors(parameters)
-            self.network.scatter(turn, weights)
+            self.network.scatter(owners, weights)
 
     def _members(self) -> list[tuple[list[int], dict[str, int]]]:
-        """Of every optimizer, as on one device: its groups, and the number by which it knows each tensor."""
-        indices: dict[int, list[int]] = defaultdict(list)
+        """For every optimizer as on one device: the indices of its groups, and the number of each of its tensors."""
+        indices_of_part: dict[int, list[int]] = defaultdict(list)
         for index, group in enumerate(self.groups):
-            indices[group["part"]].append(index)
-        names = {part: [name for i in mine for name in self.groups[i]["tensors"]] for part, mine in indices.items()}
-        return [(mine, {name: i for i, name in enumerate(names[part])}) for part, mine in sorted(indices.items())]
+            indices_of_part[group["part"]].append(index)
+        members = []
+        for _, indices in sorted(indices_of_part.items()):
+            names = [name for index in indices for name in self.groups[index]["tensors"]]
+            members.append((indices, {name: number for number, name in enumerate(names)}))
+        return members
 
-    def _saved(self, turn: OwnerRound) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
-        """Of this rank's bucket: its group, that group's state, and that of each of its tensors."""
-        bucket = turn[self.ranks.rank]
+    def _saved(self, owners: OwnerRound) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+        """Return the group index of this rank's bucket, its param_group, and the state of its tensors by name."""
+        bucket = owners[self.ranks.rank]
         if bucket is None:
             return None
         (saved,) = self.owned[bucket].state_dict()
-        # clones, since a view would carry all of what it looks at
-        state = {
-            bucket.names[i]: {k: v.detach().cpu().clone() if isinstance(v, Tensor) else v for k, v in entries.items()}
-            for i, entries in saved["state"].items()
-        }
-        return bucket.group, saved["param_groups"][0], state
+        states = {}
+        for number, entries in saved["state"].items():
+            # a clone, since a view would be pickled with all the storage that it looks at
+            states[bucket.names[number]] = {
+                key: value.detach().cpu().clone() if isinstance(value, Tensor) else value
+                for key, value in entries.items()
+            }
+        return bucket.group, saved["param_groups"][0], states
 
 
 class CheckedAllGather:
-    """FSDP's all-gather, with a word before it: a rank that cannot go on leaves nobody waiting."""
+    """FSDP's all-gather after a check that every rank reaches it, so that no rank waits for one that has failed."""
 
     def __init__(self, ranks: DistributedContext) -> None:
         self.ranks = ranks
@@ -312,13 +324,13 @@ class CheckedAllGather:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        self.ranks.go_on()
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # since torch 2.13, before
+        self.ranks.check_peers()
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name since torch 2.13
         return gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class CheckedReduceScatter(CheckedAllGather):
-    """FSDP's reduce-scatter, likewise."""
+    """FSDP's reduce-scatter after a check that every rank reaches it."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -328,19 +340,25 @@ class CheckedReduceScatter(CheckedAllGather):
         op: dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> dist.Work | None:
-        self.ranks.go_on()
+        self.ranks.check_peers()
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         return scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
 def _units(network: nn.Module) -> list[nn.Module]:
-    """What is gathered at once: the parts of every block that have matrices. All other tensors stay while they do."""
-    stacks = (module for module in network.modules() if isinstance(module, nn.ModuleList))
-    parts = (part for stack in stacks for block in stack for part in block.children())
-    return [part for part in parts if any(p.ndim > 1 for p in part.parameters())]
+    """Return the modules that FSDP gathers and frees one by one: the children of blocks that hold matrices.
+
+    All other tensors belong to the root module, whose tensors stay gathered throughout the pass.
+    """
+    units = []
+    for stack in network.modules():
+        if isinstance(stack, nn.ModuleList):
+            children = (child for block in stack for child in block.children())
+            units += [child for child in children if any(p.ndim > 1 for p in child.parameters())]
+    return units
 
 
 def free_full_tensors(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Whole weights and gradients are there only at their turn."""
+    """Free full weights and gradients, which exist only in the round of their owner."""
     for parameter in parameters.values():
         parameter.data, parameter.grad = parameter.data.new_empty(0), None

@@ -1,4 +1,4 @@
-"""A global batch in pieces that fit: this rank's rows, in micro-batches, with the gradient and loss of the whole."""
+"""Gradient accumulation: a rank's rows of the global batch in micro-batches that fit in memory."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mupsweep.training.distributed import (
-    OK,
-    OUT_OF_MEMORY,
     SINGLE_PROCESS,
     DistributedContext,
     OutOfMemory,
     PeerOutOfMemory,
+    Signal,
 )
 
 log = logging.getLogger("mupsweep")
 
 T = TypeVar("T")
-OUT_OF_MEMORY_TEXTS = (  # what is said of it in other RuntimeErrors
+OUT_OF_MEMORY_TEXTS = (  # by which a RuntimeError that is no OutOfMemoryError means one
     "DefaultCPUAllocator",
     "MPS backend out of memory",
-    ": out of memory",  # CUDA's and Triton's, where they load a kernel beside a full allocator
+    ": out of memory",  # CUDA and Triton, when they load a kernel while the allocator holds all memory
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUSOLVER_STATUS_ALLOC_FAILED",
 )
@@ -35,87 +34,95 @@ OUT_OF_MEMORY_TEXTS = (  # what is said of it in other RuntimeErrors
 
 @dataclass
 class MicroBatcher:
-    """How global batches are computed.
+    """Computes global batches in micro-batches, smaller ones after memory ran out.
 
     Attributes:
-        ranks: who shares them.
-        micro_batch: the most sequences of a piece; None for no limit.
-        forced: the same, found by running out of memory.
-        rewrap: of a sharded run (`TrainingSetup.rewrap`).
+        ranks: the processes that share every global batch.
+        micro_batch: the most sequences of a micro-batch; None for no limit.
+        oom_micro_batch: the largest micro-batch that fitted in memory; None where memory never ran out.
+        reapply_fsdp: restores a sharded network after an error within a pass (`TrainingSetup.reapply_fsdp`).
     """
 
     ranks: DistributedContext = field(default_factory=lambda: SINGLE_PROCESS)
     micro_batch: int | None = None
-    forced: int | None = None
+    oom_micro_batch: int | None = None
     reapply_fsdp: Callable[[], None] | None = None
 
-    def pieces(self, *tensors: Any) -> Iterator[tuple[Any, ...]]:
-        """This rank's rows of some tensors, piece by piece."""
-        step = self._rows(len(tensors[0]))
-        for start in range(0, len(tensors[0]), step):
+    def micro_batches(self, *tensors: Any) -> Iterator[tuple[Any, ...]]:
+        """Split tensors of this rank's rows into micro-batches, the same rows of each tensor."""
+        n_rows = len(tensors[0])
+        step = self._size(n_rows)
+        for start in range(0, n_rows, step):
             yield tuple(tensor[start : start + step] for tensor in tensors)
 
-    def backward(self, parameters: Iterable[Parameter], loss_of: Callable[..., Tensor], *mine: Tensor) -> Tensor:
+    def backward(self, parameters: Iterable[Parameter], loss_of: Callable[..., Tensor], *local: Tensor) -> Tensor:
         """Leave the gradient of the global batch's mean loss in the parameters, or in this rank's shards of them.
 
         Args:
-            loss_of: the mean loss of a piece, given its rows of `mine`.
-            mine: this rank's rows.
+            loss_of: the mean loss of a micro-batch, given its rows of each of the tensors `local`.
+            local: this rank's rows of the global batch.
 
         Returns:
             The mean loss of the global batch.
         """
-        weights, n_rows = list(parameters), len(mine[0]) * self.ranks.size
+        weights, n_local = list(parameters), len(local[0])
+        n_global = n_local * self.ranks.size
 
-        def compute() -> Tensor:
-            total = torch.zeros((), device=mine[0].device)
+        def accumulate() -> Tensor:
+            total = torch.zeros((), device=local[0].device)
             for parameter in weights:
-                parameter.grad = None  # a try before may have left a part
-            for piece in self.pieces(*mine):
-                loss = loss_of(*piece) * (len(piece[0]) / n_rows)
+                parameter.grad = None  # an attempt that ran out of memory may have left part of a gradient
+            for micro_batch in self.micro_batches(*local):
+                loss = loss_of(*micro_batch) * (len(micro_batch[0]) / n_global)
                 loss.backward()
                 total += loss.detach()
             return total
 
-        loss = self.fitting(compute, len(mine[0]))
-        whole = [] if self.reapply_fsdp else [w.grad for w in weights if w.grad is not None]
-        self.ranks.add([*whole, loss])
+        loss = self.retry_on_oom(accumulate, n_local)
+        # FSDP has summed the gradients of shards during the backward pass already
+        gradients = [] if self.reapply_fsdp else [w.grad for w in weights if w.grad is not None]
+        self.ranks.all_reduce_sum([*gradients, loss])
         return loss
 
-    def fitting(self, compute: Callable[[], T], n_rows: int) -> T:
-        """What `compute` returns for `n_rows` rows of this rank, in smaller pieces while any rank lacks memory.
+    def retry_on_oom(self, compute: Callable[[], T], n_rows: int) -> T:
+        """Return `compute()` for this rank's `n_rows` rows, halving the micro-batch while any rank runs out of memory.
 
         Raises:
-            OutOfMemory: pieces of one row do not fit.
+            OutOfMemory: a micro-batch of one row does not fit.
         """
         while True:
-            made, word, cause = None, OK, ""
+            result, signal, cause = None, Signal.OK, ""
             try:
-                made = compute()
+                result = compute()
             except PeerOutOfMemory:
-                word = None
+                signal = None  # the ranks have agreed on it already
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                word, cause = OUT_OF_MEMORY, f"{type(error).__name__}: {error}".splitlines()[0]
-            # what the failed try held is free from here on
-            if word is not None and self.ranks.all_reduce_max(word) != OUT_OF_MEMORY:
-                return made  # type: ignore[return-value]
+                signal, cause = Signal.OUT_OF_MEMORY, f"{type(error).__name__}: {error}".splitlines()[0]
+            # outside of the handlers, which hold the tensors of the failed attempt through the traceback
+            if signal is not None and self.ranks.all_reduce_max(signal) != Signal.OUT_OF_MEMORY:
+                return result  # type: ignore[return-value]
             if self.reapply_fsdp:
                 self.reapply_fsdp()
-            if self._rows(n_rows) == 1:
+            failed_size = self._size(n_rows)
+            if failed_size == 1:
                 raise OutOfMemory(cause or "on another rank")
-            self.forced = self._rows(n_rows) // 2
-            log.warning("out of memory (%s): going on with micro-batches of %d", cause or "another rank", self.forced)
+            self.oom_micro_batch = failed_size // 2
+            cause = cause or "another rank"
+            log.warning("out of memory (%s): going on with micro-batches of %d", cause, self.oom_micro_batch)
             free_memory()
 
-    def _rows(self, n_rows: int) -> int:
-        return min(rows for rows in (n_rows, self.micro_batch, self.forced) if rows is not None)
+    def _size(self, n_rows: int) -> int:
+        """The size of a micro-batch of `n_rows` rows."""
+        return min(rows for rows in (n_rows, self.micro_batch, self.oom_micro_batch) if rows is not None)
 
 
 def free_memory() -> None:
-    """Give up memory that nothing uses any more: reference cycles keep whole networks, and torch what it ever had, also
-    from another process on the same GPU."""
+    """Return unused memory to the system, which other processes on the GPU may need.
+
+    Reference cycles keep whole networks alive, and torch's allocator keeps what it ever had.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Processes of a sweep: how one starts another, and what each does when it is told to stop."""
+"""Signals of a sweep's processes: how they react to stop signals, and how one process starts another."""
 
 from __future__ import annotations
 
@@ -12,60 +12,68 @@ from types import FrameType
 from typing import IO, Any
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-MOST_THREADS = 1024  # of a process; OpenMP dies where the system has not so many to give
+MOST_THREADS = 1024  # the most threads that a process may ask for; OpenMP dies where the system cannot start them
 
 
 @dataclass
 class StopSignal:
-    """Set by the first stop signal; the run in progress finishes its step and checkpoints."""
+    """A flag that the first stop signal sets; the run in progress then finishes its step and checkpoints."""
 
     signalled: bool = False
 
     @classmethod
     def install(cls) -> StopSignal:
-        """The flag that stop signals set from now on, those included that were held back."""
+        """Return a flag that stop signals set from now on, deferred ones included."""
         flag = cls()
 
         def handle(signum: int, frame: FrameType | None) -> None:
             flag.signalled = True
 
-        _answer(handle)
+        _handle_stops(handle)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         return flag
 
 
 def interrupt_on_stop() -> None:
-    """From now on every stop signal is a KeyboardInterrupt, as Ctrl-C is."""
-    _answer(signal.default_int_handler)
+    """Let every stop signal raise KeyboardInterrupt from now on, as Ctrl-C does."""
+    _handle_stops(signal.default_int_handler)
 
 
-def _answer(handler: Callable[[int, FrameType | None], object]) -> None:
+def _handle_stops(handler: Callable[[int, FrameType | None], object]) -> None:
+    """Install a handler of every stop signal."""
     for number in STOPS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: the terminal may close
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under nohup the terminal may close
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[None]:
-    """Stop signals wait until the end of this, and in a process that is started here until it installs a StopSignal."""
-    came: list[int] = []
-    before = {number: signal.getsignal(number) for number in STOPS}
-    _answer(lambda number, _: came.append(number))  # a mask is of one thread: the system would choose another
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # which that process inherits
+    """Defer stop signals to the end of the context, and in processes started in it until they install a StopSignal."""
+    deferred: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in STOPS}
+    # A handler, since a mask is of one thread and the system would deliver the signal to another. The mask is for the
+    # processes started here, which inherit it.
+    _handle_stops(lambda number, _: deferred.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in dict.fromkeys(came):
+        for number in dict.fromkeys(deferred):
             signal.raise_signal(number)
 
 
 def start(
     command: Sequence[str], environment: Mapping[str, str], output: IO[Any] | None = None
 ) -> subprocess.Popen[bytes]:
-    """A process with this one's environment and more, which hears stop signals once it can stop."""
-    told = {**os.environ, **environment}
+    """Start a process with `environment` added to this one's; it receives stop signals once it can handle them."""
     with defer_signals():
-        return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=told)
+        return subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **environment},
+        )

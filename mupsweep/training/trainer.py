@@ -1,4 +1,4 @@
-"""The loop of one run: step, clip, evaluate, notice divergence, checkpoint, resume bit for bit."""
+"""The training loop of one run: step, clip, evaluate, notice divergence, checkpoint, resume bit for bit."""
 
 from __future__ import annotations
 
@@ -20,18 +20,16 @@ from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.training.build import TrainingSetup, generator
 from mupsweep.training.checkpoint import Checkpointer, TrainState, mean
 from mupsweep.training.devices import autocast, choose_precision, device_name
-from mupsweep.training.distributed import OK, SAVE, SINGLE_PROCESS, STOP, DistributedContext, StopRequested
+from mupsweep.training.distributed import SINGLE_PROCESS, DistributedContext, Signal, StopRequested
 from mupsweep.training.microbatch import MicroBatcher
 
-METRICS_ROWS = 200  # about so many rows of metrics.jsonl per run, whatever its length
-RECOMPILE_LIMIT = (
-    64  # of a compiled network, by shape and purpose; torch would run further ones uncompiled, in other bits
-)
-DIVERGED_RATIO = 1.05  # a mean loss above the start's by this factor is divergence, not noise
+METRICS_ROWS = 200  # the number of rows of metrics.jsonl that a run aims at, whatever its length
+RECOMPILE_LIMIT = 64  # graphs of a compiled network; beyond it torch would run eagerly, which gives other bits
+DIVERGED_RATIO = 1.05  # a mean loss above the first step's by this factor is divergence, not noise
 
 
 class TrainControl(Protocol):
-    """What the loop asks its owner at every step."""
+    """What the training loop asks whoever started it at every step."""
 
     def stop_requested(self) -> bool: ...
 
@@ -40,7 +38,7 @@ class TrainControl(Protocol):
 
 def train(
     run: RunSpec,
-    built: TrainingSetup,
+    setup: TrainingSetup,
     data: Dataset,
     folder: RunDir,
     device: torch.device,
@@ -50,91 +48,119 @@ def train(
     """Train a run to its end and return its summary.
 
     Raises:
-        Interrupted: `control` of any rank asked to stop; a checkpoint was written after a finished step.
+        StopRequested: `control` of some rank asked to stop; a checkpoint was written after the last finished step.
     """
     training = run.recipe.training
-    total, context = run.recipe.steps, run.size.context
-    per_step = training.batch_size * context
-    interval, horizons = max(1, total // METRICS_ROWS), training.horizons(total)
-    evaluations = {round(total * (i + 1) / training.evals) for i in range(training.evals)}
+    total_steps, context = run.recipe.steps, run.size.context
+    tokens_per_step = training.batch_size * context
+    log_interval = max(1, total_steps // METRICS_ROWS)
+    eval_steps = {round(total_steps * (i + 1) / training.evals) for i in range(training.evals)}
+    horizons = training.horizons(total_steps)  # (first step of the cooldown, last step); the run's own is the last
     precision = choose_precision(training.precision, device)
-    network = compiled(built.network) if training.compile else built.network
+    network = compiled(setup.network) if training.compile else setup.network
 
-    journal = Checkpointer(built, folder, ranks.is_main_process, 60 * training.checkpoint_minutes)
-    if ranks.differ(journal.progress.step):
+    checkpointer = Checkpointer(setup, folder, ranks.is_main_process, 60 * training.checkpoint_minutes)
+    if not ranks.all_equal(checkpointer.state.step):
         raise RecordError(
             f"the processes that train this run together found different checkpoints in {folder.path}: a network file "
             "system showed one of them old files; run the same command again"
         )
-    batches = MicroBatcher(ranks, training.micro_batch, journal.progress.micro_batch, built.reapply_fsdp)
+    micro_batcher = MicroBatcher(ranks, training.micro_batch, checkpointer.state.micro_batch, setup.reapply_fsdp)
+
     while True:
-        progress = journal.progress
-        decay, end = horizons[progress.horizon]
-        word = ranks.all_reduce_max(STOP if control.stop_requested() else SAVE if journal.due() else OK)
-        if word in (SAVE, STOP) and journal.steps:  # or there is nothing new to keep
-            journal.save()
-        if word == STOP:
+        state = checkpointer.state
+        cooldown_start, horizon = horizons[state.horizon]
+
+        # Save or stop. All ranks must agree on it, since every rank contributes to a sharded checkpoint.
+        signal = ranks.all_reduce_max(local_signal(control, checkpointer))
+        if signal in (Signal.SAVE, Signal.STOP) and checkpointer.steps > 0:  # else nothing is new since the last one
+            checkpointer.save()
+        if signal == Signal.STOP:
             raise StopRequested
         control.heartbeat()
-        if progress.step == decay and end < total and not progress.branching:
-            journal.start_cooldown()
-        factor = lr_factor(progress.step, total, training, end)
-        block = data.train_batch(context, training.batch_size, run.seed, progress.step)
-        tokens = _to_device(ranks.rows(block), device)
-        if built.optimizer.curvature_due(progress.step):
-            observe_curvature(network, built, tokens[:, :-1], run.seed, progress.step, precision, batches)
-        loss_of = partial(loss_of_rows, network, precision)
-        journal.pending.append(batches.backward(built.network.parameters(), loss_of, tokens))
-        progress.micro_batch = batches.forced
-        grad_norm = clip(built)
-        built.optimizer.step(factor)
-        progress.step += 1
-        journal.steps += 1
 
-        at_end = progress.step == end
-        if at_end or progress.step % interval == 0 or (progress.step in evaluations and not progress.branching):
-            journal.flush()
-            row = row_of(progress, interval, per_step, run.base_lr * factor, grad_norm)
-            bad_step = diverged_at(progress.losses, training.divergence_patience, total)
-            if bad_step is None and (at_end or (progress.step in evaluations and not progress.branching)):
-                row |= evaluate(network, data, run, precision, device, batches)
-                if not math.isfinite(row["val_loss"]):
-                    bad_step = progress.step
-            if progress.branching:
-                if at_end or bad_step is not None:
-                    journal.resume_trunk(
-                        {"horizon": end * per_step, **outcome(progress.losses, row, bad_step, per_step)}
-                    )
-                continue
-            journal.append(row)
-            rate = journal.clock() * per_step
-            if bad_step is not None or at_end:
-                return summarise(run, progress, row, bad_step, rate, precision, device, ranks.size)
-            journal.show(row, total, rate)
+        # Where the cooldown of a shorter horizon begins, keep the trunk: the run returns to it after the cooldown.
+        if state.step == cooldown_start and horizon < total_steps and not state.branching:
+            checkpointer.start_cooldown()
+
+        # The batch depends on the seed and the step alone, so that a resumed run and every rank see the same one.
+        batch = data.train_batch(context, training.batch_size, run.seed, state.step)
+        tokens = to_device(ranks.local_shard(batch), device)
+
+        # Second-order optimizers observe the curvature now and then, before the gradient that they use it for.
+        if setup.optimizer.curvature_due(state.step):
+            observe_curvature(network, setup, tokens[:, :-1], run.seed, state.step, precision, micro_batcher)
+
+        # Forward and backward. The loss stays on the device: to read it here would make every step wait for it.
+        loss_of = partial(mean_loss, network, precision)
+        loss = micro_batcher.backward(setup.network.parameters(), loss_of, tokens)
+        checkpointer.pending_losses.append(loss)
+        state.micro_batch = micro_batcher.oom_micro_batch  # a resumed run must not run out of memory once more
+
+        # Update the weights.
+        grad_norm = clip(setup)
+        lr_multiplier = lr_factor(state.step, total_steps, training, horizon)
+        setup.optimizer.step(lr_multiplier)
+        state.step += 1
+        checkpointer.steps += 1
+
+        # Most steps end here: only logged steps read the losses and look for divergence.
+        at_horizon = state.step == horizon
+        evaluates = at_horizon or (state.step in eval_steps and not state.branching)
+        if not evaluates and state.step % log_interval != 0:
+            continue
+        checkpointer.read_losses()
+        row = metrics_row(state, log_interval, tokens_per_step, run.base_lr * lr_multiplier, grad_norm)
+        bad_step = diverged_at(state.losses, training.divergence_patience, total_steps)
+        if evaluates and bad_step is None:
+            row |= evaluate(network, data, run, precision, device, micro_batcher)
+            if not math.isfinite(row["val_loss"]):
+                bad_step = state.step
+        ended = at_horizon or bad_step is not None
+
+        # A cooldown logs no rows, since the metrics are the trunk's; its outcome is kept, and the trunk goes on.
+        if state.branching:
+            if ended:
+                branch = {"horizon": horizon * tokens_per_step}
+                checkpointer.resume_trunk(branch | outcome(state.losses, row, bad_step, tokens_per_step))
+            continue
+
+        checkpointer.append(row)
+        tokens_per_second = checkpointer.clock() * tokens_per_step
+        if ended:
+            return summarise(run, state, row, bad_step, tokens_per_second, precision, device, ranks.size)
+        checkpointer.update_status(row, total_steps, tokens_per_second)
+
+
+def local_signal(control: TrainControl, checkpointer: Checkpointer) -> Signal:
+    """What this rank alone would do before the next step."""
+    if control.stop_requested():
+        return Signal.STOP
+    return Signal.SAVE if checkpointer.due() else Signal.OK
 
 
 def compiled(network: nn.Module) -> Callable[..., Tensor]:
-    """The network through torch.compile."""
-    torch._dynamo.reset()  # what runs of other sizes in this process left
+    """The network wrapped by torch.compile, one graph per shape."""
+    torch._dynamo.reset()  # graphs that runs of other sizes left in this process
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     return torch.compile(network, dynamic=False)
 
 
-def row_of(
-    progress: TrainState, interval: int, tokens_per_step: int, lr: float, grad_norm: Tensor | None
+def metrics_row(
+    state: TrainState, log_interval: int, tokens_per_step: int, lr: float, grad_norm: Tensor | None
 ) -> dict[str, Any]:
-    """A row of metrics; its loss is the mean since the row before."""
+    """A row of metrics.jsonl, whose loss is the mean since the row before."""
     row = {
-        "step": progress.step,
-        "tokens": progress.step * tokens_per_step,
-        "train_loss": mean(progress.losses[-interval:]),
+        "step": state.step,
+        "tokens": state.step * tokens_per_step,
+        "train_loss": mean(state.losses[-log_interval:]),
         "lr": lr,
     }
     return row if grad_norm is None else row | {"grad_norm": float(grad_norm)}
 
 
-def loss_of_rows(network: Callable[..., Tensor], precision: str, tokens: Tensor) -> Tensor:
-    """Mean loss of the targets [:, 1:] after the inputs [:, :-1]."""
+def mean_loss(network: Callable[..., Tensor], precision: str, tokens: Tensor) -> Tensor:
+    """Mean loss of the targets tokens[:, 1:] after the inputs tokens[:, :-1]."""
     with autocast(precision, tokens.device):
         return network(tokens[:, :-1], tokens[:, 1:])
 
@@ -143,50 +169,53 @@ def lr_factor(step: int, total: int, training: TrainingConfig, end: int | None =
     """The LR of `step` (from 0) / the peak LR: linear warm-up, then the schedule down to `min_lr_frac`.
 
     Args:
-        end: of the branch that the step belongs to; None: of the run, after `total` steps.
+        end: the last step of the horizon that is trained for; None: of the run, after `total` steps.
     """
     warmup, end = training.warmup_steps(total), end or total
     if step < warmup:
         return (step + 1) / warmup
     start = {"wsd": end - round(training.decay_fraction * end), "constant": end}.get(training.schedule, warmup)
-    done = min(1.0, max(0.0, (step - start) / max(1, end - start)))
-    shape = 0.5 * (1 + math.cos(math.pi * done)) if training.schedule == "cosine" else 1 - done
-    return training.min_lr_frac + (1 - training.min_lr_frac) * shape
+    progress = min(1.0, max(0.0, (step - start) / max(1, end - start)))
+    decay = 0.5 * (1 + math.cos(math.pi * progress)) if training.schedule == "cosine" else 1 - progress
+    return training.min_lr_frac + (1 - training.min_lr_frac) * decay
 
 
 def observe_curvature(
     network: Callable[..., Tensor],
-    built: TrainingSetup,
+    setup: TrainingSetup,
     inputs: Tensor,
     seed: int,
     step: int,
     precision: str,
-    batches: MicroBatcher | None = None,
+    micro_batcher: MicroBatcher | None = None,
 ) -> None:
-    """Gradients of sqrt(tokens) times the loss for labels drawn from the predictions, never clipped: their squares
-    estimate the diagonal of the Gauss-Newton matrix (Liu et al. 2305.14342, Algorithm 2).
+    """Show the optimizers gradients whose squares estimate the diagonal of the Gauss-Newton matrix, never clipped.
+
+    They are gradients of sqrt(tokens) times the loss for labels drawn from the predictions (Liu et al. 2305.14342,
+    Algorithm 2).
 
     Args:
-        inputs: this rank's rows; the draws are those of the whole batch, whoever computes it.
+        inputs: (B, T), this rank's rows. The draws are those of the global batch, whatever rank computes them.
     """
-    batches = batches or MicroBatcher()
-    whole = (len(inputs) * batches.ranks.size, inputs.shape[1])
-    draws = torch.randint(DRAWS, whole, generator=generator("curvature", seed, step))
+    micro_batcher = micro_batcher or MicroBatcher()
+    global_shape = (len(inputs) * micro_batcher.ranks.size, inputs.shape[1])
+    draws = torch.randint(DRAWS, global_shape, generator=generator("curvature", seed, step))
 
     def loss_of(inputs: Tensor, draws: Tensor) -> Tensor:
         with autocast(precision, inputs.device):
-            return math.prod(whole) ** 0.5 * network(inputs, draws=draws)
+            return math.prod(global_shape) ** 0.5 * network(inputs, draws=draws)
 
-    batches.backward(built.network.parameters(), loss_of, inputs, batches.ranks.rows(draws).to(inputs.device))
-    built.optimizer.observe(step)
+    local_draws = micro_batcher.ranks.local_shard(draws).to(inputs.device)
+    micro_batcher.backward(setup.network.parameters(), loss_of, inputs, local_draws)
+    setup.optimizer.observe(step)
 
 
-def clip(built: TrainingSetup) -> Tensor | None:
-    """Clip the global gradient norm where the rule allows it; the norm before clipping."""
-    if built.clip is None:
+def clip(setup: TrainingSetup) -> Tensor | None:
+    """Clip the global gradient norm and return the norm before it; None where the scaling rule forbids clipping."""
+    if setup.clip is None:
         return None
-    norm = nn.utils.clip_grad_norm_(built.network.parameters(), built.clip)
-    return norm.full_tensor() if built.reapply_fsdp else norm  # type: ignore[attr-defined]
+    norm = nn.utils.clip_grad_norm_(setup.network.parameters(), setup.clip)
+    return norm.full_tensor() if setup.reapply_fsdp else norm  # type: ignore[attr-defined]
 
 
 def evaluate(
@@ -195,34 +224,36 @@ def evaluate(
     run: RunSpec,
     precision: str,
     device: torch.device,
-    batches: MicroBatcher,
+    micro_batcher: MicroBatcher,
 ) -> dict[str, float]:
     """Mean loss over the fixed validation batches, in nats per token and in bits per byte of text."""
     training, context = run.recipe.training, run.size.context
-    tokens, n_bytes = 0, 0
+    n_batches = min(training.eval_batches, data.validation_batches(context, training.batch_size))
+    n_tokens, n_bytes = 0, 0
     nats = torch.zeros((), dtype=torch.float64)
-    for index in range(min(training.eval_batches, data.validation_batches(context, training.batch_size))):
-        block = data.validation_batch(context, training.batch_size, index)
-        mine = _to_device(batches.ranks.rows(block), device)
+    for index in range(n_batches):
+        batch = data.validation_batch(context, training.batch_size, index)
+        tokens = to_device(micro_batcher.ranks.local_shard(batch), device)
 
-        def compute(mine: Tensor = mine) -> float:
-            pieces = (piece for (piece,) in batches.pieces(mine))
-            return sum(loss_of_rows(network, precision, p).item() * p[:, 1:].numel() for p in pieces)
+        def total_nats(tokens: Tensor = tokens) -> float:
+            total = 0.0
+            for (rows,) in micro_batcher.micro_batches(tokens):
+                total += mean_loss(network, precision, rows).item() * rows[:, 1:].numel()
+            return total
 
         with torch.no_grad():
-            nats += batches.fitting(compute, len(mine))
-        tokens += block[:, 1:].size
-        n_bytes += data.byte_count(block[:, 1:])
-    batches.ranks.add([nats])
-    mean_loss = nats.item() / tokens
-    return {"val_loss": mean_loss, "val_bits_per_byte": nats.item() / math.log(2) / n_bytes}
+            nats += micro_batcher.retry_on_oom(total_nats, len(tokens))
+        n_tokens += batch[:, 1:].size
+        n_bytes += data.byte_count(batch[:, 1:])
+    micro_batcher.ranks.all_reduce_sum([nats])
+    return {"val_loss": nats.item() / n_tokens, "val_bits_per_byte": nats.item() / math.log(2) / n_bytes}
 
 
 def diverged_at(losses: list[float], patience: float, total: int) -> int | None:
-    """The step (from 1) at which a run is lost, or None.
+    """The step (from 1) at which a run has diverged, or None.
 
-    Lost is a loss that is not finite, or a mean over the last `patience` (a fraction of the run below 1, else steps)
-    above DIVERGED_RATIO times the loss of the first step.
+    A run has diverged when a loss is not finite, or when the mean of the last `patience` losses (a fraction of the run
+    below 1, else steps) exceeds DIVERGED_RATIO times the loss of the first step.
     """
     for step, loss in enumerate(losses, start=1):
         if not math.isfinite(loss):
@@ -233,14 +264,14 @@ def diverged_at(losses: list[float], patience: float, total: int) -> int | None:
     return None
 
 
-def outcome(losses: list[float], row: dict[str, Any], bad_step: int | None, per_step: int) -> dict[str, Any]:
-    """What a run, or a branch of one, came to."""
-    tail = max(1, len(losses) // 20)
+def outcome(losses: list[float], row: dict[str, Any], bad_step: int | None, tokens_per_step: int) -> dict[str, Any]:
+    """The result of a run, or of one of its shorter horizons."""
+    last_twentieth = losses[-max(1, len(losses) // 20) :]
     return {
         "status": DONE if bad_step is None else DIVERGED,
         "steps": len(losses),
-        "tokens": len(losses) * per_step,
-        "train_loss": mean(losses[-tail:]),
+        "tokens": len(losses) * tokens_per_step,
+        "train_loss": mean(last_twentieth),
         "val_loss": row.get("val_loss") if bad_step is None else None,
         "val_bits_per_byte": row.get("val_bits_per_byte") if bad_step is None else None,
         "diverged_at_step": bad_step,
@@ -249,32 +280,37 @@ def outcome(losses: list[float], row: dict[str, Any], bad_step: int | None, per_
 
 def summarise(
     run: RunSpec,
-    progress: TrainState,
+    state: TrainState,
     row: dict[str, Any],
     bad_step: int | None,
-    rate: float,
+    tokens_per_second: float,
     precision: str,
     device: torch.device,
-    devices: int,
+    n_devices: int,
 ) -> dict[str, Any]:
     """The run's summary.json: a line of results/runs.csv and the settings that only the machine could decide."""
-    per_step = run.recipe.training.batch_size * run.size.context
-    *branches, (_, last) = run.recipe.training.horizons(run.recipe.steps)
-    reached = progress.branches
-    lost = [{"horizon": end * per_step, "status": DIVERGED, "val_loss": None} for _, end in branches[len(reached) :]]
+    tokens_per_step = run.recipe.training.batch_size * run.size.context
+    *shorter, (_, last) = run.recipe.training.horizons(run.recipe.steps)
+    horizons: dict[str, Any] = {}
+    if shorter:
+        branches = list(state.branches)
+        for _, end in shorter[len(branches) :]:  # horizons that a diverged trunk never reached
+            branches.append({"horizon": end * tokens_per_step, "status": DIVERGED, "val_loss": None})
+        horizons = {"horizon": last * tokens_per_step, "branches": branches}
     return {
         "run_id": run.run_id,
         **run.identity(),
-        **outcome(progress.losses, row, bad_step, per_step),
-        **({"horizon": last * per_step, "branches": [*reached, *lost]} if branches else {}),
-        "seconds": progress.seconds,
-        "tokens_per_second": rate,
+        **outcome(state.losses, row, bad_step, tokens_per_step),
+        **horizons,
+        "seconds": state.seconds,
+        "tokens_per_second": tokens_per_second,
         "device": device_name(device),
-        "devices": devices,
+        "devices": n_devices,
         "precision": precision,
     }
 
 
-def _to_device(block: Any, device: torch.device) -> Tensor:
+def to_device(block: Any, device: torch.device) -> Tensor:
+    """A numpy block of tokens as a tensor on `device`."""
     tokens = torch.from_numpy(block)
     return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)

@@ -1,6 +1,6 @@
-"""The main path: take the runs of a sweep that nobody trains yet, train them, record what happened.
+"""A worker: takes the runs of a sweep that nobody trains yet, trains them and records what happened.
 
-execute -> claim -> build -> train -> summary.json -> status.json
+execute -> lease -> build -> train -> summary.json -> status.json
 """
 
 from __future__ import annotations
@@ -45,29 +45,33 @@ def execute(
     shard: bool = False,
     stop: StopSignal | None = None,
 ) -> bool:
-    """Train every run of the sweep, or the named ones, that is pending and claimed by nobody; longest first.
+    """Train the pending runs of a sweep that no other worker holds a lease of, the longest first.
 
     Args:
-        run_ids: of the runs to train, or names of their sizes.
+        run_ids: the runs to train, or names of sizes whose runs to train; all runs where empty.
         device: a torch device, "auto", or several separated by commas, which train every run together. Where torchrun
             started this process and others, the device of each on this machine, or one name for all.
+        threads: CPU threads of every process.
+        on_finished: called after every run.
         shard: divide weights, gradients and optimizer state among several devices.
-        stop: whether to stop; None is told by signals from now on.
+        stop: the flag that asks for an end; None installs one that stop signals set.
 
     Returns:
-        False if it was asked to stop before all of them were taken.
+        False if it was asked to stop before every run was taken.
     """
     stop = stop or StopSignal.install()
-    place = torchrun_env()
-    devices = choose_devices(device, int(place.get("LOCAL_WORLD_SIZE", 1)))
-    chosen = devices[int(place.get("LOCAL_RANK", 0))]
-    configure(threads, chosen, shard)  # before the ranks meet: NCCL is as reproducible as it is told to be then
-    words = [str(sweep.path), *run_ids, "--device", device, "--threads", str(threads), *["--shard"] * shard]
-    with launch_ranks(devices, [sys.executable, "-m", "mupsweep", "worker", *words], shard) as ranks:
+    env = torchrun_env()
+    devices = choose_devices(device, int(env.get("LOCAL_WORLD_SIZE", 1)))
+    own_device = devices[int(env.get("LOCAL_RANK", 0))]
+    configure(threads, own_device, shard)  # before the process group forms, when NCCL picks its algorithms for good
+    arguments = [str(sweep.path), *run_ids, "--device", device, "--threads", str(threads)]
+    if shard:
+        arguments.append("--shard")
+    with launch_ranks(devices, [sys.executable, "-m", "mupsweep", "worker", *arguments], shard) as ranks:
         if not ranks.is_main_process:
-            return run_replica(sweep, chosen, stop, ranks)
+            return run_replica(sweep, own_device, stop, ranks)
         with LiveTracker(sweep) as tracker:
-            return run_main(sweep, run_ids, chosen, stop, ranks, on_finished, tracker)
+            return run_main(sweep, run_ids, own_device, stop, ranks, on_finished, tracker)
 
 
 def run_main(
@@ -79,37 +83,37 @@ def run_main(
     on_finished: Callable[[], None],
     tracker: LiveTracker,
 ) -> bool:
-    """`execute` on rank 0, which is all there is on one device."""
+    """Train runs as rank 0, which holds their leases and writes their records; return False if asked to stop."""
     runs = select(plan.load(sweep), run_ids)
-    deadly: list[RunSpec] = []
-    data: dict[str, Dataset] = {}
-    for run in chain(runs, deadly):
+    deferred: list[RunSpec] = []
+    datasets: dict[str, Dataset] = {}
+    for run in chain(runs, deferred):
         folder = sweep.run(run.run_id)
         if folder.status()["status"] in (*FINISHED, FAILED):
             continue
-        claim = folder.claim()
-        if claim is None:
+        lease = folder.claim()
+        if lease is None:
             continue
         try:
-            if folder.status()["status"] in (*FINISHED, FAILED):  # finished between the look and the claim
+            # Another worker may have finished the run between the first check and the lease.
+            if folder.status()["status"] in (*FINISHED, FAILED):
                 continue
             if stop.signalled:
                 return False
-            if (
-                claim.deaths() >= MAX_WORKER_DEATHS and run not in deadly
-            ):  # the others first, or none of them ever has its turn
-                deadly.append(run)
+            # A run that keeps killing its workers comes last, or the other runs would never be trained.
+            if lease.deaths() >= MAX_WORKER_DEATHS and run not in deferred:
+                deferred.append(run)
                 continue
-            if run.recipe.digest not in data:
-                data[run.recipe.digest] = prepare(run.recipe.variant.data)
-            with tracker.showing(folder):
-                execute_run(run, folder, data[run.recipe.digest], device, LeaseControl(claim, stop), ranks)
+            if run.recipe.digest not in datasets:
+                datasets[run.recipe.digest] = prepare(run.recipe.variant.data)
+            with tracker.track(folder):
+                execute_run(run, folder, datasets[run.recipe.digest], device, LeaseControl(lease, stop), ranks)
         except StopRequested:
-            if claim.is_held():
+            if lease.is_held():
                 folder.write_status(PENDING)
             return False
         finally:
-            claim.release()
+            lease.release()
         if device.type != "cpu":
             free_memory()
         on_finished()
@@ -117,16 +121,18 @@ def run_main(
 
 
 def run_replica(sweep: SweepDir, device: torch.device, stop: StopSignal, ranks: DistributedContext) -> bool:
-    """`execute` on the other ranks: train what rank 0 begins, and write nothing. What fails is for rank 0 to record."""
+    """Train the runs that rank 0 starts, as another rank: it writes nothing, and rank 0 records its failures."""
     runs: dict[str, RunSpec] = {}
     while run_id := ranks.wait_for_run_id():
         try:
-            with ranks.together():
-                runs = runs or {run.run_id: run for run in plan.load(sweep)}  # not before rank 0 knows its runs
+            with ranks.collective_run():
+                # Loaded after rank 0 has started its first run, since the plan may be written while this rank waits.
+                runs = runs or {run.run_id: run for run in plan.load(sweep)}
                 run = runs[run_id]
                 data = prepare(run.recipe.variant.data)
-                train(run, built_on(ranks, run, device), data, sweep.run(run_id), device, ReplicaControl(stop), ranks)
-        except Exception:  # `together` has told rank 0
+                setup = build_for(ranks, run, device)
+                train(run, setup, data, sweep.run(run_id), device, ReplicaControl(stop), ranks)
+        except Exception:  # `collective_run` has announced it to rank 0
             if not is_alive(device):
                 os.abort()
         if device.type != "cpu":
@@ -139,25 +145,26 @@ def execute_run(
     folder: RunDir,
     data: Dataset,
     device: torch.device,
-    owner: LeaseControl,
+    control: LeaseControl,
     ranks: DistributedContext = SINGLE_PROCESS,
 ) -> None:
-    """Train one claimed run and write its records, `status.json` last. A failure is recorded, not raised.
+    """Train one run under its lease and write its records, `status.json` last. A failure is recorded, not raised.
 
     Raises:
+        StopRequested: it was asked to stop; the run is checkpointed.
         RecordError: not even the failure can be recorded.
     """
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as stack:
         try:
-            opened.enter_context(logged(folder))
+            stack.enter_context(log_to(folder))
             ranks.broadcast_run_id(run.run_id)
-            with ranks.together():
+            with ranks.collective_run():
                 folder.write_status(RUNNING, durable=False, step=0, steps=run.recipe.steps)
-                built = built_on(ranks, run, device)
+                setup = build_for(ranks, run, device)
                 config = run.row() | asdict(run.recipe.variant) | {"rules": role_records(run)}
-                folder.write_rules(config, group_records(built))
-                summary = train(run, built, data, folder, device, owner, ranks)
-                owner.check()
+                folder.write_rules(config, group_records(setup))
+                summary = train(run, setup, data, folder, device, control, ranks)
+                control.check()
                 folder.write_summary(summary)
                 folder.write_status(summary["status"])
                 folder.remove_checkpoints()
@@ -170,37 +177,37 @@ def execute_run(
             log.error("%s", error if isinstance(error, MupsweepError) else traceback.format_exc())
             if not is_alive(device):
                 os.abort()  # every later run of this process would fail too; the launcher starts another worker
-            if owner.claim.is_held():
-                folder.write_status(FAILED, error=told(error, run, device))
+            if control.lease.is_held():
+                folder.write_status(FAILED, error=failure_message(error, run, device))
 
 
-def built_on(ranks: DistributedContext, run: RunSpec, device: torch.device) -> TrainingSetup:
-    """The network and its optimizers, whole or this rank's shard of them."""
+def build_for(ranks: DistributedContext, run: RunSpec, device: torch.device) -> TrainingSetup:
+    """Build the network and its optimizers, in full or this rank's shards of them."""
     if not ranks.shard:
         return build(run, device)
-    from mupsweep.training.fsdp import build_sharded  # imports FSDP, which takes a while
+    from mupsweep.training.fsdp import build_sharded  # late, since importing FSDP takes a while
 
     bf16 = choose_precision(run.recipe.training.precision, device) == "bf16"
     return build_sharded(run, device, ranks, torch.bfloat16 if bf16 else None)
 
 
-def told(error: Exception, run: RunSpec, device: torch.device) -> str:
+def failure_message(error: Exception, run: RunSpec, device: torch.device) -> str:
     """Why a run failed, in one line."""
-    first = (str(error).splitlines() or [""])[0]
+    first_line = (str(error).splitlines() or [""])[0]
     if not is_out_of_memory(error):
-        return str(error) if isinstance(error, MupsweepError) else f"{type(error).__name__}: {first}"
-    room = f" of {si(torch.cuda.mem_get_info(device)[1])}B" if device.type == "cuda" else ""
+        return str(error) if isinstance(error, MupsweepError) else f"{type(error).__name__}: {first_line}"
+    capacity = f" of {si(torch.cuda.mem_get_info(device)[1])}B" if device.type == "cuda" else ""
     return (
-        f"out of memory on {device_name(device)}{room}: {si(run.cost.parameters)} parameters take roughly "
+        f"out of memory on {device_name(device)}{capacity}: {si(run.cost.parameters)} parameters take roughly "
         f"{si(run.recipe.least_memory(run.size))}B with one sequence at a time; use a larger device, several that "
         f"share the runs of this size ('launcher.sizes={{{run.size.name}:{{devices_per_run:2,shard:true}}}}'), fewer "
-        f"launcher.slots_per_device, a shorter model.context or smaller sizes ({first})"
+        f"launcher.slots_per_device, a shorter model.context or smaller sizes ({first_line})"
     )
 
 
 @contextlib.contextmanager
-def logged(folder: RunDir) -> Iterator[None]:
-    """What happens meanwhile stands in the run's log."""
+def log_to(folder: RunDir) -> Iterator[None]:
+    """Write log messages to the run's log for the duration of the context."""
     try:
         handler = LogFile(folder.log_path)
     except OSError as error:
@@ -217,39 +224,39 @@ def logged(folder: RunDir) -> Iterator[None]:
 
 
 class LogFile(logging.FileHandler):
-    """A log that a full disk cuts short; the records say whether the run can go on."""
+    """A log whose own write errors are ignored: on a full disk the records decide whether the run can go on."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         pass
 
 
 class LeaseLost(Exception):
-    """The run belongs to another worker now; nothing of it may be written here any more."""
+    """Another worker took the run over, so nothing of the run may be written here any more."""
 
 
 @dataclass(frozen=True)
 class LeaseControl:
-    """What the training loop asks at every step: whether to stop, and a sign of life for other hosts."""
+    """The control of a run on rank 0: renews the lease, and ends the run when the lease is lost."""
 
-    claim: Lease
+    lease: Lease
     stop: StopSignal
 
     def stop_requested(self) -> bool:
         return self.stop.signalled
 
     def heartbeat(self) -> None:
-        if self.claim.heartbeat():
+        if self.lease.heartbeat():
             self.check()
 
     def check(self) -> None:
-        """Raise LeaseLost where another host believed this process dead."""
-        if not self.claim.is_held():
+        """Raise LeaseLost where another host took this process for dead."""
+        if not self.lease.is_held():
             raise LeaseLost
 
 
 @dataclass(frozen=True)
 class ReplicaControl:
-    """The same for a rank that owns no claim."""
+    """The control of a run on the other ranks, which hold no lease."""
 
     stop: StopSignal
 
@@ -261,11 +268,11 @@ class ReplicaControl:
 
 
 def select(runs: list[RunSpec], names: Sequence[str]) -> list[RunSpec]:
-    """The runs of these names, or of sizes of these names; all where there are none."""
-    known = {run.run_id for run in runs} | {run.size.name for run in runs}
+    """Return the runs with these ids, or of sizes with these names; all runs where no name is given."""
+    valid = {run.run_id for run in runs} | {run.size.name for run in runs}
     for name in names:
-        if name not in known:
-            hint = nearest(name, known) if len(known) < 20 else "see mupsweep status SWEEP --runs"
+        if name not in valid:
+            hint = nearest(name, valid) if len(valid) < 20 else "see mupsweep status SWEEP --runs"
             raise RecordError(f"no run '{name}' in this sweep; {hint}")
-    wanted = set(names) or known
-    return [run for run in runs if run.run_id in wanted or run.size.name in wanted]
+    selected = set(names) or valid
+    return [run for run in runs if run.run_id in selected or run.size.name in selected]

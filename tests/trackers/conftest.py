@@ -9,7 +9,7 @@ import pytest
 from wandb_server import API_KEY, WandbServer, serving
 
 from mupsweep.trackers import live
-from mupsweep.trackers.wandb import leave
+from mupsweep.trackers.wandb import shut_down
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbSer
         for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
             monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "client"))
         monkeypatch.setattr(live, "POLL", 0.02)
-        leave()
+        shut_down()
         yield made
-        leave()
+        shut_down()
         assert made.unknown == []

@@ -163,7 +163,7 @@ def test_a_tracker_that_is_stuck_is_left_behind(
     run = SweepDir(tmp_path).run("x")
     run.path.mkdir(parents=True)
     warned = caplog.at_level(logging.WARNING, logger="mupsweep")
-    with warned, LiveTracker(SweepDir(tmp_path), patience=0.01) as live, live.showing(run):
+    with warned, LiveTracker(SweepDir(tmp_path), patience=0.01) as live, live.track(run):
         run.write_metrics([{"step": 1}])
     assert [r.message.split(";")[0] for r in caplog.records] == ["tracker: TimeoutError: still busy after 0.01 s"]
     released.set()
@@ -188,7 +188,7 @@ def test_a_run_that_goes_back_to_a_checkpoint_is_shown_anew(monkeypatch: pytest.
     run = SweepDir(tmp_path).run("x")
     run.path.mkdir(parents=True)
     run.write_metrics([{"step": 1}, {"step": 2}])  # of an earlier attempt: the run has not begun yet
-    with LiveTracker(SweepDir(tmp_path)) as live, live.showing(run):
+    with LiveTracker(SweepDir(tmp_path)) as live, live.track(run):
         run.write_metrics([{"step": 1}])
         run.append_metrics({"step": 2, "again": True})
         run.write_status("done")

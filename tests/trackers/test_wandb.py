@@ -26,7 +26,7 @@ from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import load
 from mupsweep.trackers import live
-from mupsweep.trackers.wandb import leave, summary, wandb_id
+from mupsweep.trackers.wandb import shut_down, summary, wandb_id
 from mupsweep.training.worker import execute
 
 SMALL = ["experiment=smoke", "sweep.width_ratios=[1,2]", "sweep.log2_lrs=[-9,-7]", "sweep.name=tracked"]
@@ -277,7 +277,7 @@ def test_an_unreachable_server_costs_one_warning_and_no_run(
     assert err.startswith(f"mupsweep: W&B does not take {sweep.path}: ")
     assert err.count("\n") == 1
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    leave()  # a new process finds the server
+    shut_down()  # a new process finds the server
     assert cli("sync", str(sweep.path))[0] == 0
     assert_mirrored(server, sweep)
 
@@ -298,7 +298,7 @@ def test_a_server_that_fails_in_the_middle_is_caught_up_with_later(
     assert sweep.counts()["done"] == 1
     assert [line.split(":")[0] for line in said(caplog)] == ["tracker"]
     setattr(server, fault, False)
-    leave()  # a new process finds a new server
+    shut_down()  # a new process finds a new server
     assert cli("sync", str(sweep.path))[0] == 0
     assert_mirrored(server, sweep)
 

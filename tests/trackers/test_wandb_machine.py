@@ -18,7 +18,7 @@ from wandb_server import WandbServer
 
 from mupsweep.analysis.labels import DONE
 from mupsweep.report.generate import generate
-from mupsweep.trackers.wandb import leave
+from mupsweep.trackers.wandb import shut_down
 from mupsweep.training.worker import execute
 
 FOLDERS = [f"WANDB_{name}" for name in ("DIR", "CONFIG_DIR", "CACHE_DIR", "DATA_DIR", "ARTIFACT_DIR")]
@@ -45,7 +45,7 @@ def test_folders_that_cannot_be_made_cost_one_warning_and_no_run(
     assert str(tmp_path / "file" / "WANDB_DATA_DIR") in warning
     assert f"`mupsweep sync {sweep.path}` mirrors them later" in warning
     assert server.runs["tracked-summary"].state != "finished"
-    leave()  # a new process finds other folders
+    shut_down()  # a new process finds other folders
     code, out, err = cli("sync", str(sweep.path))
     assert (code, err) == (0, "")
     assert out.endswith("of 2 runs pushed to lab/mupsweep, group tracked\n")
@@ -75,7 +75,7 @@ def test_a_client_whose_service_does_not_start_costs_one_warning_and_no_run(
     assert server.runs == {}
     gc.collect()  # while that warning is expected
     monkeypatch.delenv("WANDB_X_SERVICE_WAIT")
-    leave()
+    shut_down()
     assert cli("sync", str(sweep.path))[0] == 0
     assert_mirrored(server, sweep)
 
@@ -88,7 +88,7 @@ def test_a_process_ends_whatever_became_of_the_clients_service(sick: signal.Sign
 import os
 import wandb
 from mupsweep.trackers import wandb as page
-page.PARTING = 0.2
+page.SHUTDOWN_TIMEOUT = 0.2
 page.start_service()
 service = wandb.setup().ensure_service()._proc._process.pid
 print(service, flush=True)

@@ -59,11 +59,11 @@ def wrong(words: list[str]) -> str:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):  # constants
             built = build.build(run, device)
-            loss_of = partial(trainer.loss_of_rows, built.network, training.precision)
+            loss_of = partial(trainer.mean_loss, built.network, training.precision)
             for step in range(2 * STEPS):
                 if step == STEPS:
                     built = resumed(built, run, device)
-                    loss_of = partial(trainer.loss_of_rows, built.network, training.precision)
+                    loss_of = partial(trainer.mean_loss, built.network, training.precision)
                 tokens = torch.zeros((training.batch_size, run.size.context + 1), dtype=torch.long, device=device)
                 if built.optimizer.curvature_due(step):
                     inputs = tokens[:, :-1]

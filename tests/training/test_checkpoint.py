@@ -1,4 +1,4 @@
-"""The journal: a bad checkpoint never replaces a good one, and what another worker owns by now is left to it."""
+"""Checkpoints: a bad checkpoint never replaces a good one, and what another worker owns by now is left to it."""
 
 from __future__ import annotations
 
@@ -116,71 +116,71 @@ def test_a_checkpoint_of_another_version_is_named_and_kept(killed: Path) -> None
     assert files(killed) == before
 
 
-@pytest.mark.parametrize("leads", [True, False])
-def test_only_the_leader_removes_the_checkpoints_of_a_damaged_trunk(is_main_process: bool, killed: Path) -> None:
+@pytest.mark.parametrize("is_main_process", [True, False])
+def test_only_the_main_process_removes_the_checkpoints_of_a_damaged_trunk(is_main_process: bool, killed: Path) -> None:
     folder = RunDir(killed)
     folder.trunk_checkpoint.write_bytes(b"damaged" * 20)
-    journal = Checkpointer(build(run(), CPU), folder, is_main_process, interval=60.0)
+    checkpointer = Checkpointer(build(run(), CPU), folder, is_main_process, interval=60.0)
     before = files(killed)
     with pytest.raises(Exception, match="the next try starts anew"):
-        journal.resume_trunk({})
+        checkpointer.resume_trunk({})
     assert folder.trunk_checkpoint.exists() == (not is_main_process)
     assert is_main_process or files(killed) == before
 
 
-def test_a_rank_that_does_not_lead_writes_nothing(killed: Path) -> None:
+def test_a_rank_other_than_the_main_process_writes_nothing(killed: Path) -> None:
     before = files(killed)
-    journal = Checkpointer(build(run(), CPU), RunDir(killed), is_main_process=False, interval=0.0)
-    journal.shown -= 60
-    journal.show({"step": 12, "train_loss": 1.0}, 30, 1.0)
-    journal.append({"step": 12})
-    journal.save()
-    journal.start_cooldown()
+    checkpointer = Checkpointer(build(run(), CPU), RunDir(killed), is_main_process=False, interval=0.0)
+    checkpointer.last_status -= 60
+    checkpointer.update_status({"step": 12, "train_loss": 1.0}, 30, 1.0)
+    checkpointer.append({"step": 12})
+    checkpointer.save()
+    checkpointer.start_cooldown()
     assert files(killed) == before
 
 
 def test_a_status_is_shown_while_the_run_is_its_own(killed: Path) -> None:
     folder = RunDir(killed)
     assert folder.claim() is not None
-    journal = Checkpointer(build(run(), CPU), folder, is_main_process=True, interval=60.0)
-    assert journal.progress.step == 12
-    journal.shown -= 60
-    journal.show({"step": 12, "train_loss": 1.0}, 30, 1.0)
+    checkpointer = Checkpointer(build(run(), CPU), folder, is_main_process=True, interval=60.0)
+    assert checkpointer.state.step == 12
+    checkpointer.last_status -= 60
+    checkpointer.update_status({"step": 12, "train_loss": 1.0}, 30, 1.0)
     assert folder.status() == {"status": RUNNING, "step": 12, "steps": 30, "train_loss": 1.0, "tokens_per_second": 1.0}
     assert folder.is_owned_by(os.getpid())
 
 
-def test_progress_survives_its_checkpoint(tmp_path: Path) -> None:
+def test_the_train_state_survives_its_checkpoint(tmp_path: Path) -> None:
     folder = RunDir(tmp_path)
-    journal = Checkpointer(build(run(), CPU), folder, is_main_process=True, interval=60.0)
-    journal.progress = TrainState(
+    checkpointer = Checkpointer(build(run(), CPU), folder, is_main_process=True, interval=60.0)
+    checkpointer.state = TrainState(
         step=7, losses=[3.5, 3.25], micro_batch=2, horizon=1, branching=True, branches=[{"val_loss": 3.0}]
     )
-    journal.save()
-    again = Checkpointer(build(run(), CPU), folder, is_main_process=True, interval=60.0).progress
-    assert {**vars(again), "seconds": 0.0} == {**vars(journal.progress), "seconds": 0.0}
+    checkpointer.save()
+    again = Checkpointer(build(run(), CPU), folder, is_main_process=True, interval=60.0).state
+    assert {**vars(again), "seconds": 0.0} == {**vars(checkpointer.state), "seconds": 0.0}
 
 
 def test_a_checkpoint_is_due_after_its_interval_and_one_new_step(tmp_path: Path) -> None:
-    journal = Checkpointer(build(run(), CPU), RunDir(tmp_path), is_main_process=True, interval=60.0)
-    journal.saved -= 61
-    assert not journal.due()  # nothing new since it was loaded
-    journal.steps = 1
-    assert journal.due()
-    journal.save()
-    assert not journal.due()
-    journal.saved -= 59
-    assert not journal.due()
-    journal.saved -= 2
-    assert journal.due()
+    checkpointer = Checkpointer(build(run(), CPU), RunDir(tmp_path), is_main_process=True, interval=60.0)
+    checkpointer.last_save -= 61
+    assert not checkpointer.due()  # nothing new since it was loaded
+    checkpointer.steps = 1
+    assert checkpointer.due()
+    checkpointer.save()
+    assert not checkpointer.due()
+    checkpointer.last_save -= 59
+    assert not checkpointer.due()
+    checkpointer.last_save -= 2
+    assert checkpointer.due()
 
 
 def test_writing_a_checkpoint_takes_its_size_in_memory_once(tmp_path: Path) -> None:
     made = run("model.width=256")
-    journal = Checkpointer(build(made, CPU), RunDir(tmp_path), True, NEVER)
+    checkpointer = Checkpointer(build(made, CPU), RunDir(tmp_path), True, NEVER)
     tracemalloc.start()
     try:
-        journal.save()
+        checkpointer.save()
         size = checkpoint(tmp_path).stat().st_size
         assert size < tracemalloc.get_traced_memory()[1] < 1.6 * size  # a buffer grows by an eighth or so at a time
     finally:

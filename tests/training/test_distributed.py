@@ -35,8 +35,8 @@ from mupsweep.training.distributed import (
     DistributedContext,
     PeerFailed,
     StopRequested,
-    connected,
-    places,
+    init_process_group,
+    rank_envs,
 )
 from mupsweep.training.microbatch import MicroBatcher
 from mupsweep.training.trainer import observe_curvature, train
@@ -75,7 +75,7 @@ def joined(rank: int, size: int, port: int, job: Callable[..., Any], arguments: 
     torch.set_num_threads(1)
     if size == 1:
         return job(SINGLE_PROCESS, *arguments)
-    with connected(places(size, port)[rank], CPU, TCPStore("127.0.0.1", port)) as made:
+    with init_process_group(rank_envs(size, port)[rank], CPU, TCPStore("127.0.0.1", port)) as made:
         return job(made, *arguments)
 
 
@@ -97,7 +97,7 @@ def trained(made: DistributedContext, overrides: tuple[str, ...], path: Path, st
     built = build(run(*overrides), CPU)
     control = TrainControl(stop=stops.get(made.rank, 10**9))
     summary = None
-    with contextlib.suppress(StopRequested), made.together():
+    with contextlib.suppress(StopRequested), made.collective_run():
         summary = train(run(*overrides), built, corpus(), folder, CPU, control, made)
     return {"summary": summary, "weights": digest(built.network.state_dict()), "asked": control.asked}
 
@@ -139,12 +139,14 @@ def test_ranks_and_micro_batches_combine(pool: ProcessPoolExecutor, tmp_path: Pa
 @pytest.mark.parametrize("size", SIZES)
 def test_the_rows_of_all_ranks_are_the_global_batch(size: int, data: Dataset) -> None:
     batch = data.train_batch(32, 4, 0, 7)
-    assert np.array_equal(np.concatenate([DistributedContext(rank, size).rows(batch) for rank in range(size)]), batch)
+    assert np.array_equal(
+        np.concatenate([DistributedContext(rank, size).local_shard(batch) for rank in range(size)]), batch
+    )
 
 
 def test_a_batch_that_cannot_be_divided_is_refused_in_one_line(data: Dataset) -> None:
     with pytest.raises(ConfigError, match=r"^training\.batch_size=4 cannot be divided among 3 devices: .*$"):
-        DistributedContext(0, 3).rows(data.train_batch(32, 4, 0, 0))
+        DistributedContext(0, 3).local_shard(data.train_batch(32, 4, 0, 0))
     with pytest.raises(ConfigError, match=r"^training\.batch_size=4 cannot .* launcher\.devices_per_run=3: .*$"):
         plan(load(["experiment=smoke", "launcher=local", "launcher.devices_per_run=3"]))
 
@@ -159,7 +161,7 @@ def observed(made: DistributedContext) -> tuple[Tensor, list[Tensor]]:
         seen.append(draws)
         return built.network(inputs, draws=draws)
 
-    observe_curvature(network, built, made.rows(inputs), 0, 10, "fp32", MicroBatcher(made))
+    observe_curvature(network, built, made.local_shard(inputs), 0, 10, "fp32", MicroBatcher(made))
     return torch.cat(seen), [s["h"] for m in built.optimizer.members for s in m.state.values() if "h" in s]
 
 
@@ -240,7 +242,7 @@ def leaving(made: DistributedContext, who: int, where: str, path: Path) -> str:
 
     built.network.forward, joined = failing, torch.cat  # type: ignore[method-assign]
     try:
-        with made.together(), pytest.MonkeyPatch.context() as patch:
+        with made.collective_run(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(distributed.torch, "cat", cat)
             train(run(), built, corpus(), folder, CPU, Fails(), made)
     except (ValueError, PeerFailed) as error:
@@ -271,7 +273,7 @@ def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_of_all(
 
 def summed(made: DistributedContext) -> list[Tensor]:
     tensors = [torch.full(shape, float(10**made.rank)) for shape in ((), (3, 5), (70,), (1,), (0,), (41, 2))]
-    made.add(tensors)
+    made.all_reduce_sum(tensors)
     return tensors
 
 
@@ -290,13 +292,13 @@ def test_sums_are_those_of_every_tensor_whatever_fits_in_a_bucket(
 
 def test_a_rank_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "SHUTDOWN_TIMEOUT", 0.2)
-    followers = distributed.RankProcesses()
+    processes = distributed.RankProcesses()
     for number in ("1", "2"):
-        followers.start({"RANK": number}, [sys.executable, "-c", f"import signal; {number} == 1 and signal.pause()"])
-    followers.ending = True
-    followers.wait()
-    assert {process.returncode for process in followers.processes} <= {0, -signal.SIGKILL}
-    assert followers.processes[0].returncode == -signal.SIGKILL
+        processes.start({"RANK": number}, [sys.executable, "-c", f"import signal; {number} == 1 and signal.pause()"])
+    processes.ending = True
+    processes.wait()
+    assert {process.returncode for process in processes.processes} <= {0, -signal.SIGKILL}
+    assert processes.processes[0].returncode == -signal.SIGKILL
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")
@@ -316,7 +318,7 @@ def test_nccl_sums_as_much_as_it_ever_will_while_the_device_is_empty(monkeypatch
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **_: done.append(backend))
     monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor: done.append((len(tensor), str(tensor.device))))
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
-    with FakeTensorMode(), connected(places(2, 1)[1], torch.device("cuda:1"), None):
+    with FakeTensorMode(), init_process_group(rank_envs(2, 1)[1], torch.device("cuda:1"), None):
         assert done == ["cpu:gloo,cuda:nccl", (distributed.BUCKET, "cuda:1")]
 
 

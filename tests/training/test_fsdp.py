@@ -26,9 +26,9 @@ from mupsweep.sweep.config import load
 from mupsweep.sweep.tensor_rules import rules
 from mupsweep.training.build import TrainingSetup, build, parameter_groups
 from mupsweep.training.distributed import DistributedContext, PeerFailed, StopRequested
-from mupsweep.training.fsdp import ShardedNetwork, owner_rounds
+from mupsweep.training.fsdp import ShardedNetwork, assign_owners
 from mupsweep.training.trainer import train
-from mupsweep.training.worker import built_on
+from mupsweep.training.worker import build_for
 
 TOLERANCE = {
     "loss": 1e-5,  # relative, of any step and at the end
@@ -57,8 +57,8 @@ def trained(
     made.shard = shard
     folder, control, summary = RunDir(path), TrainControl(stop=stops.get(made.rank, 10**9)), None
     path.mkdir(exist_ok=True)
-    built = built_on(made, run(*overrides), CPU)
-    with contextlib.suppress(StopRequested), made.together():
+    built = build_for(made, run(*overrides), CPU)
+    with contextlib.suppress(StopRequested), made.collective_run():
         summary = train(run(*overrides), built, corpus(), folder, CPU, control, made)
     return {
         "summary": summary,
@@ -127,9 +127,9 @@ def test_one_two_and_four_sharded_ranks_end_at_the_same_loss(pool: ProcessPoolEx
 def started(made: DistributedContext, *overrides: str) -> dict[str, Tensor]:
     """The rows that a rank holds at the start."""
     made.shard = True
-    network = built_on(made, run(*overrides), CPU).network
+    network = build_for(made, run(*overrides), CPU).network
     assert isinstance(network, ShardedNetwork)
-    return {name: network.rows(name).clone() for name in network.shapes}
+    return {name: network.local_shard(name).clone() for name in network.shapes}
 
 
 def test_the_rows_of_all_ranks_are_the_initial_values_of_the_whole_run(pool: ProcessPoolExecutor) -> None:
@@ -149,7 +149,7 @@ def test_every_tensor_has_one_owner_and_every_owner_as_much_to_do(model: str, op
     table = rules(made, made.size(1.0, 1.0), 0.01)
     groups = list(parameter_groups(made, table))
     shapes = {row.name: torch.Size(row.shape) for row in table}
-    found = owner_rounds(groups, shapes, size)
+    found = assign_owners(groups, shapes, size)
     owned = [[b for turn in found if (b := turn[rank]) is not None] for rank in range(size)]
     names = [name for buckets in owned for bucket in buckets for name in bucket.names]
     assert sorted(names) == sorted(row.name for row in table if row.tied_to is None)

@@ -23,7 +23,7 @@ from mupsweep.training import worker
 from mupsweep.training.build import TrainingSetup, build
 from mupsweep.training.microbatch import MicroBatcher, free_memory, is_out_of_memory
 from mupsweep.training.signals import StopSignal
-from mupsweep.training.trainer import StopRequested, loss_of_rows, observe_curvature, train
+from mupsweep.training.trainer import StopRequested, mean_loss, observe_curvature, train
 from mupsweep.training.worker import LeaseControl, execute_run
 
 TOLERANCE = {
@@ -71,7 +71,7 @@ def test_the_gradient_and_the_loss_of_the_pieces_are_those_of_the_whole_batch(mi
     named = dict(built.network.named_parameters())
 
     def gradients(batches: MicroBatcher) -> tuple[float, dict[str, Tensor]]:
-        loss = batches.backward(named.values(), lambda rows: loss_of_rows(built.network, "fp32", rows), tokens)
+        loss = batches.backward(named.values(), lambda rows: mean_loss(built.network, "fp32", rows), tokens)
         return loss.item(), {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
 
     (whole, wanted), (loss, found) = gradients(MicroBatcher()), gradients(MicroBatcher(micro_batch=micro_batch))
@@ -153,9 +153,7 @@ def test_memory_that_runs_out_within_a_step_leaves_no_half_gradient(data: Datase
 
     def gradients(built: TrainingSetup, micro_batch: int) -> list[Tensor]:
         weights = list(built.network.parameters())
-        MicroBatcher(micro_batch=micro_batch).backward(
-            weights, lambda r: loss_of_rows(built.network, "fp32", r), tokens
-        )
+        MicroBatcher(micro_batch=micro_batch).backward(weights, lambda r: mean_loss(built.network, "fp32", r), tokens)
         return [p.grad for p in weights if p.grad is not None]
 
     forced, asked = gradients(small(build(made, CPU), fits=1, begins=1), 2), gradients(build(made, CPU), 1)
@@ -195,10 +193,10 @@ def broken(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
         made = replace(run(), run_id=f"fits-{fits}")
         monkeypatch.setattr(worker, "build", lambda *a, fits=fits: small(build(*a), fits))
         folder = RunDir(tmp_path / made.run_id)
-        claim = folder.claim()
-        assert claim is not None
-        execute_run(made, folder, data, CPU, LeaseControl(claim, StopSignal()))
-        claim.release()
+        lease = folder.claim()
+        assert lease is not None
+        execute_run(made, folder, data, CPU, LeaseControl(lease, StopSignal()))
+        lease.release()
         found[made.run_id] = folder.status()
     return found
 

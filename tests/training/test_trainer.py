@@ -568,12 +568,12 @@ def test_the_first_losses_are_those_of_the_first_batches(data: Dataset, tmp_path
 
 def executed(made: RunSpec, data: Dataset, path: Path, stop: StopSignal | None = None) -> RunDir:
     folder = RunDir(path / made.run_id)
-    claim = folder.claim()
-    assert claim is not None
+    lease = folder.claim()
+    assert lease is not None
     try:
-        execute_run(made, folder, data, CPU, LeaseControl(claim, stop or StopSignal()))
+        execute_run(made, folder, data, CPU, LeaseControl(lease, stop or StopSignal()))
     finally:
-        claim.release()
+        lease.release()
     return folder
 
 

@@ -208,7 +208,7 @@ def test_two_workers_at_once_train_every_run_once_with_the_results_of_one(
     assert {owners(sweep, run_id) for run_id in statuses(sweep)} == {1}
 
 
-def test_a_rank_that_follows_knows_the_runs_that_were_planned_after_it_started(
+def test_a_replica_knows_the_runs_that_were_planned_after_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides = ["experiment=smoke", f"out={tmp_path}"]
@@ -216,10 +216,10 @@ def test_a_rank_that_follows_knows_the_runs_that_were_planned_after_it_started(
     told: list[str] = []
 
     class Second(DistributedContext):
-        def next_run(self) -> str:
+        def wait_for_run_id(self) -> str:
             """The run that rank 0 begins: one that another command has just planned; then none."""
-            self.told += 1
-            if self.told > 1:
+            self.run_counter += 1
+            if self.run_counter > 1:
                 return ""
             return next(run.run_id for run in plan.save(load([*overrides, "sweep.seeds=[1]"]), "")[1] if run not in old)
 
@@ -382,7 +382,7 @@ def test_a_gpu_is_told_to_repeat_its_bits_before_the_ranks_meet(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", seen.append)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("room"))
-    monkeypatch.setattr(working, "gathered", met)
+    monkeypatch.setattr(working, "launch_ranks", met)
     monkeypatch.setattr(working, "execute_run", lambda *_: None)
     try:
         assert working.execute(planned(MANY, Path("sweeps")), stop=StopSignal())

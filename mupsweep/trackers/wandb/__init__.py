@@ -1,9 +1,9 @@
-"""Weights & Biases: one W&B run per training run, one that sums the sweep up, and a saved Workspace.
+"""Weights & Biases: one W&B run per training run, one that summarises the sweep, and a saved Workspace.
 
-Every W&B run has an id that is always the same and is opened with resume="allow": the server says which step it holds
-last, and only later rows are sent. So a run that was killed, moved to another node, or mirrored weeks later by
-`mupsweep sync` ends as if nothing had happened, and pushing again adds nothing. Which runs are whole is asked of the
-server: each carries the fingerprint of the records that it was made from.
+The id of a W&B run follows from the sweep and the run, and it is opened with resume="allow": the server names the last
+step that it holds, and only later rows are sent. So a run that was killed, moved to another node, or mirrored weeks
+later by `mupsweep sync` ends as if nothing had happened, and pushing again adds nothing. Each W&B run carries the
+fingerprint of the records that it was made from, so the server knows which runs are logged in full.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.trackers import RunLogger, fingerprint, require_package
 
 MODES = ("offline", "online")
-LONGEST_ID = 64  # characters that W&B allows
+MAX_ID_LENGTH = 64  # characters that W&B allows
 MIRRORED = "mirrored"  # the key of a W&B run's summary that holds the fingerprint of its records
 COMPLETE = ("finished", "failed", "preempted")  # states of a W&B run of which every row arrived
-PARTING = 5.0  # seconds that a process which ends waits for the client's service to end; every row has arrived before
+SHUTDOWN_TIMEOUT = 5.0  # seconds that an ending process waits for the client's service; every row has arrived by then
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Wandb:
     """Mirrors records to W&B.
 
     Attributes:
-        project, entity: where on the server; no entity is the account's default.
+        project: the project on the server.
+        entity: the user or team on the server; None for the account's default.
         mode: "offline" does nothing until `mupsweep sync`; "online" pushes rows as they are logged.
         workspace: save a Workspace of the sweep's curves and drift, with the package wandb-workspaces.
         init_timeout: seconds to wait for the server before carrying on without it.
@@ -64,12 +65,12 @@ class Wandb:
         return self.mode == "online"
 
     def open(self, sweep: SweepDir, run: RunDir) -> RunLogger:
-        return RunPage(self, sweep, run)
+        return WandbLogger(self, sweep, run)
 
     def held(self, sweep: SweepDir) -> Mapping[str, str]:
-        stored = self.stored(sweep)
-        run_ids = [row["run_id"] for row in sweep.read_plan()]
-        return {run_id: stored[wandb_id(sweep, run_id)] for run_id in run_ids if wandb_id(sweep, run_id) in stored}
+        fingerprints = self.fingerprints(sweep)
+        wandb_ids = {row["run_id"]: wandb_id(sweep, row["run_id"]) for row in sweep.read_plan()}
+        return {run_id: fingerprints[key] for run_id, key in wandb_ids.items() if key in fingerprints}
 
     def analysed(self, sweep: SweepDir) -> None:
         from mupsweep.trackers.wandb import summary, workspace
@@ -77,27 +78,27 @@ class Wandb:
         content = summary.digest(sweep)
         if content is None:
             return
-        if self.stored(sweep).get(wandb_id(sweep, "summary")) != content:
+        if self.fingerprints(sweep).get(wandb_id(sweep, "summary")) != content:
             with Session(self, sweep, "summary", "summary", summary.tags(sweep), {"sweep": sweep.name}) as session:
                 session.run.log(summary.content(sweep))
                 session.run.summary.update(summary.verdicts(sweep) | {MIRRORED: content})
         if self.workspace:
             workspace.save(sweep, self.address()[0], self.project)
 
-    def stored(self, sweep: SweepDir) -> dict[str, str]:
-        """The fingerprints of the sweep's complete W&B runs, by W&B id."""
+    def fingerprints(self, sweep: SweepDir) -> dict[str, str]:
+        """Return the fingerprints of the sweep's complete W&B runs, by W&B id."""
         api, (entity, project) = self._api(), self.address()
-        found = {}
+        by_id = {}
         try:
             for run in api.runs(f"{entity}/{project}", filters={"group": sweep.name}, per_page=200, lazy=False):
                 if run.state in COMPLETE and MIRRORED in run.summary:
-                    found[run.id] = run.summary[MIRRORED]
-        except ValueError:  # no such project: the first run makes it
+                    by_id[run.id] = run.summary[MIRRORED]
+        except ValueError:  # there is no such project yet; the first run creates it
             pass
-        return found
+        return by_id
 
     def address(self) -> tuple[str, str]:
-        """(entity, project) on the server."""
+        """Return (entity, project) on the server."""
         return self.entity or self._api().default_entity, self.project
 
     def _api(self) -> Any:
@@ -108,10 +109,10 @@ class Wandb:
 
 
 class Session:
-    """An open W&B run; what the client writes to the disk goes with it, since the records hold it all.
+    """An open W&B run; the client's files are removed when it ends, since the records hold all of it.
 
     Attributes:
-        run: the client's object.
+        run: the client's run object.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class Session:
             console="off",
             disable_code=True,
             disable_git=True,
-            x_disable_meta=True,  # the user, the command line and the machine
+            x_disable_meta=True,  # no user name, command line or machine
             x_disable_stats=True,
             x_save_requirements=False,
         )
@@ -156,7 +157,7 @@ class Session:
                 settings=settings,
             )
         except BaseException:
-            self._clean()
+            self._remove_files()
             raise
 
     def __enter__(self) -> Session:
@@ -166,62 +167,62 @@ class Session:
         self.finish(0 if kind is None else 1)
 
     def finish(self, exit_code: int) -> None:
-        """Wait until everything arrived.
+        """End the run and wait until every row has arrived.
 
         Raises:
-            TimeoutError: not in `finish_timeout` seconds.
+            TimeoutError: they have not arrived within `finish_timeout` seconds.
         """
         try:
             self.run.finish(exit_code)
         finally:
-            self._clean()
+            self._remove_files()
 
-    def _clean(self) -> None:
+    def _remove_files(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class RunPage:
-    """A training run as a W&B run."""
+class WandbLogger:
+    """Logs a training run as a W&B run."""
 
     def __init__(self, tracker: Wandb, sweep: SweepDir, run: RunDir) -> None:
         config = yaml.safe_load(run.config_path.read_text())
         labels = [config[group]["name"] for group in ("model", "optimizer", "parametrization")]
-        # what people group runs by, where W&B's menus can reach it
+        # what people group runs by, as keys that W&B's menus offer
         config |= {"curve": "/".join(labels), "size": f"w{config['width']}-d{config['depth']}"}
         self.record, self.tags = run, labels
         self.session = Session(tracker, sweep, run.run_id, "train", labels, config)
-        self.shown = self.session.run
-        self.first_step = self.shown.starting_step  # the server holds all before
-        self.shown.define_metric("tokens")
-        self.shown.define_metric("*", step_metric="tokens")
+        self.wandb_run = self.session.run
+        self.first_step = self.wandb_run.starting_step  # the server holds the steps before it
+        self.wandb_run.define_metric("tokens")
+        self.wandb_run.define_metric("*", step_metric="tokens")
 
     def add(self, row: Mapping[str, Any]) -> None:
         if row["step"] >= self.first_step:
             values = {k: v for k, v in row.items() if k != "step" and v is not None}
-            self.shown.log(values, step=row["step"], commit=True)
+            self.wandb_run.log(values, step=row["step"], commit=True)
 
     def close(self, status: str) -> None:
-        told = {k: v for k, v in (self.record.summary() or {}).items() if v is not None}
-        self.shown.summary.update(told | {"status": status, MIRRORED: fingerprint(self.record)})
-        self.shown.tags = (*self.tags, status)
+        summary = {k: v for k, v in (self.record.summary() or {}).items() if v is not None}
+        self.wandb_run.summary.update(summary | {"status": status, MIRRORED: fingerprint(self.record)})
+        self.wandb_run.tags = (*self.tags, status)
         if status not in (*FINISHED, FAILED):
-            self.shown.mark_preempting()  # it goes on later
+            self.wandb_run.mark_preempting()  # it will be resumed
         self.session.finish(0 if status in FINISHED else 1)
 
 
 def wandb_id(sweep: SweepDir, name: str) -> str:
-    """The id of a W&B run: readable where W&B allows it, always the same."""
+    """Return the id of a W&B run, a function of the sweep and the name; readable where W&B allows its characters."""
     plain = f"{sweep.name}-{name}"
-    if re.fullmatch(r"[\w.-]+", plain, re.ASCII) and len(plain) <= LONGEST_ID:
+    if re.fullmatch(r"[\w.-]+", plain, re.ASCII) and len(plain) <= MAX_ID_LENGTH:
         return plain
     return hashlib.sha256(plain.encode()).hexdigest()[:32]
 
 
 def start_service() -> None:
-    """Start the client's service, and keep its remarks off the terminal, its telemetry at home and its end short.
+    """Start the client's service without its terminal output and its telemetry, and bound its shutdown.
 
-    Its warnings are ours to give. Telemetry of client 0.31 that tells of a service which does not start waits forever,
-    for a lock of its own thread.
+    Warnings about the tracker are given by this package instead. Telemetry of client 0.31 about a service that does
+    not start waits forever, for a lock that its own thread holds.
     """
     import wandb
 
@@ -230,22 +231,22 @@ def start_service() -> None:
 
         disable()
     wandb.setup(wandb.Settings(silent=True)).ensure_service()
-    atexit.unregister(leave)
-    atexit.register(leave)  # again after every start of a service: it must run before the client's own wait
+    atexit.unregister(shut_down)
+    atexit.register(shut_down)  # anew after every start of a service, since it must run before the client's own handler
 
 
-def leave() -> None:
-    """End the client's service, and wait for it but a moment.
+def shut_down() -> None:
+    """End the client's service, and wait for it for SHUTDOWN_TIMEOUT seconds at most.
 
-    The client waits forever, at the end of a process too. If it gave a server up just before, its word to the service
-    may be lost (0.31): then the service waits for the end of this process, and this process for the service.
+    The client itself waits forever, at the end of a process too. If it has just given a server up, its message to the
+    service may be lost (0.31): then the service waits for this process to end, and this process for the service.
     """
     import wandb
 
-    def part() -> None:
-        with contextlib.suppress(Exception):  # the service is gone
+    def tear_down() -> None:
+        with contextlib.suppress(Exception):  # the service has ended already
             wandb.teardown()
 
-    parting = threading.Thread(target=part, name="parting", daemon=True)
-    parting.start()
-    parting.join(PARTING)
+    thread = threading.Thread(target=tear_down, name="wandb-teardown", daemon=True)
+    thread.start()
+    thread.join(SHUTDOWN_TIMEOUT)

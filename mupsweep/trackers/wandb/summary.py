@@ -1,4 +1,4 @@
-"""The W&B run that sums a sweep up: charts, tables, verdicts and the report, from the files of `results/`."""
+"""The W&B run that summarises a sweep: charts, tables, verdicts and the report, from the files of `results/`."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ INTERVALS = {"drift": "octaves_per_doubling", "total_drift": "octaves", "regret"
 
 
 def digest(sweep: SweepDir) -> str | None:
-    """Changes with the results; None before there are any."""
+    """Return a digest of the results; None before there are any."""
     if read_json(sweep.results / "transfer.json") is None:
         return None
     return hashlib.sha256(b"".join((sweep.results / name).read_bytes() for name in FILES)).hexdigest()[:16]
 
 
 def tags(sweep: SweepDir) -> list[str]:
-    """The verdicts that occur."""
+    """Return the distinct verdicts of the sweep's groups."""
     return sorted({group["verdict"] for group in _groups(sweep)})
 
 
 def verdicts(sweep: SweepDir) -> dict[str, Any]:
-    """Verdict, drift and regret of every group: what a table of summary runs compares sweeps by."""
-    told: dict[str, Any] = {}
+    """Return verdict, drift and regret of every group, by which a table of summary runs compares sweeps."""
+    columns: dict[str, Any] = {}
     for group in _groups(sweep):
-        of = f"{_label(group)}/{group['axis']}"
-        told[f"verdict/{of}"] = group["verdict"]
+        suffix = f"{_label(group)}/{group['axis']}"
+        columns[f"verdict/{suffix}"] = group["verdict"]
         for name, unit in INTERVALS.items():
-            told[f"{name}/{of}"] = group[name][unit]
-            told |= {f"{name}_{end}/{of}": group[name][end] for end in ("low", "high")}
-    return {key: value for key, value in told.items() if value is not None}
+            columns[f"{name}/{suffix}"] = group[name][unit]
+            columns |= {f"{name}_{end}/{suffix}": group[name][end] for end in ("low", "high")}
+    return {key: value for key, value in columns.items() if value is not None}
 
 
 def curve_charts(sweep: SweepDir) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -47,7 +47,7 @@ def curve_charts(sweep: SweepDir) -> dict[str, dict[str, list[tuple[float, float
     charts: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in _read(sweep, "curves.csv"):
         lines = charts.setdefault(f"loss_vs_lr/{_label(row)}", {})
-        if row["loss_mean"] != "" and row["censored"] != "True":  # of diverged seeds' LRs the mean is not known
+        if row["loss_mean"] != "" and row["censored"] != "True":  # where seeds diverged, the mean is only bounded
             point = float(row["log2_lr"]), float(row["loss_mean"])
             tokens = f", {row['horizon']} tokens" if row["horizon"] else ""
             lines.setdefault(f"width {row['width']}, depth {row['depth']}{tokens}", []).append(point)
@@ -57,7 +57,7 @@ def curve_charts(sweep: SweepDir) -> dict[str, dict[str, list[tuple[float, float
 def drift_charts(sweep: SweepDir) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Key of a chart -> label -> (octaves of size, log2 of the best LR): one chart for each axis.
 
-    The ends of the intervals are lines of their own, which a size has too whose best LR is only bounded.
+    The ends of the intervals are lines of their own; a size whose best LR is only bounded has a point on one of them.
     """
     charts: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for group in _groups(sweep):
@@ -69,15 +69,15 @@ def drift_charts(sweep: SweepDir) -> dict[str, dict[str, list[tuple[float, float
 
 
 def content(sweep: SweepDir) -> dict[str, Any]:
-    """All that is logged, ready for the client."""
+    """Return everything that the summary run logs, as the client's objects."""
     import wandb
 
-    shown: dict[str, Any] = {}
+    logged: dict[str, Any] = {}
     for charts, xname in ((curve_charts(sweep), "log2 LR"), (drift_charts(sweep), "log2 of size / base size")):
-        for key, named in charts.items():
-            lines = {name: points for name, points in named.items() if points}
+        for key, all_lines in charts.items():
+            lines = {name: points for name, points in all_lines.items() if points}
             if lines:
-                shown[key] = wandb.plot.line_series(
+                logged[key] = wandb.plot.line_series(
                     xs=[[x for x, _ in points] for points in lines.values()],
                     ys=[[y for _, y in points] for points in lines.values()],
                     keys=list(lines),
@@ -85,8 +85,8 @@ def content(sweep: SweepDir) -> dict[str, Any]:
                     xname=xname,
                 )
     groups = _groups(sweep)
-    shown |= {f"tables/{name}": _table(_read(sweep, f"{name}.csv")) for name in ("runs", "curves")}
-    shown["tables/drift"] = _table(
+    logged |= {f"tables/{name}": _table(_read(sweep, f"{name}.csv")) for name in ("runs", "curves")}
+    logged["tables/drift"] = _table(
         {
             "group": _label(g),
             "axis": g["axis"],
@@ -99,7 +99,7 @@ def content(sweep: SweepDir) -> dict[str, Any]:
         for g in groups
         for size in g["sizes"]
     )
-    shown["tables/verdicts"] = _table(
+    logged["tables/verdicts"] = _table(
         {
             "group": _label(g),
             "axis": g["axis"],
@@ -111,8 +111,8 @@ def content(sweep: SweepDir) -> dict[str, Any]:
     )
     report = sweep.results / "report.html"
     if report.is_file():
-        shown["report"] = wandb.Html(report.read_text(encoding="utf-8"), inject=False)
-    return shown
+        logged["report"] = wandb.Html(report.read_text(encoding="utf-8"), inject=False)
+    return logged
 
 
 def _flat(name: str, estimate: Mapping[str, float | None], unit: str) -> dict[str, float | None]:

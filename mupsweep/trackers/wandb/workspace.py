@@ -14,15 +14,15 @@ log = logging.getLogger("mupsweep")
 
 
 def save(sweep: SweepDir, entity: str, project: str) -> str | None:
-    """Make the sweep's Workspace, or write the one that it has anew; its address."""
+    """Create the sweep's Workspace or overwrite the one that it has, and return its address."""
     if importlib.util.find_spec("wandb_workspaces") is None:
         log.warning("no W&B Workspace: pip install 'mupsweep[workspaces]', or set tracker.workspace=false")
         return None
     import wandb_workspaces.workspaces as ws
 
     start_service()
-    remembered = sweep.trackers / "wandb" / "workspace.json"
-    made = ws.Workspace(
+    urls_path = sweep.trackers / "wandb" / "workspace.json"
+    workspace = ws.Workspace(
         entity=entity,
         project=project,
         name=f"{sweep.name} LR transfer",
@@ -32,17 +32,17 @@ def save(sweep: SweepDir, entity: str, project: str) -> str | None:
             groupby=[ws.Config("curve"), ws.Config("size")],
         ),
     )
-    older = (read_json(remembered) or {}).get(f"{entity}/{project}")
-    if older is not None:
+    url = (read_json(urls_path) or {}).get(f"{entity}/{project}")
+    if url is not None:
         try:
-            found = ws.Workspace.from_url(older)
-            made._internal_name, made._internal_id = found._internal_name, found._internal_id
-        except ValueError:  # somebody deleted it
+            existing = ws.Workspace.from_url(url)
+            workspace._internal_name, workspace._internal_id = existing._internal_name, existing._internal_id
+        except ValueError:  # it was deleted
             pass
-    made.save()
-    make_folder(remembered.parent)
-    write_json(remembered, (read_json(remembered) or {}) | {f"{entity}/{project}": made.url})
-    return made.url
+    workspace.save()
+    make_folder(urls_path.parent)
+    write_json(urls_path, (read_json(urls_path) or {}) | {f"{entity}/{project}": workspace.url})
+    return workspace.url
 
 
 def _sections(sweep: SweepDir) -> list[Any]:
