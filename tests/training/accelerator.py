@@ -39,41 +39,41 @@ def to_empty(network: nn.Module, *, device: torch.device, recurse: bool = True) 
     return network
 
 
-def resumed(built: TrainingSetup, run: RunSpec, device: torch.device) -> TrainingSetup:
-    """A run made anew, with the weights and the state of `built`, which come from a file and so from the CPU."""
+def resumed(setup: TrainingSetup, run: RunSpec, device: torch.device) -> TrainingSetup:
+    """Build a run anew, with the weights and the state of `setup`, which come from a file and so from the CPU."""
     network, state = (
         pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), part.state_dict())
-        for part in (built.network, built.optimizer)
+        for part in (setup.network, setup.optimizer)
     )
-    made = build.build(run, device)
-    made.network.load_state_dict(network)
-    made.optimizer.load_state_dict(state)
-    return made
+    rebuilt = build.build(run, device)
+    rebuilt.network.load_state_dict(network)
+    rebuilt.optimizer.load_state_dict(state)
+    return rebuilt
 
 
-def wrong(words: list[str]) -> str:
-    """What goes wrong in the first steps of the run that `words` describe, and the first ones after a resume."""
+def wrong(overrides: list[str]) -> str:
+    """What goes wrong in the first steps of the run that `overrides` describe, and the first ones after a resume."""
     device = torch.device(NAME)
-    run = plan(load(words))[0]
+    run = plan(load(overrides))[0]
     training, batches = run.recipe.training, MicroBatcher()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):  # constants
-            built = build.build(run, device)
-            loss_of = partial(trainer.mean_loss, built.network, training.precision)
+            setup = build.build(run, device)
+            loss_of = partial(trainer.mean_loss, setup.network, training.precision)
             for step in range(2 * STEPS):
                 if step == STEPS:
-                    built = resumed(built, run, device)
-                    loss_of = partial(trainer.mean_loss, built.network, training.precision)
+                    setup = resumed(setup, run, device)
+                    loss_of = partial(trainer.mean_loss, setup.network, training.precision)
                 tokens = torch.zeros((training.batch_size, run.size.context + 1), dtype=torch.long, device=device)
-                if built.optimizer.curvature_due(step):
+                if setup.optimizer.curvature_due(step):
                     inputs = tokens[:, :-1]
-                    trainer.observe_curvature(built.network, built, inputs, run.seed, step, training.precision, batches)
-                batches.backward(built.network.parameters(), loss_of, tokens)
-                trainer.clip(built)
-                built.optimizer.step(1.0)
+                    trainer.observe_curvature(setup.network, setup, inputs, run.seed, step, training.precision, batches)
+                batches.backward(setup.network.parameters(), loss_of, tokens)
+                trainer.clip(setup)
+                setup.optimizer.step(1.0)
             with torch.no_grad():
                 loss_of(tokens)
-            leaves: list[Any] = pytree.tree_leaves(built.optimizer.state_dict())
+            leaves: list[Any] = pytree.tree_leaves(setup.optimizer.state_dict())
             large = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]  # no step counts
             elsewhere = {str(leaf.device) for leaf in large} - {f"{NAME}:0"}
         return f"state on {elsewhere}" if elsewhere else ""
@@ -88,7 +88,7 @@ def main() -> None:
     getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]
     nn.Module.to_empty = to_empty  # type: ignore[assignment]
     build.initialise = lambda *_: None  # there are no values
-    print(json.dumps([wrong(words) for words in json.loads(Path(sys.argv[1]).read_text())]))
+    print(json.dumps([wrong(overrides) for overrides in json.loads(Path(sys.argv[1]).read_text())]))
 
 
 if __name__ == "__main__":

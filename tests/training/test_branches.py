@@ -50,10 +50,10 @@ def test_a_run_interrupted_in_trunk_or_branch_goes_on_bit_for_bit(
     interrupt: str, whole: Result, data: Dataset, tmp_path: Path
 ) -> None:
     """38 steps in all; 4 at a time, so that some attempts end within a branch, some at its ends."""
-    made = run(*BRANCHED, "training.checkpoint_minutes=0")
+    spec = run(*BRANCHED, "training.checkpoint_minutes=0")
     for _ in range(20):
         try:
-            result = attempt(made, data, tmp_path / "run", TrainControl(**{interrupt: 4}))
+            result = attempt(spec, data, tmp_path / "run", TrainControl(**{interrupt: 4}))
             break
         except (StopRequested, Killed):
             assert RunDir(tmp_path / "run").checkpoints[0].exists()
@@ -63,13 +63,13 @@ def test_a_run_interrupted_in_trunk_or_branch_goes_on_bit_for_bit(
 
 
 def test_a_damaged_trunk_starts_the_run_anew(whole: Result, data: Dataset, tmp_path: Path) -> None:
-    made = run(*BRANCHED)
+    spec = run(*BRANCHED)
     with pytest.raises(StopRequested):
-        attempt(made, data, tmp_path / "run", TrainControl(stop=11))  # one step into the first branch
+        attempt(spec, data, tmp_path / "run", TrainControl(stop=11))  # one step into the first branch
     checkpoint(tmp_path / "run", "trunk.pt").write_bytes(b"damaged" * 20)
     with pytest.raises(Exception, match="the next try starts anew"):
-        attempt(made, data, tmp_path / "run")
-    assert_same(attempt(made, data, tmp_path / "run"), whole)
+        attempt(spec, data, tmp_path / "run")
+    assert_same(attempt(spec, data, tmp_path / "run"), whole)
 
 
 def test_a_trunk_that_diverges_leaves_the_later_horizons_diverged(
@@ -84,23 +84,23 @@ def test_a_trunk_that_diverges_leaves_the_later_horizons_diverged(
 
 def test_results_hold_a_row_for_every_horizon(whole: Result, tmp_path: Path) -> None:
     sweep = SweepDir(tmp_path)
-    made = run(*BRANCHED)
-    sweep.write_plan([made.row()])
-    folder = sweep.run(made.run_id)
+    spec = run(*BRANCHED)
+    sweep.write_plan([spec.row()])
+    folder = sweep.run(spec.run_id)
     folder.path.mkdir(parents=True)
     folder.write_summary(whole.summary)
     folder.write_status("done")
     rows = sorted(read_runs([sweep]), key=lambda row: row["horizon"])
     assert [row["horizon"] for row in rows] == [12 * TOKENS, 24 * TOKENS, 30 * TOKENS]
-    assert [row["run_id"] for row in rows][-1] == made.run_id
+    assert [row["run_id"] for row in rows][-1] == spec.run_id
     assert len({row["run_id"] for row in rows}) == 3
     assert rows[2]["flops"] / rows[0]["flops"] == pytest.approx(30 / 12)
-    assert made.cost.tokens == (30 + 2 + 5) * TOKENS  # the trunk once, and both decays
+    assert spec.cost.tokens == (30 + 2 + 5) * TOKENS  # the trunk once, and both decays
     assert not set(CLOCK) & {"val_loss"}
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("overrides", "message"),
     [
         (["training.branches=[0.5]"], "with training.schedule=wsd"),
         (["training.schedule=wsd", "training.branches=[0.5,0.4]"], "rising fractions"),
@@ -108,9 +108,9 @@ def test_results_hold_a_row_for_every_horizon(whole: Result, tmp_path: Path) -> 
         (["training.schedule=wsd", "training.branches=[0.1]", "training.warmup=10"], "would leave at steps"),
     ],
 )
-def test_branches_that_cannot_be_are_refused(words: list[str], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
-        plan(load(["experiment=smoke", *words]))
+def test_branches_that_cannot_be_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(load(["experiment=smoke", *overrides]))
 
 
 def test_without_branches_a_run_keeps_its_name() -> None:

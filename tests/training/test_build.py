@@ -400,10 +400,10 @@ def test_a_tensor_starts_the_same_in_a_deeper_model_and_under_any_optimizer_or_l
         run("training.batch_size=2"),
         run("model.bias=true"),
     ):
-        found = weights(build(other, CPU))
-        assert shallow.keys() <= found.keys()
+        deep = weights(build(other, CPU))
+        assert shallow.keys() <= deep.keys()
         for name, w in shallow.items():
-            assert torch.equal(w, found[name]), name
+            assert torch.equal(w, deep[name]), name
 
 
 def test_the_rule_scales_the_same_draws() -> None:

@@ -176,8 +176,8 @@ def test_a_checkpoint_is_due_after_its_interval_and_one_new_step(tmp_path: Path)
 
 
 def test_writing_a_checkpoint_takes_its_size_in_memory_once(tmp_path: Path) -> None:
-    made = run("model.width=256")
-    checkpointer = Checkpointer(build(made, CPU), RunDir(tmp_path), True, NEVER)
+    wide = run("model.width=256")
+    checkpointer = Checkpointer(build(wide, CPU), RunDir(tmp_path), True, NEVER)
     tracemalloc.start()
     try:
         checkpointer.save()

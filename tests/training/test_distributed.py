@@ -1,4 +1,4 @@
-"""Ranks: one, two and four processes train the same run, and leave it together whatever happens to one of them."""
+"""Distributed training: one, two and four processes train one run, and leave it together whatever happens to one."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def pool(data: Dataset) -> Iterator[ProcessPoolExecutor]:
     """Processes that share nothing but a store, forked from a clean one that has imported torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mupsweep.training.worker"])
-    with ProcessPoolExecutor(WORKERS, mp_context=context) as made:
-        yield made
+    with ProcessPoolExecutor(WORKERS, mp_context=context) as processes:
+        yield processes
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +71,16 @@ def corpus() -> Dataset:
 
 
 def joined(rank: int, size: int, port: int, job: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """One rank's part of a job."""
+    """Run a job as one rank."""
     torch.set_num_threads(1)
     if size == 1:
         return job(SINGLE_PROCESS, *arguments)
-    with init_process_group(rank_envs(size, port)[rank], CPU, TCPStore("127.0.0.1", port)) as made:
-        return job(made, *arguments)
+    with init_process_group(rank_envs(size, port)[rank], CPU, TCPStore("127.0.0.1", port)) as ranks:
+        return job(ranks, *arguments)
 
 
-def together(pool: ProcessPoolExecutor, size: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `job` returns on every rank."""
+def on_all_ranks(pool: ProcessPoolExecutor, size: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Return what `job` returns on each rank."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     futures = [pool.submit(joined, rank, size, store.port, job, arguments) for rank in range(size)]
     return [future.result() for future in futures]
@@ -90,24 +90,24 @@ def digest(weights: dict[str, Tensor]) -> str:
     return hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
 
 
-def trained(made: DistributedContext, overrides: tuple[str, ...], path: Path, stops: dict[int, int]) -> dict[str, Any]:
-    """A run until some rank is asked to stop before the step that `stops` gives it, or its end."""
+def trained(ranks: DistributedContext, overrides: tuple[str, ...], path: Path, stops: dict[int, int]) -> dict[str, Any]:
+    """Train a run until some rank is asked to stop before the step that `stops` gives it, or to its end."""
     folder = RunDir(path)
     path.mkdir(exist_ok=True)
-    built = build(run(*overrides), CPU)
-    control = TrainControl(stop=stops.get(made.rank, 10**9))
+    setup = build(run(*overrides), CPU)
+    control = TrainControl(stop=stops.get(ranks.rank, 10**9))
     summary = None
-    with contextlib.suppress(StopRequested), made.collective_run():
-        summary = train(run(*overrides), built, corpus(), folder, CPU, control, made)
-    return {"summary": summary, "weights": digest(built.network.state_dict()), "asked": control.asked}
+    with contextlib.suppress(StopRequested), ranks.collective_run():
+        summary = train(run(*overrides), setup, corpus(), folder, CPU, control, ranks)
+    return {"summary": summary, "weights": digest(setup.network.state_dict()), "asked": control.asked}
 
 
 def whole(pool: ProcessPoolExecutor, size: int, path: Path, *overrides: str) -> dict[str, Any]:
     """Rank 0's outcome of a whole run, with the rows of its metrics; all ranks have the same weights."""
-    found = together(pool, size, trained, overrides, path, {})
-    assert len({one["weights"] for one in found}) == 1
-    assert [one["summary"]["val_loss"] for one in found] == [found[0]["summary"]["val_loss"]] * size
-    return found[0] | {"rows": RunDir(path).metrics(), "metrics": RunDir(path).metrics_path.read_bytes()}
+    outcomes = on_all_ranks(pool, size, trained, overrides, path, {})
+    assert len({one["weights"] for one in outcomes}) == 1
+    assert [one["summary"]["val_loss"] for one in outcomes] == [outcomes[0]["summary"]["val_loss"]] * size
+    return outcomes[0] | {"rows": RunDir(path).metrics(), "metrics": RunDir(path).metrics_path.read_bytes()}
 
 
 @pytest.mark.parametrize("overrides", [(), ("optimizer=muon",), ("optimizer=sophia",), ("training.clip=0.01",)])
@@ -151,28 +151,28 @@ def test_a_batch_that_cannot_be_divided_is_refused_in_one_line(data: Dataset) ->
         plan(load(["experiment=smoke", "launcher=local", "launcher.devices_per_run=3"]))
 
 
-def observed(made: DistributedContext) -> tuple[Tensor, list[Tensor]]:
+def observed(ranks: DistributedContext) -> tuple[Tensor, list[Tensor]]:
     """(the draws that this rank's labels come from, the curvature after them)."""
-    built = build(run("optimizer=sophia"), CPU)
+    setup = build(run("optimizer=sophia"), CPU)
     inputs = torch.from_numpy(corpus().train_batch(32, 4, 0, 0))[:, :-1]
     seen = []
 
     def network(inputs: Tensor, draws: Tensor) -> Tensor:
         seen.append(draws)
-        return built.network(inputs, draws=draws)
+        return setup.network(inputs, draws=draws)
 
-    observe_curvature(network, built, made.local_shard(inputs), 0, 10, "fp32", MicroBatcher(made))
-    return torch.cat(seen), [s["h"] for m in built.optimizer.members for s in m.state.values() if "h" in s]
+    observe_curvature(network, setup, ranks.local_shard(inputs), 0, 10, "fp32", MicroBatcher(ranks))
+    return torch.cat(seen), [s["h"] for m in setup.optimizer.members for s in m.state.values() if "h" in s]
 
 
 def test_sampled_labels_and_the_curvature_are_those_of_the_whole_batch(pool: ProcessPoolExecutor) -> None:
-    ((draws, wanted),) = together(pool, 1, observed)
+    ((draws, curvature),) = on_all_ranks(pool, 1, observed)
     for size in SIZES[1:]:
-        found = together(pool, size, observed)
-        assert torch.equal(torch.cat([mine for mine, _ in found]), draws)
-        for _, state in found:
-            assert len(state) == len(wanted) > 3
-            for h, w in zip(state, wanted, strict=True):
+        observations = on_all_ranks(pool, size, observed)
+        assert torch.equal(torch.cat([local_draws for local_draws, _ in observations]), draws)
+        for _, state in observations:
+            assert len(state) == len(curvature) > 3
+            for h, w in zip(state, curvature, strict=True):
                 assert float(w.max()) > 0
                 assert float((h - w).abs().max()) <= TOLERANCE["curvature"] * float(w.max())
 
@@ -183,9 +183,9 @@ def test_a_stop_that_reaches_one_rank_stops_all_at_the_same_step_and_resumes_bit
 ) -> None:
     overrides = (f"optimizer={optimizer}",)
     straight = whole(pool, 2, tmp_path / "straight", *overrides)
-    found = together(pool, 2, trained, overrides, tmp_path / "stopped", {1: 10})
-    assert [one["asked"] for one in found] == [11, 11]
-    assert [one["summary"] for one in found] == [None, None]
+    outcomes = on_all_ranks(pool, 2, trained, overrides, tmp_path / "stopped", {1: 10})
+    assert [one["asked"] for one in outcomes] == [11, 11]
+    assert [one["summary"] for one in outcomes] == [None, None]
     assert torch.load(tmp_path / "stopped" / "checkpoint" / "latest.pt", weights_only=True)["step"] == 10
     resumed = whole(pool, 2, tmp_path / "stopped", *overrides)
     assert resumed["metrics"] == straight["metrics"]
@@ -194,60 +194,62 @@ def test_a_stop_that_reaches_one_rank_stops_all_at_the_same_step_and_resumes_bit
 
 def test_a_run_goes_on_with_another_number_of_ranks(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
     straight = whole(pool, 1, tmp_path / "straight")
-    together(pool, 4, trained, (), tmp_path / "moved", {0: 10})
-    together(pool, 1, trained, (), tmp_path / "moved", {0: 10})
+    on_all_ranks(pool, 4, trained, (), tmp_path / "moved", {0: 10})
+    on_all_ranks(pool, 1, trained, (), tmp_path / "moved", {0: 10})
     moved = whole(pool, 2, tmp_path / "moved")
     assert [r["step"] for r in moved["rows"]] == [r["step"] for r in straight["rows"]]
     assert moved["summary"]["val_loss"] == pytest.approx(straight["summary"]["val_loss"], rel=TOLERANCE["loss"])
 
 
 def test_ranks_that_find_different_checkpoints_do_not_train(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
-    together(pool, 2, trained, (), tmp_path / "0", {0: 10})
-    for found in together(pool, 2, seeing_its_own, tmp_path):
-        assert found.startswith(f"the processes that train this run together found different checkpoints in {tmp_path}")
+    on_all_ranks(pool, 2, trained, (), tmp_path / "0", {0: 10})
+    for message in on_all_ranks(pool, 2, seeing_its_own, tmp_path):
+        assert message.startswith(
+            f"the processes that train this run together found different checkpoints in {tmp_path}"
+        )
 
 
-def seeing_its_own(made: DistributedContext, path: Path) -> str:
-    """What is said where only rank 0 finds a checkpoint."""
+def seeing_its_own(ranks: DistributedContext, path: Path) -> str:
+    """Return the error of a run for which only rank 0 finds a checkpoint."""
     try:
-        trained(made, (), path / str(made.rank), {})
+        trained(ranks, (), path / str(ranks.rank), {})
     except RecordError as error:
         return str(error)
     return ""
 
 
-def leaving(made: DistributedContext, who: int, where: str, path: Path) -> str:
-    """Two runs, of which rank `who` cannot finish the first: how that ended here, and the loss of the second."""
-    built, folder, ended = build(run(), CPU), RunDir(path), "done"
+def leaving(ranks: DistributedContext, who: int, where: str, path: Path) -> str:
+    """Train two runs, the first of which rank `who` cannot finish; return how the first ended here, and the second."""
+    setup, folder, ended = build(run(), CPU), RunDir(path), "done"
     path.mkdir(exist_ok=True)
-    forward, calls = built.network.forward, []
+    forward, calls = setup.network.forward, []
 
     class Fails(TrainControl):
         def heartbeat(self) -> None:
-            if made.rank == who and where == "between" and self.asked > 5:
+            if ranks.rank == who and where == "between" and self.asked > 5:
                 raise ValueError("between steps")
 
     def failing(*a: Any, **k: Any) -> Tensor:
         calls.append(0)
-        if made.rank == who and where == "memory" and len(a[0]) > 1:
+        if ranks.rank == who and where == "memory" and len(a[0]) > 1:
             raise torch.OutOfMemoryError("too many")
-        if made.rank == who and where == "within" and len(calls) > 5:
+        if ranks.rank == who and where == "within" and len(calls) > 5:
             raise ValueError("within a step")
         return forward(*a, **k)
 
     def cat(*a: Any, **k: Any) -> Tensor:
-        if made.rank == who and where == "sum" and len(calls) > 5:
+        if ranks.rank == who and where == "sum" and len(calls) > 5:
             raise ValueError("no room for a sum")
         return joined(*a, **k)
 
-    built.network.forward, joined = failing, torch.cat  # type: ignore[method-assign]
+    setup.network.forward, joined = failing, torch.cat  # type: ignore[method-assign]
     try:
-        with made.collective_run(), pytest.MonkeyPatch.context() as patch:
+        with ranks.collective_run(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(distributed.torch, "cat", cat)
-            train(run(), built, corpus(), folder, CPU, Fails(), made)
+            train(run(), setup, corpus(), folder, CPU, Fails(), ranks)
     except (ValueError, PeerFailed) as error:
         ended = str(error)
-    other = trained(made, (), path.with_name("next"), {})
+    other = trained(ranks, (), path.with_name("next"), {})
     return f"{ended}; then {other['summary']['status']}"
 
 
@@ -258,36 +260,36 @@ def leaving(made: DistributedContext, who: int, where: str, path: Path) -> str:
 def test_an_error_of_one_rank_ends_the_run_on_all_of_them_and_the_next_one_is_trained(
     who: int, where: str, why: str, pool: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
-    found = together(pool, 2, leaving, who, where, tmp_path / "run")
-    assert found[who] == f"{why}; then done"
-    assert found[1 - who] == f"rank {who}: ValueError: {why}; then done"
+    endings = on_all_ranks(pool, 2, leaving, who, where, tmp_path / "run")
+    assert endings[who] == f"{why}; then done"
+    assert endings[1 - who] == f"rank {who}: ValueError: {why}; then done"
 
 
 def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_of_all(
     pool: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
-    assert together(pool, 2, leaving, 1, "memory", tmp_path / "run") == ["done; then done"] * 2
+    assert on_all_ranks(pool, 2, leaving, 1, "memory", tmp_path / "run") == ["done; then done"] * 2
     whole(pool, 2, tmp_path / "asked", "training.micro_batch=1")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "asked" / "metrics.jsonl").read_bytes()
 
 
-def summed(made: DistributedContext) -> list[Tensor]:
-    tensors = [torch.full(shape, float(10**made.rank)) for shape in ((), (3, 5), (70,), (1,), (0,), (41, 2))]
-    made.all_reduce_sum(tensors)
+def summed(ranks: DistributedContext) -> list[Tensor]:
+    tensors = [torch.full(shape, float(10**ranks.rank)) for shape in ((), (3, 5), (70,), (1,), (0,), (41, 2))]
+    ranks.all_reduce_sum(tensors)
     return tensors
 
 
 def test_sums_are_those_of_every_tensor_whatever_fits_in_a_bucket(
     pool: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for found in together(pool, 4, summed):
-        assert [(t.shape, set(t.flatten().tolist()) <= {1111.0}) for t in found] == [
+    for tensors in on_all_ranks(pool, 4, summed):
+        assert [(t.shape, set(t.flatten().tolist()) <= {1111.0}) for t in tensors] == [
             (torch.Size(shape), True) for shape in ((), (3, 5), (70,), (1,), (0,), (41, 2))
         ]
     monkeypatch.setattr(distributed, "BUCKET", 75)
     tensors = [torch.zeros(n) for n in (1, 15, 70, 1, 0, 82, 3)]
-    found = [[len(tensor) for tensor in bucket] for bucket in distributed.bucketed(tensors, Tensor.numel)]
-    assert found == [[1, 15], [70, 1, 0], [82], [3]]
+    sizes = [[len(tensor) for tensor in bucket] for bucket in distributed.bucketed(tensors, Tensor.numel)]
+    assert sizes == [[1, 15], [70, 1, 0], [82], [3]]
 
 
 def test_a_rank_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:

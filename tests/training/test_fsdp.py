@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from test_distributed import WORKERS, corpus, digest, together
+from test_distributed import WORKERS, corpus, digest, on_all_ranks
 from test_trainer import CPU, TrainControl, run
 from tiny import recipe
 from torch import Tensor
@@ -46,32 +46,32 @@ def pool() -> Iterator[ProcessPoolExecutor]:
     corpus()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mupsweep.training.worker", "mupsweep.training.fsdp"])
-    with ProcessPoolExecutor(WORKERS, mp_context=context) as made:
-        yield made
+    with ProcessPoolExecutor(WORKERS, mp_context=context) as processes:
+        yield processes
 
 
 def trained(
-    made: DistributedContext, overrides: tuple[str, ...], path: Path, shard: bool, stops: dict[int, int]
+    ranks: DistributedContext, overrides: tuple[str, ...], path: Path, shard: bool, stops: dict[int, int]
 ) -> dict[str, Any]:
-    """A run until some rank is asked to stop before the step that `stops` gives it, or its end."""
-    made.shard = shard
-    folder, control, summary = RunDir(path), TrainControl(stop=stops.get(made.rank, 10**9)), None
+    """Train a run until some rank is asked to stop before the step that `stops` gives it, or to its end."""
+    ranks.shard = shard
+    folder, control, summary = RunDir(path), TrainControl(stop=stops.get(ranks.rank, 10**9)), None
     path.mkdir(exist_ok=True)
-    built = build_for(made, run(*overrides), CPU)
-    with contextlib.suppress(StopRequested), made.collective_run():
-        summary = train(run(*overrides), built, corpus(), folder, CPU, control, made)
+    setup = build_for(ranks, run(*overrides), CPU)
+    with contextlib.suppress(StopRequested), ranks.collective_run():
+        summary = train(run(*overrides), setup, corpus(), folder, CPU, control, ranks)
     return {
         "summary": summary,
         "rows": folder.metrics(),
         "metrics": folder.metrics_path.read_bytes(),
-        "weights": digest(built.network.state_dict()),  # on rank 0
-        "state": numbers(built),
+        "weights": digest(setup.network.state_dict()),  # on rank 0
+        "state": numbers(setup),
     }
 
 
-def numbers(built: TrainingSetup) -> int:
+def numbers(setup: TrainingSetup) -> int:
     """How many numbers of optimizer state are held here."""
-    owned = getattr(built.optimizer, "owned", {None: built.optimizer})
+    owned = getattr(setup.optimizer, "owned", {None: setup.optimizer})
     members = [member for optimizer in owned.values() for member in optimizer.members]
     states = [state for member in members for state in member.state.values()]
     return sum(v.numel() for state in states for v in state.values() if isinstance(v, Tensor) and v.ndim > 0)
@@ -79,9 +79,9 @@ def numbers(built: TrainingSetup) -> int:
 
 def whole(pool: ProcessPoolExecutor, size: int, path: Path, *overrides: str, shard: bool = True) -> dict[str, Any]:
     """Rank 0's outcome of a whole run, with what all ranks hold of the state."""
-    found = together(pool, size, trained, overrides, path, shard, {})
-    assert [one["summary"]["val_loss"] for one in found] == [found[0]["summary"]["val_loss"]] * size
-    return found[0] | {"states": [one["state"] for one in found]}
+    outcomes = on_all_ranks(pool, size, trained, overrides, path, shard, {})
+    assert [one["summary"]["val_loss"] for one in outcomes] == [outcomes[0]["summary"]["val_loss"]] * size
+    return outcomes[0] | {"states": [one["state"] for one in outcomes]}
 
 
 @pytest.mark.parametrize(
@@ -100,18 +100,18 @@ def whole(pool: ProcessPoolExecutor, size: int, path: Path, *overrides: str, sha
 def test_a_sharded_run_has_the_losses_of_a_whole_one_and_a_share_of_its_state(
     overrides: tuple[str, ...], pool: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
-    wanted = whole(pool, 2, tmp_path / "whole", *SHORT, *overrides, shard=False)
-    found = whole(pool, 2, tmp_path / "sharded", *SHORT, *overrides)
-    assert len(found["rows"]) == len(wanted["rows"]) == 10
-    losses = [row["train_loss"] for row in wanted["rows"]]
-    assert [row["train_loss"] for row in found["rows"]] == pytest.approx(losses, rel=TOLERANCE["loss"])
+    expected = whole(pool, 2, tmp_path / "whole", *SHORT, *overrides, shard=False)
+    sharded = whole(pool, 2, tmp_path / "sharded", *SHORT, *overrides)
+    assert len(sharded["rows"]) == len(expected["rows"]) == 10
+    losses = [row["train_loss"] for row in expected["rows"]]
+    assert [row["train_loss"] for row in sharded["rows"]] == pytest.approx(losses, rel=TOLERANCE["loss"])
     for key in ("val_loss", "val_bits_per_byte"):
-        assert found["summary"][key] == pytest.approx(wanted["summary"][key], rel=TOLERANCE["loss"])
-    if "grad_norm" in wanted["rows"][0]:
-        norm = wanted["rows"][0]["grad_norm"]
-        assert found["rows"][0]["grad_norm"] == pytest.approx(norm, rel=TOLERANCE["first gradient norm"])
-    assert sum(found["states"]) == wanted["states"][0] == wanted["states"][1] > 0
-    assert max(found["states"]) < TOLERANCE["share"] * sum(found["states"]) / 2
+        assert sharded["summary"][key] == pytest.approx(expected["summary"][key], rel=TOLERANCE["loss"])
+    if "grad_norm" in expected["rows"][0]:
+        norm = expected["rows"][0]["grad_norm"]
+        assert sharded["rows"][0]["grad_norm"] == pytest.approx(norm, rel=TOLERANCE["first gradient norm"])
+    assert sum(sharded["states"]) == expected["states"][0] == expected["states"][1] > 0
+    assert max(sharded["states"]) < TOLERANCE["share"] * sum(sharded["states"]) / 2
 
 
 def test_one_two_and_four_sharded_ranks_end_at_the_same_loss(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
@@ -124,33 +124,33 @@ def test_one_two_and_four_sharded_ranks_end_at_the_same_loss(pool: ProcessPoolEx
         assert other["summary"]["val_loss"] == pytest.approx(one["summary"]["val_loss"], rel=TOLERANCE["loss"])
 
 
-def started(made: DistributedContext, *overrides: str) -> dict[str, Tensor]:
+def started(ranks: DistributedContext, *overrides: str) -> dict[str, Tensor]:
     """The rows that a rank holds at the start."""
-    made.shard = True
-    network = build_for(made, run(*overrides), CPU).network
+    ranks.shard = True
+    network = build_for(ranks, run(*overrides), CPU).network
     assert isinstance(network, ShardedNetwork)
     return {name: network.local_shard(name).clone() for name in network.shapes}
 
 
 def test_the_rows_of_all_ranks_are_the_initial_values_of_the_whole_run(pool: ProcessPoolExecutor) -> None:
-    wanted = build(run(), CPU).network.state_dict()
-    found = together(pool, 4, started)
-    assert found[0].keys() == wanted.keys()
-    for name, whole_tensor in wanted.items():
-        assert torch.equal(torch.cat([rows[name] for rows in found]), whole_tensor)
-        assert {len(rows[name]) for rows in found} == {len(whole_tensor) // 4}
+    expected = build(run(), CPU).network.state_dict()
+    shards = on_all_ranks(pool, 4, started)
+    assert shards[0].keys() == expected.keys()
+    for name, whole_tensor in expected.items():
+        assert torch.equal(torch.cat([rows[name] for rows in shards]), whole_tensor)
+        assert {len(rows[name]) for rows in shards} == {len(whole_tensor) // 4}
 
 
 @pytest.mark.parametrize("model", ["gpt2_355m", "llama_qiu_190m"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("size", [2, 8])
 def test_every_tensor_has_one_owner_and_every_owner_as_much_to_do(model: str, optimizer: str, size: int) -> None:
-    made = recipe(f"model={model}", f"optimizer={optimizer}", "parametrization=sp")
-    table = rules(made, made.size(1.0, 1.0), 0.01)
-    groups = list(parameter_groups(made, table))
+    resolved = recipe(f"model={model}", f"optimizer={optimizer}", "parametrization=sp")
+    table = rules(resolved, resolved.size(1.0, 1.0), 0.01)
+    groups = list(parameter_groups(resolved, table))
     shapes = {row.name: torch.Size(row.shape) for row in table}
-    found = assign_owners(groups, shapes, size)
-    owned = [[b for turn in found if (b := turn[rank]) is not None] for rank in range(size)]
+    rounds = assign_owners(groups, shapes, size)
+    owned = [[b for owners in rounds if (b := owners[rank]) is not None] for rank in range(size)]
     names = [name for buckets in owned for bucket in buckets for name in bucket.names]
     assert sorted(names) == sorted(row.name for row in table if row.tied_to is None)
     for bucket in (bucket for buckets in owned for bucket in buckets):
@@ -167,15 +167,15 @@ def test_a_stopped_run_resumes_bit_for_bit_from_the_checkpoint_of_a_whole_run(
 ) -> None:
     overrides = ("optimizer=muon", "training.clip=null")
     straight = whole(pool, 2, tmp_path / "straight", *overrides)
-    together(pool, 2, trained, overrides, tmp_path / "stopped", True, {1: 10})
-    together(pool, 2, trained, overrides, tmp_path / "whole", False, {1: 10})
-    sharded, wanted = (
+    on_all_ranks(pool, 2, trained, overrides, tmp_path / "stopped", True, {1: 10})
+    on_all_ranks(pool, 2, trained, overrides, tmp_path / "whole", False, {1: 10})
+    sharded, unsharded = (
         torch.load(tmp_path / path / "checkpoint" / "latest.pt", weights_only=True) for path in ("stopped", "whole")
     )
     assert sharded.pop("seconds") > 0
-    wanted.pop("seconds")
-    assert described(sharded) == described(wanted)
-    assert sharded["losses"] == pytest.approx(wanted["losses"], rel=TOLERANCE["loss"])
+    unsharded.pop("seconds")
+    assert described(sharded) == described(unsharded)
+    assert sharded["losses"] == pytest.approx(unsharded["losses"], rel=TOLERANCE["loss"])
     resumed = whole(pool, 2, tmp_path / "stopped", *overrides)
     assert resumed["metrics"] == straight["metrics"]
     assert resumed["weights"] == straight["weights"]
@@ -196,9 +196,9 @@ def test_a_run_goes_on_with_another_number_of_ranks_sharded_or_not(
 ) -> None:
     overrides = (f"optimizer={optimizer}", "training.steps=20")
     straight = whole(pool, 1, tmp_path / "straight", *overrides, shard=False)
-    together(pool, 2, trained, overrides, tmp_path / "moved", True, {0: 5})
-    together(pool, 1, trained, overrides, tmp_path / "moved", False, {0: 5})
-    together(pool, 4, trained, overrides, tmp_path / "moved", True, {0: 5})
+    on_all_ranks(pool, 2, trained, overrides, tmp_path / "moved", True, {0: 5})
+    on_all_ranks(pool, 1, trained, overrides, tmp_path / "moved", False, {0: 5})
+    on_all_ranks(pool, 4, trained, overrides, tmp_path / "moved", True, {0: 5})
     moved = whole(pool, 2, tmp_path / "moved", *overrides, shard=False)
     assert [r["step"] for r in moved["rows"]] == [r["step"] for r in straight["rows"]]
     losses = [row["train_loss"] for row in straight["rows"]]
@@ -207,7 +207,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_sharded_or_not(
 
 @contextlib.contextmanager
 def failing(where: str) -> Iterator[None]:
-    """In the second half of a network, or in an optimizer's step, something fails; memory with more than one row."""
+    """Let the second half of a network or an optimizer's step fail; memory runs out for more than one row."""
     forward, step, calls = GeluMLP.forward, OptimizerSet.step, []
 
     def fail(x: Tensor) -> None:
@@ -235,15 +235,15 @@ def failing(where: str) -> Iterator[None]:
         yield
 
 
-def leaving(made: DistributedContext, who: int, where: str, path: Path) -> str:
-    """Two runs, of which rank `who` cannot go on with the first as it should: how that ended here, and the second."""
-    with failing(where) if made.rank == who else contextlib.nullcontext():
+def leaving(ranks: DistributedContext, who: int, where: str, path: Path) -> str:
+    """Train two runs, the first of which rank `who` cannot finish as it should; return how both ended here."""
+    with failing(where) if ranks.rank == who else contextlib.nullcontext():
         try:
-            trained(made, SHORT, path, True, {})
+            trained(ranks, SHORT, path, True, {})
             ended = "done"
         except (ValueError, PeerFailed) as error:
             ended = str(error)
-    other = trained(made, SHORT, path.with_name("next"), True, {})
+    other = trained(ranks, SHORT, path.with_name("next"), True, {})
     return f"{ended}; then {other['summary']['status']}"
 
 
@@ -252,16 +252,16 @@ def leaving(made: DistributedContext, who: int, where: str, path: Path) -> str:
 def test_an_error_of_one_rank_ends_the_run_on_all_of_them_and_the_next_one_is_trained(
     who: int, where: str, pool: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
-    found = together(pool, 2, leaving, who, where, tmp_path / "run")
-    assert found[who] == f"{where}; then done"
-    assert found[1 - who] == f"rank {who}: ValueError: {where}; then done"
+    endings = on_all_ranks(pool, 2, leaving, who, where, tmp_path / "run")
+    assert endings[who] == f"{where}; then done"
+    assert endings[1 - who] == f"rank {who}: ValueError: {where}; then done"
 
 
 @pytest.mark.parametrize(("who", "where"), [(0, "memory forward"), (1, "memory backward")])
 def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_of_all(
     who: int, where: str, pool: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
-    assert together(pool, 2, leaving, who, where, tmp_path / "run") == ["done; then done"] * 2
+    assert on_all_ranks(pool, 2, leaving, who, where, tmp_path / "run") == ["done; then done"] * 2
     whole(pool, 2, tmp_path / "asked", *SHORT, "training.micro_batch=1")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "asked" / "metrics.jsonl").read_bytes()
 

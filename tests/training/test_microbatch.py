@@ -37,9 +37,9 @@ def data() -> Dataset:
     return prepare(run().recipe.variant.data)
 
 
-def small(built: TrainingSetup, fits: int, begins: int = 0) -> TrainingSetup:
+def small(setup: TrainingSetup, fits: int, begins: int = 0) -> TrainingSetup:
     """The run on a device that holds `fits` sequences, from the forward pass number `begins` on."""
-    forward, calls = built.network.forward, []
+    forward, calls = setup.network.forward, []
 
     def limited(inputs: Tensor, *others: Tensor, **named: Tensor) -> Tensor:
         calls.append(len(inputs))
@@ -47,39 +47,42 @@ def small(built: TrainingSetup, fits: int, begins: int = 0) -> TrainingSetup:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {len(inputs)} sequences.\nMore")
         return forward(inputs, *others, **named)
 
-    built.network.forward = limited  # type: ignore[method-assign]
-    return built
+    setup.network.forward = limited  # type: ignore[method-assign]
+    return setup
 
 
 def attempt(
-    made: RunSpec,
+    spec: RunSpec,
     data: Dataset,
     path: Path,
     control: TrainControl | None = None,
-    edit: Callable[[TrainingSetup], TrainingSetup] = lambda built: built,
+    edit: Callable[[TrainingSetup], TrainingSetup] = lambda setup: setup,
 ) -> Result:
     path.mkdir(exist_ok=True)
-    built, folder = edit(build(made, CPU)), RunDir(path)
-    summary = train(made, built, data, folder, CPU, control or TrainControl())
-    return Result(built.network.state_dict(), summary, folder.metrics_path.read_bytes())
+    setup, folder = edit(build(spec, CPU)), RunDir(path)
+    summary = train(spec, setup, data, folder, CPU, control or TrainControl())
+    return Result(setup.network.state_dict(), summary, folder.metrics_path.read_bytes())
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 100])
 def test_the_gradient_and_the_loss_of_the_pieces_are_those_of_the_whole_batch(micro_batch: int, data: Dataset) -> None:
-    built = build(run("model.head_init_std=1.0"), CPU)
+    setup = build(run("model.head_init_std=1.0"), CPU)
     tokens = torch.from_numpy(data.train_batch(32, 4, 0, 0))
-    named = dict(built.network.named_parameters())
+    named = dict(setup.network.named_parameters())
 
     def gradients(batches: MicroBatcher) -> tuple[float, dict[str, Tensor]]:
-        loss = batches.backward(named.values(), lambda rows: mean_loss(built.network, "fp32", rows), tokens)
+        loss = batches.backward(named.values(), lambda rows: mean_loss(setup.network, "fp32", rows), tokens)
         return loss.item(), {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
 
-    (whole, wanted), (loss, found) = gradients(MicroBatcher()), gradients(MicroBatcher(micro_batch=micro_batch))
-    assert loss == pytest.approx(whole, rel=TOLERANCE["loss"])
-    assert found.keys() == wanted.keys() == named.keys()
-    assert max(float(g.abs().max()) for g in wanted.values()) > 0.1
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=TOLERANCE["gradient"], msg=name)
+    (whole_loss, whole), (loss, gradient_of) = (
+        gradients(MicroBatcher()),
+        gradients(MicroBatcher(micro_batch=micro_batch)),
+    )
+    assert loss == pytest.approx(whole_loss, rel=TOLERANCE["loss"])
+    assert gradient_of.keys() == whole.keys() == named.keys()
+    assert max(float(g.abs().max()) for g in whole.values()) > 0.1
+    for name, gradient in whole.items():
+        torch.testing.assert_close(gradient_of[name], gradient, rtol=0, atol=TOLERANCE["gradient"], msg=name)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sophia"])
@@ -111,7 +114,7 @@ def test_running_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
     asked = attempt(run(f"optimizer={optimizer}", "training.micro_batch=2"), data, tmp_path / "asked")
     with caplog.at_level("INFO", "mupsweep"):
         forced = attempt(
-            run(f"optimizer={optimizer}"), data, tmp_path / "forced", edit=lambda built: small(built, fits=2)
+            run(f"optimizer={optimizer}"), data, tmp_path / "forced", edit=lambda setup: small(setup, fits=2)
         )
     assert_same(asked, forced)
     assert [r.message for r in caplog.records if "memory" in r.message] == [
@@ -136,11 +139,11 @@ def test_memory_that_runs_out_outside_of_the_allocator_is_known_by_its_text(text
 
 
 def test_making_room_frees_what_only_reference_cycles_hold(data: Dataset) -> None:
-    built = build(run(), CPU)
-    built.network.itself = [built]  # type: ignore[assignment]
-    weight = weakref.ref(next(iter(built.network.parameters())))
+    setup = build(run(), CPU)
+    setup.network.itself = [setup]  # type: ignore[assignment]
+    weight = weakref.ref(next(iter(setup.network.parameters())))
     gc.collect()
-    del built
+    del setup
     assert weight() is not None
     free_memory()
     assert weight() is None
@@ -148,33 +151,33 @@ def test_making_room_frees_what_only_reference_cycles_hold(data: Dataset) -> Non
 
 def test_memory_that_runs_out_within_a_step_leaves_no_half_gradient(data: Dataset) -> None:
     """The first piece of three fits, the second does not."""
-    made = run("training.micro_batch=2")
+    spec = run("training.micro_batch=2")
     tokens = torch.from_numpy(data.train_batch(32, 5, 0, 0))
 
-    def gradients(built: TrainingSetup, micro_batch: int) -> list[Tensor]:
-        weights = list(built.network.parameters())
-        MicroBatcher(micro_batch=micro_batch).backward(weights, lambda r: mean_loss(built.network, "fp32", r), tokens)
+    def gradients(setup: TrainingSetup, micro_batch: int) -> list[Tensor]:
+        weights = list(setup.network.parameters())
+        MicroBatcher(micro_batch=micro_batch).backward(weights, lambda r: mean_loss(setup.network, "fp32", r), tokens)
         return [p.grad for p in weights if p.grad is not None]
 
-    forced, asked = gradients(small(build(made, CPU), fits=1, begins=1), 2), gradients(build(made, CPU), 1)
+    forced, asked = gradients(small(build(spec, CPU), fits=1, begins=1), 2), gradients(build(spec, CPU), 1)
     assert all(torch.equal(a, b) for a, b in zip(forced, asked, strict=True))
 
 
 def test_an_observed_curvature_is_that_of_smaller_pieces_when_memory_runs_out(data: Dataset) -> None:
-    made = run("optimizer=sophia")
+    spec = run("optimizer=sophia")
     inputs = torch.from_numpy(data.train_batch(32, 4, 0, 0))[:, :-1]
     states = []
     for fits, micro_batch in ((2, None), (100, 2)):
-        built = small(build(made, CPU), fits)
-        observe_curvature(built.network, built, inputs, 0, 0, "fp32", MicroBatcher(micro_batch=micro_batch))
-        states.append([s["h"] for member in built.optimizer.members for s in member.state.values() if "h" in s])
+        setup = small(build(spec, CPU), fits)
+        observe_curvature(setup.network, setup, inputs, 0, 0, "fp32", MicroBatcher(micro_batch=micro_batch))
+        states.append([s["h"] for member in setup.optimizer.members for s in member.state.values() if "h" in s])
     assert len(states[0]) > 3
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
 def test_memory_that_runs_out_late_is_remembered_over_an_interruption(data: Dataset, tmp_path: Path) -> None:
-    def edit(built: TrainingSetup) -> TrainingSetup:
-        return small(built, fits=2, begins=10)
+    def edit(setup: TrainingSetup) -> TrainingSetup:
+        return small(setup, fits=2, begins=10)
 
     straight = attempt(run(), data, tmp_path / "straight", edit=edit)
     path = tmp_path / "stopped"
@@ -187,18 +190,18 @@ def test_memory_that_runs_out_late_is_remembered_over_an_interruption(data: Data
 
 @pytest.fixture
 def broken(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """What became of a run for which not even one sequence fits, and of one after it in the same process."""
-    found: dict[str, object] = {}
+    """The statuses of a run for which not even one sequence fits, and of a run after it in one process."""
+    statuses: dict[str, object] = {}
     for fits in (0, 1):
-        made = replace(run(), run_id=f"fits-{fits}")
+        spec = replace(run(), run_id=f"fits-{fits}")
         monkeypatch.setattr(worker, "build", lambda *a, fits=fits: small(build(*a), fits))
-        folder = RunDir(tmp_path / made.run_id)
+        folder = RunDir(tmp_path / spec.run_id)
         lease = folder.claim()
         assert lease is not None
-        execute_run(made, folder, data, CPU, LeaseControl(lease, StopSignal()))
+        execute_run(spec, folder, data, CPU, LeaseControl(lease, StopSignal()))
         lease.release()
-        found[made.run_id] = folder.status()
-    return found
+        statuses[spec.run_id] = folder.status()
+    return statuses
 
 
 def test_a_run_whose_single_sequences_do_not_fit_has_failed_with_its_numbers_and_the_others_go_on(

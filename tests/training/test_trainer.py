@@ -50,8 +50,8 @@ NEVER = 10**9
 def run(*overrides: str) -> RunSpec:
     """The one run of a tiny sweep: width 16, depth 2, 30 steps of 4 x 32 bytes, fp32."""
     tiny = ["experiment=smoke", "training.precision=fp32", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-6]"]
-    (made,) = plan(config.load([*tiny, "optimizer.weight_decay=0.1", *overrides]))
-    return made
+    (spec,) = plan(config.load([*tiny, "optimizer.weight_decay=0.1", *overrides]))
+    return spec
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def data() -> Dataset:
 
 
 class Killed(Exception):
-    """The process died, without a word."""
+    """Raised in the place of a process that dies without writing anything."""
 
 
 @dataclass
@@ -91,12 +91,12 @@ class Result:
         return [json.loads(line) for line in self.metrics.decode().splitlines()]
 
 
-def attempt(made: RunSpec, data: Dataset, path: Path, control: TrainControl | None = None) -> Result:
+def attempt(spec: RunSpec, data: Dataset, path: Path, control: TrainControl | None = None) -> Result:
     """Train in `path`, going on from what is there."""
     path.mkdir(exist_ok=True)
-    built, folder = build(made, CPU), RunDir(path)
-    summary = train(made, built, data, folder, CPU, control or TrainControl())
-    return Result(built.network.state_dict(), summary, folder.metrics_path.read_bytes())
+    setup, folder = build(spec, CPU), RunDir(path)
+    summary = train(spec, setup, data, folder, CPU, control or TrainControl())
+    return Result(setup.network.state_dict(), summary, folder.metrics_path.read_bytes())
 
 
 def assert_same(a: Result, b: Result) -> None:
@@ -147,55 +147,55 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     optimizer: str, stops: tuple[int, ...], data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "METRICS_ROWS", 10)  # a row every three steps, so that stops fall between rows
-    made = run(f"optimizer={optimizer}", "training.evals=2")
-    straight = attempt(made, data, tmp_path / "straight")
+    spec = run(f"optimizer={optimizer}", "training.evals=2")
+    straight = attempt(spec, data, tmp_path / "straight")
     path = tmp_path / "stopped"
     done = 0
     for steps in stops:
         with pytest.raises(StopRequested):
-            attempt(made, data, path, TrainControl(stop=steps))
+            attempt(spec, data, path, TrainControl(stop=steps))
         done += steps
         assert checkpoint(path).exists() == (done > 0)
         if done:
             saved = torch.load(checkpoint(path), weights_only=True)
             assert (saved["step"], len(saved["losses"])) == (done, done)
         assert len(RunDir(path).metrics()) == done // 3
-    assert_same(attempt(made, data, path), straight)
+    assert_same(attempt(spec, data, path), straight)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_killed_and_resumed_equals_uninterrupted(
     optimizer: str, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows after the last checkpoint are made anew, not twice."""
+    """Rows after the last checkpoint are spec anew, not twice."""
     monkeypatch.setattr(loop, "METRICS_ROWS", 10)
-    made = run(f"optimizer={optimizer}")
-    straight = attempt(made, data, tmp_path / "straight")
+    spec = run(f"optimizer={optimizer}")
+    straight = attempt(spec, data, tmp_path / "straight")
     path = tmp_path / "killed"
     with pytest.raises(StopRequested):
-        attempt(made, data, path, TrainControl(stop=10))
+        attempt(spec, data, path, TrainControl(stop=10))
     with pytest.raises(Killed):
-        attempt(made, data, path, TrainControl(kill=10))
+        attempt(spec, data, path, TrainControl(kill=10))
     assert [row["step"] for row in RunDir(path).metrics()] == [3, 6, 9, 12, 15, 18]
-    assert_same(attempt(made, data, path), straight)
+    assert_same(attempt(spec, data, path), straight)
 
 
 def test_killed_while_writing_a_row_and_resumed_equals_uninterrupted(data: Dataset, tmp_path: Path) -> None:
-    made = run()
-    straight = attempt(made, data, tmp_path / "straight")
+    spec = run()
+    straight = attempt(spec, data, tmp_path / "straight")
     path = tmp_path / "killed"
     with pytest.raises(StopRequested):
-        attempt(made, data, path, TrainControl(stop=10))
+        attempt(spec, data, path, TrainControl(stop=10))
     with RunDir(path).metrics_path.open("a") as file:
         file.write('{"step": 11, "tok')
-    assert_same(attempt(made, data, path), straight)
+    assert_same(attempt(spec, data, path), straight)
 
 
 def test_killed_before_any_checkpoint_starts_afresh(data: Dataset, tmp_path: Path) -> None:
-    made = run()
+    spec = run()
     with pytest.raises(Killed):
-        attempt(made, data, tmp_path / "killed", TrainControl(kill=7))
-    assert_same(attempt(made, data, tmp_path / "killed"), attempt(made, data, tmp_path / "straight"))
+        attempt(spec, data, tmp_path / "killed", TrainControl(kill=7))
+    assert_same(attempt(spec, data, tmp_path / "killed"), attempt(spec, data, tmp_path / "straight"))
 
 
 def cut(share: float) -> Callable[[bytes], bytes]:
@@ -203,7 +203,7 @@ def cut(share: float) -> Callable[[bytes], bytes]:
 
 
 def without(key: str) -> Callable[[bytes], bytes]:
-    """The checkpoint of some other version, which lacks a part."""
+    """Remove a key from a checkpoint, as another version may lack it."""
 
     def edit(content: bytes) -> bytes:
         saved = torch.load(io.BytesIO(content), weights_only=True)
@@ -254,7 +254,7 @@ def killed_once(data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def killed(killed_once: Path, tmp_path: Path) -> Path:
-    """A copy of it to damage."""
+    """A copy of the killed run, to damage."""
     return shutil.copytree(killed_once, tmp_path / "run")
 
 
@@ -289,7 +289,7 @@ def test_two_damaged_checkpoints_are_a_fresh_start(
 def test_a_missing_latest_checkpoint_falls_back_to_the_one_before(
     data: Dataset, straight: Result, killed: Path
 ) -> None:
-    """As a kill between the two renames leaves it."""
+    """A kill between the two renames of a save leaves no latest checkpoint."""
     checkpoint(killed).unlink()
     assert_same(attempt(run(), data, killed), straight)
 
@@ -301,8 +301,8 @@ def test_a_missing_latest_checkpoint_falls_back_to_the_one_before(
 def test_a_huge_lr_diverges_and_is_recorded_with_its_step(
     optimizer: str, log2_lr: int, data: Dataset, tmp_path: Path
 ) -> None:
-    made = run(f"optimizer={optimizer}", f"sweep.log2_lrs=[{log2_lr}]")
-    result = attempt(made, data, tmp_path / "run")
+    spec = run(f"optimizer={optimizer}", f"sweep.log2_lrs=[{log2_lr}]")
+    result = attempt(spec, data, tmp_path / "run")
     assert result.summary["status"] == "diverged"
     assert 1 <= result.summary["diverged_at_step"] <= result.summary["steps"] <= TOTAL
     assert result.summary["val_loss"] is None
@@ -313,22 +313,22 @@ def test_a_huge_lr_diverges_and_is_recorded_with_its_step(
 def test_the_step_of_divergence_does_not_depend_on_how_often_it_is_looked_for(
     data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = run("optimizer=sgd", "sweep.log2_lrs=[40]")
-    at_each_step = attempt(made, data, tmp_path / "a").summary
+    spec = run("optimizer=sgd", "sweep.log2_lrs=[40]")
+    at_each_step = attempt(spec, data, tmp_path / "a").summary
     monkeypatch.setattr(loop, "METRICS_ROWS", 3)
-    seldom = attempt(made, data, tmp_path / "b").summary
+    seldom = attempt(spec, data, tmp_path / "b").summary
     assert at_each_step["diverged_at_step"] == seldom["diverged_at_step"] < 10
     assert seldom["steps"] == 10
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_a_tiny_lr_is_slow_and_not_diverged(optimizer: str, data: Dataset, tmp_path: Path) -> None:
-    made = run(f"optimizer={optimizer}", "sweep.log2_lrs=[-40]")
-    result = attempt(made, data, tmp_path / "run")
+    spec = run(f"optimizer={optimizer}", "sweep.log2_lrs=[-40]")
+    result = attempt(spec, data, tmp_path / "run")
     assert (result.summary["status"], result.summary["diverged_at_step"]) == ("done", None)
     start = result.rows[0]["train_loss"]
     assert result.summary["val_loss"] == pytest.approx(start, rel=0.01)
-    assert start == pytest.approx(math.log(made.size.vocab_size), rel=0.01)
+    assert start == pytest.approx(math.log(spec.size.vocab_size), rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -411,8 +411,8 @@ def test_every_schedule_rises_to_one_then_falls_to_its_floor(
 
 
 def test_the_lr_of_a_row_is_the_peak_times_its_factor(data: Dataset, tmp_path: Path) -> None:
-    made = run("training.schedule=linear", "training.warmup=3", "training.min_lr_frac=0.0")
-    rows = attempt(made, data, tmp_path / "run").rows
+    spec = run("training.schedule=linear", "training.warmup=3", "training.min_lr_frac=0.0")
+    rows = attempt(spec, data, tmp_path / "run").rows
     peak = 2.0**-6
     assert [row["lr"] for row in rows[:4]] == pytest.approx([peak / 3, peak * 2 / 3, peak, peak])
     assert rows[-1]["lr"] == pytest.approx(peak / 27)
@@ -447,8 +447,8 @@ def test_bf16_multiplies_in_bf16_over_fp32_weights(data: Dataset, tmp_path: Path
     assert {w.dtype for w in bf16.weights.values()} == {torch.float32}
     assert bf16.summary["val_loss"] != fp32.summary["val_loss"]
     assert bf16.summary["val_loss"] == pytest.approx(fp32.summary["val_loss"], rel=TOLERANCE["bf16"])
-    chosen = {"fp32": fp32, "bf16": bf16}[auto.summary["precision"]]
-    assert auto.metrics == chosen.metrics
+    expected = {"fp32": fp32, "bf16": bf16}[auto.summary["precision"]]
+    assert auto.metrics == expected.metrics
 
 
 # Evaluation and metrics.
@@ -456,21 +456,21 @@ def test_bf16_multiplies_in_bf16_over_fp32_weights(data: Dataset, tmp_path: Path
 
 @pytest.mark.parametrize("overrides", [(), ("data.tokenizer=gpt2-1024",), ("sweep.width_ratios=[2]",)], ids=str)
 def test_the_validation_loss_is_the_mean_over_the_fixed_batches(overrides: tuple[str, ...], tmp_path: Path) -> None:
-    made = run("training.steps=5", "training.eval_batches=3", *overrides)
-    data = prepare(made.recipe.variant.data)
-    built, folder = build(made, CPU), RunDir(tmp_path / "run")
+    spec = run("training.steps=5", "training.eval_batches=3", *overrides)
+    data = prepare(spec.recipe.variant.data)
+    setup, folder = build(spec, CPU), RunDir(tmp_path / "run")
     folder.path.mkdir()
-    summary = train(made, built, data, folder, CPU, TrainControl())
+    summary = train(spec, setup, data, folder, CPU, TrainControl())
     nats, n_tokens, text = 0.0, 0, ""
     for i in range(3):
         block = torch.from_numpy(data.validation_batch(32, 4, i))
         targets = block[:, 1:].flatten()
         with torch.no_grad():
-            logits = built.network(block[:, :-1]).flatten(0, 1).double()
+            logits = setup.network(block[:, :-1]).flatten(0, 1).double()
         nats += F.cross_entropy(logits, targets, reduction="sum").item()
         n_tokens += targets.numel()
         for row in block[:, 1:].tolist():
-            text += tokenizers.load(made.recipe.variant.data.tokenizer).decode(row)
+            text += tokenizers.load(spec.recipe.variant.data.tokenizer).decode(row)
     assert n_tokens == 3 * 4 * 32
     assert "\ufffd" not in text  # no character is cut at the end of a row
     assert summary["val_loss"] == pytest.approx(nats / n_tokens, rel=TOLERANCE["evaluation"])
@@ -486,8 +486,8 @@ def test_bits_per_byte_count_the_bytes_of_the_whole_validation_set(data: Dataset
     assert expected > 8
     zeros = ["model.head_init_std=0.0", "training.eval_batches=200", "training.steps=2", "training.warmup=1"]
     for i, other in enumerate(("sweep.log2_lrs=[-60]", "sweep.width_ratios=[2]")):
-        made = run(*zeros, "sweep.log2_lrs=[-61]", other)
-        summary = attempt(made, data, tmp_path / str(i)).summary
+        spec = run(*zeros, "sweep.log2_lrs=[-61]", other)
+        summary = attempt(spec, data, tmp_path / str(i)).summary
         assert summary["val_loss"] == pytest.approx(math.log(256), rel=TOLERANCE["evaluation"])
         assert summary["val_bits_per_byte"] == pytest.approx(expected, rel=TOLERANCE["evaluation"])
 
@@ -497,9 +497,9 @@ def test_about_so_many_rows_are_logged(
     rows: int, steps: list[int], data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "METRICS_ROWS", rows)
-    found = attempt(run(), data, tmp_path / "run").rows
-    assert [row["step"] for row in found] == steps
-    assert [row["tokens"] for row in found] == [step * 4 * 32 for step in steps]
+    rows_logged = attempt(run(), data, tmp_path / "run").rows
+    assert [row["step"] for row in rows_logged] == steps
+    assert [row["tokens"] for row in rows_logged] == [step * 4 * 32 for step in steps]
 
 
 def test_the_last_step_is_logged_whatever_the_interval(
@@ -530,18 +530,18 @@ def test_three_evaluations_give_three_rows_with_a_validation_loss(
     assert len(evaluated) == 3
     assert evaluated[-1]["step"] == TOTAL
     assert evaluated[-1]["val_loss"] == result.summary["val_loss"] < evaluated[0]["val_loss"]
-    for wanted, row in zip((10, 20, 30), evaluated, strict=True):
-        assert abs(row["step"] - wanted) <= 4
+    for expected, row in zip((10, 20, 30), evaluated, strict=True):
+        assert abs(row["step"] - expected) <= 4
 
 
 def test_the_logged_gradient_norm_is_the_one_before_clipping(data: Dataset, tmp_path: Path) -> None:
-    made = run("training.clip=0.001", "training.steps=2", "training.warmup=1")
-    built = build(made, CPU)
+    spec = run("training.clip=0.001", "training.steps=2", "training.warmup=1")
+    setup = build(spec, CPU)
     block = torch.from_numpy(data.train_batch(32, 4, 0, 0))
-    logits = built.network(block[:, :-1])
+    logits = setup.network(block[:, :-1])
     F.cross_entropy(logits.flatten(0, 1), block[:, 1:].flatten()).backward()
-    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in built.network.parameters()))
-    rows = attempt(made, data, tmp_path / "run").rows
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in setup.network.parameters()))
+    rows = attempt(spec, data, tmp_path / "run").rows
     assert norm > 0.01
     assert rows[0]["grad_norm"] == pytest.approx(norm, rel=TOLERANCE["gradient norm"])
 
@@ -553,9 +553,9 @@ def test_sgd_has_no_clipped_norm_and_clipping_does_not_change_it(data: Dataset, 
 
 
 def test_the_first_losses_are_those_of_the_first_batches(data: Dataset, tmp_path: Path) -> None:
-    made = run("sweep.log2_lrs=[-60]", "sweep.seeds=[3]", "training.steps=4", "training.warmup=1")
-    rows = attempt(made, data, tmp_path / "run").rows
-    net = build(made, CPU).network
+    spec = run("sweep.log2_lrs=[-60]", "sweep.seeds=[3]", "training.steps=4", "training.warmup=1")
+    rows = attempt(spec, data, tmp_path / "run").rows
+    net = build(spec, CPU).network
     for step, row in enumerate(rows):
         block = torch.from_numpy(data.train_batch(32, 4, 3, step))
         with torch.no_grad():
@@ -566,27 +566,26 @@ def test_the_first_losses_are_those_of_the_first_batches(data: Dataset, tmp_path
 # Records of a run.
 
 
-def executed(made: RunSpec, data: Dataset, path: Path, stop: StopSignal | None = None) -> RunDir:
-    folder = RunDir(path / made.run_id)
+def executed(spec: RunSpec, data: Dataset, path: Path, stop: StopSignal | None = None) -> RunDir:
+    folder = RunDir(path / spec.run_id)
     lease = folder.claim()
     assert lease is not None
     try:
-        execute_run(made, folder, data, CPU, LeaseControl(lease, stop or StopSignal()))
+        execute_run(spec, folder, data, CPU, LeaseControl(lease, stop or StopSignal()))
     finally:
         lease.release()
     return folder
 
 
 def test_a_finished_run_leaves_its_records_and_no_checkpoint(data: Dataset, tmp_path: Path) -> None:
-    made = run("training.checkpoint_minutes=0")
-    folder = executed(made, data, tmp_path)
+    spec = run("training.checkpoint_minutes=0")
+    folder = executed(spec, data, tmp_path)
     assert folder.status() == {"status": "done"}
     summary = folder.summary()
     assert summary is not None
-    assert (summary["run_id"], summary["steps"], summary["tokens"]) == (made.run_id, 30, 30 * 4 * 32)
+    assert (summary["run_id"], summary["steps"], summary["tokens"]) == (spec.run_id, 30, 30 * 4 * 32)
     assert (summary["width"], summary["depth"], summary["log2_lr"], summary["seed"]) == (16, 2, -6.0, 0)
-    found = {p.name for p in folder.path.iterdir()}
-    assert found == {
+    assert {p.name for p in folder.path.iterdir()} == {
         "claims",
         "config.yaml",
         "groups.json",
@@ -619,12 +618,12 @@ def test_a_stopped_run_keeps_its_checkpoint_and_ends_like_an_uninterrupted_one(d
                 return self.steps < 0
             return super().__getattribute__(name)
 
-    made = run()
-    whole = executed(made, data, tmp_path / "whole")
+    spec = run()
+    whole = executed(spec, data, tmp_path / "whole")
     with pytest.raises(StopRequested):
-        executed(made, data, tmp_path / "stopped", After(steps=12))
-    assert checkpoint(tmp_path / "stopped" / made.run_id).is_file()
-    resumed = executed(made, data, tmp_path / "stopped")
+        executed(spec, data, tmp_path / "stopped", After(steps=12))
+    assert checkpoint(tmp_path / "stopped" / spec.run_id).is_file()
+    resumed = executed(spec, data, tmp_path / "stopped")
     assert resumed.metrics_path.read_bytes() == whole.metrics_path.read_bytes()
     assert not checkpoint(resumed.path).exists()
     a, b = whole.summary(), resumed.summary()

@@ -83,22 +83,22 @@ def statuses(sweep: SweepDir) -> dict[str, str]:
 
 
 def owners(sweep: SweepDir, run_id: str) -> int:
-    """How often a run was claimed."""
+    """How many leases of a run were taken."""
     return len(list((sweep.run(run_id).path / "claims").glob("*.json")))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], SweepDir]:
-    """Sweeps trained by one worker in one go, made once each."""
-    made: dict[str, SweepDir] = {}
+    """Sweeps trained by one worker in one go, each only once."""
+    sweeps: dict[str, SweepDir] = {}
 
     def get(overrides: list[str]) -> SweepDir:
         key = " ".join(overrides)
-        if key not in made:
-            made[key] = planned(overrides, tmp_path_factory.mktemp("undisturbed"))
-            done = work(made[key])
+        if key not in sweeps:
+            sweeps[key] = planned(overrides, tmp_path_factory.mktemp("undisturbed"))
+            done = work(sweeps[key])
             assert done.returncode == 0, done.stderr
-        return made[key]
+        return sweeps[key]
 
     return get
 
@@ -213,7 +213,7 @@ def test_a_replica_knows_the_runs_that_were_planned_after_it_started(
 ) -> None:
     overrides = ["experiment=smoke", f"out={tmp_path}"]
     sweep, old = plan.save(load(overrides), "")
-    told: list[str] = []
+    trained: list[str] = []
 
     class Second(DistributedContext):
         def wait_for_run_id(self) -> str:
@@ -223,9 +223,9 @@ def test_a_replica_knows_the_runs_that_were_planned_after_it_started(
                 return ""
             return next(run.run_id for run in plan.save(load([*overrides, "sweep.seeds=[1]"]), "")[1] if run not in old)
 
-    monkeypatch.setattr("mupsweep.training.worker.train", lambda run, *_: told.append(run.run_id))
+    monkeypatch.setattr("mupsweep.training.worker.train", lambda run, *_: trained.append(run.run_id))
     assert run_replica(sweep, torch.device("cpu"), StopSignal(), Second(rank=1))
-    assert len(told) == 1
+    assert len(trained) == 1
 
 
 def test_a_failing_run_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
@@ -269,23 +269,23 @@ def mended(tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepDir, list[tup
     folder = tmp_path_factory.mktemp("mended")
     (folder / "brittle.py").write_text(BRITTLE)
     kind = ["optimizer.kind=brittle.Brittle", "allow_imports=true"]
-    chosen = ["experiment=smoke", *CPU, *kind, "training.steps=10", "sweep.width_ratios=[1]", f"out={folder}"]
+    overrides = ["experiment=smoke", *CPU, *kind, "training.steps=10", "sweep.width_ratios=[1]", f"out={folder}"]
     secrets = {"WANDB_API_KEY": SECRET, "HF_TOKEN": SECRET, "SOME_PASSWORD": SECRET}
-    sweep, told = SweepDir(folder / "smoke"), []
+    sweep, outcomes = SweepDir(folder / "smoke"), []
     for _ in range(2):
-        process = start("run", *chosen, PYTHONPATH=str(folder), **secrets)
+        process = start("run", *overrides, PYTHONPATH=str(folder), **secrets)
         _, err = process.communicate(timeout=DEADLINE)
-        found = {row["log2_lr"]: sweep.run(row["run_id"]).status() for row in sweep.read_plan()}
-        told.append((process.returncode, err, found))
+        status_of = {row["log2_lr"]: sweep.run(row["run_id"]).status() for row in sweep.read_plan()}
+        outcomes.append((process.returncode, err, status_of))
         (folder / "mended").touch()
-    return sweep, told
+    return sweep, outcomes
 
 
 def test_an_unforeseen_error_is_recorded_with_its_traceback_and_run_tries_again(
     mended: tuple[SweepDir, list[tuple[int, str, dict[float, object]]]],
 ) -> None:
-    sweep, ((code, err, found), (code_again, err_again, found_again)) = mended
-    assert found == {
+    sweep, ((code, err, status_of), (code_again, err_again, status_again)) = mended
+    assert status_of == {
         -9: {"status": DONE},
         -7: {"status": DONE},
         -5: {"status": FAILED, "error": "ZeroDivisionError: brittle"},
@@ -298,7 +298,7 @@ def test_an_unforeseen_error_is_recorded_with_its_traceback_and_run_tries_again(
         f"1 run failed, the first is {broken.run_id} (see {broken.log_path}); run the same command to retry"
     )
     assert code == 1
-    assert found_again == {lr: {"status": DONE} for lr in (-9, -7, -5)}
+    assert status_again == {lr: {"status": DONE} for lr in (-9, -7, -5)}
     assert code_again == 0, err_again
     assert sorted(owners(sweep, run_id) for run_id in statuses(sweep)) == [1, 1, 2]
 
@@ -344,8 +344,8 @@ def test_a_run_that_another_worker_took_over_is_left_to_it(tmp_path: Path) -> No
     run = sweep.run(sweep.read_plan()[0]["run_id"])
     worker = start("worker", str(sweep.path), "--device", "cpu")
     until(lambda: rows(run) > 0, worker)
-    mine = run.path / "claims" / "0000.json"
-    write_json(run.path / "claims" / "0001.json", {**json.loads(mine.read_text()), "host": "elsewhere"})
+    first_lease = run.path / "claims" / "0000.json"
+    write_json(run.path / "claims" / "0001.json", {**json.loads(first_lease.read_text()), "host": "elsewhere"})
     _, err = worker.communicate(timeout=DEADLINE)
     assert worker.returncode == 0, err
     assert run.summary() is None
@@ -357,10 +357,10 @@ def test_a_run_that_another_worker_took_over_is_left_to_it(tmp_path: Path) -> No
 GPU_SETTINGS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0"}
 
 
-def test_a_gpu_is_told_to_repeat_its_bits_before_the_ranks_meet(
+def test_a_gpu_is_set_to_repeat_its_bits_before_the_ranks_meet(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """NCCL's process group leaves out the algorithm that does not where torch is deterministic when it is made."""
+    """NCCL omits the algorithm that does not repeat its bits if torch is deterministic when the group forms."""
     seen: list[object] = []
 
     @contextlib.contextmanager
