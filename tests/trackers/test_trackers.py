@@ -30,13 +30,13 @@ KINDS = {"wandb": "wandb.Wandb", "tensorboard": "tensorboard.TensorBoard", "trac
 TRACKERS = choices("tracker")
 
 
-def planned(*words: str) -> SweepDir:
-    sweep, _ = plan.save(load([*SMALL, *words]), "")
+def planned(*overrides: str) -> SweepDir:
+    sweep, _ = plan.save(load([*SMALL, *overrides]), "")
     return sweep
 
 
 def metrics(run: RunDir) -> list[tuple[int, str, float]]:
-    """(step, key, value) of every metric of a run, as trackers with steps show them."""
+    """(step, key, value) of every metric of a run, as trackers log them by step."""
     return sorted(
         (row["step"], key, pytest.approx(value, rel=1e-6))
         for row in run.metrics()
@@ -63,7 +63,7 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(name: str, monk
 def shown_by_tensorboard(sweep: SweepDir, run: RunDir) -> list[tuple[int, str, float]]:
     from tensorboardX.proto.event_pb2 import Event
 
-    found = []
+    values = []
     for path in (sweep.trackers / "tensorboard" / run.run_id).rglob("events.*"):
         content, at = path.read_bytes(), 0
         while at < len(content):  # a record is its length, a checksum of that, the event, and its checksum
@@ -71,16 +71,16 @@ def shown_by_tensorboard(sweep: SweepDir, run: RunDir) -> list[tuple[int, str, f
             event = Event.FromString(content[at + 12 : at + 12 + length])
             at += 16 + length
             keys = ("train_loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm")
-            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value if v.tag in keys and event.step]
-    return sorted(found)
+            values += [(event.step, v.tag, v.simple_value) for v in event.summary.value if v.tag in keys and event.step]
+    return sorted(values)
 
 
 def shown_by_trackio(sweep: SweepDir, run: RunDir) -> list[tuple[int, str, float]]:
     trackio = pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage
 
-    (shown,) = [r for r in trackio.Api().runs("mupsweep") if r.name == f"{sweep.name}-{run.run_id}"]
-    rows = SQLiteStorage.get_logs("mupsweep", shown.name, run_id=shown.id)
+    (run_in_trackio,) = [r for r in trackio.Api().runs("mupsweep") if r.name == f"{sweep.name}-{run.run_id}"]
+    rows = SQLiteStorage.get_logs("mupsweep", run_in_trackio.name, run_id=run_in_trackio.id)
     kept = ("step", "tokens", "timestamp")
     return sorted((row["step"], key, value) for row in rows for key, value in row.items() if key not in kept)
 
@@ -111,19 +111,19 @@ def test_a_local_tracker_shows_every_run_once_also_after_an_interruption(name: s
 
 
 class Broken:
-    """A tracker that fails at everything, and remembers how often it was asked."""
+    """A tracker that fails at everything and counts how often it was called."""
 
     active = True
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.calls = 0
 
     def open(self, sweep: SweepDir, run: RunDir) -> RunLogger:
-        self.asked += 1
+        self.calls += 1
         raise OSError("disk on fire:\nsmoke everywhere")
 
     def held(self, sweep: SweepDir) -> Mapping[str, str]:
-        self.asked += 1
+        self.calls += 1
         raise OSError("disk on\nfire:\n  smoke everywhere")
 
     def analysed(self, sweep: SweepDir) -> None:
@@ -139,14 +139,14 @@ def test_a_tracker_that_raises_is_one_warning_and_is_not_asked_again(
     with caplog.at_level(logging.WARNING, logger="mupsweep"):
         assert execute(sweep)
     assert sweep.counts()["done"] == 2
-    assert broken.asked == 1
-    told = (
+    assert broken.calls == 1
+    warning = (
         "tracker: OSError: disk on fire: smoke everywhere; the records are complete, "
         f"`mupsweep sync {sweep.path}` mirrors them later"
     )
-    assert [r.message for r in caplog.records] == [told]
+    assert [r.message for r in caplog.records] == [warning]
     generate([sweep])
-    assert [r.message for r in caplog.records] == [told] * 2
+    assert [r.message for r in caplog.records] == [warning] * 2
 
 
 def test_a_tracker_that_is_stuck_is_left_behind(
@@ -171,19 +171,19 @@ def test_a_tracker_that_is_stuck_is_left_behind(
 
 
 def test_a_run_that_goes_back_to_a_checkpoint_is_shown_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pages: list[list[Any]] = []
+    logs: list[list[Any]] = []
 
-    class Noting(Broken):
+    class Recording(Broken):
         def open(self, sweep: SweepDir, run: RunDir) -> RunLogger:
-            pages.append(page := [])
+            logs.append(log := [])
 
-            class Noted:
-                add = page.append
-                close = page.append
+            class Recorder:
+                add = log.append
+                close = log.append
 
-            return Noted()  # type: ignore[return-value]
+            return Recorder()  # type: ignore[return-value]
 
-    monkeypatch.setattr(trackers, "load", lambda sweep: Noting())
+    monkeypatch.setattr(trackers, "load", lambda sweep: Recording())
     monkeypatch.setattr("mupsweep.trackers.live.POLL", 0.001)
     run = SweepDir(tmp_path).run("x")
     run.path.mkdir(parents=True)
@@ -192,5 +192,5 @@ def test_a_run_that_goes_back_to_a_checkpoint_is_shown_anew(monkeypatch: pytest.
         run.write_metrics([{"step": 1}])
         run.append_metrics({"step": 2, "again": True})
         run.write_status("done")
-    assert pages[-1] == [{"step": 1}, {"step": 2, "again": True}, "done"]
-    assert all(page[1] != {"step": 2} for page in pages)
+    assert logs[-1] == [{"step": 1}, {"step": 2, "again": True}, "done"]
+    assert all(log[1] != {"step": 2} for log in logs)

@@ -1,4 +1,4 @@
-"""W&B: what the real client tells a server is the records, whole and once, whatever happened to the sweep."""
+"""W&B: the real client sends a server every record, once, whatever happened to the sweep."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ DRAWN = 0.01  # octaves: an optimum is a median of draws, even where losses are 
 of_the_clients_own = pytest.mark.filterwarnings("ignore:Pydantic V1 style")
 
 
-def planned(*words: str) -> SweepDir:
-    sweep, _ = plan.save(load([*SMALL, *words]), "")
+def planned(*overrides: str) -> SweepDir:
+    sweep, _ = plan.save(load([*SMALL, *overrides]), "")
     return sweep
 
 
 def worker_of(sweep: SweepDir, first: str = "") -> list[str]:
-    """The command of a worker that looks at its records as often as those of this process do."""
+    """Return the command of a worker whose tracker reads records as often as this process does."""
     code = f"import mupsweep.cli, mupsweep.trackers.live as live; live.POLL = {live.POLL}\n{first}\nmupsweep.cli.main()"
     return [sys.executable, "-c", code, "worker", str(sweep.path), "--device", "cpu"]
 
@@ -66,14 +66,14 @@ def interfere(monkeypatch: pytest.MonkeyPatch, server: WandbServer, act: Callabl
 
 
 def content(run: StoredRun) -> dict[str, Any]:
-    """What should not depend on how a run got to the server."""
-    told = run.content
-    told["summary"] = {k: v for k, v in told["summary"].items() if k not in (*OF_THE_CLOCK, "mirrored")}
-    return told
+    """Return what must not depend on how a run got to the server."""
+    stored = run.content
+    stored["summary"] = {k: v for k, v in stored["summary"].items() if k not in (*OF_THE_CLOCK, "mirrored")}
+    return stored
 
 
 def assert_mirrored(server: WandbServer, sweep: SweepDir) -> None:
-    """Every run of the sweep is on the server as the records tell it, each row once; no other run is."""
+    """Assert that the server holds exactly the runs of the sweep, every row of their records once."""
     ids = {row["run_id"]: wandb_id(sweep, row["run_id"]) for row in sweep.read_plan()}
     assert {name for name in server.runs if not name.endswith("summary")} == set(ids.values())
     for run_id, name in ids.items():
@@ -104,9 +104,9 @@ def test_a_sweep_is_pushed_while_it_trains_with_its_rules_and_axes(server: Wandb
     assert {metric.get("5") for metric in metrics} == {None, 1}  # all but the tokens are drawn over the first metric
 
 
-def analysed(*words: str) -> SweepDir:
+def analysed(*overrides: str) -> SweepDir:
     """A sweep without rows whose losses are parabolas over log2 LR, lowest at -8 + log2(width / 16) / 2."""
-    sweep = planned(*ONLINE, "sweep.log2_lrs=[-11,-10,-9,-8,-7,-6,-5]", *words)
+    sweep = planned(*ONLINE, "sweep.log2_lrs=[-11,-10,-9,-8,-7,-6,-5]", *overrides)
     for run in plan.load(sweep):
         best = -8 + math.log2(run.size.width_ratio) / 2
         loss = 3 + 0.1 * (run.log2_lr - best) ** 2
@@ -134,13 +134,13 @@ def test_the_summary_run_has_charts_tables_verdicts_and_the_report(server: Wandb
     assert {key: chart["panel_config"]["panelDefId"] for key, chart in charts.items()} == dict.fromkeys(
         [*curves, "drift/width"], "wandb/lineseries/v0"
     )
-    drawn = {key: table(run, f"{key}_table") for key in charts}
-    assert len(drawn[curves[0]]) == 14
-    assert drawn[curves[0]]["width 32, depth 2", -8.0] == pytest.approx(3 + 0.1 * 0.5**2)
+    lines = {key: table(run, f"{key}_table") for key in charts}
+    assert len(lines[curves[0]]) == 14
+    assert lines[curves[0]]["width 32, depth 2", -8.0] == pytest.approx(3 + 0.1 * 0.5**2)
     for name in ("sp", "spectral"):
-        assert drawn["drift/width"][f"nanogpt/adamw/{name}", 0] == pytest.approx(-8, abs=DRAWN)
-        assert drawn["drift/width"][f"nanogpt/adamw/{name}", 1] == pytest.approx(-7.5, abs=DRAWN)
-        ends = [drawn["drift/width"][f"nanogpt/adamw/{name}, at {end}", 1] for end in ("least", "most")]
+        assert lines["drift/width"][f"nanogpt/adamw/{name}", 0] == pytest.approx(-8, abs=DRAWN)
+        assert lines["drift/width"][f"nanogpt/adamw/{name}", 1] == pytest.approx(-7.5, abs=DRAWN)
+        ends = [lines["drift/width"][f"nanogpt/adamw/{name}, at {end}", 1] for end in ("least", "most")]
         assert ends[0] <= -7.5 <= ends[1]
     assert run.summary["tables/runs"]["nrows"] == 28
     assert run.summary["tables/drift"]["nrows"] == 4
@@ -170,8 +170,8 @@ def test_a_chart_has_no_point_where_seeds_diverged_and_a_line_for_every_horizon(
     }
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What mupsweep warned of."""
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the warnings of mupsweep."""
     return [r.message for r in caplog.records if r.name == "mupsweep" and r.levelno >= logging.WARNING]
 
 
@@ -270,8 +270,8 @@ def test_an_unreachable_server_costs_one_warning_and_no_run(
     with caplog.at_level(logging.WARNING, logger="mupsweep"):
         assert execute(sweep)
     assert sweep.counts()["done"] == 4
-    assert [line.split(":")[0] for line in said(caplog)] == ["tracker"]
-    assert f"`mupsweep sync {sweep.path}` mirrors them later" in said(caplog)[0]
+    assert [line.split(":")[0] for line in warnings_of(caplog)] == ["tracker"]
+    assert f"`mupsweep sync {sweep.path}` mirrors them later" in warnings_of(caplog)[0]
     code, _, err = cli("sync", str(sweep.path))
     assert code == 2
     assert err.startswith(f"mupsweep: W&B does not take {sweep.path}: ")
@@ -296,7 +296,7 @@ def test_a_server_that_fails_in_the_middle_is_caught_up_with_later(
     with caplog.at_level(logging.WARNING, logger="mupsweep"):
         assert execute(sweep)
     assert sweep.counts()["done"] == 1
-    assert [line.split(":")[0] for line in said(caplog)] == ["tracker"]
+    assert [line.split(":")[0] for line in warnings_of(caplog)] == ["tracker"]
     setattr(server, fault, False)
     shut_down()  # a new process finds a new server
     assert cli("sync", str(sweep.path))[0] == 0
@@ -311,10 +311,10 @@ def test_the_workspace_shows_curves_and_drift_and_is_saved_once(server: WandbSer
     (view,) = server.views.values()
     assert view["displayName"] == "tracked LR transfer"
     section = json.loads(view["spec"])["section"]
-    shown = {p["name"]: json.dumps(p["panels"]) for p in section["panelBankConfig"]["sections"] if p["panels"]}
+    panels = {p["name"]: json.dumps(p["panels"]) for p in section["panelBankConfig"]["sections"] if p["panels"]}
     for name in ("sp", "spectral"):
-        assert f"loss_vs_lr/nanogpt/adamw/{name}_table" in shown["Loss versus LR"]
-    assert "drift/width_table" in shown["Drift of the best LR"]
+        assert f"loss_vs_lr/nanogpt/adamw/{name}_table" in panels["Loss versus LR"]
+    assert "drift/width_table" in panels["Drift of the best LR"]
     assert '"tracked"' in json.dumps(section["runSets"])
 
 
@@ -326,7 +326,9 @@ def test_without_the_workspaces_package_one_line_says_what_to_install(
     assert execute(sweep)
     with caplog.at_level(logging.WARNING, logger="mupsweep"):
         generate([sweep])
-    assert said(caplog) == ["no W&B Workspace: pip install 'mupsweep[workspaces]', or set tracker.workspace=false"]
+    assert warnings_of(caplog) == [
+        "no W&B Workspace: pip install 'mupsweep[workspaces]', or set tracker.workspace=false"
+    ]
     assert "tracked-summary" in server.runs
 
 

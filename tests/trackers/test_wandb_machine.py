@@ -1,4 +1,4 @@
-"""W&B on a machine that lacks what its client needs: runs finish, one warning is told, and `sync` sends the rest."""
+"""W&B on a machine that lacks what its client needs: runs finish with one warning, and `sync` sends the rest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_wandb import ONLINE, assert_mirrored, of_the_clients_own, planned, said
+from test_wandb import ONLINE, assert_mirrored, of_the_clients_own, planned, warnings_of
 from wandb_server import WandbServer
 
 from mupsweep.analysis.labels import DONE
@@ -41,7 +41,7 @@ def test_folders_that_cannot_be_made_cost_one_warning_and_no_run(
         assert execute(sweep)
         generate([sweep])  # whose tables the client stores before it sends them
     assert sweep.counts() == {DONE: 2}
-    (warning,) = said(caplog)
+    (warning,) = warnings_of(caplog)
     assert str(tmp_path / "file" / "WANDB_DATA_DIR") in warning
     assert f"`mupsweep sync {sweep.path}` mirrors them later" in warning
     assert server.runs["tracked-summary"].state != "finished"
@@ -67,7 +67,7 @@ def test_a_client_whose_service_does_not_start_costs_one_warning_and_no_run(
     with caplog.at_level(logging.WARNING, logger="mupsweep"):
         assert execute(sweep)
     assert sweep.counts() == {DONE: 2}
-    assert [line.split(":")[0] for line in said(caplog)] == ["tracker"]
+    assert [line.split(":")[0] for line in warnings_of(caplog)] == ["tracker"]
     code, _, err = cli("sync", str(sweep.path))
     assert code == 2
     assert err.startswith(f"mupsweep: W&B does not take {sweep.path}: ")
@@ -84,19 +84,21 @@ def test_a_client_whose_service_does_not_start_costs_one_warning_and_no_run(
 def test_a_process_ends_whatever_became_of_the_clients_service(sick: signal.Signals, tmp_path: Path) -> None:
     """Client 0.31 waits forever for a service that does not answer, at the end of the process too."""
     pytest.importorskip("wandb")
-    words = f"""
+    program = f"""
 import os
 import wandb
-from mupsweep.trackers import wandb as page
-page.SHUTDOWN_TIMEOUT = 0.2
-page.start_service()
+from mupsweep.trackers import wandb as tracker
+tracker.SHUTDOWN_TIMEOUT = 0.2
+tracker.start_service()
 service = wandb.setup().ensure_service()._proc._process.pid
 print(service, flush=True)
 os.kill(service, {int(sick)})
 """
-    said = tmp_path / "said"  # no pipe: the service holds it open
-    with said.open("w") as to:
-        code = subprocess.run([sys.executable, "-c", words], stdout=to, stderr=to, timeout=60, check=False).returncode
+    output = tmp_path / "output"  # no pipe: the service holds it open
+    with output.open("w") as file:
+        code = subprocess.run(
+            [sys.executable, "-c", program], stdout=file, stderr=file, timeout=60, check=False
+        ).returncode
     with contextlib.suppress(ProcessLookupError):
-        os.kill(int(said.read_text()), signal.SIGKILL)
+        os.kill(int(output.read_text()), signal.SIGKILL)
     assert code == 0

@@ -48,7 +48,7 @@ class StoredRun:
 
     @property
     def content(self) -> dict[str, Any]:
-        """All that should be the same, however the run got here."""
+        """Return all that must not depend on how the run got here."""
         summary = {k: v for k, v in self.summary.items() if not k.startswith("_")}
         kept = ("displayName", "groupName", "jobType", "tags")
         return {
@@ -82,10 +82,10 @@ class WandbServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is none of a test's business."""
+        """Ignore errors of clients that went away."""
 
     def wait_for_rows(self, run_id: str, count: int, seconds: float = 120.0) -> None:
-        """Until so many rows of a run have arrived."""
+        """Wait until so many rows of a run have arrived."""
         with self.arrived:
             there = self.arrived.wait_for(
                 lambda: run_id in self.runs and len(self.runs[run_id].lines) >= count, seconds
@@ -96,7 +96,7 @@ class WandbServer(ThreadingHTTPServer):
         return self.runs.setdefault(run_id, StoredRun())
 
     def answer(self, operation: str, given: dict[str, Any]) -> dict[str, Any]:
-        """What a GraphQL operation returns."""
+        """Return the answer to a GraphQL operation."""
         name = re.sub(r"(?<!^)(?=[A-Z])", "_", operation).lower()
         served = getattr(self, f"gql_{name}", None)
         if served is None:
@@ -123,24 +123,24 @@ class WandbServer(ThreadingHTTPServer):
         if given.get("summaryMetrics"):
             run.summary = json.loads(given["summaryMetrics"])
         project = {"id": "UHJvamVjdA==", "name": run.fields.get("project"), "entity": ENTITY}
-        told = {key: run.fields.get(key) for key in ("displayName", "config", "summaryMetrics")}
-        told |= {"id": _encoded(name), "name": name, "description": "", "sweepName": None, "project": project}
-        return {"upsertBucket": {"bucket": told | {"historyLineCount": len(run.lines)}, "inserted": new}}
+        fields = {key: run.fields.get(key) for key in ("displayName", "config", "summaryMetrics")}
+        fields |= {"id": _encoded(name), "name": name, "description": "", "sweepName": None, "project": project}
+        return {"upsertBucket": {"bucket": fields | {"historyLineCount": len(run.lines)}, "inserted": new}}
 
     def gql_run_resume_status(self, given: dict[str, Any]) -> dict[str, Any]:
-        known = given["name"] in self.runs
+        is_stored = given["name"] in self.runs
         run = self.run(given["name"])
         run.sessions += 1
         run.state = "running"
-        if not known:
+        if not is_stored:
             return {"model": None}
         started = json.loads(run.fields["config"])["_wandb"]["value"].get("t")
-        told = {"id": _encoded(given["name"]), "name": given["name"], "summaryMetrics": json.dumps(run.summary)}
-        told |= {"displayName": run.fields.get("displayName"), "notes": None, "tags": run.fields.get("tags")}
-        told |= {"logLineCount": 0, "historyLineCount": len(run.lines), "eventsLineCount": 0, "eventsTail": "[]"}
-        told |= {"historyTail": json.dumps([run.lines[i] for i in sorted(run.lines)][-1:])}
-        told |= {"config": run.fields["config"], "wandbConfig": json.dumps({"t": started})}
-        return {"model": {"id": "UHJvamVjdA==", "name": given["project"], "entity": ENTITY, "bucket": told}}
+        fields = {"id": _encoded(given["name"]), "name": given["name"], "summaryMetrics": json.dumps(run.summary)}
+        fields |= {"displayName": run.fields.get("displayName"), "notes": None, "tags": run.fields.get("tags")}
+        fields |= {"logLineCount": 0, "historyLineCount": len(run.lines), "eventsLineCount": 0, "eventsTail": "[]"}
+        fields |= {"historyTail": json.dumps([run.lines[i] for i in sorted(run.lines)][-1:])}
+        fields |= {"config": run.fields["config"], "wandbConfig": json.dumps({"t": started})}
+        return {"model": {"id": "UHJvamVjdA==", "name": given["project"], "entity": ENTITY, "bucket": fields}}
 
     def gql_create_run_files(self, given: dict[str, Any]) -> dict[str, Any]:
         at = f"{self.url}/upload/{given['run']}/"
@@ -152,29 +152,33 @@ class WandbServer(ThreadingHTTPServer):
         nodes = []
         for name, run in self.runs.items():
             if run.fields.get("groupName") == group and run.fields.get("project") == given["project"]:
-                told = {"id": _encoded(name), "name": name, "state": run.state, "tags": run.fields.get("tags")}
-                told |= {
+                fields = {"id": _encoded(name), "name": name, "state": run.state, "tags": run.fields.get("tags")}
+                fields |= {
                     "displayName": run.fields.get("displayName"),
                     "group": group,
                     "user": ENTITY,
                     "sweepName": None,
                 }
-                told |= {"config": run.fields["config"], "summaryMetrics": json.dumps(run.summary), "projectId": "1"}
-                told |= {"systemMetrics": "{}", "historyKeys": None, "createdAt": "", "heartbeatAt": ""}
-                nodes.append(told)
+                fields |= {"config": run.fields["config"], "summaryMetrics": json.dumps(run.summary), "projectId": "1"}
+                fields |= {"systemMetrics": "{}", "historyKeys": None, "createdAt": "", "heartbeatAt": ""}
+                nodes.append(fields)
         page = {"endCursor": None, "hasNextPage": False}
         edges = [{"node": node, "cursor": node["name"]} for node in nodes]
-        known = any(run.fields.get("project") == given["project"] for run in self.runs.values())
+        project_exists = any(run.fields.get("project") == given["project"] for run in self.runs.values())
         runs = {"runCount": len(nodes), "readOnly": False, "runs": {"edges": edges, "pageInfo": page}}
-        return {"project": {"internalId": "1"} | runs if known else None}
+        return {"project": {"internalId": "1"} | runs if project_exists else None}
 
     def gql_artifact_type(self, given: dict[str, Any]) -> dict[str, Any]:
         return {"project": {"artifact": {"artifactType": {"name": "run_table"}}}}
 
     def gql_create_artifact(self, given: dict[str, Any]) -> dict[str, Any]:
         self.artifacts.append(given["input"]["artifactCollectionName"] if "input" in given else str(given))
-        made = {"id": "QXJ0aWZhY3Q=", "state": "PENDING", "artifactSequence": {"id": "c2Vx", "latestArtifact": None}}
-        return {"createArtifact": {"artifact": made}}
+        artifact = {
+            "id": "QXJ0aWZhY3Q=",
+            "state": "PENDING",
+            "artifactSequence": {"id": "c2Vx", "latestArtifact": None},
+        }
+        return {"createArtifact": {"artifact": artifact}}
 
     def _manifest(self) -> dict[str, Any]:
         name = "wandb_manifest.json"
@@ -190,9 +194,9 @@ class WandbServer(ThreadingHTTPServer):
     def gql_create_artifact_files(self, given: dict[str, Any]) -> dict[str, Any]:
         edges = []
         for file in given["input"]["artifactFiles"]:
-            told = {"id": "Zg==", "name": file["name"], "displayName": file["name"], "uploadHeaders": []}
-            told |= {"uploadUrl": f"{self.url}/upload/-/{quote(file['name'], safe='')}", "storagePath": None}
-            edges.append({"node": told | {"artifact": {"id": "QXJ0aWZhY3Q="}, "uploadMultipartUrls": None}})
+            fields = {"id": "Zg==", "name": file["name"], "displayName": file["name"], "uploadHeaders": []}
+            fields |= {"uploadUrl": f"{self.url}/upload/-/{quote(file['name'], safe='')}", "storagePath": None}
+            edges.append({"node": fields | {"artifact": {"id": "QXJ0aWZhY3Q="}, "uploadMultipartUrls": None}})
         return {"createArtifactFiles": {"files": {"edges": edges}}}
 
     def gql_commit_artifact(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -204,13 +208,13 @@ class WandbServer(ThreadingHTTPServer):
         return {"upsertView": {"view": {"id": _encoded(given["name"]), "name": given["name"]}, "inserted": new}}
 
     def gql_view(self, given: dict[str, Any]) -> dict[str, Any]:
-        found = [view for name, view in self.views.items() if name == given["viewName"]]
-        nodes = [{"id": _encoded(v["name"]), "displayName": v["displayName"], "spec": v["spec"]} for v in found]
+        views = [view for name, view in self.views.items() if name == given["viewName"]]
+        nodes = [{"id": _encoded(v["name"]), "displayName": v["displayName"], "spec": v["spec"]} for v in views]
         return {"project": {"allViews": {"edges": [{"node": node} for node in nodes]}}}
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The three ways in which a client talks: GraphQL, a run's file stream, uploads."""
+    """Answers the three protocols of a client: GraphQL, a run's file stream, uploads."""
 
     protocol_version = "HTTP/1.1"
     server: WandbServer
@@ -269,10 +273,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.path.endswith("/graphql"):
             query = json.loads(body)
-            found = re.search(r"(?:query|mutation)\s+(\w+)", query["query"])
+            operation = re.search(r"(?:query|mutation)\s+(\w+)", query["query"])
             with self.server.lock:
-                told = self.server.answer(found[1] if found else "?", query.get("variables") or {})
-            self._send({"data": told})
+                fields = self.server.answer(operation[1] if operation else "?", query.get("variables") or {})
+            self._send({"data": fields})
         elif self.path.endswith("/file_stream"):
             with self.server.arrived:
                 self._stream(self.server.run(unquote(self.path.split("/")[-2])), json.loads(body))
@@ -298,7 +302,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving() -> Iterator[WandbServer]:
-    """A server for the time of a test."""
+    """Context of a running server."""
     server = WandbServer()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     try:
