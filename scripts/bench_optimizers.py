@@ -139,10 +139,10 @@ class Side:
 def ours(name: str, *words: str) -> Make:
     """An optimizer as its yaml configures it, decomposing every EVERY steps."""
     from mupsweep.sweep import config
-    from mupsweep.sweep.run_spec import recipe
+    from mupsweep.sweep.run_spec import resolve
 
     every = [f"optimizer.every={EVERY}"] if name in ("soap", "shampoo") else []
-    part = recipe(config.load([f"optimizer={name}", *every, *words]).variants[0]).optimizer
+    part = resolve(config.load([f"optimizer={name}", *every, *words]).variants[0]).optimizer
     thresholds = {key: threshold.value for key, threshold in part.thresholds().items()}
     return lambda p: part.build([{"params": p, "lr": 1e-3, "weight_decay": 0.0, **thresholds}])
 

@@ -94,7 +94,7 @@ def demo(*overrides: str) -> SweepDir:
             {
                 **{key: row[key] for key in (*kept, "log2_lr", "seed", "tokens")},
                 "status": DONE,
-                "steps": run.recipe.steps,
+                "steps": run.resolved.steps,
                 "train_loss": float(lost["train_loss"]),
                 "val_loss": float(lost["val_loss"]),
                 "val_bits_per_byte": float(lost["val_loss"]) / math.log(2),

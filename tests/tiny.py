@@ -19,29 +19,29 @@ ARCHITECTURES = [name for name in MODELS if "\nkind:" in (config.config_root() /
 
 
 @cache
-def recipe(*words: str) -> ResolvedVariant:
+def resolve(*words: str) -> ResolvedVariant:
     """The recipe that these words choose."""
-    return run_spec.recipe(config.load(words).variants[0])
+    return run_spec.resolve(config.load(words).variants[0])
 
 
 def tiny(name: str, optimizer: str = "adamw", parametrization: str = "spectral", **keys: object) -> RunSpec:
     """A run of `model=name`: width 16, two blocks, two heads, 16 tokens, at the base shape; keys are the model's."""
-    model = recipe(f"model={name}").model
+    model = resolve(f"model={name}").model
     shape: dict[str, object] = {"width": 16, "depth": 2, "head_dim": 8, "context": 16}
     if hasattr(model, "kv_heads"):
         shape["kv_heads"] = None
     made = replace(
-        recipe("data.tokenizer=bytes"),
+        resolve("data.tokenizer=bytes"),
         model=replace(model, **(shape | keys)),  # type: ignore[arg-type]
-        optimizer=recipe(f"optimizer={optimizer}").optimizer,
-        parametrization=recipe(f"parametrization={parametrization}").parametrization,
+        optimizer=resolve(f"optimizer={optimizer}").optimizer,
+        parametrization=resolve(f"parametrization={parametrization}").parametrization,
     )
     return RunSpec("tiny", made, made.size(1.0, 1.0), log2_lr=-6.0, seed=0, cost=made.cost(made.size(1.0, 1.0)))
 
 
 def scaled(run: RunSpec, width_ratio: float, depth_ratio: float = 1.0) -> RunSpec:
     """The run at other ratios."""
-    return replace(run, size=run.recipe.size(width_ratio, depth_ratio))
+    return replace(run, size=run.resolved.size(width_ratio, depth_ratio))
 
 
 def network(model: Architecture, size: Size, multipliers: Multipliers | None = None, std: float = 0.2) -> nn.Module:

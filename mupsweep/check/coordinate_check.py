@@ -82,8 +82,8 @@ def coordinates_of(variant: Variant, grid: GridConfig, log2_lr: float) -> Coordi
             if run.run_id not in traced:
                 traced[run.run_id] = trace(subject(run), STEPS)
             points.append(Point(axis, getattr(run.size, axis), run.seed, traced[run.run_id]))
-    parametrization = made[0].recipe.parametrization
-    roles = {family(t.name): t.role for t in made[0].recipe.model.tensors(made[0].size)}
+    parametrization = made[0].resolved.parametrization
+    roles = {family(t.name): t.role for t in made[0].resolved.model.tensors(made[0].size)}
     promised = {axis: promises(parametrization, axis) for axis in ladders}
     return fit(variant.names, log2_lr, points, roles, promised)
 
@@ -97,9 +97,9 @@ def runs_of(variant: Variant, grid: GridConfig) -> list[RunSpec]:
 
 def subject(run: RunSpec, dataset: Dataset | None = None) -> Probe:
     """A run's network with the steps that training it would take at its peak LR, on the batches it would see."""
-    corpus = dataset or data.prepare(run.recipe.variant.data)
+    corpus = dataset or data.prepare(run.resolved.variant.data)
     built = build(run, CPU)
-    training, context = run.recipe.training, run.size.context
+    training, context = run.resolved.training, run.size.context
     taken = iter(range(max(STEPS)))
 
     def step() -> None:
@@ -112,7 +112,7 @@ def subject(run: RunSpec, dataset: Dataset | None = None) -> Probe:
         built.optimizer.step(1.0)
 
     probe = torch.from_numpy(corpus.validation_batch(context, PROBE_SEQUENCES, 0))[:, :-1]
-    roles = {t.name: t.role for t in run.recipe.model.tensors(run.size)}
+    roles = {t.name: t.role for t in run.resolved.model.tensors(run.size)}
     return Probe(built.network, step, built.network.get_submodule(f"blocks.{run.size.depth - 1}"), (probe,), roles)
 
 

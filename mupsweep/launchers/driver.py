@@ -38,8 +38,8 @@ def prepare(runs: list[RunSpec]) -> None:
     """Encode the corpus of some runs, if that was not done before."""
     from mupsweep import data
 
-    corpus = data.prepare(runs[0].recipe.variant.data, progress=lambda line: print(line, file=sys.stderr))
-    for context, batch in {(run.size.context, run.recipe.training.batch_size) for run in runs}:
+    corpus = data.prepare(runs[0].resolved.variant.data, progress=lambda line: print(line, file=sys.stderr))
+    for context, batch in {(run.size.context, run.resolved.training.batch_size) for run in runs}:
         corpus.require(context, batch)
 
 

@@ -103,7 +103,7 @@ class Local:
         made = size_overrides.for_size(self, size.name)
         if memory is None or made.devices_per_run > 1:
             return made
-        recipes = {run.recipe.digest: run.recipe for run in runs}.values()
+        recipes = {run.resolved.digest: run.resolved for run in runs}.values()
         there = len(self.found())
         shared = [n for n in range(1, there + 1) if not (there % n or any(r.training.batch_size % n for r in recipes))]
         least = {n: max(recipe.least_memory(size, n) for recipe in recipes) for n in shared}

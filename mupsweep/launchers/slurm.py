@@ -228,7 +228,7 @@ class Slurm:
         for size, runs in groupby(chosen, key=lambda run: run.size.name):
             mine = size_overrides.for_size(self, size)
             kind = "cuda" if mine.kind_of_device == "cuda" else "cpu"
-            lengths = {run.run_id: run.cost.seconds(run.recipe.steps, kind) / mine.devices_per_run for run in runs}
+            lengths = {run.run_id: run.cost.seconds(run.resolved.steps, kind) / mine.devices_per_run for run in runs}
             tasks = bundled(lengths, len(mine.devices), 60 * mine.minutes_per_task)
             for start in range(0, len(tasks), limit):
                 name = size if start == 0 else f"{size}-{start // limit + 1}"

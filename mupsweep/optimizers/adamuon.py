@@ -41,7 +41,7 @@ class AdaMuon(StackedOptimizer):
 
     roles: tuple[str, ...] = ("hidden",)
 
-    accepts: ClassVar[tuple[str, ...]] = MATRICES
+    supported_roles: ClassVar[tuple[str, ...]] = MATRICES
     moments = 2
 
     def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ class LAMB(StackedOptimizer):
 
     roles: tuple[str, ...] = MATRICES
 
-    accepts: ClassVar[tuple[str, ...]] = MATRICES  # a bias starts at zero and would never move
+    supported_roles: ClassVar[tuple[str, ...]] = MATRICES  # a bias starts at zero and would never move
 
     uses_weights = True
     decays = True

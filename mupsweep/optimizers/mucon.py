@@ -42,7 +42,7 @@ class MuCon(StackedOptimizer):
 
     roles: tuple[str, ...] = ("hidden",)
 
-    accepts: ClassVar[tuple[str, ...]] = MATRICES
+    supported_roles: ClassVar[tuple[str, ...]] = MATRICES
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -59,7 +59,7 @@ class Muon(StackedOptimizer):
 
     roles: tuple[str, ...] = ("hidden",)
 
-    accepts: ClassVar[tuple[str, ...]] = MATRICES
+    supported_roles: ClassVar[tuple[str, ...]] = MATRICES
 
     def __post_init__(self) -> None:
         super().__post_init__()

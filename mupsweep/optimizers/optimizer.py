@@ -48,7 +48,7 @@ class Optimizer(ABC):
     rest: dict[str, Any] | None = None
     lr_ratio: float = 1.0
 
-    accepts: ClassVar[tuple[str, ...]] = ROLES  # what the algorithm can take at all
+    supported_roles: ClassVar[tuple[str, ...]] = ROLES  # what the algorithm can take at all
     divides_by_weight: ClassVar[bool] = False  # a tensor that starts at zero would never move, or by a wrong amount
     scales_start: ClassVar[bool] = False  # gives the weights a norm of its own before training
 
@@ -56,14 +56,14 @@ class Optimizer(ABC):
         for key in ("weight_decay", "eps"):
             require(getattr(self, key) >= 0, f"optimizer.{key}", getattr(self, key), "at least 0")
         require(self.lr_ratio > 0, "optimizer.lr_ratio", self.lr_ratio, "a positive number")
-        require(len(self.roles) > 0, "optimizer.roles", list(self.roles), f"some of {', '.join(self.accepts)}")
+        require(len(self.roles) > 0, "optimizer.roles", list(self.roles), f"some of {', '.join(self.supported_roles)}")
         for role in self.roles:
             if role not in ROLES:
                 raise ConfigError(f"optimizer.roles={list(self.roles)}: {nearest(role, ROLES)}")
-            if role not in self.accepts:
+            if role not in self.supported_roles:
                 raise ConfigError(
-                    f"optimizer.roles={list(self.roles)}: {self.name} takes {', '.join(self.accepts)} tensors only; "
-                    f"leave {role} to optimizer.rest"
+                    f"optimizer.roles={list(self.roles)}: {self.name} takes {', '.join(self.supported_roles)} tensors "
+                    f"only; leave {role} to optimizer.rest"
                 )
         if (self.rest is None) != (set(self.roles) == set(ROLES)):
             raise ConfigError(
@@ -84,18 +84,13 @@ class Optimizer(ABC):
     @property
     def oriented(self) -> bool:
         """Whether it matters which axis is n_out; embeddings are stored (n_in, n_out)."""
-        return set(self.accepts) <= set(MATRICES)
+        return set(self.supported_roles) <= set(MATRICES)
 
-    @property
-    def takes(self) -> frozenset[Role]:
-        """The roles of the tensors that this optimizer steps."""
-        return frozenset(Role(role) for role in self.roles)
-
-    def parts(self) -> tuple[Optimizer, ...]:
-        """This optimizer, then the one of its `rest`, and so on until every role is taken."""
+    def members(self) -> tuple[Optimizer, ...]:
+        """The optimizers of a hybrid: this one, that of its `rest` and so on, until every role has one."""
         if self.rest is None:
             return (self,)
-        return (self, *instantiate(self.rest, "optimizer.rest").parts())
+        return (self, *instantiate(self.rest, "optimizer.rest").members())
 
     @abstractmethod
     def update_law(self, dims: Dims | None = None) -> UpdateLaw:

@@ -31,7 +31,7 @@ class Preconditioned(StackedOptimizer):
 
     roles: tuple[str, ...] = ("hidden",)
 
-    accepts: ClassVar[tuple[str, ...]] = MATRICES
+    supported_roles: ClassVar[tuple[str, ...]] = MATRICES
 
     @property
     @abstractmethod

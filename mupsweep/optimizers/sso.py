@@ -49,7 +49,7 @@ class SSO(StackedOptimizer):
 
     roles: tuple[str, ...] = ("hidden",)
 
-    accepts: ClassVar[tuple[str, ...]] = ("hidden",)
+    supported_roles: ClassVar[tuple[str, ...]] = ("hidden",)
     divides_by_weight: ClassVar[bool] = True
     scales_start: ClassVar[bool] = True
     uses_weights = True

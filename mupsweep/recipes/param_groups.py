@@ -97,16 +97,16 @@ def param_groups(
         raise ConfigError(f"lr={lr!r}: expected a positive number, such as 2**-7")
     words = [f"optimizer={optimizer}", f"parametrization={parametrization}"]
     words += [] if eps is None else [f"optimizer.eps={eps!r}"]
-    made = run_spec.recipe(config.load(words).variants[0])
+    made = run_spec.resolve(config.load(words).variants[0])
     _check_patterns([*no_decay, *(roles or {})], [name for name, _ in model.named_parameters(remove_duplicate=False)])
-    whole = len(made.parts) == 1
+    whole = len(made.optimizers) == 1
     grouped: dict[tuple[Any, ...], dict[str, Any]] = {}
     numbers: dict[torch.Tensor, tuple[str, list[float]]] = {}
     for name, parameter, tensor in _tensors(model, base_model, delta_model, roles or {}, whole):
-        found = tensor_rules.solved(made, tensor.width_ratio, tensor.depth_ratio, tensor.spec, tensor.base)
+        found = tensor_rules.scale_tensor(made, tensor.width_ratio, tensor.depth_ratio, tensor.spec, tensor.base)
         decays = not any(fnmatchcase(name, pattern) for pattern in no_decay)
         group = {
-            "lr": lr * found.part.lr_ratio * found.rule.lr,
+            "lr": lr * found.scaled.lr_ratio * found.rule.lr,
             "weight_decay": weight_decay * found.rule.weight_decay if decays else 0.0,
             **{key: value for key, value in found.thresholds.items() if value > 0},
         }
@@ -114,7 +114,7 @@ def param_groups(
         if other != name:
             _check_tie(name, list(group.values()), other, theirs)
             continue
-        group |= {} if whole else {"optimizer": found.part.optimizer.name}
+        group |= {} if whole else {"optimizer": found.scaled.optimizer.name}
         if details:
             told = {"init_std_ratio": found.rule.init_std, "multiplier": found.rule.multiplier}
             group |= {"role": tensor.spec.role.value, **told}

@@ -156,7 +156,7 @@ def settings(made: ResolvedVariant, size: Size, base_lr: float) -> dict[str, Any
                 "kind": f"{type(part.optimizer).__module__}.{type(part.optimizer).__qualname__}",
                 **asdict(part.optimizer),
             }
-            for part in made.parts
+            for part in made.optimizers
         ],
         "tensors": [tensor_rules.rule_record(row) for row in tensor_rules.rules(made, size, base_lr)],
     }
@@ -173,7 +173,7 @@ def _carried(
         f"for {measured:,} training tokens, as in the sweep; longer training wants a lower one: --to tokens=N",
     )
     if octaves and made.training.base_tokens is not None:  # the parts of the recipe carry the LR themselves
-        factor = final.parts[0].lr_ratio / made.parts[0].lr_ratio
+        factor = final.optimizers[0].lr_ratio / made.optimizers[0].lr_ratio
         note = f"carried from {measured:,} to {wanted:,} tokens by {_power(made.training.horizon_exponent)}"
     elif octaves and exponent is not None and exponent.value is not None:
         factor = 2.0 ** (octaves * exponent.value)

@@ -80,7 +80,7 @@ def trials(
     runs = plan.load(sweep)
     rows = read_runs([sweep])
     found = []
-    for made in {run.recipe.digest: run.recipe for run in runs}.values():
+    for made in {run.resolved.digest: run.resolved for run in runs}.values():
         names = made.variant.names
         if made.variant.change or optimizer not in (None, names[1]) or parametrization not in (None, names[2]):
             continue
@@ -97,7 +97,7 @@ def trials(
         one = recipe.leading(groups, made, width, depth)
         choice, _ = recipe.recommend(one, recipe.doublings_to(one, size))
         assert choice.value is not None
-        mine = [run for run in runs if run.recipe.digest == made.digest]
+        mine = [run for run in runs if run.resolved.digest == made.digest]
         seeds = tuple(sorted({run.seed for run in mine}))
         found.append(Trial(made, size, round(choice.value * LR_ROUNDING) / LR_ROUNDING, _step(mine), seeds))
     if not found:

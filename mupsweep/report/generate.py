@@ -143,7 +143,7 @@ def export(
     if not sweeps:
         raise ConfigError(f"no sweep given: mupsweep transfer sweeps/NAME --to {' '.join(target)}")
     planned = (run for sweep in reversed(sweeps) for run in plan.load(sweep, to_train=False))
-    recipes = {run.recipe.variant.label: run.recipe for run in planned}
+    recipes = {run.resolved.variant.label: run.resolved for run in planned}
     groups = select(analyse(read_runs(sweeps)), optimizer, parametrization)
     if not groups:
         raise RecordError(
@@ -216,7 +216,7 @@ def read_target(words: Sequence[str]) -> dict[str, int]:
 def _rules_at_sizes(runs: Sequence[RunSpec]) -> Iterator[tuple[str, Sequence[TensorRule]]]:
     """(heading, rules) for every variant and size of a sweep, at the middle LR of its grid."""
     lrs = sorted({run.log2_lr for run in runs})
-    seen = {(run.recipe.variant.label, run.size): run for run in runs if run.recipe.variant.change is None}
+    seen = {(run.resolved.variant.label, run.size): run for run in runs if run.resolved.variant.change is None}
     for (label, size), run in sorted(seen.items(), key=lambda item: (item[0][0], item[0][1])):
         heading = f"{'/'.join(label)}, width {size.width}, depth {size.depth}, at base LR 2^{lrs[len(lrs) // 2]:g}"
-        yield heading, rules(run.recipe, size, 2.0 ** lrs[len(lrs) // 2])
+        yield heading, rules(run.resolved, size, 2.0 ** lrs[len(lrs) // 2])

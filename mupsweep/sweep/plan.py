@@ -17,7 +17,7 @@ from mupsweep.schema import refuse_foreign_code
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import GRID, GridConfig, SweepConfig, from_tree, to_tree
 from mupsweep.sweep.run_identity import digest_of, refuse_namesakes
-from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, _check_shares, _check_sizes, _sized, recipe
+from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, _check_shares, _check_sizes, _sized, resolve
 
 if TYPE_CHECKING:
     from mupsweep.sweep.size_search import SearchState
@@ -32,7 +32,7 @@ def plan(config: SweepConfig, finished: Iterable[Mapping[str, Any]] = ()) -> lis
     grid = config.sweep
     for variant in config.variants:
         _check_shares(variant.training, config.launcher)
-    recipes = [recipe(variant, config.launcher) for variant in config.variants]
+    recipes = [resolve(variant, config.launcher) for variant in config.variants]
     _check_sizes(recipes, config)
     if grid.search != GRID:
         return _longest_first(_next(recipes, grid, list(finished)))
@@ -67,7 +67,7 @@ def _wanted(recipes: Iterable[ResolvedVariant], looks: Mapping[Label, Sequence[S
         for one in looks[made.variant.label]
         if one.wanted
     ]
-    return sorted(sizes, key=lambda runs: (runs[0].recipe.variant.change is not None, runs[0].cost.flops))
+    return sorted(sizes, key=lambda runs: (runs[0].resolved.variant.change is not None, runs[0].cost.flops))
 
 
 def sweep_name(config: SweepConfig) -> str:
@@ -97,7 +97,7 @@ def save(
     sweep = SweepDir(Path(config.out) / sweep_name(config)) if sweep is None else sweep
     with sweep.lock():
         old = _planned_before(sweep)
-        variants = {run.recipe.digest: run.recipe.variant for run in [*old, *new]}
+        variants = {run.resolved.digest: run.resolved.variant for run in [*old, *new]}
         refuse_namesakes(variants.values(), sweep)
         for variant in variants.values():
             refuse_foreign_code(asdict(variant), str(sweep.path), config.allow_imports)
@@ -138,14 +138,14 @@ def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:
     """
     config = from_tree(sweep.read_config())
     variants = {variant.label: variant for variant in config.variants}
-    made = (recipe(variant, config.launcher) for variant in variants.values()) if to_train else ()
+    made = (resolve(variant, config.launcher) for variant in variants.values()) if to_train else ()
     recipes = {one.digest: one for one in made}
     sizes = cache(lambda digest, r_n, r_L: _sized(recipes[digest], r_n, r_L))  # noqa: N803
     runs, rows = [], sweep.read_plan()[::-1]
     while rows:  # each freed as it is used: 100,000 rows take more memory than their runs
         row = rows.pop()
         if not to_train and row["variant"] not in recipes and label_of(row) in variants:
-            recipes[row["variant"]] = recipe(variants[label_of(row)], config.launcher, row["variant"])
+            recipes[row["variant"]] = resolve(variants[label_of(row)], config.launcher, row["variant"])
         if row["variant"] not in recipes:
             where = {variant.data.path or variant.data.name for variant in config.variants}
             raise RecordError(
@@ -159,8 +159,8 @@ def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:
 
 def corpus_remarks(runs: Iterable[RunSpec]) -> list[str]:
     """What to say of runs that read their corpus more than once, as far as its size is known."""
-    one_each = {run.recipe.digest: run for run in runs}.values()
-    remarks = (epochs_remark(run.recipe.variant.data, run.cost.tokens) for run in one_each)
+    one_each = {run.resolved.digest: run for run in runs}.values()
+    remarks = (epochs_remark(run.resolved.variant.data, run.cost.tokens) for run in one_each)
     return list(dict.fromkeys(remark for remark in remarks if remark))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from mupsweep.data.tokenizers import vocab_size
 from mupsweep.errors import ConfigError
@@ -13,14 +13,11 @@ from mupsweep.formatting import nearest
 from mupsweep.models import Architecture
 from mupsweep.models.shape import Size
 from mupsweep.optimizers import Optimizer
-from mupsweep.scaling import WEIGHT_DECAY_RULES, Parametrization
+from mupsweep.scaling import WEIGHT_DECAY_RULES, Parametrization, Role
 from mupsweep.schema import instantiate
 from mupsweep.sweep.config import SweepConfig, TrainingConfig, Variant
 from mupsweep.sweep.cost import Cost, estimate
 from mupsweep.sweep.run_identity import digest_of
-
-if TYPE_CHECKING:
-    pass
 
 VOCAB_MULTIPLE = 64  # the vocabulary is padded to this, as nanoGPT pads 50257 to 50304: aligned matrix products
 
@@ -52,21 +49,25 @@ class ResolvedVariant:
     launcher: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def parts(self) -> tuple[ScaledOptimizer, ...]:
-        """The optimizer, that of its `rest` and so on, until every role is taken."""
+    def optimizers(self) -> tuple[ScaledOptimizer, ...]:
+        """The optimizer, that of its `rest` and so on, until every role has one."""
         training = self.training
-        ratio = 1.0
+        lr_ratio = 1.0
         if training.base_tokens is not None:
             tokens = self.steps * training.batch_size * self.model.context
-            ratio = (tokens / training.base_tokens) ** training.horizon_exponent
-        parts = []
-        for optimizer in self.optimizer.parts():
-            factor = 1.0
+            lr_ratio = (tokens / training.base_tokens) ** training.horizon_exponent
+        scaled = []
+        for optimizer in self.optimizer.members():
+            batch_factor = 1.0
             if training.base_batch_size is not None:
-                optimizer, factor = optimizer.at_batch_ratio(training.batch_size / training.base_batch_size)
-            parts.append(ScaledOptimizer(optimizer, ratio * factor))
-            ratio *= optimizer.lr_ratio
-        return tuple(parts)
+                optimizer, batch_factor = optimizer.at_batch_ratio(training.batch_size / training.base_batch_size)
+            scaled.append(ScaledOptimizer(optimizer, lr_ratio * batch_factor))
+            lr_ratio *= optimizer.lr_ratio
+        return tuple(scaled)
+
+    def optimizer_for(self, role: Role) -> ScaledOptimizer:
+        """The optimizer of the tensors of a role: the first that names it, and the last names every role."""
+        return next(scaled for scaled in self.optimizers if role in scaled.optimizer.roles)
 
     @property
     def training(self) -> TrainingConfig:
@@ -90,8 +91,7 @@ class ResolvedVariant:
     def cost(self, size: Size) -> Cost:
         """What one run at `size` takes."""
         tensors, training = list(self.model.tensors(size)), self.training
-        takes = {role: part.optimizer for part in self.parts[::-1] for role in part.optimizer.takes}  # the first wins
-        state = sum(takes[t.role].state_size(t.dims) for t in tensors if t.tied_to is None)
+        state = sum(self.optimizer_for(t.role).optimizer.state_size(t.dims) for t in tensors if t.tied_to is None)
         launcher = {**self.launcher, **(self.launcher.get("sizes") or {}).get(size.name, {})}
         devices, shard = int(launcher.get("devices_per_run", 1)), bool(launcher.get("shard", False))
         return estimate(
@@ -111,10 +111,10 @@ class ResolvedVariant:
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """One training run: a recipe at a size, a base LR and a seed."""
+    """One training run: a resolved variant at a size, with a base LR and a seed."""
 
     run_id: str
-    recipe: ResolvedVariant
+    resolved: ResolvedVariant
     size: Size
     log2_lr: float
     seed: int
@@ -128,17 +128,17 @@ class RunSpec:
         """The line of plan.jsonl."""
         return {
             "run_id": self.run_id,
-            "variant": self.recipe.digest,
-            **self.identity(),
+            "variant": self.resolved.digest,
+            **self.label_columns(),
             "parameters": self.cost.parameters,
             "tokens": self.cost.tokens,
             "flops": self.cost.flops,
         }
 
-    def identity(self) -> dict[str, Any]:
+    def label_columns(self) -> dict[str, Any]:
         """The columns that tell runs apart in every table."""
-        model, optimizer, parametrization = self.recipe.variant.names
-        change = self.recipe.variant.change
+        model, optimizer, parametrization = self.resolved.variant.names
+        change = self.resolved.variant.change
         return {
             "model": model,
             "parametrization": parametrization,
@@ -153,7 +153,7 @@ class RunSpec:
         }
 
 
-def recipe(variant: Variant, launcher: Mapping[str, Any] | None = None, digest: str | None = None) -> ResolvedVariant:
+def resolve(variant: Variant, launcher: Mapping[str, Any] | None = None, digest: str | None = None) -> ResolvedVariant:
     """The objects that a variant describes, its combination checked.
 
     Args:
@@ -183,9 +183,9 @@ def recipe(variant: Variant, launcher: Mapping[str, Any] | None = None, digest: 
             f"training.branches={list(made.training.branches)}: in a run of {made.steps} steps, {warmup} of them "
             f"warm-up, the branches would leave at steps {starts}; choose larger fractions or train longer"
         )
-    for part in made.parts:  # a batch rule may refuse
-        part.optimizer.update_law()  # a foreign optimizer's may be unknown
-        _check_decay(part.optimizer, made.parametrization)
+    for optimizer, _ in made.optimizers:  # a batch rule may refuse
+        optimizer.update_law()  # a foreign optimizer's may be unknown
+        _check_decay(optimizer, made.parametrization)
     return made
 
 

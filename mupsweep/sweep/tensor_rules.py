@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from mupsweep.errors import ConfigError
 from mupsweep.models import Multipliers
 from mupsweep.models.shape import Size
 from mupsweep.scaling import WEIGHT_DECAY_RULES, Init, Role, Rule, TensorSpec, UpdateLaw, numeric, symbolic
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, ScaledOptimizer
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -49,61 +46,61 @@ class TensorRule:
 
 
 class TensorScaling(NamedTuple):
-    """A tensor's part of the optimizer, its rule, and the thresholds that follow, in absolute numbers."""
+    """The optimizer of a tensor, its rule in ratios to the base shape, and its thresholds in absolute numbers."""
 
-    part: ScaledOptimizer
+    scaled: ScaledOptimizer
     rule: Rule
     thresholds: Mapping[str, float]
 
 
-def rules(recipe: ResolvedVariant, size: Size, base_lr: float) -> tuple[TensorRule, ...]:
+def rules(resolved: ResolvedVariant, size: Size, base_lr: float) -> tuple[TensorRule, ...]:
     """The rule of every tensor at `size`, in the order of the forward pass.
 
     Raises:
         ConfigError: a role that its shape contradicts, or a tie whose two rules disagree, naming the tensor.
     """
-    base = {t.name: t for t in recipe.model.tensors(recipe.size(1.0, 1.0))}
-    target = list(recipe.model.tensors(size))
-    _check_roles(recipe)
+    base = {t.name: t for t in resolved.model.tensors(resolved.size(1.0, 1.0))}
+    target = list(resolved.model.tensors(size))
+    _check_roles(resolved)
     by_name = {}
     for spec in target:
         # blocks beyond the base depth repeat the shapes of the base's first block
         small = base.get(spec.name) or base[_first_block(spec.name)]
-        by_name[spec.name] = solved(recipe, size.width_ratio, size.depth_ratio, spec, small)
+        by_name[spec.name] = scale_tensor(resolved, size.width_ratio, size.depth_ratio, spec, small)
     for spec in target:
         if spec.tied_to is not None:
-            _check_tie(recipe, spec, by_name[spec.name], by_name[spec.tied_to])
-    forward = multipliers(recipe, size)
-    return tuple(_row(spec, by_name[spec.name], recipe, forward, base_lr) for spec in target)
+            _check_tie(resolved, spec, by_name[spec.name], by_name[spec.tied_to])
+    forward = multipliers(resolved, size)
+    return tuple(tensor_rule(spec, by_name[spec.name], resolved, forward, base_lr) for spec in target)
 
 
-def multipliers(recipe: ResolvedVariant, size: Size) -> Multipliers:
+def multipliers(resolved: ResolvedVariant, size: Size) -> Multipliers:
     """The forward constants at `size`."""
-    claims = recipe.parametrization.claims()
+    claims = resolved.parametrization.claims()
 
     def ratio(role: Role) -> float:
         return claims[role].multiplier.at(size.width_ratio, size.depth_ratio)
 
-    power = float(recipe.parametrization.attention_power)
-    return recipe.model.multipliers(size, ratio(Role.HIDDEN), ratio(Role.OUTPUT), power)
+    power = float(resolved.parametrization.attention_power)
+    return resolved.model.multipliers(size, ratio(Role.HIDDEN), ratio(Role.OUTPUT), power)
 
 
-def clip_norm(recipe: ResolvedVariant) -> float | None:
+def clip_norm(resolved: ResolvedVariant) -> float | None:
     """The norm that gradients are clipped to; None where an optimizer's rule depends on the gradient's size.
 
     The gradient's norm itself changes with width and depth, so a constant norm would clip sizes differently and break
     the rule of every optimizer whose update is not normalised: any degree other than 0.
     """
-    normalised = all(part.optimizer.update_law().degree == 0 for part in recipe.parts)
-    return recipe.training.clip if normalised else None
+    normalised = all(optimizer.update_law().degree == 0 for optimizer, _ in resolved.optimizers)
+    return resolved.training.clip if normalised else None
 
 
-def audit(recipe: ResolvedVariant) -> list[str]:
-    """What a reader of the rules should know before training; contradictions are raised by `recipe` and `rules`."""
+def audit(resolved: ResolvedVariant) -> list[str]:
+    """What a reader of the rules should know before training; contradictions are raised by `resolve` and `rules`."""
     notes = []
-    for optimizer, _ in recipe.parts:
+    for optimizer, _ in resolved.optimizers:
         law = optimizer.update_law()
-        if law.degree != 0 and recipe.training.clip is not None:
+        if law.degree != 0 and resolved.training.clip is not None:
             notes.append(
                 f"gradient clipping is off: the update of {optimizer.name} has degree {law.degree} in the gradient, "
                 "and clipping by one norm at every size would break its scaling rule"
@@ -113,14 +110,14 @@ def audit(recipe: ResolvedVariant) -> list[str]:
                 f"{optimizer.name} gives its weights a norm of its own at the start: their init std has no effect"
             )
         published, strict = (
-            symbolic(recipe.parametrization, of, Role.HIDDEN).lr for of in (law, optimizer.measured_law())
+            symbolic(resolved.parametrization, of, Role.HIDDEN).lr for of in (law, optimizer.measured_law())
         )
         if published != strict:
             notes.append(
                 f"the LR of {optimizer.name} follows the published rule, for hidden matrices {published}, "
                 f"but the law of its updates asks for {strict}"
             )
-    training = recipe.training
+    training = resolved.training
     if training.base_batch_size is not None:
         notes.append(
             f"batch rule sde is on: LRs, betas and eps are those of batch {training.base_batch_size} carried to "
@@ -130,17 +127,19 @@ def audit(recipe: ResolvedVariant) -> list[str]:
         notes.append(
             f"horizon rule is on: LRs are multiplied by (tokens / {training.base_tokens})^{training.horizon_exponent:g}"
         )
-    if recipe.training.schedule == "constant" and recipe.training.min_lr_frac != 1:
+    if resolved.training.schedule == "constant" and resolved.training.min_lr_frac != 1:
         notes.append("training.min_lr_frac has no effect: the schedule is constant")
-    if recipe.model.attention_scale != "parametrization":
-        notes.append(f"attention scale {recipe.model.attention_scale} is forced by model.attention_scale")
+    if resolved.model.attention_scale != "parametrization":
+        notes.append(f"attention scale {resolved.model.attention_scale} is forced by model.attention_scale")
     return notes
 
 
-def solved(recipe: ResolvedVariant, r_n: float, r_L: float, spec: TensorSpec, small: TensorSpec) -> TensorScaling:  # noqa: N803
-    """Everything that one tensor is trained with, as ratios to the tensor `small` of the base shape."""
-    part = _taker(recipe.parts, spec)
-    optimizer = part.optimizer
+def scale_tensor(
+    resolved: ResolvedVariant, width_ratio: float, depth_ratio: float, spec: TensorSpec, base: TensorSpec
+) -> TensorScaling:
+    """Everything that one tensor is trained with, relative to the tensor `base` of the base shape."""
+    scaled = resolved.optimizer_for(spec.role)
+    optimizer = scaled.optimizer
     by_its_norm = optimizer.divides_by_weight or optimizer.update_law(spec.dims).weight_norm is not None
     if by_its_norm and spec.role.is_matrix and (spec.init is Init.ZEROS or spec.init_std == 0):
         raise ConfigError(
@@ -149,29 +148,29 @@ def solved(recipe: ResolvedVariant, r_n: float, r_L: float, spec: TensorSpec, sm
         )
 
     def ratios(law: Callable[[tuple[int, int]], UpdateLaw]) -> Rule:
-        laws = law(spec.dims), law(small.dims)
+        laws = law(spec.dims), law(base.dims)
         if laws[0].degree != laws[1].degree:
             raise ConfigError(
-                f"{spec.name}: {optimizer.name} treats {spec.dims} otherwise than the base's {small.dims}, as one of "
+                f"{spec.name}: {optimizer.name} treats {spec.dims} otherwise than the base's {base.dims}, as one of "
                 "them has an axis beyond optimizer.max_axis, so no rule leads from one to the other; raise max_axis"
             )
-        return numeric(recipe.parametrization, laws[0], spec, small, r_n, r_L, base_law=laws[1])
+        return numeric(resolved.parametrization, laws[0], spec, base, width_ratio, depth_ratio, base_law=laws[1])
 
     rule, decay = ratios(optimizer.update_law), ratios(optimizer.decay_law)
     values = {name: threshold.value for name, threshold in optimizer.thresholds(spec.dims).items()}
     scales = {name: ratios(lambda dims, name=name: optimizer.thresholds(dims)[name].law).eps for name in values}
     thresholds = {name: value * scales[name] for name, value in values.items()}
-    return TensorScaling(part, replace(rule, weight_decay=decay.weight_decay, eps=scales["eps"]), thresholds)
+    return TensorScaling(scaled, replace(rule, weight_decay=decay.weight_decay, eps=scales["eps"]), thresholds)
 
 
-def _row(
-    spec: TensorSpec, solved: TensorScaling, recipe: ResolvedVariant, forward: Multipliers, base_lr: float
+def tensor_rule(
+    spec: TensorSpec, scaling: TensorScaling, resolved: ResolvedVariant, forward: Multipliers, base_lr: float
 ) -> TensorRule:
     multiplier = {Role.OUTPUT: forward.output, Role.HIDDEN: forward.block, Role.HIDDEN_VECTOR: forward.block}
-    (optimizer, lr_ratio), rule, thresholds = solved.part, solved.rule, dict(solved.thresholds)
+    (optimizer, lr_ratio), rule, thresholds = scaling.scaled, scaling.rule, dict(scaling.thresholds)
     lr = base_lr * lr_ratio * rule.lr
-    decay_rule = WEIGHT_DECAY_RULES[recipe.parametrization.weight_decay_rule]
-    decay = decay_rule.coefficient(optimizer.weight_decay, base_lr * lr_ratio, recipe.steps) if spec.decay else 0.0
+    decay_rule = WEIGHT_DECAY_RULES[resolved.parametrization.weight_decay_rule]
+    decay = decay_rule.coefficient(optimizer.weight_decay, base_lr * lr_ratio, resolved.steps) if spec.decay else 0.0
     return TensorRule(
         name=spec.name,
         role=spec.role,
@@ -194,23 +193,15 @@ def _row(
     )
 
 
-def _taker(parts: tuple[ScaledOptimizer, ...], spec: TensorSpec) -> ScaledOptimizer:
-    """The optimizer of a tensor: the first part that takes its role."""
-    for part in parts:
-        if spec.role in part.optimizer.takes:
-            return part
-    raise ConfigError(f"no optimizer takes {spec.name} ({spec.role.value}): add one as optimizer.rest")
-
-
 def _first_block(name: str) -> str:
     head, _, tail = name.split(".", 2)
     return f"{head}.0.{tail}"
 
 
-def _check_roles(recipe: ResolvedVariant) -> None:
+def _check_roles(resolved: ResolvedVariant) -> None:
     """A dimension grows with the width exactly where the role says so."""
-    sizes = [recipe.size(1.0, 1.0), recipe.size(2.0, 1.0)]
-    for small, big in zip(*(recipe.model.tensors(s) for s in sizes), strict=True):
+    sizes = [resolved.size(1.0, 1.0), resolved.size(2.0, 1.0)]
+    for small, big in zip(*(resolved.model.tensors(s) for s in sizes), strict=True):
         grew = tuple(b > s for s, b in zip(small.acting_dims, big.acting_dims, strict=True))
         if grew != (small.role.grows if small.role.is_matrix else (True, False)):
             raise ConfigError(
@@ -219,13 +210,13 @@ def _check_roles(recipe: ResolvedVariant) -> None:
             )
 
 
-def _check_tie(recipe: ResolvedVariant, spec: TensorSpec, mine: TensorScaling, other: TensorScaling) -> None:
+def _check_tie(resolved: ResolvedVariant, spec: TensorSpec, mine: TensorScaling, other: TensorScaling) -> None:
     for key in ("init_std", "lr", "weight_decay", "eps"):
         a, b = getattr(mine.rule, key), getattr(other.rule, key)
         if not math.isclose(a, b, rel_tol=1e-9):
             raise ConfigError(
                 f"model.tied=true: {spec.tied_to} and {spec.name} share storage, but "
-                f"{recipe.parametrization.name} with {recipe.optimizer.name} wants {key} x{b:g} for the one "
+                f"{resolved.parametrization.name} with {resolved.optimizer.name} wants {key} x{b:g} for the one "
                 f"and x{a:g} for the other; "
                 "use model.tied=false, or parametrization.output=multiplier if it is init"
             )
@@ -239,7 +230,7 @@ def rule_record(row: TensorRule) -> dict[str, Any]:
 def role_records(run: RunSpec) -> dict[str, dict[str, Any]]:
     """What the tensors of every role are trained with, as a run's config holds it; a list where shapes differ in it."""
     found: dict[str, dict[str, set[Any]]] = {}
-    for row in rules(run.recipe, run.size, run.base_lr):
+    for row in rules(run.resolved, run.size, run.base_lr):
         of_role = found.setdefault(row.role.value, {})
         for key in ("optimizer", "init_std", "multiplier", "lr", "weight_decay", "eps"):
             of_role.setdefault(key, set()).add(getattr(row, key))

@@ -55,12 +55,12 @@ def build(run: RunSpec, device: torch.device) -> TrainingSetup:
     for row in rows:
         if row.tied_to is None:
             initialise(parameters[row.name], row, run.seed)
-    groups = list(parameter_groups(run.recipe, rows))
+    groups = list(parameter_groups(run.resolved, rows))
     return TrainingSetup(
         network,
-        OptimizerSet([part.optimizer for part in run.recipe.parts], groups, parameters),
+        OptimizerSet([scaled.optimizer for scaled in run.resolved.optimizers], groups, parameters),
         groups,
-        clip_norm(run.recipe),
+        clip_norm(run.resolved),
     )
 
 
@@ -68,9 +68,9 @@ def meta_model(run: RunSpec) -> tuple[nn.Module, tuple[TensorRule, ...]]:
     """Return the network on the meta device, without values, and the rule of every tensor."""
     import torch
 
-    rows = rules(run.recipe, run.size, run.base_lr)
+    rows = rules(run.resolved, run.size, run.base_lr)
     with torch.device("meta"):
-        network = run.recipe.model.network(run.size, multipliers(run.recipe, run.size))
+        network = run.resolved.model.network(run.size, multipliers(run.resolved, run.size))
     _check_shapes(network, rows)
     return network, rows
 
@@ -101,13 +101,13 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def parameter_groups(recipe: ResolvedVariant, rows: tuple[TensorRule, ...]) -> Iterator[dict[str, Any]]:
+def parameter_groups(resolved: ResolvedVariant, rows: tuple[TensorRule, ...]) -> Iterator[dict[str, Any]]:
     """Yield the parameter groups: the tensors of one optimizer that share all hyperparameters."""
     grouped: dict[tuple[Any, ...], list[TensorRule]] = {}
     for row in rows:
         if row.tied_to is None:
-            part = next(i for i, p in enumerate(recipe.parts) if row.role in p.optimizer.takes)
-            transposed = row.role is Role.INPUT and recipe.parts[part].optimizer.oriented
+            part = resolved.optimizers.index(resolved.optimizer_for(row.role))
+            transposed = row.role is Role.INPUT and resolved.optimizers[part].optimizer.oriented
             key = (part, transposed, row.lr, row.weight_decay, row.eps, *row.thresholds.items())
             grouped.setdefault(key, []).append(row)
     for (part, transposed, *_), members in grouped.items():

@@ -44,9 +44,9 @@ def build_sharded(
             full = torch.empty(row.shape)
             initialise(full, row, run.seed)
             network.local_shard(row.name).copy_(full[network.shard_slice(row.name, ranks.rank)])
-    groups = list(parameter_groups(run.recipe, rows))
-    optimizer = ShardedOptimizer([part.optimizer for part in run.recipe.parts], groups, network)
-    return TrainingSetup(network, optimizer, groups, clip_norm(run.recipe), network.reapply_fsdp)
+    groups = list(parameter_groups(run.resolved, rows))
+    optimizer = ShardedOptimizer([scaled.optimizer for scaled in run.resolved.optimizers], groups, network)
+    return TrainingSetup(network, optimizer, groups, clip_norm(run.resolved), network.reapply_fsdp)
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ def train(
     Raises:
         StopRequested: `control` of some rank asked to stop; a checkpoint was written after the last finished step.
     """
-    training = run.recipe.training
-    total_steps, context = run.recipe.steps, run.size.context
+    training = run.resolved.training
+    total_steps, context = run.resolved.steps, run.size.context
     tokens_per_step = training.batch_size * context
     log_interval = max(1, total_steps // METRICS_ROWS)
     eval_steps = {round(total_steps * (i + 1) / training.evals) for i in range(training.evals)}
@@ -227,7 +227,7 @@ def evaluate(
     micro_batcher: MicroBatcher,
 ) -> dict[str, float]:
     """Mean loss over the fixed validation batches, in nats per token and in bits per byte of text."""
-    training, context = run.recipe.training, run.size.context
+    training, context = run.resolved.training, run.size.context
     n_batches = min(training.eval_batches, data.validation_batches(context, training.batch_size))
     n_tokens, n_bytes = 0, 0
     nats = torch.zeros((), dtype=torch.float64)
@@ -289,8 +289,8 @@ def summarise(
     n_devices: int,
 ) -> dict[str, Any]:
     """The run's summary.json: a line of results/runs.csv and the settings that only the machine could decide."""
-    tokens_per_step = run.recipe.training.batch_size * run.size.context
-    *shorter, (_, last) = run.recipe.training.horizons(run.recipe.steps)
+    tokens_per_step = run.resolved.training.batch_size * run.size.context
+    *shorter, (_, last) = run.resolved.training.horizons(run.resolved.steps)
     horizons: dict[str, Any] = {}
     if shorter:
         branches = list(state.branches)
@@ -299,7 +299,7 @@ def summarise(
         horizons = {"horizon": last * tokens_per_step, "branches": branches}
     return {
         "run_id": run.run_id,
-        **run.identity(),
+        **run.label_columns(),
         **outcome(state.losses, row, bad_step, tokens_per_step),
         **horizons,
         "seconds": state.seconds,

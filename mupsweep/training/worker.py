@@ -104,10 +104,10 @@ def run_main(
             if lease.deaths() >= MAX_WORKER_DEATHS and run not in deferred:
                 deferred.append(run)
                 continue
-            if run.recipe.digest not in datasets:
-                datasets[run.recipe.digest] = prepare(run.recipe.variant.data)
+            if run.resolved.digest not in datasets:
+                datasets[run.resolved.digest] = prepare(run.resolved.variant.data)
             with tracker.track(folder):
-                execute_run(run, folder, datasets[run.recipe.digest], device, LeaseControl(lease, stop), ranks)
+                execute_run(run, folder, datasets[run.resolved.digest], device, LeaseControl(lease, stop), ranks)
         except StopRequested:
             if lease.is_held():
                 folder.write_status(PENDING)
@@ -129,7 +129,7 @@ def run_replica(sweep: SweepDir, device: torch.device, stop: StopSignal, ranks: 
                 # Loaded after rank 0 has started its first run, since the plan may be written while this rank waits.
                 runs = runs or {run.run_id: run for run in plan.load(sweep)}
                 run = runs[run_id]
-                data = prepare(run.recipe.variant.data)
+                data = prepare(run.resolved.variant.data)
                 setup = build_for(ranks, run, device)
                 train(run, setup, data, sweep.run(run_id), device, ReplicaControl(stop), ranks)
         except Exception:  # `collective_run` has announced it to rank 0
@@ -159,9 +159,9 @@ def execute_run(
             stack.enter_context(log_to(folder))
             ranks.broadcast_run_id(run.run_id)
             with ranks.collective_run():
-                folder.write_status(RUNNING, durable=False, step=0, steps=run.recipe.steps)
+                folder.write_status(RUNNING, durable=False, step=0, steps=run.resolved.steps)
                 setup = build_for(ranks, run, device)
-                config = run.row() | asdict(run.recipe.variant) | {"rules": role_records(run)}
+                config = run.row() | asdict(run.resolved.variant) | {"rules": role_records(run)}
                 folder.write_rules(config, group_records(setup))
                 summary = train(run, setup, data, folder, device, control, ranks)
                 control.check()
@@ -187,7 +187,7 @@ def build_for(ranks: DistributedContext, run: RunSpec, device: torch.device) -> 
         return build(run, device)
     from mupsweep.training.fsdp import build_sharded  # late, since importing FSDP takes a while
 
-    bf16 = choose_precision(run.recipe.training.precision, device) == "bf16"
+    bf16 = choose_precision(run.resolved.training.precision, device) == "bf16"
     return build_sharded(run, device, ranks, torch.bfloat16 if bf16 else None)
 
 
@@ -199,7 +199,7 @@ def failure_message(error: Exception, run: RunSpec, device: torch.device) -> str
     capacity = f" of {si(torch.cuda.mem_get_info(device)[1])}B" if device.type == "cuda" else ""
     return (
         f"out of memory on {device_name(device)}{capacity}: {si(run.cost.parameters)} parameters take roughly "
-        f"{si(run.recipe.least_memory(run.size))}B with one sequence at a time; use a larger device, several that "
+        f"{si(run.resolved.least_memory(run.size))}B with one sequence at a time; use a larger device, several that "
         f"share the runs of this size ('launcher.sizes={{{run.size.name}:{{devices_per_run:2,shard:true}}}}'), fewer "
         f"launcher.slots_per_device, a shorter model.context or smaller sizes ({first_line})"
     )

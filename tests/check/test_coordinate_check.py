@@ -96,8 +96,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, alter: Alter) -> None:
     """Every rule that runs are built from, altered."""
     right = tensor_rules.rules
 
-    def wrong(recipe: ResolvedVariant, size: Size, base_lr: float) -> tuple[TensorRule, ...]:
-        return tuple(alter(row) for row in right(recipe, size, base_lr))
+    def wrong(resolved: ResolvedVariant, size: Size, base_lr: float) -> tuple[TensorRule, ...]:
+        return tuple(alter(row) for row in right(resolved, size, base_lr))
 
     monkeypatch.setattr(build, "rules", wrong)
 
@@ -177,13 +177,13 @@ MULTIPLIERS: dict[str, tuple[Callable[[Multipliers, ResolvedVariant], Multiplier
         "the multiplier on the logits",
     ),
     "branches twice": (
-        lambda m, recipe: replace(m, block=m.block**2 / recipe.model.block_multiplier),
+        lambda m, resolved: replace(m, block=m.block**2 / resolved.model.block_multiplier),
         ALONG_DEPTH,
         CHANGE + FEATURES,
         "the multiplier on the residual branches",
     ),
     "branches never": (
-        lambda m, recipe: replace(m, block=recipe.model.block_multiplier),
+        lambda m, resolved: replace(m, block=resolved.model.block_multiplier),
         ALONG_DEPTH,
         CHANGE + FEATURES,
         "the multiplier on the residual branches",
@@ -195,7 +195,7 @@ MULTIPLIERS: dict[str, tuple[Callable[[Multipliers, ResolvedVariant], Multiplier
 def test_a_wrong_multiplier_is_found_and_named(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     alter, ladder, quantity, told = MULTIPLIERS[bug]
     right = tensor_rules.multipliers
-    monkeypatch.setattr(build, "multipliers", lambda recipe, size: alter(right(recipe, size), recipe))
+    monkeypatch.setattr(build, "multipliers", lambda resolved, size: alter(right(resolved, size), resolved))
     made = checked("parametrization=spectral", *ladder)["spectral"]
     assert quantity in [row.quantity for row in made.off]
     (line,) = made.causes()

@@ -178,7 +178,7 @@ def test_a_run_that_does_not_fit_on_a_device_is_divided_among_as_many_as_it_need
 ) -> None:
     four = Local(devices=["cuda:0", "cuda:1", "cuda:2", "cuda:3"])
     (run, *_) = plan(load(["experiment=smoke", f"training.batch_size={batch}", "model.context=1"]))
-    memory = run.recipe.least_memory(run.size, 1) / share
+    memory = run.resolved.least_memory(run.size, 1) / share
     made = four.for_runs([run], memory)
     assert (made.devices_per_run, made.shard) == (width, width > 1)
     assert four.for_runs([run]) == four
@@ -189,7 +189,7 @@ def test_a_run_that_does_not_fit_on_a_device_is_divided_among_as_many_as_it_need
 def test_small_devices_share_large_runs_and_train_small_ones_alone() -> None:
     runs = plan(load(["experiment=smoke"]))
     small, large = (min(runs, key=lambda r: r.size), max(runs, key=lambda r: r.size))
-    between = (small.recipe.least_memory(small.size) + large.recipe.least_memory(large.size)) / 2 / 0.8 / 1e9
+    between = (small.resolved.least_memory(small.size) + large.resolved.least_memory(large.size)) / 2 / 0.8 / 1e9
     memory = f"launcher.device_memory={between}"
     code, _, err = finish(start("run", *SMALL, "launcher=local", "launcher.devices=[cpu,cpu]", memory))
     assert code == 0, err

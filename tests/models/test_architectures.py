@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, MODELS, network, recipe, scaled, tiny, tokens
+from tiny import ARCHITECTURES, MODELS, network, resolve, scaled, tiny, tokens
 from torch import Tensor
 
 from mupsweep.scaling import Role
@@ -39,7 +39,7 @@ def everything(name: str, optimizer: str = "adamw", **keys: object) -> RunSpec:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_has_the_name_of_its_file_and_a_key_for_every_field(name: str) -> None:
-    made = recipe(f"model={name}")
+    made = resolve(f"model={name}")
     assert made.model.name == name
     assert {f.name for f in fields(made.model)} | {"kind"} == set(made.variant.model)
 
@@ -47,7 +47,7 @@ def test_a_model_has_the_name_of_its_file_and_a_key_for_every_field(name: str) -
 @pytest.mark.parametrize("ratios", RATIOS, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_table_of_tensors_is_the_state_dict(name: str, ratios: tuple[float, float]) -> None:
-    made = recipe(f"model={name}")
+    made = resolve(f"model={name}")
     size = made.size(*ratios)
     with torch.device("meta"):
         net = made.model.network(size, tensor_rules.multipliers(made, size))
@@ -58,7 +58,7 @@ def test_the_table_of_tensors_is_the_state_dict(name: str, ratios: tuple[float, 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_roles_grow_as_declared(name: str) -> None:
-    made = recipe(f"model={name}")
+    made = resolve(f"model={name}")
     small, wide, deep = ({t.name: t for t in made.model.tensors(made.size(*r))} for r in RATIOS[:3])
     assert small.keys() == wide.keys()
     for key, t in small.items():
@@ -72,7 +72,7 @@ def test_roles_grow_as_declared(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_lies_inside_a_block_has_a_hidden_role(name: str) -> None:
-    made = recipe(f"model={name}")
+    made = resolve(f"model={name}")
     for t in made.model.tensors(made.size(1.0, 1.0)):
         assert (t.role in (Role.HIDDEN, Role.HIDDEN_VECTOR)) == t.name.startswith("blocks."), t.name
         assert t.decay == t.role.is_matrix, t.name
@@ -80,7 +80,7 @@ def test_what_lies_inside_a_block_has_a_hidden_role(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_vocabulary_changes_only_the_embedding_and_the_head(name: str) -> None:
-    made = recipe(f"model={name}")
+    made = resolve(f"model={name}")
     size = made.size(1.0, 1.0)
     larger = replace(size, vocab_size=size.vocab_size + 64)
     pairs = zip(made.model.tensors(size), made.model.tensors(larger), strict=True)
@@ -99,7 +99,7 @@ def test_the_base_shape_is_a_fixed_point(name: str, optimizer: str) -> None:
         started = {k: v.clone() for k, v in built.network.state_dict().items()}
         losses = [step(built, tokens(made.size)) for _ in range(2)]
         ends.append(
-            (tensor_rules.rules(made.recipe, made.size, made.base_lr), started, losses, built.network.state_dict())
+            (tensor_rules.rules(made.resolved, made.size, made.base_lr), started, losses, built.network.state_dict())
         )
     (sp_rules, sp_start, sp_losses, sp_end), (rules, start, losses, end) = ends
     assert rules == sp_rules
@@ -133,7 +133,7 @@ def test_a_few_steps_of_training_reduce_the_loss(name: str, projections: str, op
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradients_flow_to_every_tensor(name: str, projections: str) -> None:
     made = everything(name, projections=projections)
-    net = network(made.recipe.model, made.size)
+    net = network(made.resolved.model, made.size)
     ids = tokens(made.size)
     net(ids[:, :-1], ids[:, 1:]).backward()
     for key, parameter in net.named_parameters():
@@ -141,7 +141,7 @@ def test_gradients_flow_to_every_tensor(name: str, projections: str) -> None:
             continue  # adds the same to every score of a query, unless keys are turned by their positions
         assert parameter.grad is not None, key
         assert parameter.grad.abs().max() > 1e-5, key
-    assert len(list(net.parameters())) == len(list(made.recipe.model.tensors(made.size)))
+    assert len(list(net.parameters())) == len(list(made.resolved.model.tensors(made.size)))
 
 
 def stacked(split: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
@@ -157,7 +157,7 @@ def stacked(split: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_fused_projections_compute_what_split_ones_do(name: str) -> None:
     split, fused = (everything(name, projections=kind) for kind in ("split", "fused"))
-    one, other = (network(made.recipe.model, made.size) for made in (split, fused))
+    one, other = (network(made.resolved.model, made.size) for made in (split, fused))
     other.load_state_dict(stacked(one.state_dict(), list(other.state_dict())))
     ids = tokens(split.size)
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_a_fused_tensor_has_the_rule_of_its_parts(name: str, optimizer: str) -> 
     rows = {}
     for kind in ("split", "fused"):
         made = scaled(everything(name, optimizer, projections=kind, ffn_ratio=4.0), 4.0, 2.0)
-        rows[kind] = {r.name: r for r in tensor_rules.rules(made.recipe, made.size, made.base_lr)}
+        rows[kind] = {r.name: r for r in tensor_rules.rules(made.resolved, made.size, made.base_lr)}
     compared = 0
     for key, mine in rows["split"].items():
         head, part, leaf = (*key.rsplit(".", 2), "", "")[:3]
@@ -193,7 +193,7 @@ def test_a_fused_tensor_has_the_rule_of_its_parts(name: str, optimizer: str) -> 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_token_sees_the_future_and_every_token_sees_the_past(name: str) -> None:
     made = tiny(name)
-    net = network(made.recipe.model, made.size).double()
+    net = network(made.resolved.model, made.size).double()
     ids = tokens(made.size, batch=1)
     for changed in (1, 9, made.size.context - 1):
         other = ids.clone()
@@ -207,7 +207,7 @@ def test_no_token_sees_the_future_and_every_token_sees_the_past(name: str) -> No
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_shorter_text_has_the_logits_of_its_prefix(name: str) -> None:
     made = everything(name)
-    net = network(made.recipe.model, made.size).double()
+    net = network(made.resolved.model, made.size).double()
     ids = tokens(made.size)
     with torch.no_grad():
         torch.testing.assert_close(net(ids[:, :5]), net(ids)[:, :5], rtol=TOLERANCE["prefix"], atol=TOLERANCE["prefix"])
@@ -216,7 +216,7 @@ def test_a_shorter_text_has_the_logits_of_its_prefix(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_order_of_the_tokens_matters(name: str) -> None:
     made = everything(name)
-    net = network(made.recipe.model, made.size)
+    net = network(made.resolved.model, made.size)
     ids = tokens(made.size, batch=1)
     swapped = ids.clone()
     swapped[0, [2, 3]] = ids[0, [3, 2]]
@@ -228,7 +228,7 @@ def test_the_order_of_the_tokens_matters(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_bf16_autocast_computes_the_same_to_its_precision(name: str) -> None:
     made = everything(name)
-    net = network(made.recipe.model, made.size)
+    net = network(made.resolved.model, made.size)
     ids = tokens(made.size)
     with torch.no_grad():
         exact = net(ids)
@@ -245,7 +245,7 @@ def test_bf16_autocast_computes_the_same_to_its_precision(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_compiled_network_has_the_loss_and_gradients_of_the_plain_one(name: str, precision: str) -> None:
     made = everything(name)
-    net = network(made.recipe.model, made.size)
+    net = network(made.resolved.model, made.size)
     ids = tokens(made.size)
     found = []
     for forward in (net, torch.compile(net, dynamic=False)):

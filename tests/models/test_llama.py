@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from tiny import network, recipe, scaled, tiny, tokens
+from tiny import network, resolve, scaled, tiny, tokens
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -234,7 +234,7 @@ RATIOS = ("init_var_ratio", "multiplier_ratio", "lr_ratio", "weight_decay_ratio"
 
 
 def rules(run: RunSpec) -> dict[str, tensor_rules.TensorRule]:
-    return {row.name: row for row in tensor_rules.rules(run.recipe, run.size, run.base_lr)}
+    return {row.name: row for row in tensor_rules.rules(run.resolved, run.size, run.base_lr)}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon", "muon_kimi"])
@@ -303,7 +303,7 @@ def test_heads_of_growing_dimension_have_gains_that_grow() -> None:
     row = rules(run)["blocks.0.attention.query_norm.weight"]
     assert row.shape == (32,)
     assert row.eps_ratio == pytest.approx(1 / 4, rel=TOLERANCE["rule"])
-    assert tensor_rules.multipliers(run.recipe, run.size).attention == pytest.approx(
+    assert tensor_rules.multipliers(run.resolved, run.size).attention == pytest.approx(
         math.sqrt(8) / 32, rel=TOLERANCE["rule"]
     )
 
@@ -341,9 +341,9 @@ class NotRepeated(Llama):
 )
 def test_a_role_that_its_shape_contradicts_is_refused(cls: type[Llama], keys: dict[str, object], message: str) -> None:
     run = tiny("llama", **keys)
-    wrong = cls(**vars(run.recipe.model))
+    wrong = cls(**vars(run.resolved.model))
     with pytest.raises(ConfigError, match=message):
-        tensor_rules.rules(replace(run.recipe, model=wrong), run.size, run.base_lr)
+        tensor_rules.rules(replace(run.resolved, model=wrong), run.size, run.base_lr)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_a_role_that_its_shape_contradicts_is_refused(cls: type[Llama], keys: di
 )
 def test_a_value_that_llama_cannot_have_is_refused_in_one_line(words: list[str], expected: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
-        recipe("model=llama", *words).size(1.0, 1.0)
+        resolve("model=llama", *words).size(1.0, 1.0)
     for word in expected:
         assert word in str(refused.value)
     assert "\n" not in str(refused.value)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny import ARCHITECTURES, MODELS, recipe
+from tiny import ARCHITECTURES, MODELS, resolve
 
 from mupsweep.sweep import config
 
@@ -54,7 +54,7 @@ def test_a_preset_has_as_many_parameters_as_its_name_says(name: str, planned: di
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_tokens_of_a_preset_have_the_vocabulary_of_its_paper(name: str) -> None:
-    vocabulary = recipe(*command(name)).size(1.0, 1.0).vocab_size
+    vocabulary = resolve(*command(name)).size(1.0, 1.0).vocab_size
     assert vocabulary == (32_000 if name.startswith("llama_gupta") else 50_304)
 
 
@@ -62,16 +62,16 @@ def test_gpt2_has_its_published_shapes() -> None:
     """Parameters of transformers' gpt2, gpt2-medium, gpt2-large and gpt2-xl, plus 47 tokens of padding."""
     published = {124: 124_439_808, 355: 354_823_168, 774: 774_030_080, 1558: 1_557_611_200}
     for millions, parameters in published.items():
-        made = recipe(*command(f"gpt2_{millions}m"))
+        made = resolve(*command(f"gpt2_{millions}m"))
         size = made.size(1.0, 1.0)
         assert made.cost(size).parameters == parameters + 47 * size.width
         assert size.head_dim == 64
 
 
 def test_the_models_of_qiu_et_al_are_a_width_ladder_of_the_smallest() -> None:
-    small = recipe(*command("llama_qiu_190m"))
+    small = resolve(*command("llama_qiu_190m"))
     for ratio, millions in ((1.0, 190), (1.5, 380), (2.0, 640), (3.0, 1400)):
-        preset = recipe(*command(f"llama_qiu_{millions}m"))
+        preset = resolve(*command(f"llama_qiu_{millions}m"))
         shapes = [
             {t.name: t.shape for t in made.model.tensors(made.size(r_n, 1.0))}
             for made, r_n in ((small, ratio), (preset, 1.0))
@@ -83,7 +83,7 @@ def test_the_models_of_qiu_et_al_are_a_width_ladder_of_the_smallest() -> None:
 def test_the_models_of_gupta_et_al_give_both_published_sizes_with_one_mlp() -> None:
     sizes = {}
     for millions in (154, 314, 649, 1380):
-        made = recipe(*command(f"llama_gupta_{millions}m"))
+        made = resolve(*command(f"llama_gupta_{millions}m"))
         size = made.size(1.0, 1.0)
         sizes[size.width] = made.cost(size).parameters
         assert (size.ffn_width, size.depth, size.heads // size.kv_heads) == (11_008, 16, 4)

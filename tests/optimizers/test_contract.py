@@ -45,7 +45,7 @@ def run(name: str, *overrides: str) -> RunSpec:
 
 
 def parts(name: str) -> tuple[Optimizer, ...]:
-    return tuple(part.optimizer for part in run(name).recipe.parts)
+    return tuple(scaled.optimizer for scaled in run(name).resolved.optimizers)
 
 
 # Each algorithm once: most matrix optimizers share the same AdamW for the rest.
@@ -153,7 +153,7 @@ def test_the_name_in_the_yaml_is_the_name_of_the_file(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_role_has_a_taker(name: str) -> None:
-    taken = [role for part in parts(name) for role in part.takes]
+    taken = [role for part in parts(name) for role in part.roles]
     assert set(taken) == set(Role)
 
 
@@ -170,11 +170,11 @@ def test_every_parameter_is_in_exactly_one_group(name: str) -> None:
 def test_every_tensor_is_stepped_by_the_part_that_takes_its_role(name: str) -> None:
     made = run(name)
     built = build(made, CPU)
-    roles = {t.name: t.role for t in made.recipe.model.tensors(made.size)}
+    roles = {t.name: t.role for t in made.resolved.model.tensors(made.size)}
     named = {part.name: part for part in parts(name)}
     for group in built.groups:
         for tensor in group["tensors"]:
-            assert roles[tensor] in named[group["optimizer"]].takes, tensor
+            assert roles[tensor] in named[group["optimizer"]].roles, tensor
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -70,7 +70,7 @@ def test_it_is_trained_with_the_options_and_the_solved_numbers_of_every_tensor()
     (member,) = build(one, CPU).optimizer.members
     assert isinstance(member, torch.optim.NAdam)
     assert {tuple(group["betas"]) for group in member.param_groups} == {(0.8, 0.9)}
-    rows = {row.role: row for row in rules(one.recipe, one.size, one.base_lr)}
+    rows = {row.role: row for row in rules(one.resolved, one.size, one.base_lr)}
     assert {group["lr"] for group in member.param_groups} == {row.lr for row in rows.values()}
     assert rows[Role.HIDDEN].lr_ratio == 1 / 4  # as AdamW
     assert rows[Role.INPUT].lr_ratio == 1
@@ -81,7 +81,7 @@ def test_it_is_trained_with_the_options_and_the_solved_numbers_of_every_tensor()
 def test_eps_follows_the_gradient_where_the_law_says_how() -> None:
     words = "optimizer.law={degree: 0, n_out: 1/2, n_in: 1/2, eps_power: 1, blocks: entries}"
     one, adamw = run("optimizer.path=torch.optim.NAdam", words), run("optimizer=adamw")
-    for mine, theirs in zip(*(rules(r.recipe, r.size, r.base_lr) for r in (one, adamw)), strict=True):
+    for mine, theirs in zip(*(rules(r.resolved, r.size, r.base_lr) for r in (one, adamw)), strict=True):
         assert (mine.eps_ratio, mine.lr_ratio) == pytest.approx((theirs.eps_ratio, theirs.lr_ratio)), mine.name
 
 

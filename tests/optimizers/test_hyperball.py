@@ -20,7 +20,7 @@ from mupsweep.scaling import Role, symbolic
 from mupsweep.scaling.monomial import ONE, R_N, Monomial
 from mupsweep.scaling.parametrizations.spectral import Spectral
 from mupsweep.sweep import config
-from mupsweep.sweep.run_spec import recipe
+from mupsweep.sweep.run_spec import resolve
 
 TOLERANCE = {
     "closed form": 1e-5,  # relative to the distance walked; Newton-Schulz in the same bf16
@@ -113,10 +113,10 @@ def test_the_lr_is_the_relative_change_of_a_weight(optimizer: StackedOptimizer) 
 )
 def test_the_lr_of_hidden_matrices_follows_the_rank_of_the_update(name: str, lr: Monomial) -> None:
     """At fixed Frobenius norms full-rank updates keep their spectral norm relative to a weight's, rank-1 ones grow."""
-    one = recipe(config.load([f"optimizer={name}"]).variants[0])
+    one = resolve(config.load([f"optimizer={name}"]).variants[0])
     assert symbolic(Spectral("mup", None), one.optimizer.update_law(), Role.HIDDEN).lr == lr
     assert one.optimizer.roles == ("hidden",)
-    assert [part.optimizer.name for part in one.parts] == [name, "adamw"]
+    assert [scaled.optimizer.name for scaled in one.optimizers] == [name, "adamw"]
 
 
 @pytest.mark.parametrize("optimizer", [muon_h(), adam_h()], ids=["MuonH", "AdamH"])

@@ -95,7 +95,7 @@ def test_the_update_grows_as_the_root_of_the_width_at_the_published_lr(block_siz
 
 def solved(*words: str) -> dict[Role, Any]:
     """The rule of a tensor of every role at width x4, depth x4."""
-    made = run_spec.recipe(config.load(["data.tokenizer=bytes", *words]).variants[0])
+    made = run_spec.resolve(config.load(["data.tokenizer=bytes", *words]).variants[0])
     return {row.role: row for row in rules(made, made.size(4.0, 4.0), 1.0)}
 
 
@@ -123,7 +123,7 @@ def test_decay_and_eps_are_those_of_adam_inside_the_trust_ratio(name: str) -> No
 def test_the_audit_says_where_the_published_rule_is_not_that_of_the_updates(
     optimizer: str, parametrization: str, told: bool
 ) -> None:
-    made = run_spec.recipe(config.load([f"optimizer={optimizer}", f"parametrization={parametrization}"]).variants[0])
+    made = run_spec.resolve(config.load([f"optimizer={optimizer}", f"parametrization={parametrization}"]).variants[0])
     note = (
         "the LR of lamb follows the published rule, for hidden matrices 1, but the law of its updates asks for r_n^-1/2"
     )

@@ -16,7 +16,7 @@ from mupsweep.errors import ConfigError
 from mupsweep.optimizers.lion import Lion
 from mupsweep.scaling import Role
 from mupsweep.sweep import config
-from mupsweep.sweep.run_spec import recipe
+from mupsweep.sweep.run_spec import resolve
 
 TOLERANCE = {"closed form": 1e-6}  # relative to the distance walked, fp32 against float64
 BETAS = [(0.9, 0.99), (0.95, 0.98), (0.0, 0.5)]
@@ -46,10 +46,10 @@ def test_lion_is_pytorch_optimizers(betas: tuple[float, float]) -> None:
 
 
 def test_lion_serves_as_the_rest_of_a_matrix_optimizer() -> None:
-    made = recipe(config.load(["optimizer=muon", "optimizer.rest=lion"]).variants[0])
-    muon, lion = (part.optimizer for part in made.parts)
+    made = resolve(config.load(["optimizer=muon", "optimizer.rest=lion"]).variants[0])
+    muon, lion = (scaled.optimizer for scaled in made.optimizers)
     assert isinstance(lion, Lion)
-    assert muon.takes == {Role.HIDDEN}
+    assert set(muon.roles) == {Role.HIDDEN}
     assert lion.betas == (0.9, 0.99)
 
 

@@ -16,7 +16,7 @@ from mupsweep.scaling import Role, symbolic
 from mupsweep.scaling.monomial import ONE, R_N
 from mupsweep.scaling.parametrizations.spectral import Spectral
 from mupsweep.sweep import config
-from mupsweep.sweep.run_spec import recipe
+from mupsweep.sweep.run_spec import resolve
 from mupsweep.sweep.tensor_rules import audit
 
 TOLERANCE = {
@@ -179,7 +179,7 @@ def test_the_rule_is_that_of_an_update_of_rms_operator_norm_one() -> None:
 
 
 def test_the_audit_says_that_the_init_std_has_no_effect() -> None:
-    made = recipe(config.load(["experiment=smoke", "optimizer=muon_plus_plus"]).variants[0])
+    made = resolve(config.load(["experiment=smoke", "optimizer=muon_plus_plus"]).variants[0])
     assert any("muon_plus_plus gives its weights a norm of its own" in note for note in audit(made))
 
 

@@ -244,7 +244,7 @@ def test_zero_and_negative_eigenvalues_stay_zero_without_a_ridge() -> None:
 
 
 def test_shampoo2_is_the_one_of_qiu() -> None:
-    optimizer = plan(config.load(["optimizer=shampoo2"]))[0].recipe.optimizer
+    optimizer = plan(config.load(["optimizer=shampoo2"]))[0].resolved.optimizer
     assert isinstance(optimizer, Shampoo)
     assert optimizer.graft_source is not None
     assert (optimizer.exponents, optimizer.block_size, optimizer.every) == (HALVES, 512, 10)
@@ -256,7 +256,7 @@ def test_a_ladder_across_max_axis_is_refused() -> None:
     words = ["experiment=smoke", "optimizer=shampoo", "optimizer.max_axis=100", "sweep.width_ratios=[4]"]
     (run,) = plan(config.load([*words, "sweep.log2_lrs=[-6]"]))
     with pytest.raises(ConfigError, match=r"mlp.up.weight: shampoo treats \(256, 64\) otherwise.*raise max_axis"):
-        rules(run.recipe, run.size, 1.0)
+        rules(run.resolved, run.size, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_in_a_hybrid_only_sophia_observes_and_every_gradient_is_forgotten() -> N
     observe_curvature(built.network, built, INPUTS, 0, 4, "fp32")
     assert all(p.grad is None for p in built.network.parameters())
     found = curvatures(built)
-    roles = {t.name: t.role for t in run(*words).recipe.model.tensors(run(*words).size)}
+    roles = {t.name: t.role for t in run(*words).resolved.model.tensors(run(*words).size)}
     assert set(found) == {name for name, role in roles.items() if role is not Role.HIDDEN}
     assert all(h.max() > 0 for h in found.values())
 
@@ -200,11 +200,11 @@ def test_in_a_hybrid_only_sophia_observes_and_every_gradient_is_forgotten() -> N
 @pytest.mark.parametrize(("rule", "hidden", "others"), [("gradient", 4.0 * 2.0, 4.0), ("constant", 1.0, 1.0)])
 def test_rho_is_one_over_the_gradient_or_constant(rule: str, hidden: float, others: float) -> None:
     words = ["optimizer=sophia", f"optimizer.rho_rule={rule}", "parametrization=spectral", "optimizer.rho=0.05"]
-    recipe = run_spec.recipe(config.load(words).variants[0])
-    for row in rules(recipe, recipe.size(4.0, 2.0), 1.0):
+    resolved = run_spec.resolve(config.load(words).variants[0])
+    for row in rules(resolved, resolved.size(4.0, 2.0), 1.0):
         in_block = row.role in (Role.HIDDEN, Role.HIDDEN_VECTOR)
         assert row.thresholds["rho"] == pytest.approx(0.05 * (hidden if in_block else others), rel=1e-12), row.name
-    assert all(row.thresholds == {"rho": 0.05} for row in rules(recipe, recipe.size(1.0, 1.0), 1.0))
+    assert all(row.thresholds == {"rho": 0.05} for row in rules(resolved, resolved.size(1.0, 1.0), 1.0))
 
 
 @pytest.mark.parametrize("rule", ["gradient", "constant"])

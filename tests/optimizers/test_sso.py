@@ -16,7 +16,7 @@ from mupsweep.errors import ConfigError
 from mupsweep.optimizers.singular_values import POLAR_EXPRESS, msign
 from mupsweep.optimizers.sso import SSO, tangent_msign
 from mupsweep.sweep import config
-from mupsweep.sweep.run_spec import recipe
+from mupsweep.sweep.run_spec import resolve
 from mupsweep.sweep.tensor_rules import audit
 
 TOLERANCE = {
@@ -158,7 +158,7 @@ def test_a_first_order_step_leaves_the_spectral_norm() -> None:
 
 
 def test_the_audit_says_that_the_init_std_has_no_effect() -> None:
-    made = recipe(config.load(["experiment=smoke", "optimizer=sso"]).variants[0])
+    made = resolve(config.load(["experiment=smoke", "optimizer=sso"]).variants[0])
     assert any("sso gives its weights a norm of its own" in note for note in audit(made))
 
 

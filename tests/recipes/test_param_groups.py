@@ -80,7 +80,7 @@ def test_muadam_scales_what_its_documentation_says() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon_kimi", "sgd", "sophia"])
 def test_our_own_networks_get_the_numbers_that_runs_train_with(optimizer: str, parametrization: str) -> None:
     words = ["experiment=smoke", f"optimizer={optimizer}", f"parametrization={parametrization}"]
-    made = run_spec.recipe(config.load(words).variants[0])
+    made = run_spec.resolve(config.load(words).variants[0])
     sizes = [made.size(1.0, 1.0), made.size(4.0, 2.0)]
     with torch.device("meta"):
         base, model = (made.model.network(size, tensor_rules.multipliers(made, size)) for size in sizes)

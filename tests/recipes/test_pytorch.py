@@ -59,14 +59,14 @@ def test_its_groups_train_as_our_own_do(optimizer: str) -> None:
 def test_it_states_the_forward_constants_and_draws_the_start_of_our_network() -> None:
     made = run("model.bias=true")
     _, snippet = exported("pytorch", made)
-    forward = tensor_rules.multipliers(made.recipe, made.size)
+    forward = tensor_rules.multipliers(made.resolved, made.size)
     stated = [snippet[key] for key in ("BLOCK_MULTIPLIER", "OUTPUT_MULTIPLIER", "ATTENTION_SCALE")]
     assert stated == [forward.block, forward.output, forward.attention] == [0.5, 0.25, 8**-0.5]
-    assert snippet["CLIP_NORM"] == tensor_rules.clip_norm(made.recipe)
+    assert snippet["CLIP_NORM"] == tensor_rules.clip_norm(made.resolved)
     network = build.build(made, CPU).network
     torch.manual_seed(0)
     snippet["initialise"](network)
-    for row in tensor_rules.rules(made.recipe, made.size, made.base_lr):
+    for row in tensor_rules.rules(made.resolved, made.size, made.base_lr):
         values = network.get_parameter(row.name).detach()
         if row.init == "normal":
             error = row.init_std / (2 * values.numel()) ** 0.5
@@ -94,13 +94,13 @@ def test_folded_multipliers_train_the_same_function(optimizer: str) -> None:
     recipe, limits = folded(content(made))
     assert limits == []
     assert recipe["block_multiplier"] == recipe["output_multiplier"] == 1.0
-    forward = tensor_rules.multipliers(made.recipe, made.size)
+    forward = tensor_rules.multipliers(made.resolved, made.size)
     space: dict = {}
     exec(snippet_of.render(content(made))[0], space)
     plain_space: dict = {}
     exec(snippet_of.render(recipe)[0], plain_space)
     with_constants = build.build(made, CPU).network.double()
-    plain = made.recipe.model.network(made.size, Multipliers(1.0, 1.0, forward.attention)).double()
+    plain = made.resolved.model.network(made.size, Multipliers(1.0, 1.0, forward.attention)).double()
     stds = [{row["name"]: row["init_std"] for row in side["tensors"]} for side in (content(made), recipe)]
     with torch.no_grad():
         for name, p in plain.named_parameters():

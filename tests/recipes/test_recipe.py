@@ -34,7 +34,7 @@ def ladder(*words: str) -> SweepDir:
         folder, loss = sweep.run(run.run_id), 3.0 + 0.1 * (run.log2_lr - BEST) ** 2 + 1e-4 * run.seed
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.write_summary(
-            {"run_id": run.run_id, **run.identity(), "status": DONE, "val_loss": loss, "device": "cpu"}
+            {"run_id": run.run_id, **run.label_columns(), "status": DONE, "val_loss": loss, "device": "cpu"}
         )
         folder.write_status(DONE)
     return sweep
@@ -55,7 +55,7 @@ def measured() -> LadderResult:
 
 
 def made(*words: str) -> ResolvedVariant:
-    return run_spec.recipe(config.load(["experiment=smoke", *words]).variants[0])
+    return run_spec.resolve(config.load(["experiment=smoke", *words]).variants[0])
 
 
 def at(words: list[str], tokens: int | None = None, exponent: Estimate | None = None) -> dict[str, Any]:

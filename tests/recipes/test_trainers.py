@@ -218,7 +218,7 @@ def test_granite_is_our_llama_with_its_multipliers() -> None:
     error = (theirs(ids).logits - expected).abs().max() / expected.abs().max()
     assert error < TOLERANCE["logits"]
     (member,) = space["optimizers"](theirs, space["rename"])
-    rows = {row.name: row for row in tensor_rules.rules(made.recipe, made.size, made.base_lr)}
+    rows = {row.name: row for row in tensor_rules.rules(made.resolved, made.size, made.base_lr)}
     groups = by_parameter([member], "lr", "weight_decay", "eps")
     for name, p in theirs.named_parameters():
         row = rows[space["rename"](name)]
@@ -272,7 +272,7 @@ def test_the_trainers_schedule_is_ours(schedule: str) -> None:
     if schedule == "linear":
         assert "the floor of the schedule, 0.1 of the peak" in export.limits[0]
         return
-    ours = [lr_factor(step, 40, made.recipe.training) for step in range(40)]
+    ours = [lr_factor(step, 40, made.resolved.training) for step in range(40)]
     if schedule == "constant":
         ours = [1.0] * 40
     assert factors[after:] == pytest.approx(ours[after:], rel=TOLERANCE["numbers"])

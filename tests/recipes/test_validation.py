@@ -33,7 +33,7 @@ def finish(sweep: SweepDir, runs: list[RunSpec], best: float, diverges_above: fl
         loss = None if status == DIVERGED else 2.9 + 0.1 * (run.log2_lr - best) ** 2 + 1e-4 * run.seed
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.write_summary(
-            {"run_id": run.run_id, **run.identity(), "status": status, "val_loss": loss, "device": "cpu"}
+            {"run_id": run.run_id, **run.label_columns(), "status": status, "val_loss": loss, "device": "cpu"}
         )
         folder.write_status(status)
 

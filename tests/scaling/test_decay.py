@@ -6,7 +6,7 @@ import pytest
 
 from mupsweep.scaling import WEIGHT_DECAY_RULES
 from mupsweep.sweep.config import load
-from mupsweep.sweep.run_spec import recipe
+from mupsweep.sweep.run_spec import resolve
 from mupsweep.sweep.tensor_rules import TensorRule, rules
 
 REL = 1e-12  # a dozen float64 operations
@@ -17,7 +17,7 @@ def row(rule: str, lr: float, *overrides: str, width_ratio: float = R_N, name: s
     """The rule of a hidden matrix, with decay, at `width_ratio` times the base width."""
     words = ["experiment=smoke", "parametrization=mup", f"parametrization.weight_decay_rule={rule}"]
     words += [f"optimizer.weight_decay={WD}", f"training.steps={STEPS}", *overrides]
-    made = recipe(load(words).variants[0])
+    made = resolve(load(words).variants[0])
     rows = {r.name: r for r in rules(made, made.size(width_ratio, 1.0), lr)}
     return rows[name or next(n for n, r in rows.items() if r.role.value == "hidden")]
 

@@ -101,7 +101,7 @@ def test_64_workers_train_every_run_once_with_a_bounded_number_of_calls(tmp_path
     lrs = ",".join(f"{-16 + i / 2:g}" for i in range(LRS))
     words = ["experiment=smoke", "sweep.width_ratios=[1]", f"sweep.log2_lrs=[{lrs}]", f"out={tmp_path}"]
     sweep, runs = plan.save(load([*words, f"sweep.seeds={list(range(SEEDS))}".replace(" ", "")]), "")
-    worker.prepare(runs[0].recipe.variant.data)
+    worker.prepare(runs[0].resolved.variant.data)
     context = multiprocessing.get_context("fork")
     start = context.Barrier(WORKERS)
     answers = [tmp_path / f"{i}.json" for i in range(WORKERS)]

@@ -101,7 +101,7 @@ def test_values_arrive_in_their_types() -> None:
     assert made.allow_imports is False
     assert made.out == "7"
     assert load(["experiment=smoke", "training.min_lr_frac=0"]).variants[0].training.min_lr_frac == 0.0
-    optimizer = run_spec.recipe(variant).optimizer
+    optimizer = run_spec.resolve(variant).optimizer
     assert optimizer.betas == (0.9, 0.95)  # type: ignore[attr-defined]
     assert isinstance(optimizer.eps, float)
     assert optimizer.eps == 1e-12
@@ -195,7 +195,7 @@ def test_code_outside_the_package_is_imported_only_when_it_is_allowed(
             plan.plan(load(["experiment=smoke", *overrides]))
         assert not Path("imported").exists()
     made = load(["experiment=smoke", "allow_imports=true", *rest])
-    assert run_spec.recipe(made.variants[0]).optimizer.parts()[1].name == "adamw"
+    assert run_spec.resolve(made.variants[0]).optimizer.members()[1].name == "adamw"
     assert Path("imported").exists()
 
 

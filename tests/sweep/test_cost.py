@@ -36,8 +36,8 @@ TOLERANCE = {
 
 
 @cache
-def recipe(*words: str) -> run_spec.ResolvedVariant:
-    return run_spec.recipe(config.load([*TINY, *words]).variants[0])
+def resolve(*words: str) -> run_spec.ResolvedVariant:
+    return run_spec.resolve(config.load([*TINY, *words]).variants[0])
 
 
 def counted(made: run_spec.ResolvedVariant, size: Size, batch: int, with_loss: bool) -> int:
@@ -56,7 +56,7 @@ def counted(made: run_spec.ResolvedVariant, size: Size, batch: int, with_loss: b
 def test_flops_are_those_of_a_forward_and_a_backward_pass(
     case: list[str], ratios: tuple[float, float], with_loss: bool
 ) -> None:
-    made = recipe(*case)
+    made = resolve(*case)
     size = made.size(*ratios)
     cost = estimate(made.model.tensors(size), size, steps=1, batch_size=3)
     assert cost.flops == pytest.approx(counted(made, size, 3, with_loss), rel=TOLERANCE["flops"], abs=0)
@@ -64,7 +64,7 @@ def test_flops_are_those_of_a_forward_and_a_backward_pass(
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_a_tied_head_multiplies_like_any_other(case: list[str]) -> None:
-    made = recipe(*case, "model.tied=true")
+    made = resolve(*case, "model.tied=true")
     size = made.size(2.0, 1.0)
     cost = estimate(made.model.tensors(size), size, steps=1, batch_size=2)
     assert cost.flops == counted(made, size, 2, with_loss=True)
@@ -74,7 +74,7 @@ def test_a_tied_head_multiplies_like_any_other(case: list[str]) -> None:
 @pytest.mark.parametrize("ratios", RATIOS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_parameters_are_the_networks(case: list[str], ratios: tuple[float, float], tied: str) -> None:
-    made = recipe(*case, f"model.tied={tied}")
+    made = resolve(*case, f"model.tied={tied}")
     size = made.size(*ratios)
     with torch.device("meta"):
         net = made.model.network(size, tensor_rules.multipliers(made, size))
@@ -84,7 +84,7 @@ def test_parameters_are_the_networks(case: list[str], ratios: tuple[float, float
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_memory_is_near_what_the_backward_pass_keeps(case: list[str]) -> None:
     """Saved storages of a block, the difference of two depths: without embeddings, head and loss."""
-    made = recipe(*case, "model.width=64", "model.context=64")
+    made = resolve(*case, "model.width=64", "model.context=64")
 
     def kept(depth_ratio: float) -> tuple[int, float]:
         size = made.size(1.0, depth_ratio)
@@ -153,7 +153,7 @@ def test_the_state_of_an_optimizer_is_as_large_as_it_says(words: str) -> None:
     states = [state for member in built.optimizer.members for state in member.state.values()]
     counters = ("step", "mu_product")
     held = sum(v.numel() for state in states for name, v in state.items() if v is not None and name not in counters)
-    lean = estimate(run.recipe.model.tensors(run.size), run.size, 1, 2)
+    lean = estimate(run.resolved.model.tensors(run.size), run.size, 1, 2)
     assert (run.cost.memory - lean.memory) / 4 == held
 
 
@@ -162,7 +162,7 @@ def test_devices_share_the_batch_and_sharded_ones_the_state_too() -> None:
         words = [*TINY, "training.batch_size=4", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-9]", *launcher]
         return plan.plan(config.load(words))[0].cost.memory
 
-    made = recipe("training.batch_size=4").cost(recipe().size(1.0, 1.0))
+    made = resolve("training.batch_size=4").cost(resolve().size(1.0, 1.0))
     kept = 16 * made.parameters  # weights, gradients and two moments in fp32
     activations = made.memory - kept
     assert activations > 0
@@ -175,7 +175,7 @@ def test_devices_share_the_batch_and_sharded_ones_the_state_too() -> None:
 
 
 def test_tokens_and_flops_grow_with_steps_and_batch_alone() -> None:
-    made = recipe("training.steps=7", "training.batch_size=5")
+    made = resolve("training.steps=7", "training.batch_size=5")
     size = made.size(1.0, 1.0)
     one = estimate(made.model.tensors(size), size, 1, 1)
     run = made.cost(size)
@@ -185,7 +185,7 @@ def test_tokens_and_flops_grow_with_steps_and_batch_alone() -> None:
 
 
 def test_a_budget_of_tokens_is_rounded_up_to_whole_steps() -> None:
-    made = recipe("training.steps=null", "training.tokens=1000", "training.batch_size=4")
+    made = resolve("training.steps=null", "training.tokens=1000", "training.batch_size=4")
     assert made.steps == math.ceil(1000 / (4 * 24)) == 11
     assert made.cost(made.size(1.0, 1.0)).tokens == 11 * 4 * 24
 

@@ -37,7 +37,7 @@ def test_a_list_entry_a_nested_key_and_a_null_are_keys_too() -> None:
     assert beta.change == HyperparameterOverride("optimizer.rest.betas.1", 0.99, 0.95)
     assert head.model["head_init_std"] == 0.1
     assert head.change == HyperparameterOverride("model.head_init_std", 0.1, None)
-    assert run_spec.recipe(beta).parts[1].optimizer.betas == (0.9, 0.99)  # type: ignore[attr-defined]
+    assert run_spec.resolve(beta).optimizers[1].optimizer.betas == (0.9, 0.99)  # type: ignore[attr-defined]
 
 
 def test_a_key_of_one_optimizer_is_varied_in_that_one() -> None:
@@ -74,7 +74,7 @@ def test_the_default_shares_its_runs_and_its_folder_with_a_sweep_without_axes() 
 
 def test_a_value_shares_its_runs_with_a_sweep_whose_default_it_is() -> None:
     varied = plan.plan(load([*SMOKE, "sweep.axes={model.init_std:[0.08]}"]))
-    mine = {run.run_id for run in varied if run.recipe.variant.change is not None}
+    mine = {run.run_id for run in varied if run.resolved.variant.change is not None}
     assert mine == {run.run_id for run in plan.plan(load([*SMOKE, "model.init_std=0.08"]))}
 
 
@@ -95,7 +95,7 @@ def test_more_values_extend_a_sweep(tmp_path: Path) -> None:
     for axes, times in (("{model.init_std:[0.08]}", 2), ("{model.init_std:[0.16],training.clip:[2]}", 4)):
         sweep, runs = plan.save(load([*words, f"sweep.axes={axes}"]), "")
         assert len(runs) == times * len(first)
-    assert {run.recipe.variant.label[3:] for run in plan.load(sweep)} == {
+    assert {run.resolved.variant.label[3:] for run in plan.load(sweep)} == {
         (),
         ("model.init_std=0.08",),
         ("model.init_std=0.16",),
@@ -145,9 +145,9 @@ def test_a_budget_is_one_of_a_search() -> None:
 
 def test_an_attention_multiplier_scales_the_attention_logits_and_at_one_changes_no_run() -> None:
     default, doubled = load([*SMOKE, "sweep.axes={model.attention_multiplier:[2]}"]).variants
-    plain, twice = run_spec.recipe(default), run_spec.recipe(doubled)
+    plain, twice = run_spec.resolve(default), run_spec.resolve(doubled)
     size = plain.size(2.0, 1.0)
     assert tensor_rules.multipliers(twice, size).attention == 2 * tensor_rules.multipliers(plain, size).attention
     before = dict(default.model)
     del before["attention_multiplier"]  # as sweeps hold it that are older than the key
-    assert run_spec.recipe(replace(default, model=before)).digest == plain.digest != twice.digest
+    assert run_spec.resolve(replace(default, model=before)).digest == plain.digest != twice.digest

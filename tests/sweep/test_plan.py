@@ -209,7 +209,7 @@ def test_saving_a_longer_grid_extends_the_plan_and_a_shorter_one_keeps_it() -> N
 def test_another_variant_joins_a_sweep_of_the_same_name() -> None:
     plan.save(load(SMOKE), "")
     sweep, runs = plan.save(load([*SMOKE, "parametrization=sp"]), "")
-    assert {run.recipe.variant.label[2] for run in runs} == {"spectral", "sp"}
+    assert {run.resolved.variant.label[2] for run in runs} == {"spectral", "sp"}
     assert plan.load(sweep) == runs
 
 
@@ -260,8 +260,8 @@ def test_settings_that_do_not_decide_the_numbers_may_change_between_two_commands
     changed = ["training.checkpoint_minutes=3", "data.cache=elsewhere", "launcher=inline", "tracker=wandb"]
     sweep, after = plan.save(load([*SMOKE, *changed]), "")
     assert [run.run_id for run in after] == [run.run_id for run in before]
-    assert plan.load(sweep)[0].recipe.training.checkpoint_minutes == 3  # what was said last counts
-    assert plan.load(sweep)[0].recipe.variant.data.cache == "elsewhere"
+    assert plan.load(sweep)[0].resolved.training.checkpoint_minutes == 3  # what was said last counts
+    assert plan.load(sweep)[0].resolved.variant.data.cache == "elsewhere"
 
 
 def test_a_corpus_that_changed_under_a_sweep_is_told_in_one_line(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_ratios_are_crossed_unless_they_are_paired(overrides: list[str], sizes: 
 
 def test_steps_from_tokens_are_rounded_up() -> None:
     (one, *_) = plan.plan(load([*SMOKE, "training.steps=null", "training.tokens=1000"]))
-    assert one.recipe.steps == 8  # of 4 x 32 tokens
+    assert one.resolved.steps == 8  # of 4 x 32 tokens
     assert one.cost.tokens == 1024
 
 

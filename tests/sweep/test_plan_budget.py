@@ -6,7 +6,7 @@ import pytest
 
 from mupsweep.optimizers.adamw import AdamW
 from mupsweep.sweep.config import load
-from mupsweep.sweep.run_spec import ResolvedVariant, recipe
+from mupsweep.sweep.run_spec import ResolvedVariant, resolve
 from mupsweep.sweep.tensor_rules import audit, rules
 
 REL = 1e-12  # a dozen float64 operations
@@ -14,7 +14,7 @@ LR = 2.0**-6
 
 
 def made(*overrides: str) -> ResolvedVariant:
-    return recipe(load(["experiment=smoke", "parametrization=mup", *overrides]).variants[0])
+    return resolve(load(["experiment=smoke", "parametrization=mup", *overrides]).variants[0])
 
 
 def lrs(one: ResolvedVariant) -> list[float]:
@@ -28,7 +28,7 @@ def ratio(one: ResolvedVariant, other: ResolvedVariant) -> set[float]:
 def test_nothing_is_on_by_default() -> None:
     one = made()
     assert (one.training.batch_rule, one.training.horizon_exponent) == ("none", 0.0)
-    assert all(part.lr_ratio == 1.0 for part in one.parts)
+    assert all(part.lr_ratio == 1.0 for part in one.optimizers)
     assert not [note for note in audit(one) if "rule" in note]
 
 
@@ -43,7 +43,7 @@ def test_the_sde_rule_at_four_times_the_batch(optimizer: str, factor: float) -> 
 
 
 def test_the_sde_rule_shortens_adams_averages_and_lowers_eps() -> None:
-    (part,) = made("training.batch_size=4", "training.batch_rule=sde", "training.base_batch_size=1").parts
+    (part,) = made("training.batch_size=4", "training.batch_rule=sde", "training.base_batch_size=1").optimizers
     assert isinstance(part.optimizer, AdamW)
     assert part.optimizer.betas == pytest.approx((0.6, 0.8), rel=REL)
     assert part.optimizer.eps == pytest.approx(0.5e-12, rel=REL)
@@ -51,7 +51,7 @@ def test_the_sde_rule_shortens_adams_averages_and_lowers_eps() -> None:
 
 def test_at_the_base_batch_the_rule_changes_nothing() -> None:
     words = ("training.batch_size=4", "training.batch_rule=sde", "training.base_batch_size=4")
-    assert made(*words).parts == made("training.batch_size=4").parts
+    assert made(*words).optimizers == made("training.batch_size=4").optimizers
 
 
 def test_the_horizon_rule_multiplies_every_lr_by_a_power_of_the_token_ratio() -> None:

@@ -32,11 +32,11 @@ ENOUGH = 40  # rounds
 def train(run: RunSpec) -> Row:
     """The loss is a valley in log2 LR, whose floor is a valley in log2 of the init std and falls with width."""
     random = np.random.default_rng([round(run.size.width_ratio * 8), round(-run.log2_lr * 8), run.seed])
-    away = math.log2(run.recipe.variant.model["init_std"] / BEST)
+    away = math.log2(run.resolved.variant.model["init_std"] / BEST)
     distance = run.log2_lr + 6.8 - 0.5 * away
     floor = 2.0 - 0.1 * math.log2(run.size.width_ratio) + 0.02 * away**2
     loss = floor + 0.04 * distance**2 + 0.001 * random.standard_normal()
-    return {**run.identity(), "status": "done", "val_loss": float(loss), "flops": run.cost.flops}
+    return {**run.label_columns(), "status": "done", "val_loss": float(loss), "flops": run.cost.flops}
 
 
 def rounds_of(config: SweepConfig, training: Callable[[RunSpec], Row] = train) -> list[dict[str, Row]]:

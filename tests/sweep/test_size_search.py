@@ -147,9 +147,9 @@ SEARCH = [
 
 def trained(sweep: SweepDir, run: run_spec.RunSpec, optimum: Mapping[str, float]) -> None:
     """Records of a run as a worker leaves them."""
-    name = run.recipe.parametrization.name
+    name = run.resolved.parametrization.name
     one = Proposal(run.size.width_ratio, run.size.depth_ratio, run.log2_lr, run.seed)
-    summary = {**run.row(), **run.identity(), **{k: valley(optimum[name])(one)[k] for k in ("status", "val_loss")}}
+    summary = {**run.row(), **run.label_columns(), **{k: valley(optimum[name])(one)[k] for k in ("status", "val_loss")}}
     folder = sweep.run(run.run_id)
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_summary(summary)

@@ -115,7 +115,7 @@ def analysed(*overrides: str) -> SweepDir:
         folder = sweep.run(run.run_id)
         folder.path.mkdir(parents=True)
         folder.write_summary(
-            {"run_id": run.run_id, **run.identity(), **measured, **unknown, "seconds": 1, "device": "cpu"}
+            {"run_id": run.run_id, **run.label_columns(), **measured, **unknown, "seconds": 1, "device": "cpu"}
         )
         folder.write_status(DONE)
     generate([sweep])

@@ -55,7 +55,7 @@ def wrong(overrides: list[str]) -> str:
     """What goes wrong in the first steps of the run that `overrides` describe, and the first ones after a resume."""
     device = torch.device(NAME)
     run = plan(load(overrides))[0]
-    training, batches = run.recipe.training, MicroBatcher()
+    training, batches = run.resolved.training, MicroBatcher()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):  # constants
             setup = build.build(run, device)

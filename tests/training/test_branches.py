@@ -24,7 +24,7 @@ TOKENS = 4 * 32  # per step
 
 @pytest.fixture(scope="module")
 def data() -> Dataset:
-    return prepare(run().recipe.variant.data)
+    return prepare(run().resolved.variant.data)
 
 
 @pytest.fixture(scope="module")

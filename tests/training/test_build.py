@@ -71,7 +71,7 @@ class Undisturbed:
 
 @pytest.fixture(scope="module")
 def data() -> Dataset:
-    return prepare(run().recipe.variant.data)
+    return prepare(run().resolved.variant.data)
 
 
 FIVE_STEPS = ["training.steps=5", "training.warmup=1", "training.eval_batches=1", "optimizer.weight_decay=0.1"]
@@ -85,7 +85,7 @@ def test_the_base_shape_is_a_fixed_point(parametrization: str, optimizer: str, d
     starts, rows = [], []
     for name in ("sp", parametrization):
         made = run(f"optimizer={optimizer}", f"parametrization={name}", "model.bias=true", *FIVE_STEPS)
-        rows.append(rules(made.recipe, made.size, made.base_lr))
+        rows.append(rules(made.resolved, made.size, made.base_lr))
         built = build(made, CPU)
         starts.append({k: v.clone() for k, v in weights(built).items()})
         folder = RunDir(tmp_path / name)
@@ -104,7 +104,7 @@ def test_the_base_shape_is_a_fixed_point(parametrization: str, optimizer: str, d
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
 def test_every_ratio_at_the_base_shape_is_exactly_one(parametrization: str, optimizer: str) -> None:
     made = run(*chosen.words("optimizer", optimizer), f"parametrization={parametrization}")
-    for row in rules(made.recipe, made.size, LR):
+    for row in rules(made.resolved, made.size, LR):
         ratios = {v for k, v in asdict(row).items() if k.endswith("_ratio")}
         assert ratios == {1.0}, row.name
 
@@ -138,7 +138,7 @@ PUBLISHED = {
 def test_the_numbers_of_a_run_are_the_published_ones(parametrization: str) -> None:
     made = wide_and_deep(f"parametrization={parametrization}")
     seen = set()
-    for row in rules(made.recipe, made.size, LR):
+    for row in rules(made.resolved, made.size, LR):
         if row.role.value in PUBLISHED[parametrization]:
             std, lr, multiplier = PUBLISHED[parametrization][row.role.value]
             seen.add(row.role.value)
@@ -153,7 +153,7 @@ def test_the_numbers_of_a_run_are_the_published_ones(parametrization: str) -> No
 def test_the_weights_start_with_the_standard_deviation_of_their_rule(parametrization: str) -> None:
     made = wide_and_deep(f"parametrization={parametrization}", "model.bias=true")
     started = weights(build(made, CPU))
-    for row in rules(made.recipe, made.size, made.base_lr):
+    for row in rules(made.resolved, made.size, made.base_lr):
         w = started[row.name].double()
         if row.init is Init.NORMAL:
             error = TOLERANCE["std"] / math.sqrt(w.numel())
@@ -194,7 +194,7 @@ def test_groups_json_and_the_optimizer_hold_the_numbers_of_the_rules(
     }
     in_file = {name: group for group in written for name in group["tensors"]}
     assert sum(len(group["tensors"]) for group in written) == len(in_file)
-    rows = {row.name: row for row in rules(made.recipe, made.size, made.base_lr)}
+    rows = {row.name: row for row in rules(made.resolved, made.size, made.base_lr)}
     assert in_file.keys() == live.keys() == rows.keys() == names_of(built)
     for name, row in rows.items():
         group = in_file[name]
@@ -211,22 +211,22 @@ def names_of(built: TrainingSetup) -> set[str]:
 def test_the_network_has_the_multipliers_of_the_rules() -> None:
     made = wide_and_deep("parametrization=spectral", "model.output_multiplier=3.0")
     net = build(made, CPU).network
-    row = {r.name: r for r in rules(made.recipe, made.size, LR)}
+    row = {r.name: r for r in rules(made.resolved, made.size, LR)}
     assert net.multiplier == row["head.weight"].multiplier == 0.75
     assert {b.multiplier for b in net.blocks} == {row["blocks.3.mlp.up.weight"].multiplier} == {0.5}
-    assert multipliers(made.recipe, made.size) == Multipliers(0.5, 0.75, 8**-0.5)
+    assert multipliers(made.resolved, made.size) == Multipliers(0.5, 0.75, 8**-0.5)
 
 
 def test_the_other_optimizer_of_a_hybrid_has_its_own_base_lr() -> None:
     made = wide_and_deep("optimizer=muon", "parametrization=sp")
-    for row in rules(made.recipe, made.size, LR):
+    for row in rules(made.resolved, made.size, LR):
         assert row.optimizer == ("muon" if row.role is Role.HIDDEN else "adamw")
         assert row.lr == pytest.approx(LR * (1.0 if row.role is Role.HIDDEN else 0.1), rel=TOLERANCE["rule"])
 
 
 def test_only_matrices_decay() -> None:
     made = run("optimizer.weight_decay=0.1", "model.bias=true")
-    for row in rules(made.recipe, made.size, LR):
+    for row in rules(made.resolved, made.size, LR):
         assert row.weight_decay == (0.1 if row.role.is_matrix else 0.0), row.name
 
 
@@ -266,7 +266,7 @@ def test_a_tied_head_is_the_embedding_and_trains_with_it(optimizer: str) -> None
 def test_a_tie_whose_two_rules_disagree_is_refused(parametrization: str) -> None:
     made = wide_and_deep(f"parametrization={parametrization}", "parametrization.output=init", "model.tied=true")
     with pytest.raises(ConfigError) as refused:
-        rules(made.recipe, made.size, LR)
+        rules(made.resolved, made.size, LR)
     for words in (
         "token_embedding.weight",
         "head.weight",
@@ -280,9 +280,9 @@ def test_a_tie_whose_two_rules_disagree_is_refused(parametrization: str) -> None
 
 def test_a_tie_is_legal_where_both_rules_agree() -> None:
     at_base = run("parametrization=spectral", "parametrization.output=init", "model.tied=true")
-    assert rules(at_base.recipe, at_base.size, LR)[-1].tied_to == "token_embedding.weight"
+    assert rules(at_base.resolved, at_base.size, LR)[-1].tied_to == "token_embedding.weight"
     sp = wide_and_deep("parametrization=sp", "model.tied=true")
-    assert rules(sp.recipe, sp.size, LR)[-1].lr == LR
+    assert rules(sp.resolved, sp.size, LR)[-1].lr == LR
 
 
 # Models whose declarations are wrong.
@@ -326,9 +326,9 @@ class OtherShape(NanoGPT):
 
 
 def with_model(cls: type[NanoGPT], made: RunSpec) -> RunSpec:
-    model = made.recipe.model
+    model = made.resolved.model
     wrong = cls(**{f.name: getattr(model, f.name) for f in fields(model)})
-    return replace(made, recipe=replace(made.recipe, model=wrong))
+    return replace(made, resolved=replace(made.resolved, model=wrong))
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def with_model(cls: type[NanoGPT], made: RunSpec) -> RunSpec:
 def test_a_role_that_its_shape_contradicts_is_refused(cls: type[NanoGPT], message: str, made: RunSpec) -> None:
     wrong = with_model(cls, made)
     with pytest.raises(ConfigError, match=message):
-        rules(wrong.recipe, wrong.size, LR)
+        rules(wrong.resolved, wrong.size, LR)
 
 
 @pytest.mark.parametrize(
@@ -369,21 +369,21 @@ def test_gradients_are_clipped_only_where_the_update_is_normalised() -> None:
     clip = ["training.clip=0.5"]
     for optimizer in ("adamw", "muon", "muon_kimi"):
         made = run(f"optimizer={optimizer}", *clip)
-        assert clip_norm(made.recipe) == build(made, CPU).clip == 0.5
-        assert audit(made.recipe) == []
+        assert clip_norm(made.resolved) == build(made, CPU).clip == 0.5
+        assert audit(made.resolved) == []
     sgd = run("optimizer=sgd", *clip)
-    assert clip_norm(sgd.recipe) is None
+    assert clip_norm(sgd.resolved) is None
     assert build(sgd, CPU).clip is None
-    (note,) = audit(sgd.recipe)
+    (note,) = audit(sgd.resolved)
     assert note.startswith("gradient clipping is off: the update of sgd has degree 1 in the gradient")
-    assert clip_norm(run("training.clip=null").recipe) is None
-    assert audit(run("optimizer=sgd", "training.clip=null").recipe) == []
+    assert clip_norm(run("training.clip=null").resolved) is None
+    assert audit(run("optimizer=sgd", "training.clip=null").resolved) == []
 
 
 def test_the_audit_names_settings_without_effect_or_against_the_rule() -> None:
-    (note,) = audit(run("training.schedule=constant").recipe)
+    (note,) = audit(run("training.schedule=constant").resolved)
     assert note == "training.min_lr_frac has no effect: the schedule is constant"
-    (note,) = audit(run("model.attention_scale=standard").recipe)
+    (note,) = audit(run("model.attention_scale=standard").resolved)
     assert "model.attention_scale" in note
     assert "standard" in note
 
@@ -442,8 +442,8 @@ for group in ("model", "optimizer", "parametrization"):
         if imports_foreign_code(group, name):
             continue
         for run in plan.plan(config.load([f"{group}={name}", "sweep.width_ratios=[2]", "sweep.log2_lrs=[-8]"])):
-            assert build.rules(run.recipe, run.size, run.base_lr)
-            build.audit(run.recipe)
+            assert build.rules(run.resolved, run.size, run.base_lr)
+            build.audit(run.resolved)
 heavy = {"torch", "transformers", "matplotlib", "wandb", "scipy"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else 0)
 """

@@ -25,7 +25,7 @@ OFTEN = "training.checkpoint_minutes=0"
 
 @pytest.fixture(scope="module")
 def data() -> Dataset:
-    return prepare(run().recipe.variant.data)
+    return prepare(run().resolved.variant.data)
 
 
 @pytest.fixture(scope="module")

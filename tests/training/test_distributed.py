@@ -67,7 +67,7 @@ def data() -> Dataset:
 
 @cache
 def corpus() -> Dataset:
-    return prepare(run().recipe.variant.data)
+    return prepare(run().resolved.variant.data)
 
 
 def joined(rank: int, size: int, port: int, job: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_distributed import WORKERS, corpus, digest, on_all_ranks
 from test_trainer import CPU, TrainControl, run
-from tiny import recipe
+from tiny import resolve
 from torch import Tensor
 
 from mupsweep.errors import ConfigError
@@ -145,7 +145,7 @@ def test_the_rows_of_all_ranks_are_the_initial_values_of_the_whole_run(pool: Pro
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("size", [2, 8])
 def test_every_tensor_has_one_owner_and_every_owner_as_much_to_do(model: str, optimizer: str, size: int) -> None:
-    resolved = recipe(f"model={model}", f"optimizer={optimizer}", "parametrization=sp")
+    resolved = resolve(f"model={model}", f"optimizer={optimizer}", "parametrization=sp")
     table = rules(resolved, resolved.size(1.0, 1.0), 0.01)
     groups = list(parameter_groups(resolved, table))
     shapes = {row.name: torch.Size(row.shape) for row in table}

@@ -34,7 +34,7 @@ TOLERANCE = {
 
 @pytest.fixture(scope="module")
 def data() -> Dataset:
-    return prepare(run().recipe.variant.data)
+    return prepare(run().resolved.variant.data)
 
 
 def small(setup: TrainingSetup, fits: int, begins: int = 0) -> TrainingSetup:

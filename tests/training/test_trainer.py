@@ -56,7 +56,7 @@ def run(*overrides: str) -> RunSpec:
 
 @pytest.fixture(scope="module")
 def data() -> Dataset:
-    return prepare(run().recipe.variant.data)
+    return prepare(run().resolved.variant.data)
 
 
 class Killed(Exception):
@@ -457,7 +457,7 @@ def test_bf16_multiplies_in_bf16_over_fp32_weights(data: Dataset, tmp_path: Path
 @pytest.mark.parametrize("overrides", [(), ("data.tokenizer=gpt2-1024",), ("sweep.width_ratios=[2]",)], ids=str)
 def test_the_validation_loss_is_the_mean_over_the_fixed_batches(overrides: tuple[str, ...], tmp_path: Path) -> None:
     spec = run("training.steps=5", "training.eval_batches=3", *overrides)
-    data = prepare(spec.recipe.variant.data)
+    data = prepare(spec.resolved.variant.data)
     setup, folder = build(spec, CPU), RunDir(tmp_path / "run")
     folder.path.mkdir()
     summary = train(spec, setup, data, folder, CPU, TrainControl())
@@ -470,7 +470,7 @@ def test_the_validation_loss_is_the_mean_over_the_fixed_batches(overrides: tuple
         nats += F.cross_entropy(logits, targets, reduction="sum").item()
         n_tokens += targets.numel()
         for row in block[:, 1:].tolist():
-            text += tokenizers.load(spec.recipe.variant.data.tokenizer).decode(row)
+            text += tokenizers.load(spec.resolved.variant.data.tokenizer).decode(row)
     assert n_tokens == 3 * 4 * 32
     assert "\ufffd" not in text  # no character is cut at the end of a row
     assert summary["val_loss"] == pytest.approx(nats / n_tokens, rel=TOLERANCE["evaluation"])

@@ -224,7 +224,7 @@ def _rule(optimizer: Optimizer, found: Measured) -> UpdateLaw | None:
 def _lrs(optimizer: Optimizer, parametrization: Parametrization, found: Measured, rule: UpdateLaw) -> Mapping[str, str]:
     """By role; of hidden matrices alone where the law holds for no others."""
     known = [role for role in Role if found.declared or found.monomial or role is Role.HIDDEN]
-    roles = [role for role in known if role in optimizer.takes]
+    roles = [role for role in known if role in optimizer.roles]
     return {role.value: str(symbolic(parametrization, rule, role).lr) for role in roles}
 
 

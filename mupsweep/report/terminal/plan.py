@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.errors import ConfigError, RecordError
@@ -21,10 +21,7 @@ from mupsweep.sweep.config import GRID, SweepConfig, from_tree
 from mupsweep.sweep.cost import FLOPS_PER_SECOND
 from mupsweep.sweep.plan import corpus_remarks, load, next_round, plan, sweep_name
 from mupsweep.sweep.run_identity import digest_of, refuse_namesakes
-from mupsweep.sweep.run_spec import RunSpec, recipe
-
-if TYPE_CHECKING:
-    pass
+from mupsweep.sweep.run_spec import RunSpec, resolve
 
 
 def show_plan(config: SweepConfig, as_json: bool) -> None:
@@ -39,7 +36,7 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
     left = [r for r in runs if status[r.run_id] not in (DONE, DIVERGED)]
     device = accelerator()
     lanes = _cpu_lanes(config.launcher) if device == "cpu" else 1
-    seconds = sum(r.cost.seconds(r.recipe.steps, device) for r in left) / lanes
+    seconds = sum(r.cost.seconds(r.resolved.steps, device) for r in left) / lanes
     if as_json:
         keys = ("run_id", "width", "depth", "log2_lr", "seed", "parametrization", "optimizer", "model")
         print(
@@ -84,7 +81,7 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
     total = sum(r.cost.flops for r in left)
     elsewhere = ""
     if device == "cpu" and seconds > 3600:
-        on_one = sum(r.cost.seconds(r.recipe.steps, "cuda") for r in left)
+        on_one = sum(r.cost.seconds(r.resolved.steps, "cuda") for r in left)
         elsewhere = f", {duration(on_one)} on a GPU at {si(FLOPS_PER_SECOND['cuda'])}FLOP/s"
     console.say(
         f"{len(left)} of {counted(len(runs), 'run')} to train, {si(total)}FLOPs, roughly {duration(seconds)} on "
@@ -130,7 +127,7 @@ def _search_remark(config: SweepConfig, first: bool) -> str:
     """What the runs that are shown are of a search."""
     grid = config.sweep
     most = [
-        grid.max_runs * made.cost(made.size(*at)).flops for made in map(recipe, config.variants) for at in grid.ratios
+        grid.max_runs * made.cost(made.size(*at)).flops for made in map(resolve, config.variants) for at in grid.ratios
     ]
     flops = min(sum(most), math.inf if grid.max_flops is None else grid.max_flops)
     return (
@@ -143,6 +140,6 @@ def _search_remark(config: SweepConfig, first: bool) -> str:
 
 def _by_size(runs: Sequence[RunSpec]) -> dict[tuple[Any, ...], list[RunSpec]]:
     grouped: dict[tuple[Any, ...], list[RunSpec]] = defaultdict(list)
-    for run in sorted(runs, key=lambda r: (r.recipe.variant.label, r.size)):
-        grouped[run.recipe.variant.label, run.size].append(run)
+    for run in sorted(runs, key=lambda r: (r.resolved.variant.label, r.size)):
+        grouped[run.resolved.variant.label, run.size].append(run)
     return grouped

@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
@@ -14,11 +14,9 @@ from mupsweep.optimizers.muon import SHAPE_FACTORS, Muon, convert
 from mupsweep.report.terminal.console import console_of, table_of
 from mupsweep.scaling import Monomial, Role, Rule, symbolic
 from mupsweep.sweep.config import SweepConfig
-from mupsweep.sweep.run_spec import ResolvedVariant, recipe
+from mupsweep.sweep.run_spec import ResolvedVariant, resolve
 from mupsweep.sweep.tensor_rules import TensorRule, audit, multipliers, rule_record, rules
 
-if TYPE_CHECKING:
-    pass
 RULE_KEYS = ("multiplier", "init_std", "lr", "weight_decay", "eps")
 
 
@@ -26,7 +24,7 @@ def show_rules(config: SweepConfig, as_json: bool, per_tensor: bool) -> None:
     """The scaling rules of every variant: symbols per role, numbers per size, and the audit."""
     lrs = sorted(config.sweep.log2_lrs)
     base_lr = 2.0 ** lrs[len(lrs) // 2]
-    made = [recipe(variant) for variant in config.variants]
+    made = [resolve(variant) for variant in config.variants]
     documents = [_rules_document(one, config, base_lr) for one in made]
     if as_json:
         print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
@@ -97,7 +95,7 @@ def _rules_document(one: ResolvedVariant, config: SweepConfig, base_lr: float) -
 def _symbols(one: ResolvedVariant) -> Iterable[tuple[Role, str, Rule, dict[str, Monomial]]]:
     """(role, optimizer, rule as monomials, that of every threshold beside eps)."""
     for role in Role:
-        optimizer = next(p.optimizer for p in one.parts if role in p.optimizer.takes)
+        optimizer = one.optimizer_for(role).optimizer
         rule = symbolic(one.parametrization, optimizer.update_law(), role)
         decay = symbolic(one.parametrization, optimizer.decay_law(), role).weight_decay
         laws = {name: threshold.law for name, threshold in optimizer.thresholds().items()}
@@ -134,11 +132,10 @@ def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:
 
 
 def muon_conventions(one: ResolvedVariant, rows: Sequence[TensorRule]) -> list[dict[str, Any]]:
-    """For every shape that a Muon without further parts steps, the LR of the same step in each convention."""
-    optimizers = {role: p.optimizer for p in reversed(one.parts) for role in p.optimizer.takes}
+    """For every shape that a plain Muon steps, the LR of the same step in each convention."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        muon = optimizers[row.role]
+        muon = one.optimizer_for(row.role).optimizer
         if isinstance(muon, Muon) and not muon.composed:
             n_out, n_in = row.shape[::-1] if row.role is Role.INPUT else row.shape
             lrs = {target: convert(row.lr, muon.scaling, target, n_out, n_in) for target in SHAPE_FACTORS}
