@@ -117,7 +117,4 @@ def _grown(small: torch.Tensor, big: torch.Tensor) -> Role:
     """The role of a vector or a matrix (n_out, n_in); hidden where nothing tells."""
     if small.ndim < 2:
         return Role.HIDDEN_VECTOR
-    rows_grow, columns_grow = (b > s for s, b in zip(small.shape, big.shape, strict=True))
-    if rows_grow != columns_grow:
-        return Role.INPUT if rows_grow else Role.OUTPUT
-    return Role.HIDDEN
+    return Role.of_matrix(*(b > s for s, b in zip(small.shape, big.shape, strict=True)))

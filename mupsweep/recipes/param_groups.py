@@ -108,7 +108,7 @@ def param_groups(
         group = {
             "lr": lr * found.scaled.lr_ratio * found.rule.lr,
             "weight_decay": weight_decay * found.rule.weight_decay if decays else 0.0,
-            **{key: value for key, value in found.thresholds.items() if value > 0},
+            **{key: value for key, value in found.absolute_thresholds(tensor.spec.dims).items() if value > 0},
         }
         other, theirs = numbers.setdefault(parameter, (name, list(group.values())))
         if other != name:
@@ -200,7 +200,8 @@ def _role(name: str, axes: Sequence[int], model: nn.Module) -> Role:
     if not axes or parameter.ndim < 2:
         inside = any(part.isdecimal() for part in name.split("."))
         return Role.HIDDEN_VECTOR if inside else Role.INPUT_VECTOR
-    return Role.OUTPUT if axes[0] == 1 and leaf == "weight" and not embeds else Role.INPUT
+    stored_out_in = leaf == "weight" and not embeds
+    return Role.of_matrix(n_out_grows=axes[0] != 1, n_in_grows=axes[0] == 1) if stored_out_in else Role.INPUT
 
 
 def _spec(name: str, shape: Shape, role: Role, axes: Sequence[int]) -> TensorSpec:

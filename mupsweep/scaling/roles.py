@@ -25,6 +25,11 @@ class Role(StrEnum):
         """Whether tensors of this role have two dimensions; vectors are (n_out,) and count as n_in = 1."""
         return self in (Role.INPUT, Role.HIDDEN, Role.OUTPUT)
 
+    @classmethod
+    def of_matrix(cls, n_out_grows: bool, n_in_grows: bool) -> Role:
+        """The role of a matrix whose dimensions grow so: the inverse of `grows`, and HIDDEN where nothing grows."""
+        return {(True, False): cls.INPUT, (False, True): cls.OUTPUT}.get((n_out_grows, n_in_grows), cls.HIDDEN)
+
 
 class Init(StrEnum):
     """How a tensor starts. NORMAL's standard deviation is the model's init_std times the rule's ratio."""

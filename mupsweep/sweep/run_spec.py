@@ -1,4 +1,4 @@
-"""Run specifications: a variant resolved to its models, optimizers and rules, and one run of it at one size."""
+"""Run specifications: a variant resolved to its model, optimizers and rules, and one run of it at one size."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ VOCAB_MULTIPLE = 64  # the vocabulary is padded to this, as nanoGPT pads 50257 t
 
 
 class ScaledOptimizer(NamedTuple):
-    """One optimizer of a hybrid, at the batch size that is trained with.
+    """One optimizer of a hybrid, with its hyperparameters at the batch size of the run.
 
     Attributes:
-        lr_ratio: its base LR / the base LR of the run, the rules for batch size and token horizon included.
+        lr_ratio: base LR of this optimizer / base LR of the run, the rules for batch size and token horizon included.
     """
 
     optimizer: Optimizer
@@ -38,7 +38,8 @@ class ResolvedVariant:
     """A variant with its sections turned into the objects they describe.
 
     Attributes:
-        launcher: of the sweep; it says how many devices share a run.
+        digest: identifies the variant by everything that decides what its runs compute (`digest_of`).
+        launcher: the sweep's launcher section, which says how many devices share a run.
     """
 
     variant: Variant
@@ -80,7 +81,7 @@ class ResolvedVariant:
 
     @property
     def trained_steps(self) -> int:
-        """Those, and the steps of the branches that leave the run before its end."""
+        """Optimizer steps of every run, those of the branches that leave it before its end included."""
         return self.steps + sum(end - start for start, end in self.training.horizons(self.steps)[:-1])
 
     def size(self, width_ratio: float, depth_ratio: float) -> Size:
@@ -89,7 +90,7 @@ class ResolvedVariant:
         return self.model.base.scaled(width_ratio, depth_ratio, padded)
 
     def cost(self, size: Size) -> Cost:
-        """What one run at `size` takes."""
+        """The FLOPs, tokens, parameters and memory of one run at `size`."""
         tensors, training = list(self.model.tensors(size)), self.training
         state = sum(self.optimizer_for(t.role).optimizer.state_size(t.dims) for t in tensors if t.tied_to is None)
         launcher = {**self.launcher, **(self.launcher.get("sizes") or {}).get(size.name, {})}
@@ -102,7 +103,7 @@ class ResolvedVariant:
         """Bytes on a device that a run at `size` needs with one sequence at a time.
 
         Args:
-            devices: that divide its state; None is what the launcher says.
+            devices: how many devices divide its state; None for what the launcher says.
         """
         training = replace(self.training, micro_batch=1)
         launcher = self.launcher if devices is None else {"devices_per_run": devices, "shard": devices > 1}
@@ -136,7 +137,7 @@ class RunSpec:
         }
 
     def label_columns(self) -> dict[str, Any]:
-        """The columns that tell runs apart in every table."""
+        """The columns that distinguish runs in every table."""
         model, optimizer, parametrization = self.resolved.variant.names
         change = self.resolved.variant.change
         return {
@@ -154,16 +155,16 @@ class RunSpec:
 
 
 def resolve(variant: Variant, launcher: Mapping[str, Any] | None = None, digest: str | None = None) -> ResolvedVariant:
-    """The objects that a variant describes, its combination checked.
+    """The objects that a variant describes, after a check that its settings fit together.
 
     Args:
-        launcher: of the sweep.
-        digest: of the variant, where it is known; else its text is asked for.
+        launcher: the sweep's launcher section.
+        digest: the variant's digest, where it is known; without it the corpus is read to compute the digest.
 
     Raises:
         ConfigError: settings that are each valid but contradict one another.
     """
-    made = ResolvedVariant(
+    resolved = ResolvedVariant(
         variant=variant,
         model=instantiate(variant.model, "model"),
         optimizer=instantiate(variant.optimizer, "optimizer"),
@@ -171,26 +172,27 @@ def resolve(variant: Variant, launcher: Mapping[str, Any] | None = None, digest:
         digest=digest or digest_of(variant),
         launcher=launcher or {},
     )
-    warmup = made.training.warmup_steps(made.steps)
-    if warmup >= made.steps:
+    training, steps = resolved.training, resolved.steps
+    warmup = training.warmup_steps(steps)
+    if warmup >= steps:
         raise ConfigError(
-            f"training.warmup={made.training.warmup:g} is {warmup} steps of warm-up in a run of {made.steps}: "
+            f"training.warmup={training.warmup:g} is {warmup} steps of warm-up in a run of {steps}: "
             "the LR would never reach its peak; lower warmup or train longer"
         )
-    starts = [start for start, _ in made.training.horizons(made.steps)]
-    if made.training.branches and (starts[0] < warmup or len({*starts}) < len(starts)):
+    starts = [start for start, _ in training.horizons(steps)]
+    if training.branches and (starts[0] < warmup or len({*starts}) < len(starts)):
         raise ConfigError(
-            f"training.branches={list(made.training.branches)}: in a run of {made.steps} steps, {warmup} of them "
+            f"training.branches={list(training.branches)}: in a run of {steps} steps, {warmup} of them "
             f"warm-up, the branches would leave at steps {starts}; choose larger fractions or train longer"
         )
-    for optimizer, _ in made.optimizers:  # a batch rule may refuse
-        optimizer.update_law()  # a foreign optimizer's may be unknown
-        _check_decay(optimizer, made.parametrization)
-    return made
+    for optimizer, _ in resolved.optimizers:  # refuses an optimizer without the batch rule that is asked for
+        optimizer.update_law()  # refuses a custom optimizer whose law is unknown
+        _check_decay(optimizer, resolved.parametrization)
+    return resolved
 
 
-def _check_shares(training: TrainingConfig, launcher: Mapping[str, Any]) -> None:
-    """Devices that train a run together take equal shares of each batch."""
+def check_batch_shares(training: TrainingConfig, launcher: Mapping[str, Any]) -> None:
+    """Refuse a number of devices per run that does not divide the batch."""
     sections = {"launcher": launcher} | {f"launcher.sizes.{k}": v for k, v in (launcher.get("sizes") or {}).items()}
     for where, section in sections.items():
         devices = int(section.get("devices_per_run", 1))
@@ -201,16 +203,20 @@ def _check_shares(training: TrainingConfig, launcher: Mapping[str, Any]) -> None
             )
 
 
-def _check_sizes(recipes: Sequence[ResolvedVariant], config: SweepConfig) -> None:
-    """What a launcher says of sizes names sizes of the sweep."""
-    known = {made.size(*ratios).name for made in recipes for ratios in config.sweep.ratios}
+def check_size_overrides(resolved: Sequence[ResolvedVariant], config: SweepConfig) -> None:
+    """Refuse launcher.sizes for a size that the sweep does not have."""
+    sizes = {one.size(*ratios).name for one in resolved for ratios in config.sweep.ratios}
     for name in config.launcher.get("sizes") or ():
-        if name not in known:
-            raise ConfigError(f"launcher.sizes.{name}: the sweep has no such size; {nearest(name, known)}")
+        if name not in sizes:
+            raise ConfigError(f"launcher.sizes.{name}: the sweep has no such size; {nearest(name, sizes)}")
 
 
 def _check_decay(optimizer: Optimizer, parametrization: Parametrization) -> None:
-    """Decay that is normalised together with the gradient is a share of the update, and shrinks by no fixed amount."""
+    """Refuse a decay rule that an optimizer cannot obey.
+
+    Weight decay that is normalised together with the gradient is a share of the update, so it does not shrink the
+    weight by a given amount.
+    """
     rule = parametrization.weight_decay_rule
     uncoupled = optimizer.weight_decay and WEIGHT_DECAY_RULES[rule].unit != "lr"
     if uncoupled and optimizer.decay_law() != optimizer.update_law():
@@ -219,8 +225,3 @@ def _check_decay(optimizer: Optimizer, parametrization: Parametrization) -> None
             f"parametrization.weight_decay_rule={rule}: {optimizer.name} normalises its weight decay together with "
             f"the gradient, so no step shrinks by a given amount; use {' or '.join(coupled)}"
         )
-
-
-def _sized(made: ResolvedVariant, r_n: float, r_L: float) -> tuple[Size, Cost]:  # noqa: N803
-    size = made.size(r_n, r_L)
-    return size, made.cost(size)

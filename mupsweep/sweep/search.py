@@ -1,8 +1,9 @@
-"""Rounds: what a search of several variants trains next.
+"""Searches of several variants: which runs every variant trains next.
 
-Each variant is searched on its own (mupsweep/sweep/size_search.py), the defaults at every size from the beginning.
-A value of another hyperparameter is searched at the base first, around the default's optimum there, and at other sizes
-only while it may be the best of its key. Like the search itself this is a pure function of the finished runs.
+Each variant is searched on its own (mupsweep/sweep/size_search.py). The defaults are searched at every size from the
+beginning. A value of another hyperparameter is searched at the base first, around the optimum of the default there, and
+at other sizes only while it may be the best value of its hyperparameter. All of this is a pure function of the finished
+runs, as the search of one variant is.
 """
 
 from __future__ import annotations
@@ -23,54 +24,66 @@ SearchStates = dict[Label, list[SearchState]]
 Rows = Sequence[Mapping[str, Any]]
 
 
-def survey(
+def search_states(
     variants: Sequence[Variant], rows: Iterable[Mapping[str, Any]], grid: GridConfig, patient: bool = False
 ) -> SearchStates:
-    """What the search thinks of every size of every variant.
+    """The state of the search at every size of every variant.
 
     Args:
         rows: the finished runs of all variants, as in results/runs.csv.
-        patient: whether values wait until the defaults are known at every size, and not at the base alone.
+        patient: whether values wait until the defaults are known at every size, and not only at the base.
     """
-    mine: dict[Label, list[Mapping[str, Any]]] = {variant.label: [] for variant in variants}
+    rows_of: dict[Label, list[Mapping[str, Any]]] = {variant.label: [] for variant in variants}
     for row in rows:
-        mine.get(label_of(row), []).append(row)
-    looks = {v.label: search_state(mine[v.label], grid) for v in variants if v.change is None}
-    busy = any(one.wanted for sizes in looks.values() for one in sizes)
-    for default in list(looks):
+        rows_of.get(label_of(row), []).append(row)
+    states = {v.label: search_state(rows_of[v.label], grid) for v in variants if v.change is None}
+    any_default_open = any(state.proposals for sizes in states.values() for state in sizes)
+    for default in list(states):
         values = {v.label: v.change.hyperparameter for v in variants if v.change is not None and v.names == default}
-        first = [one.ratios for one in looks[default]].index(base_of(grid)) + 1  # smaller sizes come before it
-        if busy if patient else any(one.wanted for one in looks[default][:first]):
-            looks |= {label: [SearchState(base_of(grid), (), "waits for the default")] for label in values}
+        # values are judged against the default at the base, and the sizes below the base come before it
+        until_base = [state.ratios for state in states[default]].index(base_of(grid)) + 1
+        base_open = any(state.proposals for state in states[default][:until_base])
+        if any_default_open if patient else base_open:
+            states |= {label: [SearchState(base_of(grid), (), "waits for the default")] for label in values}
         else:
-            looks |= _of_values(values, mine[default], mine, grid)
-    return looks
+            states |= _states_of_values(values, rows_of[default], rows_of, grid)
+    return states
 
 
-def _of_values(
-    values: Mapping[Label, str], default: Rows, mine: Mapping[Label, Rows], grid: GridConfig
+def _states_of_values(
+    values: Mapping[Label, str], default: Rows, rows_of: Mapping[Label, Rows], grid: GridConfig
 ) -> SearchStates:
-    """The same for the values of one default, whose search at the base has ended."""
-    at = base_of(grid)
-    [known] = _at_base([default], grid)
-    if not known.usable:
-        return {label: [SearchState(at, (), "the default diverges at every LR")] for label in values}
-    [found] = optima([known])
-    center = round(found.center / lr_grid(grid.half_width)) * lr_grid(grid.half_width)
-    near = replace(grid, log2_lrs=(center - COARSE, center, center + COARSE))
-    small = replace(near, width_ratios=at[:1], depth_ratios=at[1:], pair=False)
-    looks = {label: search_state(mine[label], small) for label in values}
-    for key in dict.fromkeys(values.values()):
-        rivals = [label for label, other in values.items() if other == key]
-        if any(one.wanted for label in rivals for one in looks[label]) or len(grid.ratios) == 1:
+    """The state of the search of every value of one default, whose own search at the base has ended.
+
+    Args:
+        values: label of the value's variant -> its hyperparameter.
+        default: finished runs of the default.
+        rows_of: finished runs of every variant.
+    """
+    base = base_of(grid)
+    [curve] = _curves_at_base([default], grid)
+    if not curve.usable:
+        return {label: [SearchState(base, (), "the default diverges at every LR")] for label in values}
+    [optimum] = optima([curve])
+    center = round(optimum.center / lr_grid(grid.half_width)) * lr_grid(grid.half_width)
+    every_size = replace(grid, log2_lrs=(center - COARSE, center, center + COARSE))
+    base_only = replace(every_size, width_ratios=base[:1], depth_ratios=base[1:], pair=False)
+    states = {label: search_state(rows_of[label], base_only) for label in values}
+    for hyperparameter in dict.fromkeys(values.values()):
+        rivals = [label for label, other in values.items() if other == hyperparameter]
+        still_open = any(state.proposals for label in rivals for state in states[label])
+        if still_open or len(grid.ratios) == 1:
             continue
-        chances = may_be_best(_at_base([default, *(mine[label] for label in rivals)], grid))
-        for label, chance in zip(rivals, chances[1:], strict=True):
-            if chance:
-                looks[label] = search_state(mine[label], near)
+        # all rivals are known at the base: those that may be the best there go on to the other sizes
+        may_win = may_be_best(_curves_at_base([default, *(rows_of[label] for label in rivals)], grid))
+        for label, goes_on in zip(rivals, may_win[1:], strict=True):
+            if goes_on:
+                states[label] = search_state(rows_of[label], every_size)
             else:
-                looks[label] = [SearchState(at, (), f"{one.reason}; not the best there") for one in looks[label]]
-    return looks
+                states[label] = [
+                    SearchState(base, (), f"{state.reason}; not the best there") for state in states[label]
+                ]
+    return states
 
 
 def base_of(grid: GridConfig) -> tuple[float, float]:
@@ -79,16 +92,15 @@ def base_of(grid: GridConfig) -> tuple[float, float]:
 
 
 def may_be_best(curves: Sequence[LossCurve]) -> list[bool]:
-    """Whether each of some curves may reach the lowest loss, each at its own optimum; without one it may not."""
-    found = optima(curves)
-    losses = [None if o.posterior is None else o.posterior.losses for o in found]
-    known = [x for x in losses if x is not None]
-    if not known:
-        return [False] * len(found)
-    best = min(known, key=lambda x: float(np.median(x)))
-    return [x is not None and float(np.quantile(x - best, TAILS[0])) <= 0 for x in losses]
+    """Whether each curve, at its own optimum, may have the lowest loss of all; a curve without an optimum may not."""
+    losses = [None if o.posterior is None else o.posterior.losses for o in optima(curves)]
+    sampled = [draws for draws in losses if draws is not None]
+    if not sampled:
+        return [False] * len(losses)
+    best = min(sampled, key=lambda draws: float(np.median(draws)))
+    return [draws is not None and float(np.quantile(draws - best, TAILS[0])) <= 0 for draws in losses]
 
 
-def _at_base(rows: Iterable[Rows], grid: GridConfig) -> list[LossCurve]:
-    """The curve of each of some variants at the base, after the longest training."""
-    return [[c for c in collect(mine) if (c.width_ratio, c.depth_ratio) == base_of(grid)][-1] for mine in rows]
+def _curves_at_base(rows: Iterable[Rows], grid: GridConfig) -> list[LossCurve]:
+    """The curve of each variant at the base, after the longest training."""
+    return [[c for c in collect(runs) if (c.width_ratio, c.depth_ratio) == base_of(grid)][-1] for runs in rows]

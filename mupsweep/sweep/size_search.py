@@ -1,13 +1,13 @@
-"""Search: the runs that find the optimal LR of every size, told by those that are finished.
+"""The adaptive search of one variant: the runs that find the optimal LR of every size, given the finished runs.
 
-A round is a pure function of the finished runs of a variant: the same records always want the same runs, whoever asks
-and whatever was interrupted. LRs lie on a lattice of octaves, so that rounds, reruns and grids share runs.
+A round is a pure function of the finished runs: the same records always lead to the same proposals, whoever asks and
+whatever was interrupted. LRs lie on a grid of octaves, so that rounds, reruns and grid sweeps share runs.
 
-A size begins with a few LRs an octave apart, the smallest over `log2_lrs`, a larger one around the optimum that the
-smaller ones lead to expect. While the best LR is at an end, the search walks on. Then the draws of the optimum
-(mupsweep/analysis/optimum.py) say what to train: the variance of the minimum that a run would take away is that of
-a linear Gaussian model, and new LRs and another seed for all LRs at hand are compared by what they take away per run
-(Lindley 1956, doi 10.1214/aoms/1177728069).
+A size begins with a few LRs an octave apart: the smallest over `log2_lrs`, a larger one around the optimum that the
+smaller ones predict. While the best LR is at an end of the trained ones, the search extends that end. After that,
+draws of the optimum (mupsweep/analysis/optimum.py) decide: a linear Gaussian model gives the variance of the minimum
+that a run would remove, and new LRs compete with another seed at every trained LR by the variance that they remove per
+run (Lindley 1956, doi 10.1214/aoms/1177728069).
 """
 
 from __future__ import annotations
@@ -25,25 +25,23 @@ from mupsweep.analysis.curves import LossCurve, Point, collect
 from mupsweep.analysis.optimum import TAILS, Optimum, Posterior, optima, point_sds
 from mupsweep.sweep.config import GridConfig
 
-COARSE = 2.0  # octaves between the LRs of the first look at the smallest size
-COARSE_STEP = 1.0  # octaves between the LRs around a minimum, before the draws choose
+COARSE = 2.0  # octaves between the LRs with which the smallest size begins
+COARSE_STEP = 1.0  # octaves between the LRs around a minimum, before draws of the optimum choose them
 SEARCH_MARGIN = 6.0  # octaves beyond log2_lrs that the search may go
-MIN_NEAR_POINTS = 5  # LRs within REACH of the minimum before its interval counts; fewer leave the shape to the prior
-NEAR_RADIUS = 2.25  # octaves
-REFINE_RADIUS = (
-    2.0  # octaves from the optimum, within which new LRs are taken between others; far ones have leverage on noise
-)
-MAX_PER_ROUND = 3  # such choices in one round at most, since each changes what the next would be
-FIRST_SEEDS = 2  # of every LR: without repetitions noise is a guess, and a search that stops early stops on luck
-SLOPE = 1.0  # octaves per doubling: standard deviation of the drift before any was seen; SP drifts by one
+NEAR_RADIUS = 2.25  # octaves from the minimum within which an LR counts as near
+MIN_NEAR_POINTS = 5  # LRs near the minimum before its interval counts; with fewer, the prior decides the curve's shape
+REFINE_RADIUS = 2.0  # octaves from the optimum within which LRs are added between others; far ones amplify noise
+MAX_PER_ROUND = 3  # candidates chosen in one round, since each of them changes which one would be best next
+FIRST_SEEDS = 2  # seeds of every LR: without repetitions noise is a guess, and a search would stop early by luck
+SLOPE = 1.0  # octaves per doubling: prior standard deviation of the drift of the optimum; SP drifts by one
 SCATTER = 0.2  # octaves by which optima may lie off a straight line
 UNKNOWN = 0.7  # octaves: standard deviation of an optimum of which only the best LR is known
-SHIFT = 100.0  # variance of what a seed shifts at every LR alike, in those of the noise: as good as unknown
-EPS = 1e-6
+SHIFT = 100.0  # prior variance of a shift by the seed common to all LRs, in units of the noise's: as good as unknown
+EPS = 1e-6  # octaves by which two LRs count as equal
 
 
 class Proposal(NamedTuple):
-    """A run that the search wants."""
+    """A run that the search would train next."""
 
     width_ratio: float
     depth_ratio: float
@@ -53,15 +51,16 @@ class Proposal(NamedTuple):
 
 @dataclass(frozen=True)
 class SearchState:
-    """What the search thinks of one size.
+    """The state of the search at one size.
 
     Attributes:
-        wanted: the next runs.
-        reason: why it wants these, or none.
+        ratios: (width_ratio, depth_ratio) of the size.
+        proposals: the runs to train next.
+        reason: why these runs, or why none.
     """
 
     ratios: tuple[float, float]
-    wanted: tuple[Proposal, ...]
+    proposals: tuple[Proposal, ...]
     reason: str
 
 
@@ -71,47 +70,53 @@ def propose(
     """The next runs of one variant; none when the search has ended.
 
     Args:
-        rows: its finished runs, as in results/runs.csv.
-        limits: the lowest and the highest log2 LR; ROOM beyond `log2_lrs` unless given.
+        rows: the finished runs of the variant, as in results/runs.csv.
+        limits: the lowest and the highest log2 LR; SEARCH_MARGIN beyond `log2_lrs` unless given.
     """
-    return [proposal for one in search_state(rows, grid, limits) for proposal in one.wanted]
+    return [proposal for state in search_state(rows, grid, limits) for proposal in state.proposals]
 
 
 def search_state(
     rows: Iterable[Mapping[str, Any]], grid: GridConfig, limits: tuple[float, float] | None = None
 ) -> list[SearchState]:
-    """The state of every size, by rising cost; a size that still waits for smaller ones wants nothing."""
+    """The state of the search at every size, by rising cost; a size that waits for smaller ones proposes nothing."""
     space = Space.of(grid, limits)
     curves = {(c.width_ratio, c.depth_ratio): c for c in collect(rows)}
     sizes = sorted(grid.ratios, key=lambda size: (size[0] ** 2 * size[1], size))
-    seen = [size for size in sizes if size in curves]
-    ladder = [curves[size] for size in seen]
-    sds, freedom = point_sds(ladder)
-    found = dict(zip(seen, optima(ladder), strict=True))
-    looks = {size: SizeSearch(space, found[size], sd if freedom else {}) for size, sd in zip(seen, sds, strict=True)}
-    made: list[SearchState] = []
+    begun = [size for size in sizes if size in curves]
+    ladder = [curves[size] for size in begun]
+    sds, degrees_of_freedom = point_sds(ladder)
+    optimum_of = dict(zip(begun, optima(ladder), strict=True))
+    searches: dict[tuple[float, float], SizeSearch] = {}
+    for size, sds_of_size in zip(begun, sds, strict=True):
+        searches[size] = SizeSearch(space, optimum_of[size], sds_of_size if degrees_of_freedom else {})
+    states: list[SearchState] = []
     waits = False
     for size in sizes:
         if waits:
-            made.append(SearchState(size, (), "waits for smaller sizes"))
+            states.append(SearchState(size, (), "waits for smaller sizes"))
             continue
-        runs, reason = looks[size].next() if size in looks else (space.first_look(size, found), "first look")
-        made.append(SearchState(size, tuple(Proposal(*size, *run) for run in runs), reason))
-        waits = bool(runs) and (size not in found or found[size].se is None)
-    return made
+        if size in searches:
+            runs, reason = searches[size].next()
+        else:
+            runs, reason = space.first_runs(size, optimum_of), "first runs"
+        states.append(SearchState(size, tuple(Proposal(*size, *run) for run in runs), reason))
+        # a larger size begins around the optimum that this one predicts, so it needs an interval first
+        waits = bool(runs) and (size not in optimum_of or optimum_of[size].se is None)
+    return states
 
 
 @dataclass(frozen=True)
 class Space:
-    """Where a search may go.
+    """The space of a search.
 
     Attributes:
-        log2_lrs: where the smallest size begins.
-        step: of the lattice, octaves.
-        lowest, highest: limits, on the lattice.
-        seeds: in the order in which they are taken.
-        half_width: octaves to which the optimum is wanted.
-        max_runs: of one size.
+        log2_lrs: the LRs with which the smallest size begins.
+        step: octaves between neighbours of the LR grid.
+        lowest, highest: the limits of the LR grid, themselves on it.
+        seeds: the seeds, in the order in which they are used.
+        half_width: octaves within which the optimum of every size shall be known.
+        max_runs: the largest number of runs of one size.
     """
 
     log2_lrs: tuple[float, ...]
@@ -132,37 +137,38 @@ class Space:
         return cls(tuple(sorted(grid.log2_lrs)), step, *ends, seeds, grid.half_width, grid.max_runs)
 
     def on(self, log2_lr: float) -> float:
-        """The nearest LR of the lattice."""
+        """The nearest LR of the LR grid."""
         return min(max(round(log2_lr / self.step) * self.step, self.lowest), self.highest)
 
-    def first_look(self, size: tuple[float, float], found: Mapping[tuple[float, float], Optimum]) -> list[Run]:
+    def first_runs(self, size: tuple[float, float], optimum_of: Mapping[tuple[float, float], Optimum]) -> list[Run]:
         """The runs with which a size begins."""
         seeds = self.seeds[:FIRST_SEEDS]
-        known = {at: o for at, o in found.items() if o.curve.usable}
-        if known:
-            center = min(max(self.on(_expected(size, known)), self.lowest + COARSE_STEP), self.highest - COARSE_STEP)
+        smaller = {ratios: optimum for ratios, optimum in optimum_of.items() if optimum.curve.usable}
+        if smaller:
+            predicted = self.on(_predicted_optimum(size, smaller))
+            center = min(max(predicted, self.lowest + COARSE_STEP), self.highest - COARSE_STEP)
             return [(self.on(center + d), seed) for d in (-COARSE_STEP, 0.0, COARSE_STEP) for seed in seeds]
-        taken = [self.on(self.log2_lrs[0])]
+        lrs = [self.on(self.log2_lrs[0])]
         for log2_lr in map(self.on, self.log2_lrs):
-            if log2_lr >= taken[-1] + COARSE - EPS:
-                taken.append(log2_lr)
-        return [(log2_lr, self.seeds[0]) for log2_lr in taken]
+            if log2_lr >= lrs[-1] + COARSE - EPS:
+                lrs.append(log2_lr)
+        return [(log2_lr, self.seeds[0]) for log2_lr in lrs]
 
 
 Run = tuple[float, int]  # log2 LR and seed
 
 
 def lr_grid(half_width: float) -> float:
-    """Octaves between the LRs of a search: the largest power of two within an interval of the wanted width."""
+    """Octaves between the LRs of a search: the largest power of two within an interval of +- `half_width`."""
     return 2.0 ** min(0, math.floor(math.log2(2 * half_width) + EPS))
 
 
 @dataclass(frozen=True)
 class SizeSearch:
-    """What is known of one size.
+    """The search at one size that has finished runs.
 
     Attributes:
-        sds: standard deviation of every seed mean by log2 LR; empty where no seed was repeated.
+        sds: log2 LR -> standard deviation of the mean over its seeds; empty where no LR has two seeds.
     """
 
     space: Space
@@ -174,76 +180,79 @@ class SizeSearch:
         return self.optimum.curve
 
     def next(self) -> tuple[list[Run], str]:
-        """The next runs, and why these or why none."""
-        known = self.half_width()
+        """The next runs, and the reason for them or for their absence."""
+        half_width = self.half_width()
         if not self.curve.usable:
             runs = self.untrained([min(p.log2_lr for p in self.curve.points) - COARSE], self.space.seeds[:FIRST_SEEDS])
-            return runs, "every LR diverges: looks lower" if runs else "every LR diverges"
+            return runs, "every LR diverges: tries lower ones" if runs else "every LR diverges"
         for lrs, seeds, reason in self.bracket():
             if runs := self.untrained(lrs, seeds):
                 return self.within_budget(runs, reason)
         if self.optimum.posterior is None:
             return [], f"stopped: {self.optimum.reason}"
-        if known <= self.space.half_width:
-            return [], f"known to +-{known:.2f} octaves"
-        about = "not bounded yet" if math.isinf(known) else f"known to +-{known:.2f} octaves only"
-        options = list(self.options(self.optimum.posterior))
-        if not options:
-            return [], f"stopped: {about}, with every seed: noise rules"
-        runs = self.refine(self.optimum.posterior, options)
-        return self.within_budget(runs or options[0].runs, about)
+        if half_width <= self.space.half_width:
+            return [], f"known to +-{half_width:.2f} octaves"
+        precision = "not bounded yet" if math.isinf(half_width) else f"known to +-{half_width:.2f} octaves only"
+        candidates = list(self.candidates(self.optimum.posterior))
+        if not candidates:
+            return [], f"stopped: {precision}, although every seed is used: the noise is too large"
+        runs = self.refine(self.optimum.posterior, candidates)
+        return self.within_budget(runs or candidates[0].runs, precision)
 
     def half_width(self) -> float:
-        o = self.optimum
-        return (o.high - o.low) / 2 if o.se is not None and o.high is not None and o.low is not None else math.inf
+        """Half the width of the optimum's interval, in octaves; infinite where the optimum has none."""
+        optimum = self.optimum
+        if optimum.se is None or optimum.high is None or optimum.low is None:
+            return math.inf
+        return (optimum.high - optimum.low) / 2
 
     def within_budget(self, runs: list[Run], reason: str) -> tuple[list[Run], str]:
+        """The runs and their reason; no runs where they would exceed the limit of one size."""
         if self.curve.n_runs + len(runs) <= self.space.max_runs:
             return runs, reason
         return [], f"stopped at sweep.max_runs={self.space.max_runs}: {reason}"
 
     def untrained(self, lrs: Iterable[float], seeds: Sequence[int]) -> list[Run]:
-        """Those of these runs that are new, within the limits, and not at an LR that diverged."""
-        had = {p.log2_lr: p for p in self.curve.points}
-        return [
-            (log2_lr, seed)
-            for log2_lr in dict.fromkeys(map(self.space.on, lrs))
-            if log2_lr not in had or not had[log2_lr].censored
-            for seed in seeds
-            if log2_lr not in had or seed not in had[log2_lr].losses
-        ]
+        """The new runs at these LRs and seeds, with LRs moved onto the LR grid; none at an LR that diverged."""
+        points = {p.log2_lr: p for p in self.curve.points}
+        runs: list[Run] = []
+        for log2_lr in dict.fromkeys(map(self.space.on, lrs)):
+            point = points.get(log2_lr)
+            if point is not None and point.censored:
+                continue
+            runs += [(log2_lr, seed) for seed in seeds if point is None or seed not in point.losses]
+        return runs
 
     def best(self) -> Point:
+        """The point with the lowest mean loss."""
         return min(self.curve.usable, key=lambda p: p.mean)
 
     def bracket(self) -> Iterator[tuple[list[float], tuple[int, ...], str]]:
-        """LRs, and their seeds, that every curve needs before its draws can choose: what to try in turn."""
+        """What a curve needs before draws of its optimum can choose runs: (LRs, seeds, reason), first need first."""
         best = self.best()
-        yield list(self.neighbours()), self.space.seeds[: len(best.losses)], "the best LR lacks a neighbour"
+        yield list(self.neighbours()), self.space.seeds[: len(best.losses)], "the best LR has no neighbour on one side"
         if self.optimum.posterior is None:
             return
-        middle, trained = self.optimum.center, [p.log2_lr for p in self.curve.points]
+        middle = self.optimum.center
         near = [p.log2_lr for p in self.curve.usable if abs(p.log2_lr - middle) <= NEAR_RADIUS]
         seeds = self.space.seeds[: max(FIRST_SEEDS, len(best.losses))]
-        yield near, seeds, "LRs around the minimum lack seeds"
+        yield near, seeds, "LRs around the minimum need more seeds"
         if 0 < len(near) < MIN_NEAR_POINTS:
             beyond = [x for x in (min(near) - COARSE_STEP, max(near) + COARSE_STEP) if self.is_open(x)]
-            between = [x for x in self.lattice_around(middle) if self.is_open(x)]
-            for chosen in (beyond, between):
-                yield (
-                    sorted(chosen, key=lambda x: abs(x - middle))[:1],
-                    seeds,
-                    f"fewer than {MIN_NEAR_POINTS} LRs around it",
-                )
+            between = [x for x in self.grid_around(middle) if self.is_open(x)]
+            for lrs in (beyond, between):
+                nearest_lr = sorted(lrs, key=lambda x: abs(x - middle))[:1]
+                yield nearest_lr, seeds, f"fewer than {MIN_NEAR_POINTS} LRs around the minimum"
         posterior = self.optimum.posterior
         cell = posterior.grid[1] - posterior.grid[0]
+        trained = [p.log2_lr for p in self.curve.points]
         for end, sign in ((posterior.grid[0], -1), (posterior.grid[-1], 1)):
-            reached = float(np.mean(np.abs(posterior.minima - end) <= cell)) > TAILS[0]
-            if reached and not any((x - end) * sign > EPS for x in trained):
+            minimum_at_end = float(np.mean(np.abs(posterior.minima - end) <= cell)) > TAILS[0]
+            if minimum_at_end and not any((x - end) * sign > EPS for x in trained):
                 yield [float(end) + sign * COARSE_STEP], seeds, "the minimum may lie beyond what was trained"
 
     def neighbours(self) -> Iterator[float]:
-        """LRs that are missing beside the best one; before a cliff, half of the way to it."""
+        """LRs that are missing beside the best one; below an LR that diverged, the one halfway to it."""
         best = self.best().log2_lr
         below = max((p.log2_lr for p in self.curve.points if p.log2_lr < best - EPS), default=-math.inf)
         above = min((p.log2_lr for p in self.curve.points if p.log2_lr > best + EPS), default=math.inf)
@@ -255,51 +264,58 @@ class SizeSearch:
             yield best + (above - best) / 2 - EPS
 
     def is_open(self, log2_lr: float) -> bool:
-        """Whether an LR is within the limits, below the cliff and not trained yet."""
-        cliff = min((p.log2_lr for p in self.curve.points if p.censored), default=math.inf)
-        new = all(abs(p.log2_lr - log2_lr) > EPS for p in self.curve.points)
-        return new and self.space.lowest <= log2_lr <= self.space.highest and log2_lr < cliff
+        """Whether an LR is within the limits, below the lowest one that diverged, and not trained yet."""
+        lowest_diverged = min((p.log2_lr for p in self.curve.points if p.censored), default=math.inf)
+        untrained = all(abs(p.log2_lr - log2_lr) > EPS for p in self.curve.points)
+        return untrained and self.space.lowest <= log2_lr <= self.space.highest and log2_lr < lowest_diverged
 
-    def lattice_around(self, middle: float) -> list[float]:
-        """The LRs of the lattice within FILL of the optimum."""
+    def grid_around(self, middle: float) -> list[float]:
+        """The LRs of the LR grid within REFINE_RADIUS of the optimum."""
         count = math.ceil(REFINE_RADIUS / self.space.step)
         around = [self.space.on(middle) + i * self.space.step for i in range(-count, count + 1)]
         return [x for x in around if abs(x - middle) <= REFINE_RADIUS]
 
-    def options(self, posterior: Posterior) -> Iterator[Candidate]:
-        """What could be trained: another seed at every LR at hand, or an LR between them with their seeds."""
+    def candidates(self, posterior: Posterior) -> Iterator[Candidate]:
+        """What could be trained: another seed at every trained LR, or an LR between these with as many seeds."""
         inside = [p for p in self.curve.usable if posterior.covers(p.log2_lr)]
         noise = {p.log2_lr: self.noise(p, posterior) for p in inside}
         typical = float(np.median(list(noise.values())))
         another = [seed for seed in self.space.seeds if any(seed not in p.losses for p in inside)][:1]
         if repeats := self.untrained([p.log2_lr for p in inside], another):
             lrs = [log2_lr for log2_lr, _ in repeats]
-            shift = SHIFT * typical if len(lrs) == len(inside) else 0.0  # of a new seed, only differences tell
+            # a seed that no LR has yet shifts the whole curve, so only differences between its losses count
+            shift = SHIFT * typical if len(lrs) == len(inside) else 0.0
             yield Candidate(repeats, lrs, np.diag([noise[x] for x in lrs]) + shift)
         seeds = self.space.seeds[: max(FIRST_SEEDS, min(len(p.losses) for p in inside))]
-        for log2_lr in self.lattice_around(self.optimum.log2_lr or 0.0):
+        for log2_lr in self.grid_around(self.optimum.log2_lr or 0.0):
             if posterior.covers(log2_lr) and self.is_open(log2_lr):
                 yield Candidate(self.untrained([log2_lr], seeds), [log2_lr], np.array([[typical / len(seeds)]]))
 
-    def refine(self, posterior: Posterior, options: list[Candidate]) -> list[Run]:
-        """The options that take away the most variance of the minimum per run, until the rest is expected to suffice:
-        LRs, or another seed of all there are. None where the budget has no room for any."""
+    def refine(self, posterior: Posterior, candidates: list[Candidate]) -> list[Run]:
+        """The runs that remove the most variance of the minimum per run, until the remainder is expected to suffice.
+
+        Either new LRs, or another seed at every trained LR; no runs where the budget has no room for any.
+        """
         goal = float(posterior.minima.var()) - (self.space.half_width / NormalDist().inv_cdf(TAILS[1])) ** 2
         room = self.space.max_runs - self.curve.n_runs
-        taken: list[Candidate] = []
-        gained = 0.0
-        while len(taken) < MAX_PER_ROUND and (not taken or gained < goal):
-            left = [o for o in options if len(o.runs) <= room and o not in taken and (len(o.lrs) == 1 or not taken)]
-            gains = [(variance_reduction(posterior, [*taken, o]), o) for o in left]
-            if not gains or (taken and len(taken[0].lrs) > 1):
+        selected: list[Candidate] = []
+        removed = 0.0
+        while len(selected) < MAX_PER_ROUND and (not selected or removed < goal):
+            if selected and len(selected[0].lrs) > 1:  # another seed at every LR is a round of its own
                 break
-            gained, best = max(gains, key=lambda pair: (pair[0] - gained) / len(pair[1].runs))
-            taken.append(best)
+            affordable = [c for c in candidates if len(c.runs) <= room and c not in selected]
+            if selected:
+                affordable = [c for c in affordable if len(c.lrs) == 1]
+            reductions = [(variance_reduction(posterior, [*selected, c]), c) for c in affordable]
+            if not reductions:
+                break
+            removed, best = max(reductions, key=lambda pair: (pair[0] - removed) / len(pair[1].runs))
+            selected.append(best)
             room -= len(best.runs)
-        return [run for option in taken for run in option.runs]
+        return [run for candidate in selected for run in candidate.runs]
 
     def noise(self, point: Point, posterior: Posterior) -> float:
-        """Variance of one run's loss; where no seed was repeated, what the draws leave open."""
+        """Variance of one run's loss; where no LR has two seeds, the posterior variance of the curve at this LR."""
         if self.sds:
             return self.sds[point.log2_lr] ** 2 * len(point.losses)
         return float(posterior.at(np.full(len(posterior.minima), point.log2_lr)).var())
@@ -307,29 +323,30 @@ class SizeSearch:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """Some runs, and the losses that they would give: at which LRs, with which covariance of the noise."""
+    """Runs that could be trained together, with the LRs of the losses they give and the covariance of the noise."""
 
     runs: list[Run]
     lrs: list[float]
     noise: np.ndarray
 
 
-def variance_reduction(posterior: Posterior, options: Sequence[Candidate]) -> float:
-    """Variance of the minimum that these runs would take away."""
-    lrs = [x for option in options for x in option.lrs]
+def variance_reduction(posterior: Posterior, candidates: Sequence[Candidate]) -> float:
+    """The variance of the minimum that the runs of these candidates would remove, in a linear Gaussian model."""
+    lrs = [x for candidate in candidates for x in candidate.lrs]
     curves = np.array([posterior.at(np.full(len(posterior.minima), x)) for x in lrs])  # (LRs, draws)
     curves = curves - curves.mean(axis=1, keepdims=True)
     across = curves @ (posterior.minima - posterior.minima.mean()) / len(posterior.minima)
-    covariance = curves @ curves.T / len(posterior.minima) + block_diag(*(option.noise for option in options))
+    covariance = curves @ curves.T / len(posterior.minima) + block_diag(*(candidate.noise for candidate in candidates))
     return float(across @ np.linalg.solve(covariance, across))
 
 
-def _expected(size: tuple[float, float], known: Mapping[tuple[float, float], Optimum]) -> float:
-    """The optimum that the other sizes lead to expect: a plane through them, its slopes drawn to no drift."""
-    places = np.array([[1.0, math.log2(r_n), math.log2(r_L)] for r_n, r_L in known])
-    centers = np.array([o.center for o in known.values()])
-    weights = np.array([1 / ((UNKNOWN if o.se is None else o.se) ** 2 + SCATTER**2) for o in known.values()])
-    prior = np.diag([EPS, SLOPE**-2, SLOPE**-2])
-    middle = weights @ centers / weights.sum()
-    plane = np.linalg.solve(places.T * weights @ places + prior, places.T * weights @ (centers - middle))
-    return float(middle + plane @ [1.0, math.log2(size[0]), math.log2(size[1])])
+def _predicted_optimum(size: tuple[float, float], optimum_of: Mapping[tuple[float, float], Optimum]) -> float:
+    """log2 of the optimum at `size`, predicted from other sizes: ridge regression on log2 of width and depth."""
+    design = np.array([[1.0, math.log2(r_n), math.log2(r_L)] for r_n, r_L in optimum_of])
+    centers = np.array([o.center for o in optimum_of.values()])
+    weights = np.array([1 / ((UNKNOWN if o.se is None else o.se) ** 2 + SCATTER**2) for o in optimum_of.values()])
+    prior_precision = np.diag([EPS, SLOPE**-2, SLOPE**-2])
+    mean = weights @ centers / weights.sum()
+    normal_matrix = design.T * weights @ design + prior_precision
+    coefficients = np.linalg.solve(normal_matrix, design.T * weights @ (centers - mean))
+    return float(mean + coefficients @ [1.0, math.log2(size[0]), math.log2(size[1])])

@@ -10,19 +10,25 @@ from typing import Any, NamedTuple
 from mupsweep.errors import ConfigError
 from mupsweep.models import Multipliers
 from mupsweep.models.shape import Size
+from mupsweep.optimizers import Optimizer
+from mupsweep.optimizers.optimizer import Dims
 from mupsweep.scaling import WEIGHT_DECAY_RULES, Init, Role, Rule, TensorSpec, UpdateLaw, numeric, symbolic
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, ScaledOptimizer
+
+LawOfShape = Callable[[Dims | None], UpdateLaw]  # an optimizer's law for a tensor of (n_out, n_in), or in general
 
 
 @dataclass(frozen=True)
 class TensorRule:
-    """One tensor as it is trained: absolute numbers, and each ratio to the base shape.
+    """The numbers that one tensor is trained with, and the ratio of each to its value at the base shape.
 
     Attributes:
-        lr: peak LR; weight_decay: coupled, a step subtracts lr * weight_decay * W.
-        decay_per_step: lr * weight_decay at the peak.
         multiplier: forward constant on the tensor's branch, or on the logits.
-        thresholds: what else is compared with gradients, such as Sophia's rho, by name.
+        lr: peak LR.
+        weight_decay: coupled coefficient: a step subtracts lr * weight_decay * W.
+        decay_per_step: lr * weight_decay at the peak.
+        thresholds: name -> value of every hyperparameter beside eps that is compared with gradients, as Sophia's rho.
+        tied_to: the name of the tensor whose storage this one shares, or None.
     """
 
     name: str
@@ -46,11 +52,22 @@ class TensorRule:
 
 
 class TensorScaling(NamedTuple):
-    """The optimizer of a tensor, its rule in ratios to the base shape, and its thresholds in absolute numbers."""
+    """How one tensor is scaled from the base shape.
+
+    Attributes:
+        scaled: the optimizer that steps the tensor.
+        rule: ratio of every number to its value at the base shape.
+        thresholds: name -> ratio of every hyperparameter beside eps that is compared with gradients.
+    """
 
     scaled: ScaledOptimizer
     rule: Rule
-    thresholds: Mapping[str, float]
+    thresholds: Mapping[str, Any]
+
+    def absolute_thresholds(self, dims: Dims) -> dict[str, float]:
+        """The value of every hyperparameter that is compared with gradients, eps included, for a tensor of `dims`."""
+        scales = {"eps": self.rule.eps, **self.thresholds}
+        return {name: base.value * scales[name] for name, base in self.scaled.optimizer.thresholds(dims).items()}
 
 
 def rules(resolved: ResolvedVariant, size: Size, base_lr: float) -> tuple[TensorRule, ...]:
@@ -59,44 +76,58 @@ def rules(resolved: ResolvedVariant, size: Size, base_lr: float) -> tuple[Tensor
     Raises:
         ConfigError: a role that its shape contradicts, or a tie whose two rules disagree, naming the tensor.
     """
-    base = {t.name: t for t in resolved.model.tensors(resolved.size(1.0, 1.0))}
-    target = list(resolved.model.tensors(size))
     _check_roles(resolved)
-    by_name = {}
+    base = {spec.name: spec for spec in resolved.model.tensors(resolved.size(1.0, 1.0))}
+    target = list(resolved.model.tensors(size))
+    scalings: dict[str, TensorScaling] = {}
     for spec in target:
-        # blocks beyond the base depth repeat the shapes of the base's first block
-        small = base.get(spec.name) or base[_first_block(spec.name)]
-        by_name[spec.name] = scale_tensor(resolved, size.width_ratio, size.depth_ratio, spec, small)
+        # blocks beyond the base depth have the shapes of the base's first block
+        base_spec = base.get(spec.name) or base[_first_block(spec.name)]
+        scalings[spec.name] = scale_tensor(resolved, size.width_ratio, size.depth_ratio, spec, base_spec)
     for spec in target:
         if spec.tied_to is not None:
-            _check_tie(resolved, spec, by_name[spec.name], by_name[spec.tied_to])
+            _check_tie(resolved, spec, scalings[spec.name], scalings[spec.tied_to])
     forward = multipliers(resolved, size)
-    return tuple(tensor_rule(spec, by_name[spec.name], resolved, forward, base_lr) for spec in target)
+    return tuple(tensor_rule(spec, scalings[spec.name], resolved, forward, base_lr) for spec in target)
+
+
+def symbolic_rules(resolved: ResolvedVariant) -> dict[Role, TensorScaling]:
+    """The rule of every role, and the scale of every threshold beside eps, as monomials in (r_n, r_L)."""
+    scalings: dict[Role, TensorScaling] = {}
+    for role in Role:
+
+        def solve(law: LawOfShape, role: Role = role) -> Rule:
+            return symbolic(resolved.parametrization, law(None), role)
+
+        scaled = resolved.optimizer_for(role)
+        scalings[role] = TensorScaling(scaled, *_optimizer_rule(scaled.optimizer, solve))
+    return scalings
 
 
 def multipliers(resolved: ResolvedVariant, size: Size) -> Multipliers:
     """The forward constants at `size`."""
     claims = resolved.parametrization.claims()
-
-    def ratio(role: Role) -> float:
-        return claims[role].multiplier.at(size.width_ratio, size.depth_ratio)
-
-    power = float(resolved.parametrization.attention_power)
-    return resolved.model.multipliers(size, ratio(Role.HIDDEN), ratio(Role.OUTPUT), power)
+    block, output = (
+        claims[role].multiplier.at(size.width_ratio, size.depth_ratio) for role in (Role.HIDDEN, Role.OUTPUT)
+    )
+    return resolved.model.multipliers(size, block, output, float(resolved.parametrization.attention_power))
 
 
 def clip_norm(resolved: ResolvedVariant) -> float | None:
     """The norm that gradients are clipped to; None where an optimizer's rule depends on the gradient's size.
 
     The gradient's norm itself changes with width and depth, so a constant norm would clip sizes differently and break
-    the rule of every optimizer whose update is not normalised: any degree other than 0.
+    the rule of every optimizer whose update is not normalised (`UpdateLaw.degree` other than 0).
     """
     normalised = all(optimizer.update_law().degree == 0 for optimizer, _ in resolved.optimizers)
     return resolved.training.clip if normalised else None
 
 
 def audit(resolved: ResolvedVariant) -> list[str]:
-    """What a reader of the rules should know before training; contradictions are raised by `resolve` and `rules`."""
+    """Notes on the rules of a variant that a user should read before training.
+
+    Contradictions are errors of `resolve` and `rules` instead.
+    """
     notes = []
     for optimizer, _ in resolved.optimizers:
         law = optimizer.update_law()
@@ -109,9 +140,8 @@ def audit(resolved: ResolvedVariant) -> list[str]:
             notes.append(
                 f"{optimizer.name} gives its weights a norm of its own at the start: their init std has no effect"
             )
-        published, strict = (
-            symbolic(resolved.parametrization, of, Role.HIDDEN).lr for of in (law, optimizer.measured_law())
-        )
+        published = symbolic(resolved.parametrization, law, Role.HIDDEN).lr
+        strict = symbolic(resolved.parametrization, optimizer.measured_law(), Role.HIDDEN).lr
         if published != strict:
             notes.append(
                 f"the LR of {optimizer.name} follows the published rule, for hidden matrices {published}, "
@@ -127,7 +157,7 @@ def audit(resolved: ResolvedVariant) -> list[str]:
         notes.append(
             f"horizon rule is on: LRs are multiplied by (tokens / {training.base_tokens})^{training.horizon_exponent:g}"
         )
-    if resolved.training.schedule == "constant" and resolved.training.min_lr_frac != 1:
+    if training.schedule == "constant" and training.min_lr_frac != 1:
         notes.append("training.min_lr_frac has no effect: the schedule is constant")
     if resolved.model.attention_scale != "parametrization":
         notes.append(f"attention scale {resolved.model.attention_scale} is forced by model.attention_scale")
@@ -147,7 +177,7 @@ def scale_tensor(
             "never leave zero; give it an init std above 0"
         )
 
-    def ratios(law: Callable[[tuple[int, int]], UpdateLaw]) -> Rule:
+    def solve(law: LawOfShape) -> Rule:
         laws = law(spec.dims), law(base.dims)
         if laws[0].degree != laws[1].degree:
             raise ConfigError(
@@ -156,18 +186,31 @@ def scale_tensor(
             )
         return numeric(resolved.parametrization, laws[0], spec, base, width_ratio, depth_ratio, base_law=laws[1])
 
-    rule, decay = ratios(optimizer.update_law), ratios(optimizer.decay_law)
-    values = {name: threshold.value for name, threshold in optimizer.thresholds(spec.dims).items()}
-    scales = {name: ratios(lambda dims, name=name: optimizer.thresholds(dims)[name].law).eps for name in values}
-    thresholds = {name: value * scales[name] for name, value in values.items()}
-    return TensorScaling(scaled, replace(rule, weight_decay=decay.weight_decay, eps=scales["eps"]), thresholds)
+    return TensorScaling(scaled, *_optimizer_rule(optimizer, solve))
+
+
+def _optimizer_rule(optimizer: Optimizer, solve: Callable[[LawOfShape], Rule]) -> tuple[Rule, dict[str, Any]]:
+    """The rule of an optimizer, and the scale of every threshold beside eps.
+
+    LR and init follow from the law of the update, weight decay from the law of what it is added to, and every threshold
+    from a law of its own.
+
+    Args:
+        solve: the rule under one law, which is given as a function of a tensor's (n_out, n_in).
+    """
+    scales = {}
+    for name in optimizer.thresholds():
+        scales[name] = solve(lambda dims, name=name: optimizer.thresholds(dims)[name].law).eps
+    decay = solve(optimizer.decay_law).weight_decay
+    return replace(solve(optimizer.update_law), weight_decay=decay, eps=scales.pop("eps")), scales
 
 
 def tensor_rule(
     spec: TensorSpec, scaling: TensorScaling, resolved: ResolvedVariant, forward: Multipliers, base_lr: float
 ) -> TensorRule:
+    """The numbers of one tensor at a base LR, from its ratios to the base shape and the forward constants."""
     multiplier = {Role.OUTPUT: forward.output, Role.HIDDEN: forward.block, Role.HIDDEN_VECTOR: forward.block}
-    (optimizer, lr_ratio), rule, thresholds = scaling.scaled, scaling.rule, dict(scaling.thresholds)
+    (optimizer, lr_ratio), rule, thresholds = scaling.scaled, scaling.rule, scaling.absolute_thresholds(spec.dims)
     lr = base_lr * lr_ratio * rule.lr
     decay_rule = WEIGHT_DECAY_RULES[resolved.parametrization.weight_decay_rule]
     decay = decay_rule.coefficient(optimizer.weight_decay, base_lr * lr_ratio, resolved.steps) if spec.decay else 0.0
@@ -199,20 +242,21 @@ def _first_block(name: str) -> str:
 
 
 def _check_roles(resolved: ResolvedVariant) -> None:
-    """A dimension grows with the width exactly where the role says so."""
-    sizes = [resolved.size(1.0, 1.0), resolved.size(2.0, 1.0)]
-    for small, big in zip(*(resolved.model.tensors(s) for s in sizes), strict=True):
-        grew = tuple(b > s for s, b in zip(small.acting_dims, big.acting_dims, strict=True))
-        if grew != (small.role.grows if small.role.is_matrix else (True, False)):
+    """Refuse a tensor whose dimensions do not grow with the width as its role says."""
+    sizes = (resolved.size(1.0, 1.0), resolved.size(2.0, 1.0))
+    for base, doubled in zip(*(resolved.model.tensors(size) for size in sizes), strict=True):
+        growth = tuple(b > s for s, b in zip(base.acting_dims, doubled.acting_dims, strict=True))
+        if growth != (base.role.grows if base.role.is_matrix else (True, False)):
             raise ConfigError(
-                f"{small.name} is declared {small.role.value}, but its (n_out, n_in) goes from {small.acting_dims} to "
-                f"{big.acting_dims} when the width doubles: mend its role in the model"
+                f"{base.name} is declared {base.role.value}, but its (n_out, n_in) goes from {base.acting_dims} to "
+                f"{doubled.acting_dims} when the width doubles: mend its role in the model"
             )
 
 
-def _check_tie(resolved: ResolvedVariant, spec: TensorSpec, mine: TensorScaling, other: TensorScaling) -> None:
+def _check_tie(resolved: ResolvedVariant, spec: TensorSpec, scaling: TensorScaling, tied: TensorScaling) -> None:
+    """Refuse a tensor that shares its storage with one of another rule."""
     for key in ("init_std", "lr", "weight_decay", "eps"):
-        a, b = getattr(mine.rule, key), getattr(other.rule, key)
+        a, b = getattr(scaling.rule, key), getattr(tied.rule, key)
         if not math.isclose(a, b, rel_tol=1e-9):
             raise ConfigError(
                 f"model.tied=true: {spec.tied_to} and {spec.name} share storage, but "
@@ -223,18 +267,18 @@ def _check_tie(resolved: ResolvedVariant, spec: TensorSpec, mine: TensorScaling,
 
 
 def rule_record(row: TensorRule) -> dict[str, Any]:
-    """A rule as `rules --json` and recipes hold it."""
+    """A tensor's rule as a row of `rules --json` and of a recipe's JSON."""
     return {k: (v.value if isinstance(v, Role | Init) else v) for k, v in asdict(row).items()}
 
 
 def role_records(run: RunSpec) -> dict[str, dict[str, Any]]:
-    """What the tensors of every role are trained with, as a run's config holds it; a list where shapes differ in it."""
-    found: dict[str, dict[str, set[Any]]] = {}
+    """The numbers of every role as a run's config stores them; a list where tensors of one role differ."""
+    values_of: dict[str, dict[str, set[Any]]] = {}
     for row in rules(run.resolved, run.size, run.base_lr):
-        of_role = found.setdefault(row.role.value, {})
+        values_of_role = values_of.setdefault(row.role.value, {})
         for key in ("optimizer", "init_std", "multiplier", "lr", "weight_decay", "eps"):
-            of_role.setdefault(key, set()).add(getattr(row, key))
-    return {
-        role: {key: values.pop() if len(values) == 1 else sorted(values) for key, values in numbers.items()}
-        for role, numbers in found.items()
-    }
+            values_of_role.setdefault(key, set()).add(getattr(row, key))
+    records: dict[str, dict[str, Any]] = {}
+    for role, numbers in values_of.items():
+        records[role] = {key: values.pop() if len(values) == 1 else sorted(values) for key, values in numbers.items()}
+    return records

@@ -14,7 +14,7 @@ from mupsweep.analysis.tuning import tunings
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import SweepConfig, load
 from mupsweep.sweep.run_spec import RunSpec
-from mupsweep.sweep.search import base_of, survey
+from mupsweep.sweep.search import base_of, search_states
 
 Row = Mapping[str, Any]
 SEARCH = [
@@ -108,11 +108,11 @@ def test_what_a_default_cannot_afford_is_left_to_the_values() -> None:
     assert {row.get("value") for row in rows.values()} == {None, 0.04, 0.08, 0.16}
 
 
-def test_what_is_wanted_does_not_depend_on_the_order_of_the_records(whole: list[dict[str, Row]]) -> None:
+def test_proposals_do_not_depend_on_the_order_of_the_records(whole: list[dict[str, Row]]) -> None:
     config = load(SEARCH)
     rows = list(merged(whole).values())[:60]
-    looks = [survey(config.variants, some, config.sweep) for some in (rows, rows[::-1])]
-    assert looks[0] == looks[1]
+    states = [search_states(config.variants, ordered, config.sweep) for ordered in (rows, rows[::-1])]
+    assert states[0] == states[1]
 
 
 def test_a_value_that_diverges_at_every_lr_ends_at_the_base() -> None:

@@ -53,11 +53,11 @@ def searched(grid: GridConfig, train: Callable[[Proposal], Row]) -> list[Row]:
     """Every run of a search."""
     rows: dict[Proposal, Row] = {}
     for _ in range(ENOUGH):
-        wanted = propose(rows.values(), grid)
-        if not wanted:
+        proposals = propose(rows.values(), grid)
+        if not proposals:
             return list(rows.values())
-        assert not set(wanted) & set(rows)
-        rows |= {run: train(run) for run in wanted}
+        assert not set(proposals) & set(rows)
+        rows |= {run: train(run) for run in proposals}
     raise AssertionError("the search does not end")
 
 
@@ -89,7 +89,7 @@ def test_a_cliff_beside_the_minimum_is_approached_and_not_crossed_again() -> Non
     rows = searched(GridConfig(log2_lrs=LADDER.log2_lrs, search=ADAPTIVE), valley(-6.2, cliff=1.0))
     (found,) = optima(collect(rows))
     assert found.log2_lr == pytest.approx(-6.2, abs=0.25)
-    assert len({r["log2_lr"] for r in rows if r["status"] == "diverged"}) <= 3  # two of the first look, one beside
+    assert len({r["log2_lr"] for r in rows if r["status"] == "diverged"}) <= 3  # two of the first runs, one beside
 
 
 def test_runs_that_all_diverge_end_the_search_at_its_limit() -> None:
@@ -112,19 +112,19 @@ def test_it_stops_at_its_budget_and_says_so() -> None:
     assert last.reason.startswith("stopped at sweep.max_runs=16: ")
 
 
-def test_what_it_wants_does_not_depend_on_the_order_of_the_records() -> None:
+def test_its_proposals_do_not_depend_on_the_order_of_the_records() -> None:
     rows = searched(LADDER, drifting(-6.7, -0.5))[:20]
     assert propose(rows, LADDER) == propose(rows[::-1], LADDER)
 
 
-def test_a_larger_size_begins_around_what_the_smaller_ones_lead_to_expect() -> None:
+def test_a_larger_size_begins_around_what_the_smaller_ones_predict() -> None:
     rows = searched(LADDER, drifting(-5.0, -1.0))
     first = [r for r in rows if r["width_ratio"] == 4.0][:6]
     assert sorted({r["log2_lr"] for r in first}) == [-8.0, -7.0, -6.0]
 
 
 @pytest.mark.parametrize(("half_width", "step"), [(0.25, 0.5), (0.1, 0.125), (0.125, 0.25), (1.0, 1.0), (3.0, 1.0)])
-def test_the_lattice_follows_from_the_wanted_half_width(half_width: float, step: float) -> None:
+def test_the_lr_grid_follows_from_the_half_width(half_width: float, step: float) -> None:
     assert lr_grid(half_width) == step
 
 

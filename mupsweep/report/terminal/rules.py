@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
 from mupsweep.optimizers.muon import SHAPE_FACTORS, Muon, convert
 from mupsweep.report.terminal.console import console_of, table_of
-from mupsweep.scaling import Monomial, Role, Rule, symbolic
+from mupsweep.scaling import Role
 from mupsweep.sweep.config import SweepConfig
 from mupsweep.sweep.run_spec import ResolvedVariant, resolve
-from mupsweep.sweep.tensor_rules import TensorRule, audit, multipliers, rule_record, rules
+from mupsweep.sweep.tensor_rules import TensorRule, audit, multipliers, rule_record, rules, symbolic_rules
 
 RULE_KEYS = ("multiplier", "init_std", "lr", "weight_decay", "eps")
 
@@ -32,12 +31,13 @@ def show_rules(config: SweepConfig, as_json: bool, per_tensor: bool) -> None:
     console = console_of()
     for one in made:
         console.print(f"\n{'/'.join(one.variant.label)}", style="bold")
-        symbols = list(_symbols(one))
-        names = sorted({name for *_, thresholds in symbols for name in thresholds})
+        symbols = symbolic_rules(one)
+        names = sorted({name for scaling in symbols.values() for name in scaling.thresholds})
         table = table_of("role", "optimizer", "multiplier", "init std", "LR", "weight decay", "eps", *names)
-        for role, part, rule, thresholds in symbols:
-            entries = [getattr(rule, key) for key in RULE_KEYS] + [thresholds.get(name, "") for name in names]
-            table.add_row(role.value, part, *map(str, entries))
+        for role, scaling in symbols.items():
+            entries = [getattr(scaling.rule, key) for key in RULE_KEYS]
+            entries += [scaling.thresholds.get(name, "") for name in names]
+            table.add_row(role.value, scaling.scaled.optimizer.name, *map(str, entries))
         console.show(table)
         for r_n, r_L in config.sweep.ratios:
             size = one.size(r_n, r_L)
@@ -59,13 +59,14 @@ def show_rules(config: SweepConfig, as_json: bool, per_tensor: bool) -> None:
 def _rules_document(one: ResolvedVariant, config: SweepConfig, base_lr: float) -> dict[str, Any]:
     model, optimizer, parametrization = one.variant.names
     roles = {}
-    for role, part, rule, thresholds in _symbols(one):
+    for role, scaling in symbolic_rules(one).items():
+        rule = scaling.rule
         roles[role.value] = {
-            "optimizer": part,
+            "optimizer": scaling.scaled.optimizer.name,
             "multiplier": rule.multiplier.exponents,
             "init_var": (rule.init_std**2).exponents,
             **{key: getattr(rule, key).exponents for key in ("lr", "weight_decay", "eps")},
-            "thresholds": {name: monomial.exponents for name, monomial in thresholds.items()},
+            "thresholds": {name: monomial.exponents for name, monomial in scaling.thresholds.items()},
         }
     sizes = []
     for r_n, r_L in config.sweep.ratios:
@@ -90,17 +91,6 @@ def _rules_document(one: ResolvedVariant, config: SweepConfig, base_lr: float) -
         "sizes": sizes,
         "audit": audit(one),
     }
-
-
-def _symbols(one: ResolvedVariant) -> Iterable[tuple[Role, str, Rule, dict[str, Monomial]]]:
-    """(role, optimizer, rule as monomials, that of every threshold beside eps)."""
-    for role in Role:
-        optimizer = one.optimizer_for(role).optimizer
-        rule = symbolic(one.parametrization, optimizer.update_law(), role)
-        decay = symbolic(one.parametrization, optimizer.decay_law(), role).weight_decay
-        laws = {name: threshold.law for name, threshold in optimizer.thresholds().items()}
-        scaled = {name: symbolic(one.parametrization, law, role).eps for name, law in laws.items()}
-        yield role, optimizer.name, replace(rule, weight_decay=decay, eps=scaled.pop("eps")), scaled
 
 
 def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:

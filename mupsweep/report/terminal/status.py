@@ -86,7 +86,9 @@ def is_over(sweep: SweepDir) -> bool:
     if not plan or any(sweep.run(row["run_id"]).status()["status"] not in FINISHED for row in plan):
         return False
     config = _searching(sweep)
-    return config is None or not any(one.wanted for looks in _survey(config, sweep).values() for one in looks)
+    return config is None or not any(
+        state.proposals for states in _search_states(config, sweep).values() for state in states
+    )
 
 
 def _searching(sweep: SweepDir) -> SweepConfig | None:
@@ -98,12 +100,12 @@ def _searching(sweep: SweepDir) -> SweepConfig | None:
     return None if config.sweep.search == GRID else config
 
 
-def _survey(config: SweepConfig, sweep: SweepDir) -> SearchStates:
-    """Where a search stands, by variant."""
+def _search_states(config: SweepConfig, sweep: SweepDir) -> SearchStates:
+    """The state of a search, by variant."""
     from mupsweep.store.results import read_runs
-    from mupsweep.sweep.search import survey  # which needs scipy
+    from mupsweep.sweep.search import search_states  # which needs scipy
 
-    return survey(config.variants, read_runs([sweep]), config.sweep)
+    return search_states(config.variants, read_runs([sweep]), config.sweep)
 
 
 def _search_lines(sweep: SweepDir, left: int) -> Iterable[str]:
@@ -114,11 +116,11 @@ def _search_lines(sweep: SweepDir, left: int) -> Iterable[str]:
     if left:
         yield f"adaptive search: {counted(left, 'run')} of this round left; more may follow"
         return
-    for label, looks in _survey(config, sweep).items():
-        for one in looks:
-            wanted = f"; the next round trains {counted(len(one.wanted), 'run')}" if one.wanted else ""
-            r_n, r_L = one.ratios
-            yield f"adaptive search, {'/'.join(label)}, width x{r_n:g}, depth x{r_L:g}: {one.reason}{wanted}"
+    for label, states in _search_states(config, sweep).items():
+        for state in states:
+            following = f"; the next round trains {counted(len(state.proposals), 'run')}" if state.proposals else ""
+            r_n, r_L = state.ratios
+            yield f"adaptive search, {'/'.join(label)}, width x{r_n:g}, depth x{r_L:g}: {state.reason}{following}"
 
 
 def _queue(sweep: SweepDir) -> slurm_queue.Queue:
