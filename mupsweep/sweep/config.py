@@ -1,8 +1,8 @@
 """Configs: overrides in, one validated and frozen SweepConfig out.
 
-`composition.py` composes the yaml groups of `configs/`; the dataclasses here and the ones that a yaml names under
-`kind` say which keys exist and of what type they are. A section with a `kind` (model, optimizer, parametrization,
-launcher, tracker) stays a plain mapping until `instantiate` turns it into that class.
+`compose.py` composes the yaml groups of `configs/`. The dataclasses here, and those that a yaml names under `kind`,
+define the keys and their types. A section with a `kind` (model, optimizer, parametrization, launcher, tracker) stays a
+plain mapping until `instantiate` turns it into that class.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mupsweep.data.config import DataConfig
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
 from mupsweep.schema import boolean, instantiate, one_of, refuse_foreign_code, require, to_dataclass, with_whole_numbers
-from mupsweep.sweep.compose import COMPARABLE, composed, split
+from mupsweep.sweep.compose import COMPARABLE, compose, split_overrides
 from mupsweep.sweep.compose import choices as choices
 from mupsweep.sweep.compose import config_root as config_root
 from mupsweep.sweep.hyperparameters import expand
@@ -27,13 +27,16 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 PRECISIONS = ("auto", "fp32", "bf16")
 BATCH_RULES = ("none", "sde")
 GRID, ADAPTIVE = "grid", "adaptive"
-OF_VARIANTS = (*COMPARABLE, "data", "training")
-SHARED = ("sweep", "launcher", "tracker", "out", "allow_imports")
+VARIANT_SECTIONS = (*COMPARABLE, "data", "training")
+SHARED_SECTIONS = ("sweep", "launcher", "tracker", "out", "allow_imports")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long and how one run trains. Fractions are of `steps`."""
+    """How long and how one run trains; fractions are fractions of the run's steps.
+
+    configs/training/ explains every key.
+    """
 
     steps: int | None = None
     tokens: int | None = None
@@ -57,13 +60,13 @@ class TrainingConfig:
     branches: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        given = [v for v in (self.steps, self.tokens) if v is not None]
-        if len(given) != 1:
+        lengths = [length for length in (self.steps, self.tokens) if length is not None]
+        if len(lengths) != 1:
             raise ConfigError(
                 f"training.steps={self.steps} and training.tokens={self.tokens}: set exactly one; "
                 "training.steps=null unsets the default"
             )
-        require(given[0] > 0, "training.steps or training.tokens", given[0], "positive")
+        require(lengths[0] > 0, "training.steps or training.tokens", lengths[0], "positive")
         require(self.batch_size > 0, "training.batch_size", self.batch_size, "positive")
         require(self.micro_batch is None or self.micro_batch > 0, "training.micro_batch", self.micro_batch, "positive")
         require(self.warmup >= 0, "training.warmup", self.warmup, "a fraction below 1 or a number of steps")
@@ -101,7 +104,7 @@ class TrainingConfig:
         return max(1, math.ceil(self.tokens / (self.batch_size * context)))
 
     def horizons(self, total: int) -> tuple[tuple[int, int], ...]:
-        """(first step of the decay, step at the end) of every branch, and of the run itself, the shortest first."""
+        """(first step of the decay, last step) of every branch and of the run itself, the shortest first."""
         ends = [*(round(share * total) for share in self.branches), total]
         return tuple((end - round(self.decay_fraction * end), end) for end in ends)
 
@@ -114,9 +117,8 @@ class TrainingConfig:
 class GridConfig:
     """The grid of a sweep. Ratios are target / base; `log2_lrs` are base LRs in octaves.
 
-    With `search=adaptive` runs are chosen round by round (mupsweep/sweep/size_search.py), and `log2_lrs` is where
-    that begins.
-    `axes` are the values that other hyperparameters take, one at a time (mupsweep/sweep/hyperparameters.py).
+    With `search=adaptive` runs are chosen round by round (mupsweep/sweep/size_search.py), beginning with `log2_lrs`.
+    `axes` lists the values of other hyperparameters, which vary one at a time (mupsweep/sweep/hyperparameters.py).
     """
 
     name: str | None = None
@@ -129,7 +131,7 @@ class GridConfig:
     half_width: float = 0.25
     max_seeds: int = 3
     max_runs: int = 18
-    axes: Any = None  # a mapping, whose keys the variants decide on
+    axes: Any = None  # a mapping; `expand` checks its keys, which depend on the variants
     max_flops: float | None = None
 
     def __post_init__(self) -> None:
@@ -175,7 +177,7 @@ class Variant:
     """One choice of everything that is held fixed along a loss-versus-LR curve and a ladder of sizes.
 
     Attributes:
-        change: the hyperparameter that is not the default's, of a variant that `sweep.axes` makes.
+        change: the hyperparameter in which a variant of `sweep.axes` differs from its default; None for a default.
     """
 
     model: dict[str, Any]
@@ -192,13 +194,13 @@ class Variant:
 
     @property
     def label(self) -> Label:
-        """The names, and the change if there is one: what a sweep tells its variants apart by."""
+        """The names, and the change if there is one: what distinguishes the variants of a sweep."""
         return self.names if self.change is None else (*self.names, self.change.name)
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A whole sweep: the variants to compare, the grid, where to run it and who is told."""
+    """A whole sweep: the variants to compare, the grid, the launcher that trains it and the tracker that logs it."""
 
     variants: tuple[Variant, ...]
     sweep: GridConfig
@@ -220,49 +222,41 @@ def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> SweepC
     Raises:
         ConfigError: an unknown group, choice, key or value, in one line with the nearest valid names.
     """
-    groups, rest = split(overrides, config_dir)
-    trees = [
-        composed([*(f"{g}={c}" for g, c in zip(groups, combination, strict=True)), *rest], config_dir)
-        for combination in itertools.product(*groups.values())
-    ]
+    groups, other_overrides = split_overrides(overrides, config_dir)
+    trees = []
+    for combination in itertools.product(*groups.values()):
+        chosen = [f"{group}={choice}" for group, choice in zip(groups, combination, strict=True)]
+        trees.append(compose([*chosen, *other_overrides], config_dir))
     for key in trees[0]:
-        if key not in (*OF_VARIANTS, *SHARED):
+        if key not in (*VARIANT_SECTIONS, *SHARED_SECTIONS):
             raise ConfigError(
-                f"a yaml sets '{key}', which is no section; {nearest(key, (*OF_VARIANTS, *SHARED))}; "
+                f"a yaml sets '{key}', which is no section; {nearest(key, (*VARIANT_SECTIONS, *SHARED_SECTIONS))}; "
                 "an experiment begins with the line # @package _global_"
             )
-    variants = [{key: tree[key] for key in OF_VARIANTS} for tree in trees]
-    shared = {key: trees[0][key] for key in SHARED}
-    made = from_tree({**shared, "variants": variants, "overrides": tuple(overrides)})
-    if all(0 < value < 0.25 for value in made.sweep.log2_lrs):
-        octaves = ",".join(f"{round(2 * math.log2(value)) / 2:g}" for value in made.sweep.log2_lrs)
+    variants = [{key: tree[key] for key in VARIANT_SECTIONS} for tree in trees]
+    shared = {key: trees[0][key] for key in SHARED_SECTIONS}
+    config = from_tree({**shared, "variants": variants, "overrides": tuple(overrides)})
+    if all(0 < value < 0.25 for value in config.sweep.log2_lrs):
+        octaves = ",".join(f"{round(2 * math.log2(value)) / 2:g}" for value in config.sweep.log2_lrs)
         raise ConfigError(
-            f"sweep.log2_lrs={list(made.sweep.log2_lrs)}: these look like LRs, and octaves are wanted: "
+            f"sweep.log2_lrs={list(config.sweep.log2_lrs)}: these look like LRs, and octaves are wanted: "
             f"'sweep.log2_lrs=[{octaves}]'"
         )
-    if made.sweep.axes is None:
-        return made
-    return from_tree({**to_tree(made), "variants": expand(variants, made.sweep.axes)})
+    if config.sweep.axes is None:
+        return config
+    return from_tree({**to_tree(config), "variants": expand(variants, config.sweep.axes)})
 
 
 def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
     """A SweepConfig from plain mappings, as `load` composes and `config.yaml` stores them."""
-    known = {f.name for f in fields(SweepConfig)}
+    keys = {f.name for f in fields(SweepConfig)}
     for key in tree:
-        if key not in known:
-            raise ConfigError(f"unknown key '{key}' in the config; {nearest(key, known)}")
-    if missing := sorted(known - set(tree)):
+        if key not in keys:
+            raise ConfigError(f"unknown key '{key}' in the config; {nearest(key, keys)}")
+    if missing := sorted(keys - set(tree)):
         raise ConfigError(f"the config has no '{missing[0]}': the command that made the sweep writes config.yaml anew")
     config = SweepConfig(
-        variants=tuple(
-            Variant(
-                **{group: dict(v[group]) for group in COMPARABLE},
-                data=to_dataclass(DataConfig, with_whole_numbers(DataConfig, v["data"]), "data"),
-                training=to_dataclass(TrainingConfig, with_whole_numbers(TrainingConfig, v["training"]), "training"),
-                change=None if v.get("change") is None else HyperparameterOverride(**v["change"]),
-            )
-            for v in tree["variants"]
-        ),
+        variants=tuple(_variant(sections) for sections in tree["variants"]),
         sweep=to_dataclass(GridConfig, tree["sweep"], "sweep"),
         launcher=dict(tree["launcher"]),
         tracker=dict(tree["tracker"]),
@@ -272,13 +266,24 @@ def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
     )
     for where, section in _sections(config):
         refuse_foreign_code(section, where, config.allow_imports)
-        if where != "data":  # a source is made from the whole DataConfig, when it is read
+        if where != "data":  # a source needs the whole DataConfig, so its keys were checked there
             instantiate(section, where)
     return config
 
 
+def _variant(sections: Mapping[str, Any]) -> Variant:
+    """A Variant from its sections as plain mappings."""
+    data, training, change = sections["data"], sections["training"], sections.get("change")
+    return Variant(
+        **{group: dict(sections[group]) for group in COMPARABLE},
+        data=to_dataclass(DataConfig, with_whole_numbers(DataConfig, data), "data"),
+        training=to_dataclass(TrainingConfig, with_whole_numbers(TrainingConfig, training), "training"),
+        change=None if change is None else HyperparameterOverride(**change),
+    )
+
+
 def _folder(out: Any) -> str:
-    """Where sweeps lie; a name of digits alone is a number to yaml."""
+    """The folder that holds sweeps, as text: yaml reads a name of digits alone as a number."""
     require(out not in (None, "") and isinstance(out, str | int | float), "out", out, "a folder, such as out=sweeps")
     return str(out)
 
@@ -289,6 +294,7 @@ def to_tree(config: SweepConfig) -> dict[str, Any]:
 
 
 def _sections(config: SweepConfig) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """(name, section) of every section that names a class under `kind`."""
     for variant in config.variants:
         for group in COMPARABLE:
             yield group, getattr(variant, group)

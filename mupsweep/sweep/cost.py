@@ -1,4 +1,4 @@
-"""What a run costs: parameters, FLOPs, memory, and a time estimate, from the table of tensors alone."""
+"""The cost of a run: parameters, FLOPs, memory and a time estimate, from the table of tensors alone."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ FLOPS_PER_SECOND = {"cpu": 1e11, "cuda": 1e14, "mps": 3e12}  # sustained, per CP
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run takes.
+    """The cost of one run.
 
     Attributes:
-        parameters: trained numbers, a tied head counted once.
-        tokens: trained tokens.
-        flops: of forward and backward over all tokens.
+        parameters: number of trained parameters, a tied head counted once.
+        tokens: number of training tokens.
+        flops: FLOPs of the forward and backward passes over all tokens.
         memory: bytes of weights, gradients, optimizer state and the activations of a step on each device, all in fp32.
     """
 
@@ -51,17 +51,17 @@ def estimate(
     saving any of these. Embedding look-ups are free.
 
     Args:
-        state: numbers that the optimizer remembers.
-        shard: whether the devices divide weights, gradients and optimizer state, not only the batch.
+        state: how many numbers the optimizer keeps between steps.
+        shard: whether the devices divide weights, gradients and optimizer state, and not only the batch.
     """
     table = list(tensors)
     parameters = sum(math.prod(t.shape) for t in table if t.tied_to is None)
     multiplied = sum(math.prod(t.shape) for t in table if t.role in (Role.HIDDEN, Role.OUTPUT))
     per_token = 6 * multiplied + 12 * size.depth * size.width * size.context
     tokens = steps * batch_size * size.context
-    # what the backward pass keeps of a block comes to about the inputs and outputs of its matrices
+    # the activations that a block keeps for its backward pass are about the inputs and outputs of its matrices
     sequences = -(-batch_size // devices)
     tokens_at_once = min(sequences, micro_batch or sequences) * size.context
     activations = tokens_at_once * sum(sum(t.shape) for t in table if t.role is Role.HIDDEN)
-    kept = (2 * parameters + state) / (devices if shard else 1)
-    return Cost(parameters, tokens, float(per_token) * tokens, 4.0 * (kept + activations))
+    persistent = (2 * parameters + state) / (devices if shard else 1)  # weights, gradients and optimizer state
+    return Cost(parameters, tokens, float(per_token) * tokens, 4.0 * (persistent + activations))
