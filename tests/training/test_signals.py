@@ -1,4 +1,4 @@
-"""Processes: a stop signal reaches everybody who has to hear it, whenever it comes."""
+"""Stop signals: every process that has to stop receives them, whenever they come."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mupsweep.training.signals import STOPS, StopSignal, defer_signals, interrup
 
 pytestmark = pytest.mark.usefixtures("_signals_as_before")
 
-DEAF = "import os, signal, sys; print(*sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), os.environ['WORD'])"
+PRINT_BLOCKED = "import os, signal as s; print(*sorted(s.pthread_sigmask(s.SIG_BLOCK, [])), os.environ['WORD'])"
 
 
 @pytest.mark.parametrize("number", STOPS)
@@ -38,7 +38,7 @@ def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
     os.kill(os.getpid(), signal.SIGHUP)
 
 
-def test_a_signal_that_was_held_back_comes_afterwards() -> None:
+def test_a_deferred_signal_comes_afterwards() -> None:
     done: list[str] = []
 
     def work() -> None:
@@ -46,7 +46,7 @@ def test_a_signal_that_was_held_back_comes_afterwards() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             with defer_signals():
                 done.append("inner")
-            done.append("outer")  # the end of an inner one does not let it through
+            done.append("outer")  # the end of the inner context does not deliver the signal
 
     interrupt_on_stop()
     with pytest.raises(KeyboardInterrupt):
@@ -55,7 +55,7 @@ def test_a_signal_that_was_held_back_comes_afterwards() -> None:
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []).isdisjoint(STOPS)
 
 
-def test_a_thread_that_listens_does_not_let_a_signal_through() -> None:
+def test_a_signal_is_deferred_also_where_another_thread_could_take_it() -> None:
     over = threading.Event()
     listening = threading.Thread(target=over.wait)
 
@@ -63,7 +63,7 @@ def test_a_thread_that_listens_does_not_let_a_signal_through() -> None:
         with defer_signals():
             os.kill(os.getpid(), signal.SIGTERM)
             over.set()
-            listening.join()  # the system had the time to give it to that thread
+            listening.join()  # the system had the time to deliver the signal to that thread
             done.append("held")
 
     done: list[str] = []
@@ -75,15 +75,15 @@ def test_a_thread_that_listens_does_not_let_a_signal_through() -> None:
     assert done == ["held"]
 
 
-def test_a_flag_hears_what_was_held_back_before_it() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # as a process that was started deaf
+def test_a_flag_is_set_by_a_signal_that_was_deferred_before_it() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # as in a process that was started with them blocked
     signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
     assert StopSignal.install().signalled
 
 
-def test_a_process_is_started_deaf_with_an_environment_of_its_own(tmp_path: Path) -> None:
-    with (tmp_path / "said").open("wb") as output:
-        assert signals.start([sys.executable, "-c", DEAF], {"WORD": "heard"}, output).wait(30) == 0
-    *deaf, word = (tmp_path / "said").read_text().split()
-    assert (set(map(int, deaf)), word) == ({int(number) for number in STOPS}, "heard")
+def test_a_process_is_started_with_stop_signals_blocked_and_more_in_its_environment(tmp_path: Path) -> None:
+    with (tmp_path / "output").open("wb") as output:
+        assert signals.start([sys.executable, "-c", PRINT_BLOCKED], {"WORD": "heard"}, output).wait(30) == 0
+    *blocked, word = (tmp_path / "output").read_text().split()
+    assert (set(map(int, blocked)), word) == ({int(number) for number in STOPS}, "heard")
     assert "WORD" not in os.environ
