@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 
 from mupsweep import data
-from mupsweep.check.exponents import DEPTH, WIDTH, Coordinates, Point, family, fit, promises
-from mupsweep.check.measure import CHANGE, LOGITS, Probe, Values, trace
+from mupsweep.check.exponents import DEPTH, WIDTH, Coordinates, Point, expected_exponents, family, fit
+from mupsweep.check.measure import CHANGE, LOGITS, Probe, Values, measure
 from mupsweep.data import Dataset
 from mupsweep.errors import ConfigError
 from mupsweep.sweep import config
@@ -80,11 +80,11 @@ def coordinates_of(variant: Variant, grid: GridConfig, log2_lr: float) -> Coordi
         made = runs_of(variant, ladder)
         for run in made:
             if run.run_id not in traced:
-                traced[run.run_id] = trace(subject(run), STEPS)
+                traced[run.run_id] = measure(subject(run), STEPS)
             points.append(Point(axis, getattr(run.size, axis), run.seed, traced[run.run_id]))
     parametrization = made[0].resolved.parametrization
     roles = {family(t.name): t.role for t in made[0].resolved.model.tensors(made[0].size)}
-    promised = {axis: promises(parametrization, axis) for axis in ladders}
+    promised = {axis: expected_exponents(parametrization, axis) for axis in ladders}
     return fit(variant.names, log2_lr, points, roles, promised)
 
 
@@ -125,7 +125,7 @@ def suitable_log2_lr(variant: Variant) -> float:
     for log2_lr in range(LOWEST, HIGHEST + 1):
         (run,) = runs_of(variant, GridConfig(log2_lrs=(float(log2_lr),)))
         last = max(STEPS)
-        traced = trace(subject(run), (last,))
+        traced = measure(subject(run), (last,))
         if last in traced and traced[last][CHANGE + LOGITS, ""] >= MOVED:
             return float(log2_lr)
     raise ConfigError(

@@ -27,7 +27,7 @@ Example: a muP network that ends in 4 logits, trained by Adam.
 >>> found = coordinates(model_fn, probe=(x,), features=lambda net: net.body, widths=[32, 64, 128, 256])
 >>> found.passed
 True
->>> round(found.row("width", "change of logits").judged.value)
+>>> round(found.row("width", "change of logits").final_exponent.value)
 0
 """
 
@@ -41,7 +41,7 @@ from torch import nn
 
 from mupsweep.check.coordinate_check import STEPS
 from mupsweep.check.exponents import DEPTH, STABLE, STABLE_WIDTH, WIDTH, Coordinates, Point, family, fit
-from mupsweep.check.measure import Probe, trace
+from mupsweep.check.measure import Probe, measure
 from mupsweep.errors import ConfigError
 from mupsweep.scaling import Role
 
@@ -94,7 +94,7 @@ def coordinates(
                     network, step = model_fn(width, depth)
                     of_tensors = {n: roles.get(family(n), _grown(p, p)) for n, p in network.named_parameters()}
                     subject = Probe(network, step, features(network), probe, of_tensors)
-                    points.append(Point(axis, size, seed, trace(subject, at)))
+                    points.append(Point(axis, size, seed, measure(subject, at)))
     promised = {WIDTH: STABLE_WIDTH, DEPTH: STABLE}
     return fit((name, "own", "own"), None, points, roles, promised)
 

@@ -1,4 +1,4 @@
-"""Exponents of what was measured along a ladder of widths or depths, and how they compare with a promise."""
+"""Exponents of what was measured along a ladder of widths or depths, beside those that the rules imply."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mupsweep.formatting import counted
 from mupsweep.scaling import Parametrization, Role, RoleScaling
 
 WIDTH, DEPTH = "width", "depth"
-TOLERANCE = 0.1  # by which an exponent may miss its promise beyond its interval
-TOLERANCE_OF_ONE = 0.25  # the same for one tensor among several of its role, which is noisier; wrong rules err by 1/2
+TOLERANCE = 0.1  # by which an interval may miss the expected exponent
+TOLERANCE_OF_ONE = 0.25  # for one tensor among several of its role, which is noisier; wrong rules err by 1/2
 ENOUGH = 3  # sizes of a ladder: two leave no interval
 SHARED_BLOCK = Fraction(-1)  # r_L^-1 a block is what adds up to the same change at every depth
 
@@ -28,9 +28,9 @@ MULTIPLIERS = {  # what moves a coordinate beside the weights, in the order of t
     LOGITS: "the multiplier on the logits",
     ATTENTION: "the attention scale",
 }
-Promises = Mapping[tuple[str, Role | None], Fraction]  # (quantity, role of the tensor) -> exponent
-STABLE: Promises = {(CHANGE + name, None): Fraction(0) for name in (FEATURES, LOGITS)}
-STABLE_WIDTH: Promises = {**STABLE, (CHANGE + ATTENTION, None): Fraction(0)}
+Expectations = Mapping[tuple[str, Role | None], Fraction]  # (quantity, role of the tensor) -> exponent
+STABLE: Expectations = {(CHANGE + name, None): Fraction(0) for name in (FEATURES, LOGITS)}
+STABLE_WIDTH: Expectations = {**STABLE, (CHANGE + ATTENTION, None): Fraction(0)}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Row:
         sizes: widths or depths, ascending.
         values: by step count, at every size, the geometric mean over seeds.
         exponents: by step count.
-        promised: the exponent that the parametrization claims; None where it claims none.
+        expected: the exponent that the parametrization implies; None where it implies none.
     """
 
     axis: str
@@ -63,27 +63,27 @@ class Row:
     sizes: tuple[int, ...]
     values: Mapping[int, tuple[float, ...]]
     exponents: Mapping[int, Exponent]
-    promised: Fraction | None
+    expected: Fraction | None
 
     @property
-    def judged(self) -> Exponent:
-        """At the start for weights, which later move as far as updates take them; else after the last step."""
+    def final_exponent(self) -> Exponent:
+        """The compared exponent: at the start for weights, since updates move them later; else after the last step."""
         return self.exponents[0 if self.quantity == WEIGHT else max(self.exponents)]
 
     @property
-    def miss(self) -> float:
-        """How far the promise lies outside the interval."""
-        return 0.0 if self.promised is None else self.judged.away_from(float(self.promised))
+    def violation(self) -> float:
+        """How far the expected exponent lies outside the interval."""
+        return 0.0 if self.expected is None else self.final_exponent.away_from(float(self.expected))
 
     @property
     def deviation(self) -> float:
-        """How far the exponent is from its promise."""
-        return 0.0 if self.promised is None else abs(self.judged.value - float(self.promised))
+        """How far the exponent is from the expected one."""
+        return 0.0 if self.expected is None else abs(self.final_exponent.value - float(self.expected))
 
     @property
-    def onset(self) -> float:
-        """How far it is from it as soon as anything is measured, before one mistake leads to others."""
-        return 0.0 if self.promised is None else abs(self.exponents[min(self.exponents)].value - float(self.promised))
+    def first_deviation(self) -> float:
+        """How far the first measured exponent is from the expected one, before one mistake leads to others."""
+        return 0.0 if self.expected is None else abs(self.exponents[min(self.exponents)].value - float(self.expected))
 
 
 @dataclass(frozen=True)
@@ -103,32 +103,32 @@ class Coordinates:
     diverged: tuple[str, ...] = ()
 
     @cached_property
-    def off(self) -> list[Row]:
-        """The rows that break a promise, those that do so first and most ahead."""
-        found = []
+    def violations(self) -> list[Row]:
+        """The rows whose exponent contradicts the expected one, the largest first deviation ahead."""
+        violations = []
         for axis in self.axes():
             for members in self._of_roles(axis):
-                if _mean(members).miss > TOLERANCE:
-                    found += [row for row in members if row.deviation > TOLERANCE]
+                if _mean(members).violation > TOLERANCE:
+                    violations += [row for row in members if row.deviation > TOLERANCE]
                 else:
-                    found += [row for row in members if row.miss > TOLERANCE_OF_ONE]
-        return sorted(found, key=lambda row: -row.onset)
+                    violations += [row for row in members if row.violation > TOLERANCE_OF_ONE]
+        return sorted(violations, key=lambda row: -row.first_deviation)
 
     @property
     def passed(self) -> bool:
-        """Whether every promise is kept, and nothing diverged that promised anything."""
-        return not self.off and not (self.diverged and any(map(self.promises, self.axes())))
+        """Whether no exponent contradicts the expected one, and no size diverged where any is expected."""
+        return not self.violations and not (self.diverged and any(map(self.has_expectation, self.axes())))
 
     def axes(self) -> list[str]:
         """The ladders, in order."""
         return list(dict.fromkeys(row.axis for row in self.rows))
 
-    def promises(self, axis: str) -> bool:
-        """Whether anything is promised along an axis."""
-        return any(row.promised is not None for row in self.rows if row.axis == axis)
+    def has_expectation(self, axis: str) -> bool:
+        """Whether the rules imply any exponent along an axis."""
+        return any(row.expected is not None for row in self.rows if row.axis == axis)
 
     def by_role(self, axis: str) -> list[Row]:
-        """The rows of an axis, those of the tensors of a role as one: the geometric mean."""
+        """The rows of an axis; the tensors of a role are one row, their geometric mean."""
         return [_mean(members) for members in self._of_roles(axis)]
 
     def row(self, axis: str, quantity: str, role: Role | None = None) -> Row:
@@ -143,50 +143,54 @@ class Coordinates:
         return list(grouped.values())
 
     def causes(self) -> list[str]:
-        """What the broken promises point at, one line per tensor or multiplier."""
+        """What the violations point at, one line per tensor or multiplier."""
         lines = [line for axis in self.axes() for line in self._causes(axis)]
         if self.diverged:
             lines.append(f"{', '.join(self.diverged)} diverged: give a lower LR as sweep.log2_lrs=[-10]")
         return lines
 
     def _causes(self, axis: str) -> list[str]:
-        """Weights and updates speak for the tensors of one role each, coordinates for all that comes before them.
+        """The likely causes of the violations along an axis.
 
-        An update that only goes astray after some steps follows from something else.
+        Weights and updates point at the tensors of their role, coordinates at everything before them in the forward
+        pass. An update that deviates only after some steps is a consequence of something else.
         """
-        off = [row for row in self.off if row.axis == axis]
-        symptoms = {row.quantity: row for row in off if row.role is None}
+        violations = [row for row in self.violations if row.axis == axis]
+        symptoms = {row.quantity: row for row in violations if row.role is None}
         suspects = {WEIGHT: "its init std", UPDATE: "its LR or eps does not fit its updates"}
         lines = []
         for members in self._of_roles(axis):
-            wrong = sorted((row for row in members if row in off and row.quantity in suspects), key=lambda r: -r.onset)
-            first = _mean(members).onset > TOLERANCE or (wrong and wrong[0].onset > TOLERANCE_OF_ONE)
-            if wrong and (first or not symptoms):
+            wrong = [row for row in members if row in violations and row.quantity in suspects]
+            wrong.sort(key=lambda row: -row.first_deviation)
+            from_the_start = _mean(members).first_deviation > TOLERANCE or (
+                wrong and wrong[0].first_deviation > TOLERANCE_OF_ONE
+            )
+            if wrong and (from_the_start or not symptoms):
                 more = f"; {len(wrong) - 1} more of this role" if len(wrong) > 1 else ""
                 lines.append(f"{wrong[0].role}: {suspects[wrong[0].quantity]}: {describe(wrong[0])}{more}")
         updates = [row for row in self.rows if (row.axis, row.quantity) == (axis, UPDATE)]
-        if lines or all(row.promised is None for row in updates):
-            return lines or [describe(row) for row in off]
+        if lines or all(row.expected is None for row in updates):
+            return lines or [describe(row) for row in violations]
         for name, suspect in MULTIPLIERS.items():
             if CHANGE + name in symptoms:
                 return [f"every update starts as promised, so {suspect}: {describe(symptoms[CHANGE + name])}"]
         return []
 
 
-def promises(parametrization: Parametrization, axis: str) -> Promises:
-    """The exponents that follow from a parametrization's claims; none where features need not keep their change."""
-    claims = parametrization.claims()
-    solved = {role: claim for role, claim in claims.items() if isinstance(claim, RoleScaling)}
-    if len(solved) < len(claims):
+def expected_exponents(parametrization: Parametrization, axis: str) -> Expectations:
+    """The exponents that a parametrization implies; none where it lets the change of features depend on size."""
+    per_role = parametrization.role_scalings()
+    scalings = {role: scaling for role, scaling in per_role.items() if isinstance(scaling, RoleScaling)}
+    if len(scalings) < len(per_role):
         return {}
 
     def moved(role: Role) -> Fraction:
-        return getattr(solved[role].multiplier * solved[role].update, axis)
+        return getattr(scalings[role].multiplier * scalings[role].update, axis)
 
     if moved(Role.HIDDEN) != (SHARED_BLOCK if axis == DEPTH else 0) or moved(Role.OUTPUT) != 0:
         return {}
-    tensors = {(UPDATE, role): getattr(claim.update, axis) for role, claim in solved.items()}
-    tensors |= {(WEIGHT, role): getattr(claim.weight, axis) for role, claim in solved.items()}
+    tensors = {(UPDATE, role): getattr(scaling.update, axis) for role, scaling in scalings.items()}
+    tensors |= {(WEIGHT, role): getattr(scaling.weight, axis) for role, scaling in scalings.items()}
     return {**(STABLE_WIDTH if axis == WIDTH else STABLE), **tensors}
 
 
@@ -200,29 +204,30 @@ def fit(
     log2_lr: float | None,
     points: Sequence[Point],
     roles: Mapping[str, Role],
-    promised: Mapping[str, Promises],
+    expected: Mapping[str, Expectations],
 ) -> Coordinates:
     """The exponents of everything that is positive at every size of an axis, after every count that no size missed.
 
     Args:
         points: of one variant.
         roles: by family.
-        promised: by axis.
+        expected: by axis.
 
     Raises:
         ConfigError: a ladder of two sizes.
     """
     last = max(1, *(count for point in points for count in point.traced))  # 0 where the first step ends them all
     diverged = sorted({(p.axis, p.size) for p in points if last not in p.traced}, reverse=True)
-    found: list[Row] = []
+    rows: list[Row] = []
     for axis in dict.fromkeys(point.axis for point in points):
         ladder = [point for point in points if point.axis == axis]
-        found += _rows(ladder, roles, promised.get(axis, {}))
-    rows = tuple(sorted(found, key=_order))
-    return Coordinates(label, log2_lr, rows, tuple(f"{axis} {size}" for axis, size in diverged))
+        rows += _rows(ladder, roles, expected.get(axis, {}))
+    return Coordinates(
+        label, log2_lr, tuple(sorted(rows, key=_order)), tuple(f"{axis} {size}" for axis, size in diverged)
+    )
 
 
-def _rows(ladder: Sequence[Point], roles: Mapping[str, Role], promised: Promises) -> Iterator[Row]:
+def _rows(ladder: Sequence[Point], roles: Mapping[str, Role], expected: Expectations) -> Iterator[Row]:
     """The rows of one axis."""
     axis, sizes = ladder[0].axis, tuple(sorted({point.size for point in ladder}))
     if len(sizes) < ENOUGH:
@@ -243,7 +248,7 @@ def _rows(ladder: Sequence[Point], roles: Mapping[str, Role], promised: Promises
             continue  # a tensor that starts at zero, or does not move
         exponents = {count: slope(sizes, v) for count, v in values.items()}
         role = roles.get(tensor)
-        yield Row(axis, quantity, tensor, role, sizes, values, exponents, promised.get((quantity, role)))
+        yield Row(axis, quantity, tensor, role, sizes, values, exponents, expected.get((quantity, role)))
 
 
 def _mean(members: Sequence[Row]) -> Row:
@@ -266,24 +271,27 @@ def _order(row: Row) -> tuple[int, int, int, str]:
 
 
 def kind_of_blocks(coordinates: Coordinates) -> str | None:
-    """What the updates of hidden matrices say of the depth rule, which features and logits cannot tell apart.
+    """Which depth rule the updates of hidden matrices follow; features and logits cannot tell the two apart.
 
     Depth-muP (k = 1) freezes inner weights as depth^-1/2, CompleteP (k >= 2) moves them by the same at every depth
     (Zheng et al. 2603.00541, Conditions B.1 and 3.1).
     """
-    if DEPTH not in coordinates.axes() or not coordinates.promises(DEPTH):
+    if DEPTH not in coordinates.axes() or not coordinates.has_expectation(DEPTH):
         return None
-    found = coordinates.row(DEPTH, UPDATE, Role.HIDDEN).judged
+    measured = coordinates.row(DEPTH, UPDATE, Role.HIDDEN).final_exponent
     kinds = {"as for blocks of one matrix (k = 1)": -0.5, "as for blocks of two or more matrices (k >= 2)": 0.0}
-    fitting = [kind for kind, exponent in kinds.items() if found.away_from(exponent) <= TOLERANCE]
-    told = fitting[0] if len(fitting) == 1 else "which fits both kinds of blocks" if fitting else "as for no depth rule"
-    return f"hidden matrices move as depth^{found}, {told}"
+    fitting = [kind for kind, exponent in kinds.items() if measured.away_from(exponent) <= TOLERANCE]
+    if len(fitting) == 1:
+        conclusion = fitting[0]
+    else:
+        conclusion = "which fits both kinds of blocks" if fitting else "as for no depth rule"
+    return f"hidden matrices move as depth^{measured}, {conclusion}"
 
 
 def describe(row: Row) -> str:
     """One line: ||dW||_R of head.weight goes as width^+1.02 [0.98, 1.05], promised width^1."""
     of = f" of {row.tensor}" if row.tensor else ""
-    return f"{row.quantity}{of} goes as {row.axis}^{row.judged}, promised {row.promised}"
+    return f"{row.quantity}{of} goes as {row.axis}^{row.final_exponent}, promised {row.expected}"
 
 
 def _geometric_mean(values: Sequence[float]) -> float:

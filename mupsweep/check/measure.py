@@ -28,47 +28,47 @@ class Probe:
     """A network and what is measured on it.
 
     Attributes:
-        network: called with the probe, it returns the logits.
+        network: called with `inputs`, it returns the logits.
         step: one training step, from whatever the network's weights are.
         features: the part of the network whose output is the features, such as its last block.
-        probe: arguments of the network.
+        inputs: arguments of the network, the probe batch.
         roles: of every tensor, by name.
     """
 
     network: nn.Module
     step: Callable[[], object]
     features: nn.Module
-    probe: tuple[Any, ...]
+    inputs: tuple[Any, ...]
     roles: Mapping[str, Role]
 
 
-def trace(subject: Probe, at: Sequence[int]) -> dict[int, Values]:
+def measure(probe: Probe, at: Sequence[int]) -> dict[int, Values]:
     """Take steps and measure after each count of `at` (ascending); 0 stands for the start.
 
     Returns:
         per step count: RMS norms of features, logits and attention logits, and of their changes since the start; the
         norm of every weight and of its change. Step counts after which one of them is inf or nan are left out.
     """
-    weights = dict(subject.network.named_parameters())
-    first = observe(subject)
-    start = {name: p.detach().clone() for name, p in weights.items()}
-    found = {0: {(c, ""): rms_norm(h) for c, h in first.items()}}
-    found[0] |= {(WEIGHT, name): weight_norm(w, subject.roles[name]) for name, w in start.items()}
+    weights = dict(probe.network.named_parameters())
+    first = observe(probe)
+    initial = {name: p.detach().clone() for name, p in weights.items()}
+    values_at = {0: {(c, ""): rms_norm(h) for c, h in first.items()}}
+    values_at[0] |= {(WEIGHT, name): weight_norm(w, probe.roles[name]) for name, w in initial.items()}
     for count in range(1, max(at) + 1):
-        subject.step()
+        probe.step()
         if count not in at:
             continue
-        now = observe(subject)
-        if not all(h.isfinite().all() for h in now.values()):
+        current = observe(probe)
+        if not all(h.isfinite().all() for h in current.values()):
             break
         values: Values = {}
-        for name, h in now.items():
+        for name, h in current.items():
             values[name, ""], values[CHANGE + name, ""] = rms_norm(h), rms_norm(h - first[name])
         for name, w in weights.items():
-            values[WEIGHT, name] = weight_norm(w, subject.roles[name])
-            values[UPDATE, name] = update_norm(w.detach() - start[name], subject.roles[name])
-        found[count] = values
-    return found
+            values[WEIGHT, name] = weight_norm(w, probe.roles[name])
+            values[UPDATE, name] = update_norm(w.detach() - initial[name], probe.roles[name])
+        values_at[count] = values
+    return values_at
 
 
 def weight_norm(weight: Tensor, role: Role) -> float:
@@ -84,12 +84,12 @@ def update_norm(change: Tensor, role: Role) -> float:
     return rms_operator_norm(change) if role in (Role.HIDDEN, Role.OUTPUT) else rms_norm(change)
 
 
-def observe(subject: Probe) -> dict[str, Tensor]:
+def observe(probe: Probe) -> dict[str, Tensor]:
     """The coordinates on the probe batch; attention logits where the network calls torch's attention."""
-    with torch.no_grad(), recorded(subject.features) as features, AttentionLogits() as attention:
-        logits = subject.network(*subject.probe)
-    seen = {FEATURES: features[-1], LOGITS: logits.float()}
-    return seen | ({ATTENTION: torch.cat(attention.seen)} if attention.seen else {})
+    with torch.no_grad(), recorded(probe.features) as features, AttentionLogits() as attention:
+        logits = probe.network(*probe.inputs)
+    coordinates = {FEATURES: features[-1], LOGITS: logits.float()}
+    return coordinates | ({ATTENTION: torch.cat(attention.seen)} if attention.seen else {})
 
 
 @contextmanager

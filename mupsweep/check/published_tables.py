@@ -253,10 +253,10 @@ class Cell:
         if self.quantity == "init_var":
             return str(rule.init_std**2)
         if self.quantity == "update_norm":  # lr * ||A||_2 is the spectral norm that the parametrization asks for
-            claim = parametrization.claims()[self.role]
-            assert isinstance(claim, RoleScaling)
+            scaling = parametrization.role_scalings()[self.role]
+            assert isinstance(scaling, RoleScaling)
             n_out, n_in = (R_N if grows else ONE for grows in self.role.grows)
-            return str(claim.update * sqrt(n_out / n_in) / rule.lr)
+            return str(scaling.update * sqrt(n_out / n_in) / rule.lr)
         return str(getattr(rule, self.quantity))
 
 

@@ -21,7 +21,7 @@ from mupsweep.check.norms import spectral_norm, stable_rank
 from mupsweep.check.regression import Exponent, regress
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers import Optimizer
-from mupsweep.optimizers.composed import StackedOptimizer
+from mupsweep.optimizers.composed import ComposableOptimizer
 from mupsweep.optimizers.foreign import Foreign, Power
 from mupsweep.scaling import UpdateLaw
 from mupsweep.schema import instantiate
@@ -79,7 +79,7 @@ class Measured:
     weight_decay: str
 
     @property
-    def off(self) -> list[str]:
+    def violations(self) -> list[str]:
         """The exponents that differ from what is declared."""
         return [k for k, v in self.declared.items() if self.aligned.found[k].away_from(v) > 0]
 
@@ -120,8 +120,8 @@ def laws(chosen: SweepConfig) -> Iterator[tuple[Variant, Optimizer, Measured]]:
     for variant in reversed(variants.values()):
         optimizer: Optimizer = instantiate(variant.optimizer, "optimizer")
         declared = not (isinstance(optimizer, Foreign) and optimizer.law is None)
-        law = optimizer.measured_law() if declared else UpdateLaw()
-        aligned = list(gradients.aligned(full_rank=law.full_rank and law.weight_norm is not None))
+        declared_law = optimizer.measured_law() if declared else UpdateLaw()
+        aligned = list(gradients.aligned(full_rank=declared_law.full_rank and declared_law.weight_norm is not None))
         yield variant, optimizer, measure(optimizer, aligned, real, declared)
 
 
@@ -129,17 +129,18 @@ def measure(
     optimizer: Optimizer, aligned: Sequence[Gradients], realistic: Sequence[Gradients], declared: bool
 ) -> Measured:
     """Measure the law of an optimizer on both kinds of gradients, and compare it with its own if `declared`."""
-    own = optimizer.measured_law() if declared else None
-    norm = own.weight_norm if own is not None else None
+    declared_law = optimizer.measured_law() if declared else None
+    norm = declared_law.weight_norm if declared_law is not None else None
     found = exponents(optimizer, aligned, norm or "frobenius", declared)
-    if own is None and abs(found.found[WEIGHT].value) > RESOLUTION:
+    if declared_law is None and abs(found.found[WEIGHT].value) > RESOLUTION:
         fits = {name: exponents(optimizer, aligned, name, declared) for name in NORMS}
         norm = min(fits, key=lambda name: fits[name].misfit)
         found = fits[norm]
     said = {}
-    if own is not None:
+    if declared_law is not None:
         shape = _shape([_predicted(optimizer, g, of_shape=True) for g in aligned], aligned)
-        said = {DEGREE: float(own.degree), **{k: e.value for k, e in shape.items()}, WEIGHT: float(norm is not None)}
+        exponents_of_shape = {k: e.value for k, e in shape.items()}
+        said = {DEGREE: float(declared_law.degree), **exponents_of_shape, WEIGHT: float(norm is not None)}
     return Measured(
         name=optimizer.name,
         aligned=found,
@@ -171,8 +172,8 @@ def exponents(optimizer: Optimizer, points: Sequence[Gradients], norm: str, decl
     weight = by_scaling(lambda g, f: update(optimizer, g.scaled(weights=f)))
     if declared:
         expected = [_predicted(optimizer, g) for g in points]
-        own = _shape([_predicted(optimizer, g, of_shape=True) for g in points], points)
-        offsets = {k: e.value for k, e in own.items()}
+        shape = _shape([_predicted(optimizer, g, of_shape=True) for g in points], points)
+        offsets = {k: e.value for k, e in shape.items()}
     else:
         p, w = (float(e.value if snap(e) is None else snap(e)) for e in (degree, weight))  # type: ignore[arg-type]
         expected = [p * _log_norm(g.grads[-1]) + w * math.log(NORMS[norm](g.weights[-1])) for g in points]
@@ -189,12 +190,12 @@ def update(optimizer: Optimizer, seen: Gradients, thresholds: float = 1.0) -> Te
 
     Thresholds such as eps follow gradients that are `thresholds` times as large.
     """
-    projects = isinstance(optimizer, StackedOptimizer) and (optimizer.projects or optimizer.hyperball)
-    p, lr = nn.Parameter(seen.weights[0].clone()), SHORT_STEP if projects else 1.0
+    renormalizes = isinstance(optimizer, ComposableOptimizer) and (optimizer.renormalizes or optimizer.hyperball)
+    p, lr = nn.Parameter(seen.weights[0].clone()), SHORT_STEP if renormalizes else 1.0
     made = optimizer.build([_group(optimizer, p, lr, scale=thresholds)])
     before = p.detach().clone()
     for weights, grad in zip(seen.weights, seen.grads, strict=True):
-        if not projects:
+        if not renormalizes:
             p.detach().copy_(weights)
         before.copy_(p.detach())
         p.grad = grad.clone()
@@ -210,7 +211,7 @@ def snap(exponent: Exponent) -> Fraction | None:
 
 def decay_of(optimizer: Optimizer) -> str:
     """What weight decay does, seen at a gradient of zero."""
-    if isinstance(optimizer, StackedOptimizer) and (optimizer.projects or optimizer.hyperball):
+    if isinstance(optimizer, ComposableOptimizer) and (optimizer.renormalizes or optimizer.hyperball):
         return FIXED
     lr, weight_decay = 0.25, 0.5
     p = nn.Parameter(torch.randn(16, 8, generator=torch.Generator().manual_seed(0)))

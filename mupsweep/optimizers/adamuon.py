@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from mupsweep.optimizers.algorithm import StepContext
-from mupsweep.optimizers.composed import StackedOptimizer
+from mupsweep.optimizers.composed import ComposableOptimizer
 from mupsweep.optimizers.optimizer import MATRICES, Dims, Threshold, check_decays
 from mupsweep.optimizers.singular_values import orthogonalise
 from mupsweep.scaling import UpdateLaw
@@ -21,7 +21,7 @@ RMS = 0.2  # of an update's entries: about that of AdamW's (Moonlight, 2502.1698
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaMuon(StackedOptimizer):
+class AdaMuon(ComposableOptimizer):
     """W -= lr * (0.2 sqrt(n_out n_in) O / ||O||_F + weight_decay * W), O orthogonalised and then divided by the root of
     its second moment, entry by entry. lr: five times the RMS of an update's entries.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.algorithm import StepContext
-from mupsweep.optimizers.composed import StackedOptimizer
+from mupsweep.optimizers.composed import ComposableOptimizer
 from mupsweep.optimizers.optimizer import Dims, Optimizer, check_decays
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import ENTRYWISE
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW(StackedOptimizer):
+class AdamW(ComposableOptimizer):
     """W -= lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * W). lr: size of an entry's update.
 
     Attributes:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mupsweep.optimizers.adamw import sde_rule
 from mupsweep.optimizers.algorithm import StepContext
-from mupsweep.optimizers.composed import StackedOptimizer
+from mupsweep.optimizers.composed import ComposableOptimizer
 from mupsweep.optimizers.optimizer import Dims, Optimizer, check_decays
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import ENTRYWISE
@@ -23,7 +23,7 @@ CLIP_POWER = 0.25  # entries of a normalised gradient are clipped at (earlier st
 
 
 @dataclass(frozen=True, kw_only=True)
-class ADOPT(StackedOptimizer):
+class ADOPT(ComposableOptimizer):
     """W -= lr * (m + weight_decay * W), m the average of G / max(sqrt(v), eps). lr: size of an entry's update.
 
     Attributes:

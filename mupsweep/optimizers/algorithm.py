@@ -33,11 +33,11 @@ class Algorithm:
     place. Vectors come as (count, n_out)."""
 
     uses_weights: bool = False  # reads now.weights
-    decays: bool = False  # applies weight decay inside its direction
-    projects: bool = False  # puts the weights back onto a sphere after each step, so weight decay has no effect
+    applies_weight_decay: bool = False  # applies weight decay inside its direction
+    renormalizes: bool = False  # puts the weights back onto a sphere after each step, so weight decay has no effect
 
-    def start(self, weights: Tensor) -> None:
-        """Put the initial weights where `project` will keep them, in place, if they are not there anyhow."""
+    def rescale_init(self, weights: Tensor) -> None:
+        """Put the initial weights where `renormalize` will keep them, in place, if they are not there anyhow."""
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         """The memory at the start, every entry with leading dimension count."""
@@ -52,6 +52,6 @@ class Algorithm:
         sqrt(tokens) times the mean loss, for labels drawn from the predictions."""
         raise NotImplementedError
 
-    def project(self, weights: Tensor, state: dict[str, Tensor]) -> None:
+    def renormalize(self, weights: Tensor, state: dict[str, Tensor]) -> None:
         """Put the stepped weights back where they belong, in place."""
         raise NotImplementedError

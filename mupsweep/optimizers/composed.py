@@ -1,4 +1,4 @@
-"""Optimizers that step stacks of same-shape tensors, and the parts that combine with any of them.
+"""Optimizers whose algorithm combines with the parts of this module: blocks, a graft, a norm.
 
     direction of the algorithm -> in blocks -> grafted -> spectral norm 1 -> Frobenius norm of the weight
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StackedOptimizer(Optimizer, Algorithm):
+class ComposableOptimizer(Optimizer, Algorithm):
     """The keys of the parts; a subclass adds its algorithm.
 
     Attributes:
@@ -54,9 +54,9 @@ class StackedOptimizer(Optimizer, Algorithm):
                     f"optimizer.{in_use[0]} is for matrices, but {self.name} takes {role} tensors too: "
                     "give optimizer.roles=[hidden] optimizer.rest=adamw"
                 )
-        if self.projects and in_use:
+        if self.renormalizes and in_use:
             raise ConfigError(f"optimizer.{in_use[0]}: {self.name} fixes the norm of its weights itself; drop it")
-        if self.weight_decay and (self.hyperball or self.projects):
+        if self.weight_decay and (self.hyperball or self.renormalizes):
             raise ConfigError(
                 f"optimizer.weight_decay={self.weight_decay}: {self.name} fixes the norm of its weights, "
                 "so decay has no effect; set it to 0"
@@ -75,7 +75,7 @@ class StackedOptimizer(Optimizer, Algorithm):
     def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         """The update law of the algorithm alone."""
 
-    def own(self, dims: Dims) -> StackedOptimizer:
+    def base_algorithm(self, dims: Dims) -> ComposableOptimizer:
         """The algorithm alone, for tensors of (n_out, n_in)."""
         return self
 
@@ -84,18 +84,20 @@ class StackedOptimizer(Optimizer, Algorithm):
         return self.block_size, self.block_size
 
     @cached_property
-    def graft_source(self) -> StackedOptimizer | None:
+    def graft_source(self) -> ComposableOptimizer | None:
         """The optimizer that `graft` names."""
         if self.graft is None:
             return None
-        made = instantiate({**self.graft, "roles": list(self.roles), "rest": self.rest}, "optimizer.graft")
-        if not isinstance(made, StackedOptimizer):
-            raise ConfigError(f"optimizer.graft={made.name}: its update cannot be computed apart from its step")
-        if made.curvature_every is not None:
-            raise ConfigError(f"optimizer.graft={made.name}: a graft observes no curvature; graft adamw or sgd")
-        if made.projects or made.hyperball:
-            raise ConfigError(f"optimizer.graft={made.name}: the norm of its update is that of the weight; graft adamw")
-        return made
+        source = instantiate({**self.graft, "roles": list(self.roles), "rest": self.rest}, "optimizer.graft")
+        if not isinstance(source, ComposableOptimizer):
+            raise ConfigError(f"optimizer.graft={source.name}: its update cannot be computed apart from its step")
+        if source.curvature_every is not None:
+            raise ConfigError(f"optimizer.graft={source.name}: a graft observes no curvature; graft adamw or sgd")
+        if source.renormalizes or source.hyperball:
+            raise ConfigError(
+                f"optimizer.graft={source.name}: the norm of its update is that of the weight; graft adamw"
+            )
+        return source
 
     def update_law(self, dims: Dims | None = None) -> UpdateLaw:
         law = self._blocked_law(dims)
@@ -106,14 +108,14 @@ class StackedOptimizer(Optimizer, Algorithm):
         return frobenius_normalised(law) if self.hyperball else law
 
     def decay_law(self, dims: Dims | None = None) -> UpdateLaw:
-        return self._blocked_law(dims) if self.decays else self.update_law(dims)
+        return self._blocked_law(dims) if self.applies_weight_decay else self.update_law(dims)
 
     def thresholds(self, dims: Dims | None = None) -> Mapping[str, Threshold]:
         grafted = {} if self.graft_source is None else self.graft_source.thresholds(dims)
-        own = {"eps": Threshold(self.eps, self._blocked_law(dims))}
-        return own | {f"graft_{name}": threshold for name, threshold in grafted.items()}
+        eps = {"eps": Threshold(self.eps, self._blocked_law(dims))}
+        return eps | {f"graft_{name}": threshold for name, threshold in grafted.items()}
 
-    def own_state_size(self, dims: Dims) -> int:
+    def base_state_size(self, dims: Dims) -> int:
         """`state_size` of the algorithm alone, or of one block."""
         return self.moments * math.prod(dims)
 
@@ -123,20 +125,20 @@ class StackedOptimizer(Optimizer, Algorithm):
         blocks = math.ceil(dims[0] / b_out) * math.ceil(dims[1] / b_in)
         grafted = 0 if self.graft_source is None else self.graft_source.state_size(dims)
         parts = self.spectral_norm * dims[1] + self.hyperball  # a singular vector, a norm
-        return blocks * self.own(dims).own_state_size((b_out, b_in)) + grafted + parts
+        return blocks * self.base_algorithm(dims).base_state_size((b_out, b_in)) + grafted + parts
 
     def algorithm(self, dims: Dims) -> Algorithm:
         """The algorithm with its parts, for tensors of (n_out, n_in)."""
         from mupsweep.optimizers.wrappers import Blocked, Grafted, Hyperball, SpectralNormalised
 
-        made: Algorithm = self.own(dims)
+        algorithm: Algorithm = self.base_algorithm(dims)
         if self.block_size is not None:
-            made = Blocked(made, self.block_sizes(dims))
+            algorithm = Blocked(algorithm, self.block_sizes(dims))
         if self.graft_source is not None:
-            made = Grafted(made, self.graft_source.algorithm(dims))
+            algorithm = Grafted(algorithm, self.graft_source.algorithm(dims))
         if self.spectral_norm:
-            made = SpectralNormalised(made)
-        return Hyperball(made) if self.hyperball else made
+            algorithm = SpectralNormalised(algorithm)
+        return Hyperball(algorithm) if self.hyperball else algorithm
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         from mupsweep.optimizers.stacked import StackedOptimizer
@@ -148,4 +150,4 @@ class StackedOptimizer(Optimizer, Algorithm):
         return law if self.block_size is None else blocked(law, self.block_sizes(dims))
 
 
-Composed = StackedOptimizer  # the name that optimizers outside this repository may import
+Composed = ComposableOptimizer  # the name that optimizers outside this repository may import

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mupsweep.optimizers.adamw import adam_direction
 from mupsweep.optimizers.algorithm import StepContext
-from mupsweep.optimizers.composed import StackedOptimizer
+from mupsweep.optimizers.composed import ComposableOptimizer
 from mupsweep.optimizers.optimizer import MATRICES, Dims, Threshold, check_decays
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import ENTRYWISE
@@ -24,7 +24,7 @@ WEIGHT_NORMS = ("spectral", "frobenius")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LAMB(StackedOptimizer):
+class LAMB(ComposableOptimizer):
     """U = r + weight_decay * W, r Adam's direction; W -= lr * ||W||_F / ||U||_F * U. lr: relative change per update.
 
     Attributes:
@@ -43,7 +43,7 @@ class LAMB(StackedOptimizer):
     supported_roles: ClassVar[tuple[str, ...]] = MATRICES  # a bias starts at zero and would never move
 
     uses_weights = True
-    decays = True
+    applies_weight_decay = True
     moments = 2
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mupsweep.optimizers.algorithm import StepContext
-from mupsweep.optimizers.composed import StackedOptimizer
+from mupsweep.optimizers.composed import ComposableOptimizer
 from mupsweep.optimizers.optimizer import Dims, check_decays
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import ENTRYWISE
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lion(StackedOptimizer):
+class Lion(ComposableOptimizer):
     """W -= lr * (sign(b1 m + (1 - b1) G) + weight_decay * W). lr: size of an entry's update, exactly.
 
     Attributes:

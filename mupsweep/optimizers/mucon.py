@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mupsweep.optimizers.algorithm import StepContext
-from mupsweep.optimizers.composed import StackedOptimizer
+from mupsweep.optimizers.composed import ComposableOptimizer
 from mupsweep.optimizers.optimizer import MATRICES, Dims, check_decays
 from mupsweep.optimizers.singular_values import clip
 from mupsweep.scaling import UpdateLaw
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuCon(StackedOptimizer):
+class MuCon(ComposableOptimizer):
     """W -= lr * (clip(momentum) + weight_decay * W). lr: spectral norm per update.
 
     Attributes:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
 from mupsweep.optimizers.algorithm import StepContext
-from mupsweep.optimizers.composed import StackedOptimizer
+from mupsweep.optimizers.composed import ComposableOptimizer
 from mupsweep.optimizers.optimizer import MATRICES, Dims, check_decays
 from mupsweep.optimizers.singular_values import orthogonalise
 from mupsweep.scaling import UpdateLaw
@@ -41,7 +41,7 @@ def convert(lr: float, source: str, target: str, n_out: int, n_in: int) -> float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Muon(StackedOptimizer):
+class Muon(ComposableOptimizer):
     """W -= lr * (shape_factor * orthogonalise(momentum) + weight_decay * W). lr: spectral norm per update (plain).
 
     Attributes:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.algorithm import StepContext
-from mupsweep.optimizers.composed import StackedOptimizer
+from mupsweep.optimizers.composed import ComposableOptimizer
 from mupsweep.optimizers.optimizer import Dims, check_decays
 from mupsweep.optimizers.singular_values import msign, power_iterate, top_right_vectors, top_singular_pair
 from mupsweep.scaling import UpdateLaw
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuonPlusPlus(StackedOptimizer):
+class MuonPlusPlus(ComposableOptimizer):
     """W -= lr * S * msign((I - u u^T) M (I - v v^T)), M the momentum, (u, v) the top singular pair of W.
     lr: spectral norm of an update / that of the weight.
 
@@ -51,9 +51,9 @@ class MuonPlusPlus(StackedOptimizer):
 
     supported_roles: ClassVar[tuple[str, ...]] = ("hidden",)
     divides_by_weight: ClassVar[bool] = True
-    scales_start: ClassVar[bool] = True
+    rescales_init: ClassVar[bool] = True
     uses_weights = True
-    projects = True
+    renormalizes = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,11 +68,11 @@ class MuonPlusPlus(StackedOptimizer):
     def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return UpdateLaw(shape_factor=spectral_ratio, full_rank=True)
 
-    def own_state_size(self, dims: Dims) -> int:
+    def base_state_size(self, dims: Dims) -> int:
         """The momentum, a singular vector and a correlation."""
-        return super().own_state_size(dims) + dims[1] + (self.adaptive is not None)
+        return super().base_state_size(dims) + dims[1] + (self.adaptive is not None)
 
-    def start(self, weights: Tensor) -> None:
+    def rescale_init(self, weights: Tensor) -> None:
         sigma, _, _ = top_singular_pair(weights, top_right_vectors(weights))
         weights.mul_(_norm(weights) / sigma)
 
@@ -88,7 +88,7 @@ class MuonPlusPlus(StackedOptimizer):
         M = M - (M @ v) @ v.mT  # ... (I - v v^T)
         return msign(M, now.thresholds["eps"]).mul_(_norm(grads))
 
-    def project(self, weights: Tensor, state: dict[str, Tensor]) -> None:
+    def renormalize(self, weights: Tensor, state: dict[str, Tensor]) -> None:
         power_iterate(weights, state["top"], self.power_iterations)
         if self.rescale:
             sigma, _, _ = top_singular_pair(weights, state["top"])

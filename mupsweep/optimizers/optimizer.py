@@ -50,7 +50,7 @@ class Optimizer(ABC):
 
     supported_roles: ClassVar[tuple[str, ...]] = ROLES  # what the algorithm can take at all
     divides_by_weight: ClassVar[bool] = False  # a tensor that starts at zero would never move, or by a wrong amount
-    scales_start: ClassVar[bool] = False  # gives the weights a norm of its own before training
+    rescales_init: ClassVar[bool] = False  # gives the weights a norm of its own before training
 
     def __post_init__(self) -> None:
         for key in ("weight_decay", "eps"):

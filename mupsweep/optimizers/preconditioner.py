@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mupsweep.optimizers.composed import StackedOptimizer
+from mupsweep.optimizers.composed import ComposableOptimizer
 from mupsweep.optimizers.optimizer import MATRICES, Dims
 from mupsweep.scaling.laws import Sizes
 from mupsweep.schema import require
@@ -18,7 +18,7 @@ AXES = ("out", "in")  # of a matrix (n_out, n_in): L of the papers handles the o
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preconditioned(StackedOptimizer):
+class Preconditioned(ComposableOptimizer):
     """The keys that both share.
 
     Attributes:
@@ -39,17 +39,17 @@ class Preconditioned(StackedOptimizer):
         """The axes that are preconditioned."""
 
     @abstractmethod
-    def own(self, dims: Dims) -> Preconditioned: ...
+    def base_algorithm(self, dims: Dims) -> Preconditioned: ...
 
-    def own_state_size(self, dims: Dims) -> int:
+    def base_state_size(self, dims: Dims) -> int:
         """Second moments of an axis, and what is made of them: a root or a basis."""
-        return super().own_state_size(dims) + sum(
+        return super().base_state_size(dims) + sum(
             2 * n**2 for axis, n in zip(AXES, dims, strict=True) if axis in self.active
         )
 
     def block_sizes(self, dims: Dims | None) -> Sizes:
         """An axis that is not preconditioned is not cut either (Qiu et al. 2512.05620, code)."""
-        active = (self if dims is None else self.own(dims)).active
+        active = (self if dims is None else self.base_algorithm(dims)).active
         b_out, b_in = (self.block_size if axis in active else None for axis in AXES)
         return b_out, b_in
 

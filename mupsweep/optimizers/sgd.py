@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.algorithm import StepContext
-from mupsweep.optimizers.composed import StackedOptimizer
+from mupsweep.optimizers.composed import ComposableOptimizer
 from mupsweep.optimizers.optimizer import Dims, Optimizer, check_decays
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import GRADIENT
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGD(StackedOptimizer):
+class SGD(ComposableOptimizer):
     """M = momentum * M + (G + weight_decay * W); W -= lr * M. lr: update per unit of gradient.
 
     Attributes:
@@ -30,7 +30,7 @@ class SGD(StackedOptimizer):
     nesterov: bool = False
 
     uses_weights = True
-    decays = True
+    applies_weight_decay = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,8 +45,8 @@ class SGD(StackedOptimizer):
         """The linear rule: the noise of the gradient falls as 1/k, so k times the LR keeps the SDE (2512.22382)."""
         return self, ratio
 
-    def own_state_size(self, dims: Dims) -> int:
-        return super().own_state_size(dims) if self.momentum or self.composed else 0
+    def base_state_size(self, dims: Dims) -> int:
+        return super().base_state_size(dims) if self.momentum or self.composed else 0
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         import torch

@@ -64,7 +64,7 @@ class Shampoo(Preconditioned):
         """The exponent of every axis that is preconditioned."""
         return {axis: Fraction(e) for axis, e in zip(AXES, self.exponents, strict=True) if Fraction(e)}
 
-    def own(self, dims: Dims) -> Shampoo:
+    def base_algorithm(self, dims: Dims) -> Shampoo:
         kept = tuple("0" if n > self.max_axis else e for n, e in zip(dims, self.exponents, strict=True))
         if not any(map(Fraction, kept)):
             raise ConfigError(
@@ -74,7 +74,7 @@ class Shampoo(Preconditioned):
         return self if kept == tuple(self.exponents) else replace(self, exponents=kept)
 
     def base_law(self, dims: Dims | None = None) -> UpdateLaw:
-        active = self if dims is None else self.own(dims)
+        active = self if dims is None else self.base_algorithm(dims)
         degree = 1 - 2 * sum(active.powers.values(), Fraction(0))
         return UpdateLaw(degree=degree, eps_power=2)
 

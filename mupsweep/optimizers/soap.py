@@ -53,12 +53,12 @@ class SOAP(Preconditioned):
     def active(self) -> tuple[str, ...]:
         return self.axes
 
-    def own(self, dims: Dims) -> SOAP:
+    def base_algorithm(self, dims: Dims) -> SOAP:
         kept = tuple(axis for axis, n in zip(AXES, dims, strict=True) if axis in self.axes and n <= self.max_axis)
         return self if kept == tuple(self.axes) else replace(self, axes=kept)
 
     def base_law(self, dims: Dims | None = None) -> UpdateLaw:
-        active = self if dims is None else self.own(dims)
+        active = self if dims is None else self.base_algorithm(dims)
         return UpdateLaw(blocks=BLOCKS[frozenset(active.axes)])
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:

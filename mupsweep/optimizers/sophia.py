@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mupsweep.optimizers.algorithm import StepContext
-from mupsweep.optimizers.composed import StackedOptimizer
+from mupsweep.optimizers.composed import ComposableOptimizer
 from mupsweep.optimizers.optimizer import Dims, Threshold, check_decays
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import ENTRYWISE
@@ -25,7 +25,7 @@ RHO_POWERS = {"gradient": -1, "constant": None}  # m / (rho h) is a number, m a 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sophia(StackedOptimizer):
+class Sophia(ComposableOptimizer):
     """W -= lr * (clip(m / (rho * h + eps), 1) + weight_decay * W). lr: largest update of an entry.
 
     Attributes:

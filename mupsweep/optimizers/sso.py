@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mupsweep.optimizers.algorithm import StepContext
-from mupsweep.optimizers.composed import StackedOptimizer
+from mupsweep.optimizers.composed import ComposableOptimizer
 from mupsweep.optimizers.optimizer import Dims, check_decays
 from mupsweep.optimizers.singular_values import msign, power_iterate, top_right_vectors, top_singular_pair
 from mupsweep.scaling import UpdateLaw
@@ -30,7 +30,7 @@ TINY = 1e-7  # bounds the norm of a matrix of norm about 1 before it divides
 
 
 @dataclass(frozen=True, kw_only=True)
-class SSO(StackedOptimizer):
+class SSO(ComposableOptimizer):
     """W <- retract(W - lr * R * msign(momentum + lam u v^T)). lr: spectral norm of an update / that of the weight.
 
     Attributes:
@@ -51,9 +51,9 @@ class SSO(StackedOptimizer):
 
     supported_roles: ClassVar[tuple[str, ...]] = ("hidden",)
     divides_by_weight: ClassVar[bool] = True
-    scales_start: ClassVar[bool] = True
+    rescales_init: ClassVar[bool] = True
     uses_weights = True
-    projects = True
+    renormalizes = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,11 +65,11 @@ class SSO(StackedOptimizer):
     def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return UpdateLaw(shape_factor=spectral_ratio, full_rank=True)
 
-    def own_state_size(self, dims: Dims) -> int:
+    def base_state_size(self, dims: Dims) -> int:
         """The momentum and a singular vector."""
-        return super().own_state_size(dims) + dims[1]
+        return super().base_state_size(dims) + dims[1]
 
-    def start(self, weights: Tensor) -> None:
+    def rescale_init(self, weights: Tensor) -> None:
         self._retract(weights, top_right_vectors(weights))
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ class SSO(StackedOptimizer):
         _, u, v = top_singular_pair(now.weights, state["top"])
         return tangent_msign(M, u @ v.mT, self.solver_steps).mul_(self._radius(grads))
 
-    def project(self, weights: Tensor, state: dict[str, Tensor]) -> None:
+    def renormalize(self, weights: Tensor, state: dict[str, Tensor]) -> None:
         power_iterate(weights, state["top"], self.power_iterations)
         self._retract(weights, state["top"])
 

@@ -1,4 +1,4 @@
-"""The driver of our own optimizers: same-shape tensors are stacked and take their step as one batch."""
+"""The torch optimizer behind most of ours: tensors of one shape are stacked and take their step as one batch."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ class StackedOptimizer(torch.optim.Optimizer):
             weights, algorithm = stack.weights, stack.algorithm
             now = self._now(group, stack)
             update = algorithm.direction(stack.grads, stack.state, now)
-            if now.weight_decay and not algorithm.decays:
+            if now.weight_decay and not algorithm.applies_weight_decay:
                 torch._foreach_mul_(weights, 1 - now.lr * now.weight_decay)  # pyright: ignore
             torch._foreach_add_(weights, list(update.to(weights[0].dtype).unbind()), alpha=-now.lr)  # pyright: ignore
-            if algorithm.projects:
+            if algorithm.renormalizes:
                 moved = torch.stack(weights)
-                algorithm.project(moved, stack.state)
+                algorithm.renormalize(moved, stack.state)
                 torch._foreach_copy_(weights, list(moved.unbind()))  # pyright: ignore
 
     @torch.no_grad()
@@ -96,8 +96,8 @@ class StackedOptimizer(torch.optim.Optimizer):
         weights = torch.stack(stack.weights)
         n_out, n_in = (*weights.shape[1:], 1)[:2]
         stack.algorithm = self.algorithm((n_out, n_in))
-        if stack.algorithm.projects and not self.state[parameters[0]]:
-            stack.algorithm.start(weights)
+        if stack.algorithm.renormalizes and not self.state[parameters[0]]:
+            stack.algorithm.rescale_init(weights)
             torch._foreach_copy_(stack.weights, list(weights.unbind()))  # pyright: ignore
         stack.state = stack.algorithm.state(weights)
         for name, stacked in stack.state.items():

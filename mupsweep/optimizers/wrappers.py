@@ -22,7 +22,9 @@ class Wrapper(Algorithm):
 
     def __init__(self, inner: Algorithm) -> None:
         self.inner = inner
-        self.uses_weights, self.decays, self.projects = inner.uses_weights, inner.decays, inner.projects
+        self.uses_weights = inner.uses_weights
+        self.applies_weight_decay = inner.applies_weight_decay
+        self.renormalizes = inner.renormalizes
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         return self.inner.state(weights)
@@ -30,8 +32,8 @@ class Wrapper(Algorithm):
     def observe(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> None:
         self.inner.observe(grads, state, now)
 
-    def project(self, weights: Tensor, state: dict[str, Tensor]) -> None:
-        self.inner.project(weights, state)
+    def renormalize(self, weights: Tensor, state: dict[str, Tensor]) -> None:
+        self.inner.renormalize(weights, state)
 
 
 class Blocked(Wrapper):
@@ -110,7 +112,7 @@ class Hyperball(Wrapper):
 
     def __init__(self, inner: Algorithm) -> None:
         super().__init__(inner)
-        self.projects = True
+        self.renormalizes = True
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         return {**self.inner.state(weights), "radius": norm(weights).flatten()}
@@ -118,7 +120,7 @@ class Hyperball(Wrapper):
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         return with_norm(self.inner.direction(grads, state, now), state["radius"].view(-1, 1, 1))
 
-    def project(self, weights: Tensor, state: dict[str, Tensor]) -> None:
+    def renormalize(self, weights: Tensor, state: dict[str, Tensor]) -> None:
         weights.copy_(with_norm(weights, state["radius"].view(-1, 1, 1)))
 
 

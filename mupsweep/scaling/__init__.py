@@ -7,7 +7,7 @@ derives init std, LR, weight decay and eps. No LR rule is written anywhere else.
 from mupsweep.scaling.decay import WEIGHT_DECAY_RULES
 from mupsweep.scaling.laws import UpdateLaw
 from mupsweep.scaling.monomial import Monomial
-from mupsweep.scaling.parametrizations.claims import Parametrization, RoleScaling, Rule
+from mupsweep.scaling.parametrizations.parametrization import Parametrization, RoleScaling, Rule
 from mupsweep.scaling.roles import Init, Role, TensorSpec
 from mupsweep.scaling.solve import numeric, symbolic
 

@@ -13,12 +13,12 @@ from typing import Any
 from mupsweep.scaling.decay import WEIGHT_DECAY_RULES, DecayRule
 from mupsweep.scaling.laws import UpdateLaw
 from mupsweep.scaling.monomial import ONE, R_N, Monomial, maximum, sqrt
-from mupsweep.scaling.parametrizations.claims import Parametrization, RoleScaling, Rule
+from mupsweep.scaling.parametrizations.parametrization import Parametrization, RoleScaling, Rule
 from mupsweep.scaling.roles import Role, TensorSpec
 
 
 def solve(
-    claim: RoleScaling,
+    scaling: RoleScaling,
     law: UpdateLaw,
     dims: tuple[Any, Any],
     role: Role,
@@ -29,18 +29,18 @@ def solve(
     """The absolute sizes that the spectral condition asks for, up to constants that cancel in a ratio.
 
     Args:
-        claim: what the parametrization promises for the role.
+        scaling: what the parametrization promises for the role.
         law: what the optimizer declares.
         dims: (n_out, n_in) of the tensor.
         role: which of the two dimensions grow.
         decay_rule: how lr * weight_decay follows the size.
-        at: how to read a claim's monomial: its value at (r_n, r_L), or the monomial itself.
+        at: how to read a monomial of the scaling: its value at (r_n, r_L), or the monomial itself.
         repeats: how often the forward pass uses every row. Entries start as those of the repeated matrix would, so that
             a key that more query heads share at larger widths keeps its size; norms and updates are the matrix's own,
             since ||W||_R does not change when rows repeat.
     """
     n_out, n_in = dims
-    s, u, c = at(claim.weight), at(claim.update), at(claim.loss_share)
+    s, u, c = at(scaling.weight), at(scaling.update), at(scaling.loss_share)
     rms = sqrt(n_out / n_in)
 
     # A Gaussian matrix has ||W||_2 ~ std sqrt(max(n_out, n_in)). One-hot tokens use one column of an embedding and
@@ -58,17 +58,17 @@ def solve(
 
     decay = (u / (s * lr) if decay_rule.scaled else at(ONE)) * at(decay_rule.falls)
     eps = at(ONE) if law.eps_power is None else (gradient**law.eps_degree / sqrt(blocks)) ** Fraction(law.eps_power)
-    return Rule(multiplier=at(claim.multiplier), init_std=std, lr=lr, weight_decay=decay, eps=eps)
+    return Rule(multiplier=at(scaling.multiplier), init_std=std, lr=lr, weight_decay=decay, eps=eps)
 
 
 def symbolic(parametrization: Parametrization, law: UpdateLaw, role: Role) -> Rule:
     """The rule of a role as monomials in (r_n, r_L), for tensors whose growing dimensions all grow as r_n."""
-    claim, decay_rule = parametrization.claims()[role], WEIGHT_DECAY_RULES[parametrization.weight_decay_rule]
-    if isinstance(claim, Rule):
-        return _fixed(claim, decay_rule, at=lambda m: m)
+    scaling, decay_rule = parametrization.role_scalings()[role], WEIGHT_DECAY_RULES[parametrization.weight_decay_rule]
+    if isinstance(scaling, Rule):
+        return _fixed(scaling, decay_rule, at=lambda m: m)
     grows_out, grows_in = role.grows
     dims = (R_N if grows_out else ONE, R_N if grows_in else ONE)
-    return solve(claim, law, dims, role, decay_rule, at=lambda m: m)
+    return solve(scaling, law, dims, role, decay_rule, at=lambda m: m)
 
 
 def numeric(
@@ -85,16 +85,17 @@ def numeric(
     Constants such as a 4x FFN or Kimi's 0.2 cancel, block counts are exact, and at the base shape every entry is
     exactly 1.0. `base_law` is the optimizer's at the base shape where it depends on the shape; of the same degree.
     """
-    claim, decay_rule = parametrization.claims()[target.role], WEIGHT_DECAY_RULES[parametrization.weight_decay_rule]
+    scaling = parametrization.role_scalings()[target.role]
+    decay_rule = WEIGHT_DECAY_RULES[parametrization.weight_decay_rule]
 
     def absolute(spec: TensorSpec, law: UpdateLaw, width_ratio: float, depth_ratio: float) -> Rule:
         def at(monomial: Monomial) -> float:
             return monomial.at(width_ratio, depth_ratio)
 
-        if isinstance(claim, Rule):
-            return _fixed(claim, decay_rule, at)
+        if isinstance(scaling, Rule):
+            return _fixed(scaling, decay_rule, at)
         dims = (float(spec.dims[0]), float(spec.dims[1]))
-        return solve(claim, law, dims, spec.role, decay_rule, at, spec.repeats)
+        return solve(scaling, law, dims, spec.role, decay_rule, at, spec.repeats)
 
     assert base_law is None or base_law.degree == law.degree
     big, small = absolute(target, law, r_n, r_L), absolute(base, base_law or law, 1.0, 1.0)

@@ -106,7 +106,7 @@ def symbolic_rules(resolved: ResolvedVariant) -> dict[Role, TensorScaling]:
 
 def multipliers(resolved: ResolvedVariant, size: Size) -> Multipliers:
     """The forward constants at `size`."""
-    claims = resolved.parametrization.claims()
+    claims = resolved.parametrization.role_scalings()
     block, output = (
         claims[role].multiplier.at(size.width_ratio, size.depth_ratio) for role in (Role.HIDDEN, Role.OUTPUT)
     )
@@ -136,7 +136,7 @@ def audit(resolved: ResolvedVariant) -> list[str]:
                 f"gradient clipping is off: the update of {optimizer.name} has degree {law.degree} in the gradient, "
                 "and clipping by one norm at every size would break its scaling rule"
             )
-        if optimizer.scales_start:
+        if optimizer.rescales_init:
             notes.append(
                 f"{optimizer.name} gives its weights a norm of its own at the start: their init std has no effect"
             )

@@ -63,28 +63,28 @@ def test_what_the_rules_promise_is_measured(optimizer: str) -> None:
     made = healthy(optimizer)["spectral"]
     assert made.passed, made.causes()
     for axis in (WIDTH, DEPTH):
-        assert made.promises(axis)
+        assert made.has_expectation(axis)
         for quantity in (CHANGE + FEATURES, CHANGE + LOGITS):
-            assert abs(made.row(axis, quantity).judged.value) < TOLERANCE
-        assert abs(made.row(axis, UPDATE, Role.HIDDEN).judged.value) < TOLERANCE
-    assert made.row(WIDTH, UPDATE, Role.OUTPUT).judged.value == pytest.approx(1, abs=TOLERANCE)
+            assert abs(made.row(axis, quantity).final_exponent.value) < TOLERANCE
+        assert abs(made.row(axis, UPDATE, Role.HIDDEN).final_exponent.value) < TOLERANCE
+    assert made.row(WIDTH, UPDATE, Role.OUTPUT).final_exponent.value == pytest.approx(1, abs=TOLERANCE)
 
 
 @every_optimizer
 def test_sp_grows_with_width_and_depth_and_promises_nothing(optimizer: str) -> None:
     made = healthy(optimizer)["sp"]
     assert made.passed
-    assert not made.promises(WIDTH)
-    assert made.row(WIDTH, CHANGE + FEATURES).judged.low > TOLERANCE
-    assert made.row(WIDTH, CHANGE + LOGITS).judged.low > TOLERANCE
-    assert made.row(DEPTH, CHANGE + FEATURES).judged.low > TOLERANCE
+    assert not made.has_expectation(WIDTH)
+    assert made.row(WIDTH, CHANGE + FEATURES).final_exponent.low > TOLERANCE
+    assert made.row(WIDTH, CHANGE + LOGITS).final_exponent.low > TOLERANCE
+    assert made.row(DEPTH, CHANGE + FEATURES).final_exponent.low > TOLERANCE
 
 
 def test_both_kinds_of_blocks_are_flat_and_told_apart_by_their_updates() -> None:
     made = checked("parametrization=depth_mup,spectral", *ALONG_DEPTH)
     for name, exponent in (("depth_mup", -0.5), ("spectral", 0.0)):
         assert made[name].passed, made[name].causes()
-        assert made[name].row(DEPTH, UPDATE, Role.HIDDEN).judged.value == pytest.approx(exponent, abs=TOLERANCE)
+        assert made[name].row(DEPTH, UPDATE, Role.HIDDEN).final_exponent.value == pytest.approx(exponent, abs=TOLERANCE)
 
 
 # Planted bugs.
@@ -150,7 +150,7 @@ def test_a_wrong_rule_is_found_and_its_tensor_named(bug: str, monkeypatch: pytes
     plant(monkeypatch, alter)
     made = checked("parametrization=mup", *ALONG_WIDTH, optimizer=optimizer)["mup"]
     assert not made.passed
-    worst = next(row for row in made.off if row.quantity in (UPDATE, WEIGHT))
+    worst = next(row for row in made.violations if row.quantity in (UPDATE, WEIGHT))
     assert (worst.quantity, worst.role) == (quantity, role)
     assert any(line.startswith(f"{role.value}: ") and worst.tensor in line for line in made.causes()), made.causes()
 
@@ -159,7 +159,7 @@ def test_a_wrong_rule_is_found_and_its_tensor_named(bug: str, monkeypatch: pytes
 def test_one_wrong_matrix_among_many_is_named(matrix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, lambda row: dropped_lr_rule(row) if matrix in row.name else row)
     made = checked("parametrization=mup", *ALONG_WIDTH)["mup"]
-    updates = [row for row in made.off if row.quantity == UPDATE]
+    updates = [row for row in made.violations if row.quantity == UPDATE]
     assert updates[0].tensor == f"blocks.*.{matrix}.weight"
 
 
@@ -197,7 +197,7 @@ def test_a_wrong_multiplier_is_found_and_named(bug: str, monkeypatch: pytest.Mon
     right = tensor_rules.multipliers
     monkeypatch.setattr(build, "multipliers", lambda resolved, size: alter(right(resolved, size), resolved))
     made = checked("parametrization=spectral", *ladder)["spectral"]
-    assert quantity in [row.quantity for row in made.off]
+    assert quantity in [row.quantity for row in made.violations]
     (line,) = made.causes()
     assert told in line
 
@@ -221,7 +221,7 @@ def test_the_lr_that_is_found_moves_the_logits_of_the_base() -> None:
     for log2_lr in (found - 1, found):
         grid = replace(made.sweep, width_ratios=(1.0,), depth_ratios=(1.0,), log2_lrs=(log2_lr,))
         (run,) = coordinate_check.runs_of(made.variants[0], grid)
-        moved.append(coordinate_check.trace(coordinate_check.subject(run), (10,))[10][CHANGE + LOGITS, ""])
+        moved.append(coordinate_check.measure(coordinate_check.subject(run), (10,))[10][CHANGE + LOGITS, ""])
     assert moved[0] < coordinate_check.MOVED <= moved[1]
 
 

@@ -90,16 +90,16 @@ def test_the_example_of_the_docstring_runs() -> None:
 def test_your_model_passes_where_it_follows_mup() -> None:
     found = checked(mup=True)
     assert found.passed, found.causes()
-    assert found.row(WIDTH, UPDATE, Role.OUTPUT).judged.value == pytest.approx(1, abs=TOLERANCE)
-    assert found.row(DEPTH, UPDATE, Role.HIDDEN).judged.value == pytest.approx(0, abs=TOLERANCE)
-    assert found.row(WIDTH, CHANGE + ATTENTION).promised == 0
-    assert found.row(DEPTH, CHANGE + ATTENTION).promised is None
+    assert found.row(WIDTH, UPDATE, Role.OUTPUT).final_exponent.value == pytest.approx(1, abs=TOLERANCE)
+    assert found.row(DEPTH, UPDATE, Role.HIDDEN).final_exponent.value == pytest.approx(0, abs=TOLERANCE)
+    assert found.row(WIDTH, CHANGE + ATTENTION).expected == 0
+    assert found.row(DEPTH, CHANGE + ATTENTION).expected is None
 
 
 def test_your_model_fails_where_it_does_not() -> None:
     found = checked(mup=False)
     assert not found.passed
-    broken = {(row.axis, row.quantity) for row in found.off}
+    broken = {(row.axis, row.quantity) for row in found.violations}
     assert {(WIDTH, CHANGE + FEATURES), (WIDTH, CHANGE + LOGITS), (DEPTH, CHANGE + FEATURES)} <= broken
     assert any("change of logits goes as width^+" in line for line in found.causes())
 

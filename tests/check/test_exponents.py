@@ -8,7 +8,17 @@ from itertools import product
 
 import pytest
 
-from mupsweep.check.exponents import DEPTH, WIDTH, Coordinates, Point, Row, family, fit, kind_of_blocks, promises
+from mupsweep.check.exponents import (
+    DEPTH,
+    WIDTH,
+    Coordinates,
+    Point,
+    Row,
+    expected_exponents,
+    family,
+    fit,
+    kind_of_blocks,
+)
 from mupsweep.check.measure import ATTENTION, CHANGE, FEATURES, LOGITS, UPDATE, WEIGHT
 from mupsweep.errors import ConfigError
 from mupsweep.scaling import Parametrization, Role
@@ -42,7 +52,7 @@ def powers(axis: str, exponents: dict[tuple[str, str], float], early: dict[tuple
 
 def coordinates(points: list[Point], *words: str) -> Coordinates:
     rule = parametrization(*words)
-    promised = {axis: promises(rule, axis) for axis in (WIDTH, DEPTH)}
+    promised = {axis: expected_exponents(rule, axis) for axis in (WIDTH, DEPTH)}
     return fit(("nanogpt", "adamw", rule.name), -8.0, points, ROLES, promised)
 
 
@@ -62,7 +72,7 @@ HEALTHY = {
 }
 
 
-# Promises.
+# Expected exponents.
 
 WEIGHTS_ALONG_WIDTH = {Role.OUTPUT: Fraction(1)}
 
@@ -82,7 +92,7 @@ WEIGHTS_ALONG_WIDTH = {Role.OUTPUT: Fraction(1)}
 def test_a_claim_is_a_promise_of_stable_coordinates_and_of_its_updates(
     words: list[str], axis: str, hidden_update: Fraction
 ) -> None:
-    found = promises(parametrization(*words), axis)
+    found = expected_exponents(parametrization(*words), axis)
     assert found[CHANGE + FEATURES, None] == found[CHANGE + LOGITS, None] == 0
     assert ((CHANGE + ATTENTION, None) in found) == (axis == WIDTH)
     assert found[UPDATE, Role.HIDDEN] == found[UPDATE, Role.HIDDEN_VECTOR] == hidden_update
@@ -105,7 +115,7 @@ def test_a_claim_is_a_promise_of_stable_coordinates_and_of_its_updates(
     ids=lambda value: "-".join(value) if isinstance(value, list) else value,
 )
 def test_nothing_is_promised_where_features_may_grow(words: list[str], axis: str) -> None:
-    assert promises(parametrization(*words), axis) == {}
+    assert expected_exponents(parametrization(*words), axis) == {}
 
 
 # Rows.
@@ -119,7 +129,7 @@ def test_blocks_are_one_family_and_seeds_one_value() -> None:
     (row,) = rows(points)
     assert (row.tensor, row.role, row.sizes) == ("blocks.*.up.weight", Role.HIDDEN, SIZES)
     assert row.values[10] == pytest.approx([size * 2**0.5 * 2 for size in SIZES])
-    assert row.judged.value == pytest.approx(1)
+    assert row.final_exponent.value == pytest.approx(1)
     assert family("blocks.12.attention.0.weight") == "blocks.*.attention.*.weight"
 
 
@@ -139,8 +149,8 @@ def test_a_ladder_of_two_sizes_is_refused() -> None:
 def test_tensors_of_a_role_are_shown_as_their_mean() -> None:
     made = coordinates(powers(WIDTH, HEALTHY | {(UPDATE, "blocks.0.down.weight"): 0.5}), "parametrization=mup")
     hidden = made.row(WIDTH, UPDATE, Role.HIDDEN)
-    assert hidden.judged.value == pytest.approx(0.25)
-    assert made.row(WIDTH, UPDATE, Role.OUTPUT).judged.value == pytest.approx(1)
+    assert hidden.final_exponent.value == pytest.approx(0.25)
+    assert made.row(WIDTH, UPDATE, Role.OUTPUT).final_exponent.value == pytest.approx(1)
 
 
 def test_a_size_that_diverges_leaves_the_counts_before_and_fails_what_promises() -> None:
@@ -180,7 +190,7 @@ def test_the_start_is_judged_for_weights_and_the_end_for_all_else() -> None:
     early = {(CHANGE + LOGITS, ""): 0.7}
     assert coordinates(powers(WIDTH, HEALTHY, early), "parametrization=mup").passed
     made = coordinates(powers(WIDTH, HEALTHY | {(WEIGHT, "blocks.0.up.weight"): 0.5}), "parametrization=mup")
-    assert [(row.quantity, row.tensor) for row in made.off] == [(WEIGHT, "blocks.*.up.weight")]
+    assert [(row.quantity, row.tensor) for row in made.violations] == [(WEIGHT, "blocks.*.up.weight")]
 
 
 # Causes.
@@ -222,13 +232,13 @@ def test_one_matrix_may_miss_by_more_than_its_role() -> None:
     assert coordinates(powers(WIDTH, HEALTHY | {key: 0.19}), "parametrization=mup").passed
     assert not coordinates(powers(WIDTH, HEALTHY | {key: 0.19, other: 0.19}), "parametrization=mup").passed
     made = coordinates(powers(WIDTH, HEALTHY | {key: 0.5, other: -0.5}), "parametrization=mup")
-    assert sorted(row.tensor for row in made.off) == ["blocks.*.down.weight", "blocks.*.up.weight"]
+    assert sorted(row.tensor for row in made.violations) == ["blocks.*.down.weight", "blocks.*.up.weight"]
 
 
 def test_the_worst_miss_comes_first() -> None:
     broken = {(UPDATE, "blocks.0.up.weight"): 0.3, (UPDATE, "blocks.0.down.weight"): 0.6, (UPDATE, "head.weight"): 0.5}
     made = coordinates(powers(WIDTH, HEALTHY | broken), "parametrization=mup")
-    assert [row.tensor for row in made.off] == ["blocks.*.down.weight", "head.weight", "blocks.*.up.weight"]
+    assert [row.tensor for row in made.violations] == ["blocks.*.down.weight", "head.weight", "blocks.*.up.weight"]
     assert any("blocks.*.down.weight" in line and line.endswith("1 more of this role") for line in made.causes())
 
 

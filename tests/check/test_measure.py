@@ -17,8 +17,8 @@ from mupsweep.check.measure import (
     AttentionLogits,
     Probe,
     attention_logits,
+    measure,
     recorded,
-    trace,
     update_norm,
     weight_norm,
 )
@@ -53,7 +53,7 @@ def doubling() -> Probe:
 def test_norms_and_changes_are_those_since_the_start() -> None:
     net = Net()
     h, z = net.body(X), net(X)
-    found = trace(doubling(), (1, 3))
+    found = measure(doubling(), (1, 3))
     assert sorted(found) == [0, 1, 3]
     assert found[0][FEATURES, ""] == pytest.approx(rms_norm(h), rel=1e-6)
     assert found[0][LOGITS, ""] == pytest.approx(rms_norm(z), rel=1e-6)
@@ -102,7 +102,7 @@ def test_attention_logits_of_shared_keys_repeat_them() -> None:
 
 def test_watching_leaves_no_hook_behind() -> None:
     subject = doubling()
-    trace(subject, (1,))
+    measure(subject, (1,))
     assert not subject.features._forward_hooks
 
 
@@ -114,7 +114,7 @@ def test_what_is_not_finite_ends_the_trace() -> None:
             net.body.weight.mul_(1e20)
 
     roles = {"body.weight": Role.HIDDEN, "head.weight": Role.OUTPUT}
-    assert sorted(trace(Probe(net, step, net.body, (X,), roles), (1, 2, 3))) == [0, 1]
+    assert sorted(measure(Probe(net, step, net.body, (X,), roles), (1, 2, 3))) == [0, 1]
 
 
 def test_of_several_outputs_the_first_are_the_features() -> None:

@@ -167,7 +167,7 @@ def foreign(name: str, *words: str) -> Optimizer:
 )
 def test_a_shipped_optimizer_does_what_it_declares(name: str, degree: float, n_out: float, n_in: float) -> None:
     found = measured(optimizer(f"optimizer={name}"))
-    assert found.off == []
+    assert found.violations == []
     assert values(found, DEGREE, N_OUT, N_IN, BOTH, WEIGHT) == pytest.approx(
         [degree, n_out, n_in, n_out + n_in, 0], abs=TOLERANCE["exponent"]
     )
@@ -176,12 +176,12 @@ def test_a_shipped_optimizer_does_what_it_declares(name: str, degree: float, n_o
 
 def test_a_law_that_is_no_monomial_is_compared_as_it_is() -> None:
     found = measured(optimizer("optimizer=muon_jordan"))
-    assert found.off == []
+    assert found.violations == []
     assert found.aligned.misfit < update_law.MISFIT
 
 
 @pytest.mark.parametrize(
-    ("own", "wrong", "off"),
+    ("algorithm", "wrong", "violations"),
     [
         (Muon, UpdateLaw(shape_factor=match_rms_adamw, full_rank=True), [N_OUT, N_IN, BOTH]),
         (SGD, UpdateLaw(degree=Fraction(3, 4), eps_power=None), [DEGREE]),
@@ -189,17 +189,17 @@ def test_a_law_that_is_no_monomial_is_compared_as_it_is() -> None:
     ids=["shape", "degree"],
 )
 def test_a_law_that_is_declared_wrongly_is_found_and_its_exponents_named(
-    own: type, wrong: UpdateLaw, off: list[str], monkeypatch: pytest.MonkeyPatch
+    algorithm: type, wrong: UpdateLaw, violations: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(own, "base_law", lambda self, dims=None: wrong)
-    assert set(off) <= set(measured(optimizer(f"optimizer={own.__name__.lower()}")).off)
+    monkeypatch.setattr(algorithm, "base_law", lambda self, dims=None: wrong)
+    assert set(violations) <= set(measured(optimizer(f"optimizer={algorithm.__name__.lower()}")).violations)
 
 
 def test_full_rank_is_measured_on_orthogonal_gradients() -> None:
     points = tuple(gradients.aligned(full_rank=True))
     assert {round(stable_rank(g.grads[0])) for g in points} == set(gradients.SIDES)
     found = measured(optimizer("optimizer=muon_hyperball"), points=points)
-    assert found.off == []
+    assert found.violations == []
     assert found.weight_norm == "frobenius"
     assert found.weight_decay == update_law.FIXED
 
@@ -247,8 +247,8 @@ def test_the_measured_law_gives_the_published_rule() -> None:
 
 def test_a_law_that_a_user_gives_is_compared_with_the_measured_one() -> None:
     right, wrong = ("{degree: 0, n_out: 1/2, n_in: 1/2}", "{degree: 0, n_out: 0, n_in: 0}")
-    assert measured(foreign("Sign", f"optimizer.law={right}")).off == []
-    assert measured(foreign("Sign", f"optimizer.law={wrong}")).off == [N_OUT, N_IN, BOTH]
+    assert measured(foreign("Sign", f"optimizer.law={right}")).violations == []
+    assert measured(foreign("Sign", f"optimizer.law={wrong}")).violations == [N_OUT, N_IN, BOTH]
 
 
 def test_an_optimizer_that_cannot_be_measured_says_why() -> None:

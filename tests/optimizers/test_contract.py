@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mupsweep.optimizers import Optimizer
-from mupsweep.optimizers.composed import StackedOptimizer
+from mupsweep.optimizers.composed import ComposableOptimizer
 from mupsweep.scaling import Role
 from mupsweep.sweep import config
 from mupsweep.sweep.plan import plan
@@ -56,7 +56,7 @@ every_part = pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def update(part: Optimizer, weights: Tensor, grads: list[Tensor], scale: float = 1.0) -> Tensor:
     """The update of the last of some steps at LR 1: what it subtracts. On a sphere only a short step is straight."""
     p = torch.nn.Parameter(weights.clone())
-    lr = 2.0**-10 if projects(part) else 1.0
+    lr = 2.0**-10 if renormalizes(part) else 1.0
     optimizer = part.build([group(part, p, lr=lr, weight_decay=0.0, scale=scale)])
     for grad in grads:
         before = p.detach().clone()
@@ -81,19 +81,19 @@ def dims(p: Tensor) -> tuple[int, int]:
     return n_out, n_in
 
 
-def projects(part: Optimizer) -> bool:
+def renormalizes(part: Optimizer) -> bool:
     """Whether it puts the weights back onto a sphere, so that weight decay has no effect."""
-    return isinstance(part, StackedOptimizer) and (part.hyperball or part.projects)
+    return isinstance(part, ComposableOptimizer) and (part.hyperball or part.renormalizes)
 
 
 def decay(name: str) -> str:
     """Weight decay for the parts that can have it."""
-    return "optimizer.rest.weight_decay=0.1" if projects(parts(name)[0]) else "optimizer.weight_decay=0.1"
+    return "optimizer.rest.weight_decay=0.1" if renormalizes(parts(name)[0]) else "optimizer.weight_decay=0.1"
 
 
 def left_alone(name: str, before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
     """Whether the weights are the same; where they are put onto a sphere that they are on, up to rounding."""
-    if not any(projects(part) for part in parts(name)):
+    if not any(renormalizes(part) for part in parts(name)):
         return same(before, after)
     return all((after[k] - w).norm() <= TOLERANCE["projection"] * w.norm() for k, w in before.items())
 
@@ -251,7 +251,7 @@ def test_weight_decay_is_coupled_to_the_lr_alone(part: Optimizer) -> None:
 
     Where decay is normalised together with the gradient, what is left without a gradient is a multiple of W.
     """
-    if projects(part):
+    if renormalizes(part):
         pytest.skip("fixes the norm of its weights")
     p = torch.nn.Parameter(torch.randn(24, 6, generator=torch.Generator().manual_seed(0)))
     before = p.detach().clone()

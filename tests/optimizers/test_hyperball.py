@@ -14,7 +14,7 @@ from walking import PEAK_LR, REST, STEPS, Moment, largest_error, moments, parame
 
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.adamw import AdamW
-from mupsweep.optimizers.composed import StackedOptimizer
+from mupsweep.optimizers.composed import ComposableOptimizer
 from mupsweep.optimizers.muon import Muon
 from mupsweep.scaling import Role, symbolic
 from mupsweep.scaling.monomial import ONE, R_N, Monomial
@@ -69,7 +69,7 @@ def muons(w: Tensor, walk: Iterator[Moment]) -> Tensor:
     return hyperball(w, walk, direction)
 
 
-def alone(optimizer: StackedOptimizer) -> list[Tensor]:
+def alone(optimizer: ComposableOptimizer) -> list[Tensor]:
     """All weights after the last step, each a stack of its own: Newton-Schulz takes them one by one, as torch does."""
     weights = parameters()
     for i, p in enumerate(weights):
@@ -82,14 +82,14 @@ def alone(optimizer: StackedOptimizer) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("optimizer", "closed_form"), [(muon_h(), muons), (adam_h(), adams)], ids=["MuonH", "AdamH"])
-def test_hyperball_is_the_papers_wrapper(optimizer: StackedOptimizer, closed_form: Any) -> None:
+def test_hyperball_is_the_papers_wrapper(optimizer: ComposableOptimizer, closed_form: Any) -> None:
     assert STEPS >= 10
     assert largest_error(alone(optimizer), closed_form) < TOLERANCE["closed form"]
 
 
 @pytest.mark.parametrize("optimizer", [muon_h(), adam_h()], ids=["MuonH", "AdamH"])
 @pytest.mark.parametrize("lr", [PEAK_LR, 1.0])
-def test_norms_stay_those_of_the_start(optimizer: StackedOptimizer, lr: float) -> None:
+def test_norms_stay_those_of_the_start(optimizer: ComposableOptimizer, lr: float) -> None:
     weights = parameters()
     built = optimizer.build([{"params": weights, "lr": lr, "weight_decay": 0.0, "eps": optimizer.eps}])
     for _ in range(3):
@@ -99,7 +99,7 @@ def test_norms_stay_those_of_the_start(optimizer: StackedOptimizer, lr: float) -
 
 
 @pytest.mark.parametrize("optimizer", [muon_h(), adam_h()], ids=["MuonH", "AdamH"])
-def test_the_lr_is_the_relative_change_of_a_weight(optimizer: StackedOptimizer) -> None:
+def test_the_lr_is_the_relative_change_of_a_weight(optimizer: ComposableOptimizer) -> None:
     """A step at right angles to the weight, of length lr R before it is projected, turns it by atan(lr)."""
     p = torch.nn.Parameter(torch.eye(16))
     p.grad = torch.ones(16, 16).tril(-1) - torch.ones(16, 16).triu(1)
@@ -120,7 +120,7 @@ def test_the_lr_of_hidden_matrices_follows_the_rank_of_the_update(name: str, lr:
 
 
 @pytest.mark.parametrize("optimizer", [muon_h(), adam_h()], ids=["MuonH", "AdamH"])
-def test_the_radius_survives_a_state_dict(optimizer: StackedOptimizer) -> None:
+def test_the_radius_survives_a_state_dict(optimizer: ComposableOptimizer) -> None:
     p = torch.nn.Parameter(start(0))
     group = {"lr": 0.02, "weight_decay": 0.0, "eps": 1e-12}
     first = optimizer.build([{"params": [p], **group}])

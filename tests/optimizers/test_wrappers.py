@@ -18,7 +18,7 @@ from walking import REST
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.adamw import AdamW
 from mupsweep.optimizers.algorithm import StepContext
-from mupsweep.optimizers.composed import StackedOptimizer
+from mupsweep.optimizers.composed import ComposableOptimizer
 from mupsweep.optimizers.muon import Muon
 from mupsweep.optimizers.sgd import SGD
 from mupsweep.optimizers.wrappers import Blocked, SpectralNormalised
@@ -41,7 +41,7 @@ HIDDEN: dict[str, Any] = {"roles": ("hidden",), "rest": REST}
 SINGLE_PROCESS = [
     replace(part, **HIDDEN, hyperball=False, lr_ratio=1.0)
     for part in (parts(name)[0] for name in NAMES)
-    if isinstance(part, StackedOptimizer) and not part.projects
+    if isinstance(part, ComposableOptimizer) and not part.renormalizes
 ]
 MATRIX = {part.name: part for part in {repr(replace(part, name="")): part for part in SINGLE_PROCESS}.values()}
 every_optimizer = pytest.mark.parametrize("name", MATRIX)
@@ -64,7 +64,9 @@ def grads(shape: tuple[int, ...], seed: int) -> Tensor:
 class Walk:
     """Weights of some shapes under one optimizer, with gradients that depend on the step alone."""
 
-    def __init__(self, optimizer: StackedOptimizer, shapes: tuple[tuple[int, int], ...], **thresholds: float) -> None:
+    def __init__(
+        self, optimizer: ComposableOptimizer, shapes: tuple[tuple[int, int], ...], **thresholds: float
+    ) -> None:
         self.part = optimizer
         self.weights = [torch.nn.Parameter(grads(shape, 1000 + i)) for i, shape in enumerate(shapes)]
         declared = {name: threshold.value for name, threshold in optimizer.thresholds(shapes[0]).items()}

@@ -25,7 +25,7 @@ from mupsweep.scaling import (
 )
 from mupsweep.scaling.laws import ENTRYWISE, GRADIENT, entries, jordan, match_rms_adamw, one, spectral_ratio
 from mupsweep.scaling.monomial import ONE, R_N, Monomial
-from mupsweep.scaling.parametrizations.claims import OUTPUT_FORMS
+from mupsweep.scaling.parametrizations.parametrization import OUTPUT_FORMS
 from mupsweep.scaling.parametrizations.sp import Standard
 from mupsweep.scaling.parametrizations.spectral import Spectral
 
@@ -221,10 +221,10 @@ def test_both_output_forms_change_the_logits_alike_under_adamw() -> None:
 @given(depth_exponent, st.sampled_from(OUTPUT_FORMS), some_symbolic_law, some_role)
 def test_weight_decay_rules(a: Fraction, output: str, law: UpdateLaw, role: Role) -> None:
     rules = {name: symbolic(Spectral(name, str(a), output, name), law, role) for name in WEIGHT_DECAY_RULES}
-    claim = Spectral("spectral", str(a), output).claims()[role]
-    assert isinstance(claim, RoleScaling)
+    scaling = Spectral("spectral", str(a), output).role_scalings()[role]
+    assert isinstance(scaling, RoleScaling)
     for name in ("coupled_constant", "independent", "timescale"):
-        assert rules[name].lr * rules[name].weight_decay == claim.update / claim.weight
+        assert rules[name].lr * rules[name].weight_decay == scaling.update / scaling.weight
     assert rules["inverse_width"].weight_decay == rules["independent"].weight_decay / R_N
     assert rules["unscaled"].weight_decay == ONE
     assert len(rules) == 5
@@ -241,9 +241,9 @@ def test_the_weight_decay_rule_moves_nothing_else(parametrization: Spectral, rul
 
 @given(depth_exponent, st.sampled_from(OUTPUT_FORMS))
 def test_every_role_spends_its_loss_share_at_any_depth_exponent(a: Fraction, output: str) -> None:
-    for claim in Spectral("family", str(a), output).claims().values():
-        assert isinstance(claim, RoleScaling)
-        assert claim.multiplier * claim.update == claim.loss_share
+    for scaling in Spectral("family", str(a), output).role_scalings().values():
+        assert isinstance(scaling, RoleScaling)
+        assert scaling.multiplier * scaling.update == scaling.loss_share
 
 
 @given(depth_exponent, st.sampled_from(OUTPUT_FORMS), some_symbolic_law, some_role, ratio)

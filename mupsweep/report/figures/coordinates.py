@@ -83,9 +83,9 @@ def _panel(axes: Axes, row: Row) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    color = QUIET if row.promised is None else VERDICT_COLORS["drifts" if row.miss > TOLERANCE else "transfers"]
-    promised = "" if row.promised is None else f", promised {row.promised}"
-    text = f"exponent {signed(row.judged.value)}{promised}".replace("-", "−")
+    color = QUIET if row.expected is None else VERDICT_COLORS["drifts" if row.violation > TOLERANCE else "transfers"]
+    promised = "" if row.expected is None else f", promised {row.expected}"
+    text = f"exponent {signed(row.final_exponent.value)}{promised}".replace("-", "−")
     axes.text(0, 1.04, text, transform=axes.transAxes, fontsize=8, color=color)
 
 

@@ -66,19 +66,19 @@ def _coordinates_table(one: Coordinates, sp: Coordinates | None, axis: str) -> T
     counts = sorted({count for row in rows for count in row.exponents if (row.quantity == WEIGHT) == (count == 0)})
     steps = [f"after {count}" if count else "start" for count in counts]
     table = table_of(f"exponent of the {axis}", *steps, "95 % interval", "promise", *(["sp"] if sp else []), "")
-    beside = {(row.quantity, row.role): signed(row.judged.value) for row in sp.by_role(axis)} if sp else {}
+    beside = {(row.quantity, row.role): signed(row.final_exponent.value) for row in sp.by_role(axis)} if sp else {}
     for row in rows:
         mine = {c: e for c, e in row.exponents.items() if (row.quantity == WEIGHT) == (c == 0)}
         cells = [signed(mine[c].value) if c in mine else "" for c in counts]
         theirs = [beside.get((row.quantity, row.role), "")] if sp else []
-        off = [r for r in one.off if _key(r) == _key(row)]
+        off = [r for r in one.violations if _key(r) == _key(row)]
         table.add_row(
             row.quantity if row.role is None else f"{row.quantity} {row.role.value}",
             *cells,
-            f"{signed(row.judged.low)}..{signed(row.judged.high)}",  # 80 columns hold it beside the rest
-            "" if row.promised is None else str(row.promised),
+            f"{signed(row.final_exponent.low)}..{signed(row.final_exponent.high)}",  # in 80 columns
+            "" if row.expected is None else str(row.expected),
             *theirs,
-            "" if row.promised is None else f"off {off[0].tensor}".strip() if off else "ok",
+            "" if row.expected is None else f"off {off[0].tensor}".strip() if off else "ok",
         )
     return table
 
@@ -90,10 +90,10 @@ def _is_shown(row: Row) -> bool:
 
 def _conclusion(one: Coordinates) -> list[str]:
     lines = [line] if (line := kind_of_blocks(one)) else []
-    judged = [row for axis in one.axes() for row in one.by_role(axis) if row.promised is not None]
-    missed = {(row.axis, row.quantity, row.role) for row in one.off}
+    judged = [row for axis in one.axes() for row in one.by_role(axis) if row.expected is not None]
+    missed = {(row.axis, row.quantity, row.role) for row in one.violations}
     for axis in one.axes():
-        if not one.promises(axis):
+        if not one.has_expectation(axis):
             lines.append(f"{one.label[2]} promises nothing along the {axis}")
     lines += one.causes()
     if not one.passed:
@@ -117,14 +117,14 @@ def _document(one: Coordinates) -> dict[str, Any]:
         "diverged": list(one.diverged),
         "causes": one.causes(),
         "roles": [_of_role(one, row) for axis in one.axes() for row in one.by_role(axis)],
-        "rows": [{**_row(row), "tensor": row.tensor or None, "off": row in one.off} for row in one.rows],
+        "rows": [{**_row(row), "tensor": row.tensor or None, "off": row in one.violations} for row in one.rows],
     }
 
 
 def _of_role(one: Coordinates, row: Row) -> dict[str, Any]:
     """The tensors of a role as one, as tables show it; off are those that break its promise."""
-    off = [broken.tensor for broken in one.off if _key(broken) == _key(row)]
-    return {**_row(row), "judged": _interval(row.judged), "shown": _is_shown(row), "off": off}
+    off = [broken.tensor for broken in one.violations if _key(broken) == _key(row)]
+    return {**_row(row), "judged": _interval(row.final_exponent), "shown": _is_shown(row), "off": off}
 
 
 def _row(row: Row) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _row(row: Row) -> dict[str, Any]:
         "axis": row.axis,
         "quantity": row.quantity,
         "role": None if row.role is None else row.role.value,
-        "promised": None if row.promised is None else str(row.promised),
+        "promised": None if row.expected is None else str(row.expected),
         "sizes": list(row.sizes),
         "after": {
             str(count): {**_interval(exponent), "values": list(row.values[count])}
@@ -161,7 +161,7 @@ def show_laws(chosen: SweepConfig, as_json: bool) -> bool:
     else:
         for optimizer, parametrization, found in measured:
             _print_law(optimizer, parametrization, found, chosen.overrides)
-    return not any(found.off for _, _, found in measured)
+    return not any(found.violations for _, _, found in measured)
 
 
 def _print_law(
@@ -174,7 +174,7 @@ def _print_law(
         rank_1 = found.aligned.found.get(name)
         said = found.declared.get(name)
         cells = ["", ""] if rank_1 is None else _cells(rank_1)
-        verdict = "" if said is None else "off" if name in found.off else "ok"
+        verdict = "" if said is None else "off" if name in found.violations else "ok"
         table.add_row(name, *cells, *_cells(real), "" if said is None else signed(said), verdict)
     console.show(table)
     lines = [*_remarks(found), f"weight decay: {found.weight_decay}"]
@@ -196,7 +196,7 @@ def _remarks(found: Measured) -> list[str]:
     """What is off, and why real gradients may say otherwise than those of rank 1."""
     lines = [
         f"off: {name} is {found.aligned.found[name]}, declared {signed(found.declared[name])}: its rule would be wrong"
-        for name in found.off
+        for name in found.violations
     ]
     apart = {
         name: (mine.value, real.value)
@@ -258,7 +258,7 @@ def _law_document(optimizer: Optimizer, parametrization: Parametrization, found:
                 "real": _interval(real),
                 "declared": found.declared.get(name),
                 "snapped": None if found.snapped.get(name) is None else str(found.snapped[name]),
-                "off": name in found.off,
+                "off": name in found.violations,
             }
             for name, real in found.realistic.found.items()
         },
@@ -270,5 +270,5 @@ def _law_document(optimizer: Optimizer, parametrization: Parametrization, found:
         "monomial": found.monomial,
         "weight_decay": found.weight_decay,
         "lr": None if rule is None else _lrs(optimizer, parametrization, found, rule),
-        "agrees": not found.off,
+        "agrees": not found.violations,
     }

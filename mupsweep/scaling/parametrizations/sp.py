@@ -8,7 +8,7 @@ from fractions import Fraction
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
 from mupsweep.scaling.monomial import ONE, R_N
-from mupsweep.scaling.parametrizations.claims import RoleScaling, Rule, check_options
+from mupsweep.scaling.parametrizations.parametrization import RoleScaling, Rule, check_options
 from mupsweep.scaling.roles import Role
 
 INITS = ("constant", "fan_in")
@@ -39,7 +39,7 @@ class Standard:
     def attention_power(self) -> Fraction:
         return Fraction(-1, 2)
 
-    def claims(self) -> dict[Role, RoleScaling | Rule]:
+    def role_scalings(self) -> dict[Role, RoleScaling | Rule]:
         std = {role: R_N ** Fraction(-1, 2) for role in MATRICES_WITH_WIDE_INPUT if self.init == "fan_in"}
         return {role: Rule(ONE, std.get(role, ONE), ONE, ONE, ONE) for role in Role}
 
@@ -48,8 +48,8 @@ class Standard:
 class PerLayer:
     """Standard init with an LR per layer (Everett et al., 2407.05872): std 1/sqrt(n_in) everywhere, no multipliers.
 
-    Written as claims, so that optimizers other than Adam have their rule too. Only the head differs from muP: its
-    logits grow as sqrt(r_n) at initialisation.
+    Written as a scaling per role, so that optimizers other than Adam have their rule too. Only the head differs from
+    muP: its logits grow as sqrt(r_n) at initialisation.
 
     Attributes:
         alignment: "full" assumes that an update lines up with the activations it meets, as muP does (Adam: hidden and
@@ -70,7 +70,7 @@ class PerLayer:
     def attention_power(self) -> Fraction:
         return Fraction(-1, 2)
 
-    def claims(self) -> dict[Role, RoleScaling | Rule]:
+    def role_scalings(self) -> dict[Role, RoleScaling | Rule]:
         update = ONE if self.alignment == "full" else R_N ** Fraction(1, 2)
         vector = RoleScaling(multiplier=ONE, weight=ONE, update=ONE, loss_share=ONE)
         return {

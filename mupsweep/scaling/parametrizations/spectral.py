@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from mupsweep.errors import ConfigError
 from mupsweep.scaling.monomial import ONE, R_L, R_N, Monomial
-from mupsweep.scaling.parametrizations.claims import RoleScaling, Rule, check_options
+from mupsweep.scaling.parametrizations.parametrization import RoleScaling, Rule, check_options
 from mupsweep.scaling.roles import Role
 
 
@@ -49,7 +49,7 @@ class Spectral:
         """Aligned queries and keys grow their product as d_head, so the scale is 1/d_head relative to the base."""
         return Fraction(-1)
 
-    def claims(self) -> dict[Role, RoleScaling | Rule]:
+    def role_scalings(self) -> dict[Role, RoleScaling | Rule]:
         input_like = RoleScaling(multiplier=ONE, weight=ONE, update=ONE, loss_share=ONE)
         hidden_like = input_like
         if self.depth_exponent is not None:

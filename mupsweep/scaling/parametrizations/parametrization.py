@@ -59,7 +59,7 @@ class Parametrization(Protocol):
         """The exponent of d_head in the attention scale relative to the base: -1/2 is the usual 1/sqrt(d_head)."""
         ...
 
-    def claims(self) -> dict[Role, RoleScaling | Rule]:
+    def role_scalings(self) -> dict[Role, RoleScaling | Rule]:
         """Per role what it promises, to be solved for the optimizer at hand, or a rule that holds for every one."""
         ...
 
