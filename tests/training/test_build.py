@@ -1,4 +1,4 @@
-"""Build: the base shape is SP's bit for bit, and what the rules say is what a run trains with."""
+"""Building a run: the base shape is SP's bit for bit, and a run trains with exactly the solved rules."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ WIDTH, LR = 16, 2.0**-6
 
 @cache
 def run(*overrides: str) -> RunSpec:
-    """The one run of a tiny sweep: width 16, depth 2, at the base shape unless told."""
+    """The one run of a tiny sweep: width 16, depth 2, at the base shape unless overridden."""
     tiny = ["experiment=smoke", "training.precision=fp32", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-6]"]
-    (made,) = plan(config.load([*tiny, *overrides]))
-    return made
+    (spec,) = plan(config.load([*tiny, *overrides]))
+    return spec
 
 
 def wide_and_deep(*overrides: str) -> RunSpec:
-    """Four times the base width and twice its depth."""
+    """The one run of a sweep at four times the base width and twice its depth."""
     return run("sweep.width_ratios=[4]", "sweep.depth_ratios=[2]", *overrides)
 
 
-def weights(built: TrainingSetup) -> dict[str, Tensor]:
-    return built.network.state_dict()
+def weights(setup: TrainingSetup) -> dict[str, Tensor]:
+    return setup.network.state_dict()
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -84,14 +84,14 @@ def test_the_base_shape_is_a_fixed_point(parametrization: str, optimizer: str, d
     ends: list[tuple[dict[str, Tensor], list[dict[str, object]], float]] = []
     starts, rows = [], []
     for name in ("sp", parametrization):
-        made = run(f"optimizer={optimizer}", f"parametrization={name}", "model.bias=true", *FIVE_STEPS)
-        rows.append(rules(made.resolved, made.size, made.base_lr))
-        built = build(made, CPU)
-        starts.append({k: v.clone() for k, v in weights(built).items()})
+        spec = run(f"optimizer={optimizer}", f"parametrization={name}", "model.bias=true", *FIVE_STEPS)
+        rows.append(rules(spec.resolved, spec.size, spec.base_lr))
+        setup = build(spec, CPU)
+        starts.append({k: v.clone() for k, v in weights(setup).items()})
         folder = RunDir(tmp_path / name)
         folder.path.mkdir()
-        summary = train(made, built, data, folder, CPU, Undisturbed())
-        ends.append((weights(built), folder.metrics(), summary["val_loss"]))
+        summary = train(spec, setup, data, folder, CPU, Undisturbed())
+        ends.append((weights(setup), folder.metrics(), summary["val_loss"]))
     assert rows[0] == rows[1]
     assert same(*starts)
     assert same(ends[0][0], ends[1][0])
@@ -103,8 +103,8 @@ def test_the_base_shape_is_a_fixed_point(parametrization: str, optimizer: str, d
 @pytest.mark.parametrize("optimizer", config.choices("optimizer"))
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
 def test_every_ratio_at_the_base_shape_is_exactly_one(parametrization: str, optimizer: str) -> None:
-    made = run(*chosen.words("optimizer", optimizer), f"parametrization={parametrization}")
-    for row in rules(made.resolved, made.size, LR):
+    spec = run(*chosen.words("optimizer", optimizer), f"parametrization={parametrization}")
+    for row in rules(spec.resolved, spec.size, LR):
         ratios = {v for k, v in asdict(row).items() if k.endswith("_ratio")}
         assert ratios == {1.0}, row.name
 
@@ -136,9 +136,9 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("parametrization", PUBLISHED)
 def test_the_numbers_of_a_run_are_the_published_ones(parametrization: str) -> None:
-    made = wide_and_deep(f"parametrization={parametrization}")
+    spec = wide_and_deep(f"parametrization={parametrization}")
     seen = set()
-    for row in rules(made.resolved, made.size, LR):
+    for row in rules(spec.resolved, spec.size, LR):
         if row.role.value in PUBLISHED[parametrization]:
             std, lr, multiplier = PUBLISHED[parametrization][row.role.value]
             seen.add(row.role.value)
@@ -151,9 +151,9 @@ def test_the_numbers_of_a_run_are_the_published_ones(parametrization: str) -> No
 
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
 def test_the_weights_start_with_the_standard_deviation_of_their_rule(parametrization: str) -> None:
-    made = wide_and_deep(f"parametrization={parametrization}", "model.bias=true")
-    started = weights(build(made, CPU))
-    for row in rules(made.resolved, made.size, made.base_lr):
+    spec = wide_and_deep(f"parametrization={parametrization}", "model.bias=true")
+    started = weights(build(spec, CPU))
+    for row in rules(spec.resolved, spec.size, spec.base_lr):
         w = started[row.name].double()
         if row.init is Init.NORMAL:
             error = TOLERANCE["std"] / math.sqrt(w.numel())
@@ -166,12 +166,12 @@ def test_the_weights_start_with_the_standard_deviation_of_their_rule(parametriza
 
 
 def test_a_head_of_zeros_starts_at_zero_and_its_model_at_the_log_of_the_vocabulary(data: Dataset) -> None:
-    made = run("model.head_init_std=0.0")
-    built = build(made, CPU)
-    assert (weights(built)["head.weight"] == 0).all()
+    spec = run("model.head_init_std=0.0")
+    setup = build(spec, CPU)
+    assert (weights(setup)["head.weight"] == 0).all()
     block = torch.from_numpy(data.train_batch(32, 4, 0, 0))
-    loss = built.network(block[:, :-1], block[:, 1:])
-    assert loss.item() == pytest.approx(math.log(made.size.vocab_size), rel=1e-6)
+    loss = setup.network(block[:, :-1], block[:, 1:])
+    assert loss.item() == pytest.approx(math.log(spec.size.vocab_size), rel=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -179,23 +179,23 @@ def test_a_head_of_zeros_starts_at_zero_and_its_model_at_the_log_of_the_vocabula
 def test_groups_json_and_the_optimizer_hold_the_numbers_of_the_rules(
     parametrization: str, optimizer: str, tmp_path: Path
 ) -> None:
-    made = wide_and_deep(f"optimizer={optimizer}", f"parametrization={parametrization}", "optimizer.weight_decay=0.1")
-    built = build(made, CPU)
+    spec = wide_and_deep(f"optimizer={optimizer}", f"parametrization={parametrization}", "optimizer.weight_decay=0.1")
+    setup = build(spec, CPU)
     folder = RunDir(tmp_path / "run")
     folder.path.mkdir()
-    folder.write_rules({}, group_records(built))
+    folder.write_rules({}, group_records(setup))
     written = json.loads((folder.path / "groups.json").read_text())
-    names = {id(p): n for n, p in built.network.named_parameters()}
+    names = {id(p): n for n, p in setup.network.named_parameters()}
     live = {
         names[id(p)]: (group["peak_lr"], group["weight_decay"], group.get("eps"))
-        for member in built.optimizer.members
+        for member in setup.optimizer.members
         for group in member.param_groups
         for p in group["params"]
     }
     in_file = {name: group for group in written for name in group["tensors"]}
     assert sum(len(group["tensors"]) for group in written) == len(in_file)
-    rows = {row.name: row for row in rules(made.resolved, made.size, made.base_lr)}
-    assert in_file.keys() == live.keys() == rows.keys() == names_of(built)
+    rows = {row.name: row for row in rules(spec.resolved, spec.size, spec.base_lr)}
+    assert in_file.keys() == live.keys() == rows.keys() == names_of(setup)
     for name, row in rows.items():
         group = in_file[name]
         assert group["optimizer"] == row.optimizer
@@ -204,41 +204,41 @@ def test_groups_json_and_the_optimizer_hold_the_numbers_of_the_rules(
         assert live[name][2] in (row.eps, None if optimizer == "sgd" else row.eps), name
 
 
-def names_of(built: TrainingSetup) -> set[str]:
-    return {name for name, _ in built.network.named_parameters()}
+def names_of(setup: TrainingSetup) -> set[str]:
+    return {name for name, _ in setup.network.named_parameters()}
 
 
 def test_the_network_has_the_multipliers_of_the_rules() -> None:
-    made = wide_and_deep("parametrization=spectral", "model.output_multiplier=3.0")
-    net = build(made, CPU).network
-    row = {r.name: r for r in rules(made.resolved, made.size, LR)}
+    spec = wide_and_deep("parametrization=spectral", "model.output_multiplier=3.0")
+    net = build(spec, CPU).network
+    row = {r.name: r for r in rules(spec.resolved, spec.size, LR)}
     assert net.multiplier == row["head.weight"].multiplier == 0.75
     assert {b.multiplier for b in net.blocks} == {row["blocks.3.mlp.up.weight"].multiplier} == {0.5}
-    assert multipliers(made.resolved, made.size) == Multipliers(0.5, 0.75, 8**-0.5)
+    assert multipliers(spec.resolved, spec.size) == Multipliers(0.5, 0.75, 8**-0.5)
 
 
 def test_the_other_optimizer_of_a_hybrid_has_its_own_base_lr() -> None:
-    made = wide_and_deep("optimizer=muon", "parametrization=sp")
-    for row in rules(made.resolved, made.size, LR):
+    spec = wide_and_deep("optimizer=muon", "parametrization=sp")
+    for row in rules(spec.resolved, spec.size, LR):
         assert row.optimizer == ("muon" if row.role is Role.HIDDEN else "adamw")
         assert row.lr == pytest.approx(LR * (1.0 if row.role is Role.HIDDEN else 0.1), rel=TOLERANCE["rule"])
 
 
 def test_only_matrices_decay() -> None:
-    made = run("optimizer.weight_decay=0.1", "model.bias=true")
-    for row in rules(made.resolved, made.size, LR):
+    spec = run("optimizer.weight_decay=0.1", "model.bias=true")
+    for row in rules(spec.resolved, spec.size, LR):
         assert row.weight_decay == (0.1 if row.role.is_matrix else 0.0), row.name
 
 
 def test_the_lr_factor_multiplies_every_groups_peak() -> None:
-    built = build(wide_and_deep("optimizer=muon"), CPU)
+    setup = build(wide_and_deep("optimizer=muon"), CPU)
     for factor in (0.25, 1.0, 0.5):
-        built.optimizer.step(factor)
-        for member in built.optimizer.members:
+        setup.optimizer.step(factor)
+        for member in setup.optimizer.members:
             for group in member.param_groups:
                 assert group["lr"] == factor * group["peak_lr"]
-    peaks = {group["peak_lr"] for member in built.optimizer.members for group in member.param_groups}
-    assert peaks == {group["lr"] for group in built.groups}
+    peaks = {group["peak_lr"] for member in setup.optimizer.members for group in member.param_groups}
+    assert peaks == {group["lr"] for group in setup.groups}
 
 
 # Ties.
@@ -246,28 +246,28 @@ def test_the_lr_factor_multiplies_every_groups_peak() -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_tied_head_is_the_embedding_and_trains_with_it(optimizer: str) -> None:
-    made = wide_and_deep(f"optimizer={optimizer}", "parametrization=spectral", "model.tied=true")
-    built = build(made, CPU)
-    net = built.network
+    spec = wide_and_deep(f"optimizer={optimizer}", "parametrization=spectral", "model.tied=true")
+    setup = build(spec, CPU)
+    net = setup.network
     assert net.head.weight.data_ptr() == net.token_embedding.weight.data_ptr()
-    assert "head.weight" not in names_of(built)
+    assert "head.weight" not in names_of(setup)
     assert net.token_embedding.weight.detach().std() == pytest.approx(0.02, rel=0.05)
-    grouped = [name for group in built.groups for name in group["tensors"]]
-    assert sorted(grouped) == sorted(names_of(built))
+    grouped = [name for group in setup.groups for name in group["tensors"]]
+    assert sorted(grouped) == sorted(names_of(setup))
     before = net.token_embedding.weight.detach().clone()
     ids = torch.arange(8)[None]
     net(ids, ids.roll(1)).backward()
-    built.optimizer.step(1.0)
+    setup.optimizer.step(1.0)
     moved = (net.head.weight - before).abs().amax(dim=1)
     assert (moved[100:200] > 0).all()  # rows that only the head's gradient reaches
 
 
 @pytest.mark.parametrize("parametrization", ["spectral", "mup", "depth_mup"])
 def test_a_tie_whose_two_rules_disagree_is_refused(parametrization: str) -> None:
-    made = wide_and_deep(f"parametrization={parametrization}", "parametrization.output=init", "model.tied=true")
+    spec = wide_and_deep(f"parametrization={parametrization}", "parametrization.output=init", "model.tied=true")
     with pytest.raises(ConfigError) as refused:
-        rules(made.resolved, made.size, LR)
-    for words in (
+        rules(spec.resolved, spec.size, LR)
+    for part in (
         "token_embedding.weight",
         "head.weight",
         parametrization,
@@ -275,7 +275,7 @@ def test_a_tie_whose_two_rules_disagree_is_refused(parametrization: str) -> None
         "init_std x1 for the one and x0.25 for the other",
         "use model.tied=false, or parametrization.output=multiplier",
     ):
-        assert words in str(refused.value)
+        assert part in str(refused.value)
 
 
 def test_a_tie_is_legal_where_both_rules_agree() -> None:
@@ -302,16 +302,16 @@ class WrongVector(NanoGPT):
 
 class UndeclaredParameter(NanoGPT):
     def network(self, size: Size, multipliers: Multipliers) -> nn.Module:
-        made = super().network(size, multipliers)
-        made.temperature = nn.Parameter(torch.ones(1))
-        return made
+        network = super().network(size, multipliers)
+        network.temperature = nn.Parameter(torch.ones(1))
+        return network
 
 
 class UndeclaredBuffer(NanoGPT):
     def network(self, size: Size, multipliers: Multipliers) -> nn.Module:
-        made = super().network(size, multipliers)
-        made.register_buffer("mask", torch.ones(1))
-        return made
+        network = super().network(size, multipliers)
+        network.register_buffer("mask", torch.ones(1))
+        return network
 
 
 class MissingModule(NanoGPT):
@@ -325,10 +325,10 @@ class OtherShape(NanoGPT):
         return super().network(replace(size, context=size.context + 1), multipliers)
 
 
-def with_model(cls: type[NanoGPT], made: RunSpec) -> RunSpec:
-    model = made.resolved.model
+def with_model(cls: type[NanoGPT], spec: RunSpec) -> RunSpec:
+    model = spec.resolved.model
     wrong = cls(**{f.name: getattr(model, f.name) for f in fields(model)})
-    return replace(made, resolved=replace(made.resolved, model=wrong))
+    return replace(spec, resolved=replace(spec.resolved, model=wrong))
 
 
 @pytest.mark.parametrize(
@@ -341,9 +341,9 @@ def with_model(cls: type[NanoGPT], made: RunSpec) -> RunSpec:
         (WrongVector, r"norm\.weight is declared input_vector.*from \(32, 1\) to \(32, 1\)"),
     ],
 )
-@pytest.mark.parametrize("made", [run(), wide_and_deep()], ids=["base", "target"])
-def test_a_role_that_its_shape_contradicts_is_refused(cls: type[NanoGPT], message: str, made: RunSpec) -> None:
-    wrong = with_model(cls, made)
+@pytest.mark.parametrize("spec", [run(), wide_and_deep()], ids=["base", "target"])
+def test_a_role_that_its_shape_contradicts_is_refused(cls: type[NanoGPT], message: str, spec: RunSpec) -> None:
+    wrong = with_model(cls, spec)
     with pytest.raises(ConfigError, match=message):
         rules(wrong.resolved, wrong.size, LR)
 
@@ -368,9 +368,9 @@ def test_a_network_that_differs_from_its_table_is_refused(cls: type[NanoGPT], me
 def test_gradients_are_clipped_only_where_the_update_is_normalised() -> None:
     clip = ["training.clip=0.5"]
     for optimizer in ("adamw", "muon", "muon_kimi"):
-        made = run(f"optimizer={optimizer}", *clip)
-        assert clip_norm(made.resolved) == build(made, CPU).clip == 0.5
-        assert audit(made.resolved) == []
+        spec = run(f"optimizer={optimizer}", *clip)
+        assert clip_norm(spec.resolved) == build(spec, CPU).clip == 0.5
+        assert audit(spec.resolved) == []
     sgd = run("optimizer=sgd", *clip)
     assert clip_norm(sgd.resolved) is None
     assert build(sgd, CPU).clip is None
