@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written to a temporary name, flushed to the disk, renamed."""
+"""Atomic files, either whole or absent: written under a temporary name, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from mupsweep.errors import RecordError
 
 
 def write_text(path: Path, text: str, durable: bool = True) -> None:
-    """Replace `path` by `text` in one step; `durable` also waits until it is on the disk."""
+    """Replace `path` by `text` in one step; with `durable`, wait until it is on the disk."""
     write_bytes(path, text.encode(), durable)
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
-    """Replace `path` by `content` in one step."""
+    """Replace `path` by `content` in one step; with `durable`, wait until it is on the disk."""
     write_chunks(path, (content,), durable)
 
 
-def write_chunks(path: Path, parts: Iterable[bytes], durable: bool = True) -> None:
-    """The same for what is too large to be held as a whole."""
+def write_chunks(path: Path, chunks: Iterable[bytes], durable: bool = True) -> None:
+    """Replace `path` in one step by chunks of bytes, which need not fit into memory together."""
     temporary = temporary_beside(path)
     try:
         with temporary.open("wb") as file:
-            file.writelines(parts)
+            file.writelines(chunks)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
@@ -42,12 +42,12 @@ def write_chunks(path: Path, parts: Iterable[bytes], durable: bool = True) -> No
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name in the same folder that nobody else uses, on this host or another."""
+    """A unique name for a temporary file in the folder of `path`; no other process or host uses it."""
     return path.with_name(f".{path.name[:64]}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it."""
+    """Make a folder and its parents, unless they exist."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,12 +57,12 @@ def make_folder(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any, durable: bool = True) -> None:
-    """Replace `path` by readable json; a float that is not finite becomes null."""
+    """Replace `path` by indented json in one step; a float that is not finite becomes null."""
     write_text(path, json.dumps(finite(content), indent=2) + "\n", durable)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The mapping in a json file; None where there is none or it cannot be parsed."""
+    """The mapping in a json file; None where the file is missing or holds no mapping."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def finite(value: Any) -> Any:
-    """`value` with every float that json cannot hold as None."""
+    """`value` with None for every float that json cannot represent."""
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None
     if isinstance(value, Mapping):

@@ -1,11 +1,10 @@
-"""The errors a user can cause, and words that messages share. The command line prints each error in one line and exits
-with its code."""
+"""The errors that a user can cause. The command line prints each of them in one line and exits with its code."""
 
 from __future__ import annotations
 
 
 class MupsweepError(Exception):
-    """A mistake outside this program: says what, where, the valid values and what to do next."""
+    """A mistake outside this program; the message says what, where, the valid values and what to do next."""
 
     exit_code = 2
 
@@ -15,8 +14,8 @@ class ConfigError(MupsweepError):
 
 
 class DataError(MupsweepError):
-    """A corpus, tokenizer or token shard that is missing, unreadable or not what it claims to be."""
+    """A corpus, tokenizer or token shard that is missing, unreadable or damaged."""
 
 
 class RecordError(MupsweepError):
-    """A sweep folder that is missing, unwritable or holds something else than the command needs."""
+    """A sweep folder that is missing, unwritable, or does not hold what the command needs."""

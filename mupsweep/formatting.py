@@ -9,7 +9,7 @@ SI = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def si(value: float) -> str:
-    """1.23M, 4.5G: three digits and a unit."""
+    """A number with three digits and an SI prefix: 1.23M, 4.5G."""
     for size, unit in SI:
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -17,7 +17,7 @@ def si(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Readable to two units: 45s, 3m 20s, 2h 05m, 4d 03h."""
+    """A duration in its two largest units: 45s, 3m 20s, 2h 05m, 4d 03h."""
     s = round(seconds)
     if s < 60:
         return f"{s}s"
@@ -30,13 +30,13 @@ def duration(seconds: float) -> str:
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint that names the closest valid spelling first: `did you mean 'x'? valid: x, y, z`."""
-    spelt = {one.lower(): one for one in sorted(valid)}
+    spelling = {choice.lower(): choice for choice in sorted(valid)}
     typed = name.lower().replace("μ", "mu").replace("µ", "mu")  # the Greek letter, and the micro sign of keyboards
-    close = difflib.get_close_matches(typed, spelt, n=1, cutoff=0.5)
-    guess = f"did you mean '{spelt[close[0]]}'? " if close else ""
+    close = difflib.get_close_matches(typed, spelling, n=1, cutoff=0.5)
+    guess = f"did you mean '{spelling[close[0]]}'? " if close else ""
     return f"{guess}valid: {', '.join(sorted(valid))}"
 
 
 def counted(number: int, noun: str) -> str:
-    """1 run, 2 runs."""
+    """A number with its noun in the singular or plural: 1 run, 2 runs."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

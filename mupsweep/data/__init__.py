@@ -1,17 +1,17 @@
-"""The data room: a corpus in, batches of token ids out, the same for every run of a sweep.
+"""Data: a corpus in, batches of token ids out, identical for every run of a sweep.
 
     DataConfig -> source (documents) -> tokenizer -> token shards on disk -> Dataset -> batches
 
-`prepare` does the first four steps once per machine and opens the result; `fingerprint` names that result
-without making it. A batch is a pure function of (content id, context, batch size, seed, step): no worker, no
-state, no shuffle buffer, so resuming needs only a step number. Losses of different vocabularies compare
-through `byte_count`.
+`prepare` does the steps up to the shards once per machine and opens the result; `fingerprint` identifies that result
+without making it. A batch is a pure function of (content id, context, batch size, seed, step): there is no worker, no
+state and no shuffle buffer, so resuming needs only a step number. `byte_count` turns losses into bits per byte, which
+compare across vocabularies.
 
-    sources/        where documents come from: one file a source; local.py also reads ready token files
+    sources/        where documents come from, one file per source; local.py also reads ready token files
     tokenizers.py   bytes, gpt2 and gpt2 truncated to V tokens
-    preparation.py  documents -> shards: in parallel, once, and on from where an interruption left it
-    shards.py       the prepared corpus on disk: its format, its digests
-    cache.py        where prepared corpora lie, which there are, who prepares one now
+    preparation.py  documents -> shards: in parallel, once, resumable after an interruption
+    shards.py       the prepared corpus on disk: its format and digests
+    cache.py        the folder of prepared corpora: its entries, and the lock of a corpus that is being prepared
     streams.py      token files read by memory map, ours and other people's
     sampler.py      the permutation of the blocks of an epoch
 
@@ -42,7 +42,7 @@ def prepare(config: DataConfig, progress: Callable[[str], None] | None = None) -
 
     Args:
         config: the `data` section.
-        progress: told in a line now and then what is being done; not called when nothing is to be done.
+        progress: called with a line of text now and then while the corpus is prepared; never where it is ready.
 
     Raises:
         DataError: anything wrong with the corpus, its files, the tokenizer or the cache, in one line.
@@ -59,19 +59,19 @@ def prepare(config: DataConfig, progress: Callable[[str], None] | None = None) -
 
 
 def fingerprint(config: DataConfig) -> str:
-    """The content id (sha256, hexadecimal) of the tokens and split that `prepare` gives; makes nothing.
+    """The content id (sha256, hexadecimal) of the tokens and split that `prepare` returns, without preparing them.
 
     Raises:
-        DataError: an unknown tokenizer or source, or a corpus that is not there.
+        DataError: an unknown tokenizer or source, or a corpus that does not exist.
     """
     tokenizers.vocab_size(config.tokenizer)
     return cache.content_id(config, sources.load(config).fingerprint())
 
 
 def epochs_remark(config: DataConfig, tokens: int) -> str | None:
-    """What to say of a run that trains on `tokens` tokens, more than its corpus has; None where it does not.
+    """A remark on a run that trains on `tokens` tokens where its corpus has fewer; None where it has enough.
 
-    Also None for a corpus that is not prepared yet: nobody knows its size.
+    None also for a corpus that is not prepared yet, whose size is unknown.
     """
     source = sources.load(config)
     ready = source.ready_tokens()
@@ -95,8 +95,8 @@ class Dataset:
     """A prepared corpus. Token ids are int64 below `vocab_size`.
 
     Attributes:
-        content_id: sha256 of all that the tokens and the split depend on.
-        tokenizer: its name.
+        content_id: sha256 of everything that the tokens and the split depend on.
+        tokenizer: name of the tokenizer.
         vocab_size: number of ids.
         train: the training tokens.
         validation: the validation tokens.
@@ -114,30 +114,30 @@ class Dataset:
         Raises:
             DataError: naming the split.
         """
-        self._enough("train", self.train, context, batch_size)
-        self._enough("validation", self.validation, context, batch_size)
+        self._blocks_of("train", self.train, context, batch_size)
+        self._blocks_of("validation", self.validation, context, batch_size)
 
     def train_batch(self, context: int, batch_size: int, seed: int, step: int) -> NDArray[np.int64]:
-        """(batch_size, context + 1) tokens of optimizer step `step`: inputs [:, :-1], targets [:, 1:].
+        """(batch_size, context + 1) tokens of optimizer step `step`; inputs are [:, :-1], targets [:, 1:].
 
         Raises:
             DataError: the training split is smaller than one batch, or holds an id beyond the vocabulary.
         """
         from mupsweep.data.sampler import batch_blocks
 
-        total = self._enough("train", self.train, context, batch_size)
+        total = self._blocks_of("train", self.train, context, batch_size)
         return self._checked(self.train.blocks(batch_blocks(total, batch_size, seed, step), context))
 
     def validation_batches(self, context: int, batch_size: int) -> int:
-        """How many whole validation batches there are, at least one.
+        """The number of whole validation batches, at least one.
 
         Raises:
             DataError: the validation split is smaller than one batch.
         """
-        return self._enough("validation", self.validation, context, batch_size) // batch_size
+        return self._blocks_of("validation", self.validation, context, batch_size) // batch_size
 
     def validation_batch(self, context: int, batch_size: int, index: int) -> NDArray[np.int64]:
-        """(batch_size, context + 1) tokens of validation batch `index`: in order, the same for every run.
+        """(batch_size, context + 1) tokens of validation batch `index`, in the order of the corpus for every run.
 
         Raises:
             DataError: there is no such batch.
@@ -152,11 +152,11 @@ class Dataset:
         return self._checked(self.validation.blocks(range(index * batch_size, (index + 1) * batch_size), context))
 
     def byte_count(self, targets: NDArray[np.integer]) -> int:
-        """Bytes of text that the target ids stand for: bits per byte = summed nats / ln 2 / bytes."""
+        """Bytes of text that the target ids encode: bits per byte = summed nats / ln 2 / bytes."""
         return int(tokenizers.load(self.tokenizer).byte_lengths[targets].sum())
 
-    def _enough(self, split: str, stream: TokenStream, context: int, batch_size: int) -> int:
-        """The number of blocks of the split, at least one batch of them."""
+    def _blocks_of(self, split: str, stream: TokenStream, context: int, batch_size: int) -> int:
+        """The number of blocks of a split, which must be at least one batch of them."""
         blocks = stream.n_blocks(context)
         if blocks < batch_size:
             more = "raise data.validation_fraction" if split == "validation" else "use a larger corpus"
@@ -168,6 +168,7 @@ class Dataset:
         return blocks
 
     def _checked(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The batch, after a check that its ids are in the vocabulary."""
         largest = int(batch.max())
         if largest >= self.vocab_size:  # token files are only sampled when they are opened
             raise DataError(

@@ -1,10 +1,10 @@
-"""The cache of prepared corpora: where they lie, which there are, and that one process writes each.
+"""The cache of prepared corpora: their folders, and the lock by which one process writes each of them.
 
-    <cache>/<name>-<tokenizer>-<12 digits of the content id>/            shards (see shards.py)
-    <cache>/.<the same>.partial/                                         one that is being prepared, or was interrupted
-    <cache>/.<the same>.lock                                             held while it is prepared
+    <cache>/FOLDER/            shards (see shards.py); FOLDER is <name>-<tokenizer>-<12 digits of the content id>
+    <cache>/.FOLDER.partial/   a corpus that is being prepared, or whose preparation was interrupted
+    <cache>/.FOLDER.lock       locked while the corpus is being prepared
 
-The content id is known before anything is written, so a folder is prepared once, and what a name means never changes.
+The content id is known before anything is written, so a folder is prepared once and its content never changes.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ READY, BUSY, PARTIAL, DAMAGED = "ready", "busy", "partial", "damaged"
 
 @dataclass(frozen=True)
 class Entry:
-    """A corpus of the cache, or what there is of it.
+    """A corpus in the cache, complete or not.
 
     Attributes:
-        state: ready; busy (a process prepares it now), partial (preparing it again goes on), or damaged.
-        bytes: of text.
+        state: "ready", "busy" (a process is preparing it), "partial" (preparing it again continues) or "damaged".
+        bytes: size of the text.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Entry:
 
 
 def content_id(config: DataConfig, fingerprint: str) -> str:
-    """sha256 of all that the prepared tokens and their split depend on."""
+    """sha256 of everything that the prepared tokens and their split depend on."""
     parts = [
         shards.FORMAT,
         fingerprint,
@@ -68,26 +68,30 @@ def root(config: DataConfig) -> Path:
 
 
 def folder(config: DataConfig, content: str) -> Path:
-    """Where the corpus with the content id `content` is, or will be, prepared."""
+    """The folder of the corpus with the content id `content`, whether it is prepared yet or not."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", config.name).lstrip(".")
     return root(config) / f"{name}-{config.tokenizer}-{content[:12]}"
 
 
 def partial(folder: Path) -> Path:
-    """Where a corpus grows until it is complete."""
+    """The folder in which a corpus is written until it is complete."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def entries(config: DataConfig) -> list[Entry]:
-    """The corpora of the cache that `config` names, by name; what is not complete comes last."""
+    """The corpora of the cache that `config` names, sorted by name, with incomplete ones last."""
     complete = sorted(p for p in root(config).glob("[!.]*") if p.is_dir())
-    begun = sorted(root(config).glob(".*.partial"))
-    return [_complete(p) for p in complete] + [_begun(p) for p in begun]
+    incomplete = sorted(root(config).glob(".*.partial"))
+    return [_complete_entry(p) for p in complete] + [_partial_entry(p) for p in incomplete]
 
 
 @contextlib.contextmanager
 def lock(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Holds the lock of a corpus; the kernel frees it when the process ends, however it ends."""
+    """Hold the lock of a corpus; the kernel frees it when the process ends, however it ends.
+
+    Args:
+        waiting: called once where another process holds the lock.
+    """
     import fcntl
 
     with open(_lock_file(folder), "a") as handle:
@@ -99,42 +103,46 @@ def lock(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def _complete(folder: Path) -> Entry:
+def _complete_entry(folder: Path) -> Entry:
+    """The entry of a complete corpus, from its meta.json."""
     try:
-        found = shards.meta(folder)
+        meta = shards.meta(folder)
         shards.segments(folder)
     except DataError:
         return _entry({}, DAMAGED, folder)
-    return _entry(found, READY, folder)
+    return _entry(meta, READY, folder)
 
 
-def _begun(partial: Path) -> Entry:
+def _partial_entry(partial: Path) -> Entry:
+    """The entry of an incomplete corpus, from its checkpoint."""
     folder = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
     try:
-        found = json.loads((partial / CHECKPOINT).read_bytes())
+        checkpoint = json.loads((partial / CHECKPOINT).read_bytes())
     except (OSError, ValueError):
-        found = {}
-    return _entry(found, BUSY if _is_locked(folder) else PARTIAL, folder)
+        checkpoint = {}
+    return _entry(checkpoint, BUSY if _is_locked(folder) else PARTIAL, folder)
 
 
-def _entry(found: dict[str, Any], state: str, folder: Path) -> Entry:
+def _entry(meta: dict[str, Any], state: str, folder: Path) -> Entry:
+    """An Entry from a corpus's meta data; what these lack comes from the folder's name."""
     match = re.fullmatch(r"(.+)-(bytes|gpt2(?:-\d+)?)-([0-9a-f]{12})", folder.name)
     name, tokenizer, content = match.groups() if match else (folder.name, "", "")
-    splits = found.get("splits", {split: {} for split in shards.SPLITS})
+    splits = meta.get("splits", {split: {} for split in shards.SPLITS})
     return Entry(
-        name=found.get("name", name),
-        tokenizer=found.get("tokenizer", tokenizer),
+        name=meta.get("name", name),
+        tokenizer=meta.get("tokenizer", tokenizer),
         state=state,
         train_tokens=splits["train"].get("tokens", 0),
         validation_tokens=splits["validation"].get("tokens", 0),
         documents=sum(split.get("documents", 0) for split in splits.values()),
         bytes=sum(split.get("bytes", 0) for split in splits.values()),
-        content_id=found.get("content_id", content),
+        content_id=meta.get("content_id", content),
         folder=str(folder),
     )
 
 
 def _is_locked(folder: Path) -> bool:
+    """Whether a process holds the lock of a corpus."""
     import fcntl
 
     try:

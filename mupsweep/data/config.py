@@ -11,9 +11,9 @@ HELD_OUT = ("hash", "nanogpt")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A corpus and how it becomes tokens. `kind` names the source class; see `mupsweep/data`.
+    """A corpus and how it becomes tokens; `kind` names the class of the source (see `mupsweep/data`).
 
-    The keys from `hub_id` on are those of a data set on the Hugging Face hub; configs/data/_hub.yaml explains them.
+    `hub_id` and all keys after it describe a data set on the Hugging Face hub; configs/data/_hub.yaml explains them.
     """
 
     name: str = "sotu"

@@ -1,12 +1,12 @@
-"""Preparing a corpus: documents in, token shards out, once, whoever asks and however often it is interrupted.
+"""Preparation of a corpus: documents in, token shards out, once, however often it is requested or interrupted.
 
-A document belongs to the validation split when its source or the hash of its text says so, whatever stands beside it;
-each is followed by the end of text. `data.max_tokens` cuts the training split inside the document that reaches it,
-and nothing is read beyond: the validation split then holds the documents that came before the cut.
+The split of a document is decided by its source or by the hash of its text, independent of the other documents. Every
+document is followed by the end of text. `data.max_tokens` cuts the training split inside the document that reaches it,
+and nothing is read beyond that: the validation split then holds the documents that came before the cut.
 
 Everything is written into a hidden folder, under a lock, and renamed when it is complete. Now and then a checkpoint
-says what is safely on the disk and where the reading stands: a later process goes on from there and ends with the same
-bytes.
+records what is safely on the disk and the position of the reader: a later process continues from there and ends with
+the bytes of an uninterrupted preparation.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
     from mupsweep.data.sources import Document, Reader, Source
 
-BATCH_CHARACTERS = 1 << 20  # what a thread encodes at a time
-MAX_THREADS = 16  # one thread reads and writes: more would wait for it
-REPORT_SECONDS = 2.0
-CHECKPOINT_SECONDS = 20.0
+BATCH_CHARACTERS = 1 << 20  # characters that a thread encodes at a time
+MAX_THREADS = 16  # that encode; one thread reads and writes, and more encoders would wait for it
+REPORT_SECONDS = 2.0  # between two lines of progress
+CHECKPOINT_SECONDS = 20.0  # between two checkpoints
 
 Progress = Callable[[str], None]
 
@@ -51,10 +51,12 @@ def prepare(
     progress: Progress | None = None,
     shard_tokens: int = shards.SHARD_TOKENS,
 ) -> Path:
-    """Encodes the documents of `source` once, whoever asks and how many at a time; returns the folder.
+    """Encode the documents of `source` unless that was done before, and return the folder of the corpus.
+
+    Several processes may call this at once; one of them encodes and the others wait.
 
     Raises:
-        DataError: the source's own, a split without documents, or a cache that cannot be written.
+        DataError: an error of the source, a split without documents, or a cache that cannot be written.
     """
     say = progress or (lambda text: None)
     target = cache.folder(config, content)
@@ -66,18 +68,18 @@ def prepare(
         with cache.lock(target, lambda: say(f"waiting: another process prepares {target}")):
             if not target.exists():
                 if not (partial / "meta.json").is_file():
-                    _write(_Unfinished.open(partial, say, shard_tokens), source, config, content, say)
+                    _write(_PartialCorpus.open(partial, say, shard_tokens), source, config, content, say)
                 for leftover in partial.glob(f"{Path(cache.CHECKPOINT).stem}.*"):
                     leftover.unlink()
                 os.replace(partial, target)
                 _fsync(target.parent)
     except OSError as error:
-        raise DataError(_told(error, target.parent, kept=partial.exists())) from error
+        raise DataError(_write_failure(error, target.parent, kept=partial.exists())) from error
     return target
 
 
-class _Unfinished:
-    """A corpus that grows in a hidden folder: its shards, and the checkpoint to go on from."""
+class _PartialCorpus:
+    """A corpus that is being written into a hidden folder: its shards, and the checkpoint to resume from."""
 
     def __init__(self, folder: Path, shard_tokens: int, checkpoint: dict[str, Any] | None = None) -> None:
         splits = checkpoint["splits"] if checkpoint else dict.fromkeys(SPLITS)
@@ -87,15 +89,15 @@ class _Unfinished:
         self._saved = time.monotonic()
 
     @classmethod
-    def open(cls, folder: Path, say: Progress, shard_tokens: int) -> _Unfinished:
-        """What an interrupted process left, or an empty folder. Nobody else writes while the lock is held."""
+    def open(cls, folder: Path, say: Progress, shard_tokens: int) -> _PartialCorpus:
+        """The corpus of an interrupted process, or a new one; the caller holds the corpus's lock."""
         try:
             checkpoint = json.loads((folder / cache.CHECKPOINT).read_bytes())
-            found = cls(folder, shard_tokens, checkpoint)
-            say(f"going on after {sum(w.documents for w in found.writers.values()):,} documents")
-            return found
+            resumed = cls(folder, shard_tokens, checkpoint)
+            say(f"going on after {sum(w.documents for w in resumed.writers.values()):,} documents")
+            return resumed
         except FileNotFoundError:
-            pass  # nothing was begun, or it was stopped before its first checkpoint
+            pass  # no process began before, or it was stopped before its first checkpoint
         except (ValueError, KeyError, TypeError):
             say(f"{folder} is damaged: beginning anew")
         if folder.exists():
@@ -104,23 +106,23 @@ class _Unfinished:
         return cls(folder, shard_tokens)
 
     def save(self, header: dict[str, Any], position: Any) -> None:
-        """Remember in `checkpoint.json` what is on the disk, unless that was done a moment ago."""
+        """Write a checkpoint of what is on the disk, unless the last one is recent."""
         if time.monotonic() - self._saved < CHECKPOINT_SECONDS:
             return
         splits = {split: writer.state() for split, writer in self.writers.items()}
         _write_json(self.folder / cache.CHECKPOINT, {**header, "splits": splits, "position": position})
         self._saved = time.monotonic()
 
-    def let_go(self) -> None:
-        """Close the files; without a checkpoint to go on from they are of no use."""
+    def abandon(self) -> None:
+        """Close the files, and delete them where there is no checkpoint to resume from."""
         for writer in self.writers.values():
             writer.discard()
         if not (self.folder / cache.CHECKPOINT).is_file():
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _write(unfinished: _Unfinished, source: Source, config: DataConfig, content: str, say: Progress) -> None:
-    """The shards and meta.json of a corpus, in the order of its documents."""
+def _write(corpus: _PartialCorpus, source: Source, config: DataConfig, content: str, say: Progress) -> None:
+    """Write the shards and meta.json of a corpus, in the order of its documents."""
     tokenizer = tokenizers.load(config.tokenizer)
     header = {
         "format": shards.FORMAT,
@@ -135,26 +137,26 @@ def _write(unfinished: _Unfinished, source: Source, config: DataConfig, content:
         "max_tokens": config.max_tokens,
     }
     try:
-        report = _Report(say, config, source.rows(), unfinished.writers)
-        reader = source.reader(unfinished.position)
+        report = _Report(say, config, source.rows(), corpus.writers)
+        reader = source.reader(corpus.position)
         with contextlib.closing(_encoded(reader, tokenizer, config.validation_fraction)) as batches:
             for batch, position in batches:
-                if _add(batch, unfinished.writers, config.max_tokens, tokenizer):
+                if _add(batch, corpus.writers, config.max_tokens, tokenizer):
                     break
-                unfinished.save(header, position)
+                corpus.save(header, position)
                 report()
-        splits = {split: writer.close() for split, writer in unfinished.writers.items()}
-        _refuse_empty(config, unfinished)
-        _write_json(unfinished.folder / "meta.json", {**header, "splits": splits})
+        splits = {split: writer.close() for split, writer in corpus.writers.items()}
+        _refuse_empty(config, corpus)
+        _write_json(corpus.folder / "meta.json", {**header, "splits": splits})
     except BaseException:
-        unfinished.let_go()
+        corpus.abandon()
         raise
-    train, validation = (unfinished.writers[split].tokens for split in SPLITS)
+    train, validation = (corpus.writers[split].tokens for split in SPLITS)
     say(f"prepared {config.name}: {train:,} training and {validation:,} validation tokens")
 
 
 class _Encoded(NamedTuple):
-    """A document as tokens, its end of text included; `size` in bytes of text."""
+    """A document as tokens, the end of text included; `size` is the number of bytes of its text."""
 
     split: str
     size: int
@@ -167,7 +169,7 @@ def _add(
     limit: int | None,
     tokenizer: tokenizers.Tokenizer,
 ) -> bool:
-    """Append a batch; True when the training split has `limit` tokens and the rest was left out."""
+    """Append a batch to the shards; True when the training split has reached `limit` tokens, at which it is cut."""
     import numpy as np
 
     room = None if limit is None else limit - writers["train"].tokens
@@ -183,9 +185,10 @@ def _add(
             room -= len(document.tokens)
         kept.append(document)
     for split, writer in writers.items():
-        mine = [document for document in kept if document.split == split]
-        if mine:
-            writer.add(np.concatenate([d.tokens for d in mine]), len(mine), sum(d.size for d in mine))
+        documents = [document for document in kept if document.split == split]
+        if documents:
+            tokens = np.concatenate([document.tokens for document in documents])
+            writer.add(tokens, len(documents), sum(document.size for document in documents))
     return full
 
 
@@ -194,19 +197,19 @@ def _encoded(
 ) -> Generator[tuple[list[_Encoded], Any], None, None]:
     """Batches of encoded documents, in order, each with the position of the reader after it.
 
-    Threads do: tiktoken and hashlib work outside the interpreter's lock. Only a few batches are in flight.
+    Threads suffice, since tiktoken and hashlib release the interpreter's lock. Only a few batches are in flight.
     """
 
     def encode(documents: list[Document]) -> list[_Encoded]:
         texts = [tokenizers.well_formed(document.text) for document in documents]
-        found = []
+        encoded = []
         for document, text, tokens in zip(documents, texts, tokenizer.encode_documents(texts), strict=True):
             raw, split = text.encode(), document.split
             if split is None:
-                share = (int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") >> 11) / 2**53  # exact as a float
-                split = "validation" if share < fraction else "train"
-            found.append(_Encoded(split, len(raw), tokens))
-        return found
+                uniform = (int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") >> 11) / 2**53  # exact as a float
+                split = "validation" if uniform < fraction else "train"
+            encoded.append(_Encoded(split, len(raw), tokens))
+        return encoded
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, MAX_THREADS)
@@ -215,13 +218,14 @@ def _encoded(
         for batch, position in _batches(reader):
             pending.append((pool.submit(encode, batch), position))
             if len(pending) > 2 * workers:
-                future, reached = pending.popleft()
-                yield future.result(), reached
-        for future, reached in pending:
-            yield future.result(), reached
+                future, position_after = pending.popleft()
+                yield future.result(), position_after
+        for future, position_after in pending:
+            yield future.result(), position_after
 
 
 def _batches(reader: Reader) -> Iterator[tuple[list[Document], Any]]:
+    """Batches of about BATCH_CHARACTERS characters, each with the position of the reader after it."""
     batch, size = [], 0
     for document in reader:
         batch.append(document)
@@ -234,12 +238,12 @@ def _batches(reader: Reader) -> Iterator[tuple[list[Document], Any]]:
 
 
 class _Report:
-    """Says now and then how far the writers are."""
+    """Reports progress now and then, with an estimate of the remaining time."""
 
     def __init__(self, say: Progress, config: DataConfig, rows: int | None, writers: dict[str, SplitWriter]) -> None:
         self._say, self._config, self._rows, self._writers = say, config, rows, writers
         self._begin = self._last = time.monotonic()
-        self._had = self._share()
+        self._share_at_begin = self._share()
 
     def __call__(self) -> None:
         now = time.monotonic()
@@ -249,8 +253,9 @@ class _Report:
         tokens = sum(writer.tokens for writer in self._writers.values())
         line = f"encoding {self._config.name}: {self._documents():,} documents, {tokens:,} tokens"
         share = self._share()
-        if share - self._had > 0.001:  # less is too little to go by
-            minutes = (now - self._begin) / 60 * max(0.0, 1 - share) / (share - self._had)
+        done = share - self._share_at_begin
+        if done > 0.001:  # less is too little for an estimate
+            minutes = (now - self._begin) / 60 * max(0.0, 1 - share) / done
             line += f", {share:.1%}, {minutes:.0f} min left"
         self._say(line)
 
@@ -258,7 +263,7 @@ class _Report:
         return sum(writer.documents for writer in self._writers.values())
 
     def _share(self) -> float:
-        """How much is done; 0 where nobody knows."""
+        """The share of the corpus that is prepared; 0 where the total is unknown."""
         limit = self._config.max_tokens
         return max(
             self._writers["train"].tokens / limit if limit else 0.0,
@@ -266,13 +271,13 @@ class _Report:
         )
 
 
-def _refuse_empty(config: DataConfig, unfinished: _Unfinished) -> None:
-    """Both splits hold documents; what has none is not worth keeping."""
-    total = sum(writer.documents for writer in unfinished.writers.values())
+def _refuse_empty(config: DataConfig, corpus: _PartialCorpus) -> None:
+    """Refuse a corpus with a split without documents, and delete its checkpoint, so that nothing is kept of it."""
+    total = sum(writer.documents for writer in corpus.writers.values())
     more = ", raise data.max_tokens" if config.max_tokens else ""
-    for split, writer in unfinished.writers.items():
+    for split, writer in corpus.writers.items():
         if not writer.documents:
-            (unfinished.folder / cache.CHECKPOINT).unlink(missing_ok=True)
+            (corpus.folder / cache.CHECKPOINT).unlink(missing_ok=True)
             cure = f"{'lower' if split == 'train' else 'raise'} the fraction{more} or add documents"
             if total == 1 and not more:
                 cure = "cut the document into several, one a line"
@@ -282,8 +287,12 @@ def _refuse_empty(config: DataConfig, unfinished: _Unfinished) -> None:
             )
 
 
-def _told(error: OSError, folder: Path, kept: bool) -> str:
-    """What a user can do about a cache that cannot be written."""
+def _write_failure(error: OSError, folder: Path, kept: bool) -> str:
+    """The message for a cache that cannot be written, with what a user can do about it.
+
+    Args:
+        kept: whether the tokens prepared so far are on the disk.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         goes_on = "it goes on where it stopped" if kept else "nothing was kept"
         return (
@@ -297,7 +306,7 @@ def _told(error: OSError, folder: Path, kept: bool) -> str:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace `path` in one step, durably."""
+    """Replace `path` in one step, and wait until it is on the disk."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8") as handle:
         handle.write(json.dumps(content, indent=1) + "\n")
@@ -308,6 +317,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _fsync(folder: Path) -> None:
+    """Wait until the entries of a folder are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -2,7 +2,7 @@
 
 train-00000.bin ...       at most 100 M tokens each, in llm.c's format (see streams.py)
 validation-00000.bin ...
-meta.json                 what they were made from, and per shard its tokens and sha256
+meta.json                 the source and tokenizer of the corpus, and the number of tokens and sha256 of every shard
 """
 
 from __future__ import annotations
@@ -31,70 +31,72 @@ def meta(folder: Path) -> dict[str, Any]:
     """The `meta.json` of a prepared corpus.
 
     Raises:
-        DataError: missing or unreadable.
+        DataError: the file is missing or damaged.
     """
     try:
-        found = json.loads((folder / "meta.json").read_bytes())
-        assert found["format"] == FORMAT
-        assert set(found["splits"]) == set(SPLITS)
+        content = json.loads((folder / "meta.json").read_bytes())
+        assert content["format"] == FORMAT
+        assert set(content["splits"]) == set(SPLITS)
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise DataError(
-            f"{folder} is no prepared corpus (meta.json is missing or damaged): {_again(folder)}"
+            f"{folder} is no prepared corpus (meta.json is missing or damaged): {_prepare_again(folder)}"
         ) from error
-    return found
+    return content
 
 
 def streams(folder: Path) -> tuple[TokenStream, TokenStream]:
-    """(train, validation) of a prepared corpus; checks the size of every shard.
+    """The token streams (train, validation) of a prepared corpus, after a check of the size of every shard.
 
     Raises:
-        DataError: a missing, cut or damaged shard.
+        DataError: a missing or damaged shard.
     """
     train, validation = segments(folder)
     return TokenStream(train), TokenStream(validation)
 
 
 def segments(folder: Path) -> tuple[list[Segment], list[Segment]]:
-    """The shards of (train, validation), their sizes checked.
+    """The shards of (train, validation), after a check of the size of each.
 
     Raises:
-        DataError: a missing, cut or damaged shard.
+        DataError: a missing or damaged shard.
     """
-    found = meta(folder)
+    splits = meta(folder)["splits"]
     parts: dict[str, list[Segment]] = {split: [] for split in SPLITS}
     for split in SPLITS:
-        for shard in found["splits"][split]["shards"]:
+        for shard in splits[split]["shards"]:
             path = folder / shard["file"]
             size = path.stat().st_size if path.is_file() else 0
             expected = HEADER_BYTES + 2 * shard["tokens"]
             if size != expected:
-                raise DataError(f"{path} is damaged: {size} bytes instead of {expected}; {_again(folder)}")
+                raise DataError(f"{path} is damaged: {size} bytes instead of {expected}; {_prepare_again(folder)}")
             parts[split].append(segment(path))
     return parts["train"], parts["validation"]
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Reads every shard of a prepared corpus and compares its sha256; returns its meta data.
+    """Read every shard of a prepared corpus, compare its sha256, and return the corpus's meta data.
 
     Raises:
-        DataError: naming the shards that are not what was written.
+        DataError: naming the shards whose content has changed.
     """
-    found = meta(folder)
+    content = meta(folder)
     segments(folder)
-    shards = [shard for split in SPLITS for shard in found["splits"][split]["shards"]]
+    shards = [shard for split in SPLITS for shard in content["splits"][split]["shards"]]
     bad = [shard["file"] for shard in shards if sha256(folder / shard["file"]) != shard["sha256"]]
     if bad:
-        raise DataError(f"{folder}: damaged, the sha256 of {', '.join(bad)} differs from meta.json; {_again(folder)}")
-    return found
+        raise DataError(
+            f"{folder}: damaged, the sha256 of {', '.join(bad)} differs from meta.json; {_prepare_again(folder)}"
+        )
+    return content
 
 
 class SplitWriter:
-    """Writes the shards of one split; goes on from `state` where a process stopped."""
+    """Writes the shards of one split, from the beginning or from the `state` of an interrupted process."""
 
     def __init__(self, folder: Path, split: str, shard_tokens: int, state: dict[str, Any] | None = None) -> None:
         """
         Raises:
-            ValueError: the files in the folder are not what `state` says.
+            ValueError: the files in the folder contradict `state`.
         """
         self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
         self._file: BinaryIO | None = None
@@ -113,10 +115,16 @@ class SplitWriter:
                 raise ValueError(f"{path} has changed")
         for path in folder.glob(f"{split}-*.bin"):
             if path.name not in {shard["file"] for shard in self._shards}:
-                path.unlink()  # begun after the state was taken
+                path.unlink()  # begun after the checkpoint that holds the state
 
     def add(self, tokens: NDArray[np.uint16], documents: int, size: int) -> None:
-        """`documents` documents of `size` bytes of text, their ends of text included in `tokens`."""
+        """Append documents.
+
+        Args:
+            tokens: the tokens of all documents, each with its end of text.
+            documents: number of documents.
+            size: bytes of their text.
+        """
         self.documents += documents
         self.bytes += size
         while len(tokens):
@@ -135,7 +143,7 @@ class SplitWriter:
                 self._finish()
 
     def state(self) -> dict[str, Any]:
-        """What was written, now that it is on the disk: meta.json's entry, or what another writer goes on from."""
+        """The state after a flush to the disk: the split's entry in meta.json, and what a later writer resumes from."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -147,19 +155,19 @@ class SplitWriter:
         }
 
     def close(self) -> dict[str, Any]:
-        """Finishes the last shard."""
+        """Finish the last shard and return the split's entry in meta.json."""
         self._finish()
         return self.state()
 
     def discard(self) -> None:
-        """Lets go of the file, whatever state it is in."""
+        """Close the open shard without finishing it."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # a full disk may refuse the last bytes once more
                 self._file.close()
             self._file = None
 
     def _finish(self) -> None:
-        """The header comes last: only now is the number of tokens known."""
+        """Write the header of the open shard, whose number of tokens is known only now, and close it."""
         if self._file is None:
             return
         self._file.seek(0)
@@ -177,5 +185,5 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _again(folder: Path) -> str:
+def _prepare_again(folder: Path) -> str:
     return f"delete the folder {folder} and run `mupsweep data prepare` again"

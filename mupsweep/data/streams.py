@@ -1,7 +1,7 @@
 """Token files and the streams that read them by memory map.
 
-A token file is uint16, little-endian: bare, as nanoGPT writes it, or after llm.c's header of 256 int32, of
-which the first three are magic, version and number of tokens.
+A token file holds uint16, little-endian: without a header, as nanoGPT writes it, or after llm.c's header of 256 int32,
+the first three of which are magic number, version and number of tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
-MAGIC_LLAMA3 = 20240801  # llm.c's other kind of token file
+MAGIC_LLAMA3 = 20240801  # of llm.c's uint32 token files
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def segment(path: Path) -> Segment:
     """A token file: with llm.c's header, or headerless as nanoGPT writes it.
 
     Raises:
-        DataError: unreadable, another version or kind of header, or a size that does not fit.
+        DataError: an unreadable file, an unknown version or kind of header, or a size that contradicts the header.
     """
     try:
         size = path.stat().st_size
@@ -81,7 +81,7 @@ class TokenStream:
         return self._starts[-1]
 
     def n_blocks(self, context: int) -> int:
-        """Blocks of `context` inputs and targets; the last target of one is the first input of the next."""
+        """The number of blocks of `context` tokens; the last target of a block is the first input of the next."""
         return max(0, (len(self) - 1) // context)
 
     def blocks(self, indices: Iterable[int] | NDArray[np.int64], context: int) -> NDArray[np.int64]:
@@ -92,16 +92,17 @@ class TokenStream:
         """
         import numpy as np
 
-        wanted = [int(i) for i in indices]
+        block_indices = [int(i) for i in indices]
         total = self.n_blocks(context)
-        out = np.empty((len(wanted), context + 1), dtype=np.int64)
-        for row, index in zip(out, wanted, strict=True):
+        out = np.empty((len(block_indices), context + 1), dtype=np.int64)
+        for row, index in zip(out, block_indices, strict=True):
             if not 0 <= index < total:
                 raise IndexError(f"block {index} of {total}")
             self._copy(index * context, row)
         return out
 
     def _copy(self, start: int, out: NDArray[np.int64]) -> None:
+        """Fill `out` with the tokens from position `start` on, across the ends of files."""
         part = bisect.bisect_right(self._starts, start) - 1
         done = 0
         while done < len(out):

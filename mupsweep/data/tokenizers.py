@@ -4,8 +4,8 @@
     gpt2      50257 tokens, end of text 50256 (Radford et al. 2019)
     gpt2-V    the V-1 lowest ranks of GPT-2, end of text V-1, for V from 257 to 50256
 
-Byte-pair merges apply in the order of their ranks, so a prefix of the list is a valid tokenizer by itself:
-the small vocabularies are nested in the big one, and a CPU sweep need not pay for 50257 logits.
+Byte-pair merges apply in the order of their ranks, so a prefix of the list is a valid tokenizer by itself. The small
+vocabularies are thus nested in the big one, and a sweep on a CPU need not compute 50257 logits.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ SHIPPED = ("bytes", "gpt2", "gpt2-1024", "gpt2-4096")
 GPT2_VOCAB = 50257
 MERGES = Path(__file__).parent / "corpora" / "gpt2-vocab.bpe"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-# How GPT-2 cuts text into words before it merges bytes: contractions, letters, digits, signs, white space.
+# GPT-2's pre-tokenization, before bytes are merged: contractions, letters, digits, punctuation, white space.
 PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 LONG_BLANK = re.compile(r"\s{4096}(?=\s)")
 
 
 def vocab_size(name: str) -> int:
-    """The number of ids of the tokenizer `name`; imports nothing.
+    """The number of ids of the tokenizer `name`, without loading it.
 
     Raises:
-        DataError: no such tokenizer, with the valid names.
+        DataError: an unknown tokenizer, with the valid names.
     """
     if name == "bytes":
         return 256
@@ -60,10 +60,10 @@ def vocab_size(name: str) -> int:
 
 
 def digest(name: str) -> str:
-    """sha256 of what defines the tokenizer `name`: two with the same digest give the same ids."""
+    """sha256 of the definition of the tokenizer `name`: tokenizers of one digest give identical ids."""
     size = vocab_size(name)
-    defines = ["bytes", 1] if name == "bytes" else ["gpt2", 1, PATTERN, MERGES_SHA256, size]
-    return hashlib.sha256(json.dumps(defines).encode()).hexdigest()
+    definition = ["bytes", 1] if name == "bytes" else ["gpt2", 1, PATTERN, MERGES_SHA256, size]
+    return hashlib.sha256(json.dumps(definition).encode()).hexdigest()
 
 
 def well_formed(text: str) -> str:
@@ -77,33 +77,36 @@ def well_formed(text: str) -> str:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to ids and back. Made by `load`.
+    """A tokenizer: text to ids and back. `load` makes it.
 
     Attributes:
-        name: as in `data.tokenizer`.
+        name: the value of `data.tokenizer`.
         vocab_size: number of ids, the end of text included.
         end_of_text: the id that follows every document.
-        digest: sha256 of what defines the tokenizer.
+        digest: sha256 of the tokenizer's definition.
     """
 
     name: str
     vocab_size: int
     end_of_text: int
     digest: str
-    _pieces: tuple[bytes, ...]  # what each id decodes to
+    _pieces: tuple[bytes, ...]  # the bytes that each id decodes to
     _encode: Callable[[str], NDArray[np.uint16]]
     _encode_joined: Callable[[str], NDArray[np.uint16]] | None = None  # reads END as the end of text
 
     def encode(self, text: str) -> NDArray[np.uint16]:
-        """The ids (n,) of one document, without the end of text; '<|endoftext|>' is plain text."""
+        """The ids (n,) of one document, without the end of text; '<|endoftext|>' is read as plain text."""
         return self._encode(well_formed(text))
 
     def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.uint16]]:
-        """The ids of well-formed texts, each with the end of text: as one after the other, but a tenth faster."""
+        """The ids of several well-formed texts, each followed by the end of text.
+
+        Equal to encoding the texts one by one, but a tenth faster, since they are encoded joined where possible.
+        """
         import numpy as np
 
         if self._encode_joined is not None and not any(END in text for text in texts):
-            with contextlib.suppress(ValueError):  # a text that has to be cut; which one does not matter to the others
+            with contextlib.suppress(ValueError):  # some text has to be cut: then each is encoded on its own, below
                 ids = self._encode_joined("".join(text + END for text in texts))
                 return np.split(ids, np.flatnonzero(ids == self.end_of_text)[:-1] + 1)
         end = np.array([self.end_of_text], dtype=np.uint16)
@@ -115,7 +118,7 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> NDArray[np.int64]:
-        """(vocab_size,): how many bytes of text each id stands for; 0 for the end of text."""
+        """(vocab_size,) number of bytes of text that each id encodes; 0 for the end of text."""
         import numpy as np
 
         return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
@@ -126,7 +129,7 @@ def load(name: str) -> Tokenizer:
     """The tokenizer `name`.
 
     Raises:
-        DataError: no such tokenizer, or the shipped merge list is damaged.
+        DataError: an unknown tokenizer, or the shipped merge list is damaged.
     """
     size = vocab_size(name)
     if name == "bytes":
@@ -171,21 +174,24 @@ def _encode_joined(encoding: Callable[[], Encoding], text: str) -> NDArray[np.ui
 
 
 def _encoding_of_this_thread(ranks: dict[bytes, int]) -> Callable[[], Encoding]:
-    """Makes one for each thread: a regular expression runs a fifth slower in threads other than its first user's."""
+    """A function that returns the calling thread's own encoding.
+
+    A regular expression runs a fifth slower in threads other than the one that used it first.
+    """
     import tiktoken
 
-    end, mine = len(ranks), threading.local()
+    end, thread_local = len(ranks), threading.local()
 
     def encoding() -> Encoding:
-        if not hasattr(mine, "encoding"):
-            mine.encoding = tiktoken.Encoding(
+        if not hasattr(thread_local, "encoding"):
+            thread_local.encoding = tiktoken.Encoding(
                 f"gpt2-{end + 1}",
                 pat_str=PATTERN,
                 mergeable_ranks=ranks,
                 special_tokens={END: end},
                 explicit_n_vocab=end + 1,
             )
-        return mine.encoding
+        return thread_local.encoding
 
     return encoding
 

@@ -1,4 +1,4 @@
-"""What every model declares: its base shape, its tensors, and how to build the network."""
+"""The base class of all models: the keys they share, their tensors, and their network."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Multipliers:
     """Forward constants at one size.
 
     Attributes:
-        block: on every residual branch.
-        output: on the logits.
-        attention: on query . key.
+        block: factor of every residual branch.
+        output: factor of the logits.
+        attention: factor of query . key.
     """
 
     block: float
@@ -39,9 +39,10 @@ class Architecture(ABC):
     """The keys that all decoder models share; a subclass adds its own.
 
     Attributes:
-        name: what curves and reports call it.
-        width, depth, context: the base shape; tokens per sequence.
-        head_dim: features per head, fixed along a ladder; `heads` instead fixes the number of heads.
+        name: the model's name in curves and reports.
+        width, depth: features per token and number of blocks at the base shape.
+        context: tokens per sequence.
+        head_dim: features per head, fixed along a ladder; `heads` fixes the number of heads instead.
         ffn_ratio: MLP width / width.
         projections: "split" keeps query, key and value, and a gated MLP's two inputs, as matrices of their own; "fused"
             stacks them into one tensor each.
@@ -81,7 +82,7 @@ class Architecture(ABC):
 
     @property
     def base(self) -> BaseShape:
-        """The shape at ratio 1."""
+        """The base shape: ratio 1 of width and depth."""
         return BaseShape(self.width, self.depth, self.head_dim, self.heads, self.ffn_ratio, self.context)
 
     def multipliers(self, size: Size, block: float, output: float, attention_power: float) -> Multipliers:
@@ -98,17 +99,17 @@ class Architecture(ABC):
         )
 
     def projected(self, fused: str, **rows: int) -> dict[str, int]:
-        """Rows of every matrix of one input: as given, or all of them stacked in a tensor called `fused`.
+        """Rows of every matrix applied to one input: as given, or all stacked in one tensor called `fused`.
 
-        The rules hold for both forms. Where every part grows as the width, so does the stack, and in ratios to the base
-        shape its init std is that of its parts, 1/sqrt(r_n), and its LR too. What differs is a constant of the matrix
-        optimizers: the orthogonalised stack of three square matrices has a third of the squared norm that the three
-        have when orthogonalised one by one, so a base LR tuned for one form is not the other's.
+        The rules hold for both forms. Where every matrix grows with the width, so does the stack, and its ratios of
+        init std, 1/sqrt(r_n), and of LR to the base shape are those of its matrices. A constant of matrix optimizers
+        differs: the orthogonalised stack of three square matrices has a third of the squared norm that the three have
+        when orthogonalised one by one, so a base LR that was tuned for one form does not fit the other.
         """
         return rows if self.projections == "split" else {fused: sum(rows.values())}
 
     def head(self, size: Size, embedding: str) -> TensorSpec:
-        """The head's row: its own matrix, or the embedding's storage under the output's rule."""
+        """The head's tensor: a matrix of its own, or the storage of the embedding under the rule of an output."""
         std = self.init_std if self.head_init_std is None else self.head_init_std
         return TensorSpec(
             "head.weight",

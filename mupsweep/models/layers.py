@@ -1,4 +1,4 @@
-"""The modules that models are built from, each of the shape that the table of tensors declares.
+"""The modules that models are built from; the table of tensors declares their shapes.
 
 B: batch, T: tokens, C: width, H: heads, K: heads of keys and values, D: head_dim.
 """
@@ -17,12 +17,12 @@ from mupsweep.models.shape import Size
 from mupsweep.scaling import TensorSpec
 
 Table = Mapping[str, TensorSpec]
-Part = Callable[[Table, str], nn.Module]  # makes the module of that name in the table
+MakeModule = Callable[[Table, str], nn.Module]  # (table, name) -> the module of that name in the table
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, each (T, D)
 
 
 def parameter(table: Table, name: str) -> nn.Parameter | None:
-    """An uninitialised parameter of the declared shape, or None where the table has no such tensor."""
+    """An uninitialised parameter of the declared shape; None where the table does not declare it."""
     return nn.Parameter(torch.empty(table[name].shape)) if name in table else None
 
 
@@ -53,12 +53,12 @@ class RMSNorm(Affine):
     """x / RMS(x) over the last dimension, eps 1e-5 (Zhang and Sennrich 1910.07467); a gain where declared."""
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = None if self.weight is None else self.weight.to(x.dtype)  # autocast leaves queries and keys in bf16
+        gain = None if self.weight is None else self.weight.to(x.dtype)  # under autocast, queries and keys are bf16
         return F.rms_norm(x, x.shape[-1:], gain, eps=1e-5)
 
 
 class Embedding(nn.Module):
-    """A row of `weight` (rows, C) per id."""
+    """An embedding: the row of `weight` (rows, C) of every id."""
 
     def __init__(self, table: Table, name: str) -> None:
         super().__init__()
@@ -69,9 +69,10 @@ class Embedding(nn.Module):
 
 
 def rotation(tokens: int, head_dim: int, theta: float, device: torch.device) -> Rotation:
-    """The angles of rotary positions (Su et al. 2104.09864): position * theta^(-2i / D) for the pair (i, i + D/2).
+    """Cosines and sines of rotary positions (Su et al. 2104.09864), as `rotate` takes them.
 
-    Pairs are half a head apart, as in transformers' Llama. The sines carry the sign of their half: -sin, then sin.
+    The angle of a position and of the pair of features (i, i + D/2) is position * theta^(-2i / D). Pairs are half a
+    head apart, as in transformers' Llama. The sines are negative for the first half of the features.
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angle = torch.arange(tokens, dtype=torch.float32, device=device)[:, None] * frequency
@@ -80,7 +81,7 @@ def rotation(tokens: int, head_dim: int, theta: float, device: torch.device) -> 
 
 
 def rotate(x: Tensor, angles: Rotation) -> Tensor:
-    """Every pair of features of x (B, H, T, D) turned by the angle of its position, in the dtype of x."""
+    """Rotate every pair of features of x (B, H, T, D) by the angle of its position, in the dtype of x."""
     cos, sin = (a.to(x.dtype) for a in angles)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
@@ -88,12 +89,12 @@ def rotate(x: Tensor, angles: Rotation) -> Tensor:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(scale * q . k) v over the past: torch's SDPA, but written out for bf16 on a CPU.
 
-    There SDPA's backward pass alone takes longer than the three products below, forward and backward.
+    For bf16 on a CPU, SDPA's backward pass alone takes longer than the three products here, forward and backward.
 
     Args:
         q: (B, H, T, D).
         k, v: (B, K, T, D); query head h attends to key head h // (H / K).
-        scale: on q . k.
+        scale: factor of q . k.
     """
     B, H, T, D = q.shape
     K = k.shape[1]
@@ -103,32 +104,32 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             scores = torch.baddbmm(future, q.reshape(B * K, -1, D), k.flatten(0, 1).mT, alpha=scale)
             return (scores.softmax(dim=-1) @ v.flatten(0, 1)).view(B, H, T, D)
     if K < H and v.dtype is torch.float32 and q.device.type != "cpu":
-        # fused fp32 kernels of accelerators want equal heads; enable_gqa would leave them for unfused products. Asked
-        # of v, since CUDA's autocast norms q and k in fp32 also where the products are bf16
+        # Fused fp32 kernels of accelerators need equal numbers of heads; with enable_gqa, SDPA would fall back to
+        # unfused products. v decides, since CUDA's autocast keeps normed q and k in fp32 where products are bf16.
         k, v = (y[:, :, None].expand(B, K, H // K, T, D).reshape(B, H, T, D) for y in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=k.shape[1] < H)
 
 
 class Projections(nn.Module):
-    """The linear maps of one input: a matrix per part, or one called `fused`, whichever the table declares."""
+    """Several linear maps of one input, as one matrix each or stacked in one called `fused`, as the table declares."""
 
     def __init__(self, table: Table, name: str, fused: str, **rows: int) -> None:
         super().__init__()
         self.rows = list(rows.values())
         self.maps = [fused] if f"{name}.{fused}.weight" in table else list(rows)
-        for part in self.maps:
-            self.add_module(part, Linear(table, f"{name}.{part}"))
+        for map_name in self.maps:
+            self.add_module(map_name, Linear(table, f"{name}.{map_name}"))
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
-        """The parts' outputs, in order."""
-        outputs = [getattr(self, part)(x) for part in self.maps]
+        """The outputs of the maps, in order."""
+        outputs = [getattr(self, map_name)(x) for map_name in self.maps]
         return outputs if len(outputs) > 1 else outputs[0].split(self.rows, dim=-1)
 
 
 class Attention(Projections):
-    """Causal multi-head attention, softmax(scale * q . k) v, keys and values shared where there are fewer of them.
+    """Causal multi-head attention, softmax(scale * q . k) v, with grouped queries where there are fewer key heads.
 
-    Queries and keys are normalised per head with `qk_norm`, then turned by their positions where angles are given.
+    With `qk_norm`, queries and keys are normalised per head. Given angles, they are rotated by their positions.
     """
 
     def __init__(self, table: Table, name: str, size: Size, scale: float, qk_norm: bool = False) -> None:
@@ -178,7 +179,9 @@ class SwiGLU(Projections):
 class Block(nn.Module):
     """x + m * attention(norm(x)), then x + m * mlp(norm(x)), m the block multiplier."""
 
-    def __init__(self, table: Table, name: str, multiplier: float, norm: Part, attention: Part, mlp: Part) -> None:
+    def __init__(
+        self, table: Table, name: str, multiplier: float, norm: MakeModule, attention: MakeModule, mlp: MakeModule
+    ) -> None:
         super().__init__()
         self.multiplier = multiplier
         self.attention_norm = norm(table, f"{name}.attention_norm")
@@ -192,10 +195,11 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings, blocks, a final norm and a head: logits without targets, the mean loss in nats with them.
+    """A decoder: embeddings, blocks, a final norm and a head.
 
-    With `draws` (B, T) instead of targets, the loss is for labels that they pick from the predictions.
-    Positions are learned where the table has a position embedding, and rotary where `rope_theta` is given.
+    `forward` returns logits, or the mean loss in nats where targets are given. With `draws` (B, T) instead of targets,
+    the loss is that of labels sampled from the model's own predictions. Positions are learned where the table has a
+    position embedding, and rotary where `rope_theta` is given.
     """
 
     def __init__(
@@ -203,9 +207,9 @@ class Decoder(nn.Module):
         table: Table,
         size: Size,
         multipliers: Multipliers,
-        norm: Part,
-        attention: Part,
-        mlp: Part,
+        norm: MakeModule,
+        attention: MakeModule,
+        mlp: MakeModule,
         rope_theta: float | None = None,
     ) -> None:
         super().__init__()

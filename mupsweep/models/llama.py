@@ -26,7 +26,7 @@ class Llama(Architecture):
     Attributes:
         ffn_multiple: the MLP width, ffn_ratio * width, is rounded up to a multiple of this.
         kv_heads: heads of keys and values at the base shape; None: as many as heads.
-        gqa_rule: what stays the same at other widths, "fixed_ratio" (heads / kv_heads) or "fixed_kv_heads".
+        gqa_rule: what is held fixed at other widths, "fixed_ratio" (heads / kv_heads) or "fixed_kv_heads".
         rope_theta: base of the rotary positions' frequencies.
         norm_gains: whether RMSNorms have trainable gains.
         qk_norm: RMSNorm of queries and keys per head: "none", "plain" or with trainable "gains".
@@ -51,7 +51,7 @@ class Llama(Architecture):
             raise ConfigError(f"model.rope_theta={self.rope_theta:g}: expected a number above 1; Llama 2 has 10000")
         one_of(self.qk_norm, QK_NORMS, "model.qk_norm")
         if self.projections == "fused" and self.gqa_rule == "fixed_kv_heads":
-            # Queries would grow as the width and the keys beside them not: no one std or LR fits the stack of both.
+            # Queries would grow with the width and keys would not: no single std or LR fits the stack of both.
             raise ConfigError(
                 "model.gqa_rule=fixed_kv_heads makes the shares of queries and keys in model.projections=fused change "
                 "with the width, and with them the rule: set model.projections=split"
@@ -83,7 +83,7 @@ class Llama(Architecture):
                 yield gain(f"{attention}_norm", n, Role.HIDDEN_VECTOR)
             for name, rows in self.projected("qkv", query=n, key=n_kv, value=n_kv).items():
                 yield matrix(f"{attention}.{name}", rows, n, repeats=group if name in ("key", "value") else 1)
-            if self.qk_norm == "gains":  # every head has the same
+            if self.qk_norm == "gains":  # shared by all heads
                 yield gain(f"{attention}.query_norm", size.head_dim, Role.HIDDEN_VECTOR, repeats=size.heads)
                 yield gain(f"{attention}.key_norm", size.head_dim, Role.HIDDEN_VECTOR, repeats=size.heads)
             yield matrix(f"{attention}.output", n, n)

@@ -1,6 +1,6 @@
-"""Cross-entropy of a linear head, in chunks of tokens: the whole (tokens, vocabulary) matrix never exists.
+"""Cross-entropy of a linear head in chunks of tokens, without the (tokens, vocabulary) matrix in memory.
 
-The gradients are made in the forward pass, while a chunk's probabilities are still in cache, so that a vocabulary of
+Gradients are computed in the forward pass, while a chunk's probabilities are still in cache, so that a vocabulary of
 50k at width 256 costs the memory of one chunk.
 """
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**24  # logits per chunk on a CPU: 64 MiB in fp32; smaller ones add up the weight's gradient too often
+CHUNK_ELEMENTS = (
+    2**24
+)  # logits per chunk on a CPU, 64 MiB in fp32; smaller chunks add to the weight's gradient too often
 ACCELERATOR_CHUNK_ELEMENTS = 2**27  # 512 MiB in fp32: few large products
-DRAWS = 2**31  # random numbers of `sample_labels` are whole numbers below this
+DRAWS = 2**31  # the random integers of `sample_labels` are below this
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -34,17 +36,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_h = torch.empty_like(features) if needs_grad else None
         grad_w = torch.zeros_like(weight) if needs_grad else None
         for start in range(0, n_tokens, rows):
-            part = slice(start, start + rows)
-            log_p = _logits(h[part], w, scale).log_softmax(dim=1)
-            target = targets[part, None]
+            chunk = slice(start, start + rows)
+            log_p = _logits(h[chunk], w, scale).log_softmax(dim=1)
+            target = targets[chunk, None]
             total -= log_p.gather(1, target).sum()
             if grad_h is None or grad_w is None:
                 continue
             grad = log_p.exp_()  # softmax, in the same memory
             grad.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=grad.dtype))
             grad = grad.to(dtype)
-            grad_h[part] = grad @ w
-            grad_w += grad.T @ h[part]
+            grad_h[chunk] = grad @ w
+            grad_w += grad.T @ h[chunk]
         if grad_h is not None:
             ctx.save_for_backward(grad_h, grad_w)
             ctx.share = scale / n_tokens
@@ -76,10 +78,11 @@ def linear_cross_entropy(features: Tensor, weight: Tensor, targets: Tensor, scal
 
 @torch.no_grad()
 def sample_labels(features: Tensor, weight: Tensor, draws: Tensor, scale: float = 1.0) -> Tensor:
-    """A label (tokens,) for every token, drawn from softmax(scale * features @ weight.T).
+    """Labels (tokens,) sampled from softmax(scale * features @ weight.T) by inverse transform sampling.
 
-    Each token's random number picks the label at which the cumulative probability passes it. Probabilities are added
-    as whole numbers, so that neither the order of a device's sum nor the length of a chunk changes a label.
+    The label of a token is the first at which the cumulative probability exceeds the token's random number.
+    Probabilities are summed as integers, so that neither the order of a device's sum nor the length of a chunk changes
+    a label.
 
     Args:
         features, weight, scale: as in `linear_cross_entropy`.
@@ -90,27 +93,27 @@ def sample_labels(features: Tensor, weight: Tensor, draws: Tensor, scale: float 
     with torch.autocast(features.device.type, enabled=False):
         h, w = features.to(dtype), weight.to(dtype)
         for start in range(0, len(draws), rows):
-            part = slice(start, start + rows)
-            cumulative = _logits(h[part], w, scale).softmax(dim=1).mul_(DRAWS).long().cumsum(dim=1)
-            passed = draws[part, None] * cumulative[:, -1:] // DRAWS
-            drawn = torch.searchsorted(cumulative, passed, right=True).squeeze(1)
-            labels[part] = drawn.clamp_(max=len(weight) - 1)  # logits that are not finite must not index outside
+            chunk = slice(start, start + rows)
+            cumulative = _logits(h[chunk], w, scale).softmax(dim=1).mul_(DRAWS).long().cumsum(dim=1)
+            thresholds = draws[chunk, None] * cumulative[:, -1:] // DRAWS
+            sampled = torch.searchsorted(cumulative, thresholds, right=True).squeeze(1)
+            labels[chunk] = sampled.clamp_(max=len(weight) - 1)  # logits that are not finite must not index outside
     return labels
 
 
 def _logits(features: Tensor, weight: Tensor, scale: float) -> Tensor:
-    """In fp32, whatever the product's dtype."""
+    """Scaled logits in fp32, whatever the dtype of the product."""
     logits = (features @ weight.T).float()
     return logits if scale == 1.0 else logits.mul_(scale)
 
 
 def _chunk_rows(weight: Tensor, share: int) -> int:
-    """Tokens in a chunk of 1 / share of the usual memory."""
+    """The number of tokens in a chunk that takes 1 / share of a chunk's memory."""
     elements = CHUNK_ELEMENTS if weight.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
     return max(1, elements // (share * len(weight)))
 
 
 def _product_dtype(features: Tensor) -> torch.dtype:
-    """The dtype of matrix products here and now."""
+    """The dtype of matrix products: autocast's where it is on, else that of the features."""
     device = features.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype

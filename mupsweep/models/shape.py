@@ -1,4 +1,4 @@
-"""Sizes: the shape of one model, from a base shape and its width and depth ratios."""
+"""Sizes of models, from a base shape and ratios of width and depth."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Size:
         ffn_width: features inside the MLP.
         vocab_size: rows of the embedding and of the head.
         context: tokens per sequence.
-        width_ratio, depth_ratio: this size / the base size.
+        width_ratio, depth_ratio: width and depth of this size / those of the base.
     """
 
     width: int
@@ -38,7 +38,7 @@ class Size:
 
     @property
     def name(self) -> str:
-        """Short and readable: w512-d4."""
+        """A short name such as w512-d4."""
         return f"w{self.width}-d{self.depth}"
 
 
@@ -52,7 +52,7 @@ class BaseShape:
         ffn_ratio: MLP width / width.
         ffn_multiple: the MLP width is rounded up to a multiple of this.
         kv_heads: heads of keys and values; None: as many as heads.
-        gqa_rule: what stays the same at other widths, heads / kv_heads or kv_heads; one of GQA_RULES.
+        gqa_rule: what is held fixed at other widths, "fixed_ratio" (heads / kv_heads) or "fixed_kv_heads".
     """
 
     width: int
@@ -86,7 +86,7 @@ class BaseShape:
             width=width,
             depth=depth,
             heads=heads,
-            kv_heads=heads if self.kv_heads is None else self._shared(heads, self.kv_heads, where),
+            kv_heads=heads if self.kv_heads is None else self._kv_heads(heads, self.kv_heads, where),
             head_dim=width // heads,
             ffn_width=-(-ffn_width // self.ffn_multiple) * self.ffn_multiple,
             vocab_size=vocab_size,
@@ -95,8 +95,8 @@ class BaseShape:
             depth_ratio=float(depth_ratio),
         )
 
-    def _shared(self, heads: int, kv_heads: int, where: str) -> int:
-        """Heads of keys and values beside `heads` heads of queries."""
+    def _kv_heads(self, heads: int, kv_heads: int, where: str) -> int:
+        """The number of key and value heads at a size with `heads` query heads, for `kv_heads` at the base."""
         base_heads = self.heads or self.width // self.head_dim
         if base_heads < kv_heads or base_heads % kv_heads:
             raise ConfigError(
@@ -121,6 +121,7 @@ class BaseShape:
 
 
 def _whole(value: float, what: str) -> int:
+    """`value` as an int, which must be a whole number of at least 1."""
     if value < 1 or abs(value - round(value)) > 1e-9:
         raise ConfigError(f"{what} = {value:g} is not a whole number: choose a ratio that makes it one")
     return round(value)

@@ -12,7 +12,7 @@ from loopback import TOKEN, Client, own
 
 from mupsweep.data import sources
 from mupsweep.data.config import DataConfig
-from mupsweep.data.sources.hub_errors import explained
+from mupsweep.data.sources.hub_errors import hub_error
 
 BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "config": (["data=fineweb", "data.hub_config=sample-10TB"], ("sample-10TB: did you mean 'sample-10BT'?",)),
@@ -86,7 +86,7 @@ def test_a_token_opens_a_gated_set_and_is_never_shown(other: Callable[..., Clien
     answer = other(HF_TOKEN=TOKEN).prepare(*words)
     assert (answer["code"], answer["err"]) == (0, "")
     assert TOKEN not in answer["out"]
-    message = str(explained(ValueError(f"Bearer {TOKEN} at https://me:{TOKEN}@host failed"), DataConfig(hub_id="a/b")))
+    message = str(hub_error(ValueError(f"Bearer {TOKEN} at https://me:{TOKEN}@host failed"), DataConfig(hub_id="a/b")))
     assert message == "a/b cannot be read: ValueError: Bearer *** at https://***host failed"
 
 

@@ -1,7 +1,7 @@
-"""Sources: where documents come from. A new source is one file here and one yaml in `configs/data/`.
+"""Sources of documents. A new source is one file in this folder and one yaml in `configs/data/`.
 
-`data.kind` names the class; it is constructed with the DataConfig. Documents are encoded and split by
-`mupsweep.data.preparation`; a source that holds tokens already returns them from `ready_tokens` instead.
+`data.kind` names the class of a source, which is constructed with the DataConfig. `mupsweep.data.preparation` encodes
+and splits the documents; a source that holds tokens already returns them from `ready_tokens` instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Document(NamedTuple):
-    """A text, and its split ("train", "validation") where the source decides that; None: its hash does."""
+    """A text and its split, "train" or "validation"; None where the hash of the text decides the split."""
 
     text: str
     split: str | None = None
@@ -36,57 +36,57 @@ class ReadyTokens:
 
 
 class Reader(ABC):
-    """Reads the documents of a source in order, and knows where it stands."""
+    """Reads the documents of a source in order and keeps its position."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[Document]:
-        """The documents that are left."""
+        """The remaining documents."""
 
     @abstractmethod
     def position(self) -> Any:
-        """Where the document after the last one given begins, for `Source.reader`; plain json."""
+        """The position after the last document that was yielded, as plain json for `Source.reader`."""
 
 
 class Source(ABC):
-    """A corpus. Subclasses raise DataError for what a user can cause."""
+    """A corpus of documents; subclasses raise DataError for the errors that a user can cause."""
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
 
     @abstractmethod
     def documents(self) -> Iterator[str]:
-        """The documents, always in the same order; never the whole corpus in memory."""
+        """The documents, always in one order and without holding the whole corpus in memory."""
 
     @abstractmethod
     def fingerprint(self) -> str:
         """A digest that changes whenever the documents do; cheap, since every run asks for it."""
 
     def split(self, index: int) -> str | None:
-        """The split of a document, by its place in `documents`; None where its hash decides."""
+        """The split of the document with number `index` in `documents`; None where the hash of its text decides."""
         return None
 
     def ready_tokens(self) -> ReadyTokens | None:
-        """The tokens of a corpus that needs no encoding, with its split; None where there are documents."""
+        """The tokens of a corpus that needs no encoding, with their split; None where the corpus holds documents."""
         return None
 
     def reader(self, position: Any = None) -> Reader:
-        """The documents from `position` on; None is the beginning.
+        """A reader of the documents from `position` on; None is the beginning.
 
-        This one reads again what lies before the position. A source that can jump has a reader of its own.
+        This default reads the documents before the position again. A source that can seek overrides it.
         """
-        return _Counted(self, position or 0)
+        return _CountingReader(self, position or 0)
 
     def describe(self) -> dict[str, Any]:
-        """What meta.json keeps of the source, beside its class and fingerprint."""
+        """Keys that meta.json stores of the source beside its class and fingerprint."""
         return {}
 
     def rows(self) -> int | None:
-        """How many documents there are, to show progress; None where nobody knows before the end."""
+        """The number of documents, to report progress; None where it is unknown before the end."""
         return None
 
 
-class _Counted(Reader):
-    """Positions are numbers of documents."""
+class _CountingReader(Reader):
+    """A reader whose position is the number of documents that were yielded."""
 
     def __init__(self, source: Source, skip: int) -> None:
         self._source, self._count = source, skip
@@ -104,7 +104,7 @@ def load(config: DataConfig) -> Source:
     """The source that `config.kind` names.
 
     Raises:
-        DataError: it cannot be imported, or it refuses the config.
+        DataError: the class cannot be imported, or it refuses the config.
     """
     module, _, name = config.kind.rpartition(".")
     try:

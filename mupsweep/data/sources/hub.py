@@ -1,7 +1,7 @@
-"""Text data sets of the Hugging Face hub, streamed with the `datasets` library: nothing but the shards is stored.
+"""Text data sets of the Hugging Face hub, streamed with the `datasets` library, so that only token shards are stored.
 
-A set is named by its id, a config, a commit and a split. Only a full commit is taken: what a branch holds changes, and
-a plan must be able to say which text a run reads without asking the hub. Rows are read in the order of the files.
+A data set is named by its id, a config, a commit and a split. The commit must be a full one: a branch may change, and a
+plan must identify the text that a run reads without asking the hub. Rows are read in the order of the files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mupsweep.data.config import DataConfig
 from mupsweep.data.sources import Document, Reader, Source
-from mupsweep.data.sources.hub_errors import asked, explained
+from mupsweep.data.sources.hub_errors import hub_error, resolve_commit
 from mupsweep.errors import DataError
 from mupsweep.formatting import nearest
 
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-ROWS = 256  # read at a time
-RETRIES = 6  # of a read, each with retries of its own: a hub that goes away is given up after about three minutes
+BATCH_ROWS = 256  # rows that are read at a time
+RETRIES = 6  # of a read, each with its own retries: reading fails about three minutes after the hub goes away
 NANOGPT_SHARE, NANOGPT_SEED = 0.0005, 2357  # train_test_split(test_size=0.0005, seed=2357, shuffle=True)
 
 
 class Hub(Source):
-    """The set `data.hub_id`; a subclass may put several rows together into a document."""
+    """The data set `data.hub_id`; a subclass may join several rows into a document."""
 
-    format = 1  # of the documents: goes into the fingerprint
+    format = 1  # version of the documents that rows become, part of the fingerprint
 
     def __init__(self, config: DataConfig) -> None:
         super().__init__(config)
         self._refuse_contradictions()
         if not COMMIT.fullmatch(config.revision or ""):
-            raise DataError(self._no_commit())
+            raise DataError(self._revision_message())
 
     def fingerprint(self) -> str:
-        """sha256 of all that says which documents there are and which of them are held out."""
+        """sha256 of the keys that decide which documents there are and which of them are held out."""
         config = self.config
         keys = [config.hub_id, config.hub_config, config.revision, config.data_files, config.text_column]
         splits = [config.split, config.validation_split, config.held_out]
@@ -49,7 +49,7 @@ class Hub(Source):
         return hashlib.sha256(json.dumps([type(self).__name__, self.format, *keys, *splits]).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """The keys that name the set."""
+        """The keys that name the data set."""
         names = ("hub_id", "hub_config", "revision", "data_files", "split", "validation_split", "held_out")
         return {name: getattr(self.config, name) for name in names}
 
@@ -60,30 +60,30 @@ class Hub(Source):
         """The documents that are not empty, those of a validation split first.
 
         Raises:
-            DataError: the hub, the set or its column cannot be read.
+            DataError: the hub, the data set or its column cannot be read.
         """
         return (document.text for document in self.reader())
 
     def reader(self, position: Any = None) -> Reader:
-        """A reader that jumps to the file in which `position` lies."""
+        """A reader that seeks to the file in which `position` lies."""
         return _HubReader(self, position)
 
     def assembled(self, rows: Iterable[str], unfinished: list[str]) -> Iterator[str]:
-        """Rows -> documents. `unfinished` keeps the rows of the document that is not complete yet."""
+        """The documents that the rows make up; `unfinished` holds the rows of a document that is still incomplete."""
         return iter(rows)
 
     def splits(self) -> list[tuple[str, str | None]]:
-        """(split of the set, what its documents are for) in the order of reading; None: held out by hash."""
-        own = self.config.validation_split
-        if own is None:
+        """(split of the data set, our split) in the order of reading; our split is None where the hash decides."""
+        validation_split = self.config.validation_split
+        if validation_split is None:
             return [(self.config.split, None)]
-        return [(own, "validation"), (self.config.split, "train")]
+        return [(validation_split, "validation"), (self.config.split, "train")]
 
     def held_out_rows(self) -> frozenset[int] | None:
-        """The rows that nanoGPT's split holds out; None where the hash decides.
+        """The numbers of the rows that nanoGPT's split holds out; None where the hash decides.
 
-        nanoGPT calls `Dataset.train_test_split`, which permutes the numbers of the rows and takes the first as test
-        split. Only numbers are permuted: it needs to know how many rows there are, not the rows.
+        nanoGPT calls `Dataset.train_test_split`, which permutes the row numbers and takes the first ones as test split.
+        So the number of rows suffices to repeat it.
         """
         if self.config.held_out != "nanogpt":
             return None
@@ -95,6 +95,7 @@ class Hub(Source):
         return frozenset(order[: math.ceil(NANOGPT_SHARE * rows)].tolist())
 
     def _refuse_contradictions(self) -> None:
+        """Refuse keys that are missing or contradict each other."""
         config = self.config
         if config.hub_id is None:
             raise DataError(f"data={config.name} needs data.hub_id=ORGANISATION/NAME, a data set of the hub")
@@ -114,72 +115,83 @@ class Hub(Source):
                 f"many there are (now {config.rows}) and data.max_tokens=null (now {config.max_tokens})"
             )
 
-    def _no_commit(self) -> str:
-        """What to set `data.revision` to, from the hub where it can be asked."""
+    def _revision_message(self) -> str:
+        """The message for a revision that is no full commit, with the commit to use where the hub can be reached."""
         config = self.config
         branch = config.revision or "main"
-        start = f"data.revision={config.revision} of {config.hub_id} is no full commit, so its text may change: "
+        problem = f"data.revision={config.revision} of {config.hub_id} is no full commit, so its text may change: "
         try:
-            return f"{start}set data.revision={asked(config, branch)}, which is {branch} now"
+            return f"{problem}set data.revision={resolve_commit(config, branch)}, which is {branch} now"
         except DataError as error:
-            return f"{start}set the 40 digits that the set's history on the hub shows (asking failed: {error})"
+            return f"{problem}set the 40 digits that the set's history on the hub shows (asking failed: {error})"
 
 
 class _HubReader(Reader):
-    """Positions are a split, the state of `datasets` before some rows, how many of them are done, and open rows."""
+    """Reads the rows of a data set with `datasets`, and can resume at any of them.
+
+    A position is a dict, stored in checkpoints:
+        split: number of the split that is being read.
+        row: number of rows of the split that were read.
+        skipped: rows of the split that are skipped when it is opened, where there is no state to resume from.
+        state: the state of the `datasets` iterator before the current batch of rows, or None.
+        done: number of rows of the current batch that were read.
+        unfinished: rows of a document that is still incomplete.
+        library: version of `datasets` that wrote the state.
+    """
 
     def __init__(self, source: Hub, position: Any) -> None:
         self._source, self._config = source, source.config
-        self._datasets = _library()
-        asked(self._config, str(self._config.revision))  # is the hub there? the library would try for minutes
+        self._datasets = _import_datasets()
+        resolve_commit(self._config, str(self._config.revision))  # fails fast, where the library retries for minutes
         self._columns: list[str] = []
-        self._at = {"split": 0, "row": 0, "skipped": 0, "state": None, "done": 0, "unfinished": [], "library": ""}
-        if position is not None:
-            self._at |= position
-        if self._at["library"] != self._datasets.__version__:  # another version may write its state otherwise
-            self._at |= {"skipped": self._at["row"], "state": None, "done": 0, "library": self._datasets.__version__}
+        start = {"split": 0, "row": 0, "skipped": 0, "state": None, "done": 0, "unfinished": [], "library": ""}
+        self._position: dict[str, Any] = start | (position or {})
+        version = self._datasets.__version__
+        if self._position["library"] != version:  # the format of a state may differ between versions
+            self._position |= {"skipped": self._position["row"], "state": None, "done": 0, "library": version}
 
     def position(self) -> dict[str, Any]:
-        return {**self._at, "unfinished": list(self._at["unfinished"])}
+        return {**self._position, "unfinished": list(self._position["unfinished"])}
 
     def __iter__(self) -> Iterator[Document]:
-        held_out, at = self._source.held_out_rows(), self._at
+        held_out, position = self._source.held_out_rows(), self._position
         splits = self._source.splits()
-        for index in range(at["split"], len(splits)):
-            name, purpose = splits[index]
-            for text in self._source.assembled(self._rows(name), at["unfinished"]):
+        for index in range(position["split"], len(splits)):
+            name, our_split = splits[index]
+            for text in self._source.assembled(self._rows(name), position["unfinished"]):
                 if held_out is not None:
-                    purpose = "validation" if at["row"] - 1 in held_out else "train"
+                    our_split = "validation" if position["row"] - 1 in held_out else "train"
                 if text:
-                    yield Document(text, purpose)
-            self._check_rows(name, at["row"])
-            at |= {"split": index + 1, "row": 0, "skipped": 0, "state": None, "done": 0}
+                    yield Document(text, our_split)
+            self._check_rows(name, position["row"])
+            position |= {"split": index + 1, "row": 0, "skipped": 0, "state": None, "done": 0}
 
     def _rows(self, split: str) -> Iterator[str]:
-        """The texts of the rows that are left; null reads as empty."""
-        at, column = self._at, self._config.text_column
+        """The texts of the remaining rows of a split; null reads as an empty text."""
+        position, column = self._position, self._config.text_column
         try:
             dataset = self._open(split)
-            if at["state"] is not None:
-                dataset.load_state_dict(at["state"])
-            done = at["done"]
-            tables: Any = dataset.iter(batch_size=ROWS)
+            if position["state"] is not None:
+                dataset.load_state_dict(position["state"])
+            done = position["done"]
+            tables: Any = dataset.iter(batch_size=BATCH_ROWS)
             for table in tables:
                 if column not in table.column_names:
                     raise self._column_error("there is no such column", table.column_names)
                 for text in table[column].to_pylist()[done:]:
                     if text is not None and not isinstance(text, str):
                         raise self._column_error(f"it is {type(text).__name__}, not text", table.column_names)
-                    at["done"] += 1
-                    at["row"] += 1
+                    position["done"] += 1
+                    position["row"] += 1
                     yield text or ""
-                at["state"], at["done"], done = dataset.state_dict(), 0, 0
+                position["state"], position["done"], done = dataset.state_dict(), 0, 0
         except DataError:
             raise
         except Exception as error:
-            raise explained(error, self._config) from error
+            raise hub_error(error, self._config) from error
 
     def _open(self, split: str) -> IterableDataset:
+        """A stream of the text column of a split, after the rows to skip."""
         config, column = self._config, self._config.text_column
         files = {split: list(config.data_files)} if config.data_files else None
         dataset = self._datasets.load_dataset(
@@ -193,13 +205,14 @@ class _HubReader(Reader):
         if files is None and split in (dataset.info.splits or {}):
             self._check_rows(split, dataset.info.splits[split].num_examples)
         self._columns = dataset.column_names or []
-        if column in self._columns:  # a set of json files does not know its columns before it is read
+        if column in self._columns:  # the columns of json files are unknown before they are read
             dataset = dataset.select_columns([column])
-        if self._at["skipped"]:
-            dataset = dataset.skip(self._at["skipped"])
+        if self._position["skipped"]:
+            dataset = dataset.skip(self._position["skipped"])
         return dataset.with_format("arrow")
 
     def _column_error(self, what: str, columns: list[str]) -> DataError:
+        """The error for a text column that cannot be used, with the nearest name of another column."""
         others = [name for name in self._columns or columns if name != self._config.text_column]
         return DataError(
             f"data.text_column={self._config.text_column} of {self._config.hub_id}: {what}; "
@@ -207,7 +220,7 @@ class _HubReader(Reader):
         )
 
     def _check_rows(self, split: str, rows: int) -> None:
-        """A wrong number of rows gives another split than nanoGPT's."""
+        """Refuse a wrong `data.rows`, which would give another split than nanoGPT's."""
         config = self._config
         if config.held_out == "nanogpt" and rows != config.rows:
             raise DataError(
@@ -216,8 +229,8 @@ class _HubReader(Reader):
             )
 
 
-def _library() -> Any:
-    """The `datasets` package; its warnings tell of retries, its progress bars nothing."""
+def _import_datasets() -> Any:
+    """The `datasets` package with bounded retries and without progress bars; its warnings report retries."""
     try:
         import datasets
         import datasets.config

@@ -1,4 +1,4 @@
-"""What the hub's libraries raise, as one line that says what to do. No message holds a token."""
+"""Errors of the hub's libraries as one line that says what to do. No message contains an access token."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from mupsweep.data.config import DataConfig
 from mupsweep.errors import DataError
 from mupsweep.formatting import nearest
 
-SECONDS = 10.0  # to wait for the hub's first answer
-PARQUET = "refs/convert/parquet"  # the branch into which the hub converts what it can
-DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
+TIMEOUT_SECONDS = 10.0  # of a request for the hub's meta data
+PARQUET = "refs/convert/parquet"  # the branch in which the hub keeps data sets converted to parquet
+DISK_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 UNREACHABLE = ("ConnectionError", "TransportError", "TimeoutError", "LocalEntryNotFoundError", "Timeout")
 
 
-def asked(config: DataConfig, revision: str) -> str:
-    """The commit that a revision of `data.hub_id` is on the hub, in bounded time.
+def resolve_commit(config: DataConfig, revision: str) -> str:
+    """The commit that a revision of `data.hub_id` names on the hub, in bounded time.
 
     Raises:
-        DataError: the hub, the set or the revision is not there.
+        DataError: the hub cannot be reached, or the data set or revision does not exist.
     """
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
         raise DataError(f"data sets of the hub need the package datasets ({error}): pip install datasets") from error
     try:
-        return str(HfApi().dataset_info(str(config.hub_id), revision=revision, timeout=SECONDS).sha)
+        return str(HfApi().dataset_info(str(config.hub_id), revision=revision, timeout=TIMEOUT_SECONDS).sha)
     except Exception as error:
-        raise explained(error, config) from error
+        raise hub_error(error, config) from error
 
 
-def explained(error: BaseException, config: DataConfig) -> DataError:
-    """The DataError for what `datasets` or `huggingface_hub` raised."""
+def hub_error(error: BaseException, config: DataConfig) -> DataError:
+    """The DataError for an exception of `datasets` or `huggingface_hub`."""
     text = " ".join(" ".join(str(e).split()) for e in _chain(error))
     names = {cls.__name__ for e in _chain(error) for cls in type(e).__mro__}
     return DataError(
@@ -46,7 +46,7 @@ def explained(error: BaseException, config: DataConfig) -> DataError:
 
 
 def _access(names: set[str], text: str, config: DataConfig) -> str | None:
-    """Who may read what, and whether it is there."""
+    """The message for an error of access or of a name that does not exist; None for other errors."""
     page = f"{_endpoint()}/datasets/{config.hub_id}"
     if "OfflineModeIsEnabled" in names or "OfflineModeIsEnabled" in text:
         return (
@@ -73,7 +73,7 @@ def _access(names: set[str], text: str, config: DataConfig) -> str | None:
 
 
 def _contents(names: set[str], text: str, config: DataConfig) -> str | None:
-    """What the set holds."""
+    """The message for an error in the contents of the data set; None for other errors."""
     if "scripts are no longer supported" in text:
         return (
             f"{config.hub_id} is a loading script at this commit, which datasets refuses since version 4: "
@@ -81,14 +81,14 @@ def _contents(names: set[str], text: str, config: DataConfig) -> str | None:
         )
     match = re.search(r"BuilderConfig .* not found\. Available: (\[.*?\])", text)
     if match:
-        return f"data.hub_config={config.hub_config}: {nearest(str(config.hub_config), _words(match[1]))}"
+        return f"data.hub_config={config.hub_config}: {nearest(str(config.hub_config), _items(match[1]))}"
     match = re.search(r"Config name is missing\. .*?available configs: (\[.*?\])", text)
     if match:
-        return f"data.hub_config={config.hub_config}: {config.hub_id} has several; valid: {', '.join(_words(match[1]))}"
+        return f"data.hub_config={config.hub_config}: {config.hub_id} has several; valid: {', '.join(_items(match[1]))}"
     match = re.search(r"Bad split: (.*?)\. Available splits: (\[.*?\])", text)
     if match:
         key = "validation_split" if match[1] == config.validation_split else "split"
-        return f"data.{key}={match[1]}: {nearest(match[1], _words(match[2]))}"
+        return f"data.{key}={match[1]}: {nearest(match[1], _items(match[2]))}"
     if names & {"DataFilesNotFoundError", "EmptyDatasetError"} or "Couldn't find any data file" in text:
         asked_for = f"data.data_files={list(config.data_files)}: " if config.data_files else ""
         return (
@@ -99,12 +99,12 @@ def _contents(names: set[str], text: str, config: DataConfig) -> str | None:
 
 
 def _transport(names: set[str], error: BaseException, config: DataConfig) -> str | None:
-    """How the text arrives."""
-    for one in _chain(error):
-        if isinstance(one, OSError) and one.errno in DISK:
-            where = f": {one.filename}" if one.filename else ""
+    """The message for an error of the network, the hub's server or the local disk; None for other errors."""
+    for cause in _chain(error):
+        if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+            where = f": {cause.filename}" if cause.filename else ""
             return (
-                f"the libraries that read {config.hub_id} cannot write ({one.strerror}{where}): set HF_HOME to a "
+                f"the libraries that read {config.hub_id} cannot write ({cause.strerror}{where}): set HF_HOME to a "
                 "writable folder with free space"
             )
     if "HfHubHTTPError" in names:
@@ -118,25 +118,25 @@ def _transport(names: set[str], error: BaseException, config: DataConfig) -> str
 
 
 def _converted(config: DataConfig) -> str:
-    """How to read the hub's parquet form of a set; with its commit where the hub has one."""
+    """How to read the hub's parquet form of a data set, with its commit where the hub has one."""
     from huggingface_hub import HfApi
 
     try:
-        commit = HfApi().dataset_info(str(config.hub_id), revision=PARQUET, timeout=SECONDS).sha
+        commit = HfApi().dataset_info(str(config.hub_id), revision=PARQUET, timeout=TIMEOUT_SECONDS).sha
     except Exception:
         return f"set data.revision to a commit of its branch {PARQUET}"
     return f"set data.revision={commit}, its branch {PARQUET}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from."""
+    """The error, then its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def _words(listed: str) -> list[str]:
-    """The words of a printed list."""
+def _items(listed: str) -> list[str]:
+    """The items of a list that was printed as Python text."""
     try:
         return [str(word) for word in ast.literal_eval(listed)]
     except (ValueError, SyntaxError):
@@ -144,12 +144,13 @@ def _words(listed: str) -> list[str]:
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error says, without anything that looks like a token."""
+    """The first line of an error's text, with access tokens replaced by ***."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return re.sub(r"hf_\w{8,}|(?<=[Bb]earer )\S+|(?<=//)[^/@\s]+@", "***", line)[:200]
 
 
 def _endpoint() -> str:
+    """The address of the hub, without credentials."""
     from huggingface_hub import constants
 
     return re.sub(r"(?<=//)[^/@\s]+@", "", constants.ENDPOINT)

@@ -1,13 +1,13 @@
 """Your own files: text to encode, or token files to read as they are.
 
-    .txt                            one document a file; a lone file is cut in two, its end is the validation split
-    .jsonl .jsonl.gz .jsonl.xz      one document a line, under the key data.text_column
-    .parquet                        one document a row, in the column data.text_column
+    .txt                            one document per file; a single file is cut in two, its end is the validation split
+    .jsonl .jsonl.gz .jsonl.xz      one document per line, under the key data.text_column
+    .parquet                        one document per row, in the column data.text_column
     .bin                            uint16 tokens: nanoGPT's (no header) or llm.c's (header of 1024 bytes)
 
-A folder is read whole, in the order of the relative names; it must hold one of the four kinds, others are
-passed over. Token files keep a split that their names declare (nanoGPT's train.bin and val.bin, llm.c's
-*_train_* and *_val_*); without one the last `data.validation_fraction` of the tokens is the validation split.
+A folder is read whole, in the order of the relative names. It must hold files of one of the four kinds; files of other
+kinds are ignored. Token files keep a split that their names declare (nanoGPT's train.bin and val.bin, llm.c's *_train_*
+and *_val_*); without one, the last `data.validation_fraction` of the tokens is the validation split.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ FORMATS = {
     ".jsonl.gz": "jsonl",
     ".jsonl.xz": "jsonl",
     ".parquet": "parquet",
+    ".bin": "bin",
 }
-FORMATS[".bin"] = "bin"
-CHUNKS, CHUNK_BYTES = 64, 64 * 1024  # what the fingerprint and the check of ids read of a file
+CHUNKS, CHUNK_BYTES = 64, 64 * 1024  # the sample of a file that the fingerprint and the check of ids read
 
 
 class Local(Source):
@@ -50,18 +50,18 @@ class Local(Source):
         if not path.exists():
             raise DataError(f"data.path={config.path} does not exist: give a file or a folder with {' '.join(FORMATS)}")
         self._root = path if path.is_dir() else path.parent
-        self._files, self._format = _find(path)
+        self._files, self._format = _files_and_format(path)
 
     @property
-    def _alone(self) -> bool:
-        """Whether all there is is one text, so that no hash of documents can split it."""
+    def _is_single_text(self) -> bool:
+        """Whether the corpus is one text file, which no hash of documents can split."""
         return self._format == "txt" and len(self._files) == 1
 
     def split(self, index: int) -> str | None:
-        return ("train", "validation")[index] if self._alone else None
+        return ("train", "validation")[index] if self._is_single_text else None
 
     def fingerprint(self) -> str:
-        """sha256 over the name, size and 64 evenly spaced 64-KiB chunks of each file, and how it is read."""
+        """sha256 of the format, the text column, and each file's name, size and 64 evenly spaced chunks of 64 KiB."""
         column = self.config.text_column if self._format in ("jsonl", "parquet") else None
         hasher = hashlib.sha256(json.dumps(["local", 1, self._format, column]).encode())
         for path in self._files:
@@ -69,7 +69,7 @@ class Local(Source):
             hasher.update(json.dumps([path.relative_to(self._root).as_posix(), size]).encode())
             try:
                 with open(path, "rb") as handle:
-                    for offset in _spread(size):
+                    for offset in _sample_offsets(size):
                         handle.seek(offset)
                         hasher.update(handle.read(CHUNK_BYTES))
             except OSError as error:
@@ -80,7 +80,7 @@ class Local(Source):
         """The documents that are not empty, in the order of the files.
 
         Raises:
-            DataError: an unreadable file, a missing column, a text that is no string, or no document at all.
+            DataError: an unreadable file, a missing column, a text that is no string, or a corpus without documents.
         """
         if self._format == "bin":
             raise DataError(f"{self._files[0]} holds tokens, not text: they are read as they are")
@@ -96,7 +96,10 @@ class Local(Source):
                         )
                     if text:
                         empty = False
-                        yield from _in_two(text, self.config.validation_fraction) if self._alone else (text,)
+                        if self._is_single_text:
+                            yield from _cut_in_two(text, self.config.validation_fraction)
+                        else:
+                            yield text
             except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
                 raise DataError(f"{path} cannot be read as .{self._format} in UTF-8: {error}") from error
         if empty:
@@ -106,13 +109,13 @@ class Local(Source):
         """The token files with their split; None where the files hold text.
 
         Raises:
-            DataError: a damaged file, or ids that `data.tokenizer` does not have.
+            DataError: a damaged file, or ids beyond the vocabulary of `data.tokenizer`.
         """
         if self._format != "bin":
             return None
         segments = [segment(path) for path in self._files]
-        for part in segments:
-            self._check_ids(part)
+        for token_file in segments:
+            self._check_ids(token_file)
         validation = [s for s in segments if re.search(r"(^|[^a-z])val(idation)?([^a-z]|$)", s.path.stem.lower())]
         train = [s for s in segments if s not in validation]
         if not validation:
@@ -127,48 +130,49 @@ class Local(Source):
         limit = self.config.max_tokens
         return ReadyTokens(tuple(train if limit is None else _window(train, 0, limit)), tuple(validation))
 
-    def _check_ids(self, part: Segment) -> None:
-        """Reads a sample only: batches are checked again as they are read."""
+    def _check_ids(self, token_file: Segment) -> None:
+        """Refuse ids beyond the vocabulary in a sample of the file; batches are checked again as they are read."""
         import numpy as np
 
         size = tokenizers.vocab_size(self.config.tokenizer)
-        tokens = part.open()
-        offsets = [o // 2 for o in _spread(2 * part.tokens)]
+        tokens = token_file.open()
+        offsets = [offset // 2 for offset in _sample_offsets(2 * token_file.tokens)]
         largest = max((int(np.max(tokens[o : o + CHUNK_BYTES // 2])) for o in offsets), default=0)
         if largest >= size:
             raise DataError(
-                f"{part.path} holds token {largest}, but data.tokenizer={self.config.tokenizer} ends at "
+                f"{token_file.path} holds token {largest}, but data.tokenizer={self.config.tokenizer} ends at "
                 f"{size - 1}: set data.tokenizer to the one that wrote the file, gpt2 for nanoGPT and llm.c"
             )
 
 
-def _find(path: Path) -> tuple[list[Path], str]:
-    """(files in order, their format): one format only."""
+def _files_and_format(path: Path) -> tuple[list[Path], str]:
+    """The files of the corpus, in order, and their one format."""
     if path.is_file():
-        found = _format(path)
-        if found is None:
+        file_format = _format(path)
+        if file_format is None:
             raise DataError(f"data.path={path} is of no known kind: valid are {' '.join(FORMATS)}")
-        twin = path.with_name("val.bin")
-        return ([path, twin] if path.name == "train.bin" and twin.is_file() else [path]), found
+        validation = path.with_name("val.bin")
+        return ([path, validation] if path.name == "train.bin" and validation.is_file() else [path]), file_format
     names = [p.relative_to(path) for p in path.rglob("*") if p.is_file()]
     visible = [n for n in names if not any(part.startswith(".") for part in n.parts)]
     files = [path / n for n in sorted(visible, key=lambda n: n.as_posix()) if _format(n)]
-    kinds = {_format(f): f for f in reversed(files)}
+    first_of_format = {_format(file): file for file in reversed(files)}
     if not files:
         raise DataError(f"data.path={path} holds no file of a known kind: valid are {' '.join(FORMATS)}")
-    if len(kinds) > 1:
-        examples = ", ".join(f.relative_to(path).as_posix() for f in sorted(kinds.values()))
+    if len(first_of_format) > 1:
+        examples = ", ".join(f.relative_to(path).as_posix() for f in sorted(first_of_format.values()))
         raise DataError(f"data.path={path} mixes kinds of files ({examples}): name one file, or a folder of one kind")
     return files, str(_format(files[0]))
 
 
 def _format(path: Path) -> str | None:
+    """The format of a file by its suffix; None where it is unknown."""
     name = path.name.lower()
-    return next((kind for suffix, kind in FORMATS.items() if name.endswith(suffix)), None)
+    return next((file_format for suffix, file_format in FORMATS.items() if name.endswith(suffix)), None)
 
 
-def _spread(size: int) -> list[int]:
-    """Offsets of the chunks that stand for a file of `size` bytes; all of it where it is small."""
+def _sample_offsets(size: int) -> list[int]:
+    """Offsets of the chunks that are read of a file of `size` bytes; they cover all of a small file."""
     if size <= CHUNKS * CHUNK_BYTES:
         return list(range(0, size, CHUNK_BYTES))
     last = size - CHUNK_BYTES
@@ -176,28 +180,30 @@ def _spread(size: int) -> list[int]:
 
 
 def _window(segments: list[Segment], start: int, stop: int) -> list[Segment]:
-    """The tokens start..stop of the segments laid end to end."""
-    cut, begin = [], 0
+    """The tokens from `start` to `stop` of the segments laid end to end."""
+    window, begin = [], 0
     for s in segments:
-        a, b = max(start - begin, 0), min(stop - begin, s.tokens)
-        if a < b:
-            cut.append(Segment(s.path, s.offset + 2 * a, b - a))
+        first, last = max(start - begin, 0), min(stop - begin, s.tokens)
+        if first < last:
+            window.append(Segment(s.path, s.offset + 2 * first, last - first))
         begin += s.tokens
-    return cut
+    return window
 
 
 def _read_txt(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    """(where, text) of the one document of a text file."""
     yield str(path), path.read_bytes().decode()
 
 
-def _in_two(text: str, fraction: float) -> Iterator[str]:
-    """The text, and its last `fraction`, cut at the end of a line where there is one."""
+def _cut_in_two(text: str, fraction: float) -> Iterator[str]:
+    """The text without its last `fraction`, and that fraction, cut at the end of a line where there is one."""
     cut = len(text) - round(len(text) * fraction)
     cut = text.rfind("\n", 0, cut) + 1 or cut
     yield from filter(None, (text[:cut], text[cut:]))
 
 
 def _read_jsonl(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    """(where, text) of every line of a file of json objects."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
     with opener(path, "rb") as handle:
         for number, line in enumerate(handle, start=1):
@@ -216,6 +222,7 @@ def _read_jsonl(path: Path, column: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    """(where, text) of every row of a parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -232,5 +239,6 @@ def _read_parquet(path: Path, column: str) -> Iterator[tuple[str, Any]]:
 
 
 def _no_column(where: str, column: str, valid: list[str]) -> str:
+    """The message for a missing text column."""
     names = ", ".join(map(str, valid)) or "(it has none)"
     return f"{where} has no '{column}': set data.text_column to one of {names}"

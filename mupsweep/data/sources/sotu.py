@@ -18,7 +18,7 @@ SHA256_TEXT = "4bea48bd0c4c62df81b3429042545d1fcbca0878a82dfed1c16c72629f4bffcb"
 
 
 class Sotu(Source):
-    """233 documents, oldest first; reads no key of the config."""
+    """The 233 addresses, oldest first; no key of the config changes them."""
 
     def __init__(self, config: DataConfig) -> None:
         super().__init__(config)

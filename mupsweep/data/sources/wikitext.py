@@ -1,7 +1,7 @@
-"""WikiText (Merity et al. 1609.07843), whose hub form holds a line a row: articles put together again.
+"""WikiText (Merity et al. 1609.07843): the hub stores one line per row, and articles are joined from the lines.
 
 An article begins at its title, ` = Title = `; headings inside it have more signs (` = = Section = = `). Empty rows
-stand for the lines ` ` of the original files: the articles laid end to end are those files, byte for byte.
+stand for the lines ` ` of the original files, so that the articles laid end to end are those files, byte for byte.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class WikiText(Hub):
     """The configs of Salesforce/wikitext."""
 
     def assembled(self, rows: Iterable[str], unfinished: list[str]) -> Iterator[str]:
-        """Rows -> articles. A title stands after an empty row; text in the same signs inside an article does not."""
+        """The articles that the rows make up: a title follows an empty row, unlike text in such signs in an article."""
         for row in rows:
             line = row or EMPTY_LINE
             after_empty = not unfinished or unfinished[-1] == EMPTY_LINE
@@ -35,7 +35,7 @@ class WikiText(Hub):
         yield article
 
     def held_out_rows(self) -> frozenset[int] | None:
-        """None: a row is a line here, so that numbers of rows hold out no documents."""
+        """None, since a row is a line of WikiText, and row numbers cannot hold out whole documents."""
         if self.config.held_out == "nanogpt":
             raise DataError(
                 "data.held_out=nanogpt counts rows, which are lines here: use hash or data.validation_split"
