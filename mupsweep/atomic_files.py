@@ -25,6 +25,20 @@ def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
 
 def write_chunks(path: Path, chunks: Iterable[bytes], durable: bool = True) -> None:
     """Replace `path` in one step by chunks of bytes, which need not fit into memory together."""
+    try:
+        replace_file(path, chunks, durable)
+    except OSError as error:
+        raise RecordError(
+            f"cannot write {path}: {error.strerror}; free space or choose another folder with out=DIR"
+        ) from error
+
+
+def replace_file(path: Path, chunks: Iterable[bytes], durable: bool = True) -> None:
+    """Replace `path` in one step, as `write_chunks` does.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left of it.
+    """
     temporary = temporary_beside(path)
     try:
         with temporary.open("wb") as file:
@@ -33,12 +47,10 @@ def write_chunks(path: Path, chunks: Iterable[bytes], durable: bool = True) -> N
             if durable:
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except OSError:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise RecordError(
-            f"cannot write {path}: {error.strerror}; free space or choose another folder with out=DIR"
-        ) from error
+        raise
 
 
 def temporary_beside(path: Path) -> Path:

@@ -156,4 +156,5 @@ def _is_locked(folder: Path) -> bool:
 
 
 def _lock_file(folder: Path) -> Path:
+    """The lock file of a corpus."""
     return folder.with_name(f".{folder.name}.lock")

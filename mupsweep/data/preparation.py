@@ -24,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mupsweep.atomic_files import replace_file
 from mupsweep.data import cache, shards, tokenizers
 from mupsweep.data.config import DataConfig
 from mupsweep.data.shards import SPLITS, SplitWriter
@@ -69,7 +70,8 @@ def prepare(
             if not target.exists():
                 if not (partial / "meta.json").is_file():
                     _write(_PartialCorpus.open(partial, say, shard_tokens), source, config, content, say)
-                for leftover in partial.glob(f"{Path(cache.CHECKPOINT).stem}.*"):
+                # the checkpoint, and temporary files of a process that was killed while it wrote
+                for leftover in (*partial.glob(f"{Path(cache.CHECKPOINT).stem}.*"), *partial.glob(".*.tmp")):
                     leftover.unlink()
                 os.replace(partial, target)
                 _fsync(target.parent)
@@ -260,6 +262,7 @@ class _Report:
         self._say(line)
 
     def _documents(self) -> int:
+        """The number of documents that are written."""
         return sum(writer.documents for writer in self._writers.values())
 
     def _share(self) -> float:
@@ -307,12 +310,7 @@ def _write_failure(error: OSError, folder: Path, kept: bool) -> str:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace `path` in one step, and wait until it is on the disk."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as handle:
-        handle.write(json.dumps(content, indent=1) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    replace_file(path, [(json.dumps(content, indent=1) + "\n").encode()])
     _fsync(path.parent)
 
 

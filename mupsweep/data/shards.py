@@ -61,7 +61,7 @@ def segments(folder: Path) -> tuple[list[Segment], list[Segment]]:
         DataError: a missing or damaged shard.
     """
     splits = meta(folder)["splits"]
-    parts: dict[str, list[Segment]] = {split: [] for split in SPLITS}
+    by_split: dict[str, list[Segment]] = {split: [] for split in SPLITS}
     for split in SPLITS:
         for shard in splits[split]["shards"]:
             path = folder / shard["file"]
@@ -69,8 +69,8 @@ def segments(folder: Path) -> tuple[list[Segment], list[Segment]]:
             expected = HEADER_BYTES + 2 * shard["tokens"]
             if size != expected:
                 raise DataError(f"{path} is damaged: {size} bytes instead of {expected}; {_prepare_again(folder)}")
-            parts[split].append(segment(path))
-    return parts["train"], parts["validation"]
+            by_split[split].append(segment(path))
+    return by_split["train"], by_split["validation"]
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -186,4 +186,5 @@ def sha256(path: Path) -> str:
 
 
 def _prepare_again(folder: Path) -> str:
+    """The advice for a damaged corpus."""
     return f"delete the folder {folder} and run `mupsweep data prepare` again"

@@ -72,10 +72,10 @@ class TokenStream:
     """The tokens of several files laid end to end, memory-mapped."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
-        self._parts = [s.open() for s in segments]
-        self._starts = [0]
-        for part in self._parts:
-            self._starts.append(self._starts[-1] + len(part))
+        self._files = [s.open() for s in segments]
+        self._starts = [0]  # the position at which every file begins, and the total
+        for tokens in self._files:
+            self._starts.append(self._starts[-1] + len(tokens))
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -103,9 +103,9 @@ class TokenStream:
 
     def _copy(self, start: int, out: NDArray[np.int64]) -> None:
         """Fill `out` with the tokens from position `start` on, across the ends of files."""
-        part = bisect.bisect_right(self._starts, start) - 1
-        done = 0
-        while done < len(out):
-            piece = self._parts[part][start + done - self._starts[part] :][: len(out) - done]
-            out[done : done + len(piece)] = piece
-            done, part = done + len(piece), part + 1
+        file = bisect.bisect_right(self._starts, start) - 1
+        filled = 0
+        while filled < len(out):
+            tokens = self._files[file][start + filled - self._starts[file] :][: len(out) - filled]
+            out[filled : filled + len(tokens)] = tokens
+            filled, file = filled + len(tokens), file + 1

@@ -144,6 +144,7 @@ def load(name: str) -> Tokenizer:
 
 
 def _encode_bytes(text: str) -> NDArray[np.uint16]:
+    """The UTF-8 bytes of a text as ids."""
     import numpy as np
 
     ids = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16)
@@ -152,6 +153,7 @@ def _encode_bytes(text: str) -> NDArray[np.uint16]:
 
 
 def _encode_gpt2(encoding: Callable[[], Encoding], text: str) -> NDArray[np.uint16]:
+    """The ids of a text; '<|endoftext|>' is read as plain text."""
     import numpy as np
 
     def encode(part: str) -> NDArray[np.uint16]:
@@ -160,7 +162,7 @@ def _encode_gpt2(encoding: Callable[[], Encoding], text: str) -> NDArray[np.uint
     try:
         return encode(text)
     except ValueError:
-        # The regular expression overflows its stack on a very long run of white space: cut such runs.
+        # the regular expression overflows its stack on a very long run of white space, so such runs are cut
         cuts = [0, *(match.end() for match in LONG_BLANK.finditer(text)), len(text)]
         if len(cuts) == 2:
             raise
@@ -168,6 +170,7 @@ def _encode_gpt2(encoding: Callable[[], Encoding], text: str) -> NDArray[np.uint
 
 
 def _encode_joined(encoding: Callable[[], Encoding], text: str) -> NDArray[np.uint16]:
+    """The ids of a text in which '<|endoftext|>' is the end of text."""
     import numpy as np
 
     return encoding().encode_to_numpy(text, allowed_special={END}).astype(np.uint16)

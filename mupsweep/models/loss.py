@@ -20,6 +20,8 @@ DRAWS = 2**31  # the random integers of `sample_labels` are below this
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """The mean cross-entropy of `linear_cross_entropy`, whose forward pass also computes the gradients."""
+
     @staticmethod
     def forward(
         ctx: Any,

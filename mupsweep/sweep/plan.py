@@ -202,6 +202,7 @@ def _stored_runs(sweep: SweepDir) -> list[RunSpec]:
 
 
 def _longest_first(runs: Iterable[RunSpec]) -> list[RunSpec]:
+    """The runs by falling cost, so that the last ones to finish are short."""
     return sorted(runs, key=lambda run: (-run.cost.flops, run.run_id))
 
 

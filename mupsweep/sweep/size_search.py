@@ -129,6 +129,7 @@ class Space:
 
     @classmethod
     def of(cls, grid: GridConfig, limits: tuple[float, float] | None) -> Space:
+        """The space of a config, whose seeds are followed by further ones up to `max_seeds`."""
         step = lr_grid(grid.half_width)
         low, high = limits or (min(grid.log2_lrs) - SEARCH_MARGIN, max(grid.log2_lrs) + SEARCH_MARGIN)
         ends = math.ceil(low / step - EPS) * step, math.floor(high / step + EPS) * step

@@ -237,6 +237,7 @@ def tensor_rule(
 
 
 def _first_block(name: str) -> str:
+    """The name of a block's tensor in the first block."""
     head, _, tail = name.split(".", 2)
     return f"{head}.0.{tail}"
 
