@@ -45,7 +45,7 @@ def check(name: str) -> None:
 
 
 def export(name: str, recipe: Mapping[str, Any]) -> Export:
-    """A recipe (see `mupsweep.recipes.recipe.recipe`) in a format other than JSON."""
+    """A recipe (see `mupsweep.recipes.recipe.target_recipe`) in a format other than JSON."""
     check(name)
     form = importlib.import_module(f"{formats.__name__}.{name}")
     text, limits = form.render(recipe)

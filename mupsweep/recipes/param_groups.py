@@ -95,33 +95,35 @@ def param_groups(
     """
     if not (isinstance(lr, int | float) and lr > 0):
         raise ConfigError(f"lr={lr!r}: expected a positive number, such as 2**-7")
-    words = [f"optimizer={optimizer}", f"parametrization={parametrization}"]
-    words += [] if eps is None else [f"optimizer.eps={eps!r}"]
-    made = run_spec.resolve(config.load(words).variants[0])
+    overrides = [f"optimizer={optimizer}", f"parametrization={parametrization}"]
+    overrides += [] if eps is None else [f"optimizer.eps={eps!r}"]
+    resolved = run_spec.resolve(config.load(overrides).variants[0])
     _check_patterns([*no_decay, *(roles or {})], [name for name, _ in model.named_parameters(remove_duplicate=False)])
-    whole = len(made.optimizers) == 1
+    whole = len(resolved.optimizers) == 1
     grouped: dict[tuple[Any, ...], dict[str, Any]] = {}
     numbers: dict[torch.Tensor, tuple[str, list[float]]] = {}
     for name, parameter, tensor in _tensors(model, base_model, delta_model, roles or {}, whole):
-        found = tensor_rules.scale_tensor(made, tensor.width_ratio, tensor.depth_ratio, tensor.spec, tensor.base)
+        scaling = tensor_rules.scale_tensor(resolved, tensor.width_ratio, tensor.depth_ratio, tensor.spec, tensor.base)
         decays = not any(fnmatchcase(name, pattern) for pattern in no_decay)
         group = {
-            "lr": lr * found.scaled.lr_ratio * found.rule.lr,
-            "weight_decay": weight_decay * found.rule.weight_decay if decays else 0.0,
-            **{key: value for key, value in found.absolute_thresholds(tensor.spec.dims).items() if value > 0},
+            "lr": lr * scaling.scaled.lr_ratio * scaling.rule.lr,
+            "weight_decay": weight_decay * scaling.rule.weight_decay if decays else 0.0,
+            **{key: value for key, value in scaling.absolute_thresholds(tensor.spec.dims).items() if value > 0},
         }
         other, theirs = numbers.setdefault(parameter, (name, list(group.values())))
         if other != name:
             _check_tie(name, list(group.values()), other, theirs)
             continue
-        group |= {} if whole else {"optimizer": found.scaled.optimizer.name}
+        if not whole:
+            group["optimizer"] = scaling.scaled.optimizer.name
         if details:
-            told = {"init_std_ratio": found.rule.init_std, "multiplier": found.rule.multiplier}
-            group |= {"role": tensor.spec.role.value, **told}
-        mine = grouped.setdefault(tuple(group.items()), {"params": [], **group, **({"names": []} if details else {})})
-        mine["params"].append(parameter)
+            outside_groups = {"init_std_ratio": scaling.rule.init_std, "multiplier": scaling.rule.multiplier}
+            group |= {"role": tensor.spec.role.value, **outside_groups}
+        names: dict[str, Any] = {"names": []} if details else {}
+        members = grouped.setdefault(tuple(group.items()), {"params": [], **group, **names})
+        members["params"].append(parameter)
         if details:
-            mine["names"].append(name)
+            members["names"].append(name)
     return list(grouped.values())
 
 

@@ -21,56 +21,58 @@ SHAPE = ("width", "depth", "heads", "kv_heads", "head_dim", "ffn_width", "vocab_
 SCHEDULE = ("batch_size", "schedule", "min_lr_frac", "decay_fraction", "precision")
 
 
-def recommend(one: LadderResult, doublings: float) -> tuple[Estimate, str]:
+def recommend(ladder: LadderResult, doublings: float) -> tuple[Estimate, str]:
     """log2 of the base LR to use at a target `doublings` beyond the base on the group's axis, and what it rests on."""
-    known = one.sloped
-    if not known:
-        why = (f"{_place(o)}: {o.reason}" for o in one.optima if o.reason)
+    fitted = ladder.sloped
+    if not fitted:
+        why = (f"{_place(o)}: {o.reason}" for o in ladder.optima if o.reason)
         raise RecordError(
-            f"{'/'.join(one.label)}: no size has an optimum with an interval yet, so there is no LR to recommend; "
+            f"{'/'.join(ladder.label)}: no size has an optimum with an interval yet, so there is no LR to recommend; "
             f"{next(why, 'train more LRs')}"
         )
-    if one.verdict == TRANSFERS:
-        w = np.array([1 / (o.se or 1.0) ** 2 for o in known])
-        y = np.array([o.log2_lr for o in known])
+    if ladder.verdict == TRANSFERS:
+        w = np.array([1 / (o.se or 1.0) ** 2 for o in fitted])
+        y = np.array([o.log2_lr for o in fitted])
         value = float(w @ y / w.sum())
         # the sizes share most of a fit's bias, so their intervals do not average out; what drift there is counts too
-        half = _half_width(known) + float(np.abs(y - value).max())
-        sizes = "all measured sizes" if len(known) == len(one.optima) else f"the {len(known)} sizes where it is known"
+        half = _half_width(fitted) + float(np.abs(y - value).max())
+        sizes = (
+            "all measured sizes" if len(fitted) == len(ladder.optima) else f"the {len(fitted)} sizes where it is known"
+        )
         return Estimate(value, value - half, value + half), f"transfers: the optimum of {sizes} together"
-    largest, last = known[-1], one.optima[-1]
+    largest, last = fitted[-1], ladder.optima[-1]
     of = "the largest measured size"
     if largest is not last:
         bound = Estimate(None, last.low, last.high)
         of = f"{_place(largest)}, the largest size where it is known; at {_place(last)} its log2 is {bound:.2f}"
     if (
-        one.verdict == DRIFTS
-        and one.drift.value is not None
-        and one.drift.low is not None
-        and one.drift.high is not None
+        ladder.verdict == DRIFTS
+        and ladder.drift.value is not None
+        and ladder.drift.low is not None
+        and ladder.drift.high is not None
     ):
-        beyond = doublings - math.log2(one.ratio(largest.curve))
+        beyond = doublings - math.log2(ladder.ratio(largest.curve))
         at = largest.log2_lr or 0.0
-        ends = [at + beyond * one.drift.low, at + beyond * one.drift.high]
+        ends = [at + beyond * ladder.drift.low, at + beyond * ladder.drift.high]
         half = _half_width([largest])
         return (
-            Estimate(at + beyond * one.drift.value, min(ends) - half, max(ends) + half),
+            Estimate(at + beyond * ladder.drift.value, min(ends) - half, max(ends) + half),
             f"drifts: extrapolated along the measured drift from {of}; tune at the target instead",
         )
     return Estimate(largest.log2_lr, largest.low, largest.high), (
-        f"{one.verdict}: the optimum of {of}; its interval does not cover the way to the target"
+        f"{ladder.verdict}: the optimum of {of}; its interval does not cover the way to the target"
     )
 
 
-def axis_of(made: ResolvedVariant, width: int, depth: int) -> str | None:
+def axis_of(resolved: ResolvedVariant, width: int, depth: int) -> str | None:
     """The ladder that leads from the base to a target; None for the base itself."""
-    wider, deeper = width != made.model.width, depth != made.model.depth
+    wider, deeper = width != resolved.model.width, depth != resolved.model.depth
     return "joint" if wider and deeper else "width" if wider else "depth" if deeper else None
 
 
-def leading(groups: Sequence[LadderResult], made: ResolvedVariant, width: int, depth: int) -> LadderResult:
+def leading(groups: Sequence[LadderResult], resolved: ResolvedVariant, width: int, depth: int) -> LadderResult:
     """The ladder of a variant that leads to a target, or else its first; horizons alone are one size, the base."""
-    axis = axis_of(made, width, depth)
+    axis = axis_of(resolved, width, depth)
     sizes = [group for group in groups if group.axis != HORIZON]
     if not sizes:
         base = groups[0]
@@ -83,15 +85,15 @@ def exponent_of(groups: Sequence[LadderResult]) -> Estimate | None:
     return next((group.drift for group in groups if group.axis == HORIZON), None)
 
 
-def doublings_to(one: LadderResult, size: Size) -> float:
+def doublings_to(ladder: LadderResult, size: Size) -> float:
     """How far a size lies from the base on the group's axis."""
-    ratio = {"width": size.width_ratio, "depth": size.depth_ratio}.get(one.axis, size.width_ratio * size.depth_ratio)
+    ratio = {"width": size.width_ratio, "depth": size.depth_ratio}.get(ladder.axis, size.width_ratio * size.depth_ratio)
     return math.log2(ratio)
 
 
-def recipe(
-    one: LadderResult,
-    made: ResolvedVariant,
+def target_recipe(
+    ladder: LadderResult,
+    resolved: ResolvedVariant,
     width: int,
     depth: int,
     tokens: int | None = None,
@@ -107,21 +109,21 @@ def recipe(
     Raises:
         ConfigError: a target that is no multiple of the base shape.
     """
-    size = made.size(width / made.model.width, depth / made.model.depth)
-    choice, basis = recommend(one, doublings_to(one, size))
-    axis = axis_of(made, width, depth)
-    if axis not in (None, one.axis):
-        basis = f"untested: the target lies on the {axis} axis, but only {one.axis} was measured; there, {basis}"
-    elif (beyond := 2 ** doublings_to(one, size) / one.ratio(one.optima[-1].curve)) > 1:
-        basis += f"; the target's {AXIS_UNIT.get(one.axis, one.axis)} is {beyond:.3g} times the largest measured"
-    final = made if tokens is None else replace(made, variant=_trained_on(made, tokens))
-    choice, horizon = _carried(choice, made, final, horizon_exponent)
+    size = resolved.size(width / resolved.model.width, depth / resolved.model.depth)
+    choice, basis = recommend(ladder, doublings_to(ladder, size))
+    axis = axis_of(resolved, width, depth)
+    if axis not in (None, ladder.axis):
+        basis = f"untested: the target lies on the {axis} axis, but only {ladder.axis} was measured; there, {basis}"
+    elif (beyond := 2 ** doublings_to(ladder, size) / ladder.ratio(ladder.optima[-1].curve)) > 1:
+        basis += f"; the target's {AXIS_UNIT.get(ladder.axis, ladder.axis)} is {beyond:.3g} times the largest measured"
+    final = resolved if tokens is None else replace(resolved, variant=_trained_on(resolved, tokens))
+    choice, horizon = _carried(choice, resolved, final, horizon_exponent)
     assert choice.value is not None
     return {
-        "model": one.model,
-        "optimizer": one.optimizer,
-        "parametrization": one.parametrization,
-        "verdict": one.verdict,
+        "model": ladder.model,
+        "optimizer": ladder.optimizer,
+        "parametrization": ladder.parametrization,
+        "verdict": ladder.verdict,
         "basis": basis,
         "log2_lr": choice.value,
         "log2_lr_low": choice.low,
@@ -131,24 +133,24 @@ def recipe(
     }
 
 
-def settings(made: ResolvedVariant, size: Size, base_lr: float) -> dict[str, Any]:
-    """Everything that a run of `made` at a size is trained with; all that an export to another trainer needs."""
-    forward = tensor_rules.multipliers(made, size)
-    training = made.training
+def settings(resolved: ResolvedVariant, size: Size, base_lr: float) -> dict[str, Any]:
+    """Everything that a run of `resolved` at a size is trained with; all that an export to another trainer needs."""
+    forward = tensor_rules.multipliers(resolved, size)
+    training = resolved.training
     return {
         "target": {key: getattr(size, key) for key in SHAPE},
-        "base": {key: getattr(made.size(1.0, 1.0), key) for key in SHAPE},
+        "base": {key: getattr(resolved.size(1.0, 1.0), key) for key in SHAPE},
         "base_lr": base_lr,
-        "parameters": made.cost(size).parameters,
+        "parameters": resolved.cost(size).parameters,
         "block_multiplier": forward.block,
         "output_multiplier": forward.output,
         "attention_scale": forward.attention,
-        "clip": tensor_rules.clip_norm(made),
-        "architecture": dict(made.variant.model),
+        "clip": tensor_rules.clip_norm(resolved),
+        "architecture": dict(resolved.variant.model),
         "training": {
-            "tokens": _tokens(made),
-            "steps": made.steps,
-            "warmup_steps": training.warmup_steps(made.steps),
+            "tokens": _tokens(resolved),
+            "steps": resolved.steps,
+            "warmup_steps": training.warmup_steps(resolved.steps),
             **{key: getattr(training, key) for key in SCHEDULE},
         },
         "optimizers": [
@@ -156,25 +158,25 @@ def settings(made: ResolvedVariant, size: Size, base_lr: float) -> dict[str, Any
                 "kind": f"{type(part.optimizer).__module__}.{type(part.optimizer).__qualname__}",
                 **asdict(part.optimizer),
             }
-            for part in made.optimizers
+            for part in resolved.optimizers
         ],
-        "tensors": [tensor_rules.rule_record(row) for row in tensor_rules.rules(made, size, base_lr)],
+        "tensors": [tensor_rules.rule_record(row) for row in tensor_rules.rules(resolved, size, base_lr)],
     }
 
 
 def _carried(
-    choice: Estimate, made: ResolvedVariant, final: ResolvedVariant, exponent: Estimate | None
+    choice: Estimate, resolved: ResolvedVariant, final: ResolvedVariant, exponent: Estimate | None
 ) -> tuple[Estimate, dict[str, Any]]:
-    """The LR at the target's horizon, and what is to be said of it."""
-    measured, wanted = _tokens(made), _tokens(final)
+    """The LR at the target's horizon, and a note on how it was carried there."""
+    measured, wanted = _tokens(resolved), _tokens(final)
     octaves = math.log2(wanted / measured)
     factor, note = (
         1.0,
         f"for {measured:,} training tokens, as in the sweep; longer training wants a lower one: --to tokens=N",
     )
-    if octaves and made.training.base_tokens is not None:  # the parts of the recipe carry the LR themselves
-        factor = final.optimizers[0].lr_ratio / made.optimizers[0].lr_ratio
-        note = f"carried from {measured:,} to {wanted:,} tokens by {_power(made.training.horizon_exponent)}"
+    if octaves and resolved.training.base_tokens is not None:  # the parts of the recipe carry the LR themselves
+        factor = final.optimizers[0].lr_ratio / resolved.optimizers[0].lr_ratio
+        note = f"carried from {measured:,} to {wanted:,} tokens by {_power(resolved.training.horizon_exponent)}"
     elif octaves and exponent is not None and exponent.value is not None:
         factor = 2.0 ** (octaves * exponent.value)
         ends = [None if e is None else octaves * e for e in (exponent.low, exponent.high)]
@@ -197,20 +199,20 @@ def _power(exponent: float) -> str:
     return f"LR ~ tokens^{exponent:.3g}"
 
 
-def _tokens(made: ResolvedVariant) -> int:
+def _tokens(resolved: ResolvedVariant) -> int:
     """Training tokens of a run."""
-    return made.steps * made.training.batch_size * made.model.context
+    return resolved.steps * resolved.training.batch_size * resolved.model.context
 
 
-def _trained_on(made: ResolvedVariant, tokens: int) -> Any:
+def _trained_on(resolved: ResolvedVariant, tokens: int) -> Any:
     """The variant with another token budget; a warm-up given as a fraction, and decay rules per run, follow it."""
-    return replace(made.variant, training=replace(made.training, steps=None, tokens=tokens))
+    return replace(resolved.variant, training=replace(resolved.training, steps=None, tokens=tokens))
 
 
-def _place(one: Optimum) -> str:
-    return f"width {one.curve.width}, depth {one.curve.depth}"
+def _place(optimum: Optimum) -> str:
+    return f"width {optimum.curve.width}, depth {optimum.curve.depth}"
 
 
-def _half_width(found: Sequence[Optimum]) -> float:
+def _half_width(optima: Sequence[Optimum]) -> float:
     """Root mean square of the half-widths of some optima's intervals."""
-    return math.sqrt(sum(((o.high or 0.0) - (o.low or 0.0)) ** 2 for o in found) / len(found)) / 2
+    return math.sqrt(sum(((o.high or 0.0) - (o.low or 0.0)) ** 2 for o in optima) / len(optima)) / 2

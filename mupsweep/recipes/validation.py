@@ -42,7 +42,7 @@ class Trial:
         seeds: those of the sweep.
     """
 
-    made: ResolvedVariant
+    resolved: ResolvedVariant
     size: Size
     log2_lr: float
     step: float
@@ -79,14 +79,14 @@ def trials(
     """
     runs = plan.load(sweep)
     rows = read_runs([sweep])
-    found = []
-    for made in {run.resolved.digest: run.resolved for run in runs}.values():
-        names = made.variant.names
-        if made.variant.change or optimizer not in (None, names[1]) or parametrization not in (None, names[2]):
+    trials = []
+    for resolved in {run.resolved.digest: run.resolved for run in runs}.values():
+        names = resolved.variant.names
+        if resolved.variant.change or optimizer not in (None, names[1]) or parametrization not in (None, names[2]):
             continue
-        width, depth = target.get("width", made.model.width), target.get("depth", made.model.depth)
-        size = made.size(width / made.model.width, depth / made.model.depth)
-        _check(target, made, size)
+        width, depth = target.get("width", resolved.model.width), target.get("depth", resolved.model.depth)
+        size = resolved.size(width / resolved.model.width, depth / resolved.model.depth)
+        _check(target, resolved, size)
         smaller = [row for row in rows if label_of(row) == names and _ratio(row) < _ratio(vars(size)) - 1e-9]
         groups = analyse(smaller).groups
         if not groups:
@@ -94,16 +94,18 @@ def trials(
                 f"{sweep.path} has no finished runs of {'/'.join(names)} below width {width}, depth "
                 f"{depth}, so there is no LR to validate: mupsweep run first"
             )
-        one = recipe.leading(groups, made, width, depth)
-        choice, _ = recipe.recommend(one, recipe.doublings_to(one, size))
+        ladder = recipe.leading(groups, resolved, width, depth)
+        choice, _ = recipe.recommend(ladder, recipe.doublings_to(ladder, size))
         assert choice.value is not None
-        mine = [run for run in runs if run.resolved.digest == made.digest]
-        seeds = tuple(sorted({run.seed for run in mine}))
-        found.append(Trial(made, size, round(choice.value * LR_ROUNDING) / LR_ROUNDING, _step(mine), seeds))
-    if not found:
-        select(analyse(rows), optimizer, parametrization)  # says which names there are
+        variant_runs = [run for run in runs if run.resolved.digest == resolved.digest]
+        seeds = tuple(sorted({run.seed for run in variant_runs}))
+        trials.append(
+            Trial(resolved, size, round(choice.value * LR_ROUNDING) / LR_ROUNDING, _step(variant_runs), seeds)
+        )
+    if not trials:
+        select(analyse(rows), optimizer, parametrization)  # raises an error that lists the names there are
         raise RecordError(f"{sweep.path} has no finished runs: mupsweep run first")
-    return found
+    return trials
 
 
 def extend(sweep: SweepDir, trial: Trial, rows: Sequence[Mapping[str, Any]]) -> list[RunSpec]:
@@ -115,7 +117,7 @@ def extend(sweep: SweepDir, trial: Trial, rows: Sequence[Mapping[str, Any]]) -> 
     wanted = neighbours(trial.log2_lr, trial.step, known)
     if all(lr in known for lr in wanted):
         wanted += _unbounded(judge(analyse(rows), trial).optimum, known, trial.step)
-    return plan.extend(sweep, trial.made, ratios, wanted, trial.seeds)
+    return plan.extend(sweep, trial.resolved, ratios, wanted, trial.seeds)
 
 
 def neighbours(log2_lr: float, step: float, losses: Mapping[float, float]) -> list[float]:
@@ -141,12 +143,12 @@ def _unbounded(best: Estimate, losses: Mapping[float, float], step: float) -> li
 
 def judge(analysis: Analysis, trial: Trial) -> Validation:
     """The best LR at the target and the regret of the transferred one, from all runs so far."""
-    label = trial.made.variant.names
+    label = trial.resolved.variant.names
     groups = [group for group in analysis.groups if group.label == label and _optimum(group, trial.size) is not None]
     if not groups:
         reason = f"no run of width {trial.size.width}, depth {trial.size.depth} is finished yet"
         return Validation(label, trial.size, trial.log2_lr, UNKNOWN, UNKNOWN, (reason,))
-    there = _optimum(recipe.leading(groups, trial.made, trial.size.width, trial.size.depth), trial.size)
+    there = _optimum(recipe.leading(groups, trial.resolved, trial.size.width, trial.size.depth), trial.size)
     assert there is not None
     reasons = () if there.reason is None else (there.reason,)
     best = Estimate(there.log2_lr, there.low, there.high)
@@ -181,8 +183,8 @@ def to_json(outcome: Validation) -> dict[str, Any]:
     }
 
 
-def _check(target: Mapping[str, int], made: ResolvedVariant, size: Size) -> None:
-    tokens = made.steps * made.training.batch_size * made.model.context
+def _check(target: Mapping[str, int], resolved: ResolvedVariant, size: Size) -> None:
+    tokens = resolved.steps * resolved.training.batch_size * resolved.model.context
     if target.get("tokens", tokens) != tokens:
         raise ConfigError(
             f"--validate with tokens={target['tokens']}: the sweep's runs train on {tokens} tokens, and a verdict "
@@ -191,7 +193,7 @@ def _check(target: Mapping[str, int], made: ResolvedVariant, size: Size) -> None
     if _ratio(vars(size)) <= 1:
         raise ConfigError(
             f"--validate at width {size.width}, depth {size.depth}: not larger than the base, width "
-            f"{made.model.width}, depth {made.model.depth}; give a target that the LR is transferred to"
+            f"{resolved.model.width}, depth {resolved.model.depth}; give a target that the LR is transferred to"
         )
 
 
@@ -205,7 +207,9 @@ def _step(runs: Sequence[RunSpec]) -> float:
 def _of(trial: Trial, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The rows of a trial's variant and size."""
     size = (trial.size.width, trial.size.depth)
-    return [row for row in rows if label_of(row) == trial.made.variant.names and (row["width"], row["depth"]) == size]
+    return [
+        row for row in rows if label_of(row) == trial.resolved.variant.names and (row["width"], row["depth"]) == size
+    ]
 
 
 def _optimum(group: LadderResult, size: Size) -> Optimum | None:

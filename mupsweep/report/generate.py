@@ -160,7 +160,7 @@ def export(
         mine = [group for group in groups if group.label == label]
         best, exponent = recipe.leading(mine, chosen, width, depth), recipe.exponent_of(mine)
         try:
-            made.append(recipe.recipe(best, chosen, width, depth, dims.get("tokens"), exponent))
+            made.append(recipe.target_recipe(best, chosen, width, depth, dims.get("tokens"), exponent))
         except RecordError as error:
             refused.append(str(error))
     if not made:

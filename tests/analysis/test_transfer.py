@@ -12,7 +12,7 @@ import pytest
 
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS, Analysis, _exactly, analyse, loss_of
-from mupsweep.recipes.recipe import recipe
+from mupsweep.recipes.recipe import target_recipe
 from mupsweep.report.results_files import to_json, write_results
 from mupsweep.store.results import read_runs
 from mupsweep.store.sweep_dir import SweepDir
@@ -167,7 +167,7 @@ def test_results_have_the_documented_keys(tmp_path: Path) -> None:
 def test_the_recipe_of_a_target_holds_the_rules_at_the_transferred_lr() -> None:
     [variant] = load(["parametrization=spectral", "optimizer=adamw", "model.width=32", "model.head_dim=16"]).variants
     [group] = analyse([{**r, "parametrization": "spectral"} for r in rows()]).groups
-    made = recipe(group, run_spec.resolve(variant), width=1024, depth=4)
+    made = target_recipe(group, run_spec.resolve(variant), width=1024, depth=4)
     assert made["basis"].startswith("transfers")
     assert made["log2_lr"] == pytest.approx(-7.3, abs=0.1)
     assert made["log2_lr_low"] < made["log2_lr"] < made["log2_lr_high"]
@@ -184,17 +184,17 @@ def test_a_target_on_an_axis_that_was_never_trained_is_told_so() -> None:
     """A width ladder says nothing about depth: its drift is not extrapolated along it."""
     [variant] = load(["parametrization=spectral", "model.width=32", "model.head_dim=16"]).variants
     [group] = analyse([{**r, "parametrization": "spectral"} for r in rows(drift=-1.0)]).groups
-    made = recipe(group, run_spec.resolve(variant), width=32, depth=64)
+    made = target_recipe(group, run_spec.resolve(variant), width=32, depth=64)
     assert made["basis"].startswith("untested: the target lies on the depth axis, but only width was measured")
     assert made["block_multiplier"] == 1 / 16  # the rule is known all the same
-    wider = recipe(group, run_spec.resolve(variant), width=512, depth=4)
+    wider = target_recipe(group, run_spec.resolve(variant), width=512, depth=4)
     assert made["log2_lr"] > wider["log2_lr"] + 0.5
 
 
 def test_a_drifting_recipe_extrapolates_and_says_so() -> None:
     [variant] = load(["parametrization=sp", "model.width=32", "model.head_dim=16"]).variants
     [group] = analyse([{**r, "parametrization": "sp"} for r in rows(drift=-1.0)]).groups
-    made = recipe(group, run_spec.resolve(variant), width=1024, depth=4)
+    made = target_recipe(group, run_spec.resolve(variant), width=1024, depth=4)
     assert made["basis"].startswith("drifts: extrapolated")
     assert made["log2_lr"] == pytest.approx(-7.3 - 5, abs=0.3)
     assert made["log2_lr_low"] <= -12.3 <= made["log2_lr_high"]

@@ -59,7 +59,7 @@ def made(*words: str) -> ResolvedVariant:
 
 
 def at(words: list[str], tokens: int | None = None, exponent: Estimate | None = None) -> dict[str, Any]:
-    return recipe.recipe(measured(), made(*words), 64, 4, tokens, exponent)
+    return recipe.target_recipe(measured(), made(*words), 64, 4, tokens, exponent)
 
 
 def rows(content: dict[str, Any], key: str) -> dict[str, float]:
@@ -67,7 +67,7 @@ def rows(content: dict[str, Any], key: str) -> dict[str, float]:
 
 
 def test_it_names_the_target_whole_and_the_tokens_that_its_lr_is_for() -> None:
-    content = recipe.recipe(measured(), made("model=llama", "model.kv_heads=1"), 64, 4)
+    content = recipe.target_recipe(measured(), made("model=llama", "model.kv_heads=1"), 64, 4)
     assert {k: content["target"][k] for k in ("heads", "kv_heads", "head_dim", "ffn_width")} == {
         "heads": 8,
         "kv_heads": 4,
@@ -87,7 +87,7 @@ def test_it_names_the_target_whole_and_the_tokens_that_its_lr_is_for() -> None:
 
 @pytest.mark.parametrize(("width", "beyond"), [(16, None), (32, None), (64, 2), (1024, 32)])
 def test_it_says_how_far_the_target_lies_beyond_what_was_measured(width: int, beyond: int | None) -> None:
-    basis = recipe.recipe(measured(), made(), width, 2)["basis"]
+    basis = recipe.target_recipe(measured(), made(), width, 2)["basis"]
     told = "" if beyond is None else f"the target's width is {beyond} times the largest measured"
     assert basis.partition("; ")[2] == told
 
@@ -212,7 +212,7 @@ def drifting(*lowest: float) -> LadderResult:
 def test_a_bound_is_not_taken_for_the_largest_measured_size() -> None:
     group = drifting()
     assert group.verdict == "drifts"
-    basis = recipe.recipe(group, made(), 128, 2)["basis"]
+    basis = recipe.target_recipe(group, made(), 128, 2)["basis"]
     assert (
         "from width 32, depth 2, the largest size where it is known; at width 64, depth 2 its log2 is at most" in basis
     )
@@ -221,7 +221,7 @@ def test_a_bound_is_not_taken_for_the_largest_measured_size() -> None:
 
 def test_a_drift_without_a_slope_is_not_called_inconclusive() -> None:
     group = replace(drifting(-99, -3), verdict="drifts", drift=Estimate(None, None, None))
-    assert recipe.recipe(group, made(), 128, 2)["basis"].startswith(
+    assert recipe.target_recipe(group, made(), 128, 2)["basis"].startswith(
         "drifts: the optimum of width 16, depth 2, the largest"
     )
 
