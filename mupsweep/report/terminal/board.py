@@ -1,4 +1,4 @@
-"""A sweep while it is trained, followed through its records. A poll reads only what may have changed."""
+"""The state of a sweep while it is trained, read from its records. A poll reads only files that may have changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from mupsweep.analysis.labels import DONE, Label, label_of
 from mupsweep.store.run_dir import FAILED, FINISHED, PENDING, RUNNING
 from mupsweep.store.sweep_dir import SweepDir
 
-SETTLED_SECONDS = 2.0  # a file changed again within the grain of its clock looks unchanged: until then it is read again
+SETTLED_SECONDS = (
+    2.0  # a second change within the resolution of file times would go unnoticed: younger files are reread
+)
 Row = tuple[Label, int, int]  # variant, width, depth
 
 
@@ -30,16 +32,18 @@ class Cell:
 
 
 class Board:
-    """What is known of every run of a sweep; `look` reads what changed since.
+    """The state of every run of a sweep; `poll` reads what has changed.
 
-    Of 100,000 runs a poll reads those that have a folder and are not finished, and the plan only where it grew.
+    Of 100,000 runs a poll reads only those that have a folder and are not finished, and the plan only after it grew.
 
     Attributes:
-        planned: every run's line of the plan.
-        running: run ids -> what their status says.
-        losses: run ids -> the validation loss of those that finished, None where they diverged.
-        cells: by row of sizes and log2 LR.
-        counts: how many runs are in each state.
+        planned: run ids -> their lines of the plan.
+        labels: variants -> the ids of their runs.
+        running: ids of running runs -> their status.
+        losses: ids of finished runs -> their validation loss, None where they diverged.
+        cells: variant and size -> log2 LR -> the runs there.
+        counts: number of runs in each state.
+        flops: planned FLOPs of the runs in each state; running runs count in full.
     """
 
     def __init__(self, sweep: SweepDir) -> None:
@@ -50,20 +54,20 @@ class Board:
         self.losses: dict[str, float | None] = {}
         self.cells: dict[Row, dict[float, Cell]] = defaultdict(lambda: defaultdict(Cell))
         self.counts: Counter[str] = Counter()
-        self.flops = Counter[str]()  # by state; those of running runs in full
+        self.flops = Counter[str]()
         self._states: dict[str, str] = {}
-        self._started: dict[str, tuple[_Watched, dict[str, Any]]] = {}  # with a folder, and without a result
+        self._started: dict[str, tuple[_Watched, dict[str, Any]]] = {}  # runs with a folder and without a result
         self._plan, self._runs = _Watched(sweep.plan_path), _Watched(sweep.runs)
-        self._begun, self._finished = time.monotonic(), 0.0
-        self.look()
-        self._finished = self._flops_done()
+        self._began, self._flops_at_start = time.monotonic(), 0.0
+        self.poll()
+        self._flops_at_start = self._flops_done()
 
-    def look(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """Read what may have changed; returns the runs that ended or failed since, with their status."""
-        grown = self._plan.changed()
-        if grown:
+    def poll(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """Read files that may have changed; returns the runs that ended or failed since the last poll, with status."""
+        plan_changed = self._plan.changed()
+        if plan_changed:
             self._read_plan()
-        if self._runs.changed() or grown:
+        if self._runs.changed() or plan_changed:
             for run_id in self.sweep.started():
                 if self._states.get(run_id) not in (None, *FINISHED) and run_id not in self._started:
                     self._started[run_id] = _Watched(self.sweep.run(run_id).status_path), {"status": PENDING}
@@ -74,9 +78,9 @@ class Board:
                 status = folder.status()
                 self._started[run_id] = watched, status
             state = status["status"]
-            if state == RUNNING and not folder.is_claimed():  # its owner died
+            if state == RUNNING and not folder.is_claimed():  # its worker died
                 state = PENDING
-            if self._enter(run_id, state, status) and state in (*FINISHED, FAILED):
+            if self._set_state(run_id, state, status) and state in (*FINISHED, FAILED):
                 ended.append((run_id, status))
         return ended
 
@@ -86,10 +90,10 @@ class Board:
             if run_id not in self.planned:
                 self.planned[run_id] = row
                 self.labels[self.label(run_id)].append(run_id)
-                self._enter(run_id, PENDING, {})
+                self._set_state(run_id, PENDING, {})
 
-    def _enter(self, run_id: str, state: str, status: Mapping[str, Any]) -> bool:
-        """Move a run to a state; whether it was in another one."""
+    def _set_state(self, run_id: str, state: str, status: Mapping[str, Any]) -> bool:
+        """Move a run to a state; returns whether it was in another one before."""
         if state == RUNNING:
             self.running[run_id] = status
         else:
@@ -118,6 +122,7 @@ class Board:
 
     @property
     def finished(self) -> int:
+        """Runs that are done or diverged."""
         return sum(self.counts[state] for state in FINISHED)
 
     @property
@@ -126,7 +131,7 @@ class Board:
         return self.counts[PENDING] + self.counts[RUNNING]
 
     def results(self, label: Label) -> list[dict[str, Any]]:
-        """The finished runs of a variant, as `curves.collect` reads them."""
+        """The finished runs of a variant, in the form that `curves.collect` takes."""
         return [
             {**self.planned[run_id], "status": self._states[run_id], "val_loss": self.losses[run_id]}
             for run_id in self.labels[label]
@@ -134,26 +139,33 @@ class Board:
         ]
 
     def run_seconds_left(self, run_id: str) -> float | None:
-        """How long a running run still takes at its own speed."""
+        """Estimate how long a running run still takes at its own speed."""
         status, row = self.running[run_id], self.planned[run_id]
         speed, steps = status.get("tokens_per_second"), status.get("steps")
         return (1 - status.get("step", 0) / steps) * row["tokens"] / speed if speed and steps else None
 
     def seconds_left(self) -> float | None:
-        """How long the rest takes, by FLOPs, at the speed since this board looks, or else that of the running runs."""
+        """Estimate how long the open runs take, from their FLOPs and the speed so far.
+
+        The speed is that since the first poll, or before any progress that of the running runs; None if unknown.
+        """
         done = self._flops_done()
-        left = self.flops[PENDING] + self.flops[RUNNING] - sum(map(self._partial, self.running))
-        passed = time.monotonic() - self._begun
-        if done > self._finished and passed > 0:
-            return left * passed / (done - self._finished)
-        speeds = {r: s["tokens_per_second"] for r, s in self.running.items() if s.get("tokens_per_second")}
-        rate = sum(self.planned[r]["flops"] / self.planned[r]["tokens"] * speed for r, speed in speeds.items())
-        return left / rate if rate else None
+        remaining = self.flops[PENDING] + self.flops[RUNNING] - sum(map(self._partial, self.running))
+        passed = time.monotonic() - self._began
+        if done > self._flops_at_start and passed > 0:
+            return remaining * passed / (done - self._flops_at_start)
+        flops_per_second = 0.0
+        for run_id, status in self.running.items():
+            if speed := status.get("tokens_per_second"):
+                row = self.planned[run_id]
+                flops_per_second += row["flops"] / row["tokens"] * speed
+        return remaining / flops_per_second if flops_per_second else None
 
     def _flops_done(self) -> float:
         return sum(self.flops[state] for state in FINISHED) + sum(map(self._partial, self.running))
 
     def _partial(self, run_id: str) -> float:
+        """FLOPs that a running run has done."""
         status = self.running[run_id]
         return self.planned[run_id].get("flops", 0.0) * status.get("step", 0) / max(1, status.get("steps", 1))
 
@@ -166,14 +178,14 @@ class _Watched:
         self.stamp: tuple[int, int, int] | None = None
 
     def changed(self) -> bool:
-        """Whether it may have changed since the last call."""
+        """Whether the file may have changed since the last call."""
         try:
-            found = os.stat(self.path)
+            stat = os.stat(self.path)
         except OSError:
             stamp, settled = None, True
         else:
-            stamp = found.st_mtime_ns, found.st_size, found.st_ino
-            settled = time.time() - found.st_mtime > SETTLED_SECONDS
-        same = stamp == self.stamp
+            stamp = stat.st_mtime_ns, stat.st_size, stat.st_ino
+            settled = time.time() - stat.st_mtime > SETTLED_SECONDS
+        changed = stamp != self.stamp
         self.stamp = stamp if settled else None
-        return not same
+        return changed

@@ -1,4 +1,4 @@
-"""Where commands print: a terminal of any width, or a pipe, which has none."""
+"""The console that commands print to: a terminal of any width, or a pipe, which has none."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-PIPE_COLUMNS = 10_000  # a script reads whole lines
+PIPE_COLUMNS = 10_000  # width of a pipe, so that scripts read whole lines
 
 
 class PipeConsole(Console):
-    """A console that leaves a closed pipe to the command line, as `print` does, cuts no number and no path, and takes
-    no bracket for markup: "[at least -9]" is a bound."""
+    """A rich console that prints plain text as `print` does.
+
+    Numbers and paths are not cut, brackets are no markup ("[at least -9]" is a bound), and a closed pipe raises.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
@@ -24,10 +26,11 @@ class PipeConsole(Console):
         raise BrokenPipeError
 
     def say(self, line: str, indent: int = 0) -> None:
-        """A line of prose; where a terminal is too narrow for it, it goes on below, further to the right."""
-        whole = re.sub(r"\[[^][]*]", lambda interval: interval[0].replace(" ", "\xa0"), line)
+        """Print a line of prose, wrapped with a hanging indent where a terminal is too narrow for it."""
+        # an interval in brackets is not broken across lines
+        unbroken = re.sub(r"\[[^][]*]", lambda interval: interval[0].replace(" ", "\xa0"), line)
         lines = wrap(
-            whole,
+            unbroken,
             self.width,
             initial_indent=" " * indent,
             subsequent_indent=" " * (indent + 2),
@@ -37,7 +40,7 @@ class PipeConsole(Console):
         self.print("\n".join(lines).replace("\xa0", " "), soft_wrap=True)
 
     def show(self, table: Table) -> None:
-        """A table; in a terminal too narrow for it closer together, its titles on two lines, and never cut."""
+        """Print a table uncut; where a terminal is too narrow, titles take two lines and columns move closer."""
         if self._columns(table) > self.width:
             for column in table.columns:
                 column.header = _halved(str(column.header))
@@ -48,25 +51,25 @@ class PipeConsole(Console):
         PipeConsole(file=self.file, width=width, **colors).print(table)
 
     def _columns(self, table: Table) -> int:
-        """What a table takes uncut."""
+        """The width of a table that is not cut."""
         return Measurement.get(self, self.options.update(width=PIPE_COLUMNS), table).maximum
 
 
 def _halved(title: str) -> str:
-    """On two lines, broken at the space or slash nearest to its middle."""
+    """A title on two lines, broken at the space or slash nearest to its middle."""
     breaks = [i for i, character in enumerate(title) if character in " /"]
     middle = min(breaks, key=lambda i: abs(i - len(title) / 2), default=len(title))
     return f"{title[:middle]}\n{title[middle:].lstrip()}".rstrip()
 
 
 def console_of() -> PipeConsole:
-    """The terminal, or a page without an edge where there is none."""
+    """A console for stdout: as wide as the terminal, or practically unlimited for a pipe."""
     console = PipeConsole()
     return console if console.is_terminal else PipeConsole(width=PIPE_COLUMNS)
 
 
 def table_of(*columns: str) -> Table:
-    """An empty table without a box: the first column left, numbers right."""
+    """An empty table without borders, whose first column is aligned left and the others right."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)

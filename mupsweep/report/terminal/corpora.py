@@ -1,4 +1,4 @@
-"""What the data commands print."""
+"""The output of the data commands."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from mupsweep.sweep.config import load
 
 
 def prepare_data(overrides: Sequence[str], config_dir: str | None) -> None:
-    """Prepare the corpus of a config and say what it holds."""
+    """Prepare the corpus of a config and print its size."""
     config = _config(overrides, config_dir)
     try:
-        with progress() as say:
-            made = data.prepare(config, say)
+        with progress() as report:
+            corpus = data.prepare(config, report)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise
     print(
-        f"{config.name}: {len(made.train):,} training and {len(made.validation):,} validation tokens, "
-        f"{made.tokenizer}, content {made.content_id[:12]}"
+        f"{config.name}: {len(corpus.train):,} training and {len(corpus.validation):,} validation tokens, "
+        f"{corpus.tokenizer}, content {corpus.content_id[:12]}"
     )
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """Tells how far something is: in one line that changes on a terminal, else in a line each time."""
+    """A function that reports progress: on a terminal in one line that changes, elsewhere in a new line each time."""
     console = console_of()
     if not console.is_terminal:
         yield lambda line: print(line, flush=True)
@@ -44,17 +44,17 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 def show_prepared(overrides: Sequence[str], config_dir: str | None, as_json: bool) -> None:
-    """The corpora of the cache: one line each, what is incomplete or damaged included."""
+    """Print the corpora of the cache, with the incomplete and damaged ones."""
     config = _config(overrides, config_dir)
-    found = cache.entries(config)
+    corpora = cache.entries(config)
     if as_json:
-        print(json.dumps([asdict(entry) for entry in found]))
+        print(json.dumps([asdict(entry) for entry in corpora]))
         return
-    if not found:
+    if not corpora:
         print(f"nothing is prepared in {cache.root(config)}; start with mupsweep data prepare")
         return
     table = table_of("name", "tokenizer", "tokens", "documents", "bytes", "content", "state")
-    for entry in found:
+    for entry in corpora:
         table.add_row(
             entry.name,
             entry.tokenizer,
@@ -65,7 +65,7 @@ def show_prepared(overrides: Sequence[str], config_dir: str | None, as_json: boo
             entry.state,
         )
     console_of().show(table)
-    for entry in found:
+    for entry in corpora:
         if entry.state in ADVICE:
             print(f"{entry.state}: {entry.folder}: {ADVICE[entry.state]}")
 
@@ -77,7 +77,7 @@ ADVICE = {
 
 
 def verify_data(overrides: Sequence[str], config_dir: str | None) -> None:
-    """Check the shards of a config's corpus; raises what is wrong."""
+    """Verify the shards of a config's corpus, and raise an error that names what is damaged."""
     config = _config(overrides, config_dir)
     source = sources.load(config)
     ready = source.ready_tokens()
@@ -91,8 +91,8 @@ def verify_data(overrides: Sequence[str], config_dir: str | None) -> None:
             f"{config.name} with {config.tokenizer} is not prepared: {folder} is not there; "
             "run mupsweep data prepare with the same keys"
         )
-    found = shards.verify(folder)
-    count = sum(len(found["splits"][split]["shards"]) for split in shards.SPLITS)
+    meta = shards.verify(folder)
+    count = sum(len(meta["splits"][split]["shards"]) for split in shards.SPLITS)
     print(f"{folder}: {counted(count, 'shard')}, each with its digest")
 
 

@@ -1,10 +1,9 @@
-"""What a user sees while runs are trained: a live board in a terminal, a line per finished run elsewhere."""
+"""The display while runs are trained: a live board in a terminal, a line per finished run elsewhere."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +20,17 @@ if TYPE_CHECKING:
     from mupsweep.report.terminal.board_view import BoardText
 
 POLL_SECONDS = 1.0
-STILL_POLLS = 10  # whoever trains a sweep may add runs when all have ended; looks after which it seems that nobody does
+IDLE_POLLS = 10  # polls without a running run after which nobody seems to train the sweep or to add runs to it
 
 
 class Progress:
-    """Follows the runs of a sweep, those that are planned meanwhile included; `refresh` looks at them again."""
+    """Displays the runs of a sweep, with those that are planned meanwhile; `refresh` updates the display."""
 
     def __init__(self, sweep: SweepDir, console: Console | None = None, keep: bool = False) -> None:
         self.console = console or Console(highlight=False)
         self.board = Board(sweep)
         self.text: BoardText | None = None
-        # what is drawn last stays only where nothing else is printed after it
+        # the last drawing stays on the screen only where nothing else is printed after it
         self.live = Live(console=self.console, transient=not keep, auto_refresh=False)
 
     def __enter__(self) -> Progress:
@@ -50,20 +49,20 @@ class Progress:
         self.live.stop()
 
     def refresh(self) -> None:
-        """Look at the open runs again, tell of those that ended since, redraw the board."""
-        ended = self.board.look()
+        """Poll the open runs, print a line for those that ended or failed, and redraw the board."""
+        ended = self.board.poll()
         first = self.board.finished + self.board.counts[FAILED] - len(ended) + 1
         for count, (run_id, status) in enumerate(ended, first):
-            if status["status"] == FAILED or not self.live.is_started:  # the board shows the others
-                self._tell(count, run_id, status)
+            if status["status"] == FAILED or not self.live.is_started:  # the board already shows the others
+                self._print_ended(count, run_id, status)
         self._draw()
 
     def _draw(self) -> None:
         if self.text is not None:
             self.live.update(self.text.draw(*self.console.size), refresh=True)
 
-    def _tell(self, count: int, run_id: str, status: Mapping[str, Any]) -> None:
-        """One line for a run that ended."""
+    def _print_ended(self, count: int, run_id: str, status: Mapping[str, Any]) -> None:
+        """Print a line for a run that ended."""
         folder, total = self.board.sweep.run(run_id), len(self.board.planned)
         summary = folder.summary() or {}
         if status["status"] == FAILED:
@@ -83,33 +82,37 @@ def watch(
     console: Console | None = None,
     pause: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Show a sweep, whoever trains it, until all its runs have ended and none are added.
+    """Display a sweep that other processes train, until all its runs have ended and none are added.
 
     Args:
+        sweep: the sweep to display.
+        console: where it is displayed; a new console by default.
+        pause: waits a number of seconds between two polls.
         is_over: whether a sweep without open runs is known to be complete.
     """
     with Progress(sweep, console, keep=True) as progress:
-        board, still = progress.board, 0
-        say = _silent if progress.live.is_started else partial(progress.console.print, markup=False, soft_wrap=True)
-        say(_counts(board))
-        while board.open or (still < STILL_POLLS and not is_over()):
-            looked = time.process_time()
+        board, idle_polls = progress.board, 0
+
+        def say(line: str) -> None:
+            if not progress.live.is_started:  # a board on a terminal shows everything itself
+                progress.console.print(line, markup=False, soft_wrap=True)
+
+        say(_counts_text(board))
+        while board.open or (idle_polls < IDLE_POLLS and not is_over()):
+            began = time.process_time()
             progress.refresh()
-            still = 0 if board.running else still + 1
-            if still == STILL_POLLS and board.open:
-                left = counted(board.open, "open run")
-                say(f"nobody trains the {left} now; waiting (mupsweep run goes on with them)")
-            # a look at many open runs takes a while itself: never spend more than a tenth of the time on it
-            pause(max(POLL_SECONDS, 9 * (time.process_time() - looked)))
-        say(_counts(board))
+            idle_polls = 0 if board.running else idle_polls + 1
+            if idle_polls == IDLE_POLLS and board.open:
+                remaining = counted(board.open, "open run")
+                say(f"nobody trains the {remaining} now; waiting (mupsweep run goes on with them)")
+            # polling many open runs takes a while itself, but must not take more than a tenth of the time
+            pause(max(POLL_SECONDS, 9 * (time.process_time() - began)))
+        say(_counts_text(board))
 
 
-def _silent(line: str) -> None:
-    """A board says everything itself."""
-
-
-def _counts(board: Board) -> str:
+def _counts_text(board: Board) -> str:
+    """How many runs are finished, and how many are in each other state."""
     states = (RUNNING, PENDING, DIVERGED, FAILED)
-    told = [f"{board.finished} of {counted(len(board.planned), 'run')} finished"]
-    told += [f"{board.counts[state]} {state}" for state in states if board.counts[state]]
-    return f"{board.sweep.name}: {', '.join(told)}"
+    counts = [f"{board.finished} of {counted(len(board.planned), 'run')} finished"]
+    counts += [f"{board.counts[state]} {state}" for state in states if board.counts[state]]
+    return f"{board.sweep.name}: {', '.join(counts)}"

@@ -1,4 +1,4 @@
-"""The papers' tables beside the solver: what `mupsweep rules --papers` prints."""
+"""The papers' tables beside the solver, which `mupsweep rules --papers` prints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mupsweep.report.terminal.console import console_of, table_of
 
 
 def show_papers(as_json: bool) -> None:
-    """Every published table as printed, and what the solver gives wherever that is something else."""
+    """Print every published table, with the solver's result in each cell where it differs."""
     if as_json:
         rows = [
             {
@@ -29,23 +29,25 @@ def show_papers(as_json: bool) -> None:
         return
     console = console_of()
     equal = total = 0
-    for one in TABLES:
-        found = list(one.cells())
-        console.print(f"\n{one.source}", style="bold")
-        console.show(_drawn(found))
-        equal, total = equal + sum(c.solved() == c.printed for c in found), total + len(found)
+    for published in TABLES:
+        table_cells = list(published.cells())
+        console.print(f"\n{published.source}", style="bold")
+        console.show(_table(table_cells))
+        equal += sum(cell.solved() == cell.printed for cell in table_cells)
+        total += len(table_cells)
     console.print(f"\n{equal} of {total} published cells equal what the solver gives")
 
 
-def _drawn(found: list[Cell]) -> Table:
-    roles = list(dict.fromkeys(cell.role for cell in found))
-    drawn = table_of("optimizer", "quantity", *(role.value for role in roles))
-    lines: dict[tuple[str, str], dict[str, Cell]] = defaultdict(dict)
-    for cell in found:
-        lines[cell.optimizer, cell.quantity][cell.role] = cell
-    for (optimizer, quantity), by_role in sorted(lines.items()):
-        drawn.add_row(optimizer, quantity, *(_text(by_role.get(role)) for role in roles))
-    return drawn
+def _table(table_cells: list[Cell]) -> Table:
+    """One published table: a row per optimizer and quantity, a column per role."""
+    roles = list(dict.fromkeys(cell.role for cell in table_cells))
+    table = table_of("optimizer", "quantity", *(role.value for role in roles))
+    rows: dict[tuple[str, str], dict[str, Cell]] = defaultdict(dict)
+    for cell in table_cells:
+        rows[cell.optimizer, cell.quantity][cell.role] = cell
+    for (optimizer, quantity), by_role in sorted(rows.items()):
+        table.add_row(optimizer, quantity, *(_text(by_role.get(role)) for role in roles))
+    return table
 
 
 def _text(cell: Cell | None) -> str:

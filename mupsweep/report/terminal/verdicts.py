@@ -1,4 +1,4 @@
-"""What `run`, `transfer` and `report` print: curves, optima, verdicts, recipes."""
+"""The output of `run`, `transfer` and `report`: curves, optima, verdicts, recipes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def show_analysis(
     files: Sequence[Path],
     advice: Iterable[str] = (),
 ) -> None:
-    """Curves, the optimum of every size, the verdicts, and what to do next."""
+    """Print curves, the optimum of every size, the verdicts, and advice on the next command."""
     console = console_of()
     for path, counts in sweeps:
         unfinished = counts["runs"] - counts[DONE] - counts[DIVERGED]
@@ -53,8 +53,8 @@ def show_analysis(
         return
     for group in analysis.groups:
         base = group.base.curve
-        at = f" at width {base.width}, depth {base.depth}" if group.axis == HORIZON else ""
-        console.print(f"\n{'/'.join(group.label)}, {group.axis} ladder{at}", style="bold")
+        shape = f" at width {base.width}, depth {base.depth}" if group.axis == HORIZON else ""
+        console.print(f"\n{'/'.join(group.label)}, {group.axis} ladder{shape}", style="bold")
         console.print(curve_text(group.optima, min(72, console.width)))
         console.show(_optimum_table(group))
     console.print()
@@ -62,12 +62,15 @@ def show_analysis(
         style = {TRANSFERS: "bold green", DRIFTS: "bold red"}.get(group.verdict, "bold yellow")
         console.print(f"{'/'.join(group.label)} in {group.axis}: ", end="")
         console.print(group.verdict.upper(), style=style)
-        for line in (*group.reasons, *_known_lines(group), *quality_lines(group)):
+        for line in (*group.reasons, *_summary_lines(group), *quality_lines(group)):
             console.say(line, indent=2)
     for line in (*map(comparison_line, comparisons(analysis)), *analysis.remarks):
         console.say(line)
-    for told in tuning_text(analysis):
-        console.say(told) if isinstance(told, str) else console.show(told)
+    for item in tuning_text(analysis):
+        if isinstance(item, str):
+            console.say(item)
+        else:
+            console.show(item)
     console.say(f"in brackets and after ±: {CONFIDENCE:.0%} intervals")
     for line in advice:
         console.say(line)
@@ -76,14 +79,14 @@ def show_analysis(
 
 
 def advice_on(analysis: Analysis, sweep: SweepDir) -> Iterator[str]:
-    """What to type next about a sweep."""
+    """The commands that help next with a sweep: a search where a verdict is open, a transfer where an LR is known."""
     undecided = any(g.verdict == INCONCLUSIVE and g.base is not g.optima[-1] for g in analysis.groups)
     if undecided and sweep.read_config()["sweep"].get("search", GRID) == GRID:
         yield (
             "inconclusive: the same mupsweep run with sweep.search=adaptive adds LRs and seeds until every optimum is "
             "known; mupsweep plan says what that costs"
         )
-    if axes := {g.axis for g in analysis.groups if g.sloped}:  # those that give a recipe its LR
+    if axes := {g.axis for g in analysis.groups if g.sloped}:  # ladders with fitted optima give a recipe its LR
         shape = [f"{key}=N" for key in ("width", "depth") if axes & {key, "joint"}]
         yield (
             f"for the LR of {'a larger model' if shape else 'longer training'}: "
@@ -92,7 +95,7 @@ def advice_on(analysis: Analysis, sweep: SweepDir) -> Iterator[str]:
 
 
 def show_recipe(content: dict[str, Any], files: Sequence[Path], limits: Sequence[str]) -> None:
-    """What to train a target with, and what the last of the files cannot express of it."""
+    """Print the recipe of a target, and the parts of it that the last of the files cannot express."""
     console = console_of()
     target = content["target"]
     console.print(
@@ -110,8 +113,8 @@ def show_recipe(content: dict[str, Any], files: Sequence[Path], limits: Sequence
         roles[tuple(row[k] for k in keys)].append(row["name"])
     table = table_of("role", "optimizer", "tensors", "init std", "multiplier", "LR", "weight decay", "eps")
     for (role, optimizer, init, std, *numbers), names in roles.items():
-        start = f"{std:.4g}" if init == "normal" else init
-        table.add_row(role, optimizer, str(len(names)), start, *(f"{n:.4g}" for n in numbers))
+        init_std = f"{std:.4g}" if init == "normal" else init
+        table.add_row(role, optimizer, str(len(names)), init_std, *(f"{n:.4g}" for n in numbers))
     console.show(table)
     console.say(f"attention scale {content['attention_scale']:.4g}, gradient clipping {content['clip']}")
     for path in files:
@@ -121,10 +124,10 @@ def show_recipe(content: dict[str, Any], files: Sequence[Path], limits: Sequence
 
 
 def show_validation(outcome: Validation) -> None:
-    """What the transferred LR was worth at a target that has been trained since."""
+    """Print how the transferred LR fared at a target that has been trained since."""
     console = console_of()
-    where = f"{'/'.join(outcome.label)} at width {outcome.size.width}, depth {outcome.size.depth}"
-    console.print(f"\n{where}: validation of the transferred LR", style="bold")
+    target = f"{'/'.join(outcome.label)} at width {outcome.size.width}, depth {outcome.size.depth}"
+    console.print(f"\n{target}: validation of the transferred LR", style="bold")
     console.say(
         f"transferred log2 LR {outcome.log2_lr:g}, from the smaller sizes; best there {outcome.optimum}; "
         f"regret {nats(outcome.regret)}"
@@ -134,23 +137,25 @@ def show_validation(outcome: Validation) -> None:
 
 
 def _optimum_table(group: LadderResult) -> Table:
-    size = ["tokens"] if group.axis == HORIZON else ["width", "depth"]
-    rest = ("runs", "x", "optimal log2 LR", "loss", "the base's LR costs")  # 80 columns hold them
-    table = table_of(*size, *rest)
-    for o, regret in zip(group.optima, group.regrets, strict=True):
+    """A row per size; the headers are short enough for 80 columns."""
+    size_columns = ["tokens"] if group.axis == HORIZON else ["width", "depth"]
+    table = table_of(*size_columns, "runs", "x", "optimal log2 LR", "loss", "the base's LR costs")
+    for optimum, regret in zip(group.optima, group.regrets, strict=True):
+        curve = optimum.curve
+        cost = "base" if optimum is group.base else "diverges" if diverges(group.base, optimum) else f"{regret:.4f}"
         table.add_row(
-            *([si(o.curve.horizon or 0)] if group.axis == HORIZON else [str(o.curve.width), str(o.curve.depth)]),
-            str(o.curve.n_runs),
-            str(o.curve.n_diverged or ""),
-            f"{Estimate(o.log2_lr, o.low, o.high):.2f}",
-            _loss_words(o),
-            "base" if o is group.base else "diverges" if diverges(group.base, o) else f"{regret:.4f}",
+            *([si(curve.horizon or 0)] if group.axis == HORIZON else [str(curve.width), str(curve.depth)]),
+            str(curve.n_runs),
+            str(curve.n_diverged or ""),
+            f"{Estimate(optimum.log2_lr, optimum.low, optimum.high):.2f}",
+            _loss_text(optimum),
+            cost,
         )
     return table
 
 
-def _loss_words(optimum: Optimum) -> str:
-    """The loss at an optimum with the wider half of its interval: a table has no room for both."""
+def _loss_text(optimum: Optimum) -> str:
+    """The loss at an optimum with the wider half of its interval, since a table has no room for both halves."""
     loss = loss_of(optimum)
     if loss.value is None:
         return ""
@@ -158,21 +163,21 @@ def _loss_words(optimum: Optimum) -> str:
     return f"{loss.value:.4f}" + (f" ±{max(ends):.4f}" if ends else "")
 
 
-def _known_lines(group: LadderResult) -> Iterator[str]:
-    """The LR that a ladder begins with, and what becomes of it along the ladder."""
+def _summary_lines(group: LadderResult) -> Iterator[str]:
+    """The best LR of a ladder's base, the drift along the ladder, and what the base's LR costs at its end."""
     base, last = group.base, group.optima[-1]
     if base.log2_lr is not None:
-        at = Estimate(base.log2_lr, base.low, base.high)
-        yield f"best LR at {base.curve.place(group.axis)}: {2**base.log2_lr:.3g}, log2 {at:.2f}"
-    told = [] if group.drift.value is None else [slope_text(group)]
+        log2_lr = Estimate(base.log2_lr, base.low, base.high)
+        yield f"best LR at {base.curve.place(group.axis)}: {2**base.log2_lr:.3g}, log2 {log2_lr:.2f}"
+    facts = [] if group.drift.value is None else [slope_text(group)]
     if base is not last and group.regret != UNKNOWN:
-        told.append(f"at {last.curve.place(group.axis)} the base's LR costs {nats(group.regret)}")
-    if told:
-        yield "; ".join(told)
+        facts.append(f"at {last.curve.place(group.axis)} the base's LR costs {nats(group.regret)}")
+    if facts:
+        yield "; ".join(facts)
 
 
 def quality_lines(group: LadderResult) -> Iterator[str]:
-    """What is known of a ladder beyond its verdict."""
+    """How well smaller sizes predict the largest one, and the transfer metrics of Kalra and Barkeshli."""
     found = quality(group)
     if found.held_out is not None:
         lost = "" if found.held_out.regret.value is None else f", which costs {nats(found.held_out.regret)}"
@@ -180,29 +185,29 @@ def quality_lines(group: LadderResult) -> Iterator[str]:
             "shorter horizons predict the longest" if group.axis == HORIZON else "smaller sizes predict the largest"
         )
         yield f"the {shorter} one's optimum {found.held_out.error} octaves off{lost}"
-    told = [
+    metrics = [
         (found.fit_error, f"E {found.fit_error:.2f} octaves"),
         (found.robustness, f"kappa {found.robustness}"),
         (found.asymptotic_loss, f"asymptotic loss {nats(found.asymptotic_loss)}"),
     ]
-    if known := [words for estimate, words in told if estimate.value is not None]:
-        yield f"Kalra-Barkeshli: {', '.join(known)}"
+    if available := [text for estimate, text in metrics if estimate.value is not None]:
+        yield f"Kalra-Barkeshli: {', '.join(available)}"
 
 
-def _apart(lower: Estimate) -> str:
-    """A difference of losses with its direction in words."""
+def _difference_text(lower: Estimate) -> str:
+    """A difference of losses, as "higher" or "lower" instead of a sign."""
     if lower.value is not None and lower.value < 0:
         return f"{nats(lower.negated)} higher"
     return f"{nats(lower)} lower"
 
 
 def comparison_line(c: Comparison) -> str:
-    """One line on what a variant is worth against another."""
-    of, over = "/".join(c.of), "/".join(c.over)
+    """One line that compares two variants at one size, each at its own optimum."""
     tokens = "" if c.horizon is None else f", {si(c.horizon)} tokens"
-    line = f"{of} against {over} at width {c.width}, depth {c.depth}{tokens}, each at its optimum: {_apart(c.lower)}"
+    pair = f"{'/'.join(c.of)} against {'/'.join(c.over)} at width {c.width}, depth {c.depth}{tokens}"
+    line = f"{pair}, each at its optimum: {_difference_text(c.lower)}"
     if c.speed_up != UNKNOWN:
         line += f", compute-equivalent speed-up {factor(c.speed_up)}"
     if c.asymptotic_penalty.value is not None:
-        line += f"; extrapolated to infinite size: {_apart(c.asymptotic_penalty.negated)}"
+        line += f"; extrapolated to infinite size: {_difference_text(c.asymptotic_penalty.negated)}"
     return line

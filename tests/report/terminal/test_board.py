@@ -60,18 +60,18 @@ def planned(rows: Callable[..., Rows], save_sweep: Callable[..., SweepDir]) -> t
 def test_states_counts_and_what_ended_follow_the_records(planned: tuple[SweepDir, Rows]) -> None:
     sweep, rows = planned
     board = Board(sweep)
-    assert (board.counts[PENDING], board.open, board.finished, board.look()) == (16, 16, 0, [])
+    assert (board.counts[PENDING], board.open, board.finished, board.poll()) == (16, 16, 0, [])
     finish(sweep, rows[:3])
     begin(sweep.run(rows[4]["run_id"]))
     sweep.run(rows[5]["run_id"]).path.mkdir()
     sweep.run(rows[5]["run_id"]).write_status(FAILED, error="ouch")
-    assert {run_id for run_id, _ in board.look()} == {row["run_id"] for row in [*rows[:3], rows[5]]}
+    assert {run_id for run_id, _ in board.poll()} == {row["run_id"] for row in [*rows[:3], rows[5]]}
     assert dict(+board.counts) == {DONE: 3, RUNNING: 1, FAILED: 1, PENDING: 11}
     finish(sweep, rows[3:4])  # the largest LR diverges
-    assert [run_id for run_id, _ in board.look()] == [rows[3]["run_id"]]
+    assert [run_id for run_id, _ in board.poll()] == [rows[3]["run_id"]]
     assert board.counts[DIVERGED] == 1
     assert board.losses == {row["run_id"]: row["val_loss"] for row in rows[:4]}
-    assert board.look() == []
+    assert board.poll() == []
 
 
 def test_a_run_whose_owner_died_waits_again(planned: tuple[SweepDir, Rows]) -> None:
@@ -82,7 +82,7 @@ def test_a_run_whose_owner_died_waits_again(planned: tuple[SweepDir, Rows]) -> N
     assert list(board.running) == [run.run_id]
     claim = next(run.claims.glob("*.json"))
     claim.write_text(claim.read_text().replace(f'"pid": {os.getpid()}', '"pid": 4194305'))
-    board.look()
+    board.poll()
     assert not board.running
     assert board.counts[PENDING] == 16
 
@@ -92,10 +92,10 @@ def test_runs_that_are_planned_meanwhile_are_followed(planned: tuple[SweepDir, R
     board = Board(sweep)
     plan = sweep.read_plan()
     sweep.write_plan([*plan, {**plan[0], "run_id": "later", "log2_lr": -7.5}])
-    assert board.look() == []
+    assert board.poll() == []
     assert len(board.planned) == 17
     finish(sweep, [{**rows[0], "run_id": "later", "log2_lr": -7.5}])
-    assert [run_id for run_id, _ in board.look()] == ["later"]
+    assert [run_id for run_id, _ in board.poll()] == ["later"]
 
 
 def test_a_poll_reads_neither_finished_runs_nor_those_without_a_folder(
@@ -113,10 +113,10 @@ def test_a_poll_reads_neither_finished_runs_nor_those_without_a_folder(
     monkeypatch.setattr(RunDir, "summary", lambda run: read.append(run.path))
     monkeypatch.setattr(SweepDir, "read_plan", lambda sweep: read.append(sweep.path) or [])
     monkeypatch.setattr(SweepDir, "started", lambda sweep: read.append(sweep.path) or [])
-    assert board.look() == []
+    assert board.poll() == []
     assert read == []
     os.utime(sweep.run(rows[8]["run_id"]).status_path)
-    board.look()
+    board.poll()
     assert read == [sweep.run(rows[8]["run_id"]).path]
 
 
@@ -125,11 +125,11 @@ def test_time_left_follows_from_speed_and_flops(planned: tuple[SweepDir, Rows]) 
     board = Board(sweep)
     assert board.seconds_left() is None
     begin(sweep.run(rows[0]["run_id"]), step=0)
-    board.look()
+    board.poll()
     assert board.run_seconds_left(rows[0]["run_id"]) == pytest.approx(153.6)  # 153,600 tokens at 1,000 a second
     assert board.seconds_left() == pytest.approx((8 + 8 * 4) * 153.6)  # a run of twice the width costs four times
     begin(sweep.run(rows[0]["run_id"]), step=150)
-    board.look()
+    board.poll()
     assert board.run_seconds_left(rows[0]["run_id"]) == pytest.approx(76.8)
     assert (board.seconds_left() or 0.0) > 0  # measured by now
 

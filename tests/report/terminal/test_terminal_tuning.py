@@ -16,7 +16,7 @@ from mupsweep.launchers import Launcher
 from mupsweep.launchers.driver import train
 from mupsweep.report.generate import generate
 from mupsweep.report.terminal.status import show_status
-from mupsweep.report.terminal.tuning import gap, tuning_line
+from mupsweep.report.terminal.tuning import gap_table, tuning_line
 from mupsweep.schema import instantiate
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import load
@@ -52,7 +52,7 @@ def test_the_gap_has_a_line_for_every_size_and_hyperparameter() -> None:
         GapAfterTuning("a", along(-0.02, -0.04), along(0.0, 0.01)),
         GapAfterTuning("b", along(-0.02, -0.04), along(0.0, -0.03)),
     ]
-    _, rows = gap(closed)
+    _, rows = gap_table(closed)
     cells = [list(column) for column in zip(*rows, strict=True)]
     assert cells[0] == ["both at the defaults"] * 2 + ["each at its best a"] * 2 + ["each at its best b"] * 2
     assert cells[1] == ["32", "64"] * 3
