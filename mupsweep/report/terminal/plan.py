@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON for scripts."""
+"""The runs of a sweep and their cost, as `mupsweep plan` prints them: tables for people, JSON for scripts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.errors import ConfigError, RecordError
@@ -23,9 +25,14 @@ from mupsweep.sweep.plan import corpus_remarks, load, next_round, plan, sweep_na
 from mupsweep.sweep.run_identity import digest_of, refuse_namesakes
 from mupsweep.sweep.run_spec import RunSpec, resolve
 
+JSON_KEYS = (
+    *("run_id", "width", "depth", "log2_lr", "seed", "parametrization", "optimizer", "model"),
+    *("parameters", "tokens", "flops"),
+)
+
 
 def show_plan(config: SweepConfig, as_json: bool) -> None:
-    """The runs of a sweep before it starts; those that the sweep's folder already has count as done."""
+    """Print the runs of a sweep before it starts; runs that its folder already has count as done."""
     runs = plan(config)
     sweep = SweepDir(Path(config.out) / sweep_name(config))
     exists = sweep.plan_path.is_file()
@@ -33,63 +40,28 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
     if searches and exists:
         runs = [*load(sweep), *next_round(config, sweep)]
     status = {r.run_id: sweep.run(r.run_id).status()["status"] if exists else PENDING for r in runs}
-    left = [r for r in runs if status[r.run_id] not in (DONE, DIVERGED)]
+    open_runs = [r for r in runs if status[r.run_id] not in (DONE, DIVERGED)]
     device = accelerator()
     lanes = _cpu_lanes(config.launcher) if device == "cpu" else 1
-    seconds = sum(r.cost.seconds(r.resolved.steps, device) for r in left) / lanes
+    seconds = sum(r.cost.seconds(r.resolved.steps, device) for r in open_runs) / lanes
     if as_json:
-        keys = ("run_id", "width", "depth", "log2_lr", "seed", "parametrization", "optimizer", "model")
-        print(
-            json.dumps(
-                {
-                    "runs": [
-                        {
-                            **{k: v for k, v in r.row().items() if k in (*keys, "parameters", "tokens", "flops")},
-                            "status": status[r.run_id],
-                        }
-                        for r in runs
-                    ],
-                    "totals": {
-                        "runs": len(runs),
-                        "flops": sum(r.cost.flops for r in runs),
-                        "tokens": sum(r.cost.tokens for r in runs),
-                        "seconds_estimate": seconds,
-                    },
-                    "search": config.sweep.search,
-                }
-            )
-        )
+        print(json.dumps(_document(runs, status, seconds, config.sweep.search)))
         return
     console = console_of()
-    table = table_of("variant", "width", "depth", "runs", "done", "parameters", "tokens/run", "FLOPs/run", "memory/run")
-    for (label, size), members in _by_size(runs).items():
-        one = members[0]
-        done = sum(status[r.run_id] in (DONE, DIVERGED) for r in members)
-        table.add_row(
-            "/".join(label),
-            str(size.width),
-            str(size.depth),
-            str(len(members)),
-            str(done),
-            si(one.cost.parameters),
-            si(one.cost.tokens),
-            si(one.cost.flops),
-            si(one.cost.memory) + "B",
+    console.show(_size_table(runs, status))
+    console.say(_grid_text(runs))
+    if open_runs:
+        elsewhere, flops = "", sum(r.cost.flops for r in open_runs)
+        if device == "cpu" and seconds > 3600:
+            on_one_gpu = sum(r.cost.seconds(r.resolved.steps, "cuda") for r in open_runs)
+            elsewhere = f", {duration(on_one_gpu)} on a GPU at {si(FLOPS_PER_SECOND['cuda'])}FLOP/s"
+        console.say(
+            f"{len(open_runs)} of {counted(len(runs), 'run')} to train, {si(flops)}FLOPs, roughly {duration(seconds)} "
+            f"on {lanes} {device} worker(s) at {si(FLOPS_PER_SECOND[device])}FLOP/s each{elsewhere}; "
+            "while it runs you see the measured time left"
         )
-    console.show(table)
-    console.say(_grid_words(runs))
-    total = sum(r.cost.flops for r in left)
-    elsewhere = ""
-    if device == "cpu" and seconds > 3600:
-        on_one = sum(r.cost.seconds(r.resolved.steps, "cuda") for r in left)
-        elsewhere = f", {duration(on_one)} on a GPU at {si(FLOPS_PER_SECOND['cuda'])}FLOP/s"
-    console.say(
-        f"{len(left)} of {counted(len(runs), 'run')} to train, {si(total)}FLOPs, roughly {duration(seconds)} on "
-        f"{lanes} {device} worker(s) at {si(FLOPS_PER_SECOND[device])}FLOP/s each{elsewhere}; "
-        "while it runs you see the measured time left"
-        if left
-        else f"nothing to train: {counted(len(runs), 'run')} finished"
-    )
+    else:
+        console.say(f"nothing to train: {counted(len(runs), 'run')} finished")
     if searches:
         console.say(_search_remark(config, first=not exists))
     for remark in (*corpus_remarks(runs), *(_refusals(config, sweep) if exists else ())):
@@ -97,18 +69,57 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
     console.say(f"folder: {sweep.path}")
 
 
+def _document(runs: Sequence[RunSpec], status: Mapping[str, str], seconds: float, search: str) -> dict[str, Any]:
+    """What `mupsweep plan --json` prints."""
+    records = []
+    for run in runs:
+        row = {key: value for key, value in run.row().items() if key in JSON_KEYS}
+        records.append({**row, "status": status[run.run_id]})
+    return {
+        "runs": records,
+        "totals": {
+            "runs": len(runs),
+            "flops": sum(r.cost.flops for r in runs),
+            "tokens": sum(r.cost.tokens for r in runs),
+            "seconds_estimate": seconds,
+        },
+        "search": search,
+    }
+
+
+def _size_table(runs: Sequence[RunSpec], status: Mapping[str, str]) -> Table:
+    """A row per variant and size, with the number of runs and the cost of one."""
+    table = table_of("variant", "width", "depth", "runs", "done", "parameters", "tokens/run", "FLOPs/run", "memory/run")
+    for (label, size), members in _by_size(runs).items():
+        cost = members[0].cost
+        done = sum(status[r.run_id] in (DONE, DIVERGED) for r in members)
+        table.add_row(
+            "/".join(label),
+            str(size.width),
+            str(size.depth),
+            str(len(members)),
+            str(done),
+            si(cost.parameters),
+            si(cost.tokens),
+            si(cost.flops),
+            si(cost.memory) + "B",
+        )
+    return table
+
+
 def _refusals(config: SweepConfig, sweep: SweepDir) -> Iterable[str]:
-    """Why `mupsweep run` would refuse: other settings under a name that the sweep holds already."""
-    with contextlib.suppress(RecordError):  # a damaged config is written anew
-        held = from_tree(sweep.read_config()).variants
+    """Why `mupsweep run` would refuse this config: the sweep already has other settings under one of its names."""
+    with contextlib.suppress(RecordError):  # mupsweep run replaces a damaged config
+        stored = from_tree(sweep.read_config()).variants
+        by_digest = {digest_of(variant): variant for variant in (*stored, *config.variants)}
         try:
-            refuse_namesakes({digest_of(one): one for one in (*held, *config.variants)}.values(), sweep)
+            refuse_namesakes(by_digest.values(), sweep)
         except ConfigError as error:
             yield f"mupsweep run would refuse this: {error}"
 
 
-def _grid_words(runs: Sequence[RunSpec]) -> str:
-    """The LRs themselves, beside the octaves that they are typed in."""
+def _grid_text(runs: Sequence[RunSpec]) -> str:
+    """The number and range of LRs, as values beside the powers of two of the config, and the number of seeds."""
     lrs, seeds = sorted({run.log2_lr for run in runs}), len({run.seed for run in runs})
     ends = sorted({lrs[0], lrs[-1]})
     numbers, octaves = " to ".join(f"{2**x:.3g}" for x in ends), " to ".join(f"2^{x:g}" for x in ends)
@@ -116,7 +127,7 @@ def _grid_words(runs: Sequence[RunSpec]) -> str:
 
 
 def _cpu_lanes(launcher: Mapping[str, Any]) -> int:
-    """How many runs a launcher trains at once on the cores of this machine; others train one after the other."""
+    """How many runs a launcher trains at once on the cores of this machine: one, except for the local launcher."""
     if launcher.get("name") != "local":
         return 1
     width = int(launcher.get("threads", 1)) * int(launcher.get("devices_per_run", 1))
@@ -124,21 +135,23 @@ def _cpu_lanes(launcher: Mapping[str, Any]) -> int:
 
 
 def _search_remark(config: SweepConfig, first: bool) -> str:
-    """What the runs that are shown are of a search."""
+    """The rounds of the search that the printed runs belong to, and an upper bound of its cost."""
     grid = config.sweep
-    most = [
-        grid.max_runs * made.cost(made.size(*at)).flops for made in map(resolve, config.variants) for at in grid.ratios
-    ]
-    flops = min(sum(most), math.inf if grid.max_flops is None else grid.max_flops)
+    max_flops = []
+    for resolved in map(resolve, config.variants):
+        for ratios in grid.ratios:
+            max_flops.append(grid.max_runs * resolved.cost(resolved.size(*ratios)).flops)
+    flops = min(sum(max_flops), math.inf if grid.max_flops is None else grid.max_flops)
     return (
-        f"adaptive search: {'only the first round is shown' if first else 'later rounds are not shown'}; which runs "
-        f"follow, the losses say. It ends when every optimum is known to +-{grid.half_width:g} octaves, or "
-        f"after {counted(grid.max_runs, 'run')} of a size: at most {counted(grid.max_runs * len(most), 'run')}, "
+        f"adaptive search: {'only the first round is shown' if first else 'later rounds are not shown'}; the losses "
+        f"decide which runs follow. It ends when every optimum is known to +-{grid.half_width:g} octaves, or "
+        f"after {counted(grid.max_runs, 'run')} of a size: at most {counted(grid.max_runs * len(max_flops), 'run')}, "
         f"{si(flops)}FLOPs"
     )
 
 
 def _by_size(runs: Sequence[RunSpec]) -> dict[tuple[Any, ...], list[RunSpec]]:
+    """The runs of every (label, size), sorted."""
     grouped: dict[tuple[Any, ...], list[RunSpec]] = defaultdict(list)
     for run in sorted(runs, key=lambda r: (r.resolved.variant.label, r.size)):
         grouped[run.resolved.variant.label, run.size].append(run)

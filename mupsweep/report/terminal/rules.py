@@ -20,46 +20,40 @@ RULE_KEYS = ("multiplier", "init_std", "lr", "weight_decay", "eps")
 
 
 def show_rules(config: SweepConfig, as_json: bool, per_tensor: bool) -> None:
-    """The scaling rules of every variant: symbols per role, numbers per size, and the audit."""
+    """Print the scaling rules of every variant: exponents per role, numbers per size, and the audit."""
     lrs = sorted(config.sweep.log2_lrs)
     base_lr = 2.0 ** lrs[len(lrs) // 2]
-    made = [resolve(variant) for variant in config.variants]
-    documents = [_rules_document(one, config, base_lr) for one in made]
+    resolved_variants = [resolve(variant) for variant in config.variants]
     if as_json:
+        documents = [_document(resolved, config, base_lr) for resolved in resolved_variants]
         print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
         return
     console = console_of()
-    for one in made:
-        console.print(f"\n{'/'.join(one.variant.label)}", style="bold")
-        symbols = symbolic_rules(one)
-        names = sorted({name for scaling in symbols.values() for name in scaling.thresholds})
-        table = table_of("role", "optimizer", "multiplier", "init std", "LR", "weight decay", "eps", *names)
-        for role, scaling in symbols.items():
-            entries = [getattr(scaling.rule, key) for key in RULE_KEYS]
-            entries += [scaling.thresholds.get(name, "") for name in names]
-            table.add_row(role.value, scaling.scaled.optimizer.name, *map(str, entries))
-        console.show(table)
+    for resolved in resolved_variants:
+        console.print(f"\n{'/'.join(resolved.variant.label)}", style="bold")
+        console.show(_symbol_table(resolved))
         for r_n, r_L in config.sweep.ratios:
-            size = one.size(r_n, r_L)
-            rows = rules(one, size, base_lr)
-            attention = multipliers(one, size).attention
+            size = resolved.size(r_n, r_L)
+            rows = rules(resolved, size, base_lr)
+            attention = multipliers(resolved, size).attention
             console.print(
                 f"width {size.width} (x{r_n:g}), depth {size.depth} (x{r_L:g}), base LR 2^{lrs[len(lrs) // 2]:g}, "
                 f"attention scale {attention:.4g}"
             )
             console.show(_rule_table(rows, per_tensor))
-            if conventions := muon_conventions(one, rows):
+            if conventions := muon_conventions(resolved, rows):
                 console.print("the LR with which the other conventions of Muon take the same step:")
                 console.show(_convention_table(conventions))
-        for note in audit(one):
+        for note in audit(resolved):
             console.say(f"note: {note}")
     console.say("audit: every tensor has one role, one optimizer and one LR; no contradiction found")
 
 
-def _rules_document(one: ResolvedVariant, config: SweepConfig, base_lr: float) -> dict[str, Any]:
-    model, optimizer, parametrization = one.variant.names
+def _document(resolved: ResolvedVariant, config: SweepConfig, base_lr: float) -> dict[str, Any]:
+    """What `mupsweep rules --json` prints of a variant."""
+    model, optimizer, parametrization = resolved.variant.names
     roles = {}
-    for role, scaling in symbolic_rules(one).items():
+    for role, scaling in symbolic_rules(resolved).items():
         rule = scaling.rule
         roles[role.value] = {
             "optimizer": scaling.scaled.optimizer.name,
@@ -70,17 +64,17 @@ def _rules_document(one: ResolvedVariant, config: SweepConfig, base_lr: float) -
         }
     sizes = []
     for r_n, r_L in config.sweep.ratios:
-        size = one.size(r_n, r_L)
-        rows = rules(one, size, base_lr)
+        size = resolved.size(r_n, r_L)
+        rows = rules(resolved, size, base_lr)
         sizes.append(
             {
                 "width": size.width,
                 "depth": size.depth,
                 "width_ratio": float(r_n),
                 "depth_ratio": float(r_L),
-                "attention_scale": multipliers(one, size).attention,
+                "attention_scale": multipliers(resolved, size).attention,
                 "tensors": [rule_record(row) for row in rows],
-                "muon_conventions": muon_conventions(one, rows),
+                "muon_conventions": muon_conventions(resolved, rows),
             }
         )
     return {
@@ -89,11 +83,24 @@ def _rules_document(one: ResolvedVariant, config: SweepConfig, base_lr: float) -
         "parametrization": parametrization,
         "roles": roles,
         "sizes": sizes,
-        "audit": audit(one),
+        "audit": audit(resolved),
     }
 
 
+def _symbol_table(resolved: ResolvedVariant) -> Table:
+    """A row per role with its rule as monomials in r_n and r_L."""
+    scalings = symbolic_rules(resolved)
+    names = sorted({name for scaling in scalings.values() for name in scaling.thresholds})
+    table = table_of("role", "optimizer", "multiplier", "init std", "LR", "weight decay", "eps", *names)
+    for role, scaling in scalings.items():
+        monomials = [getattr(scaling.rule, key) for key in RULE_KEYS]
+        monomials += [scaling.thresholds.get(name, "") for name in names]
+        table.add_row(role.value, scaling.scaled.optimizer.name, *map(str, monomials))
+    return table
+
+
 def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:
+    """The numbers at one size, a row per tensor or one for all tensors of a role with one shape and rule."""
     names = sorted({name for row in rows for name in row.thresholds})
     table = table_of(
         "tensor" if per_tensor else "role",
@@ -113,29 +120,30 @@ def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:
         numbers = (row.init, row.init_std, row.multiplier, row.lr, row.weight_decay, row.eps)
         grouped[name, row.shape, row.optimizer, *numbers].append(row)
     for (name, shape, optimizer, *_), members in grouped.items():
-        one = members[0]
-        std = f"{one.init_std:.4g}" if one.init.value == "normal" else one.init.value
-        numbers = (one.multiplier, one.lr, one.weight_decay, one.decay_per_step, one.eps)
-        others = (f"{one.thresholds[n]:.4g}" if n in one.thresholds else "" for n in names)
-        table.add_row(name, "x".join(map(str, shape)), optimizer, std, *(f"{x:.4g}" for x in numbers), *others)
+        rule = members[0]
+        std = f"{rule.init_std:.4g}" if rule.init.value == "normal" else rule.init.value
+        numbers = (rule.multiplier, rule.lr, rule.weight_decay, rule.decay_per_step, rule.eps)
+        thresholds = (f"{rule.thresholds[n]:.4g}" if n in rule.thresholds else "" for n in names)
+        table.add_row(name, "x".join(map(str, shape)), optimizer, std, *(f"{x:.4g}" for x in numbers), *thresholds)
     return table
 
 
-def muon_conventions(one: ResolvedVariant, rows: Sequence[TensorRule]) -> list[dict[str, Any]]:
-    """For every shape that a plain Muon steps, the LR of the same step in each convention."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+def muon_conventions(resolved: ResolvedVariant, rows: Sequence[TensorRule]) -> list[dict[str, Any]]:
+    """For every shape that a plain Muon updates, the LR that takes an equal step in each convention."""
+    conventions: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        muon = one.optimizer_for(row.role).optimizer
+        muon = resolved.optimizer_for(row.role).optimizer
         if isinstance(muon, Muon) and not muon.composed:
             n_out, n_in = row.shape[::-1] if row.role is Role.INPUT else row.shape
             lrs = {target: convert(row.lr, muon.scaling, target, n_out, n_in) for target in SHAPE_FACTORS}
-            found[n_out, n_in, row.lr] = {"n_out": n_out, "n_in": n_in, "scaling": muon.scaling, **lrs}
-    return list(found.values())
+            conventions[n_out, n_in, row.lr] = {"n_out": n_out, "n_in": n_in, "scaling": muon.scaling, **lrs}
+    return list(conventions.values())
 
 
 def _convention_table(conventions: Sequence[dict[str, Any]]) -> Table:
-    torchs = {"jordan": " (torch: original)", "kimi": " (torch: match_rms_adamw)"}
-    table = table_of("n_out x n_in", *(name + torchs.get(name, "") for name in SHAPE_FACTORS))
+    """A row per shape, a column per convention, with torch.optim.Muon's name where it has one."""
+    torch_names = {"jordan": " (torch: original)", "kimi": " (torch: match_rms_adamw)"}
+    table = table_of("n_out x n_in", *(name + torch_names.get(name, "") for name in SHAPE_FACTORS))
     for row in conventions:
         table.add_row(f"{row['n_out']}x{row['n_in']}", *(f"{row[name]:.4g}" for name in SHAPE_FACTORS))
     return table

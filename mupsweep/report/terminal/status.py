@@ -1,32 +1,36 @@
-"""The state of a sweep's runs, its search and its jobs."""
+"""The state of a sweep's runs, its search and its Slurm jobs, as `mupsweep status` prints it."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from shlex import quote
 from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
 
 from mupsweep.analysis.labels import DIVERGED, DONE, label_of
 from mupsweep.errors import MupsweepError, RecordError
 from mupsweep.formatting import counted
 from mupsweep.report.terminal.console import console_of, table_of
 from mupsweep.store import slurm_queue
-from mupsweep.store.run_dir import FAILED, FINISHED, PENDING, RUNNING
+from mupsweep.store.run_dir import FAILED, FINISHED, PENDING, RUNNING, RunDir
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import GRID, SweepConfig, from_tree
 
 if TYPE_CHECKING:
     from mupsweep.sweep.search import SearchStates
 
-SILENT_SECONDS = 300.0  # a worker gives a sign of life every half minute, unless a step takes longer
+STATES = (DONE, DIVERGED, RUNNING, PENDING, FAILED)
+RunState = tuple[dict[str, Any], RunDir, dict[str, Any]]  # line of the plan, folder, status
+SILENT_SECONDS = 300.0  # a worker renews its lease every half minute, unless a step takes longer
 
 
 def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
-    """How far a sweep is."""
+    """Print how many runs of a sweep are in each state, or the state of every run, and what needs attention."""
     rows = [(row, sweep.run(row["run_id"])) for row in sweep.read_plan()]
     states = [(row, folder, folder.state()) for row, folder in rows]
     queue = _queue(sweep)
@@ -36,40 +40,16 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
         print(json.dumps({"runs": runs, "totals": _counts(states)}))
         return
     console = console_of()
-    if per_run:
-        table = table_of(
-            *("run", "variant", "status", "step", "loss", "tok/s", "val loss"), *(["job"] if queue.runs else [])
-        )
-        for row, folder, status in states:
-            loss, speed = status.get("train_loss"), status.get("tokens_per_second")
-            final = (folder.summary() or {}).get("val_loss") if status["status"] == DONE else None
-            table.add_row(
-                row["run_id"],
-                "/".join(label_of(row)[1:]),
-                status["status"],
-                f"{status['step']}/{status['steps']}" if "steps" in status else "",
-                "" if loss is None else f"{loss:.3f}",
-                "" if speed is None else f"{speed:,.0f}",
-                "" if final is None else f"{final:.4f}",
-                *([str(queue.runs.get(row["run_id"], ""))] if queue.runs else []),
-            )
-    else:
-        table = table_of("variant", "width", "depth", DONE, DIVERGED, RUNNING, PENDING, FAILED)
-        sizes: dict[tuple[Any, ...], Counter[str]] = defaultdict(Counter)
-        for row, _, status in states:
-            key = ("/".join(label_of(row)), row["width"], row["depth"])
-            sizes[key][status["status"]] += 1
-        for key, counts in sorted(sizes.items()):
-            table.add_row(*map(str, key), *(str(counts[s] or "") for s in (DONE, DIVERGED, RUNNING, PENDING, FAILED)))
-    console.show(table)
+    console.show(_run_table(states, queue) if per_run else _size_table(states))
     counts = _counts(states)
-    left = sum(counts[s] for s in (RUNNING, PENDING, FAILED))
+    unfinished = sum(counts[s] for s in (RUNNING, PENDING, FAILED))
     console.print("  ".join(f"{name} {count}" for name, count in counts.items()))
-    for line in [*queue.lines(), *_search_lines(sweep, left)]:
+    for line in [*queue.lines(), *_search_lines(sweep, unfinished)]:
         console.say(line)
-    if states and not left:
+    if states and not unfinished:
         console.say(f"all planned runs have ended; what they say: mupsweep transfer {quote(str(sweep.path))}")
     for row, folder, status in states:
+        # (seconds since the last sign of life, the worker) of a worker that may hang
         silence = folder.silence() if status["status"] == RUNNING else None
         if silence is not None and silence[0] > SILENT_SECONDS:
             console.say(
@@ -80,51 +60,83 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
             console.say(f"failed: {row['run_id']}: {status.get('error', '')} (see {folder.log_path})")
 
 
+def _run_table(states: Sequence[RunState], queue: slurm_queue.Queue) -> Table:
+    """A row per run; jobs have a column where Slurm has some."""
+    table = table_of(
+        *("run", "variant", "status", "step", "loss", "tok/s", "val loss"), *(["job"] if queue.runs else [])
+    )
+    for row, folder, status in states:
+        loss, speed = status.get("train_loss"), status.get("tokens_per_second")
+        final = (folder.summary() or {}).get("val_loss") if status["status"] == DONE else None
+        table.add_row(
+            row["run_id"],
+            "/".join(label_of(row)[1:]),
+            status["status"],
+            f"{status['step']}/{status['steps']}" if "steps" in status else "",
+            "" if loss is None else f"{loss:.3f}",
+            "" if speed is None else f"{speed:,.0f}",
+            "" if final is None else f"{final:.4f}",
+            *([str(queue.runs.get(row["run_id"], ""))] if queue.runs else []),
+        )
+    return table
+
+
+def _size_table(states: Iterable[RunState]) -> Table:
+    """Counts of runs by state, a row per variant and size."""
+    table = table_of("variant", "width", "depth", *STATES)
+    sizes: dict[tuple[Any, ...], Counter[str]] = defaultdict(Counter)
+    for row, _, status in states:
+        sizes["/".join(label_of(row)), row["width"], row["depth"]][status["status"]] += 1
+    for size, counts in sorted(sizes.items()):
+        table.add_row(*map(str, size), *(str(counts[state] or "") for state in STATES))
+    return table
+
+
 def is_over(sweep: SweepDir) -> bool:
-    """Whether every planned run has its result, and no search wants further ones."""
+    """Whether every planned run has a result and no search is going to add further runs."""
     plan = sweep.read_plan()
     if not plan or any(sweep.run(row["run_id"]).status()["status"] not in FINISHED for row in plan):
         return False
     config = _searching(sweep)
-    return config is None or not any(
-        state.proposals for states in _search_states(config, sweep).values() for state in states
-    )
+    if config is None:
+        return True
+    return not any(state.proposals for states in _search_states(config, sweep).values() for state in states)
 
 
 def _searching(sweep: SweepDir) -> SweepConfig | None:
-    """The config of a sweep that searches; None where it does not."""
+    """The config of a sweep with an adaptive search, or None for a grid."""
     try:
         config = from_tree(sweep.read_config())
-    except MupsweepError:  # of a damaged config, the next run of the command tells
+    except MupsweepError:  # the next `mupsweep run` reports a damaged config
         return None
     return None if config.sweep.search == GRID else config
 
 
 def _search_states(config: SweepConfig, sweep: SweepDir) -> SearchStates:
-    """The state of a search, by variant."""
+    """The state of the search at every size, by variant."""
     from mupsweep.store.results import read_runs
-    from mupsweep.sweep.search import search_states  # which needs scipy
+    from mupsweep.sweep.search import search_states  # imports scipy
 
     return search_states(config.variants, read_runs([sweep]), config.sweep)
 
 
-def _search_lines(sweep: SweepDir, left: int) -> Iterable[str]:
-    """Where a search stands: `left` runs of its round are not finished."""
+def _search_lines(sweep: SweepDir, unfinished: int) -> Iterable[str]:
+    """The state of an adaptive search, a line per variant and size, or one while runs of its round are unfinished."""
     config = _searching(sweep)
     if config is None:
         return
-    if left:
-        yield f"adaptive search: {counted(left, 'run')} of this round left; more may follow"
+    if unfinished:
+        yield f"adaptive search: {counted(unfinished, 'run')} of this round left; more may follow"
         return
     for label, states in _search_states(config, sweep).items():
         for state in states:
-            following = f"; the next round trains {counted(len(state.proposals), 'run')}" if state.proposals else ""
             r_n, r_L = state.ratios
-            yield f"adaptive search, {'/'.join(label)}, width x{r_n:g}, depth x{r_L:g}: {state.reason}{following}"
+            next_round = f"; the next round trains {counted(len(state.proposals), 'run')}" if state.proposals else ""
+            yield f"adaptive search, {'/'.join(label)}, width x{r_n:g}, depth x{r_L:g}: {state.reason}{next_round}"
 
 
 def _queue(sweep: SweepDir) -> slurm_queue.Queue:
-    """What Slurm holds of a sweep; where it cannot be asked, nothing but a line that says so."""
+    """The jobs of a sweep in Slurm; empty, with a line on stderr, where Slurm cannot be asked."""
     try:
         return slurm_queue.of_sweep(sweep.read_jobs())
     except RecordError as error:
@@ -132,6 +144,7 @@ def _queue(sweep: SweepDir) -> slurm_queue.Queue:
         return slurm_queue.Queue()
 
 
-def _counts(states: Iterable[tuple[Any, Any, dict[str, Any]]]) -> dict[str, int]:
+def _counts(states: Iterable[RunState]) -> dict[str, int]:
+    """Number of runs in each state."""
     counts = Counter(status["status"] for _, _, status in states)
-    return {name: counts[name] for name in (DONE, DIVERGED, RUNNING, PENDING, FAILED)}
+    return {state: counts[state] for state in STATES}
