@@ -1,4 +1,4 @@
-"""What the check commands print: tables of exponents for people, JSON for scripts."""
+"""The output of the check commands: tables of exponents for people, JSON for scripts."""
 
 from __future__ import annotations
 
@@ -30,104 +30,118 @@ SP = "sp"
 def show_coordinates(
     checked: Iterable[Coordinates], as_json: bool, figure: str | None = None, into: SweepDir | None = None
 ) -> bool:
-    """The exponents of every variant, SP's beside them; whether all promises are kept."""
+    """Print the exponents of every variant with those of SP beside them; returns whether all promises are kept.
+
+    Args:
+        checked: measured variants; measuring happens while they are iterated.
+        as_json: print JSON instead of tables.
+        figure: path of a figure to draw.
+        into: the sweep that the measurements are stored with.
+    """
     if figure is not None:
         from mupsweep.report.figures.coordinates import check
 
-        check(Path(figure))  # before anything is trained, which `checked` does as it goes
-    found = list(checked)
-    document = {"variants": [_document(one) for one in found]}
+        check(Path(figure))  # refuse a bad path before anything is trained
+    variants = list(checked)
+    document = {"variants": [_document(variant) for variant in variants]}
     if into is not None:
         make_folder(into.results)
         write_json(into.check_path, document)
     if figure is not None:
         from mupsweep.report.figures.coordinates import draw
 
-        draw(found, Path(figure))
+        draw(variants, Path(figure))
     if as_json:
         print(json.dumps(document))
-        return all(one.passed for one in found)
+        return all(variant.passed for variant in variants)
     console = console_of()
-    beside = {one.label[:2]: one for one in found if one.label[2] == SP}
-    for one in [one for one in found if one.label[2] != SP] or found:
-        console.print(f"\n{'/'.join(one.label)}, base LR 2^{one.log2_lr:g}", style="bold")
-        sp = beside.get(one.label[:2])
-        for axis in one.axes():
-            console.show(_coordinates_table(one, None if sp is one else sp, axis))
-        for line in _conclusion(one):
+    sp_variants = {variant.label[:2]: variant for variant in variants if variant.label[2] == SP}
+    for variant in [variant for variant in variants if variant.label[2] != SP] or variants:
+        console.print(f"\n{'/'.join(variant.label)}, base LR 2^{variant.log2_lr:g}", style="bold")
+        sp = sp_variants.get(variant.label[:2])
+        for axis in variant.axes():
+            console.show(_coordinates_table(variant, None if sp is variant else sp, axis))
+        for line in _conclusion(variant):
             console.say(line)
     if into is not None:
         console.print(f"wrote {into.check_path}; mupsweep report {into.path} shows it")
-    return all(one.passed for one in found)
+    return all(variant.passed for variant in variants)
 
 
-def _coordinates_table(one: Coordinates, sp: Coordinates | None, axis: str) -> Table:
-    rows = [row for row in one.by_role(axis) if _is_shown(row)]
+def _coordinates_table(variant: Coordinates, sp: Coordinates | None, axis: str) -> Table:
+    """A row per quantity and role: its exponent after every number of steps, and whether the last keeps its promise."""
+    rows = [row for row in variant.by_role(axis) if _is_shown(row)]
+    # weights have an exponent at the start only, changes and updates after some steps only
     counts = sorted({count for row in rows for count in row.exponents if (row.quantity == WEIGHT) == (count == 0)})
     steps = [f"after {count}" if count else "start" for count in counts]
     table = table_of(f"exponent of the {axis}", *steps, "95 % interval", "promise", *(["sp"] if sp else []), "")
-    beside = {(row.quantity, row.role): signed(row.final_exponent.value) for row in sp.by_role(axis)} if sp else {}
+    sp_exponents = (
+        {(row.quantity, row.role): signed(row.final_exponent.value) for row in sp.by_role(axis)} if sp else {}
+    )
     for row in rows:
-        mine = {c: e for c, e in row.exponents.items() if (row.quantity == WEIGHT) == (c == 0)}
-        cells = [signed(mine[c].value) if c in mine else "" for c in counts]
-        theirs = [beside.get((row.quantity, row.role), "")] if sp else []
-        off = [r for r in one.violations if _key(r) == _key(row)]
+        exponents = {c: e for c, e in row.exponents.items() if (row.quantity == WEIGHT) == (c == 0)}
+        cells = [signed(exponents[c].value) if c in exponents else "" for c in counts]
+        sp_cells = [sp_exponents.get((row.quantity, row.role), "")] if sp else []
+        violating = [r for r in variant.violations if _key(r) == _key(row)]
         table.add_row(
             row.quantity if row.role is None else f"{row.quantity} {row.role.value}",
             *cells,
             f"{signed(row.final_exponent.low)}..{signed(row.final_exponent.high)}",  # in 80 columns
             "" if row.expected is None else str(row.expected),
-            *theirs,
-            "" if row.expected is None else f"off {off[0].tensor}".strip() if off else "ok",
+            *sp_cells,
+            "" if row.expected is None else f"off {violating[0].tensor}".strip() if violating else "ok",
         )
     return table
 
 
 def _is_shown(row: Row) -> bool:
-    """Changes, updates and starts."""
+    """Whether tables contain the row: changes, updates, and weights at the start."""
     return row.quantity in (UPDATE, WEIGHT) or row.quantity.startswith(CHANGE)
 
 
-def _conclusion(one: Coordinates) -> list[str]:
-    lines = [line] if (line := kind_of_blocks(one)) else []
-    judged = [row for axis in one.axes() for row in one.by_role(axis) if row.expected is not None]
-    missed = {(row.axis, row.quantity, row.role) for row in one.violations}
-    for axis in one.axes():
-        if not one.has_expectation(axis):
-            lines.append(f"{one.label[2]} promises nothing along the {axis}")
-    lines += one.causes()
-    if not one.passed:
-        told = f"{len(missed)} of {len(judged)} promises are missed by more than {TOLERANCE:g}"
-        return [*lines, f"FAILED: {told if missed else 'what diverged keeps no promise'}"]
+def _conclusion(variant: Coordinates) -> list[str]:
+    """The lines under a variant's tables: likely causes of violations, and whether it passed."""
+    lines = [line] if (line := kind_of_blocks(variant)) else []
+    judged = [row for axis in variant.axes() for row in variant.by_role(axis) if row.expected is not None]
+    missed = {(row.axis, row.quantity, row.role) for row in variant.violations}
+    for axis in variant.axes():
+        if not variant.has_expectation(axis):
+            lines.append(f"{variant.label[2]} promises nothing along the {axis}")
+    lines += variant.causes()
+    if not variant.passed:
+        missed_text = f"{len(missed)} of {len(judged)} promises are missed by more than {TOLERANCE:g}"
+        return [*lines, f"FAILED: {missed_text if missed else 'some runs diverged'}"]
     if judged:
         lines.append(
-            f"passed: {len(judged)} promises kept within {TOLERANCE:g}; whether the LR transfers, a sweep tells"
+            f"passed: {len(judged)} promises kept within {TOLERANCE:g}; only a sweep shows whether the LR transfers"
         )
     return lines
 
 
-def _document(one: Coordinates) -> dict[str, Any]:
-    model, optimizer, parametrization = one.label
+def _document(variant: Coordinates) -> dict[str, Any]:
+    """What `mupsweep check coordinates --json` prints of a variant."""
+    model, optimizer, parametrization = variant.label
     return {
         "model": model,
         "optimizer": optimizer,
         "parametrization": parametrization,
-        "log2_lr": one.log2_lr,
-        "passed": one.passed,
-        "diverged": list(one.diverged),
-        "causes": one.causes(),
-        "roles": [_of_role(one, row) for axis in one.axes() for row in one.by_role(axis)],
-        "rows": [{**_row(row), "tensor": row.tensor or None, "off": row in one.violations} for row in one.rows],
+        "log2_lr": variant.log2_lr,
+        "passed": variant.passed,
+        "diverged": list(variant.diverged),
+        "causes": variant.causes(),
+        "roles": [_of_role(variant, row) for axis in variant.axes() for row in variant.by_role(axis)],
+        "rows": [{**_row(row), "tensor": row.tensor or None, "off": row in variant.violations} for row in variant.rows],
     }
 
 
-def _of_role(one: Coordinates, row: Row) -> dict[str, Any]:
-    """The tensors of a role as one, as tables show it; off are those that break its promise."""
-    off = [broken.tensor for broken in one.violations if _key(broken) == _key(row)]
+def _of_role(variant: Coordinates, row: Row) -> dict[str, Any]:
+    """The record of a role, as in the tables; `off` lists the tensors that violate its expected exponent."""
+    off = [violation.tensor for violation in variant.violations if _key(violation) == _key(row)]
     return {**_row(row), "judged": _interval(row.final_exponent), "shown": _is_shown(row), "off": off}
 
 
 def _row(row: Row) -> dict[str, Any]:
+    """The keys that the records of roles and tensors have in common."""
     return {
         "axis": row.axis,
         "quantity": row.quantity,
@@ -142,6 +156,7 @@ def _row(row: Row) -> dict[str, Any]:
 
 
 def _key(row: Row) -> tuple[str, str, Role | None]:
+    """What the rows of all tensors of a role have in common."""
     return row.axis, row.quantity, row.role
 
 
@@ -149,41 +164,40 @@ def _interval(exponent: Exponent) -> dict[str, float]:
     return {"value": exponent.value, "low": exponent.low, "high": exponent.high}
 
 
-def show_laws(chosen: SweepConfig, as_json: bool) -> bool:
-    """The measured law of every optimizer, and what follows from it; whether all agree with what they declare."""
-    measured = [
-        (optimizer, instantiate(variant.parametrization, "parametrization"), found)
-        for variant, optimizer, found in update_law.laws(chosen)
+def show_laws(config: SweepConfig, as_json: bool) -> bool:
+    """Print the measured update law of every optimizer; returns whether all agree with the declared ones."""
+    laws = [
+        (optimizer, instantiate(variant.parametrization, "parametrization"), measured)
+        for variant, optimizer, measured in update_law.laws(config)
     ]
     if as_json:
-        documents = [_law_document(optimizer, rule, found) for optimizer, rule, found in measured]
-        print(json.dumps({"optimizers": documents}))
+        print(json.dumps({"optimizers": [_law_document(*law) for law in laws]}))
     else:
-        for optimizer, parametrization, found in measured:
-            _print_law(optimizer, parametrization, found, chosen.overrides)
-    return not any(found.violations for _, _, found in measured)
+        for optimizer, parametrization, measured in laws:
+            _print_law(optimizer, parametrization, measured, config.overrides)
+    return not any(measured.violations for _, _, measured in laws)
 
 
 def _print_law(
-    optimizer: Optimizer, parametrization: Parametrization, found: Measured, overrides: Sequence[str]
+    optimizer: Optimizer, parametrization: Parametrization, measured: Measured, overrides: Sequence[str]
 ) -> None:
     console = console_of()
-    console.print(f"\n{found.name}: ||A||_2 = ||G||_2^degree n_out^x n_in^y ||W||^w at LR 1", style="bold")
+    console.print(f"\n{measured.name}: ||A||_2 = ||G||_2^degree n_out^x n_in^y ||W||^w at LR 1", style="bold")
     table = table_of("exponent", "rank 1", "95 % interval", "real grads", "95 % interval", "declared", "")
-    for name, real in found.realistic.found.items():
-        rank_1 = found.aligned.found.get(name)
-        said = found.declared.get(name)
+    for name, real in measured.realistic.found.items():
+        rank_1 = measured.aligned.found.get(name)
+        declared = measured.declared.get(name)
         cells = ["", ""] if rank_1 is None else _cells(rank_1)
-        verdict = "" if said is None else "off" if name in found.violations else "ok"
-        table.add_row(name, *cells, *_cells(real), "" if said is None else signed(said), verdict)
+        verdict = "" if declared is None else "off" if name in measured.violations else "ok"
+        table.add_row(name, *cells, *_cells(real), "" if declared is None else signed(declared), verdict)
     console.show(table)
-    lines = [*_remarks(found), f"weight decay: {found.weight_decay}"]
-    rule = _rule(optimizer, found)
+    lines = [*_remarks(measured), f"weight decay: {measured.weight_decay}"]
+    rule = _rule(optimizer, measured)
     if rule is not None:
-        roles = ", ".join(f"{role} {lr}" for role, lr in _lrs(optimizer, parametrization, found, rule).items())
+        roles = ", ".join(f"{role} {lr}" for role, lr in _lrs(optimizer, parametrization, measured, rule).items())
         lines.append(f"LR under {parametrization.name}: {roles}")
-    if not found.declared:
-        lines += _next_steps(found, overrides)
+    if not measured.declared:
+        lines += _next_steps(measured, overrides)
     for line in lines:
         console.say(line)
 
@@ -192,54 +206,61 @@ def _cells(exponent: Exponent) -> tuple[str, str]:
     return signed(exponent.value), f"{signed(exponent.low)}..{signed(exponent.high)}"
 
 
-def _remarks(found: Measured) -> list[str]:
-    """What is off, and why real gradients may say otherwise than those of rank 1."""
-    lines = [
-        f"off: {name} is {found.aligned.found[name]}, declared {signed(found.declared[name])}: its rule would be wrong"
-        for name in found.violations
-    ]
-    apart = {
-        name: (mine.value, real.value)
-        for name, mine in found.aligned.found.items()
-        if (real := found.realistic.found[name]).low > mine.high or real.high < mine.low
-    }
+def _remarks(measured: Measured) -> list[str]:
+    """Lines on exponents that differ from the declared ones, and on why real gradients differ from those of rank 1."""
+    lines = []
+    for name in measured.violations:
+        exponent, declared = measured.aligned.found[name], signed(measured.declared[name])
+        lines.append(f"off: {name} is {exponent}, declared {declared}: its rule would be wrong")
+    # exponents whose intervals do not overlap
+    apart = {}
+    for name, rank_1 in measured.aligned.found.items():
+        real = measured.realistic.found[name]
+        if real.low > rank_1.high or real.high < rank_1.low:
+            apart[name] = rank_1.value, real.value
     if not apart:
         return lines
-    told = ", ".join(f"{name} {signed(real)} instead of {signed(mine)}" for name, (mine, real) in apart.items())
-    low, high = found.realistic.stable_ranks
-    smaller = sum(real - mine for mine, real in apart.values()) < 0
+    differences = ", ".join(
+        f"{name} {signed(real)} instead of {signed(rank_1)}" for name, (rank_1, real) in apart.items()
+    )
+    low, high = measured.realistic.stable_ranks
+    smaller = sum(real - rank_1 for rank_1, real in apart.values()) < 0
     why = (
         "entries or blocks that are normalised one by one line up less there (Qiu et al. 2512.05620, section 3.2)"
         if smaller
         else "they turn from step to step, so that averages and bases of the steps before do not fit them"
     )
-    return [*lines, f"real gradients differ: {told}; updates have stable rank {low:.1f} to {high:.1f}; {why}"]
+    return [*lines, f"real gradients differ: {differences}; updates have stable rank {low:.1f} to {high:.1f}; {why}"]
 
 
-def _rule(optimizer: Optimizer, found: Measured) -> UpdateLaw | None:
-    """The law that runs use: the declared one, or the one that was measured."""
-    return optimizer.update_law() if found.declared else found.law()
+def _rule(optimizer: Optimizer, measured: Measured) -> UpdateLaw | None:
+    """The law that runs use: the declared one, or else the measured one."""
+    return optimizer.update_law() if measured.declared else measured.law()
 
 
-def _lrs(optimizer: Optimizer, parametrization: Parametrization, found: Measured, rule: UpdateLaw) -> Mapping[str, str]:
-    """By role; of hidden matrices alone where the law holds for no others."""
-    known = [role for role in Role if found.declared or found.monomial or role is Role.HIDDEN]
-    roles = [role for role in known if role in optimizer.roles]
+def _lrs(
+    optimizer: Optimizer, parametrization: Parametrization, measured: Measured, rule: UpdateLaw
+) -> Mapping[str, str]:
+    """The LR by role; of hidden matrices alone where the law holds for no others."""
+    covered = [role for role in Role if measured.declared or measured.monomial or role is Role.HIDDEN]
+    roles = [role for role in covered if role in optimizer.roles]
     return {role.value: str(symbolic(parametrization, rule, role).lr) for role in roles}
 
 
-def _next_steps(found: Measured, overrides: Sequence[str]) -> list[str]:
-    """How to use a law that nobody declared, as an override."""
-    keys = found.keys()
+def _next_steps(measured: Measured, overrides: Sequence[str]) -> list[str]:
+    """How to use a law that is not declared: the override for it, or why none follows."""
+    keys = measured.keys()
     if keys is None:
-        known = (update_law.DEGREE, update_law.BOTH, update_law.WEIGHT) if not found.monomial else tuple(found.snapped)
-        loose = [name for name in known if found.snapped[name] is None] or [update_law.WEIGHT]
+        names = (
+            tuple(measured.snapped) if measured.monomial else (update_law.DEGREE, update_law.BOTH, update_law.WEIGHT)
+        )
+        loose = [name for name in names if measured.snapped[name] is None] or [update_law.WEIGHT]
         return [
             f"no law follows: {', '.join(loose)} is no multiple of 1/{update_law.GRID}; give optimizer.law yourself"
         ]
-    word = "optimizer.law={" + ", ".join(f"{k}: {v}" for k, v in keys.items()) + "}"
-    lines = [f"use it: mupsweep run {shlex.join([*overrides, word])}"]
-    if not found.monomial:
+    override = "optimizer.law={" + ", ".join(f"{k}: {v}" for k, v in keys.items()) + "}"
+    lines = [f"use it: mupsweep run {shlex.join([*overrides, override])}"]
+    if not measured.monomial:
         lines.append(
             "n_out and n_in have no exponent each, so this law holds only where both grow together: keep it to hidden "
             "matrices, optimizer.roles=[hidden] optimizer.rest=adamw"
@@ -247,28 +268,28 @@ def _next_steps(found: Measured, overrides: Sequence[str]) -> list[str]:
     return lines
 
 
-def _law_document(optimizer: Optimizer, parametrization: Parametrization, found: Measured) -> dict[str, Any]:
-    rule = _rule(optimizer, found)
+def _law_document(optimizer: Optimizer, parametrization: Parametrization, measured: Measured) -> dict[str, Any]:
+    rule = _rule(optimizer, measured)
     return {
-        "optimizer": found.name,
+        "optimizer": measured.name,
         "path": optimizer.path if isinstance(optimizer, Foreign) else None,
         "exponents": {
             name: {
-                "rank_1": None if name not in found.aligned.found else _interval(found.aligned.found[name]),
+                "rank_1": None if name not in measured.aligned.found else _interval(measured.aligned.found[name]),
                 "real": _interval(real),
-                "declared": found.declared.get(name),
-                "snapped": None if found.snapped.get(name) is None else str(found.snapped[name]),
-                "off": name in found.violations,
+                "declared": measured.declared.get(name),
+                "snapped": None if measured.snapped.get(name) is None else str(measured.snapped[name]),
+                "off": name in measured.violations,
             }
-            for name, real in found.realistic.found.items()
+            for name, real in measured.realistic.found.items()
         },
         "stable_rank": {
-            "rank_1": list(found.aligned.stable_ranks),
-            "real": list(found.realistic.stable_ranks),
+            "rank_1": list(measured.aligned.stable_ranks),
+            "real": list(measured.realistic.stable_ranks),
         },
-        "law": found.keys(),
-        "monomial": found.monomial,
-        "weight_decay": found.weight_decay,
-        "lr": None if rule is None else _lrs(optimizer, parametrization, found, rule),
-        "agrees": not found.violations,
+        "law": measured.keys(),
+        "monomial": measured.monomial,
+        "weight_decay": measured.weight_decay,
+        "lr": None if rule is None else _lrs(optimizer, parametrization, measured, rule),
+        "agrees": not measured.violations,
     }
