@@ -51,7 +51,7 @@ from mupsweep.report.names import (
 MAX_COLUMNS = 3  # panels side by side
 LEGEND_CHARACTERS = 76  # of a line of the drift figure's legend
 STRIP = 0.05, 0.22  # height of a row of diverged points, and of all rows at most, as fractions of the panel
-DODGE = 0.03  # octaves between the ladders at one size, so that their markers do not hide each other
+DODGE = 0.03  # doublings of the size between the ladders at one size, so that their markers do not hide each other
 
 
 def draw(analysis: Analysis, folder: Path, style_name: str = "screen") -> list[Path]:

@@ -115,9 +115,8 @@ class Charts:
         pad = 0.06 * (max(lrs) - min(lrs)) or 0.5
         unstable = {c.size for c in curves if c.n_diverged}
         diverged = [size for size in self.names if size in unstable]
-        pitch = min(
-            9.0, 64 / max(1, len(diverged))
-        )  # height of a row of crosses, of which every size with diverged runs has one
+        # every size with diverged runs has a row of crosses
+        pitch = min(9.0, 64 / max(1, len(diverged)))
         strip = pitch * len(diverged) + 4 if diverged else 0.0
         plot = Plot((min(lrs) - pad, max(lrs) + pad), loss_range(optima), "peak learning rate", strip)
         plot.y_ticks()

@@ -41,12 +41,14 @@ def test_every_variant_and_axis_is_a_column_with_its_exponents(tmp_path: Path) -
     path = tmp_path / "check.svg"
     draw(BOTH, path)
     ElementTree.fromstring(path.read_text())
-    found = texts(path)
-    assert found.count("sp") == found.count("mup") == 2
-    assert found.count("exponent +1.00") == 4
-    assert found.count("exponent +0.04, promised 0") == 4
-    assert {"change of features", "change of logits", "width", "depth", "after 2 steps", "after 10 steps"} <= set(found)
-    assert not any("attention" in text for text in found)  # nobody measured it
+    drawn_texts = texts(path)
+    assert drawn_texts.count("sp") == drawn_texts.count("mup") == 2
+    assert drawn_texts.count("exponent +1.00") == 4
+    assert drawn_texts.count("exponent +0.04, promised 0") == 4
+    assert {"change of features", "change of logits", "width", "depth", "after 2 steps", "after 10 steps"} <= set(
+        drawn_texts
+    )
+    assert not any("attention" in text for text in drawn_texts)  # nobody measured it
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

@@ -17,14 +17,14 @@ def test_same_analysis_gives_the_same_bytes(rows: Callable, tmp_path: Path) -> N
     analysis = analyse(rows(widths=(32, 64), seeds=2))
     first, second = (draw(analysis, tmp_path / name) for name in ("first", "second"))
     assert [p.name for p in first] == ["curves.png", "curves.svg", "drift.png", "drift.svg"]
-    for one, other in zip(first, second, strict=True):
-        assert one.read_bytes() == other.read_bytes()
+    for file, again in zip(first, second, strict=True):
+        assert file.read_bytes() == again.read_bytes()
     assert b"date" not in first[1].read_bytes()
 
 
 def test_every_axis_has_its_own_figures(rows: Callable, tmp_path: Path) -> None:
-    made = draw(analyse(rows(widths=(32, 64), depths=(4, 8), parametrizations=["mup"])), tmp_path)
-    assert {p.name for p in made if p.suffix == ".svg"} == {
+    written = draw(analyse(rows(widths=(32, 64), depths=(4, 8), parametrizations=["mup"])), tmp_path)
+    assert {p.name for p in written if p.suffix == ".svg"} == {
         "curves.svg",
         "drift.svg",
         "curves-depth.svg",
@@ -52,8 +52,8 @@ def test_a_paper_gets_pdf_at_journal_widths_and_the_same_bytes_every_time(rows: 
     analysis = analyse(rows(widths=(32, 64), seeds=2))
     first, second = (draw(analysis, tmp_path / name, "paper") for name in ("first", "second"))
     assert [p.name for p in first] == [f"{n}.{s}" for n in ("curves", "drift") for s in ("png", "svg", "pdf")]
-    for one, other in zip(first, second, strict=True):
-        assert one.read_bytes() == other.read_bytes()
+    for file, again in zip(first, second, strict=True):
+        assert file.read_bytes() == again.read_bytes()
     for pdf, inches in ((first[2], 6.9), (first[5], 3.35)):
         content = pdf.read_bytes()
         assert b"/FontFile2" in content  # TrueType
@@ -83,9 +83,9 @@ def test_the_legend_names_what_is_drawn_and_no_more(rows: Callable) -> None:
 
 
 def test_a_long_name_in_the_drift_legend_goes_on_below(rows: Callable) -> None:
-    made = rows(widths=(32, 64))
+    results = rows(widths=(32, 64))
     groups = analyse(
-        [*made, *({**row, "model": "llama_qiu_190m", "optimizer": "muon_plus_plus"} for row in made)]
+        [*results, *({**row, "model": "llama_qiu_190m", "optimizer": "muon_plus_plus"} for row in results)]
     ).groups
     lines = [line for g in groups for line in _drift_legend(g, groups, show_titles=True).splitlines()]
     assert max(map(len, lines)) <= LEGEND_CHARACTERS

@@ -28,14 +28,14 @@ def scale(svg: str, kind: str) -> np.poly1d:
         "lr": (r'class="middle" x="([\d.]+)" y="275"', rf"2<tspan[^>]*>{NUMBER}</tspan>"),
         "octaves": (r'class="middle" x="([\d.]+)" y="34"', NUMBER),
     }[kind]
-    labels = [(float(at), number(said)) for at, said in re.findall(f"<text {place}>{value}<", svg + "<")]
+    labels = [(float(at), number(label)) for at, label in re.findall(f"<text {place}>{value}<", svg + "<")]
     assert len(labels) >= 3
     slope, start = np.polyfit(*np.array(labels).T, 1)
     return np.poly1d([slope, start])
 
 
 @pytest.mark.parametrize(
-    ("estimate", "said"),
+    ("estimate", "text"),
     [
         (Estimate(-1.0, -1.25, -0.5), "−1.00 [−1.25, −0.50] octaves"),
         (Estimate(0.5, None, None), "+0.50 [no interval] octaves"),
@@ -46,8 +46,8 @@ def scale(svg: str, kind: str) -> np.poly1d:
         (Estimate(None, None, None), "unknown"),
     ],
 )
-def test_an_estimate_in_words(estimate: Estimate, said: str) -> None:
-    assert estimate_text(estimate, "octaves") == said
+def test_an_estimate_in_words(estimate: Estimate, text: str) -> None:
+    assert estimate_text(estimate, "octaves") == text
 
 
 def test_points_lie_at_their_rates_and_losses(rows: Callable) -> None:
@@ -69,10 +69,10 @@ def test_of_very_many_seeds_the_first_are_drawn_and_the_page_says_so(
     runs = rows(widths=[32], log2_lrs=lrs, parametrizations=["sp"], seeds=MAX_SEED_POINTS // 100 + 5)
     analysis = analyse(runs)
     (group,) = analysis.groups
-    shown, every = drawn_seeds(group.optima[0].curve)
-    assert (shown, every) == (list(range(20)), list(range(25)))
+    drawn, seeds = drawn_seeds(group.optima[0].curve)
+    assert (drawn, seeds) == (list(range(20)), list(range(25)))
     svg = Charts(analysis).curves(group, [group])
-    assert {int(seed) for seed in re.findall(r", seed (\d+)", svg)} == set(shown)
+    assert {int(seed) for seed in re.findall(r", seed (\d+)", svg)} == set(drawn)
     text = write_html(save_sweep(runs), analysis).read_text()
     assert ">20 of 25 seeds</button>" in text
     assert "Of 25 seeds, 20 can be shown one by one." in text
@@ -97,11 +97,11 @@ def test_the_ladder_shows_how_far_the_optimum_moves(rows: Callable) -> None:
     assert drift[-1].high is not None
     assert drift[-1].low <= -1.52 <= drift[-1].high  # as the rows were made
     svg = Charts(analysis).ladder([group], [drift], TOLERANCE_OCTAVES, "octaves")
-    drawn = re.findall(r'data-tip="[^"]*\n(\S+) [^"]*" transform="translate\([\d.]+ ([\d.]+)\)"', svg)
-    assert [number(said) for said, _ in drawn] == [pytest.approx(d.value, abs=0.005) for d in drift]
+    points = re.findall(r'data-tip="[^"]*\n(\S+) [^"]*" transform="translate\([\d.]+ ([\d.]+)\)"', svg)
+    assert [number(value) for value, _ in points] == [pytest.approx(d.value, abs=0.005) for d in drift]
     octaves = scale(svg, "y")
-    for said, y in drawn:
-        assert octaves(float(y) + 4) == pytest.approx(number(said), abs=0.02)
+    for value, y in points:
+        assert octaves(float(y) + 4) == pytest.approx(number(value), abs=0.02)
 
 
 def test_the_bar_shows_the_drift_and_its_interval(rows: Callable) -> None:
@@ -110,9 +110,9 @@ def test_the_bar_shows_the_drift_and_its_interval(rows: Callable) -> None:
     octaves = scale(svg, "octaves")
     (dot,) = re.findall(r'class="dot" cx="([\d.]+)"', svg)
     ((low, high),) = re.findall(r'class="range" d="M([\d.]+) 12H([\d.]+)"', svg)
-    ((left, width),) = re.findall(r'class="band" x="([\d.]+)" y="2" width="([\d.]+)"', svg)
-    drawn = [octaves(float(x)) for x in (dot, low, high, left, float(left) + float(width))]
-    assert drawn == pytest.approx([-1.0, -1.5, -0.25, -TOLERANCE_OCTAVES, TOLERANCE_OCTAVES], abs=0.01)
+    ((band_left, band_width),) = re.findall(r'class="band" x="([\d.]+)" y="2" width="([\d.]+)"', svg)
+    positions = [octaves(float(x)) for x in (dot, low, high, band_left, float(band_left) + float(band_width))]
+    assert positions == pytest.approx([-1.0, -1.5, -0.25, -TOLERANCE_OCTAVES, TOLERANCE_OCTAVES], abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_the_bar_shows_the_drift_and_its_interval(rows: Callable) -> None:
     ],
 )
 def test_the_bar_of_a_bound_is_an_arrow(bound: Estimate, range_: str, arrows: str) -> None:
-    found = re.findall(r'class="range" d="([^"]*)"', Charts(analyse([])).bar(bound))
-    assert found == ([range_ + arrows] if range_ else [])
+    ranges = re.findall(r'class="range" d="([^"]*)"', Charts(analyse([])).bar(bound))
+    assert ranges == ([range_ + arrows] if range_ else [])
 
 
 def test_a_long_training_curve_is_thinned_to_its_last_point(rows: Callable) -> None:

@@ -168,11 +168,11 @@ def test_a_large_sweep_stays_small_and_quick(
 def test_the_page_says_on_how_many_runs_it_rests_and_what_is_known_how_well(
     rows: Callable, save_sweep: Callable, write_html: Callable
 ) -> None:
-    made = rows(widths=(32, 64), parametrizations=["sp"])
-    analysis = analyse(made)
+    results = rows(widths=(32, 64), parametrizations=["sp"])
+    analysis = analyse(results)
     (group,) = analysis.groups
-    text = write_html(save_sweep(made, pending=3), analysis).read_text()
-    assert f"{len(made)} of {len(made) + 3} runs finished" in text
+    text = write_html(save_sweep(results, pending=3), analysis).read_text()
+    assert f"{len(results)} of {len(results) + 3} runs finished" in text
     best = estimate_text(Estimate(group.base.log2_lr, group.base.low, group.base.high), spec=".2f")
     assert f"<dd>{2**group.base.log2_lr:.3g}, log2 {best}</dd>" in text
     for optimum in group.optima:

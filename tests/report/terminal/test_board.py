@@ -49,12 +49,12 @@ def text(board: Board, width: int = 80, height: int = 24) -> list[str]:
 @pytest.fixture
 def planned(rows: Callable[..., Rows], save_sweep: Callable[..., SweepDir]) -> tuple[SweepDir, Rows]:
     """SP and muP at two widths, four LRs, one seed; nothing is trained yet."""
-    made = rows(widths=(32, 64), log2_lrs=(-9, -8, -7, -3), seeds=1)
-    sweep = save_sweep(made)
-    for row in made:
+    results = rows(widths=(32, 64), log2_lrs=(-9, -8, -7, -3), seeds=1)
+    sweep = save_sweep(results)
+    for row in results:
         sweep.run(row["run_id"]).metrics_path.unlink()
         sweep.run(row["run_id"]).path.rmdir()
-    return sweep, made
+    return sweep, results
 
 
 def test_states_counts_and_what_ended_follow_the_records(planned: tuple[SweepDir, Rows]) -> None:
@@ -153,10 +153,10 @@ def test_the_grid_tells_losses_and_states_by_size_and_lr(planned: tuple[SweepDir
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (40, 10), (20, 5), (200, 60)])
 def test_it_fits_into_the_terminal(rows: Callable, save_sweep: Callable, width: int, height: int) -> None:
-    made = rows(widths=[2**i for i in range(4, 12)], log2_lrs=[x / 8 for x in range(-96, 0)], seeds=1)
-    sweep = save_sweep(made, pending=40)
-    finish(sweep, made[::16])
-    for row in made[1:400:30]:
+    results = rows(widths=[2**i for i in range(4, 12)], log2_lrs=[x / 8 for x in range(-96, 0)], seeds=1)
+    sweep = save_sweep(results, pending=40)
+    finish(sweep, results[::16])
+    for row in results[1:400:30]:
         begin(sweep.run(row["run_id"]))
     lines = text(Board(sweep), width, height)
     assert len(lines) <= max(height, 10)
@@ -197,6 +197,6 @@ def test_in_a_terminal_the_board_is_drawn_and_only_failures_are_told(planned: tu
         sweep.run(rows[2]["run_id"]).path.mkdir()
         sweep.run(rows[2]["run_id"]).write_status(FAILED, error="ouch")
         progress.refresh()
-    told = [line for line in console.file.getvalue().splitlines() if "/16] " in line]  # type: ignore[attr-defined]
-    assert len(told) == 1
-    assert f"{rows[2]['run_id']}  failed  ouch  (see " in told[0]
+    printed = [line for line in console.file.getvalue().splitlines() if "/16] " in line]  # type: ignore[attr-defined]
+    assert len(printed) == 1
+    assert f"{rows[2]['run_id']}  failed  ouch  (see " in printed[0]

@@ -50,16 +50,16 @@ def test_diverged_and_optimal_rates_are_marked(rows: Callable) -> None:
 def test_degenerate_curves_are_drawn(rows: Callable) -> None:
     assert "no finished runs" in curve_text([]).plain
     diverged, alone = {"log2_lrs": [-1]}, {"log2_lrs": [-7], "widths": [32]}
-    for grid, told in ((diverged, "best at most 2^-1.0"), (alone, "no optimum")):
-        assert told in curve_text(optima(analyse(rows(**grid)).curves)).plain
+    for grid, expected in ((diverged, "best at most 2^-1.0"), (alone, "no optimum")):
+        assert expected in curve_text(optima(analyse(rows(**grid)).curves)).plain
 
 
 def test_the_legend_tells_intervals_and_bounds_and_cuts_no_number(rows: Callable) -> None:
     (curve,) = analyse(rows(widths=[32], parametrizations=["sp"])).curves
 
     def legend(value: float | None, low: float | None, high: float | None, width: int = 60) -> str:
-        found = Optimum(curve, True, value, low, high, None, None, None, None)
-        return curve_text([found], width=width).plain.splitlines()[-2]
+        optimum = Optimum(curve, True, value, low, high, None, None, None, None)
+        return curve_text([optimum], width=width).plain.splitlines()[-2]
 
     assert legend(-7.0, -7.04, -6.88) == "a width 32: best 2^-7.0 ±0.2"
     assert legend(-7.0, -9.0, None) == "a width 32: best 2^-7.0 ±?"
@@ -78,6 +78,6 @@ def test_an_exploding_loss_does_not_flatten_the_valleys(rows: Callable) -> None:
 
 
 def test_the_axis_holds_the_error_bars_of_the_minimum(rows: Callable) -> None:
-    found = optima(analyse(rows(widths=[32], parametrizations=["sp"], log2_lrs=range(-9, -4), noise=0.05)).curves)
-    ends = [p.mean - p.sem for o in found for p in o.curve.usable if p.sem is not None]
-    assert loss_range(found)[0] < min(ends)
+    noisy = optima(analyse(rows(widths=[32], parametrizations=["sp"], log2_lrs=range(-9, -4), noise=0.05)).curves)
+    ends = [p.mean - p.sem for o in noisy for p in o.curve.usable if p.sem is not None]
+    assert loss_range(noisy)[0] < min(ends)

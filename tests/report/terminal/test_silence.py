@@ -14,9 +14,9 @@ from mupsweep.sweep import plan
 from mupsweep.sweep.config import load
 
 
-@pytest.mark.parametrize(("minutes", "told"), [(0, False), (4, False), (12, True)])
+@pytest.mark.parametrize(("minutes", "reported"), [(0, False), (4, False), (12, True)])
 def test_a_worker_without_a_sign_of_life_is_named_with_its_silence(
-    minutes: int, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    minutes: int, reported: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep, runs = plan.save(load(["experiment=smoke", f"out={tmp_path}"]), "")
     folder = sweep.run(runs[0].run_id)
@@ -26,8 +26,8 @@ def test_a_worker_without_a_sign_of_life_is_named_with_its_silence(
     os.utime(claim.path, (time.time() - 60 * minutes - 1,) * 2)
     show_status(sweep, per_run=False, as_json=False)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("silent")]
-    assert len(lines) == told
-    if told:
+    assert len(lines) == reported
+    if reported:
         assert lines[0].startswith(f"silent for 12 min: {runs[0].run_id}: its worker (pid {os.getpid()} on ")
     claim.release()
     show_status(sweep, per_run=False, as_json=False)

@@ -25,15 +25,15 @@ NONE = Estimate(None, None, None)
 
 
 def at(width: int, best: float, gain: float) -> SizeTuning:
-    told = Estimate(gain, gain - 0.01, gain + 0.01)
-    return SizeTuning(width, 4, None, {1.0: told, best: told}, best, None, told, NONE, NONE)  # type: ignore[arg-type]
+    estimate = Estimate(gain, gain - 0.01, gain + 0.01)
+    return SizeTuning(width, 4, None, {1.0: estimate, best: estimate}, best, None, estimate, NONE, NONE)  # type: ignore[arg-type]
 
 
 def test_a_hyperparameter_is_a_line_with_its_ends() -> None:
     names = ("nanogpt", "adamw", "mup")
     sizes = (at(32, 4.0, 0.02), at(64, 2.0, 0.03), at(128, 4.0, 0.05))
-    one = Tuning(names, "optimizer.lr_ratio", 1.0, "width", sizes, NONE, TRANSFERS, ("it stays",))
-    assert tuning_line(one) == (
+    tuning = Tuning(names, "optimizer.lr_ratio", 1.0, "width", sizes, NONE, TRANSFERS, ("it stays",))
+    assert tuning_line(tuning) == (
         "adamw/mup, optimizer.lr_ratio in width: best 4 at 32x4, 4 at 128x4, 0.0500 [0.0400, 0.0600] nats lower there "
         "than the default, 1; transfers (it stays)"
     )
@@ -65,20 +65,20 @@ def test_the_gap_has_a_line_for_every_size_and_hyperparameter() -> None:
 def test_a_sweep_with_axes_is_reported_with_its_values_apart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
+    overrides = [
         "experiment=smoke",
         "parametrization=sp,mup",
         "sweep.axes={model.init_std:[0.08],training.min_lr_frac:[0]}",
         "launcher=inline",
     ]
-    chosen = load([*words, f"out={tmp_path}"])
-    sweep, runs = plan.save(chosen, "")
-    launcher: Launcher = instantiate(chosen.launcher, "launcher")
+    config = load([*overrides, f"out={tmp_path}"])
+    sweep, runs = plan.save(config, "")
+    launcher: Launcher = instantiate(config.launcher, "launcher")
     assert train(launcher, sweep, runs)
     generate([sweep])
     show_status(sweep, per_run=False, as_json=False)
-    told = capsys.readouterr().out
-    assert "nanogpt/adamw/mup/model.init_std=0.08" in told  # the status
+    output = capsys.readouterr().out
+    assert "nanogpt/adamw/mup/model.init_std=0.08" in output  # the status
     with (sweep.results / "runs.csv").open(newline="") as file:
         values = [row["value"] for row in csv.DictReader(file)]
     assert {value: values.count(value) for value in set(values)} == {"": 12, "0.08": 12, "0.0": 12}

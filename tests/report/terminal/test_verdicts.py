@@ -23,7 +23,7 @@ LINE = "the optimum moves -0.05 [-0.18, +0.06] octaves from width 16 to width 32
 NAMES = ("nanogpt", "adamw", "mup"), ("nanogpt", "adamw", "sp")
 
 
-def said(line: str, width: int, terminal: bool) -> list[str]:
+def printed_lines(line: str, width: int, terminal: bool) -> list[str]:
     console = PipeConsole(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
     console.say(line, indent=2)
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
@@ -31,7 +31,7 @@ def said(line: str, width: int, terminal: bool) -> list[str]:
 
 @pytest.mark.parametrize("width", [30, 40, 80])
 def test_a_line_goes_on_below_further_to_the_right_and_keeps_intervals_whole(width: int) -> None:
-    lines = said(LINE, width, terminal=True)
+    lines = printed_lines(LINE, width, terminal=True)
     assert len(lines) > 1
     assert max(map(len, lines)) <= width
     assert [re.match(" *", line)[0] for line in lines] == ["  ", *["    "] * (len(lines) - 1)]  # type: ignore[index]
@@ -41,7 +41,7 @@ def test_a_line_goes_on_below_further_to_the_right_and_keeps_intervals_whole(wid
 
 def test_a_path_is_never_cut() -> None:
     path = "/a-long-folder/" * 8
-    assert said(f"wrote {path}", 40, terminal=True) == ["  wrote", f"    {path}"]
+    assert printed_lines(f"wrote {path}", 40, terminal=True) == ["  wrote", f"    {path}"]
 
 
 def test_a_pipe_gets_whole_lines(rows: Callable, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +115,7 @@ def test_an_undecided_grid_is_told_to_search_and_a_search_is_not(tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("lower", "penalty", "told"),
+    ("lower", "penalty", "expected"),
     [
         (Estimate(0.05, 0.04, 0.06), UNKNOWN, "0.0500 [0.0400, 0.0600] nats lower"),
         (Estimate(-0.05, -0.06, -0.04), UNKNOWN, "0.0500 [0.0400, 0.0600] nats higher"),
@@ -126,9 +126,9 @@ def test_an_undecided_grid_is_told_to_search_and_a_search_is_not(tmp_path: Path,
         ),
     ],
 )
-def test_a_comparison_says_its_direction_in_words(lower: Estimate, penalty: Estimate, told: str) -> None:
+def test_a_comparison_says_its_direction_in_words(lower: Estimate, penalty: Estimate, expected: str) -> None:
     compared = Comparison(*NAMES, "width", 128, 4, lower, UNKNOWN, penalty)
-    assert comparison_line(compared).partition("each at its optimum: ")[2] == told
+    assert comparison_line(compared).partition("each at its optimum: ")[2] == expected
     faster = comparison_line(replace(compared, speed_up=Estimate(1.5, 1.25, None)))
     assert f"{lower.value and abs(lower.value):.4f}" in faster
     assert ", compute-equivalent speed-up 1.50 [at least 1.25]" in faster
@@ -142,9 +142,9 @@ def test_a_table_is_never_cut_and_its_titles_take_two_lines_first(width: int) ->
     console.show(table)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert lines[-1].split() == ["hidden_vector", "0.0004908", "6.25e-14", "5.8MB", "0.007853"]
-    two = [["weight", "LR", "x", "memory"], ["role", "decay", "decay", "/run", "LR"]]
-    one = [["role", "weight", "decay", "LR", "x", "decay", "memory/run", "LR"]]
-    assert [line.split() for line in lines[:-1]] == (two if width < 70 else one)
+    two_lines = [["weight", "LR", "x", "memory"], ["role", "decay", "decay", "/run", "LR"]]
+    one_line = [["role", "weight", "decay", "LR", "x", "decay", "memory/run", "LR"]]
+    assert [line.split() for line in lines[:-1]] == (two_lines if width < 70 else one_line)
     assert (len(lines[-1]) <= width) == (width > 30)
 
 
@@ -153,8 +153,8 @@ def test_a_table_of_horizons_fits_80_columns_and_its_title_tells_the_size(
 ) -> None:
     console = PipeConsole(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
     monkeypatch.setattr(verdicts, "console_of", lambda: console)
-    made = rows(widths=[32], parametrizations=["sp"])
-    show_analysis(analyse([{**row, "horizon": tokens} for row in made for tokens in (102400, 204800)]), [], [])
+    results = rows(widths=[32], parametrizations=["sp"])
+    show_analysis(analyse([{**row, "horizon": tokens} for row in results for tokens in (102400, 204800)]), [], [])
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert "nanogpt/adamw/sp, horizon ladder at width 32, depth 4" in lines
     table = [line for line in lines if re.match(r"(tokens|102k|205k) ", line)]
@@ -174,12 +174,12 @@ def test_a_table_of_optima_fits_80_columns(rows: Callable, monkeypatch: pytest.M
 
 def test_a_comparison_names_both_variants_whole_and_its_horizon() -> None:
     lions = [tuple(name.replace("adamw", "lion") for name in label) for label in NAMES]
-    made = [
+    compared = [
         Comparison(lion, label, "width", 128, 4, Estimate(0.1, 0.0, 0.2), UNKNOWN, UNKNOWN, 4000)
         for lion, label in zip(lions, NAMES, strict=True)
     ]  # type: ignore[arg-type]
-    told = [comparison_line(one).partition(", each")[0] for one in made]
-    assert told == [
+    names = [comparison_line(comparison).partition(", each")[0] for comparison in compared]
+    assert names == [
         f"nanogpt/lion/{p} against nanogpt/adamw/{p} at width 128, depth 4, 4k tokens" for p in ("mup", "sp")
     ]
 
@@ -202,14 +202,14 @@ def test_the_target_that_is_proposed_is_on_an_axis_that_has_an_optimum(
     tmp_path: Path, rows: Callable, grid: dict, target: str | None
 ) -> None:
     sweep = plan.save(load(["experiment=smoke", f"out={tmp_path}", "sweep.search=adaptive"]), "")[0]
-    told = list(advice_on(analyse(rows(parametrizations=["mup"], **grid)), sweep))
-    assert [line.partition(" --to ")[2] for line in told] == ([] if target is None else [target])
+    advice = list(advice_on(analyse(rows(parametrizations=["mup"], **grid)), sweep))
+    assert [line.partition(" --to ")[2] for line in advice] == ([] if target is None else [target])
 
 
 def test_a_search_is_not_proposed_where_no_size_is_larger_than_the_base(tmp_path: Path, rows: Callable) -> None:
     sweep = plan.save(load(["experiment=smoke", f"out={tmp_path}"]), "")[0]
-    told = list(advice_on(analyse(rows(widths=(16, 32), parametrizations=["mup"])), sweep))
-    assert not any("sweep.search" in line for line in told)
+    advice = list(advice_on(analyse(rows(widths=(16, 32), parametrizations=["mup"])), sweep))
+    assert not any("sweep.search" in line for line in advice)
 
 
 def test_the_table_says_diverges_and_the_interval_of_a_loss(rows: Callable, capsys: pytest.CaptureFixture[str]) -> None:
