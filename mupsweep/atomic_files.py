@@ -53,6 +53,36 @@ def replace_file(path: Path, chunks: Iterable[bytes], durable: bool = True) -> N
         raise
 
 
+def create_text(path: Path, text: str) -> bool:
+    """Create `path` with its whole content; return False where it exists.
+
+    Raises:
+        RecordError: the file cannot be written.
+    """
+    temporary = temporary_beside(path)
+    try:
+        temporary.write_text(text)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            # Where NFS loses an answer it asks again, and finds the link that it made itself.
+            return temporary.stat().st_nlink > 1
+        except OSError:  # a file system without hard links
+            try:
+                with path.open("x") as file:
+                    file.write(text)
+            except FileExistsError:
+                return False
+        return True
+    except OSError as error:
+        raise RecordError(
+            f"cannot write {path}: {error.strerror}; is the sweep folder writable and the disk not full?"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def temporary_beside(path: Path) -> Path:
     """A unique name for a temporary file in the folder of `path`; no other process or host uses it."""
     return path.with_name(f".{path.name[:64]}.{uuid.uuid4().hex[:12]}.tmp")

@@ -125,7 +125,7 @@ class Drill:
         for pid, (born, until) in list(self.suspended.items()):
             if everything or time.monotonic() > until:
                 del self.suspended[pid]
-                if lease.born(pid) == born:
+                if lease.process_start_time(pid) == born:
                     os.kill(pid, signal.SIGCONT)
 
     def finish(self) -> str | None:
@@ -158,7 +158,7 @@ class Drill:
         for path in sorted((self.sweep.path / "runs").glob("*/claims")):
             newest = lease.newest(path)
             owner = (read_json(newest) if newest else None) or {"released": True}
-            if not owner.get("released") and lease.born(owner["pid"]) == owner["born"]:
+            if not owner.get("released") and lease.process_start_time(owner["pid"]) == owner["born"]:
                 found.append((RunDir(path.parent), owner["pid"]))
         return found
 
@@ -184,7 +184,10 @@ class Drill:
         chosen = self.victim()
         if chosen is None:
             return False
-        self.suspended[chosen[1]] = lease.born(chosen[1]), time.monotonic() + self.rng.uniform(0.1, SUSPENDED)
+        self.suspended[chosen[1]] = (
+            lease.process_start_time(chosen[1]),
+            time.monotonic() + self.rng.uniform(0.1, SUSPENDED),
+        )
         return _send(chosen[1], signal.SIGSTOP)
 
     def damage_checkpoint(self) -> bool:

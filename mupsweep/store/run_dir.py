@@ -16,7 +16,7 @@ from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.atomic_files import finite, read_json, write_json, write_text
 from mupsweep.errors import RecordError
 from mupsweep.store import lease
-from mupsweep.store.lease import Lease
+from mupsweep.store.lease import Holder, Lease
 
 PENDING, RUNNING, FAILED = "pending", "running", "failed"
 FINISHED = (DONE, DIVERGED)  # results; never trained again
@@ -142,26 +142,26 @@ class RunDir:
 
     def claim(self) -> Lease | None:
         """Own this run, or None where somebody alive does."""
-        return lease.take(self.claims)
+        return lease.acquire(self.claims)
 
     def is_claimed(self) -> bool:
         """Whether somebody alive owns this run."""
         newest = lease.newest(self.claims)
-        return newest is not None and not lease.is_free(newest)
+        return newest is not None and not lease.is_expired(newest)
 
-    def silence(self) -> tuple[float, str] | None:
-        """Seconds since the owner's last sign of life, and who that is; None where nobody alive owns this run."""
-        return lease.silence(self.claims)
+    def holder(self) -> Holder | None:
+        """Return who trains this run; None where nobody alive does."""
+        return lease.holder(self.claims)
 
     def is_owned_by(self, pid: int) -> bool:
         """Whether a process of this host owns this run, or owned it last."""
         newest = lease.newest(self.claims)
-        return newest is not None and lease.is_of(newest, pid)
+        return newest is not None and lease.is_owned_by(newest, pid)
 
     def is_taken_over(self, pid: int) -> bool:
         """Whether somebody else than a process of this host owns this run, or owned it last."""
         newest = lease.newest(self.claims)
-        return newest is not None and not lease.is_of(newest, pid)
+        return newest is not None and not lease.is_owned_by(newest, pid)
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -175,10 +175,10 @@ class SweepDir:
         """Held while the plan is extended, so that of two commands at once none loses the runs of the other. It is a
         claim like that of a run, since many network file systems cannot lock."""
         folder, pause = self.path / ".planning", 0.02
-        while (claim := lease.take(folder)) is None:
+        while (claim := lease.acquire(folder)) is None:
             time.sleep(pause := min(2 * pause, 1.0))
-            if 0.5 < pause < 1.0 and (owner := lease.silence(folder)):  # once, after a second
-                log.warning("waiting for %s, which plans this sweep", owner[1])
+            if 0.5 < pause < 1.0 and (holder := lease.holder(folder)):  # once, after a second
+                log.warning("waiting for %s, which plans this sweep", holder.name)
         try:
             yield claim
         finally:

@@ -21,7 +21,7 @@ def foreign(tmp_path: Path) -> Callable[..., Path]:
 
     def made(silent: float = lease.HEARTBEAT_GRACE + 1, **owner: str | None) -> Path:
         folder = tmp_path / "claims"
-        claim = lease.take(folder)
+        claim = lease.acquire(folder)
         assert claim is not None
         job = {"slurm_cluster": "here", "slurm_job": "50_3", "slurm_restarts": None}
         claim.path.write_text(json.dumps({**claim.owner, "host": "another", **job, **owner}))
@@ -40,7 +40,7 @@ def in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_claim_names_the_task_of_its_array(slurm: Fake, in_a_job: None, tmp_path: Path) -> None:
-    claim = lease.take(tmp_path / "claims")
+    claim = lease.acquire(tmp_path / "claims")
     assert claim is not None
     wanted = {"slurm_cluster": "here", "slurm_job": "50_4", "slurm_restarts": None}
     assert {key: claim.owner[key] for key in wanted} == wanted
@@ -51,17 +51,17 @@ def test_a_claim_of_a_job_that_is_over_is_taken_over_at_once(
 ) -> None:
     folder = foreign()
     slurm.queue("50_3|RUNNING|None")
-    assert lease.take(folder) is None
+    assert lease.acquire(folder) is None
     assert slurm.calls("squeue") == ["--noheader --array --format=%i|%T|%r --jobs=50_3"]
     slurm.queue()
-    assert lease.take(folder) is not None
+    assert lease.acquire(folder) is not None
 
 
 def test_a_claim_of_a_job_that_slurm_has_forgotten_is_taken_over_at_once(
     slurm: Fake, in_a_job: None, foreign: Callable[..., Path]
 ) -> None:
     slurm.write("squeue-says", "Invalid job id specified")
-    assert lease.take(foreign()) is not None
+    assert lease.acquire(foreign()) is not None
 
 
 def test_a_restarted_job_takes_over_what_it_had_on_another_node(
@@ -69,9 +69,9 @@ def test_a_restarted_job_takes_over_what_it_had_on_another_node(
 ) -> None:
     slurm.queue("50_4|RUNNING|None")
     folder = foreign(slurm_job="50_4")
-    assert lease.take(folder) is None  # another node of this very job
+    assert lease.acquire(folder) is None  # another node of this very job
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert lease.take(folder) is not None
+    assert lease.acquire(folder) is not None
     assert slurm.calls("squeue") == []
 
 
@@ -94,7 +94,7 @@ def test_a_claim_whose_job_slurm_does_not_know_is_taken_over_once_it_misses_its_
 
     clock = SimpleNamespace(time=time.time, monotonic=lambda: sum(slept), sleep=sleep)  # of claims, not of subprocess
     monkeypatch.setattr(lease, "time", clock)
-    assert (lease.take(folder) is None) == beats
+    assert (lease.acquire(folder) is None) == beats
     assert len(slept) == 5 if beats else lease.HEARTBEAT_GRACE - 2 < sum(slept) < lease.HEARTBEAT_GRACE + 1
 
 
@@ -103,11 +103,11 @@ def test_a_dead_owner_whose_jobs_number_is_another_jobs_by_now_goes_stale_like_a
 ) -> None:
     slurm.queue("50_3|RUNNING|None")
     folder = foreign()
-    assert lease.take(folder) is None
+    assert lease.acquire(folder) is None
     path = lease.newest(folder)
     assert path is not None
     os.utime(path, (0, 0))
-    assert lease.take(folder) is not None
+    assert lease.acquire(folder) is not None
 
 
 def test_a_claim_is_left_alone_where_slurm_cannot_tell(
@@ -116,16 +116,16 @@ def test_a_claim_is_left_alone_where_slurm_cannot_tell(
     slurm.queue()
     for owner in ({"slurm_cluster": "there"}, {"slurm_job": None}):
         folder = foreign(**owner)
-        assert lease.take(folder) is None
+        assert lease.acquire(folder) is None
         lease.newest(folder).unlink()  # type: ignore[union-attr]
     folder = foreign()
     (slurm.folder / "queue").unlink()
     slurm.write("squeue-says", "Unable to contact slurm controller")
-    assert lease.take(folder) is None
+    assert lease.acquire(folder) is None
     slurm.queue()
     with monkeypatch.context() as patch:
         patch.setattr(os, "getuid", lambda: os.geteuid() + 1)
-        assert lease.take(folder) is None  # somebody else's, whose jobs squeue may not show
+        assert lease.acquire(folder) is None  # somebody else's, whose jobs squeue may not show
     monkeypatch.delenv("SLURM_JOB_ID")
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID")
-    assert lease.take(folder) is None  # not a job itself: it may be on another cluster
+    assert lease.acquire(folder) is None  # not a job itself: it may be on another cluster

@@ -325,7 +325,7 @@ def test_claim_10000_comes_after_9999(run: RunDir) -> None:
 def test_a_heartbeat_that_a_server_refuses_does_not_end_the_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     claim = run.claim()
     assert claim is not None
-    claim.beat -= lease.LEASE_TIMEOUT
+    claim.last_renewal -= lease.LEASE_TIMEOUT
 
     def refuse(path: Path) -> None:
         raise OSError(116, "Stale file handle")
@@ -349,7 +349,7 @@ def test_a_heartbeat_keeps_a_claim_fresh_for_other_hosts(run: RunDir) -> None:
     os.utime(claim.path, (0, 0))
     claim.heartbeat()
     assert claim.path.stat().st_mtime == 0  # too soon after the last one: nothing is written
-    claim.beat -= lease.LEASE_TIMEOUT
+    claim.last_renewal -= lease.LEASE_TIMEOUT
     claim.heartbeat()
     assert claim.path.stat().st_mtime > 1e9
 
@@ -451,14 +451,14 @@ def test_a_lock_that_is_let_go_while_others_look_at_it_is_left_for_the_next_look
         path.unlink()
 
     folder = tmp_path / "lock"
-    for look in (lease.take, lease.silence):
-        held = lease.take(folder)
+    for look in (lease.acquire, lease.holder):
+        held = lease.acquire(folder)
         assert held is not None
         with monkeypatch.context() as patch:
             patch.setattr(lease, "read_json", let_go)  # between the list of the folder and the look into the file
             assert look(folder) is None
         assert not held.path.exists()
-    assert lease.take(folder) is not None
+    assert lease.acquire(folder) is not None
 
 
 def test_a_command_that_was_killed_while_it_planned_holds_nobody_up(tmp_path: Path) -> None:

@@ -49,12 +49,12 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
     if states and not unfinished:
         console.say(f"all planned runs have ended; what they say: mupsweep transfer {quote(str(sweep.path))}")
     for row, folder, status in states:
-        # (seconds since the last sign of life, the worker) of a worker that may hang
-        silence = folder.silence() if status["status"] == RUNNING else None
-        if silence is not None and silence[0] > SILENT_SECONDS:
+        holder = folder.holder() if status["status"] == RUNNING else None
+        if holder is not None and holder.seconds_since_heartbeat > SILENT_SECONDS:
             console.say(
-                f"silent for {silence[0] / 60:.0f} min: {row['run_id']}: its worker ({silence[1]}) lives but has not "
-                "finished a step; if that goes on, kill it and run the same command again"
+                f"silent for {holder.seconds_since_heartbeat / 60:.0f} min: {row['run_id']}: its worker "
+                f"({holder.name}) lives but has not finished a step; if that goes on, kill it and "
+                "run the same command again"
             )
         if status["status"] == FAILED:
             console.say(f"failed: {row['run_id']}: {status.get('error', '')} (see {folder.log_path})")
