@@ -26,12 +26,12 @@ def report(
 
     Example: mupsweep report sweeps/demo
     """
-    from mupsweep.launchers.driver import go_on
+    from mupsweep.launchers.driver import continue_sweep
     from mupsweep.report.generate import generate
     from mupsweep.store.sweep_dir import SweepDir
 
     try:
         if next_round:
-            go_on(SweepDir.open(sweep))
+            continue_sweep(SweepDir.open(sweep))
     finally:
         generate([SweepDir.open(sweep)], figures=figures)

@@ -1,58 +1,220 @@
-"""The loop that trains what a sweep lacks, round after round, by its launcher."""
+"""The driver: plan a round of runs, have a launcher train what is open of it, and go on while another round follows.
+
+A grid is one round. A search plans a round from the losses of the rounds before, and so does the validation of a
+target. Every command that trains calls `train_rounds`, the only loop over rounds.
+"""
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
 
+from mupsweep import data
+from mupsweep.atomic_files import write_json
+from mupsweep.errors import ConfigError
 from mupsweep.formatting import counted
+from mupsweep.launchers import Detached, Launcher
+from mupsweep.recipes import validation
+from mupsweep.report.generate import conclude_validation, generate
+from mupsweep.schema import instantiate
+from mupsweep.store import environment
+from mupsweep.store.results import read_runs
+from mupsweep.store.run_dir import FAILED, FINISHED, PENDING
+from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep import plan
+from mupsweep.sweep.config import GRID, SweepConfig, from_tree
+from mupsweep.sweep.run_spec import RunSpec
 
-if TYPE_CHECKING:
-    from mupsweep.launchers import Launcher
-    from mupsweep.store.sweep_dir import SweepDir
-    from mupsweep.sweep.run_spec import RunSpec
+DRIFTS_EXIT_CODE = 3  # under --strict
 
 
-def train(launcher: Launcher, sweep: SweepDir, runs: list[RunSpec]) -> bool:
-    """Launch the open runs; False if the user stopped them."""
-    from mupsweep.atomic_files import write_json
-    from mupsweep.store import environment
-    from mupsweep.store.run_dir import FAILED, FINISHED, PENDING
-    from mupsweep.sweep.plan import corpus_remarks
+@dataclass(frozen=True)
+class Outcome:
+    """How the rounds of a command ended.
 
-    if not runs:
-        return True
+    Attributes:
+        runs: the runs of the last round, with those that were trained before.
+        stopped: whether the user stopped the training.
+        submitted: whether a scheduler trains the runs, after this command has ended.
+    """
+
+    runs: Sequence[RunSpec]
+    stopped: bool = False
+    submitted: bool = False
+
+
+def run_sweep(config: SweepConfig, command: str, as_json: bool = False, strict: bool = False) -> int:
+    """Train a sweep round by round, write its report and return the exit code of `mupsweep run`.
+
+    Args:
+        config: the choices, the grid and the launcher.
+        command: the command line, kept in the sweep's config.yaml.
+        as_json: whether stdout is kept for the report's JSON.
+        strict: whether a verdict "drifts" has an exit code of its own.
+    """
+    launcher = instantiate(config.launcher, "launcher")
+    sweep, first_round = folder_of(config), None
+    if not sweep.path.exists():
+        first_round = plan.plan(config)
+        prepare(first_round)  # a corpus that cannot be used leaves no folder behind
+    with _stdout_kept(as_json):
+        outcome = train_rounds(launcher, sweep, _rounds(config, command, sweep, first_round))
+    if outcome.submitted:  # a job goes on with the search, or writes the report, when the arrays have ended
+        if as_json:
+            print(json.dumps({"jobs": sweep.read_jobs()}))
+        return 0
+    verdicts = generate([sweep], as_json=as_json)
+    return exit_code(sweep, outcome, strict and "drifts" in verdicts)
+
+
+def preview(config: SweepConfig, command: str) -> None:
+    """Plan a sweep, then write and print the job scripts that a detached launcher would submit.
+
+    Raises:
+        ConfigError: the launcher writes none.
+    """
+    launcher: Launcher = instantiate(config.launcher, "launcher")
+    if not isinstance(launcher, Detached):
+        raise ConfigError(f"--dry-run: launcher={launcher.name} writes no job scripts; mupsweep plan shows the runs")
+    sweep, runs = plan.save(config, command)
+    launcher.preview(sweep, [run.run_id for run in open_runs(sweep, runs)])
+
+
+def continue_sweep(sweep: SweepDir) -> None:
+    """Train the next round of a search by the sweep's launcher, where its last round is finished and one follows."""
+    config = from_tree(sweep.read_config())
+    if config.sweep.search == GRID:
+        return
+    if unfinished := sum(sweep.run(row["run_id"]).is_open() for row in sweep.read_plan()):
+        n_runs = counted(unfinished, "run")
+        print(f"the search stops here: {n_runs} not finished; the command that made the sweep goes on")
+        return
+    _, runs = plan.save(config, "mupsweep run " + shlex.join(config.overrides), sweep)
+    train_rounds(instantiate(config.launcher, "launcher"), sweep, [runs])
+
+
+def train_target(
+    sweep: SweepDir,
+    target: Mapping[str, int],
+    optimizer: str | None,
+    parametrization: str | None,
+    as_json: bool = False,
+    strict: bool = False,
+) -> int:
+    """Train what the validation of a target needs, judge the transferred LR there and return the exit code.
+
+    Args:
+        sweep: the sweep of the smaller sizes, to which the runs of the target are added.
+        target: width and depth of the target.
+        optimizer: its name, where others are left out.
+        parametrization: its name, where others are left out.
+        as_json: whether stdout is kept for the report's JSON.
+        strict: whether a verdict "drifts" has an exit code of its own.
+    """
+    launcher = instantiate(from_tree(sweep.read_config()).launcher, "launcher")
+    trials = validation.trials(sweep, target, optimizer, parametrization)
+    with _stdout_kept(as_json):
+        outcome = train_rounds(launcher, sweep, _validation_rounds(sweep, trials))
+        if outcome.submitted:
+            print(f"the same command goes on when the jobs have ended; see mupsweep status {sweep.path}")
+            return 0
+    verdicts = generate([sweep], as_json=as_json, optimizer=optimizer, parametrization=parametrization)
+    conclude_validation(sweep, trials, as_json)
+    return exit_code(sweep, outcome, strict and "drifts" in verdicts)
+
+
+def train_rounds(launcher: Launcher, sweep: SweepDir, rounds: Iterable[Sequence[RunSpec]]) -> Outcome:
+    """Train the open runs of every round, until a round has none, is not finished or is handed to a scheduler."""
+    runs: Sequence[RunSpec] = ()
+    for runs in rounds:
+        remaining = open_runs(sweep, runs)
+        if not remaining:
+            break
+        finished = train(launcher, sweep, remaining)
+        if isinstance(launcher, Detached):
+            return Outcome(runs, submitted=True)
+        if not finished:
+            return Outcome(runs, stopped=True)
+        if open_runs(sweep, remaining):  # some failed or are another process's: the next round needs their losses
+            break
+    return Outcome(runs)
+
+
+def train(launcher: Launcher, sweep: SweepDir, runs: Sequence[RunSpec]) -> bool:
+    """Have a launcher train some runs of a sweep; False if the user stopped it."""
     write_json(sweep.environment_path, environment.describe())
     prepare(runs)
-    for remark in corpus_remarks(runs):
+    for remark in plan.corpus_remarks(runs):
         print(f"note: {remark}", file=sys.stderr)
-    for spec in runs:  # what failed before gets another try, and what finished but has lost its summary
-        folder = sweep.run(spec.run_id)
+    # A run that failed gets another try, and so does one that finished but has lost its summary.
+    for run in runs:
+        folder = sweep.run(run.run_id)
         if folder.status()["status"] in (FAILED, *FINISHED) and not folder.is_claimed():
             folder.write_status(PENDING, durable=False)
-    return launcher.launch(sweep, [spec.run_id for spec in runs])
+    return launcher.launch(sweep, [run.run_id for run in runs])
 
 
-def prepare(runs: list[RunSpec]) -> None:
-    """Encode the corpus of some runs, if that was not done before."""
-    from mupsweep import data
-
-    corpus = data.prepare(runs[0].resolved.variant.data, progress=lambda line: print(line, file=sys.stderr))
-    for context, batch in {(run.size.context, run.resolved.training.batch_size) for run in runs}:
+def prepare(runs: Sequence[RunSpec]) -> None:
+    """Encode the corpus of some runs, unless that was done before, and check that it is large enough for them."""
+    corpus = data.prepare(runs[0].recipe.variant.data, progress=lambda line: print(line, file=sys.stderr))
+    for context, batch in {(run.size.context, run.recipe.training.batch_size) for run in runs}:
         corpus.require(context, batch)
 
 
-def go_on(sweep: SweepDir) -> None:
-    """Train the next round of a search by the sweep's launcher, where its last round is finished and it wants one."""
-    from mupsweep.schema import instantiate
-    from mupsweep.sweep import config, plan
+def open_runs(sweep: SweepDir, runs: Iterable[RunSpec]) -> list[RunSpec]:
+    """Return the runs that still need training."""
+    return [run for run in runs if sweep.run(run.run_id).is_open()]
 
-    chosen = config.from_tree(sweep.read_config())
-    if chosen.sweep.search == config.GRID:
-        return
-    if left := sum(sweep.run(row["run_id"]).is_open() for row in sweep.read_plan()):
-        print(f"the search stops here: {counted(left, 'run')} not finished; the command that made the sweep goes on")
-        return
-    _, runs = plan.save(chosen, "mupsweep run " + shlex.join(chosen.overrides), sweep)
-    train(instantiate(chosen.launcher, "launcher"), sweep, [r for r in runs if sweep.run(r.run_id).is_open()])
+
+def folder_of(config: SweepConfig) -> SweepDir:
+    """Return the folder that a config's sweep has, or will have."""
+    return SweepDir(Path(config.out) / plan.sweep_name(config))
+
+
+def exit_code(sweep: SweepDir, outcome: Outcome, drifts: bool) -> int:
+    """Return 130 when stopped, 1 when some runs are not finished, 3 for a drift under --strict, else 0; say why."""
+    if outcome.stopped:
+        print(f"stopped; go on with the same command: the sweep is in {sweep.path}", file=sys.stderr)
+        return 130
+    failed = [run for run in outcome.runs if sweep.run(run.run_id).status()["status"] == FAILED]
+    if failed:
+        first = sweep.run(failed[0].run_id)
+        print(
+            f"{counted(len(failed), 'run')} failed, the first is {first.run_id} (see {first.log_path}); "
+            "run the same command to retry",
+            file=sys.stderr,
+        )
+        return 1
+    if unfinished := len(open_runs(sweep, outcome.runs)):
+        n_runs = counted(unfinished, "run")
+        print(f"another process still trains {n_runs}; see mupsweep status {sweep.path}", file=sys.stderr)
+        return 1
+    return DRIFTS_EXIT_CODE if drifts else 0
+
+
+def _rounds(
+    config: SweepConfig, command: str, sweep: SweepDir, first_round: Sequence[RunSpec] | None
+) -> Iterator[Sequence[RunSpec]]:
+    """Plan the one round of a grid, or the rounds of a search, each when the one before has been trained."""
+    while True:
+        _, runs = plan.save(config, command, sweep, first_round)
+        yield runs
+        if config.sweep.search == GRID:
+            return
+
+
+def _validation_rounds(sweep: SweepDir, trials: Sequence[validation.Trial]) -> Iterator[Sequence[RunSpec]]:
+    """Plan the LRs of every trial that the losses so far ask for, each round when the one before has been trained."""
+    while True:
+        rows = read_runs([sweep])
+        yield [run for trial in trials for run in validation.extend(sweep, trial, rows)]
+
+
+def _stdout_kept(as_json: bool) -> AbstractContextManager[object]:
+    """Send what is printed meanwhile to stderr, so that scripts find nothing but the JSON on stdout."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()

@@ -304,21 +304,21 @@ def test_a_recipe_is_printed_and_written_for_a_target(cli: Callable[..., tuple[i
 
 
 def test_a_sweep_with_a_failed_run_exits_with_1_and_names_its_log(cli: Callable[..., tuple[int, str, str]]) -> None:
-    from mupsweep.cli.run import exit_code
+    from mupsweep.launchers.driver import Outcome, exit_code
 
     sweep, runs = plan.save(load([SMOKE]), "")
     for run in runs:
         trained(sweep, run.run_id, 3.0)
-    assert exit_code(sweep, runs, finished=True, drifts=False) == 0
+    assert exit_code(sweep, Outcome(runs), drifts=False) == 0
     sweep.run(runs[0].run_id).write_status(FAILED, error="ouch")
-    assert exit_code(sweep, runs, finished=True, drifts=True) == 1
-    assert exit_code(sweep, runs, finished=False, drifts=True) == 130
+    assert exit_code(sweep, Outcome(runs), drifts=True) == 1
+    assert exit_code(sweep, Outcome(runs, stopped=True), drifts=True) == 130
     code, out, _ = cli("status", str(sweep.path), "--json")
     assert (code, json.loads(out)["totals"]["failed"]) == (0, 1)
 
 
 def test_a_run_that_another_command_still_trains_is_not_called_finished() -> None:
-    from mupsweep.cli.run import exit_code
+    from mupsweep.launchers.driver import Outcome, exit_code
 
     sweep, runs = plan.save(load([SMOKE]), "")
     for run in runs[1:]:
@@ -327,7 +327,7 @@ def test_a_run_that_another_command_still_trains_is_not_called_finished() -> Non
     folder.path.mkdir(parents=True)
     assert folder.claim() is not None
     folder.write_status(RUNNING, step=3, steps=30)
-    assert exit_code(sweep, runs, finished=True, drifts=False) != 0
+    assert exit_code(sweep, Outcome(runs), drifts=False) != 0
 
 
 def test_ctrl_c_while_a_command_reads_exits_with_130_and_no_traceback() -> None:

@@ -63,7 +63,7 @@ def work(sweep: SweepDir, start: Any, answer: Path) -> None:
 
     plan_of, plan.load, worker.execute_run = plan.load, load_and_wait, note
     with LiveTracker(sweep) as tracker:
-        worker.lead(sweep, (), torch.device("cpu"), StopSignal(), worker.SINGLE_PROCESS, lambda: None, tracker)
+        worker.run_main(sweep, (), torch.device("cpu"), StopSignal(), worker.SINGLE_PROCESS, lambda: None, tracker)
     answer.write_text(json.dumps({"taken": taken, "calls": dict(calls), "listed": dict(listed)}))
 
 
@@ -77,7 +77,8 @@ def led(sweep: SweepDir, monkeypatch: pytest.MonkeyPatch, stop: StopSignal) -> t
 
     monkeypatch.setattr(worker, "execute_run", note)
     with LiveTracker(sweep) as tracker:
-        return worker.lead(sweep, (), torch.device("cpu"), stop, worker.SINGLE_PROCESS, lambda: None, tracker), taken
+        done = worker.run_main(sweep, (), torch.device("cpu"), stop, worker.SINGLE_PROCESS, lambda: None, tracker)
+    return done, taken
 
 
 def test_a_run_that_two_workers_died_of_is_trained_after_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
