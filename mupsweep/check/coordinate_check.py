@@ -59,7 +59,7 @@ def check(chosen: SweepConfig) -> Iterator[Coordinates]:
 
 def use_threads(chosen: SweepConfig) -> None:
     """As many as a worker would: on models this small several threads mostly wait for one another."""
-    torch.set_num_threads(int(chosen.launcher.get("threads", 1)))
+    torch.set_num_threads(chosen.launcher_options.threads)
 
 
 def coordinates_of(variant: Variant, grid: GridConfig, log2_lr: float) -> Coordinates:

@@ -21,10 +21,10 @@ def rules(
 
     Example: mupsweep rules optimizer=muon_kimi parametrization=sp,spectral 'sweep.width_ratios=[1,4]'
     """
-    from mupsweep.report.terminal.published_tables import show_papers
+    if papers:
+        from mupsweep.report.terminal.published_tables import show_papers  # imports torch
+
+        return show_papers(as_json=json)
     from mupsweep.sweep.config import load
 
-    if papers:
-        show_papers(as_json=json)
-    else:
-        show_rules(load(overrides or (), config_dir), as_json=json, per_tensor=tensors)
+    show_rules(load(overrides or (), config_dir), as_json=json, per_tensor=tensors)

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from mupsweep.analysis.labels import LARGEST_LOG2_LR, HyperparameterOverride, Label
@@ -22,6 +23,7 @@ from mupsweep.sweep.compose import COMPARABLE, compose, split_overrides
 from mupsweep.sweep.compose import choices as choices
 from mupsweep.sweep.compose import config_root as config_root
 from mupsweep.sweep.hyperparameters import expand
+from mupsweep.sweep.launcher_options import LauncherOptions
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -209,6 +211,11 @@ class SweepConfig:
     out: str = "sweeps"
     allow_imports: bool = False
     overrides: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def launcher_options(self) -> LauncherOptions:
+        """The options of the launcher that planning needs."""
+        return LauncherOptions.parse(self.launcher)
 
 
 def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> SweepConfig:

@@ -33,8 +33,8 @@ def plan(config: SweepConfig, finished: Iterable[Mapping[str, Any]] = ()) -> lis
     """
     grid = config.sweep
     for variant in config.variants:
-        check_batch_shares(variant.training, config.launcher)
-    resolved = [resolve(variant, config.launcher) for variant in config.variants]
+        check_batch_shares(variant.training, config.launcher_options)
+    resolved = [resolve(variant, config.launcher_options) for variant in config.variants]
     check_size_overrides(resolved, config)
     if grid.search != GRID:
         return _longest_first(_search_round(resolved, grid, list(finished)))
@@ -157,7 +157,7 @@ def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:
     by_digest: dict[str, ResolvedVariant] = {}
     if to_train:
         for variant in variants.values():
-            resolved = resolve(variant, config.launcher)
+            resolved = resolve(variant, config.launcher_options)
             by_digest[resolved.digest] = resolved
 
     @cache
@@ -170,7 +170,7 @@ def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:
         row = rows.pop()
         digest = row["variant"]
         if not to_train and digest not in by_digest and label_of(row) in variants:
-            by_digest[digest] = resolve(variants[label_of(row)], config.launcher, digest)
+            by_digest[digest] = resolve(variants[label_of(row)], config.launcher_options, digest)
         if digest not in by_digest:
             where = {variant.data.path or variant.data.name for variant in config.variants}
             raise RecordError(

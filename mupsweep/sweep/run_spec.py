@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from mupsweep.scaling import WEIGHT_DECAY_RULES, Parametrization, Role
 from mupsweep.schema import instantiate
 from mupsweep.sweep.config import SweepConfig, TrainingConfig, Variant
 from mupsweep.sweep.cost import Cost, estimate
+from mupsweep.sweep.launcher_options import LauncherOptions
 from mupsweep.sweep.run_identity import digest_of
 
 VOCAB_MULTIPLE = 64  # the vocabulary is padded to this, as nanoGPT pads 50257 to 50304: aligned matrix products
@@ -39,7 +40,7 @@ class ResolvedVariant:
 
     Attributes:
         digest: identifies the variant by everything that decides what its runs compute (`digest_of`).
-        launcher: the sweep's launcher section, which says how many devices share a run.
+        launcher: options of the sweep's launcher, which say how many devices share a run.
     """
 
     variant: Variant
@@ -47,7 +48,7 @@ class ResolvedVariant:
     optimizer: Optimizer
     parametrization: Parametrization
     digest: str
-    launcher: Mapping[str, Any] = field(default_factory=dict)
+    launcher: LauncherOptions = field(default_factory=LauncherOptions)
 
     @cached_property
     def optimizers(self) -> tuple[ScaledOptimizer, ...]:
@@ -93,10 +94,16 @@ class ResolvedVariant:
         """The FLOPs, tokens, parameters and memory of one run at `size`."""
         tensors, training = list(self.model.tensors(size)), self.training
         state = sum(self.optimizer_for(t.role).optimizer.state_size(t.dims) for t in tensors if t.tied_to is None)
-        launcher = {**self.launcher, **(self.launcher.get("sizes") or {}).get(size.name, {})}
-        devices, shard = int(launcher.get("devices_per_run", 1)), bool(launcher.get("shard", False))
+        options = self.launcher.for_size(size.name)
         return estimate(
-            tensors, size, self.trained_steps, training.batch_size, training.micro_batch, state, devices, shard
+            tensors,
+            size,
+            self.trained_steps,
+            training.batch_size,
+            training.micro_batch,
+            state,
+            options.devices_per_run,
+            options.shard,
         )
 
     def least_memory(self, size: Size, devices: int | None = None) -> float:
@@ -106,7 +113,9 @@ class ResolvedVariant:
             devices: how many devices divide its state; None for what the launcher says.
         """
         training = replace(self.training, micro_batch=1)
-        launcher = self.launcher if devices is None else {"devices_per_run": devices, "shard": devices > 1}
+        launcher = self.launcher
+        if devices is not None:
+            launcher = LauncherOptions(devices_per_run=devices, shard=devices > 1)
         return replace(self, variant=replace(self.variant, training=training), launcher=launcher).cost(size).memory
 
 
@@ -154,11 +163,11 @@ class RunSpec:
         }
 
 
-def resolve(variant: Variant, launcher: Mapping[str, Any] | None = None, digest: str | None = None) -> ResolvedVariant:
+def resolve(variant: Variant, launcher: LauncherOptions | None = None, digest: str | None = None) -> ResolvedVariant:
     """The objects that a variant describes, after a check that its settings fit together.
 
     Args:
-        launcher: the sweep's launcher section.
+        launcher: options of the sweep's launcher; None stands for one device per run.
         digest: the variant's digest, where it is known; without it the corpus is read to compute the digest.
 
     Raises:
@@ -170,7 +179,7 @@ def resolve(variant: Variant, launcher: Mapping[str, Any] | None = None, digest:
         optimizer=instantiate(variant.optimizer, "optimizer"),
         parametrization=instantiate(variant.parametrization, "parametrization"),
         digest=digest or digest_of(variant),
-        launcher=launcher or {},
+        launcher=launcher or LauncherOptions(),
     )
     training, steps = resolved.training, resolved.steps
     warmup = training.warmup_steps(steps)
@@ -191,11 +200,10 @@ def resolve(variant: Variant, launcher: Mapping[str, Any] | None = None, digest:
     return resolved
 
 
-def check_batch_shares(training: TrainingConfig, launcher: Mapping[str, Any]) -> None:
+def check_batch_shares(training: TrainingConfig, launcher: LauncherOptions) -> None:
     """Refuse a number of devices per run that does not divide the batch."""
-    sections = {"launcher": launcher} | {f"launcher.sizes.{k}": v for k, v in (launcher.get("sizes") or {}).items()}
-    for where, section in sections.items():
-        devices = int(section.get("devices_per_run", 1))
+    for where, options in launcher.sections():
+        devices = options.devices_per_run
         if training.batch_size % devices:
             raise ConfigError(
                 f"training.batch_size={training.batch_size} cannot be divided among {where}.devices_per_run={devices}: "
@@ -206,7 +214,7 @@ def check_batch_shares(training: TrainingConfig, launcher: Mapping[str, Any]) ->
 def check_size_overrides(resolved: Sequence[ResolvedVariant], config: SweepConfig) -> None:
     """Refuse launcher.sizes for a size that the sweep does not have."""
     sizes = {one.size(*ratios).name for one in resolved for ratios in config.sweep.ratios}
-    for name in config.launcher.get("sizes") or ():
+    for name in config.launcher_options.sizes:
         if name not in sizes:
             raise ConfigError(f"launcher.sizes.{name}: the sweep has no such size; {nearest(name, sizes)}")
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mupsweep.store.run_dir import PENDING
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import GRID, SweepConfig, from_tree
 from mupsweep.sweep.cost import FLOPS_PER_SECOND
+from mupsweep.sweep.launcher_options import LauncherOptions
 from mupsweep.sweep.plan import corpus_remarks, load, next_round, plan, sweep_name
 from mupsweep.sweep.run_identity import digest_of, refuse_namesakes
 from mupsweep.sweep.run_spec import RunSpec, resolve
@@ -42,7 +43,7 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
     status = {r.run_id: sweep.run(r.run_id).status()["status"] if exists else PENDING for r in runs}
     open_runs = [r for r in runs if status[r.run_id] not in (DONE, DIVERGED)]
     device = accelerator()
-    lanes = _cpu_lanes(config.launcher) if device == "cpu" else 1
+    lanes = _cpu_lanes(config.launcher_options) if device == "cpu" else 1
     seconds = sum(r.cost.seconds(r.resolved.steps, device) for r in open_runs) / lanes
     if as_json:
         print(json.dumps(_document(runs, status, seconds, config.sweep.search)))
@@ -126,12 +127,11 @@ def _grid_text(runs: Sequence[RunSpec]) -> str:
     return f"base LRs: {len(lrs)}, {numbers} ({octaves}); seeds: {seeds}"
 
 
-def _cpu_lanes(launcher: Mapping[str, Any]) -> int:
-    """How many runs a launcher trains at once on the cores of this machine: one, except for the local launcher."""
-    if launcher.get("name") != "local":
+def _cpu_lanes(launcher: LauncherOptions) -> int:
+    """Return how many runs a launcher trains at once on the cores of this machine; only the local one has workers."""
+    if launcher.name != "local":
         return 1
-    width = int(launcher.get("threads", 1)) * int(launcher.get("devices_per_run", 1))
-    return int(launcher.get("slots_per_device") or max(1, cores() // width))
+    return launcher.slots_per_device or max(1, cores() // (launcher.threads * launcher.devices_per_run))
 
 
 def _search_remark(config: SweepConfig, first: bool) -> str:
