@@ -24,7 +24,8 @@ def rules(
     if papers:
         from mupsweep.report.terminal.published_tables import show_papers  # imports torch
 
-        return show_papers(as_json=json)
-    from mupsweep.sweep.config import load
+        show_papers(as_json=json)
+    else:
+        from mupsweep.sweep.config import load
 
-    show_rules(load(overrides or (), config_dir), as_json=json, per_tensor=tensors)
+        show_rules(load(overrides or (), config_dir), as_json=json, per_tensor=tensors)

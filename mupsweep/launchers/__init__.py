@@ -1,7 +1,8 @@
 """Launchers decide where runs are trained, and nothing else: one file and one yaml each.
 
-A launcher starts workers on a sweep folder and waits for them, or has a scheduler do so. The workers share the runs out
-among themselves by claiming them, so a launcher knows nothing of training, and two launchers on one sweep do no harm.
+A launcher starts workers on a sweep folder and waits for them, or has a scheduler do so. Each worker acquires the lease
+of a run before it trains it, so a launcher needs to know nothing of training, and two launchers on one sweep do no
+harm.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from mupsweep.training.signals import MOST_THREADS
 
 
 class Launcher(Protocol):
-    """A dataclass under `launchers/`; its fields are the keys of its yaml."""
+    """Where runs are trained: a dataclass whose fields are the keys of its yaml."""
 
     @property
     def name(self) -> str: ...
 
     def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
-        """Train the named runs, longest first. False if the user stopped it; what is finished is recorded."""
+        """Train the named runs, longest first; return False if the user stopped it. Finished runs are recorded."""
         ...
 
 
 @runtime_checkable
 class Detached(Launcher, Protocol):
-    """A launcher that hands the runs, and the analysis after them, to a scheduler and does not wait."""
+    """A launcher that hands the runs, and the analysis after them, to a scheduler and does not wait for either."""
 
     def preview(self, sweep: SweepDir, run_ids: Sequence[str]) -> None:
         """Write and print the scripts that `launch` would submit."""
@@ -35,7 +36,7 @@ class Detached(Launcher, Protocol):
 
 
 def check_counts(launcher: Any, *keys: str, least: int = 1) -> None:
-    """Refuse counts below `least`, and more threads than any machine has.
+    """Refuse counts below `least`, and more threads than a process may have.
 
     Raises:
         ConfigError: naming the key.

@@ -16,6 +16,7 @@ class Inline:
     """One run after the other in this process, for debugging.
 
     Attributes:
+        name: of the launcher.
         device: a torch device, or "auto".
         threads: CPU threads.
     """
@@ -28,12 +29,13 @@ class Inline:
         check_counts(self, "threads")
 
     def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
+        """Train the runs one after the other; return False if the user stopped it."""
         from mupsweep.training.worker import execute
 
         stop = StopSignal.install()
         try:
             with Progress(sweep) as progress:
-                done = execute(sweep, run_ids, self.device, self.threads, progress.refresh, stop=stop)
-            return done and not stop.signalled
+                all_taken = execute(sweep, run_ids, self.device, self.threads, progress.refresh, stop=stop)
+            return all_taken and not stop.signalled
         finally:
-            interrupt_on_stop()  # nobody looks at the flag any more
+            interrupt_on_stop()  # nothing reads the flag from here on

@@ -1,4 +1,4 @@
-"""The text of job scripts: pure functions of what goes into them. Every word is quoted and every option checked."""
+"""The text of job scripts, by pure functions. Every argument is quoted and every option checked."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from mupsweep.errors import ConfigError
 from mupsweep.formatting import duration
 from mupsweep.store.lease import MAX_WORKER_DEATHS
 
-VALUE = re.compile(r"[\w.,:@+=/*&|()\[\]!%~^][\w.,:@+=/*&|()\[\]!%~^-]*", re.ASCII)  # no blank, quote or further option
+VALUE = re.compile(
+    r"[\w.,:@+=/*&|()\[\]!%~^][\w.,:@+=/*&|()\[\]!%~^-]*", re.ASCII
+)  # one argument: no blank, no quote, no leading dash
 OPTION = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(=(?P<value>.*))?", re.DOTALL)
-OURS = (  # what the script relies on
+RESERVED_OPTIONS = (  # the script relies on its own values of these
     "array",
     "chdir",
     "dependency",
@@ -33,11 +35,11 @@ OURS = (  # what the script relies on
 
 @dataclass(frozen=True)
 class Task:
-    """What one task of a job array trains.
+    """The runs of one task of a job array.
 
     Attributes:
-        run_ids: in the order in which its workers take them.
-        seconds: roughly, on one worker.
+        run_ids: the runs, in the order in which the task's workers take them.
+        seconds: how long the task takes, roughly.
     """
 
     run_ids: tuple[str, ...]
@@ -49,12 +51,12 @@ class Worker:
     """How a task starts its workers, one process per device.
 
     Attributes:
-        command: up to and with the sweep's folder; run ids, the device and the threads follow.
-        devices: torch devices, or some separated by commas; one that stands there twice gets two workers.
-        threads: CPU threads each.
+        command: the command line up to the sweep's folder; run ids, the device and the threads follow.
+        devices: the device of every worker, or its devices separated by commas; a device listed twice has two workers.
+        threads: CPU threads of each process.
         shard: whether devices that train a run together divide its state.
-        nodes: that train each run together; `devices` then has one entry, the devices of each node.
-        cpus: of each process, where there are several nodes.
+        nodes: how many nodes train each run together; with several, `devices` has one entry, the devices of each node.
+        cpus: CPUs of each process, where there are several nodes.
     """
 
     command: tuple[str, ...]
@@ -68,7 +70,7 @@ class Worker:
 def array_script(
     header: Sequence[str], setup: Sequence[str], tasks: Sequence[Task], worker: Worker, restarts: int
 ) -> str:
-    """A job array with one task per bundle of runs, each of which may go on after `restarts` time limits."""
+    """Return the script of a job array: one task per bundle of runs, requeued after up to `restarts` time limits."""
     command = f'{shlex.join(worker.command)} "${{runs[@]}}" --device "$1" --threads {worker.threads}'
     command += " --shard" * worker.shard
     start = f"train() {{ exec {command}; }}"
@@ -89,7 +91,7 @@ def array_script(
             *setup,
             "",
             'case "$SLURM_ARRAY_TASK_ID" in',
-            *(f"{i}) runs=({shlex.join(task.run_ids)}) ;;  # {_length(task)}" for i, task in enumerate(tasks)),
+            *(f"{i}) runs=({shlex.join(task.run_ids)}) ;;  # {_summary(task)}" for i, task in enumerate(tasks)),
             '*) echo "no task $SLURM_ARRAY_TASK_ID in this script" >&2; exit 2 ;;',
             "esac",
             'echo "$(date +%FT%T) on $(hostname), GPUs: ${CUDA_VISIBLE_DEVICES:-none}: ${runs[*]}"',
@@ -172,18 +174,18 @@ exit "$worst"
 
 
 def analysis_script(header: Sequence[str], setup: Sequence[str], command: Sequence[str]) -> str:
-    """The job that analyses the sweep after its arrays."""
+    """Return the script of the job that analyses the sweep after its arrays."""
     return "\n".join([*header, "set -e", *setup, "", shlex.join(command), ""])
 
 
 def header(comment: Sequence[str], options: Sequence[str], login: bool) -> list[str]:
-    """The script's first lines: the shell (a login shell, for `module`, where asked), comments, #SBATCH options."""
+    """Return the first lines of a script: the shell (a login shell for `module`), comments and #SBATCH options."""
     shell = "#!/bin/bash -l" if login else "#!/bin/bash"
     return [shell, *(f"# {line}" for line in comment), *(f"#SBATCH {quoted(option)}" for option in options)]
 
 
 def quoted(option: str) -> str:
-    """--name=value with the value quoted as for a shell, which is how sbatch reads it too; a path may be anything."""
+    """Quote the value of --name=value as for a shell, which is how sbatch reads it too; a path may hold anything."""
     if not option.isprintable():
         raise ConfigError(f"{option!r} would be more than one line of a job script")
     name, equals, value = option.partition("=")
@@ -191,10 +193,10 @@ def quoted(option: str) -> str:
 
 
 def file_pattern(folder: Path, name: str) -> str:
-    """A file for --output; Slurm fills in %A and the like in `name`, and leaves the folder alone.
+    """Return the value of --output; Slurm replaces %A and the like in `name`, but not in the folder.
 
     Raises:
-        ConfigError: a folder that Slurm cannot be told.
+        ConfigError: a folder that no job script can name.
     """
     if "\\" in str(folder):
         raise ConfigError(f"{folder}: Slurm takes no path with a backslash; choose another out=DIR")
@@ -202,29 +204,30 @@ def file_pattern(folder: Path, name: str) -> str:
 
 
 def checked_value(value: str, key: str) -> str:
-    """An option's value, refused where it could be read as anything else."""
+    """Return an option's value, refused where sbatch could read it as anything else."""
     if not VALUE.fullmatch(value):
         raise ConfigError(f"{key}={value!r}: expected one word for sbatch, without blanks, quotes or a leading dash")
     return value
 
 
 def checked_option(option: str, key: str) -> str:
-    """An option given whole, such as --exclusive or --nice=100."""
+    """Return an option given whole, such as --exclusive or --nice=100, refused where it is none or reserved."""
     match = OPTION.fullmatch(option)
     if match is None or (match["value"] is not None and not VALUE.fullmatch(match["value"])):
         raise ConfigError(f"{key}: {option!r} is no single option of sbatch; write --name or --name=value, long names")
-    if match["name"] in OURS:
+    if match["name"] in RESERVED_OPTIONS:
         raise ConfigError(f"{key}: --{match['name']} is set by mupsweep, whose scripts rely on it")
     return option
 
 
 def checked_line(line: str, key: str) -> str:
-    """A line of shell code."""
+    """Return a line of shell code, refused where it is several."""
     if not line.isprintable():
         raise ConfigError(f"{key}: {line!r} is not one line; give a list with an entry per line")
     return line
 
 
-def _length(task: Task) -> str:
+def _summary(task: Task) -> str:
+    """Return the comment beside a task: how many runs it has and how long it takes."""
     count = len(task.run_ids)
     return f"{count} run{'s' * (count > 1)}, roughly {duration(task.seconds)}"

@@ -1,4 +1,4 @@
-"""What some sizes need and others do not: `launcher.sizes` gives keys of a launcher other values for named sizes."""
+"""Overrides by size: `launcher.sizes` gives keys of a launcher other values for the sizes that it names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mupsweep.schema import to_dataclass
 L = TypeVar("L")
 
 WHERE = "launcher.sizes"
-OF_ALL = ("name", "sizes", "analysis_options")  # the same for every size
+COMMON_KEYS = ("name", "sizes", "analysis_options")  # a size cannot have its own
 
 
 def check(launcher: Any) -> None:
-    """Refuse values that a launcher would not take.
+    """Refuse overrides of keys or values that the launcher does not take.
 
     Raises:
         ConfigError: naming the size and the key.
@@ -27,13 +27,13 @@ def check(launcher: Any) -> None:
             f"{WHERE}={launcher.sizes}: expected keys for sizes, such as {{w512-d4:{{devices_per_run:2}}}}"
         )
     for size, values in launcher.sizes.items():
-        if shared := [key for key in OF_ALL if key in values]:
+        if shared := [key for key in COMMON_KEYS if key in values]:
             raise ConfigError(f"{WHERE}.{size}.{shared[0]}: it is the same for all sizes; set launcher.{shared[0]}")
         for_size(launcher, size)
 
 
 def for_size(launcher: L, size: str) -> L:
-    """The launcher that a size's runs are given to."""
+    """Return the launcher with the overrides of a size."""
     values = (launcher.sizes or {}).get(size)  # type: ignore[attr-defined]
     if not values:
         return launcher

@@ -1,1 +1,1 @@
-"""What a sweep keeps on disk: records, results and leases, and the environment they were made in."""
+"""What a sweep keeps on disk: records, results, leases, and the environment in which they were made."""

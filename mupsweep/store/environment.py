@@ -1,4 +1,4 @@
-"""The environment of a sweep: code, packages and machine, as far as they decide results; no secrets."""
+"""The environment of a sweep: code, packages and machine, as far as results depend on them; no secrets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "numpy", "scipy", "hydra-core", "omegaconf", "tiktoken", "p
 
 
 def describe() -> dict[str, Any]:
-    """What environment.json holds."""
+    """Return the content of environment.json."""
     return {
         "mupsweep": mupsweep.__version__,
         "git": _git(Path(mupsweep.__file__).parent),
@@ -32,19 +32,19 @@ def describe() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def accelerator() -> str:
-    """The kind of device that this machine seems to have, told without importing torch: cuda, mps or cpu."""
+    """Return the kind of device that this machine seems to have, without importing torch: cuda, mps or cpu."""
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return "mps"
     return "cuda" if any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")) else "cpu"
 
 
 def find_devices() -> list[str]:
-    """Every accelerator that torch sees, else the CPU; torch is imported only where there might be one."""
+    """Return every accelerator that torch sees, else the CPU; torch is imported only where there might be one."""
     if accelerator() == "cpu":
         return ["cpu"]
     import torch
@@ -53,14 +53,14 @@ def find_devices() -> list[str]:
         return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         return ["mps"]
-    if os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):  # by which users hide them
-        _tell_unseen(torch.__version__)
+    if os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):  # users hide GPUs by these values
+        _warn_of_unseen_gpu(torch.__version__)
     return ["cpu"]
 
 
 @cache
-def _tell_unseen(version: str) -> None:
-    """Once: nobody should find out after a day that a driver or a CPU build of torch left a GPU idle."""
+def _warn_of_unseen_gpu(version: str) -> None:
+    """Say once that a driver or a CPU build of torch leaves a GPU idle, before a user finds out after a day."""
     print(
         f"note: there seems to be a GPU, but torch {version} sees none, so runs are trained on the CPU; "
         "python -c 'import torch; torch.cuda.init()' says why",
@@ -69,14 +69,14 @@ def _tell_unseen(version: str) -> None:
 
 
 def device_memory() -> float | None:
-    """Bytes of the smallest CUDA device of this machine; None where that cannot be told.
+    """Return the bytes of the smallest CUDA device of this machine; None where CUDA does not answer.
 
-    A process of its own asks, since whoever asks takes memory there.
+    A process of its own asks, since asking takes memory on the device.
     """
-    asked = (
+    script = (
         "import torch.cuda as c; print(min(c.get_device_properties(i).total_memory for i in range(c.device_count())))"
     )
-    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     return None if done.returncode else float(done.stdout)
 
 
@@ -88,7 +88,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(folder: Path) -> dict[str, Any] | None:
-    """Commit and dirtiness of the checkout that runs; None for an installed package."""
+    """Return the commit of the checkout that runs and whether it is dirty; None for an installed package."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

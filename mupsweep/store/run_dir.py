@@ -1,4 +1,4 @@
-"""The folder of one run: its files and its status."""
+"""The folder of one run: its files, its status and its lease."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mupsweep.store import lease
 from mupsweep.store.lease import Holder, Lease
 
 PENDING, RUNNING, FAILED = "pending", "running", "failed"
-FINISHED = (DONE, DIVERGED)  # results; never trained again
+FINISHED = (DONE, DIVERGED)  # these are results: such a run is not trained again
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """One run's folder. Its name is the run id."""
+    """The folder of one run, whose name is the run id."""
 
     path: Path
 
@@ -50,26 +50,26 @@ class RunDir:
 
     @property
     def checkpoints(self) -> tuple[Path, Path]:
-        """(latest, the one before)."""
+        """The latest checkpoint and the one before."""
         return self.path / "checkpoint" / "latest.pt", self.path / "checkpoint" / "previous.pt"
 
     @property
     def trunk_checkpoint(self) -> Path:
-        """Where a branch left the run, which goes on from there when the branch has ended."""
+        """The checkpoint at which a branch left the run, and from which the run goes on when the branch has ended."""
         return self.path / "checkpoint" / "trunk.pt"
 
     def status(self) -> dict[str, Any]:
-        """What status.json says; pending where it is missing or damaged."""
+        """Read status.json; a run without one, or with a damaged one, is pending."""
         status = read_json(self.status_path)
         return status if status is not None and "status" in status else {"status": PENDING}
 
     def state(self) -> dict[str, Any]:
-        """The status as it is: what the owner left as running when it died is pending again."""
+        """Return the status, with a run that its owner left as running when it died as pending."""
         status = self.status()
         return {"status": PENDING} if status["status"] == RUNNING and not self.is_claimed() else status
 
     def is_open(self) -> bool:
-        """Whether the run still needs training: anything but a result, or one whose summary is damaged."""
+        """Return whether the run still needs training: it has no result, or its summary is damaged."""
         return self.status()["status"] not in FINISHED or self.summary() is None
 
     def write_status(self, status: str, durable: bool = True, **details: Any) -> None:
@@ -90,16 +90,16 @@ class RunDir:
         return self.path / "groups.json"
 
     def groups(self) -> list[dict[str, Any]]:
-        """The parameter groups that the run trains with."""
+        """Read the parameter groups that the run trains with."""
         return json.loads(self.groups_path.read_text())
 
     def write_rules(self, config: Mapping[str, Any], groups: Any) -> None:
-        """What the run is: its resolved config and the parameter groups it trains with."""
+        """Write what the run is: its resolved config and the parameter groups that it trains with."""
         write_text(self.config_path, yaml.safe_dump(_plain(config), sort_keys=False, width=110), durable=False)
         write_json(self.groups_path, groups, durable=False)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The logged rows, in order of steps, up to the first that was not written whole."""
+        """Read the logged rows, in order of steps, up to the first that was not written whole."""
         rows: list[dict[str, Any]] = []
         try:
             for line in self.metrics_path.read_bytes().splitlines():
@@ -112,7 +112,7 @@ class RunDir:
         write_text(self.metrics_path, "".join(_line(row) for row in rows), durable=False)
 
     def keep_metrics(self) -> None:
-        """Wait until the rows so far are on the disk: a checkpoint that is follows them."""
+        """Wait until the rows so far are on the disk, since a checkpoint must not be ahead of them."""
         with contextlib.suppress(OSError), self.metrics_path.open("rb") as file:
             os.fsync(file.fileno())
 
@@ -125,13 +125,13 @@ class RunDir:
 
     def remove_checkpoints(self) -> None:
         folder = self.checkpoints[0].parent
-        with contextlib.suppress(OSError):  # the run is over, with them or without
+        with contextlib.suppress(OSError):  # checkpoints that stay do no harm: the run has ended
             for path in folder.glob("*"):
                 path.unlink(missing_ok=True)
             folder.rmdir()
 
     def remove_unfinished_checkpoints(self) -> None:
-        """What a killed process was writing; it is as large as a checkpoint."""
+        """Remove what a killed process was writing, which is as large as a checkpoint."""
         with contextlib.suppress(OSError):
             for path in self.checkpoints[0].parent.glob(".*.tmp"):
                 path.unlink(missing_ok=True)
@@ -141,11 +141,11 @@ class RunDir:
         return self.path / "claims"
 
     def claim(self) -> Lease | None:
-        """Own this run, or None where somebody alive does."""
+        """Acquire the lease of this run; None where somebody alive holds it."""
         return lease.acquire(self.claims)
 
     def is_claimed(self) -> bool:
-        """Whether somebody alive owns this run."""
+        """Return whether somebody alive holds the lease of this run."""
         newest = lease.newest(self.claims)
         return newest is not None and not lease.is_expired(newest)
 
@@ -154,12 +154,12 @@ class RunDir:
         return lease.holder(self.claims)
 
     def is_owned_by(self, pid: int) -> bool:
-        """Whether a process of this host owns this run, or owned it last."""
+        """Return whether a process of this host holds the lease of this run, or held it last."""
         newest = lease.newest(self.claims)
         return newest is not None and lease.is_owned_by(newest, pid)
 
     def is_taken_over(self, pid: int) -> bool:
-        """Whether somebody else than a process of this host owns this run, or owned it last."""
+        """Return whether any other process holds the lease of this run, or held it last."""
         newest = lease.newest(self.claims)
         return newest is not None and not lease.is_owned_by(newest, pid)
 
@@ -169,7 +169,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists: yaml.safe_dump knows no tuples."""
+    """Turn tuples into lists, since yaml.safe_dump knows no tuples."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What Slurm's queue holds: one bounded call of squeue, which needs no accounting."""
+"""Slurm's queue, read by one bounded call of squeue, which needs no accounting."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from mupsweep.errors import RecordError
 
-SECONDS = 30.0  # a controller that is busy answers late; nobody waits longer than this
-OF_THE_SITE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS")  # how Slurm is reached; not of a job
-UNKNOWN = "Invalid job id"  # what squeue says where no job of the list is known any more
+SQUEUE_TIMEOUT = 30.0  # seconds to wait for a busy controller
+CLIENT_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS")  # how Slurm is reached
+UNKNOWN_JOB = "Invalid job id"  # in squeue's error where it knows no job of the list any more
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Job:
     Attributes:
         job_id: 123, or 123_4 for task 4 of the array 123.
         state: PENDING, RUNNING, COMPLETING, ...
-        reason: why a pending one waits: Resources, Priority, Dependency, ...; None where it does not.
+        reason: why a pending job waits: Resources, Priority, Dependency, ...; "None" where it does not wait.
     """
 
     job_id: str
@@ -39,9 +39,9 @@ class Queue:
     """The jobs of a sweep that are queued or run.
 
     Attributes:
-        runs: the job of every run that one will train or trains.
+        runs: by run id, the job that trains or will train the run.
         analysis: the jobs that analyse the sweep afterwards.
-        arrays: the job arrays with tasks left.
+        arrays: ids of the job arrays that have queued or running tasks.
     """
 
     runs: Mapping[str, Job] = field(default_factory=dict)
@@ -49,59 +49,69 @@ class Queue:
     arrays: Sequence[str] = ()
 
     def lines(self) -> list[str]:
-        """What a person wants to know, counted by tasks."""
-        counts = Counter((job.state, job.reason) for job in {job.job_id: job for job in self.runs.values()}.values())
-        told = [
+        """Return the queue in lines for a person: tasks counted by state, and every analysis job."""
+        tasks = {job.job_id: job for job in self.runs.values()}
+        counts = Counter((job.state, job.reason) for job in tasks.values())
+        summary = [
             f"{count} {state}" + ("" if reason == "None" else f" ({reason})")
             for (state, reason), count in sorted(counts.items())
         ]
-        lines = [f"Slurm tasks: {', '.join(told)}"] if told else []
+        lines = [f"Slurm tasks: {', '.join(summary)}"] if summary else []
         return lines + [f"Slurm analysis job: {job}" for job in self.analysis]
 
 
 def of_sweep(rows: Iterable[Mapping[str, Any]]) -> Queue:
-    """What is left of the jobs that a sweep recorded; asks nobody where it recorded none.
+    """Return the jobs of a sweep that are queued or running; without recorded jobs Slurm is not asked.
 
     Args:
-        rows: what SweepDir.read_jobs gives: the `job` and its `tasks`, a list of run ids each; the analysis has none.
+        rows: the recorded jobs, as SweepDir.read_jobs returns them: `job`, and in `tasks` a list of run ids per task;
+            the analysis has no tasks.
 
     Raises:
         RecordError: Slurm cannot be asked.
     """
     rows = list(rows)
     jobs = ask([row["job"] for row in rows]) if rows else {}
-    runs, analysis, arrays = {}, [], []
+    runs: dict[str, Job] = {}
+    analysis: list[Job] = []
+    arrays: list[str] = []
     for row in rows:
-        tasks = {jobs[f"{row['job']}_{i}"]: ids for i, ids in enumerate(row["tasks"]) if f"{row['job']}_{i}" in jobs}
-        runs |= {run_id: job for job, ids in tasks.items() for run_id in ids}
-        arrays += [row["job"]] if tasks else []
-        analysis += [jobs[row["job"]]] if row["job"] in jobs else []
+        job_id, has_tasks = row["job"], False
+        for index, run_ids in enumerate(row["tasks"]):
+            task = jobs.get(f"{job_id}_{index}")
+            if task is not None:
+                has_tasks = True
+                runs |= dict.fromkeys(run_ids, task)
+        if has_tasks:
+            arrays.append(job_id)
+        if job_id in jobs:
+            analysis.append(jobs[job_id])
     return Queue(runs, analysis, arrays)
 
 
 def ask(job_ids: Sequence[str]) -> dict[str, Job]:
-    """The named jobs, and the tasks of the named arrays, that are queued or run.
+    """Return those of the named jobs, and of the tasks of the named arrays, that are queued or running.
 
     Raises:
         RecordError: Slurm cannot be asked.
     """
     command = ["squeue", "--noheader", "--array", "--format=%i|%T|%r", f"--jobs={','.join(job_ids)}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_TIMEOUT)
     except OSError as error:
         raise RecordError(f"cannot ask Slurm: no squeue here ({error.strerror})") from error
     except subprocess.TimeoutExpired as error:
-        raise RecordError(f"cannot ask Slurm: squeue did not answer within {SECONDS:.0f}s") from error
-    if done.returncode and UNKNOWN not in done.stderr:
+        raise RecordError(f"cannot ask Slurm: squeue did not answer within {SQUEUE_TIMEOUT:.0f}s") from error
+    if done.returncode and UNKNOWN_JOB not in done.stderr:
         raise RecordError(f"cannot ask Slurm: {' '.join(done.stderr.split()) or f'squeue ended {done.returncode}'}")
     jobs = [Job(*line.split("|")) for line in done.stdout.splitlines() if line.count("|") == 2]
     return {job.job_id: job for job in jobs}
 
 
 def own_job() -> dict[str, str | None]:
-    """The job that this process belongs to, as a claim names its owner; None for every part outside Slurm.
+    """Return the job of this process as a claim file names it; outside Slurm every part is None.
 
-    The last task of an array has the array's own number as SLURM_JOB_ID, so there that number would mean every task.
+    The last task of an array has the array's number as SLURM_JOB_ID, so a task is named by array and index instead.
     """
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return {
@@ -112,14 +122,19 @@ def own_job() -> dict[str, str | None]:
 
 
 def outside() -> dict[str, str]:
-    """The environment without what Slurm says in it of the job that this process belongs to, if any: sbatch would hand
-    it on to a job that it submits, whose srun refuses what contradicts its own (SLURM_MEM_PER_CPU, ..._PER_NODE)."""
+    """Return the environment without the variables of the job that this process belongs to, if any.
+
+    sbatch would hand them on to the job that it submits, whose srun refuses those that contradict its own
+    (SLURM_MEM_PER_CPU, SLURM_MEM_PER_NODE).
+    """
     inside = "SLURM_JOB_ID" in os.environ
-    return {k: v for k, v in os.environ.items() if not (inside and k.startswith("SLURM_") and k not in OF_THE_SITE)}
+    return {
+        k: v for k, v in os.environ.items() if not (inside and k.startswith("SLURM_") and k not in CLIENT_VARIABLES)
+    }
 
 
 def is_over(job_id: str) -> bool:
-    """Whether Slurm says that a job neither runs nor waits; False where it cannot be asked."""
+    """Return whether Slurm knows that a job neither runs nor waits; False where Slurm cannot be asked."""
     try:
         return not ask([job_id])
     except RecordError:

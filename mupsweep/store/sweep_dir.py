@@ -4,7 +4,7 @@
     <sweep>/runs/<run-id>/  config.yaml  groups.json  status.json  metrics.jsonl  summary.json  train.log
                             claims/  checkpoint/
 
-`status.json` is written last: a run without it, or with "running" and a dead owner, is trained again.
+A run's `status.json` is written last: without it, or with "running" and a dead owner, the run is trained again.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ log = logging.getLogger("mupsweep")
 
 @dataclass(frozen=True)
 class SweepDir:
-    """A sweep's folder."""
+    """The folder of a sweep."""
 
     path: Path
 
     @classmethod
     def open(cls, path: str | Path) -> SweepDir:
-        """An existing sweep.
+        """Open the folder of an existing sweep.
 
         Raises:
-            RecordError: the folder is none, naming those that may be meant.
+            RecordError: the folder is no sweep; the message names sweeps that may be meant.
         """
         sweep = cls(Path(path))
         if not sweep.plan_path.is_file():
             hint = "start one with mupsweep run"
             for folder in (sweep.path, sweep.path.parent, Path("sweeps")):
-                if found := sorted(str(p.parent) for p in folder.glob("*/plan.jsonl")):
-                    hint = nearest(str(path), found)
+                if existing := sorted(str(p.parent) for p in folder.glob("*/plan.jsonl")):
+                    hint = nearest(str(path), existing)
                     break
             raise RecordError(f"{path} is not a sweep (it has no plan.jsonl); {hint}")
         return sweep
@@ -76,7 +76,7 @@ class SweepDir:
         return self.path / "logs"
 
     def script(self, name: str) -> Path:
-        """A job script as it was submitted last."""
+        """Return the path of a job script, which holds the text that was submitted last."""
         return self.path / f"submit-{name}.sbatch"
 
     @property
@@ -84,11 +84,11 @@ class SweepDir:
         return self.path / "jobs"
 
     def read_jobs(self) -> list[dict[str, Any]]:
-        """The jobs that were ever submitted for this sweep: id, script, and the run ids of every task."""
+        """Read the jobs that were ever submitted for this sweep: id, script, and the run ids of every task."""
         return [job for path in sorted(self.jobs.glob("[0-9]*.json")) if (job := read_json(path)) is not None]
 
     def write_job(self, job_id: str, script: Path, tasks: Sequence[Sequence[str]]) -> None:
-        """Remember a submitted job; one file each, so that nothing recorded before can be lost."""
+        """Record a submitted job in a file of its own, so that no earlier record can be lost."""
         make_folder(self.jobs)
         write_json(self.jobs / f"{job_id}.json", {"job": job_id, "script": script.name, "tasks": tasks})
 
@@ -98,7 +98,7 @@ class SweepDir:
 
     @property
     def check_path(self) -> Path:
-        """The outcome of a coordinate check of this sweep's choices, if one was kept."""
+        """The outcome of a coordinate check of this sweep's config, if one was kept."""
         return self.results / "check.json"
 
     @property
@@ -107,7 +107,7 @@ class SweepDir:
 
     @property
     def trackers(self) -> Path:
-        """Where a tracker keeps its own files."""
+        """The folder in which trackers keep their own files."""
         return self.path / "trackers"
 
     @property
@@ -115,25 +115,25 @@ class SweepDir:
         return self.path / "runs"
 
     def started(self) -> list[str]:
-        """The names of the runs that have a folder."""
+        """Return the ids of the runs that have a folder."""
         try:
             return os.listdir(self.runs)
         except OSError:  # none yet
             return []
 
     def run(self, run_id: str) -> RunDir:
-        return RunDir(self.path / f"runs/{run_id}")  # one join: of 100,000 runs, joining paths is what takes the time
+        return RunDir(self.path / f"runs/{run_id}")  # one join, since joins take most of the time for 100,000 runs
 
     def state(self, run_id: str) -> dict[str, Any]:
-        """A run's status as it is."""
+        """Return a run's status, with a run whose owner died as pending."""
         return self.run(run_id).state()
 
     def counts(self) -> Counter[str]:
-        """How many runs are in each state."""
+        """Count the planned runs in each state."""
         return Counter(self.state(row["run_id"])["status"] for row in self.read_plan())
 
     def write_config(self, tree: Mapping[str, Any], header: str) -> None:
-        """The resolved config of the sweep, readable and reloadable, under a header of comments."""
+        """Write the resolved config of the sweep as yaml, under a header of comments."""
         comments = "".join(f"# {line}\n" for line in header.splitlines())
         write_text(self.config_path, comments + yaml.safe_dump(_plain(tree), sort_keys=False, width=110))
 
@@ -154,7 +154,7 @@ class SweepDir:
         write_text(self.plan_path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def read_plan(self) -> list[dict[str, Any]]:
-        """The planned runs, one mapping each; empty before the first plan."""
+        """Read the planned runs, one mapping each; empty before the first plan."""
         if not self.plan_path.is_file():
             return []
         try:
@@ -172,8 +172,10 @@ class SweepDir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[Lease]:
-        """Held while the plan is extended, so that of two commands at once none loses the runs of the other. It is a
-        claim like that of a run, since many network file systems cannot lock."""
+        """Hold the sweep while its plan is extended, so that no command loses the runs of another at the same time.
+
+        The lock is a lease like that of a run, since many network file systems cannot lock.
+        """
         folder, pause = self.path / ".planning", 0.02
         while (claim := lease.acquire(folder)) is None:
             time.sleep(pause := min(2 * pause, 1.0))

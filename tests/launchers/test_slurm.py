@@ -226,7 +226,7 @@ def test_status_works_where_slurm_cannot_be_asked(
     assert code == 2
     assert err.splitlines()[-1].startswith("mupsweep: cannot ask Slurm: ")
 
-    monkeypatch.setattr(slurm_queue, "SECONDS", 0.1)
+    monkeypatch.setattr(slurm_queue, "SQUEUE_TIMEOUT", 0.1)
     slurm.write("squeue-hangs", "")
     code, out, err = cli("status", "sweeps/smoke")
     assert (code, "pending 6" in out) == (0, True)

@@ -128,7 +128,7 @@ def test_a_further_option_is_one_option(option: str) -> None:
             Slurm(**{key: (option,)})
 
 
-@pytest.mark.parametrize("name", sbatch.OURS)
+@pytest.mark.parametrize("name", sbatch.RESERVED_OPTIONS)
 def test_an_option_that_the_scripts_rely_on_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"--{name} is set by mupsweep"):
         Slurm(options=(f"--{name}=1",))

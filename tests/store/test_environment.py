@@ -14,7 +14,7 @@ def _with_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    environment._tell_unseen.cache_clear()
+    environment._warn_of_unseen_gpu.cache_clear()
 
 
 @pytest.mark.usefixtures("_with_a_gpu_that_torch_cannot_use")
