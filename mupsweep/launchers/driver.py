@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 
 from mupsweep import data
 from mupsweep.atomic_files import write_json
@@ -58,7 +57,7 @@ def run_sweep(config: SweepConfig, command: str, as_json: bool = False, strict: 
         strict: whether a verdict "drifts" has an exit code of its own.
     """
     launcher = instantiate(config.launcher, "launcher")
-    sweep, first_round = folder_of(config), None
+    sweep, first_round = plan.sweep_dir(config), None
     if not sweep.path.exists():
         first_round = plan.plan(config)
         prepare(first_round)  # a corpus that cannot be used leaves no folder behind
@@ -161,19 +160,14 @@ def train(launcher: Launcher, sweep: SweepDir, runs: Sequence[RunSpec]) -> bool:
 
 def prepare(runs: Sequence[RunSpec]) -> None:
     """Encode the corpus of some runs, unless that was done before, and check that it is large enough for them."""
-    corpus = data.prepare(runs[0].recipe.variant.data, progress=lambda line: print(line, file=sys.stderr))
-    for context, batch in {(run.size.context, run.recipe.training.batch_size) for run in runs}:
+    corpus = data.prepare(runs[0].resolved.variant.data, progress=lambda line: print(line, file=sys.stderr))
+    for context, batch in {(run.size.context, run.resolved.training.batch_size) for run in runs}:
         corpus.require(context, batch)
 
 
 def open_runs(sweep: SweepDir, runs: Iterable[RunSpec]) -> list[RunSpec]:
     """Return the runs that still need training."""
     return [run for run in runs if sweep.run(run.run_id).is_open()]
-
-
-def folder_of(config: SweepConfig) -> SweepDir:
-    """Return the folder that a config's sweep has, or will have."""
-    return SweepDir(Path(config.out) / plan.sweep_name(config))
 
 
 def exit_code(sweep: SweepDir, outcome: Outcome, drifts: bool) -> int:

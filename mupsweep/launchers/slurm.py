@@ -234,7 +234,9 @@ class Slurm:
         for size, runs in groupby(by_size, key=lambda run: run.size.name):
             launcher = size_overrides.for_size(self, size)
             kind = "cuda" if launcher.kind_of_device == "cuda" else "cpu"
-            lengths = {run.run_id: run.cost.seconds(run.resolved.steps, kind) / launcher.devices_per_run for run in runs}
+            lengths = {
+                run.run_id: run.cost.seconds(run.resolved.steps, kind) / launcher.devices_per_run for run in runs
+            }
             tasks = bundled(lengths, len(launcher.devices), 60 * launcher.minutes_per_task)
             for start in range(0, len(tasks), limit):
                 name = size if start == 0 else f"{size}-{start // limit + 1}"

@@ -90,6 +90,11 @@ def sweep_name(config: SweepConfig) -> str:
     return f"{readable}-{digest[:6]}"
 
 
+def sweep_dir(config: SweepConfig) -> SweepDir:
+    """Return the folder that a config's sweep has, or will have."""
+    return SweepDir(Path(config.out) / sweep_name(config))
+
+
 def save(
     config: SweepConfig, header: str, sweep: SweepDir | None = None, new: Sequence[RunSpec] | None = None
 ) -> tuple[SweepDir, list[RunSpec]]:
@@ -103,7 +108,7 @@ def save(
         ConfigError: the folder holds a variant of the same name with other settings.
     """
     new = plan(config) if new is None else new
-    sweep = SweepDir(Path(config.out) / sweep_name(config)) if sweep is None else sweep
+    sweep = sweep_dir(config) if sweep is None else sweep
     with sweep.lock():
         stored = _stored_runs(sweep)
         variants = {run.resolved.digest: run.resolved.variant for run in [*stored, *new]}

@@ -7,7 +7,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -22,7 +21,7 @@ from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import GRID, SweepConfig, from_tree
 from mupsweep.sweep.cost import FLOPS_PER_SECOND
 from mupsweep.sweep.launcher_options import LauncherOptions
-from mupsweep.sweep.plan import corpus_remarks, load, next_round, plan, sweep_name
+from mupsweep.sweep.plan import corpus_remarks, load, next_round, plan, sweep_dir
 from mupsweep.sweep.run_identity import digest_of, refuse_namesakes
 from mupsweep.sweep.run_spec import RunSpec, resolve
 
@@ -35,7 +34,7 @@ JSON_KEYS = (
 def show_plan(config: SweepConfig, as_json: bool) -> None:
     """Print the runs of a sweep before it starts; runs that its folder already has count as done."""
     runs = plan(config)
-    sweep = SweepDir(Path(config.out) / sweep_name(config))
+    sweep = sweep_dir(config)
     exists = sweep.plan_path.is_file()
     searches = config.sweep.search != GRID
     if searches and exists:
