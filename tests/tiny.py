@@ -30,13 +30,15 @@ def tiny(name: str, optimizer: str = "adamw", parametrization: str = "spectral",
     shape: dict[str, object] = {"width": 16, "depth": 2, "head_dim": 8, "context": 16}
     if hasattr(model, "kv_heads"):
         shape["kv_heads"] = None
-    made = replace(
+    resolved = replace(
         resolve("data.tokenizer=bytes"),
         model=replace(model, **(shape | keys)),  # type: ignore[arg-type]
         optimizer=resolve(f"optimizer={optimizer}").optimizer,
         parametrization=resolve(f"parametrization={parametrization}").parametrization,
     )
-    return RunSpec("tiny", made, made.size(1.0, 1.0), log2_lr=-6.0, seed=0, cost=made.cost(made.size(1.0, 1.0)))
+    return RunSpec(
+        "tiny", resolved, resolved.size(1.0, 1.0), log2_lr=-6.0, seed=0, cost=resolved.cost(resolved.size(1.0, 1.0))
+    )
 
 
 def scaled(run: RunSpec, width_ratio: float, depth_ratio: float = 1.0) -> RunSpec:
@@ -46,14 +48,14 @@ def scaled(run: RunSpec, width_ratio: float, depth_ratio: float = 1.0) -> RunSpe
 
 def network(model: Architecture, size: Size, multipliers: Multipliers | None = None, std: float = 0.2) -> nn.Module:
     """The network with every weight, gain and bias drawn at random, large enough for each to matter."""
-    made = model.network(size, multipliers or Multipliers(1.0, 1.0, size.head_dim**-0.5))
+    net = model.network(size, multipliers or Multipliers(1.0, 1.0, size.head_dim**-0.5))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in made.parameters():
+        for p in net.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * std)
             if p.ndim == 1:
                 p.add_(1.0)
-    return made
+    return net
 
 
 def tokens(size: Size, batch: int = 3, length: int | None = None) -> Tensor:

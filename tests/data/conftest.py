@@ -36,20 +36,20 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 @pytest.fixture(scope="session")
 def client(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    made = Client(tmp_path_factory.mktemp("home"), hub.endpoint, IMPATIENT="1")
-    yield made
-    made.close()
+    shared_client = Client(tmp_path_factory.mktemp("home"), hub.endpoint, IMPATIENT="1")
+    yield shared_client
+    shared_client.close()
 
 
 @pytest.fixture
 def other(hub: Hub, tmp_path: Path) -> Iterator[Callable[..., Client]]:
     """Makes clients with an environment of their own."""
-    made: list[Client] = []
+    clients: list[Client] = []
 
     def make(endpoint: str = hub.endpoint, **environment: str) -> Client:
-        made.append(Client(tmp_path / f"home{len(made)}", endpoint, **environment))
-        return made[-1]
+        clients.append(Client(tmp_path / f"home{len(clients)}", endpoint, **environment))
+        return clients[-1]
 
     yield make
-    for one in made:
-        one.close()
+    for each in clients:
+        each.close()

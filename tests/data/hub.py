@@ -45,17 +45,17 @@ class Repository:
 
     def entries(self, under: str, recursive: bool) -> list[dict[str, Any]]:
         """The rows of a tree listing."""
-        found: dict[str, dict[str, Any]] = {}
+        rows: dict[str, dict[str, Any]] = {}
         prefix = f"{under}/" if under else ""
         for name, path in self.files().items():
             if not name.startswith(prefix):
                 continue
             parents = [name[: m.start()] for m in re.finditer("/", name) if m.start() > len(prefix)]
             for parent in parents[: None if recursive else 1]:
-                found[parent] = {"type": "directory", "path": parent, "oid": digest(parent), "size": 0}
+                rows[parent] = {"type": "directory", "path": parent, "oid": digest(parent), "size": 0}
             if recursive or not parents:
-                found[name] = self.entry(name, path)
-        return list(found.values())
+                rows[name] = self.entry(name, path)
+        return list(rows.values())
 
     def entry(self, name: str, path: Path) -> dict[str, Any]:
         size = path.stat().st_size
@@ -125,42 +125,46 @@ class _Handler(BaseHTTPRequestHandler):
 
     def repository(self, name: str, revision: str) -> Repository | None:
         """The repository, or None when the request has been refused."""
-        found = self.hub.repositories.get(name)
-        if found is None:
+        served = self.hub.repositories.get(name)
+        if served is None:
             self.refuse(401, "RepoNotFound", "Repository not found")
-        elif revision and revision != found.commit and revision not in found.refs:
+        elif revision and revision != served.commit and revision not in served.refs:
             self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
             return None
-        return found
+        return served
 
     def api(self, name: str, kind: str, revision: str, path: str, query: dict[str, list[str]], body: bytes) -> None:
-        found = self.repository(name, revision)
-        if found is None:
+        served = self.repository(name, revision)
+        if served is None:
             return
         if kind == "tree":
-            self.json(found.entries(path, query.get("recursive", [""])[0].lower() in ("true", "1")))
+            self.json(served.entries(path, query.get("recursive", [""])[0].lower() in ("true", "1")))
         elif kind == "paths-info":
             asked = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
-            files = found.files()
-            self.json([found.entry(p, files[p]) for p in asked if p in files])
+            files = served.files()
+            self.json([served.entry(p, files[p]) for p in asked if p in files])
         else:
-            siblings = [{"rfilename": p} for p in found.files()]
-            flags = {"private": False, "disabled": False, "gated": "auto" if found.gated else False}
-            self.json({"_id": "1", "id": name, "sha": found.commit, "tags": [], "siblings": siblings, **flags})
+            siblings = [{"rfilename": p} for p in served.files()]
+            flags = {"private": False, "disabled": False, "gated": "auto" if served.gated else False}
+            self.json({"_id": "1", "id": name, "sha": served.commit, "tags": [], "siblings": siblings, **flags})
 
     def file(self, name: str, revision: str, path: str, query: dict[str, list[str]], body: bytes) -> None:
-        found = self.repository(name, revision)
-        if found is None:
+        served = self.repository(name, revision)
+        if served is None:
             return
-        if found.gated and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+        if served.gated and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             self.refuse(401, "GatedRepo", f"Access to dataset {name} is restricted. You must be authenticated.")
             return
-        target = found.files().get(path)
+        target = served.files().get(path)
         if target is None:
             self.refuse(404, "EntryNotFound", "Entry not found")
             return
         size = target.stat().st_size
-        headers = {"ETag": f'"{digest(found.commit + path)}"', "X-Repo-Commit": found.commit, "Accept-Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{digest(served.commit + path)}"',
+            "X-Repo-Commit": served.commit,
+            "Accept-Ranges": "bytes",
+        }
         span = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "")
         if span is None or self.command == "HEAD":
             self.send(200, target, 0, size, headers)

@@ -30,26 +30,26 @@ def prepared(words: list[str]) -> dict[str, list[str]]:
     folder = cache.folder(config, cache.content_id(config, sources.load(config).fingerprint()))
     shards.verify(folder)
     tokenizer = tokenizers.load(config.tokenizer)
-    found: dict[str, list[str]] = {}
-    for split, parts in zip(shards.SPLITS, shards.segments(folder), strict=True):
+    texts_of: dict[str, list[str]] = {}
+    for split, segments in zip(shards.SPLITS, shards.segments(folder), strict=True):
         texts, open_ = [], []
-        for token in (int(t) for part in parts for t in part.open()):
+        for token in (int(t) for segment in segments for t in segment.open()):
             if token == tokenizer.end_of_text:
                 texts.append(tokenizer.decode(open_))
                 open_ = []
             else:
                 open_.append(token)
         assert open_ == []
-        found[split] = texts
-    return found
+        texts_of[split] = texts
+    return texts_of
 
 
 def test_the_documented_calls_run_against_the_loopback_hub(client: Client) -> None:
-    found = client(literal=["fineweb", "openwebtext", "wikitext103"])
-    assert found["fineweb"] == found["openwebtext"] == {"train": TEXTS}
-    assert list(found["wikitext103"]) == ["test", "train", "validation"]
+    result = client(literal=["fineweb", "openwebtext", "wikitext103"])
+    assert result["fineweb"] == result["openwebtext"] == {"train": TEXTS}
+    assert list(result["wikitext103"]) == ["test", "train", "validation"]
     for split, articles in (("train", ARTICLES), ("validation", VALIDATION), ("test", VALIDATION[:1])):
-        assert "".join(row or " \n" for row in found["wikitext103"][split]) == "".join(articles)
+        assert "".join(row or " \n" for row in result["wikitext103"][split]) == "".join(articles)
 
 
 @pytest.mark.parametrize("name", ["fineweb", "openwebtext"])
@@ -93,10 +93,10 @@ def test_wikitext_is_articles_again_with_its_own_validation_split(client: Client
     ids=["fineweb", "wikitext103", "nanogpt", "json", "gaps"],
 )
 def test_reading_goes_on_from_every_position(words: list[str], client: Client) -> None:
-    found = client(read=words)
-    assert found["wrong"] == []
+    result = client(read=words)
+    assert result["wrong"] == []
     expected = {"data=wikitext103": ARTICLES, "data.hub_id=odd/gaps": ["one", "two"]}.get(words[-1], TEXTS)
-    assert [text for text, _ in found["documents"] if text not in VALIDATION] == expected
+    assert [text for text, _ in result["documents"] if text not in VALIDATION] == expected
 
 
 def test_a_position_of_another_version_of_the_library_is_understood(client: Client) -> None:

@@ -53,13 +53,13 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_a_user_can_get_wrong_is_one_line(case: str, client: Client, tmp_path: Path) -> None:
-    words, told = BAD[case]
+    words, expected = BAD[case]
     answer = client.prepare(*words, f"data.cache={tmp_path}")
     assert answer["code"] == 2
     (line,) = answer["err"].splitlines()
     assert line.startswith("mupsweep: ")
-    for part in told:
-        assert part in line
+    for fragment in expected:
+        assert fragment in line
     assert not list(tmp_path.glob("[!.]*"))
 
 
@@ -73,12 +73,14 @@ CONTRADICTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("keys", "told"), CONTRADICTIONS)
-def test_keys_that_contradict_each_other_are_refused_without_asking_the_hub(keys: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(("keys", "expected"), CONTRADICTIONS)
+def test_keys_that_contradict_each_other_are_refused_without_asking_the_hub(
+    keys: dict[str, Any], expected: str
+) -> None:
     tree = {"name": "mine", "kind": "mupsweep.data.sources.hub.Hub", "hub_id": "a/b", "revision": "0" * 40}
     with pytest.raises(Exception, match=r"^data") as caught:
         sources.load(DataConfig(**{**tree, **keys}))
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_a_token_opens_a_gated_set_and_is_never_shown(other: Callable[..., Client], tmp_path: Path) -> None:

@@ -122,10 +122,10 @@ def expected(probe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     folder = tmp_path_factory.mktemp("undisturbed")
     out, error = start(probe, folder).communicate()
     assert out.splitlines() == [last_line()], error
-    found = contents(folder)
-    names = [name.split("/")[1] for name in sorted(found)]
+    files = contents(folder)
+    names = [name.split("/")[1] for name in sorted(files)]
     assert names == ["meta.json", *(f"train-0000{i}.bin" for i in range(5)), "validation-00000.bin"]
-    return found
+    return files
 
 
 def test_prepared_twice_is_byte_identical(probe: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
@@ -221,8 +221,8 @@ def test_a_file_system_that_takes_no_more_keeps_what_it_has(
     probe: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
     out, error = start(probe, tmp_path, FILE_SIZE="60000").communicate()
-    told = f"refused: cannot prepare tokens in {tmp_path} (File too large): set data.cache to a writable folder"
-    assert out.startswith(told), out + error
+    refusal = f"refused: cannot prepare tokens in {tmp_path} (File too large): set data.cache to a writable folder"
+    assert out.startswith(refusal), out + error
     assert error == ""
     out, _ = start(probe, tmp_path).communicate()
     assert out.startswith("going on after ")
@@ -282,27 +282,27 @@ def test_max_tokens_cuts_the_training_split_and_ends_the_reading(tmp_path: Path,
     config = local(tmp_path, documents, validation_fraction=0.2, max_tokens=limit)
     data.prepare(config)
     train, validation = stored(config)
-    chosen = [t for t in documents if not held_out(t, 0.2)]
-    assert as_bytes(train) == "".join(t + "\0" for t in chosen).encode()[:limit]
-    last = chosen[-(-limit // 9) - 1] if limit < 9 * len(chosen) else documents[-1]  # the document that reaches it
+    training = [t for t in documents if not held_out(t, 0.2)]
+    assert as_bytes(train) == "".join(t + "\0" for t in training).encode()[:limit]
+    last = training[-(-limit // 9) - 1] if limit < 9 * len(training) else documents[-1]  # the document that reaches it
     before = [t for t in documents[: documents.index(last) + 1] if held_out(t, 0.2)]
     assert as_bytes(validation) == "".join(t + "\0" for t in before).encode()
 
 
 def test_a_limit_does_not_depend_on_how_documents_are_batched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [f"text {i} " * (i % 7 + 1) for i in range(300)]
-    found = []
+    shards_of = []
     for characters in (1, 100, 10_000):
         monkeypatch.setattr(preparation, "BATCH_CHARACTERS", characters)
         folder = tmp_path / str(characters)
         folder.mkdir()
         config = local(folder, documents, validation_fraction=0.2, max_tokens=3000)
-        made = data.prepare(config)
-        assert len(made.train) == 3000
-        found.append({p.name: p.read_bytes() for p in (folder / "cache").glob("[!.]*/*.bin")})
-        meta = shards.meta(cache.folder(config, made.content_id))
+        dataset = data.prepare(config)
+        assert len(dataset.train) == 3000
+        shards_of.append({p.name: p.read_bytes() for p in (folder / "cache").glob("[!.]*/*.bin")})
+        meta = shards.meta(cache.folder(config, dataset.content_id))
         assert meta["splits"]["train"]["bytes"] == np.count_nonzero(stored(config)[0])
-    assert found[0] == found[1] == found[2]
+    assert shards_of[0] == shards_of[1] == shards_of[2]
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def test_the_order_looks_random() -> None:
 
 
 def test_small_permutations_all_occur() -> None:
-    found = [tuple(order(4, seed)) for seed in range(2400)]
-    counts = [found.count(p) for p in set(found)]
+    orders = [tuple(order(4, seed)) for seed in range(2400)]
+    counts = [orders.count(p) for p in set(orders)]
     assert len(counts) == 24
     assert min(counts) > 50
     assert max(counts) < 170  # 100 each

@@ -22,12 +22,12 @@ def sotu(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 def test_the_embedded_corpus_in_numbers(sotu: DataConfig) -> None:
     lines: list[str] = []
-    found = data.prepare(sotu, lines.append)
+    dataset = data.prepare(sotu, lines.append)
     assert lines[-1:] == ["prepared sotu: 3,735,616 training and 136,331 validation tokens"]
-    assert (len(found.train), len(found.validation)) == (3_735_616, 136_331)
-    assert found.content_id == data.fingerprint(sotu)
-    assert (found.vocab_size, found.tokenizer) == (1024, "gpt2-1024")
-    meta = shards.verify(cache.folder(sotu, found.content_id))
+    assert (len(dataset.train), len(dataset.validation)) == (3_735_616, 136_331)
+    assert dataset.content_id == data.fingerprint(sotu)
+    assert (dataset.vocab_size, dataset.tokenizer) == (1024, "gpt2-1024")
+    meta = shards.verify(cache.folder(sotu, dataset.content_id))
     assert sum(meta["splits"][s]["bytes"] for s in shards.SPLITS) == 10_761_390
     assert sum(meta["splits"][s]["documents"] for s in shards.SPLITS) == 233
     (entry,) = cache.entries(sotu)
@@ -39,63 +39,63 @@ def test_the_embedded_corpus_in_numbers(sotu: DataConfig) -> None:
         validation_tokens=136_331,
         documents=233,
         bytes=10_761_390,
-        content_id=found.content_id,
-        folder=str(cache.folder(sotu, found.content_id)),
+        content_id=dataset.content_id,
+        folder=str(cache.folder(sotu, dataset.content_id)),
     )
-    assert cache.folder(sotu, found.content_id).name == f"sotu-gpt2-1024-{found.content_id[:12]}"
+    assert cache.folder(sotu, dataset.content_id).name == f"sotu-gpt2-1024-{dataset.content_id[:12]}"
 
 
 def test_streams_hold_the_documents_with_their_ends(sotu: DataConfig) -> None:
-    found, tokenizer = data.prepare(sotu), tokenizers.load("gpt2-1024")
+    dataset, tokenizer = data.prepare(sotu), tokenizers.load("gpt2-1024")
     documents = list(sources.load(sotu).documents())
-    total = len(found.validation)
-    tokens = found.validation.blocks([0], total - 1)[0]
+    total = len(dataset.validation)
+    tokens = dataset.validation.blocks([0], total - 1)[0]
     ends = np.flatnonzero(tokens == tokenizer.end_of_text)
     assert ends[-1] == total - 1
-    texts = [tokenizer.decode(piece[piece != 1023]) for piece in np.split(tokens, ends[:-1] + 1)]
+    texts = [tokenizer.decode(ids[ids != 1023]) for ids in np.split(tokens, ends[:-1] + 1)]
     assert len(texts) == 9
     assert [text for text in documents if text in set(texts)] == texts
-    first = found.train.blocks([0], 2000)[0]
+    first = dataset.train.blocks([0], 2000)[0]
     assert documents[0].startswith(tokenizer.decode(first))
 
 
 def test_batches_are_pinned(sotu: DataConfig) -> None:
-    found = data.prepare(sotu)
-    batch = found.train_batch(context=8, batch_size=2, seed=0, step=0)
+    dataset = data.prepare(sotu)
+    batch = dataset.train_batch(context=8, batch_size=2, seed=0, step=0)
     assert batch.tolist() == [
         [341, 355, 284, 304, 620, 12, 292, 284, 399],
         [984, 276, 13, 370, 258, 490, 262, 850, 325],
     ]
     assert batch.dtype == np.int64
-    assert (found.train_batch(8, 2, 0, 0) == data.prepare(sotu).train_batch(8, 2, 0, 0)).all()
-    assert (found.train_batch(8, 2, 0, 1) != batch).any()
-    assert (found.train_batch(8, 2, 1, 0) != batch).any()
+    assert (dataset.train_batch(8, 2, 0, 0) == data.prepare(sotu).train_batch(8, 2, 0, 0)).all()
+    assert (dataset.train_batch(8, 2, 0, 1) != batch).any()
+    assert (dataset.train_batch(8, 2, 1, 0) != batch).any()
 
 
 def test_validation_batches_run_through_the_split_in_order(sotu: DataConfig) -> None:
-    found = data.prepare(sotu)
-    assert found.validation_batches(128, 16) == 136_330 // 128 // 16 == 66
-    both = np.concatenate([found.validation_batch(128, 16, i) for i in range(2)])
-    assert (both == found.validation.blocks(range(32), 128)).all()
+    dataset = data.prepare(sotu)
+    assert dataset.validation_batches(128, 16) == 136_330 // 128 // 16 == 66
+    both = np.concatenate([dataset.validation_batch(128, 16, i) for i in range(2)])
+    assert (both == dataset.validation.blocks(range(32), 128)).all()
     assert (both[:-1, -1] == both[1:, 0]).all()  # the last target is the next first input
     with pytest.raises(DataError, match=r"validation batch 66 of 66: 136331 tokens .* lower training\.eval_batches"):
-        found.validation_batch(128, 16, 66)
+        dataset.validation_batch(128, 16, 66)
 
 
 def test_the_bytes_of_tokens_are_those_of_their_text(sotu: DataConfig) -> None:
-    found = data.prepare(sotu)
-    meta = shards.meta(cache.folder(sotu, found.content_id))
-    tokens = found.validation.blocks([0], len(found.validation) - 1)
-    assert found.byte_count(tokens) == meta["splits"]["validation"]["bytes"]
-    assert found.byte_count(np.array([1023, 1023])) == 0
+    dataset = data.prepare(sotu)
+    meta = shards.meta(cache.folder(sotu, dataset.content_id))
+    tokens = dataset.validation.blocks([0], len(dataset.validation) - 1)
+    assert dataset.byte_count(tokens) == meta["splits"]["validation"]["bytes"]
+    assert dataset.byte_count(np.array([1023, 1023])) == 0
 
 
 def test_a_corpus_smaller_than_a_batch_is_one_line(sotu: DataConfig) -> None:
-    found = data.prepare(sotu)
+    dataset = data.prepare(sotu)
     with pytest.raises(DataError, match=r"train split has 3735616 tokens, 3 blocks of context 1000000: one batch of 4"):
-        found.train_batch(1_000_000, 4, 0, 0)
+        dataset.train_batch(1_000_000, 4, 0, 0)
     with pytest.raises(DataError, match=r"validation split .* needs 204801; .* or raise data\.validation_fraction"):
-        found.validation_batches(1024, 200)
+        dataset.validation_batches(1024, 200)
 
 
 def test_small_shards_give_the_same_stream(sotu: DataConfig, tmp_path: Path) -> None:
@@ -106,15 +106,15 @@ def test_small_shards_give_the_same_stream(sotu: DataConfig, tmp_path: Path) -> 
     assert [s["tokens"] for s in meta["splits"]["train"]["shards"]] == [7_000] * 7 + [1_000]
     other = DataConfig(**{**vars(config), "cache": str(tmp_path / "whole")})
     whole, _ = shards.streams(preparation.prepare(source, other, content))
-    parts, _ = shards.streams(folder)
-    assert len(whole) == len(parts) == 50_000
-    assert (whole.blocks(range(49), 1000) == parts.blocks(range(49), 1000)).all()
-    assert (whole.blocks([0], 49_999) == parts.blocks([0], 49_999)).all()  # one block over all shards
+    sharded, _ = shards.streams(folder)
+    assert len(whole) == len(sharded) == 50_000
+    assert (whole.blocks(range(49), 1000) == sharded.blocks(range(49), 1000)).all()
+    assert (whole.blocks([0], 49_999) == sharded.blocks([0], 49_999)).all()  # one block over all shards
 
 
 def test_shards_carry_the_header_of_llm_c(sotu: DataConfig) -> None:
-    found = data.prepare(sotu)
-    path = cache.folder(sotu, found.content_id) / "train-00000.bin"
+    dataset = data.prepare(sotu)
+    path = cache.folder(sotu, dataset.content_id) / "train-00000.bin"
     header = np.fromfile(path, dtype="<i4", count=256)
     assert header[:3].tolist() == [20240520, 1, 3_735_616]
     assert not header[3:].any()

@@ -129,20 +129,20 @@ def test_train_bin_and_val_bin_keep_their_split(tmp_path: Path, header: bool) ->
     write_tokens(tmp_path / "val.bin", np.arange(100) + 1, header)
     (tmp_path / "meta.pkl").write_bytes(b"nanoGPT's")
     for path in (tmp_path, tmp_path / "train.bin"):
-        found = data.prepare(local(path, tokenizer="gpt2-1024"))
-        assert (len(found.train), len(found.validation)) == (1000, 100)
-        assert found.validation.blocks([1], 4).tolist() == [[5, 6, 7, 8, 9]]
-        assert found.train.blocks([124], 4).tolist() == [[496, 497, 498, 499, 0]]
+        dataset = data.prepare(local(path, tokenizer="gpt2-1024"))
+        assert (len(dataset.train), len(dataset.validation)) == (1000, 100)
+        assert dataset.validation.blocks([1], 4).tolist() == [[5, 6, 7, 8, 9]]
+        assert dataset.train.blocks([124], 4).tolist() == [[496, 497, 498, 499, 0]]
 
 
 def test_a_lone_bin_is_split_by_its_tail(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens.bin", np.arange(1000))
-    found = data.prepare(local(tmp_path / "tokens.bin", tokenizer="gpt2", validation_fraction=0.1))
-    assert (len(found.train), len(found.validation)) == (900, 100)
-    assert found.validation.blocks([0], 3).tolist() == [[900, 901, 902, 903]]
+    dataset = data.prepare(local(tmp_path / "tokens.bin", tokenizer="gpt2", validation_fraction=0.1))
+    assert (len(dataset.train), len(dataset.validation)) == (900, 100)
+    assert dataset.validation.blocks([0], 3).tolist() == [[900, 901, 902, 903]]
     capped = data.prepare(local(tmp_path / "tokens.bin", tokenizer="gpt2", validation_fraction=0.1, max_tokens=50))
     assert (len(capped.train), len(capped.validation)) == (50, 100)
-    assert capped.content_id != found.content_id
+    assert capped.content_id != dataset.content_id
 
 
 def test_shards_of_several_files_are_one_stream(tmp_path: Path) -> None:
@@ -150,11 +150,11 @@ def test_shards_of_several_files_are_one_stream(tmp_path: Path) -> None:
     write_tokens(tmp_path / "fineweb_val_000000.bin", tokens[:64], header=True)
     for i in range(3):
         write_tokens(tmp_path / f"fineweb_train_{i:06d}.bin", tokens[1000 * i : 1000 * i + 1000], header=True)
-    found = data.prepare(local(tmp_path, tokenizer="gpt2"))
-    assert found.train.n_blocks(700) == 4
-    assert (found.train.blocks([3, 1], 700) == np.stack([tokens[2100:2801], tokens[700:1401]])).all()
+    dataset = data.prepare(local(tmp_path, tokenizer="gpt2"))
+    assert dataset.train.n_blocks(700) == 4
+    assert (dataset.train.blocks([3, 1], 700) == np.stack([tokens[2100:2801], tokens[700:1401]])).all()
     with pytest.raises(IndexError, match="block 4 of 4"):
-        found.train.blocks([4], 700)
+        dataset.train.blocks([4], 700)
 
 
 def test_ids_beyond_the_vocabulary_are_an_error(tmp_path: Path) -> None:
@@ -167,9 +167,9 @@ def test_an_id_that_the_sample_missed_is_an_error_when_read(tmp_path: Path) -> N
     tokens = np.zeros(8_000_000, dtype=np.uint16)
     tokens[50_000] = 1500  # between the first two chunks that are looked at
     write_tokens(tmp_path / "a.bin", tokens)
-    found = data.prepare(local(tmp_path / "a.bin", tokenizer="gpt2-1024"))
+    dataset = data.prepare(local(tmp_path / "a.bin", tokenizer="gpt2-1024"))
     with pytest.raises(DataError, match=r"holds token 1500, but data\.tokenizer=gpt2-1024 ends at 1023"):
-        found.train_batch(7_000_000, 1, seed=0, step=0)
+        dataset.train_batch(7_000_000, 1, seed=0, step=0)
 
 
 BAD = {

@@ -52,9 +52,9 @@ def test_sizes_and_ends_of_text(name: str, size: int, end: int) -> None:
     ],
 )
 def test_hello_world(name: str, ids: list[int]) -> None:
-    found = tokenizers.load(name).encode("Hello world")
-    assert found.tolist() == ids
-    assert found.dtype == np.uint16
+    encoded = tokenizers.load(name).encode("Hello world")
+    assert encoded.tolist() == ids
+    assert encoded.dtype == np.uint16
 
 
 @pytest.mark.parametrize(

@@ -94,9 +94,9 @@ def written_out(w: dict[str, Tensor], size: Size, m: Multipliers, ids: Tensor) -
         q, k, v = (h @ w[f"{b}.attention.{name}.weight"].T for name in ("query", "key", "value"))
         heads = []
         for j in range(size.heads):
-            part = slice(j * size.head_dim, (j + 1) * size.head_dim)
-            scores = m.attention * q[..., part] @ k[..., part].mT
-            heads.append(scores.masked_fill(future, -math.inf).softmax(-1) @ v[..., part])
+            head = slice(j * size.head_dim, (j + 1) * size.head_dim)
+            scores = m.attention * q[..., head] @ k[..., head].mT
+            heads.append(scores.masked_fill(future, -math.inf).softmax(-1) @ v[..., head])
         x = x + m.block * torch.cat(heads, -1) @ w[f"{b}.attention.output.weight"].T
         h = norm(x, w[f"{b}.mlp_norm.weight"])
         x = x + m.block * gelu(h @ w[f"{b}.mlp.up.weight"].T) @ w[f"{b}.mlp.down.weight"].T

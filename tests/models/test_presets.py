@@ -44,10 +44,10 @@ sys.exit(f"imported {heavy}") if heavy else print(json.dumps(rows))
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_as_many_parameters_as_its_name_says(name: str, planned: dict[str, dict[str, float]]) -> None:
-    found = re.fullmatch(r".+_(\d+)m", name)
-    assert found is not None
+    match = re.fullmatch(r".+_(\d+)m", name)
+    assert match is not None
     row = planned[name]
-    assert row["parameters"] == pytest.approx(int(found[1]) * 1e6, rel=TOLERANCE)
+    assert row["parameters"] == pytest.approx(int(match[1]) * 1e6, rel=TOLERANCE)
     assert row["flops"] > 6 * row["tokens"] * 0.5 * row["parameters"]
     assert row["memory"] > 16 * row["parameters"]
 
@@ -73,8 +73,8 @@ def test_the_models_of_qiu_et_al_are_a_width_ladder_of_the_smallest() -> None:
     for ratio, millions in ((1.0, 190), (1.5, 380), (2.0, 640), (3.0, 1400)):
         preset = resolve(*command(f"llama_qiu_{millions}m"))
         shapes = [
-            {t.name: t.shape for t in made.model.tensors(made.size(r_n, 1.0))}
-            for made, r_n in ((small, ratio), (preset, 1.0))
+            {t.name: t.shape for t in resolved.model.tensors(resolved.size(r_n, 1.0))}
+            for resolved, r_n in ((small, ratio), (preset, 1.0))
         ]
         assert shapes[0] == shapes[1]
         assert preset.model.init_std == pytest.approx(preset.model.width**-0.5, abs=5e-5)
@@ -83,9 +83,9 @@ def test_the_models_of_qiu_et_al_are_a_width_ladder_of_the_smallest() -> None:
 def test_the_models_of_gupta_et_al_give_both_published_sizes_with_one_mlp() -> None:
     sizes = {}
     for millions in (154, 314, 649, 1380):
-        made = resolve(*command(f"llama_gupta_{millions}m"))
-        size = made.size(1.0, 1.0)
-        sizes[size.width] = made.cost(size).parameters
+        resolved = resolve(*command(f"llama_gupta_{millions}m"))
+        size = resolved.size(1.0, 1.0)
+        sizes[size.width] = resolved.cost(size).parameters
         assert (size.ffn_width, size.depth, size.heads // size.kv_heads) == (11_008, 16, 4)
     assert list(sizes) == [256, 512, 1024, 2048]
     assert (round(sizes[256] / 1e6), round(sizes[2048] / 1e9, 2)) == (154, 1.38)

@@ -34,10 +34,10 @@ def local_text(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_shipped_experiment_composes_and_plans(name: str) -> None:
-    made = load([f"experiment={name}"])
-    grid = made.sweep
-    runs = plan.plan(made)
-    assert len(runs) == len(made.variants) * len(grid.ratios) * len(grid.log2_lrs) * len(grid.seeds)
+    sweep_config = load([f"experiment={name}"])
+    grid = sweep_config.sweep
+    runs = plan.plan(sweep_config)
+    assert len(runs) == len(sweep_config.variants) * len(grid.ratios) * len(grid.log2_lrs) * len(grid.seeds)
     assert len({run.run_id for run in runs}) == len(runs)
 
 
@@ -56,20 +56,20 @@ def test_every_shipped_experiment_names_its_command_in_its_header(name: str) -> 
 def test_every_choice_of_every_group_composes_and_has_the_name_of_its_file(choice: str, local_text: str) -> None:
     group, name = choice.split("=")
     words = {"data=local": [local_text], "model": ["sweep.width_ratios=[1]"]}  # half a preset may be no whole model
-    made = load([*chosen.words(group, name), *words.get(choice, []), *words.get(group, [])])
-    section = made.variants[0]
+    sweep_config = load([*chosen.words(group, name), *words.get(choice, []), *words.get(group, [])])
+    section = sweep_config.variants[0]
     if group in COMPARABLE:
         assert getattr(section, group)["name"] == name
     elif group == "data":
         assert section.data.name == name
     elif group in ("launcher", "tracker"):
-        assert getattr(made, group)["name"] == name
-    assert plan.plan(made)
+        assert getattr(sweep_config, group)["name"] == name
+    assert plan.plan(sweep_config)
 
 
 def test_several_choices_become_variants_in_the_order_they_are_written() -> None:
-    made = load(["optimizer=muon,adamw", "parametrization=sp,spectral,mup"])
-    assert [v.label for v in made.variants] == [
+    sweep_config = load(["optimizer=muon,adamw", "parametrization=sp,spectral,mup"])
+    assert [v.label for v in sweep_config.variants] == [
         ("nanogpt", optimizer, parametrization)
         for optimizer in ("muon", "adamw")
         for parametrization in ("sp", "spectral", "mup")
@@ -77,29 +77,31 @@ def test_several_choices_become_variants_in_the_order_they_are_written() -> None
 
 
 def test_a_key_of_a_comparable_group_applies_to_every_variant_that_is_chosen() -> None:
-    made = load(["optimizer=adamw,sgd", "optimizer.weight_decay=0.25", "model.width=128"])
-    assert [v.optimizer["weight_decay"] for v in made.variants] == [0.25, 0.25]
-    assert [v.model["width"] for v in made.variants] == [128, 128]
+    sweep_config = load(["optimizer=adamw,sgd", "optimizer.weight_decay=0.25", "model.width=128"])
+    assert [v.optimizer["weight_decay"] for v in sweep_config.variants] == [0.25, 0.25]
+    assert [v.model["width"] for v in sweep_config.variants] == [128, 128]
 
 
 def test_the_command_line_wins_over_the_experiment_and_that_over_the_groups() -> None:
-    made = load(["experiment=smoke", "training.steps=7"])
-    training = made.variants[0].training
+    sweep_config = load(["experiment=smoke", "training.steps=7"])
+    training = sweep_config.variants[0].training
     assert (training.steps, training.batch_size, training.warmup) == (7, 4, 0.1)
 
 
 def test_values_arrive_in_their_types() -> None:
-    made = load(["experiment=smoke", "sweep.width_ratios=[1,2]", "sweep.seeds=[0,1]", "training.clip=null", "out=7"])
-    variant = made.variants[0]
-    assert made.sweep.width_ratios == (1.0, 2.0)
-    assert [type(r) for r in made.sweep.width_ratios] == [float, float]
-    assert [type(s) for s in made.sweep.seeds] == [int, int]
-    assert made.sweep.log2_lrs == (-9.0, -7.0, -5.0)
+    sweep_config = load(
+        ["experiment=smoke", "sweep.width_ratios=[1,2]", "sweep.seeds=[0,1]", "training.clip=null", "out=7"]
+    )
+    variant = sweep_config.variants[0]
+    assert sweep_config.sweep.width_ratios == (1.0, 2.0)
+    assert [type(r) for r in sweep_config.sweep.width_ratios] == [float, float]
+    assert [type(s) for s in sweep_config.sweep.seeds] == [int, int]
+    assert sweep_config.sweep.log2_lrs == (-9.0, -7.0, -5.0)
     assert (type(variant.training.min_lr_frac), type(variant.training.steps)) == (float, int)
     assert variant.training.clip is None
     assert variant.training.compile is False
-    assert made.allow_imports is False
-    assert made.out == "7"
+    assert sweep_config.allow_imports is False
+    assert sweep_config.out == "7"
     assert load(["experiment=smoke", "training.min_lr_frac=0"]).variants[0].training.min_lr_frac == 0.0
     optimizer = run_spec.resolve(variant).optimizer
     assert optimizer.betas == (0.9, 0.95)  # type: ignore[attr-defined]
@@ -132,15 +134,21 @@ def test_allow_imports_is_a_truth_value(text: str, value: bool) -> None:
     ],
 )
 def test_a_config_survives_its_tree_json_and_yaml(overrides: list[str]) -> None:
-    made = load(overrides)
-    assert from_tree(to_tree(made)) == made
-    assert from_tree(json.loads(json.dumps(to_tree(made)))) == made
-    assert from_tree(yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(to_tree(made)))))) == made
+    sweep_config = load(overrides)
+    assert from_tree(to_tree(sweep_config)) == sweep_config
+    assert from_tree(json.loads(json.dumps(to_tree(sweep_config)))) == sweep_config
+    assert from_tree(yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(to_tree(sweep_config)))))) == sweep_config
 
 
 def test_a_config_cannot_be_changed() -> None:
-    made = load(["experiment=smoke"])
-    for frozen in (made, made.sweep, made.variants[0], made.variants[0].training, made.variants[0].data):
+    sweep_config = load(["experiment=smoke"])
+    for frozen in (
+        sweep_config,
+        sweep_config.sweep,
+        sweep_config.variants[0],
+        sweep_config.variants[0].training,
+        sweep_config.variants[0].data,
+    ):
         with pytest.raises(dataclasses.FrozenInstanceError):
             frozen.name = "x"  # type: ignore[misc, union-attr]
 
@@ -156,9 +164,9 @@ def own_folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_of_the_users_own_adds_an_optimizer_beside_the_shipped_ones(own_folder: Path) -> None:
-    made = load(["experiment=smoke", "optimizer=adamw,gentle"], str(own_folder))
-    assert [v.optimizer["name"] for v in made.variants] == ["adamw", "gentle"]
-    assert made.variants[1].optimizer["weight_decay"] == 0.5
+    sweep_config = load(["experiment=smoke", "optimizer=adamw,gentle"], str(own_folder))
+    assert [v.optimizer["name"] for v in sweep_config.variants] == ["adamw", "gentle"]
+    assert sweep_config.variants[1].optimizer["weight_decay"] == 0.5
     assert choices("optimizer", str(own_folder)) == sorted([*choices("optimizer"), "gentle"])
     assert "gentle" not in choices("optimizer")
     with pytest.raises(ConfigError, match="no optimizer named 'gentl'; did you mean 'gentle'"):
@@ -194,8 +202,8 @@ def test_code_outside_the_package_is_imported_only_when_it_is_allowed(
         with pytest.raises(ConfigError, match=r"outside_code\.Mine is code outside mupsweep: add allow_imports=true"):
             plan.plan(load(["experiment=smoke", *overrides]))
         assert not Path("imported").exists()
-    made = load(["experiment=smoke", "allow_imports=true", *rest])
-    assert run_spec.resolve(made.variants[0]).optimizer.members()[1].name == "adamw"
+    sweep_config = load(["experiment=smoke", "allow_imports=true", *rest])
+    assert run_spec.resolve(sweep_config.variants[0]).optimizer.members()[1].name == "adamw"
     assert Path("imported").exists()
 
 

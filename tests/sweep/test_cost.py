@@ -40,9 +40,9 @@ def resolve(*words: str) -> run_spec.ResolvedVariant:
     return run_spec.resolve(config.load([*TINY, *words]).variants[0])
 
 
-def counted(made: run_spec.ResolvedVariant, size: Size, batch: int, with_loss: bool) -> int:
+def counted(resolved: run_spec.ResolvedVariant, size: Size, batch: int, with_loss: bool) -> int:
     """FLOPs of a forward and backward pass. The math backend writes attention as the two products it is."""
-    net = network(made.model, size)
+    net = network(resolved.model, size)
     ids = torch.zeros((batch, size.context), dtype=torch.int64)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         value = net(ids, ids) if with_loss else net(ids).square().mean()
@@ -56,39 +56,39 @@ def counted(made: run_spec.ResolvedVariant, size: Size, batch: int, with_loss: b
 def test_flops_are_those_of_a_forward_and_a_backward_pass(
     case: list[str], ratios: tuple[float, float], with_loss: bool
 ) -> None:
-    made = resolve(*case)
-    size = made.size(*ratios)
-    cost = estimate(made.model.tensors(size), size, steps=1, batch_size=3)
-    assert cost.flops == pytest.approx(counted(made, size, 3, with_loss), rel=TOLERANCE["flops"], abs=0)
+    resolved = resolve(*case)
+    size = resolved.size(*ratios)
+    cost = estimate(resolved.model.tensors(size), size, steps=1, batch_size=3)
+    assert cost.flops == pytest.approx(counted(resolved, size, 3, with_loss), rel=TOLERANCE["flops"], abs=0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_a_tied_head_multiplies_like_any_other(case: list[str]) -> None:
-    made = resolve(*case, "model.tied=true")
-    size = made.size(2.0, 1.0)
-    cost = estimate(made.model.tensors(size), size, steps=1, batch_size=2)
-    assert cost.flops == counted(made, size, 2, with_loss=True)
+    resolved = resolve(*case, "model.tied=true")
+    size = resolved.size(2.0, 1.0)
+    cost = estimate(resolved.model.tensors(size), size, steps=1, batch_size=2)
+    assert cost.flops == counted(resolved, size, 2, with_loss=True)
 
 
 @pytest.mark.parametrize("tied", ["true", "false"])
 @pytest.mark.parametrize("ratios", RATIOS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_parameters_are_the_networks(case: list[str], ratios: tuple[float, float], tied: str) -> None:
-    made = resolve(*case, f"model.tied={tied}")
-    size = made.size(*ratios)
+    resolved = resolve(*case, f"model.tied={tied}")
+    size = resolved.size(*ratios)
     with torch.device("meta"):
-        net = made.model.network(size, tensor_rules.multipliers(made, size))
-    assert made.cost(size).parameters == sum(p.numel() for p in net.parameters())
+        net = resolved.model.network(size, tensor_rules.multipliers(resolved, size))
+    assert resolved.cost(size).parameters == sum(p.numel() for p in net.parameters())
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_memory_is_near_what_the_backward_pass_keeps(case: list[str]) -> None:
     """Saved storages of a block, the difference of two depths: without embeddings, head and loss."""
-    made = resolve(*case, "model.width=64", "model.context=64")
+    resolved = resolve(*case, "model.width=64", "model.context=64")
 
     def kept(depth_ratio: float) -> tuple[int, float]:
-        size = made.size(1.0, depth_ratio)
-        net = network(made.model, size)
+        size = resolved.size(1.0, depth_ratio)
+        net = network(resolved.model, size)
         weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
         saved: dict[int, torch.Tensor] = {}
 
@@ -100,7 +100,7 @@ def test_memory_is_near_what_the_backward_pass_keeps(case: list[str]) -> None:
             loss = net(tokens(size), tokens(size))
         activations = sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in weights)
         assert loss.requires_grad
-        cost = estimate(made.model.tensors(size), size, steps=1, batch_size=3)
+        cost = estimate(resolved.model.tensors(size), size, steps=1, batch_size=3)
         return activations, cost.memory - 8 * cost.parameters
 
     (few, few_estimated), (many, many_estimated) = kept(1.0), kept(3.0)
@@ -162,32 +162,32 @@ def test_devices_share_the_batch_and_sharded_ones_the_state_too() -> None:
         words = [*TINY, "training.batch_size=4", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-9]", *launcher]
         return plan.plan(config.load(words))[0].cost.memory
 
-    made = resolve("training.batch_size=4").cost(resolve().size(1.0, 1.0))
-    kept = 16 * made.parameters  # weights, gradients and two moments in fp32
-    activations = made.memory - kept
+    resolved = resolve("training.batch_size=4").cost(resolve().size(1.0, 1.0))
+    kept = 16 * resolved.parameters  # weights, gradients and two moments in fp32
+    activations = resolved.memory - kept
     assert activations > 0
-    assert memory("launcher=local") == made.memory
+    assert memory("launcher=local") == resolved.memory
     two = ("launcher=local", "launcher.devices_per_run=2")
     assert memory(*two) == kept + activations / 2
     assert memory(*two, "launcher.shard=true") == kept / 2 + activations / 2
     assert memory(*two, "training.micro_batch=1") == kept + activations / 4
-    assert memory("launcher=local", "launcher.sizes={w32-d2:{devices_per_run:2,shard:true}}") == made.memory / 2
+    assert memory("launcher=local", "launcher.sizes={w32-d2:{devices_per_run:2,shard:true}}") == resolved.memory / 2
 
 
 def test_tokens_and_flops_grow_with_steps_and_batch_alone() -> None:
-    made = resolve("training.steps=7", "training.batch_size=5")
-    size = made.size(1.0, 1.0)
-    one = estimate(made.model.tensors(size), size, 1, 1)
-    run = made.cost(size)
+    resolved = resolve("training.steps=7", "training.batch_size=5")
+    size = resolved.size(1.0, 1.0)
+    one = estimate(resolved.model.tensors(size), size, 1, 1)
+    run = resolved.cost(size)
     assert (run.tokens, run.flops) == (35 * one.tokens, 35 * one.flops)
     assert run.parameters == one.parameters
     assert one.tokens == size.context
 
 
 def test_a_budget_of_tokens_is_rounded_up_to_whole_steps() -> None:
-    made = resolve("training.steps=null", "training.tokens=1000", "training.batch_size=4")
-    assert made.steps == math.ceil(1000 / (4 * 24)) == 11
-    assert made.cost(made.size(1.0, 1.0)).tokens == 11 * 4 * 24
+    resolved = resolve("training.steps=null", "training.tokens=1000", "training.batch_size=4")
+    assert resolved.steps == math.ceil(1000 / (4 * 24)) == 11
+    assert resolved.cost(resolved.size(1.0, 1.0)).tokens == 11 * 4 * 24
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])

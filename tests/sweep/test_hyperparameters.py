@@ -18,16 +18,16 @@ AXES = "sweep.axes={optimizer.lr_ratio:[0.5,1,4],model.init_std:[0.08]}"
 
 
 def test_values_form_a_star_around_the_default() -> None:
-    made = load([*SMOKE, *HYBRID, AXES, "parametrization=sp,mup"])
-    default = made.variants[0].model["init_std"]
-    assert [v.label for v in made.variants] == [
+    sweep_config = load([*SMOKE, *HYBRID, AXES, "parametrization=sp,mup"])
+    default = sweep_config.variants[0].model["init_std"]
+    assert [v.label for v in sweep_config.variants] == [
         ("nanogpt", "adamw", name, *change)
         for name in ("sp", "mup")
         for change in ((), ("optimizer.lr_ratio=0.5",), ("optimizer.lr_ratio=4",), ("model.init_std=0.08",))
     ]
-    assert [v.optimizer["lr_ratio"] for v in made.variants[:4]] == [1.0, 0.5, 4.0, 1.0]
-    assert [v.model["init_std"] for v in made.variants[:4]] == [default, default, default, 0.08]
-    assert made.variants[1].change == HyperparameterOverride("optimizer.lr_ratio", 0.5, 1.0)
+    assert [v.optimizer["lr_ratio"] for v in sweep_config.variants[:4]] == [1.0, 0.5, 4.0, 1.0]
+    assert [v.model["init_std"] for v in sweep_config.variants[:4]] == [default, default, default, 0.08]
+    assert sweep_config.variants[1].change == HyperparameterOverride("optimizer.lr_ratio", 0.5, 1.0)
 
 
 def test_a_list_entry_a_nested_key_and_a_null_are_keys_too() -> None:
@@ -41,18 +41,18 @@ def test_a_list_entry_a_nested_key_and_a_null_are_keys_too() -> None:
 
 
 def test_a_key_of_one_optimizer_is_varied_in_that_one() -> None:
-    made = load([*SMOKE, "optimizer=muon,sgd", "sweep.axes={optimizer.ns_steps:[3]}"])
-    assert [v.label[1:] for v in made.variants] == [
+    sweep_config = load([*SMOKE, "optimizer=muon,sgd", "sweep.axes={optimizer.ns_steps:[3]}"])
+    assert [v.label[1:] for v in sweep_config.variants] == [
         ("muon", "spectral"),
         ("muon", "spectral", "optimizer.ns_steps=3"),
         ("sgd", "spectral"),
     ]
-    assert type(made.variants[1].optimizer["ns_steps"]) is int
+    assert type(sweep_config.variants[1].optimizer["ns_steps"]) is int
 
 
 def test_a_config_survives_its_file() -> None:
-    made = load([*SMOKE, AXES])
-    assert from_tree(to_tree(made)) == made
+    sweep_config = load([*SMOKE, AXES])
+    assert from_tree(to_tree(sweep_config)) == sweep_config
 
 
 def test_axes_of_the_command_line_replace_those_of_an_experiment(tmp_path: Path) -> None:
@@ -60,13 +60,13 @@ def test_axes_of_the_command_line_replace_those_of_an_experiment(tmp_path: Path)
     text = "# @package _global_\nsweep:\n  axes: {model.init_std: [0.5]}\n"
     (tmp_path / "experiment" / "mine.yaml").write_text(text)
     assert [v.label[3:] for v in load(["experiment=mine"], str(tmp_path)).variants] == [(), ("model.init_std=0.5",)]
-    made = load(["experiment=mine", "sweep.axes={training.warmup:[0.2]}"], str(tmp_path))
-    assert [v.label[3:] for v in made.variants] == [(), ("training.warmup=0.2",)]
+    sweep_config = load(["experiment=mine", "sweep.axes={training.warmup:[0.2]}"], str(tmp_path))
+    assert [v.label[3:] for v in sweep_config.variants] == [(), ("training.warmup=0.2",)]
 
 
 def test_the_default_shares_its_runs_and_its_folder_with_a_sweep_without_axes() -> None:
     plain, varied = (load([*SMOKE, *words]) for words in ([], [AXES]))
-    ids, more = ({run.run_id for run in plan.plan(made)} for made in (plain, varied))
+    ids, more = ({run.run_id for run in plan.plan(sweep_config)} for sweep_config in (plain, varied))
     assert ids < more
     assert len(more) == 4 * len(ids)  # 0.5, 4 and 0.08 beside the default
     assert plan.sweep_name(plain) == plan.sweep_name(varied)

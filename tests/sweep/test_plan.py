@@ -226,7 +226,7 @@ def test_the_name_of_a_sweep_is_the_same_whatever_its_grid_and_names_its_choices
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected"),
     [
         ("training.steps=40", "training.steps=40 (there: 30)"),
         ("optimizer.weight_decay=0.1", "optimizer.weight_decay=0.1 (there: 0.0)"),
@@ -234,14 +234,14 @@ def test_the_name_of_a_sweep_is_the_same_whatever_its_grid_and_names_its_choices
         ("data.max_tokens=9000", "data.max_tokens=9000 (there: None)"),
     ],
 )
-def test_a_namesake_with_other_settings_is_refused_naming_the_key(override: str, told: str) -> None:
+def test_a_namesake_with_other_settings_is_refused_naming_the_key(override: str, expected: str) -> None:
     sweep, _ = plan.save(load(SMOKE), "")
     before = {p: p.read_bytes() for p in sweep.path.iterdir() if p.is_file()}
     with pytest.raises(ConfigError) as caught:
         plan.save(load([*SMOKE, override]), "")
     message = str(caught.value)
     assert message.startswith("sweep sweeps/smoke already holds nanogpt/adamw/spectral with other settings: ")
-    assert told in message
+    assert expected in message
     assert "choose another sweep.name" in message
     assert {p: p.read_bytes() for p in sweep.path.iterdir() if p.is_file()} == before
 
@@ -298,9 +298,9 @@ def test_steps_from_tokens_are_rounded_up() -> None:
 def test_a_sweep_is_shown_without_its_corpus_and_trained_on_no_other(tmp_path: Path) -> None:
     text = tmp_path / "my.jsonl"
     text.write_text('{"text": "a"}\n')
-    mine = ["data=local", f"data.path={text}"]
+    corpus = ["data=local", f"data.path={text}"]
     axes = "sweep.axes={model.init_std:[0.03]}"
-    sweep, runs = plan.save(load(["experiment=smoke", "parametrization=sp,mup", axes, *mine, f"out={tmp_path}"]), "")
+    sweep, runs = plan.save(load(["experiment=smoke", "parametrization=sp,mup", axes, *corpus, f"out={tmp_path}"]), "")
     text.unlink()
     assert plan.load(sweep, to_train=False) == runs
     with pytest.raises(DataError, match=r"my\.jsonl does not exist"):

@@ -13,29 +13,29 @@ REL = 1e-12  # a dozen float64 operations
 LR = 2.0**-6
 
 
-def made(*overrides: str) -> ResolvedVariant:
+def resolved(*overrides: str) -> ResolvedVariant:
     return resolve(load(["experiment=smoke", "parametrization=mup", *overrides]).variants[0])
 
 
-def lrs(one: ResolvedVariant) -> list[float]:
-    return [row.lr for row in rules(one, one.size(2.0, 1.0), LR)]
+def lrs(variant: ResolvedVariant) -> list[float]:
+    return [row.lr for row in rules(variant, variant.size(2.0, 1.0), LR)]
 
 
-def ratio(one: ResolvedVariant, other: ResolvedVariant) -> set[float]:
-    return {round(a / b, 12) for a, b in zip(lrs(one), lrs(other), strict=True)}
+def ratio(variant: ResolvedVariant, other: ResolvedVariant) -> set[float]:
+    return {round(a / b, 12) for a, b in zip(lrs(variant), lrs(other), strict=True)}
 
 
 def test_nothing_is_on_by_default() -> None:
-    one = made()
-    assert (one.training.batch_rule, one.training.horizon_exponent) == ("none", 0.0)
-    assert all(part.lr_ratio == 1.0 for part in one.optimizers)
-    assert not [note for note in audit(one) if "rule" in note]
+    variant = resolved()
+    assert (variant.training.batch_rule, variant.training.horizon_exponent) == ("none", 0.0)
+    assert all(scaled.lr_ratio == 1.0 for scaled in variant.optimizers)
+    assert not [note for note in audit(variant) if "rule" in note]
 
 
 @pytest.mark.parametrize(("optimizer", "factor"), [("adamw", 2.0), ("sgd", 4.0)])
 def test_the_sde_rule_at_four_times_the_batch(optimizer: str, factor: float) -> None:
-    base = made(f"optimizer={optimizer}", "training.batch_size=4")
-    big = made(
+    base = resolved(f"optimizer={optimizer}", "training.batch_size=4")
+    big = resolved(
         f"optimizer={optimizer}", "training.batch_size=4", "training.batch_rule=sde", "training.base_batch_size=1"
     )
     assert ratio(big, base) == {factor}
@@ -43,25 +43,25 @@ def test_the_sde_rule_at_four_times_the_batch(optimizer: str, factor: float) -> 
 
 
 def test_the_sde_rule_shortens_adams_averages_and_lowers_eps() -> None:
-    (part,) = made("training.batch_size=4", "training.batch_rule=sde", "training.base_batch_size=1").optimizers
-    assert isinstance(part.optimizer, AdamW)
-    assert part.optimizer.betas == pytest.approx((0.6, 0.8), rel=REL)
-    assert part.optimizer.eps == pytest.approx(0.5e-12, rel=REL)
+    (scaled,) = resolved("training.batch_size=4", "training.batch_rule=sde", "training.base_batch_size=1").optimizers
+    assert isinstance(scaled.optimizer, AdamW)
+    assert scaled.optimizer.betas == pytest.approx((0.6, 0.8), rel=REL)
+    assert scaled.optimizer.eps == pytest.approx(0.5e-12, rel=REL)
 
 
 def test_at_the_base_batch_the_rule_changes_nothing() -> None:
     words = ("training.batch_size=4", "training.batch_rule=sde", "training.base_batch_size=4")
-    assert made(*words).optimizers == made("training.batch_size=4").optimizers
+    assert resolved(*words).optimizers == resolved("training.batch_size=4").optimizers
 
 
 def test_the_horizon_rule_multiplies_every_lr_by_a_power_of_the_token_ratio() -> None:
-    base = made("optimizer=muon")
+    base = resolved("optimizer=muon")
     tokens = base.steps * base.training.batch_size * base.model.context
-    long = made("optimizer=muon", "training.horizon_exponent=-0.5", f"training.base_tokens={tokens * 16}")
+    long = resolved("optimizer=muon", "training.horizon_exponent=-0.5", f"training.base_tokens={tokens * 16}")
     assert ratio(long, base) == {4.0}
     assert any("horizon rule is on" in note for note in audit(long))
 
 
 def test_both_rules_enter_the_runs_identity() -> None:
     words = ("training.batch_size=4", "training.batch_rule=sde", "training.base_batch_size=4")
-    assert made(*words).digest != made("training.batch_size=4").digest
+    assert resolved(*words).digest != resolved("training.batch_size=4").digest

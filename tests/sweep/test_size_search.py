@@ -64,11 +64,11 @@ def searched(grid: GridConfig, train: Callable[[Proposal], Row]) -> list[Row]:
 @pytest.mark.parametrize("drift", [0.0, -1.0])
 def test_the_optimum_of_every_size_is_found_for_two_fifths_of_the_grid(drift: float) -> None:
     rows = searched(LADDER, drifting(-6.7, drift))
-    for k, found in enumerate(optima(collect(rows))):
-        assert found.log2_lr == pytest.approx(-6.7 + drift * k, abs=0.25)
-        assert found.low is not None
-        assert found.high is not None
-        assert found.high - found.low <= 0.5
+    for k, fitted in enumerate(optima(collect(rows))):
+        assert fitted.log2_lr == pytest.approx(-6.7 + drift * k, abs=0.25)
+        assert fitted.low is not None
+        assert fitted.high is not None
+        assert fitted.high - fitted.low <= 0.5
     grid = len(LADDER.log2_lrs) * LADDER.max_seeds * (1 + 4 + 16)
     assert sum(r["width_ratio"] ** 2 for r in rows) / grid < 0.4
 
@@ -76,8 +76,8 @@ def test_the_optimum_of_every_size_is_found_for_two_fifths_of_the_grid(drift: fl
 @pytest.mark.parametrize("optimum", [-13.2, 0.4])
 def test_it_walks_beyond_the_given_lrs(optimum: float) -> None:
     one = GridConfig(log2_lrs=LADDER.log2_lrs, search=ADAPTIVE)
-    (found,) = optima(collect(searched(one, valley(optimum))))
-    assert found.log2_lr == pytest.approx(optimum, abs=0.25)
+    (fitted,) = optima(collect(searched(one, valley(optimum))))
+    assert fitted.log2_lr == pytest.approx(optimum, abs=0.25)
 
 
 def test_it_stops_six_octaves_beyond_them() -> None:
@@ -87,8 +87,8 @@ def test_it_stops_six_octaves_beyond_them() -> None:
 
 def test_a_cliff_beside_the_minimum_is_approached_and_not_crossed_again() -> None:
     rows = searched(GridConfig(log2_lrs=LADDER.log2_lrs, search=ADAPTIVE), valley(-6.2, cliff=1.0))
-    (found,) = optima(collect(rows))
-    assert found.log2_lr == pytest.approx(-6.2, abs=0.25)
+    (fitted,) = optima(collect(rows))
+    assert fitted.log2_lr == pytest.approx(-6.2, abs=0.25)
     assert len({r["log2_lr"] for r in rows if r["status"] == "diverged"}) <= 3  # two of the first runs, one beside
 
 
@@ -180,8 +180,8 @@ def test_plan_shows_the_first_round_and_says_that_more_follow(cli: Callable[...,
     assert code == 0
     assert "only the first round is shown" in out
     _, out, _ = cli("plan", *SEARCH, "--json")
-    shown = json.loads(out)
-    assert shown["search"] == "adaptive"
-    assert {(r["width"], r["log2_lr"], r["seed"]) for r in shown["runs"]} == {
+    document = json.loads(out)
+    assert document["search"] == "adaptive"
+    assert {(r["width"], r["log2_lr"], r["seed"]) for r in document["runs"]} == {
         (16, x, s) for x in (-9.0, -7.0, -5.0) for s in (0,)
     }
