@@ -25,9 +25,9 @@ app = typer.Typer(
 )
 
 
-def show_version(wanted: bool) -> None:
-    """--version"""
-    if wanted:
+def show_version(requested: bool) -> None:
+    """Print the version and exit, where --version asks for it."""
+    if requested:
         print(__version__)
         raise typer.Exit
 
@@ -59,8 +59,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def working_folder() -> None:
-    """Refuse to work in a folder that somebody deleted."""
+def check_working_folder() -> None:
+    """Refuse to work in a folder that was deleted."""
     try:
         os.getcwd()
     except FileNotFoundError as error:
@@ -68,13 +68,13 @@ def working_folder() -> None:
 
 
 def drop_output() -> None:
-    """Send what stdout still holds nowhere, since Python would try to write it once more as it ends."""
-    with contextlib.suppress(OSError, AttributeError):  # a stdout without a descriptor has no such end
+    """Discard what stdout still holds, since Python would try to write it once more as it ends."""
+    with contextlib.suppress(OSError, AttributeError):  # a stdout without a descriptor is not written at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def was_interrupted(error: BaseException | None) -> bool:
-    """Whether a Ctrl-C is what caused an error: libraries, and Python while it imports, make others of it."""
+    """Return whether a Ctrl-C caused an error: libraries, and Python while it imports, raise others in its place."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__
     return error is not None
@@ -82,10 +82,10 @@ def was_interrupted(error: BaseException | None) -> bool:
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2; a traceback is a bug of ours."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # it is none where it is closed
-        sys.stdout.reconfigure(errors="replace")  # a chart's lines, where the locale knows ASCII only
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a closed stdout is None
+        sys.stdout.reconfigure(errors="replace")  # charts draw lines that an ASCII locale cannot encode
     try:
-        working_folder()
+        check_working_folder()
         try:
             app(prog_name="mupsweep")
         except Exception as error:
@@ -94,7 +94,7 @@ def main() -> None:
             raise
         finally:
             if sys.stdout is not None:
-                sys.stdout.flush()  # or what it holds fails when nobody can tell of it any more
+                sys.stdout.flush()  # a failure of this write must still be reported
     except MupsweepError as error:
         print(f"mupsweep: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -51,8 +51,8 @@ def coordinates(
     from mupsweep.store.sweep_dir import SweepDir
 
     sweep = None if into is None else SweepDir.open(into)
-    found = coordinate_check.check(coordinate_check.load(overrides or (), config_dir))
-    raise typer.Exit(0 if checks.show_coordinates(found, json, figure, sweep) else 1)
+    measured = coordinate_check.check(coordinate_check.load(overrides or (), config_dir))
+    raise typer.Exit(0 if checks.show_coordinates(measured, json, figure, sweep) else 1)
 
 
 @app.command()

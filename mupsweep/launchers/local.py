@@ -1,4 +1,4 @@
-"""All devices of this machine: a persistent worker process per slot, each taking the longest run that is left."""
+"""All devices of this machine: a persistent worker process per slot, which takes the longest open run each time."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Local:
         variants = {run.resolved.digest: run.resolved for run in runs}.values()
 
         # Groups of devices must divide all devices, and every batch evenly.
-        n_devices = len(self.found())
+        n_devices = len(self.device_names())
         widths = []
         for width in range(1, n_devices + 1):
             if n_devices % width == 0 and all(variant.training.batch_size % width == 0 for variant in variants):
@@ -122,7 +122,7 @@ class Local:
         )
         return replace(launcher, devices_per_run=width, shard=True)
 
-    def found(self) -> list[str]:
+    def device_names(self) -> list[str]:
         """Return the devices to use."""
         return find_devices() if self.devices == "auto" else self._named()
 
@@ -132,7 +132,7 @@ class Local:
 
     def slots(self) -> list[str]:
         """Return the device of every worker, or its devices separated by commas."""
-        devices, width = self.found(), self.devices_per_run
+        devices, width = self.device_names(), self.devices_per_run
         if "cpu" in devices:  # a CPU has as many ranks as there are threads for
             return [",".join([device] * width) for device in devices for _ in range(self._n_slots(device))]
         if len(devices) % width:
@@ -147,7 +147,7 @@ class Local:
         """Return the bytes of a device; None where runs need not be sharded over several."""
         if self.device_memory is not None:
             return 1e9 * self.device_memory
-        devices = self.found()
+        devices = self.device_names()
         return device_memory() if len(devices) > 1 and devices[0].startswith("cuda") else None
 
     def _n_slots(self, device: str) -> int:
