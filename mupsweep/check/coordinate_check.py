@@ -28,16 +28,16 @@ CPU = torch.device("cpu")
 
 def load(overrides: Sequence[str], config_dir: str | None) -> SweepConfig:
     """The config of a check: that of `experiment=check` where no other is named, SP beside what is asked for."""
-    words = list(overrides)
-    if not any(word.startswith("experiment=") for word in words):
-        words.append("experiment=check")
-    asked = [word for word in words if word.startswith("parametrization=")]
+    overrides = list(overrides)
+    if not any(override.startswith("experiment=") for override in overrides):
+        overrides.append("experiment=check")
+    asked = [override for override in overrides if override.startswith("parametrization=")]
     names = (asked or ["parametrization=spectral"])[-1].partition("=")[2].split(",")
-    words = [word for word in words if word not in asked]
-    return config.load([*words, "parametrization=" + ",".join(dict.fromkeys(["sp", *names]))], config_dir)
+    others = [override for override in overrides if override not in asked]
+    return config.load([*others, "parametrization=" + ",".join(dict.fromkeys(["sp", *names]))], config_dir)
 
 
-def check(chosen: SweepConfig) -> Iterator[Coordinates]:
+def check(sweep_config: SweepConfig) -> Iterator[Coordinates]:
     """The coordinates of every variant along the widths and along the depths of the grid.
 
     The base LR is the middle one of `sweep.log2_lrs` where that is among the overrides, else one found at the base.
@@ -45,21 +45,21 @@ def check(chosen: SweepConfig) -> Iterator[Coordinates]:
     Raises:
         ConfigError: a ladder of two sizes, or none.
     """
-    use_threads(chosen)
-    given = any(word.startswith("sweep.log2_lrs=") for word in chosen.overrides)
-    lrs = sorted(chosen.sweep.log2_lrs)
-    found: dict[tuple[str, str], float] = {}
-    for variant in [variant for variant in chosen.variants if variant.change is None]:
+    use_threads(sweep_config)
+    given = any(override.startswith("sweep.log2_lrs=") for override in sweep_config.overrides)
+    lrs = sorted(sweep_config.sweep.log2_lrs)
+    base_log2_lr: dict[tuple[str, str], float] = {}
+    for variant in [variant for variant in sweep_config.variants if variant.change is None]:
         # the LR is that of the base shape, where all parametrizations are one
         label = variant.names[:2]
-        if label not in found:
-            found[label] = lrs[len(lrs) // 2] if given else suitable_log2_lr(variant)
-        yield coordinates_of(variant, chosen.sweep, found[label])
+        if label not in base_log2_lr:
+            base_log2_lr[label] = lrs[len(lrs) // 2] if given else suitable_log2_lr(variant)
+        yield coordinates_of(variant, sweep_config.sweep, base_log2_lr[label])
 
 
-def use_threads(chosen: SweepConfig) -> None:
+def use_threads(sweep_config: SweepConfig) -> None:
     """As many as a worker would: on models this small several threads mostly wait for one another."""
-    torch.set_num_threads(chosen.launcher_options.threads)
+    torch.set_num_threads(sweep_config.launcher_options.threads)
 
 
 def coordinates_of(variant: Variant, grid: GridConfig, log2_lr: float) -> Coordinates:
@@ -73,17 +73,17 @@ def coordinates_of(variant: Variant, grid: GridConfig, log2_lr: float) -> Coordi
     ratios = {WIDTH: grid.width_ratios, DEPTH: grid.depth_ratios}
     if all(len(r) == 1 for r in ratios.values()):
         raise ConfigError("one width and one depth: give sweep.width_ratios=[1,2,4,8] or sweep.depth_ratios=[1,2,4,8]")
-    made = []
+    runs: list[RunSpec] = []
     for axis, ladder in ladders.items():
         if len(ratios[axis]) == 1:
             continue
-        made = runs_of(variant, ladder)
-        for run in made:
+        runs = runs_of(variant, ladder)
+        for run in runs:
             if run.run_id not in traced:
                 traced[run.run_id] = measure(subject(run), STEPS)
             points.append(Point(axis, getattr(run.size, axis), run.seed, traced[run.run_id]))
-    parametrization = made[0].resolved.parametrization
-    roles = {family(t.name): t.role for t in made[0].resolved.model.tensors(made[0].size)}
+    parametrization = runs[0].resolved.parametrization
+    roles = {family(t.name): t.role for t in runs[0].resolved.model.tensors(runs[0].size)}
     promised = {axis: expected_exponents(parametrization, axis) for axis in ladders}
     return fit(variant.names, log2_lr, points, roles, promised)
 

@@ -66,14 +66,14 @@ def aligned(full_rank: bool = False) -> Iterator[Gradients]:
 def realistic() -> Iterator[Gradients]:
     """Those of hidden matrices along a NanoGPT's widths and depths, in its first steps under AdamW."""
     for ladder in LADDERS:
-        chosen = config.load([*MODEL, *ladder])
-        for run in runs_of(chosen.variants[0], chosen.sweep):
+        sweep_config = config.load([*MODEL, *ladder])
+        for run in runs_of(sweep_config.variants[0], sweep_config.sweep):
             yield from _watched(run)
 
 
 def _watched(run: RunSpec) -> list[Gradients]:
-    made = subject(run)
-    parameters = dict(made.network.named_parameters())
+    probe = subject(run)
+    parameters = dict(probe.network.named_parameters())
     middle = [f"blocks.{run.size.depth // 2}.{name}.weight" for name in MATRICES]
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in middle}
 
@@ -87,7 +87,7 @@ def _watched(run: RunSpec) -> list[Gradients]:
     for name in middle:
         watch(name)
     for _ in range(TRAINED):
-        made.step()
+        probe.step()
     return [
         Gradients([w for w, _ in steps], [g for _, g in steps], group=kind, depth=run.size.depth)
         for kind, steps in zip(MATRICES, seen.values(), strict=True)

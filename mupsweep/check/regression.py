@@ -52,12 +52,12 @@ def regress(columns: Sequence[ArrayLike], ys: ArrayLike, groups: Sequence[object
     intercepts = [np.array([name == g for name in names], dtype=float) for g in dict.fromkeys(names)]
     X = np.stack([*(np.asarray(c, dtype=float) for c in columns), *intercepts], axis=1)
     beta = np.linalg.lstsq(X, y, rcond=None)[0]
-    left = len(y) - np.linalg.matrix_rank(X)
-    if left < 1:
+    dof = len(y) - np.linalg.matrix_rank(X)
+    if dof < 1:
         return [Exponent(float(b), -math.inf, math.inf) for b in beta[: len(columns)]]
     residual = y - X @ beta
-    variance = float(residual @ residual) / left * np.diag(np.linalg.pinv(X.T @ X))
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, left) * np.sqrt(variance)
+    variance = float(residual @ residual) / dof * np.diag(np.linalg.pinv(X.T @ X))
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, dof) * np.sqrt(variance)
     return [Exponent(float(b), float(b - h), float(b + h)) for b, h in zip(beta, half, strict=True)][: len(columns)]
 
 

@@ -52,7 +52,7 @@ class Exponents:
         misfit: log of the factor by which the worst update misses a power of n_out times a power of n_in.
     """
 
-    found: dict[str, Exponent]
+    by_name: dict[str, Exponent]
     stable_ranks: tuple[float, float]
     misfit: float
 
@@ -81,7 +81,7 @@ class Measured:
     @property
     def violations(self) -> list[str]:
         """The exponents that differ from what is declared."""
-        return [k for k, v in self.declared.items() if self.aligned.found[k].away_from(v) > 0]
+        return [k for k, v in self.declared.items() if self.aligned.by_name[k].away_from(v) > 0]
 
     @property
     def monomial(self) -> bool:
@@ -112,11 +112,11 @@ class Measured:
         return UpdateLaw(degree, shape_factor=Power(n_out, n_in), eps_power=None, weight_norm=keys.get("weight_norm"))
 
 
-def laws(chosen: SweepConfig) -> Iterator[tuple[Variant, Optimizer, Measured]]:
+def laws(sweep_config: SweepConfig) -> Iterator[tuple[Variant, Optimizer, Measured]]:
     """The law of every optimizer of a config, and the first variant that has it."""
-    use_threads(chosen)
+    use_threads(sweep_config)
     real = list(gradients.realistic())
-    variants = {variant.label[1]: variant for variant in reversed(chosen.variants)}
+    variants = {variant.label[1]: variant for variant in reversed(sweep_config.variants)}
     for variant in reversed(variants.values()):
         optimizer: Optimizer = instantiate(variant.optimizer, "optimizer")
         declared = not (isinstance(optimizer, Foreign) and optimizer.law is None)
@@ -131,22 +131,22 @@ def measure(
     """Measure the law of an optimizer on both kinds of gradients, and compare it with its own if `declared`."""
     declared_law = optimizer.measured_law() if declared else None
     norm = declared_law.weight_norm if declared_law is not None else None
-    found = exponents(optimizer, aligned, norm or "frobenius", declared)
-    if declared_law is None and abs(found.found[WEIGHT].value) > RESOLUTION:
+    measured = exponents(optimizer, aligned, norm or "frobenius", declared)
+    if declared_law is None and abs(measured.by_name[WEIGHT].value) > RESOLUTION:
         fits = {name: exponents(optimizer, aligned, name, declared) for name in NORMS}
         norm = min(fits, key=lambda name: fits[name].misfit)
-        found = fits[norm]
-    said = {}
+        measured = fits[norm]
+    predicted: dict[str, float] = {}
     if declared_law is not None:
         shape = _shape([_predicted(optimizer, g, of_shape=True) for g in aligned], aligned)
         exponents_of_shape = {k: e.value for k, e in shape.items()}
-        said = {DEGREE: float(declared_law.degree), **exponents_of_shape, WEIGHT: float(norm is not None)}
+        predicted = {DEGREE: float(declared_law.degree), **exponents_of_shape, WEIGHT: float(norm is not None)}
     return Measured(
         name=optimizer.name,
-        aligned=found,
+        aligned=measured,
         realistic=exponents(optimizer, realistic, norm or "frobenius", declared),
-        declared=said,
-        snapped={name: snap(e) for name, e in found.found.items()},
+        declared=predicted,
+        snapped={name: snap(e) for name, e in measured.by_name.items()},
         weight_norm=norm,
         weight_decay=decay_of(optimizer),
     )
@@ -178,11 +178,13 @@ def exponents(optimizer: Optimizer, points: Sequence[Gradients], norm: str, decl
         p, w = (float(e.value if snap(e) is None else snap(e)) for e in (degree, weight))  # type: ignore[arg-type]
         expected = [p * _log_norm(g.grads[-1]) + w * math.log(NORMS[norm](g.weights[-1])) for g in points]
         offsets = {}
-    left = [y - e for y, e in zip(logs, expected, strict=True)]
-    shape = _shape(left, points)
-    found = {k: e.shifted(offsets.get(k, 0.0)).widened(RESOLUTION) for k, e in shape.items()}
+    residuals = [y - e for y, e in zip(logs, expected, strict=True)]
+    shape = _shape(residuals, points)
+    of_shape = {k: e.shifted(offsets.get(k, 0.0)).widened(RESOLUTION) for k, e in shape.items()}
     ranks = [stable_rank(A) for A in updates]
-    return Exponents({DEGREE: degree, **found, WEIGHT: weight}, (min(ranks), max(ranks)), _misfit(left, shape, points))
+    return Exponents(
+        {DEGREE: degree, **of_shape, WEIGHT: weight}, (min(ranks), max(ranks)), _misfit(residuals, shape, points)
+    )
 
 
 def update(optimizer: Optimizer, seen: Gradients, thresholds: float = 1.0) -> Tensor:
@@ -192,14 +194,14 @@ def update(optimizer: Optimizer, seen: Gradients, thresholds: float = 1.0) -> Te
     """
     renormalizes = isinstance(optimizer, ComposableOptimizer) and (optimizer.renormalizes or optimizer.hyperball)
     p, lr = nn.Parameter(seen.weights[0].clone()), SHORT_STEP if renormalizes else 1.0
-    made = optimizer.build([_group(optimizer, p, lr, scale=thresholds)])
+    torch_optimizer = optimizer.build([_group(optimizer, p, lr, scale=thresholds)])
     before = p.detach().clone()
     for weights, grad in zip(seen.weights, seen.grads, strict=True):
         if not renormalizes:
             p.detach().copy_(weights)
         before.copy_(p.detach())
         p.grad = grad.clone()
-        _step(optimizer, made)
+        _step(optimizer, torch_optimizer)
     return (before - p.detach()) / lr
 
 
@@ -218,9 +220,9 @@ def decay_of(optimizer: Optimizer) -> str:
     before = p.detach().clone()
     p.grad = torch.zeros_like(p)
     _step(optimizer, optimizer.build([_group(optimizer, p, lr, weight_decay)]))
-    for expected, words in ((0.0, NO_DECAY), (lr * weight_decay, COUPLED), (weight_decay, INDEPENDENT)):
+    for expected, description in ((0.0, NO_DECAY), (lr * weight_decay, COUPLED), (weight_decay, INDEPENDENT)):
         if torch.allclose(p.detach(), before * (1 - expected), rtol=1e-4):
-            return words
+            return description
     return INSIDE
 
 
@@ -233,16 +235,16 @@ def _group(optimizer: Optimizer, p: Tensor, lr: float, weight_decay: float = 0.0
     return {"params": [p], "lr": lr, "weight_decay": weight_decay, **thresholds}
 
 
-def _step(optimizer: Optimizer, made: torch.optim.Optimizer) -> None:
+def _step(optimizer: Optimizer, torch_optimizer: torch.optim.Optimizer) -> None:
     if optimizer.curvature_every is not None:
-        made.observe()  # type: ignore[attr-defined]
+        torch_optimizer.observe()  # type: ignore[attr-defined]
     try:
-        made.step()
+        torch_optimizer.step()
     except Exception as error:
         if not isinstance(optimizer, Foreign):
             raise
-        told = " ".join(str(error).split())
-        raise ConfigError(f"{optimizer.path} cannot step a matrix: {type(error).__name__}: {told}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{optimizer.path} cannot step a matrix: {type(error).__name__}: {reason}") from error
 
 
 def _predicted(optimizer: Optimizer, seen: Gradients, of_shape: bool = False) -> float:
@@ -267,12 +269,12 @@ def _shape(logs: Sequence[float], points: Sequence[Gradients]) -> dict[str, Expo
 
 
 def _misfit(logs: Sequence[float], shape: dict[str, Exponent], points: Sequence[Gradients]) -> float:
-    left = []
+    residuals = []
     for y, g in zip(logs, points, strict=True):
         n_out, n_in = map(math.log, g.dims)
-        left.append(y - shape[N_OUT].value * n_out - shape[N_IN].value * n_in)
-    middle = sum(left) / len(left)
-    return max(abs(y - middle) for y in left)
+        residuals.append(y - shape[N_OUT].value * n_out - shape[N_IN].value * n_in)
+    middle = sum(residuals) / len(residuals)
+    return max(abs(y - middle) for y in residuals)
 
 
 def _log_norm(matrix: Tensor) -> float:

@@ -100,10 +100,10 @@ class Foreign(Optimizer):
     def _class(self) -> Any:
         import torch
 
-        found = import_object(self.path, "optimizer.path", "your optimizer")
-        if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        cls = import_object(self.path, "optimizer.path", "your optimizer")
+        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
             raise ConfigError(f"optimizer.path={self.path} is no subclass of torch.optim.Optimizer")
-        return found
+        return cls
 
     @cached_property
     def _parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -123,22 +123,22 @@ class Foreign(Optimizer):
             if key in OURS:
                 raise ConfigError(f"optimizer.options.{key}: every tensor has its own; give optimizer.{key} or the LR")
             if not self._takes(key):
-                known = [name for name in self._parameters if name not in OURS]
-                raise ConfigError(f"optimizer.options.{key}: {self.path} takes none; {nearest(key, known)}")
+                accepted = [name for name in self._parameters if name not in OURS]
+                raise ConfigError(f"optimizer.options.{key}: {self.path} takes none; {nearest(key, accepted)}")
 
     @cached_property
     def _exponents(self) -> dict[str, Fraction]:
         assert self.law is not None
-        found = {}
+        exponents = {}
         for key in EXPONENTS:
             try:
-                found[key] = Fraction(str(self.law[key]))
+                exponents[key] = Fraction(str(self.law[key]))
             except (KeyError, ValueError, ZeroDivisionError) as error:
                 raise ConfigError(
                     f"optimizer.law.{key}={self.law.get(key)}: expected a number or a fraction such as 1/2, "
                     "all of them as optimizer.law={degree: 0, n_out: 1/2, n_in: 1/2}"
                 ) from error
-        return found
+        return exponents
 
     @cached_property
     def _law(self) -> UpdateLaw | None:

@@ -20,7 +20,7 @@ class OptimizerSet:
         self.members: list[torch.optim.Optimizer] = []
         self.curvature_every: list[int | None] = []
         for index, part in enumerate(parts):
-            mine = [
+            own_groups = [
                 {
                     "params": [parameters[name] for name in group["tensors"]],
                     "lr": group["lr"],
@@ -33,8 +33,8 @@ class OptimizerSet:
                 for group in groups
                 if group["part"] == index
             ]
-            if mine:
-                self.members.append(part.build(mine))
+            if own_groups:
+                self.members.append(part.build(own_groups))
                 self.curvature_every.append(part.curvature_every)
 
     def step(self, lr_factor: float) -> None:

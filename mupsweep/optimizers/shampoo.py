@@ -79,11 +79,11 @@ class Shampoo(Preconditioned):
         return UpdateLaw(degree=degree, eps_power=2)
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
-        made = {"momentum": weights.new_zeros(weights.shape)}
+        state = {"momentum": weights.new_zeros(weights.shape)}
         for axis in self.powers:
             count, n, _ = rows_along(weights, axis).shape
-            made |= {name: weights.new_zeros(count, n, n) for name in (axis, f"{axis}_root")}
-        return made
+            state |= {name: weights.new_zeros(count, n, n) for name in (axis, f"{axis}_root")}
+        return state
 
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         keep, take, total = 1.0, 1.0, 1.0

@@ -62,11 +62,11 @@ class SOAP(Preconditioned):
         return UpdateLaw(blocks=BLOCKS[frozenset(active.axes)])
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
-        made = {name: weights.new_zeros(weights.shape) for name in ("m", "v")}
+        state = {name: weights.new_zeros(weights.shape) for name in ("m", "v")}
         for axis in self.axes:
             count, n, _ = rows_along(weights, axis).shape
-            made |= {name: weights.new_zeros(count, n, n) for name in (axis, f"{axis}_basis")}
-        return made
+            state |= {name: weights.new_zeros(count, n, n) for name in (axis, f"{axis}_basis")}
+        return state
 
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         step = now.step - 1

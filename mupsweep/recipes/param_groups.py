@@ -172,22 +172,26 @@ def _depth_ratios(names: Sequence[str], base: Sequence[str]) -> dict[str, tuple[
 
     counts = [Counter(key for name in side for key in alike(name)) for side in (names, base)]
     first = {key: name for name in reversed(base) for key in alike(name)}
-    known = set(base)
-    found = {}
+    base_names = set(base)
+    counterparts = {}
     for name in names:
-        like = name if name in known else next((first[key] for key in alike(name) if key in first), None)
+        like = name if name in base_names else next((first[key] for key in alike(name) if key in first), None)
         if like is None:
-            raise ConfigError(f"{name} has no counterpart in the base model; {nearest(name, known)}")
-        found[name] = like, math.prod(counts[0][k] / counts[1][k] for k in alike(name) if k in counts[1])
-    unused = known - {like for like, _ in found.values()} - {n for n in known if any(k in counts[0] for k in alike(n))}
+            raise ConfigError(f"{name} has no counterpart in the base model; {nearest(name, base_names)}")
+        counterparts[name] = like, math.prod(counts[0][k] / counts[1][k] for k in alike(name) if k in counts[1])
+    unused = (
+        base_names
+        - {like for like, _ in counterparts.values()}
+        - {n for n in base_names if any(k in counts[0] for k in alike(n))}
+    )
     if unused:
         raise ConfigError(f"{min(unused)} of the base model has no counterpart in the model")
-    if len(ratios := {ratio for _, ratio in found.values()} - {1.0}) > 1:
+    if len(ratios := {ratio for _, ratio in counterparts.values()} - {1.0}) > 1:
         raise ConfigError(
             f"numbered blocks grow by different factors ({', '.join(f'{r:g}' for r in sorted(ratios))}): scale the "
             "depth of all of them alike, or count only what residual blocks repeat"
         )
-    return found
+    return counterparts
 
 
 def _role(name: str, axes: Sequence[int], model: nn.Module) -> Role:
@@ -232,8 +236,9 @@ def _check_patterns(patterns: Iterable[str], names: Sequence[str]) -> None:
             raise ConfigError(f"the pattern {pattern!r} fits no parameter; {nearest(pattern, names)}")
 
 
-def _check_tie(name: str, mine: Sequence[float], other: str, theirs: Sequence[float]) -> None:
-    if any(not math.isclose(a, b, rel_tol=1e-9) for a, b in zip(mine, theirs, strict=True)):
+def _check_tie(name: str, numbers: Sequence[float], other: str, others: Sequence[float]) -> None:
+    if any(not math.isclose(a, b, rel_tol=1e-9) for a, b in zip(numbers, others, strict=True)):
         raise ConfigError(
-            f"{other} and {name} are one tensor, but their rules differ (LR {theirs[0]:g} and {mine[0]:g}): untie them"
+            f"{other} and {name} are one tensor, but their rules differ (LR {others[0]:g} and {numbers[0]:g}): "
+            "untie them"
         )

@@ -70,15 +70,15 @@ def as_torch(row: Row, optimizer: Mapping[str, Any]) -> dict[str, Any]:
 def groups(recipe: ResolvedVariant, rename: Callable[[str], str] = str) -> list[dict[str, Any]]:
     """The tensors that share an optimizer and its numbers, each group with the patterns of its names."""
     optimizers = {optimizer["name"]: optimizer for optimizer in recipe["optimizers"]}
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in own(recipe):
         numbers = as_torch(row, optimizers[row["optimizer"]])
-        group = found.setdefault(
+        group = groups.setdefault(
             (row["optimizer"], *numbers.items()), {"optimizer": row["optimizer"], **numbers, "patterns": []}
         )
         group["patterns"] = unique([*group["patterns"], pattern(rename(row["name"]))])
-    _check_partition([rename(row["name"]) for row in own(recipe)], list(found.values()))
-    return list(found.values())
+    _check_partition([rename(row["name"]) for row in own(recipe)], list(groups.values()))
+    return list(groups.values())
 
 
 def starts(recipe: ResolvedVariant, rename: Callable[[str], str] = str) -> dict[str, float | str]:
@@ -138,10 +138,10 @@ def _fold(row: Row, kind: str, factors: Mapping[str, float]) -> Row:
     return {**row, **changed, "weight_decay": row["weight_decay"] / a**lr, "multiplier": 1.0}
 
 
-def _check_partition(names: Iterable[str], found: list[dict[str, Any]]) -> None:
+def _check_partition(names: Iterable[str], groups: list[dict[str, Any]]) -> None:
     """Every name fits the patterns of exactly one group."""
     for name in names:
-        fits = [g for g in found if any(re.search(p, name) for p in g["patterns"])]
+        fits = [g for g in groups if any(re.search(p, name) for p in g["patterns"])]
         assert len(fits) == 1, f"{name} is in {len(fits)} groups"
 
 
@@ -154,15 +154,15 @@ def differences(
         theirs: a tensor -> the numbers that the trainer gives it with the settings that are exported.
         remedies: what to do, by the key of the number.
     """
-    found: dict[tuple[str, float, float], list[str]] = {}
+    names_by_difference: dict[tuple[str, float, float], list[str]] = {}
     for row in own(recipe):
         for key, value in theirs(row).items():
             if not math.isclose(value, row[key], rel_tol=1e-6, abs_tol=1e-30):
                 short = row["name"].split(".", 2)[-1] if row["name"].startswith("blocks.") else row["name"]
-                found.setdefault((key, value, row[key]), []).append(short)
+                names_by_difference.setdefault((key, value, row[key]), []).append(short)
     return [
         f"{key.replace('_', ' ')} {right:.4g} of {', '.join(unique(names))}: it would be {wrong:.4g}; {remedies[key]}"
-        for (key, wrong, right), names in found.items()
+        for (key, wrong, right), names in names_by_difference.items()
     ]
 
 

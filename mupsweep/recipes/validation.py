@@ -113,10 +113,10 @@ def extend(sweep: SweepDir, trial: Trial, rows: Sequence[Mapping[str, Any]]) -> 
     ratios = trial.size.width_ratio, trial.size.depth_ratio
     points = [p for curve in collect(_of(trial, rows))[-1:] for p in curve.points]  # of the longest horizon
     whole = [p for p in points if len(p.losses) + p.diverged >= len(trial.seeds)]
-    known = {p.log2_lr: math.inf if p.censored else p.mean for p in whole}
-    wanted = neighbours(trial.log2_lr, trial.step, known)
-    if all(lr in known for lr in wanted):
-        wanted += _unbounded(judge(analyse(rows), trial).optimum, known, trial.step)
+    losses = {p.log2_lr: math.inf if p.censored else p.mean for p in whole}
+    wanted = neighbours(trial.log2_lr, trial.step, losses)
+    if all(lr in losses for lr in wanted):
+        wanted += _unbounded(judge(analyse(rows), trial).optimum, losses, trial.step)
     return plan.extend(sweep, trial.resolved, ratios, wanted, trial.seeds)
 
 
@@ -137,8 +137,8 @@ def neighbours(log2_lr: float, step: float, losses: Mapping[float, float]) -> li
 def _unbounded(best: Estimate, losses: Mapping[float, float], step: float) -> list[float]:
     """An LR further out on every side where the losses so far do not bound the best one."""
     ends = [(best.low, min(losses), -step), (best.high, max(losses), step)]
-    found = [end + out for bound, end, out in ends if bound is None and math.isfinite(losses[end])]
-    return found if len(losses) + len(found) <= MAX_TARGET_LRS else []
+    further = [end + out for bound, end, out in ends if bound is None and math.isfinite(losses[end])]
+    return further if len(losses) + len(further) <= MAX_TARGET_LRS else []
 
 
 def judge(analysis: Analysis, trial: Trial) -> Validation:

@@ -55,7 +55,7 @@ def measured(made: Optimizer, declared: bool = True, points: Sequence[Gradients]
 
 
 def values(found: Measured, *names: str) -> list[float]:
-    return [found.aligned.found[name].value for name in names]
+    return [found.aligned.by_name[name].value for name in names]
 
 
 # Foreign optimizers, each with a law that follows from its lines.
@@ -227,7 +227,7 @@ def test_the_law_of_a_foreign_optimizer_is_measured(name: str, keys: dict[str, s
 
 def test_an_exponent_beside_the_grid_is_not_snapped() -> None:
     found = measured(foreign("Third"), declared=False)
-    assert found.aligned.found[N_OUT].value == pytest.approx(1 / 3, abs=TOLERANCE["exponent"])
+    assert found.aligned.by_name[N_OUT].value == pytest.approx(1 / 3, abs=TOLERANCE["exponent"])
     assert found.snapped[N_OUT] is None
     assert found.snapped[N_IN] == 0
     assert found.keys() is None
@@ -296,12 +296,12 @@ def test_real_gradients_are_those_of_hidden_matrices_in_training() -> None:
 
 def test_sign_updates_are_as_large_on_real_gradients() -> None:
     found = update_law.exponents(optimizer("optimizer=adamw"), real(), "frobenius", declared=True)
-    assert found.found[BOTH].value == pytest.approx(1, abs=0.1)
+    assert found.by_name[BOTH].value == pytest.approx(1, abs=0.1)
     assert found.stable_ranks[0] >= 1
-    assert update_law.DEPTH in found.found
+    assert update_law.DEPTH in found.by_name
 
 
 def test_thresholds_follow_scaled_gradients() -> None:
     """Else an optimizer with a large eps would seem to have another degree."""
     made = replace(optimizer("optimizer=adamw"), eps=1.0)
-    assert measured(made, points=aligned()[:4]).aligned.found[DEGREE].value == pytest.approx(0, abs=1e-4)
+    assert measured(made, points=aligned()[:4]).aligned.by_name[DEGREE].value == pytest.approx(0, abs=1e-4)

@@ -65,13 +65,13 @@ def render(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The snippet; it runs with torch alone wherever torch has the optimizers."""
     lines, foreign = [], []
     for optimizer in recipe["optimizers"]:
-        made = torch_class(optimizer)
-        if made is None:
+        torch_optimizer = torch_class(optimizer)
+        if torch_optimizer is None:
             foreign.append(optimizer["name"])
             lines.append(f"{optimizer['name']!r}: from_mupsweep(**{literal(optimizer, 8)})")
         else:
-            words = "".join(f", {key}={value!r}" for key, value in made[1].items())
-            lines.append(f"{optimizer['name']!r}: lambda groups: torch.optim.{made[0]}(groups{words})")
+            arguments = "".join(f", {key}={value!r}" for key, value in torch_optimizer[1].items())
+            lines.append(f"{optimizer['name']!r}: lambda groups: torch.optim.{torch_optimizer[0]}(groups{arguments})")
     body = BODY.format(
         block=recipe["block_multiplier"],
         output=recipe["output_multiplier"],

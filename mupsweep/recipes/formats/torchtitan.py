@@ -41,8 +41,8 @@ def render(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
     need_model(recipe, "torchtitan", "Llama", "nanogpt, huggingface, megatron or pytorch")
     target, training = recipe["target"], recipe["training"]
     folding, limits = folded(recipe)
-    made = {optimizer["name"]: torch_class(optimizer) for optimizer in recipe["optimizers"]}
-    missing = [name for name, found in made.items() if found is None or found[0] not in CLASSES]
+    classes = {optimizer["name"]: torch_class(optimizer) for optimizer in recipe["optimizers"]}
+    missing = [name for name, named in classes.items() if named is None or named[0] not in CLASSES]
     if missing:
         limits.append(
             f"{' and '.join(missing)}: torchtitan's container takes {', '.join(CLASSES)}; add a class to "
@@ -50,7 +50,7 @@ def render(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
         )
     lines = []
     for group in groups(folding, rename):
-        name, keywords = made[group["optimizer"]] or (group["optimizer"], {})
+        name, keywords = classes[group["optimizer"]] or (group["optimizer"], {})
         numbers = {k: v for k, v in group.items() if k not in ("optimizer", "patterns")} | keywords
         lines.append(
             f"    ParamGroupConfig(\n        pattern={'|'.join(group['patterns'])!r},\n"

@@ -184,8 +184,8 @@ def _print_law(
     console = console_of()
     console.print(f"\n{measured.name}: ||A||_2 = ||G||_2^degree n_out^x n_in^y ||W||^w at LR 1", style="bold")
     table = table_of("exponent", "rank 1", "95 % interval", "real grads", "95 % interval", "declared", "")
-    for name, real in measured.realistic.found.items():
-        rank_1 = measured.aligned.found.get(name)
+    for name, real in measured.realistic.by_name.items():
+        rank_1 = measured.aligned.by_name.get(name)
         declared = measured.declared.get(name)
         cells = ["", ""] if rank_1 is None else _cells(rank_1)
         verdict = "" if declared is None else "off" if name in measured.violations else "ok"
@@ -210,12 +210,12 @@ def _remarks(measured: Measured) -> list[str]:
     """Lines on exponents that differ from the declared ones, and on why real gradients differ from those of rank 1."""
     lines = []
     for name in measured.violations:
-        exponent, declared = measured.aligned.found[name], signed(measured.declared[name])
+        exponent, declared = measured.aligned.by_name[name], signed(measured.declared[name])
         lines.append(f"off: {name} is {exponent}, declared {declared}: its rule would be wrong")
     # exponents whose intervals do not overlap
     apart = {}
-    for name, rank_1 in measured.aligned.found.items():
-        real = measured.realistic.found[name]
+    for name, rank_1 in measured.aligned.by_name.items():
+        real = measured.realistic.by_name[name]
         if real.low > rank_1.high or real.high < rank_1.low:
             apart[name] = rank_1.value, real.value
     if not apart:
@@ -275,13 +275,13 @@ def _law_document(optimizer: Optimizer, parametrization: Parametrization, measur
         "path": optimizer.path if isinstance(optimizer, Foreign) else None,
         "exponents": {
             name: {
-                "rank_1": None if name not in measured.aligned.found else _interval(measured.aligned.found[name]),
+                "rank_1": None if name not in measured.aligned.by_name else _interval(measured.aligned.by_name[name]),
                 "real": _interval(real),
                 "declared": measured.declared.get(name),
                 "snapped": None if measured.snapped.get(name) is None else str(measured.snapped[name]),
                 "off": name in measured.violations,
             }
-            for name, real in measured.realistic.found.items()
+            for name, real in measured.realistic.by_name.items()
         },
         "stable_rank": {
             "rank_1": list(measured.aligned.stable_ranks),
