@@ -15,11 +15,13 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from mupsweep.analysis.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS, analyse
+from mupsweep.analysis.analysis import analyse
+from mupsweep.analysis.labels import DIVERGED, DONE
+from mupsweep.analysis.run_result import RunResult
+from mupsweep.analysis.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS
 
 DRIFT = {"none": 0.0, "half": -0.5, "one": -1.0}  # octaves per doubling
 LOWEST, HIGHEST = -13.0, -3.0  # log2 LR
@@ -80,7 +82,7 @@ def drawn(random: np.random.Generator) -> Setting:
     )
 
 
-def sweep(random: np.random.Generator, s: Setting, missing: float = 0.03) -> list[dict[str, Any]]:
+def sweep(random: np.random.Generator, s: Setting, missing: float = 0.03) -> list[RunResult]:
     """The runs of one synthetic sweep, some of them missing."""
     rows = []
     for k in range(s.sizes):
@@ -95,19 +97,20 @@ def sweep(random: np.random.Generator, s: Setting, missing: float = 0.03) -> lis
                 if random.random() < missing:
                     continue
                 rows.append(
-                    {
-                        "model": "m",
-                        "optimizer": "o",
-                        "parametrization": "p",
-                        "width": 32 * 2**k,
-                        "depth": 4,
-                        "width_ratio": 2.0**k,
-                        "depth_ratio": 1.0,
-                        "log2_lr": float(x),
-                        "seed": seed,
-                        "status": "diverged" if diverged else "done",
-                        "val_loss": None if diverged else loss,
-                    }
+                    RunResult(
+                        run_id="",
+                        model="m",
+                        optimizer="o",
+                        parametrization="p",
+                        width=32 * 2**k,
+                        depth=4,
+                        width_ratio=2.0**k,
+                        depth_ratio=1.0,
+                        log2_lr=float(x),
+                        seed=seed,
+                        status=DIVERGED if diverged else DONE,
+                        val_loss=None if diverged else loss,
+                    )
                 )
     return rows
 

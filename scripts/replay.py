@@ -23,6 +23,7 @@ import numpy as np
 
 from mupsweep.analysis.curves import collect
 from mupsweep.analysis.optimum import Optimum, optima
+from mupsweep.analysis.run_result import RunResult
 from mupsweep.store.results import read_runs, read_table
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import ADAPTIVE, GridConfig
@@ -31,8 +32,7 @@ from mupsweep.sweep.size_search import Proposal, propose
 STEP = 0.5  # octaves
 WITHIN = 0.25  # octaves: the aim is to be so near the grid's optimum
 TRIM = 3  # LRs that a replay may leave out at each end of where it begins
-Row = Mapping[str, Any]
-Table = dict[Proposal, Row]
+Table = dict[Proposal, RunResult]
 
 
 @dataclass
@@ -80,7 +80,7 @@ HEADER = (
 )
 
 
-def search(table: Table, grid: GridConfig) -> tuple[list[Row], int]:
+def search(table: Table, grid: GridConfig) -> tuple[list[RunResult], int]:
     """The rows that a search asks a table for, and its rounds. A run that the table does not have ends it there."""
     lrs = [key.log2_lr for key in table]
     rows: Table = {}
@@ -121,42 +121,42 @@ def half_width(o: Optimum | None) -> float:
     return np.inf if o is None or o.se is None or o.low is None or o.high is None else (o.high - o.low) / 2
 
 
-def cost(row: Row) -> float:
+def cost(row: RunResult) -> float:
     """FLOPs of a run, up to a factor where the table does not say."""
-    return float(row.get("flops") or row["width_ratio"] ** 2 * row["depth_ratio"])
+    return float(row.flops or row.width_ratio**2 * row.depth_ratio)
 
 
-def on_sweep(rows: Iterable[Row], replays: int, seed: int, keys: Mapping[str, Any]) -> Tally:
+def on_sweep(rows: Iterable[RunResult], replays: int, seed: int, keys: Mapping[str, Any]) -> Tally:
     """Replays of the search on the runs of one variant."""
     random = np.random.default_rng(seed)
     rows = complete(rows)
     dense = optima(collect(rows))
-    seeds, lrs = (sorted({row[key] for row in rows}) for key in ("seed", "log2_lr"))
-    ratios = sorted({(row["width_ratio"], row["depth_ratio"]) for row in rows})
+    seeds, lrs = sorted({row.seed for row in rows}), sorted({row.log2_lr for row in rows})
+    ratios = sorted({(row.width_ratio, row.depth_ratio) for row in rows})
     tally = Tally()
     for _ in range(replays):
         renamed = dict(zip(seeds, random.permutation(len(seeds)).tolist(), strict=True))
-        moved = [{**row, "seed": renamed[row["seed"]]} for row in rows]
-        table: Table = {Proposal(r["width_ratio"], r["depth_ratio"], r["log2_lr"], r["seed"]): r for r in moved}
+        moved = [replace(row, seed=renamed[row.seed]) for row in rows]
+        table: Table = {Proposal(r.width_ratio, r.depth_ratio, r.log2_lr, r.seed): r for r in moved}
         begin = lrs[random.integers(0, TRIM + 1) : len(lrs) - random.integers(0, TRIM + 1)]
         tally.add(compare(table, adaptive(ratios, begin, len(seeds), keys), dense))
     return tally
 
 
-def complete(rows: Iterable[Row]) -> list[Row]:
+def complete(rows: Iterable[RunResult]) -> list[RunResult]:
     """The runs at the longest row of neighbouring half octaves that every size has with every seed."""
-    rows = [row for row in rows if row["log2_lr"] % STEP == 0]
-    cells = {(row["width_ratio"], row["depth_ratio"], row["seed"]) for row in rows}
+    rows = [row for row in rows if row.log2_lr % STEP == 0]
+    cells = {(row.width_ratio, row.depth_ratio, row.seed) for row in rows}
     having: dict[float, set[Any]] = defaultdict(set)
     for row in rows:
-        having[row["log2_lr"]].add((row["width_ratio"], row["depth_ratio"], row["seed"]))
+        having[row.log2_lr].add((row.width_ratio, row.depth_ratio, row.seed))
     stretches: list[list[float]] = [[]]
     for log2_lr in sorted(x for x, had in having.items() if had == cells):
         if stretches[-1] and log2_lr - stretches[-1][-1] > STEP:
             stretches.append([])
         stretches[-1].append(log2_lr)
     longest = max(stretches, key=len)
-    return [row for row in rows if row["log2_lr"] in longest]
+    return [row for row in rows if row.log2_lr in longest]
 
 
 def adaptive(ratios: list[tuple[float, float]], lrs: list[float], seeds: int, keys: Mapping[str, Any]) -> GridConfig:
@@ -173,7 +173,7 @@ def on_synthetic(count: int, seed: int, keys: Mapping[str, Any]) -> Tally:
         rows = calibrate.sweep(random, replace(s, seeds=3, step=STEP), missing=0.0)
         first = -11.0 + STEP * int(random.integers(0, 2))
         lrs = [first + STEP * i for i in range(15)]
-        table: Table = {Proposal(r["width_ratio"], r["depth_ratio"], r["log2_lr"], r["seed"]): r for r in rows}
+        table: Table = {Proposal(r.width_ratio, r.depth_ratio, r.log2_lr, r.seed): r for r in rows}
         truth = {2.0**k: s.optimum(k) for k in range(s.sizes)}
         grid = adaptive([(2.0**k, 1.0) for k in range(s.sizes)], lrs, 3, keys)
         within: Table = {key: row for key, row in table.items() if key.log2_lr in lrs}
@@ -181,12 +181,12 @@ def on_synthetic(count: int, seed: int, keys: Mapping[str, Any]) -> Tally:
     return tally
 
 
-def variants(path: str) -> Iterator[tuple[str, list[Row]]]:
+def variants(path: str) -> Iterator[tuple[str, list[RunResult]]]:
     """(name, runs) of every variant in a sweep's folder or a table."""
     rows = read_table(path) if Path(path).is_file() else read_runs([SweepDir.open(path)])
-    grouped: dict[str, list[Row]] = defaultdict(list)
+    grouped: dict[str, list[RunResult]] = defaultdict(list)
     for row in rows:
-        grouped[f"{Path(path).stem}: {row['optimizer']}/{row['parametrization']}"].append(row)
+        grouped[f"{Path(path).stem}: {row.optimizer}/{row.parametrization}"].append(row)
     yield from grouped.items()
 
 

@@ -15,8 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from mupsweep.analysis.labels import DIVERGED, DONE, HyperparameterOverride, Label
-
-Size = tuple[int, int, int | None]  # width, depth, and the tokens of training where runs have several horizons
+from mupsweep.analysis.run_result import RunResult, Size
 
 
 @dataclass(frozen=True)
@@ -101,21 +100,22 @@ class LossCurve:
         return sum(p.diverged for p in self.points)
 
 
-def collect(rows: Iterable[Mapping[str, Any]]) -> list[LossCurve]:
-    """Curves from rows like those of results/runs.csv, the smallest size first. Unfinished runs are left out."""
-    sizes: dict[tuple[Any, ...], dict[float, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row["status"] in (DONE, DIVERGED):
-            key = tuple(row[k] for k in ("model", "optimizer", "parametrization", "width", "depth"))
-            ratios = row["width_ratio"], row["depth_ratio"]
-            sizes[(*key, *ratios, row.get("horizon"), HyperparameterOverride.of(row))][row["log2_lr"]].append(row)
+def collect(runs: Iterable[RunResult]) -> list[LossCurve]:
+    """The curves of some runs, those of the smallest size first. Unfinished runs are left out."""
+    by_curve: dict[tuple[Any, ...], dict[float, list[RunResult]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if run.status in (DONE, DIVERGED):
+            by_curve[run.label, run.size, run.width_ratio, run.depth_ratio][run.log2_lr].append(run)
     curves = []
-    for key, by_lr in sizes.items():
-        points = []
-        for log2_lr, members in sorted(by_lr.items()):
-            runs = sorted(members, key=lambda r: r["seed"])
-            losses = {r["seed"]: r["val_loss"] for r in runs if r["status"] == DONE and r["val_loss"] is not None}
-            points.append(Point(log2_lr, losses, len(runs) - len(losses)))
-        *place, horizon, change = key
-        curves.append(LossCurve(*place, tuple(points), horizon, change))  # type: ignore[call-arg]
+    for by_lr in by_curve.values():
+        points = tuple(_point(log2_lr, members) for log2_lr, members in sorted(by_lr.items()))
+        run = next(iter(by_lr.values()))[0]
+        shape = run.width, run.depth, run.width_ratio, run.depth_ratio
+        curves.append(LossCurve(*run.names, *shape, points, run.horizon, run.change))
     return sorted(curves, key=lambda c: (c.label, c.width_ratio * c.depth_ratio, c.width_ratio, c.horizon or 0))
+
+
+def _point(log2_lr: float, runs: Iterable[RunResult]) -> Point:
+    by_seed = sorted(runs, key=lambda run: run.seed)
+    losses = {run.seed: run.val_loss for run in by_seed if run.status == DONE and run.val_loss is not None}
+    return Point(log2_lr, losses, len(by_seed) - len(losses))

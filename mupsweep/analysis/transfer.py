@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from mupsweep.analysis.curves import LossCurve, collect
+from mupsweep.analysis.curves import LossCurve
 from mupsweep.analysis.estimate import UNKNOWN, ZERO, Estimate
 from mupsweep.analysis.gaussian_process import Array
-from mupsweep.analysis.labels import HyperparameterOverride, Label, label_of
 from mupsweep.analysis.optimum import TAILS, Optimum, optima
-from mupsweep.errors import ConfigError
-from mupsweep.formatting import nearest
+from mupsweep.analysis.quality import Quality, quality
 
 TRANSFERS, DRIFTS, INCONCLUSIVE = "transfers", "drifts", "inconclusive"
 HORIZON = "horizon"  # the axis of training tokens
@@ -73,16 +69,25 @@ class LadderResult:
         return next((o for o in self.optima if self.ratio(o.curve) == 1), self.optima[0])
 
     @property
-    def moves(self) -> tuple[Estimate, ...]:
+    def shifts(self) -> tuple[Estimate, ...]:
         """Octaves by which every size's optimum lies above the base's; the last of them is the total drift."""
         base = self.base
         here = UNKNOWN if base.log2_lr is None else ZERO
         return tuple(here if o is base else _difference(base, o) for o in self.optima)
 
     @property
-    def sloped(self) -> tuple[Optimum, ...]:
-        """The optima that `drift` is the slope of: without those that are bounded only."""
+    def fitted(self) -> tuple[Optimum, ...]:
+        """The optima that `drift` is the slope of: without those that are only bounded."""
         return tuple(o for o in self.optima if o.known)
+
+    def positions(self, optima: Iterable[Optimum]) -> Array:
+        """log2 of the position of some sizes on this ladder's axis."""
+        return np.log2([self.ratio(o.curve) for o in optima])
+
+    @cached_property
+    def quality(self) -> Quality:
+        """How well the LR transfers, in the metrics that others report."""
+        return quality(self.positions(self.optima), self.optima)
 
     def ratio(self, curve: LossCurve) -> float:
         """The position of a size on this ladder's axis, target / base; of a horizon, to the shortest."""
@@ -91,48 +96,6 @@ class LadderResult:
         return {"width": curve.width_ratio, "depth": curve.depth_ratio}.get(
             self.axis, curve.width_ratio * curve.depth_ratio
         )
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """Everything that is said about some runs.
-
-    Attributes:
-        rows: the runs of the defaults, as in results/runs.csv.
-        groups: one verdict each.
-        remarks: what a reader should know beyond the verdicts, such as SP ending lower at the largest size.
-        changed: the runs in which a hyperparameter is not the default's: see mupsweep/analysis/tuning.py.
-    """
-
-    rows: tuple[Mapping[str, Any], ...]
-    curves: tuple[LossCurve, ...]
-    groups: tuple[LadderResult, ...]
-    remarks: tuple[str, ...]
-    changed: tuple[Mapping[str, Any], ...] = ()
-
-    @cached_property
-    def flops(self) -> dict[tuple[Any, ...], float]:
-        """The cost of a run by variant, width, depth and horizon, where it is known."""
-        return {
-            (*label_of(row), row["width"], row["depth"], row.get("horizon")): row["flops"]
-            for row in (*self.rows, *self.changed)
-            if row.get("flops")
-        }
-
-
-def analyse(rows: Iterable[Mapping[str, Any]]) -> Analysis:
-    """Curves, optima, drift, regret and verdict of every ladder in the rows; half-finished sweeps are welcome."""
-    everything = tuple(rows)
-    rows = tuple(row for row in everything if HyperparameterOverride.of(row) is None)
-    changed = tuple(row for row in everything if HyperparameterOverride.of(row) is not None)
-    curves = collect(rows)
-    by_label: dict[Label, list[LossCurve]] = defaultdict(list)
-    for curve in curves:
-        by_label[curve.label].append(curve)
-    groups = tuple(
-        group(axis, ladder) for mine in by_label.values() for axis, ladder in ladders(mine) if len(ladder) > 0
-    )
-    return Analysis(rows, tuple(curves), groups, (*_remarks(groups), *_mixtures(rows)), changed)
 
 
 def ladders(curves: Sequence[LossCurve]) -> Iterable[tuple[str, list[LossCurve]]]:
@@ -153,8 +116,8 @@ def ladders(curves: Sequence[LossCurve]) -> Iterable[tuple[str, list[LossCurve]]
     return long or [("width", list(curves)[:1])]
 
 
-def group(axis: str, ladder: Sequence[LossCurve]) -> LadderResult:
-    """What one ladder says."""
+def judge_ladder(axis: str, ladder: Sequence[LossCurve]) -> LadderResult:
+    """The verdict on one ladder, with the optima of its curves."""
     return judge(axis, optima(ladder))
 
 
@@ -300,54 +263,3 @@ def _exactly(total: Estimate, tolerance: float) -> str:
 def _size(axis: str, one: Optimum) -> str:
     size = f"width {one.curve.width}, depth {one.curve.depth}"
     return f"{size}, {one.curve.place(axis)}" if axis == HORIZON else size
-
-
-def _mixtures(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    """Runs that the machine decided differently for, and so do not quite compare."""
-    for key in ("precision", "device"):
-        found = sorted({str(row[key]) for row in rows if row.get(key) is not None})
-        if len(found) > 1:
-            yield f"the runs differ in {key} ({', '.join(found)}), which shifts losses a little"
-
-
-def _remarks(groups: Sequence[LadderResult]) -> Iterable[str]:
-    """Transfer and the lowest loss are two questions: compare variants at the largest size, each at its own optimum."""
-    ends: dict[tuple[Any, ...], list[tuple[LadderResult, Optimum]]] = defaultdict(list)
-    for one in groups:
-        last = one.optima[-1]
-        if last.loss is not None and one.axis != HORIZON:
-            ends[one.axis, *last.curve.size].append((one, last))
-    for (_, width, depth, _), members in ends.items():
-        if len(members) < 2:
-            continue
-        ranked = sorted(members, key=lambda m: m[1].loss or 0.0)
-        first = 0 if len({g.model for g, _ in ranked}) > 1 else 1
-        told = ", ".join(f"{'/'.join(g.label[first:])} {loss_of(o):.4f}" for g, o in ranked)
-        best = ranked[0][0]
-        line = f"loss at width {width}, depth {depth}, each at its own optimum: {told}"
-        second = next((o for g, o in ranked if g.verdict == TRANSFERS), None)
-        if best.verdict != TRANSFERS and second is not None and _is_lower(ranked[0][1], second):
-            line += (
-                f"; {best.parametrization} tuned at this size ends lowest, although its LR does not transfer: "
-                "a transferred LR and the lowest loss are two questions, so tune the base's init and multipliers too"
-            )
-        yield line
-
-
-def _is_lower(one: Optimum, other: Optimum) -> bool:
-    """Whether the loss at an optimum is below that at another variant's, its interval included."""
-    if not (one.known and other.known) or one.posterior is None or other.posterior is None:
-        return False
-    shuffled = np.random.default_rng(1).permutation(other.posterior.losses)  # draws of two variants are independent
-    return bool(np.quantile(shuffled - one.posterior.losses, TAILS[0]) > 0)
-
-
-def select(analysis: Analysis, optimizer: str | None, parametrization: str | None) -> list[LadderResult]:
-    """The groups of the named optimizer and parametrization."""
-    chosen = list(analysis.groups)
-    for key, wanted in (("optimizer", optimizer), ("parametrization", parametrization)):
-        names = {getattr(g, key) for g in chosen}
-        if wanted is not None and wanted not in names:
-            raise ConfigError(f"no {key} '{wanted}' in this sweep; {nearest(wanted, names)}")
-        chosen = [g for g in chosen if wanted in (None, getattr(g, key))]
-    return chosen

@@ -12,17 +12,17 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from mupsweep.analysis.comparison import STANDARD, Comparison, compare, pairs, shared
-from mupsweep.analysis.curves import LossCurve, Point, Size, collect
+from mupsweep.analysis.comparison import STANDARD, Comparison, Flops, compare, pairs, shared
+from mupsweep.analysis.curves import LossCurve, Point
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.gaussian_process import Array
 from mupsweep.analysis.labels import Label
 from mupsweep.analysis.optimum import Optimum, located, optima
-from mupsweep.analysis.transfer import HORIZON, INCONCLUSIVE, TOLERANCE_NATS, TRANSFERS, Analysis, LadderResult, judge
+from mupsweep.analysis.run_result import Size
+from mupsweep.analysis.transfer import HORIZON, INCONCLUSIVE, TOLERANCE_NATS, TRANSFERS, LadderResult, judge
 from mupsweep.formatting import counted
 
 EXACT_DOF = 1000.0  # degrees of freedom of a noise that draws tell
@@ -65,7 +65,7 @@ class Tuning:
     Attributes:
         default: the value that the variant has; None where that is null.
         sizes: those at which the default and another value have an optimal LR, by rising ratio.
-        moves: octaves by which the best value moves from the base to the largest size.
+        total_drift: octaves by which the best value moves from the base to the largest size.
         verdict, reasons: whether the best value transfers.
     """
 
@@ -74,7 +74,7 @@ class Tuning:
     default: float | None
     axis: str
     sizes: tuple[SizeTuning, ...]
-    moves: Estimate
+    total_drift: Estimate
     verdict: str
     reasons: tuple[str, ...]
 
@@ -99,44 +99,54 @@ class GapAfterTuning:
         return None if gap is None or left is None or gap > -NEGLIGIBLE_NATS else (left - gap) / -gap
 
 
-def tunings(analysis: Analysis) -> list[Tuning]:
-    """Every hyperparameter that was changed, of every variant and ladder."""
+def tunings(groups: Sequence[LadderResult], changed: Sequence[LossCurve]) -> list[Tuning]:
+    """Every hyperparameter that was changed, of every variant and ladder.
+
+    Args:
+        groups: the ladders of the defaults.
+        changed: the curves of variants in which a hyperparameter is not the default's.
+    """
     by_key: dict[tuple[Label, str], dict[float, list[LossCurve]]] = defaultdict(lambda: defaultdict(list))
-    for curve in collect(analysis.changed):
+    for curve in changed:
         assert curve.change is not None
         by_key[curve.names, curve.change.hyperparameter][curve.change.value].append(curve)
-    found = []
+    found: list[Tuning] = []
     for (names, key), curves in by_key.items():
         change = next(iter(curves.values()))[0].change
         assert change is not None
-        for group in analysis.groups:
-            if group.label == names and (made := _tuning(group, key, change.default, curves)).sizes:
-                found.append(made)
+        ladders = [_tuning(group, key, change.default, curves) for group in groups if group.label == names]
+        found += [tuning for tuning in ladders if tuning.sizes]
     return found
 
 
-def gaps_after_tuning(analysis: Analysis, tuned: Sequence[Tuning]) -> list[GapAfterTuning]:
+def gaps_after_tuning(groups: Sequence[LadderResult], tuned: Sequence[Tuning], flops: Flops) -> list[GapAfterTuning]:
     """What each hyperparameter does to the gap of every parametrization to SP, the one that closes most of it first."""
-    found = []
-    for a, b in pairs([group for group in analysis.groups if group.axis != HORIZON]):
-        if a.label[:2] != b.label[:2] or b.parametrization != STANDARD:
+    gaps: list[GapAfterTuning] = []
+    for ladder, standard in pairs([group for group in groups if group.axis != HORIZON]):
+        if ladder.label[:2] != standard.label[:2] or standard.parametrization != STANDARD:
             continue
-        for key in dict.fromkeys(one.hyperparameter for one in tuned):
-            ours, theirs = _tuned(a, key, tuned), _tuned(b, key, tuned)
-            if ours is not a or theirs is not b:
-                after = _along(ours, theirs, analysis.flops)
-                both = {(c.width, c.depth) for c in after}
-                before = tuple(c for c in _along(a, b, analysis.flops) if (c.width, c.depth) in both)
-                found += [GapAfterTuning(key, before, after)] if len(before) == len(after) > 0 else []
-    return sorted(found, key=lambda c: (c.before[-1].of, c.before[-1].axis, -(c.share or -math.inf)))
+        for key in dict.fromkeys(tuning.hyperparameter for tuning in tuned):
+            ours, theirs = _tuned(ladder, key, tuned), _tuned(standard, key, tuned)
+            if ours is ladder and theirs is standard:
+                continue
+            after = _along(ours, theirs, flops)
+            sizes = {(c.width, c.depth) for c in after}
+            before = tuple(c for c in _along(ladder, standard, flops) if (c.width, c.depth) in sizes)
+            if len(before) == len(after) > 0:
+                gaps.append(GapAfterTuning(key, before, after))
+    return sorted(gaps, key=lambda gap: (gap.before[-1].of, gap.before[-1].axis, -(gap.share or -math.inf)))
 
 
-def remarks(found: Sequence[GapAfterTuning]) -> list[str]:
-    """For every parametrization that ends above SP at the largest size, the hyperparameter that changes that most."""
+def remarks(gaps: Sequence[GapAfterTuning]) -> list[str]:
+    """For every parametrization that ends above SP at the largest size, the hyperparameter that changes that most.
+
+    Args:
+        gaps: as `gaps_after_tuning` sorts them.
+    """
     best: dict[tuple[Label, str], GapAfterTuning] = {}
-    for one in found:
-        if one.share is not None:
-            best.setdefault((one.before[-1].of, one.before[-1].axis), one)
+    for gap in gaps:
+        if gap.share is not None:
+            best.setdefault((gap.before[-1].of, gap.before[-1].axis), gap)
     told = []
     for one in best.values():
         last, share = one.after[-1], one.share or 0.0
@@ -257,7 +267,7 @@ def _tuned(group: LadderResult, key: str, tuned: Iterable[Tuning]) -> LadderResu
     return group
 
 
-def _along(a: LadderResult, b: LadderResult, flops: Mapping[tuple[Any, ...], float]) -> tuple[Comparison, ...]:
+def _along(a: LadderResult, b: LadderResult, flops: Flops) -> tuple[Comparison, ...]:
     """The comparison at every size at which both have an optimum."""
     ours = [optimum for optimum, _ in shared(a, b)]
     return tuple(compare(replace(a, optima=tuple(ours[: i + 1])), b, flops) for i in range(len(ours)))

@@ -23,7 +23,7 @@ SCHEDULE = ("batch_size", "schedule", "min_lr_frac", "decay_fraction", "precisio
 
 def recommend(ladder: LadderResult, doublings: float) -> tuple[Estimate, str]:
     """log2 of the base LR to use at a target `doublings` beyond the base on the group's axis, and what it rests on."""
-    fitted = ladder.sloped
+    fitted = ladder.fitted
     if not fitted:
         why = (f"{_place(o)}: {o.reason}" for o in ladder.optima if o.reason)
         raise RecordError(

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from mupsweep.analysis.analysis import Analysis, analyse
 from mupsweep.analysis.curves import collect
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
-from mupsweep.analysis.labels import label_of
 from mupsweep.analysis.optimum import Optimum
-from mupsweep.analysis.transfer import Analysis, LadderResult, analyse, select
+from mupsweep.analysis.run_result import RunResult
+from mupsweep.analysis.transfer import LadderResult
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.models.shape import Size
 from mupsweep.recipes import recipe
@@ -78,7 +79,7 @@ def trials(
         RecordError: the sizes below the target give no LR.
     """
     runs = plan.load(sweep)
-    rows = read_runs([sweep])
+    results = read_runs([sweep])
     trials = []
     for resolved in {run.resolved.digest: run.resolved for run in runs}.values():
         names = resolved.variant.names
@@ -87,7 +88,7 @@ def trials(
         width, depth = target.get("width", resolved.model.width), target.get("depth", resolved.model.depth)
         size = resolved.size(width / resolved.model.width, depth / resolved.model.depth)
         _check(target, resolved, size)
-        smaller = [row for row in rows if label_of(row) == names and _ratio(row) < _ratio(vars(size)) - 1e-9]
+        smaller = [run for run in results if run.label == names and _ratio(run) < _ratio(size) - 1e-9]
         groups = analyse(smaller).groups
         if not groups:
             raise RecordError(
@@ -103,20 +104,20 @@ def trials(
             Trial(resolved, size, round(choice.value * LR_ROUNDING) / LR_ROUNDING, _step(variant_runs), seeds)
         )
     if not trials:
-        select(analyse(rows), optimizer, parametrization)  # raises an error that lists the names there are
+        analyse(results).select(optimizer, parametrization)  # raises an error that lists the names there are
         raise RecordError(f"{sweep.path} has no finished runs: mupsweep run first")
     return trials
 
 
-def extend(sweep: SweepDir, trial: Trial, rows: Sequence[Mapping[str, Any]]) -> list[RunSpec]:
+def extend(sweep: SweepDir, trial: Trial, results: Sequence[RunResult]) -> list[RunSpec]:
     """Plan the runs of a trial: the transferred LR, its neighbours, and further ones until its optimum is bounded."""
     ratios = trial.size.width_ratio, trial.size.depth_ratio
-    points = [p for curve in collect(_of(trial, rows))[-1:] for p in curve.points]  # of the longest horizon
+    points = [p for curve in collect(_of(trial, results))[-1:] for p in curve.points]  # of the longest horizon
     whole = [p for p in points if len(p.losses) + p.diverged >= len(trial.seeds)]
     losses = {p.log2_lr: math.inf if p.censored else p.mean for p in whole}
     wanted = neighbours(trial.log2_lr, trial.step, losses)
     if all(lr in losses for lr in wanted):
-        wanted += _unbounded(judge(analyse(rows), trial).optimum, losses, trial.step)
+        wanted += _unbounded(judge(analyse(results), trial).optimum, losses, trial.step)
     return plan.extend(sweep, trial.resolved, ratios, wanted, trial.seeds)
 
 
@@ -190,7 +191,7 @@ def _check(target: Mapping[str, int], resolved: ResolvedVariant, size: Size) -> 
             f"--validate with tokens={target['tokens']}: the sweep's runs train on {tokens} tokens, and a verdict "
             f"compares runs of one horizon; leave tokens out, or make a sweep with training.tokens={target['tokens']}"
         )
-    if _ratio(vars(size)) <= 1:
+    if _ratio(size) <= 1:
         raise ConfigError(
             f"--validate at width {size.width}, depth {size.depth}: not larger than the base, width "
             f"{resolved.model.width}, depth {resolved.model.depth}; give a target that the LR is transferred to"
@@ -204,12 +205,10 @@ def _step(runs: Sequence[RunSpec]) -> float:
     return min(max(spacing, STEPS[0]), STEPS[1])
 
 
-def _of(trial: Trial, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows of a trial's variant and size."""
-    size = (trial.size.width, trial.size.depth)
-    return [
-        row for row in rows if label_of(row) == trial.resolved.variant.names and (row["width"], row["depth"]) == size
-    ]
+def _of(trial: Trial, results: Sequence[RunResult]) -> list[RunResult]:
+    """The runs of a trial's variant and size."""
+    names, shape = trial.resolved.variant.names, (trial.size.width, trial.size.depth)
+    return [run for run in results if run.label == names and (run.width, run.depth) == shape]
 
 
 def _optimum(group: LadderResult, size: Size) -> Optimum | None:
@@ -217,5 +216,5 @@ def _optimum(group: LadderResult, size: Size) -> Optimum | None:
     return next((o for o in group.optima if (o.curve.width, o.curve.depth) == shape), None)
 
 
-def _ratio(row: Mapping[str, Any]) -> float:
-    return row["width_ratio"] * row["depth_ratio"]
+def _ratio(size: Size | RunResult) -> float:
+    return size.width_ratio * size.depth_ratio

@@ -6,12 +6,11 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mupsweep import trackers
-from mupsweep.analysis.transfer import Analysis, analyse, select
+from mupsweep.analysis.analysis import Analysis, analyse
 from mupsweep.atomic_files import make_folder, write_json, write_text
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.recipes import JSON, check, recipe, validation
@@ -58,8 +57,7 @@ def generate(
             files = write_views(sweeps[0], analysis, shown_rules, ledgers[0], figures)
         except RecordError as error:  # somebody else's folder, or a full disk: what it says can still be read
             unwritten = error
-    groups = select(analysis, optimizer, parametrization) if analysis.groups else []
-    shown = replace(analysis, groups=tuple(groups))
+    shown = analysis.select(optimizer, parametrization) if analysis.groups else analysis
     if as_json:
         print(json.dumps(to_json(shown), indent=2))
     else:
@@ -68,7 +66,7 @@ def generate(
         verdicts.show_analysis(shown, list(zip((s.path for s in sweeps), counts, strict=True)), files, advice)
     if unwritten is not None:
         raise unwritten
-    return [group.verdict for group in groups]
+    return [group.verdict for group in shown.groups]
 
 
 def conclude_table(
@@ -80,7 +78,7 @@ def conclude_table(
     if others:
         raise ConfigError(f"--from {table} stands alone, without {others[0]}: how these runs were trained is not known")
     analysis = analyse(read_table(table))
-    shown = replace(analysis, groups=tuple(select(analysis, optimizer, parametrization)))
+    shown = analysis.select(optimizer, parametrization)
     if as_json:
         print(json.dumps(to_json(shown), indent=2))
     else:
@@ -144,7 +142,7 @@ def export(
         raise ConfigError(f"no sweep given: mupsweep transfer sweeps/NAME --to {' '.join(target)}")
     planned = (run for sweep in reversed(sweeps) for run in plan.load(sweep, to_train=False))
     recipes = {run.resolved.variant.label: run.resolved for run in planned}
-    groups = select(analyse(read_runs(sweeps)), optimizer, parametrization)
+    groups = analyse(read_runs(sweeps)).select(optimizer, parametrization).groups
     if not groups:
         raise RecordError(
             f"{sweeps[0].path} has no finished runs, so there is no LR --to {' '.join(target)}: mupsweep run first"

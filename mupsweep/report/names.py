@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from mupsweep.analysis.curves import LossCurve, Size
+from mupsweep.analysis.curves import LossCurve
 from mupsweep.analysis.estimate import UNKNOWN
 from mupsweep.analysis.labels import Label
 from mupsweep.analysis.optimum import Optimum
+from mupsweep.analysis.run_result import Size
 from mupsweep.analysis.transfer import AXIS_UNIT, HORIZON, LadderResult
 from mupsweep.formatting import si
 
@@ -37,14 +38,14 @@ def sorted_ladders(groups: Iterable[LadderResult]) -> list[LadderResult]:
 def drift_text(group: LadderResult) -> str:
     """How far the optimum of a ladder moves, with what is known of it."""
     # where some sizes are only bounded, a slope through the others would leave the bounds out
-    if len(group.sloped) < len(group.optima) and group.total_drift != UNKNOWN:
+    if len(group.fitted) < len(group.optima) and group.total_drift != UNKNOWN:
         return f"the optimum moves {group.total_drift} octaves"
     return "drift unknown" if group.drift == UNKNOWN else slope_text(group)
 
 
 def slope_text(group: LadderResult) -> str:
     """The drift per doubling, and through how many sizes it was fitted if not through all."""
-    n_fitted, n_sizes = len(group.sloped), len(group.optima)
+    n_fitted, n_sizes = len(group.fitted), len(group.optima)
     if n_fitted == n_sizes:
         detail = f" of {AXIS_UNIT.get(group.axis, group.axis)}"
     else:

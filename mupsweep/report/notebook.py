@@ -28,13 +28,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mupsweep.analysis.analysis import Analysis, analyse
 from mupsweep.analysis.curves import LossCurve
-from mupsweep.analysis.transfer import Analysis, LadderResult, analyse
+from mupsweep.analysis.run_result import COLUMNS, RunResult
+from mupsweep.analysis.transfer import LadderResult
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import counted
 from mupsweep.report.results_files import curve_table, to_json
@@ -43,37 +44,6 @@ from mupsweep.store.sweep_dir import SweepDir
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run, as a line of results/runs.csv: losses in nats per token, the LR at the base shape."""
-
-    run_id: str
-    model: str
-    parametrization: str
-    optimizer: str
-    width: int
-    depth: int
-    width_ratio: float
-    depth_ratio: float
-    log2_lr: float
-    seed: int
-    status: str
-    steps: int | None
-    tokens: int | None
-    train_loss: float | None
-    val_loss: float | None
-    val_bits_per_byte: float | None
-    diverged_at_step: int | None
-    seconds: float | None
-    tokens_per_second: float | None
-    device: str | None
-    flops: float | None
-    horizon: int | None
-    hyperparameter: str | None
-    value: float | None
-    default: float | None
 
 
 @dataclass(frozen=True)
@@ -89,14 +59,10 @@ class Sweep:
     analysis: Analysis
     planned: int
 
-    @cached_property
-    def runs(self) -> tuple[Run, ...]:
+    @property
+    def runs(self) -> tuple[RunResult, ...]:
         """Every finished run, by rising size."""
-        names = [field.name for field in fields(Run)]
-        lines: list[dict[str, Any]] = [
-            {name: row.get(name) for name in names} for row in (*self.analysis.rows, *self.analysis.changed)
-        ]
-        return tuple(Run(**line) for line in lines)
+        return *self.analysis.runs, *self.analysis.changed
 
     @property
     def curves(self) -> tuple[LossCurve, ...]:
@@ -108,20 +74,20 @@ class Sweep:
         """One for every variant and axis: verdict, reasons, drift, regret, and the optimum of every size."""
         return self.analysis.groups
 
-    def metrics(self, run: Run | str) -> list[dict[str, Any]]:
+    def metrics(self, run: RunResult | str) -> list[dict[str, Any]]:
         """What a run logged while it was trained, by step; also of a run that is not finished."""
         return self.folder.run(run if isinstance(run, str) else run.run_id).metrics()
 
     def runs_frame(self) -> DataFrame:
         """A line per finished run, as in results/runs.csv."""
-        return _frame([vars(run) for run in self.runs], [field.name for field in fields(Run)])
+        return _frame([asdict(run) for run in self.runs], COLUMNS)
 
     def curves_frame(self) -> DataFrame:
         """A line per size and LR, as in results/curves.csv."""
         columns, rows = curve_table(self.curves)
         return _frame(rows, columns)
 
-    def metrics_frame(self, runs: Iterable[Run | str] | None = None) -> DataFrame:
+    def metrics_frame(self, runs: Iterable[RunResult | str] | None = None) -> DataFrame:
         """A line per logged step of some runs, else of all finished ones."""
         chosen = [run if isinstance(run, str) else run.run_id for run in (self.runs if runs is None else runs)]
         return _frame([{"run_id": run_id, **row} for run_id in chosen for row in self.metrics(run_id)])

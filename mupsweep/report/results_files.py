@@ -4,54 +4,37 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Any
 
-from mupsweep.analysis.comparison import Comparison, comparisons, quality
-from mupsweep.analysis.curves import LossCurve, collect
+from mupsweep.analysis.analysis import Analysis
+from mupsweep.analysis.comparison import Comparison
+from mupsweep.analysis.curves import LossCurve
 from mupsweep.analysis.estimate import Estimate
 from mupsweep.analysis.labels import NAMES
 from mupsweep.analysis.optimum import CONFIDENCE
-from mupsweep.analysis.transfer import TOLERANCE_NATS, TOLERANCE_OCTAVES, Analysis, LadderResult, loss_of
-from mupsweep.analysis.tuning import gaps_after_tuning, remarks, tunings
+from mupsweep.analysis.run_result import CHANGE_COLUMNS, COLUMNS
+from mupsweep.analysis.transfer import TOLERANCE_NATS, TOLERANCE_OCTAVES, LadderResult, loss_of
 from mupsweep.atomic_files import make_folder, write_chunks, write_json
 from mupsweep.store.sweep_dir import SweepDir
-
-CHANGE_COLUMNS = ["hyperparameter", "value", "default"]  # of a variant that is not the default's
-RUN_COLUMNS = [
-    "run_id",
-    "model",
-    "parametrization",
-    "optimizer",
-    "width",
-    "depth",
-    "width_ratio",
-    "depth_ratio",
-    "log2_lr",
-    "seed",
-    "status",
-    "steps",
-    "tokens",
-    "train_loss",
-    "val_loss",
-    "val_bits_per_byte",
-    "diverged_at_step",
-    "seconds",
-    "tokens_per_second",
-    "device",
-    "flops",
-    "horizon",
-    *CHANGE_COLUMNS,
-]
 
 
 def write_results(sweep: SweepDir, analysis: Analysis) -> None:
     """results/runs.csv, curves.csv and transfer.json."""
     make_folder(sweep.results)
-    write_chunks(sweep.results / "runs.csv", _csv(RUN_COLUMNS, [*analysis.rows, *analysis.changed]))
-    write_chunks(sweep.results / "curves.csv", _csv(*curve_table([*analysis.curves, *collect(analysis.changed)])))
+    write_chunks(sweep.results / "runs.csv", _csv(COLUMNS, map(_run_line, [*analysis.runs, *analysis.changed])))
+    write_chunks(sweep.results / "curves.csv", _curve_csv([*analysis.curves, *analysis.changed_curves]))
     write_json(sweep.results / "transfer.json", to_json(analysis))
+
+
+_run_line = attrgetter(*COLUMNS)  # of runs.csv
+
+
+def _curve_csv(curves: Sequence[LossCurve]) -> Iterator[bytes]:
+    columns, rows = curve_table(curves)
+    return _csv(columns, ([row.get(column) for column in columns] for row in rows))
 
 
 def to_json(analysis: Analysis) -> dict[str, Any]:
@@ -82,10 +65,10 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
                         "regret": _interval("nats", r),
                         "reason": o.reason,
                     }
-                    for o, m, r in zip(g.optima, g.moves, g.regrets, strict=True)
+                    for o, m, r in zip(g.optima, g.shifts, g.regrets, strict=True)
                 ],
                 "drift": _interval("octaves_per_doubling", g.drift),
-                "drift_sizes": len(g.sloped),
+                "drift_sizes": len(g.fitted),
                 "total_drift": _interval("octaves", g.total_drift),
                 "regret": _interval("nats", g.regret),
                 "verdict": g.verdict,
@@ -94,7 +77,7 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
             }
             for g in analysis.groups
         ],
-        "comparisons": [_comparison(c) for c in comparisons(analysis)],
+        "comparisons": [_comparison(c) for c in analysis.comparisons],
         **_tuning(analysis),
         "remarks": list(analysis.remarks),
         "confidence": CONFIDENCE,
@@ -118,10 +101,8 @@ def _comparison(c: Comparison) -> dict[str, Any]:
 
 def _tuning(analysis: Analysis) -> dict[str, Any]:
     """The other hyperparameters of a sweep, and what tuning each does to the gaps to SP; empty without any."""
-    tuned = tunings(analysis)
-    if not tuned:
+    if not analysis.tunings:
         return {}
-    closed = gaps_after_tuning(analysis, tuned)
     return {
         "tuning": [
             {
@@ -145,11 +126,11 @@ def _tuning(analysis: Analysis) -> dict[str, Any]:
                     }
                     for at in one.sizes
                 ],
-                "total_drift": _interval("octaves", one.moves),
+                "total_drift": _interval("octaves", one.total_drift),
                 "verdict": one.verdict,
                 "reasons": list(one.reasons),
             }
-            for one in tuned
+            for one in analysis.tunings
         ],
         "closings": [
             {
@@ -158,14 +139,14 @@ def _tuning(analysis: Analysis) -> dict[str, Any]:
                 "before": [_comparison(c) for c in one.before],
                 "after": [_comparison(c) for c in one.after],
             }
-            for one in closed
+            for one in analysis.gaps_after_tuning
         ],
-        "tuning_remarks": remarks(closed),
+        "tuning_remarks": analysis.tuning_remarks,
     }
 
 
 def _quality(group: LadderResult) -> dict[str, Any]:
-    found = quality(group)
+    found = group.quality
     held_out = found.held_out and {
         "predicted": _interval("log2_lr", found.held_out.predicted),
         "error": _interval("octaves", found.held_out.error),
@@ -209,9 +190,9 @@ class _Line:
     write = staticmethod(str.encode)
 
 
-def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
-    """Line by line: of 100,000 runs the whole text would take 70 MB."""
+def _csv(columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> Iterator[bytes]:
+    """The text of a table, line by line: of 100,000 runs the whole would take 70 MB."""
     writer = csv.writer(_Line(), lineterminator="\n")
     yield writer.writerow(columns)
-    for row in rows:
-        yield writer.writerow([row.get(column, "") for column in columns])
+    for line in lines:
+        yield writer.writerow(line)

@@ -5,30 +5,33 @@ from __future__ import annotations
 import contextlib
 import csv
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mupsweep.analysis.labels import DIVERGED, DONE, LARGEST_LOG2_LR, NAMES, Label, label_of
+from mupsweep.analysis.labels import DIVERGED, DONE, LARGEST_LOG2_LR, Label, label_of
+from mupsweep.analysis.run_result import REQUIRED, RunResult
 from mupsweep.errors import DataError, RecordError
 from mupsweep.schema import LARGEST
 from mupsweep.store.run_dir import FINISHED
 from mupsweep.store.sweep_dir import SweepDir
 
-SUMMARY_KEYS = (*NAMES, "run_id", "width", "depth", "width_ratio", "depth_ratio", "log2_lr", "seed", "val_loss")
 # variant, width, depth, parameters -> "runs", as many of each state, and their tokens, flops and seconds
 RunCounts = dict[tuple[Label, int, int, int | None], Counter[str]]
 
 
-def read_runs(sweeps: Sequence[SweepDir]) -> list[dict[str, Any]]:
+def read_runs(sweeps: Sequence[SweepDir]) -> list[RunResult]:
     """The finished runs of some sweeps, by rising size; two variants of one name are told apart by their sweep."""
     return read(sweeps)[0]
 
 
-def read(sweeps: Sequence[SweepDir]) -> tuple[list[dict[str, Any]], list[RunCounts]]:
-    """The same, and what every sweep planned: of 100,000 runs, each walk through a plan takes seconds and memory."""
-    rows, variants = [], {}
+def read(sweeps: Sequence[SweepDir]) -> tuple[list[RunResult], list[RunCounts]]:
+    """The finished runs of some sweeps as `read_runs` gives them, and what each of the sweeps planned.
+
+    Both in one walk through the plans: of 100,000 runs, each walk takes seconds and memory.
+    """
+    runs: list[RunResult] = []
+    variants: dict[Label, str] = {}
     ledgers: list[RunCounts] = []
     for sweep in sweeps:
         ledgers.append({})
@@ -44,17 +47,17 @@ def read(sweeps: Sequence[SweepDir]) -> tuple[list[dict[str, Any]], list[RunCoun
             _enter(ledgers[-1], planned, status["status"], summary or status)
             if summary is None:
                 continue
-            if missing := [key for key in SUMMARY_KEYS if key not in summary]:
+            if missing := [key for key in REQUIRED if key not in summary]:
                 raise RecordError(
                     f"{folder.summary_path} is no summary of a run, it has no {missing[0]}: delete it and run the "
                     "command that made the sweep again, which trains this run anew"
                 )
             if label_of(summary)[:3] in namesakes:
                 summary |= {"model": f"{summary['model']} ({sweep.name})"}
-            rows += _horizons(summary, planned)
-    keys = ("width", "depth", "log2_lr", "seed")
-    unique = {(row["model"], row["run_id"]): row for row in rows}
-    return sorted(unique.values(), key=lambda row: (label_of(row), *(row[k] for k in keys))), ledgers
+            runs += _with_branches(summary, planned)
+    unique = {(run.model, run.run_id): run for run in runs}
+    by_size = sorted(unique.values(), key=lambda run: (run.label, run.width, run.depth, run.log2_lr, run.seed))
+    return by_size, ledgers
 
 
 def _enter(ledger: RunCounts, planned: Mapping[str, Any], status: str, known: Mapping[str, Any]) -> None:
@@ -66,20 +69,16 @@ def _enter(ledger: RunCounts, planned: Mapping[str, Any], status: str, known: Ma
         counts[name] += amount or 0
 
 
-def _horizons(row: dict[str, Any], planned: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A run, and a row for every branch that left it to end earlier; the FLOPs are those of a run of its own."""
-    branches = row.pop("branches", [])
-    ends = [row, *({**row, **branch, "run_id": f"{row['run_id']}@{branch['horizon']}"} for branch in branches)]
-    share = planned["flops"] / planned["tokens"]
-    return [_interned(end | {"flops": share * end.get("horizon", planned["tokens"])}) for end in ends]
+def _with_branches(summary: Mapping[str, Any], planned: Mapping[str, Any]) -> list[RunResult]:
+    """A run, and every branch that left it to end earlier; the FLOPs are those of a run of its own."""
+    ends = [summary]
+    for branch in summary.get("branches", []):
+        ends.append({**summary, **branch, "run_id": f"{summary['run_id']}@{branch['horizon']}"})
+    flops_per_token = planned["flops"] / planned["tokens"]
+    return [RunResult.of({**end, "flops": flops_per_token * (end.get("horizon") or planned["tokens"])}) for end in ends]
 
 
-def _interned(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with names that all rows share: of 100,000 runs they would take more memory than the numbers."""
-    return {sys.intern(key): sys.intern(value) if isinstance(value, str) else value for key, value in row.items()}
-
-
-def read_table(path: str) -> list[dict[str, Any]]:
+def read_table(path: str) -> list[RunResult]:
     """Runs that were trained elsewhere, from a csv with columns like those of runs.csv.
 
     parametrization, width, log2_lr (or lr) and val_loss suffice; an empty, nan or inf loss is a diverged run. Without
@@ -101,7 +100,8 @@ def read_table(path: str) -> list[dict[str, Any]]:
             raise DataError(f"--from {path} has no column {column}: it has {', '.join(columns) or 'none'}")
     if not lines:
         raise DataError(f"--from {path} has no runs")
-    rows, repeated = [], Counter[tuple[Any, ...]]()
+    rows: list[dict[str, Any]] = []
+    repeated = Counter[tuple[Any, ...]]()
     for number, line in lines:
         if None in line or None in line.values():  # cut off, or a decimal comma
             raise DataError(f"--from {path}, line {number}: expected {len(columns)} cells, as in the first line")
@@ -111,8 +111,9 @@ def read_table(path: str) -> list[dict[str, Any]]:
         key = (label_of(row), *(row[k] for k in ("width", "depth", "log2_lr")))
         rows.append({"seed": repeated[key], **row})
         repeated[key] += 1
-    least = {key: min(row[key] for row in rows) for key in ("width", "depth")}
-    return [{"width_ratio": r["width"] / least["width"], "depth_ratio": r["depth"] / least["depth"], **r} for r in rows]
+    width, depth = (min(row[key] for row in rows) for key in ("width", "depth"))
+    ratios = ({"width_ratio": row["width"] / width, "depth_ratio": row["depth"] / depth} for row in rows)
+    return [RunResult.of({"run_id": "", **ratio, **row}) for ratio, row in zip(ratios, rows, strict=True)]
 
 
 def _foreign_run(line: Mapping[str, str | None], refuse: Callable[[str, str], DataError]) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mupsweep.analysis.labels import Label, label_of
+from mupsweep.analysis.run_result import RunResult
 from mupsweep.data import epochs_remark
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.models.shape import Size
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from mupsweep.sweep.size_search import SearchState
 
 
-def plan(config: SweepConfig, finished: Iterable[Mapping[str, Any]] = ()) -> list[RunSpec]:
+def plan(config: SweepConfig, finished: Iterable[RunResult] = ()) -> list[RunSpec]:
     """Every run of the grid, or those of a search's next round, the most expensive first. Writes nothing.
 
     Args:
-        finished: summaries of the runs from which a search goes on, with the FLOPs that were planned for each.
+        finished: the runs from which a search goes on, with the FLOPs that were planned for each.
     """
     grid = config.sweep
     for variant in config.variants:
@@ -42,12 +43,12 @@ def plan(config: SweepConfig, finished: Iterable[Mapping[str, Any]] = ()) -> lis
 
 
 def _search_round(
-    resolved: Sequence[ResolvedVariant], grid: GridConfig, finished: Sequence[Mapping[str, Any]]
+    resolved: Sequence[ResolvedVariant], grid: GridConfig, finished: Sequence[RunResult]
 ) -> list[RunSpec]:
     """The next round of a search, size by size as far as its budget reaches; the defaults draw on the budget first."""
     from mupsweep.sweep.search import search_states  # which needs scipy
 
-    remaining = math.inf if grid.max_flops is None else grid.max_flops - sum(row["flops"] for row in finished)
+    remaining = math.inf if grid.max_flops is None else grid.max_flops - sum(run.flops or 0.0 for run in finished)
     affordable: list[RunSpec] = []
     # a budget goes to the defaults of every size first, and only what they leave to values of other hyperparameters
     for patient in (True, False) if grid.max_flops is not None else (False,):
@@ -132,7 +133,8 @@ def next_round(config: SweepConfig, sweep: SweepDir) -> list[RunSpec]:
     planned = {sweep.run(row["run_id"]): row["flops"] for row in sweep.read_plan()}
     if any(folder.is_open() for folder in planned):
         return []
-    return plan(config, [{**(folder.summary() or {}), "flops": flops} for folder, flops in planned.items()])
+    summaries = ((folder.summary() or {}) | {"flops": flops} for folder, flops in planned.items())
+    return plan(config, map(RunResult.of, summaries))
 
 
 def extend(

@@ -10,33 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from mupsweep.analysis.curves import LossCurve, collect
-from mupsweep.analysis.labels import Label, label_of
+from mupsweep.analysis.labels import Label
 from mupsweep.analysis.optimum import TAILS, optima
+from mupsweep.analysis.run_result import RunResult
 from mupsweep.sweep.config import GridConfig, Variant
 from mupsweep.sweep.size_search import COARSE, SearchState, lr_grid, search_state
 
 SearchStates = dict[Label, list[SearchState]]
-Rows = Sequence[Mapping[str, Any]]
+Runs = Sequence[RunResult]
 
 
 def search_states(
-    variants: Sequence[Variant], rows: Iterable[Mapping[str, Any]], grid: GridConfig, patient: bool = False
+    variants: Sequence[Variant], runs: Iterable[RunResult], grid: GridConfig, patient: bool = False
 ) -> SearchStates:
     """The state of the search at every size of every variant.
 
     Args:
-        rows: the finished runs of all variants, as in results/runs.csv.
+        runs: the finished runs of all variants.
         patient: whether values wait until the defaults are known at every size, and not only at the base.
     """
-    rows_of: dict[Label, list[Mapping[str, Any]]] = {variant.label: [] for variant in variants}
-    for row in rows:
-        rows_of.get(label_of(row), []).append(row)
-    states = {v.label: search_state(rows_of[v.label], grid) for v in variants if v.change is None}
+    runs_of: dict[Label, list[RunResult]] = {variant.label: [] for variant in variants}
+    for run in runs:
+        runs_of.get(run.label, []).append(run)
+    states = {v.label: search_state(runs_of[v.label], grid) for v in variants if v.change is None}
     any_default_open = any(state.proposals for sizes in states.values() for state in sizes)
     for default in list(states):
         values = {v.label: v.change.hyperparameter for v in variants if v.change is not None and v.names == default}
@@ -46,19 +46,19 @@ def search_states(
         if any_default_open if patient else base_open:
             states |= {label: [SearchState(base_of(grid), (), "waits for the default")] for label in values}
         else:
-            states |= _states_of_values(values, rows_of[default], rows_of, grid)
+            states |= _states_of_values(values, runs_of[default], runs_of, grid)
     return states
 
 
 def _states_of_values(
-    values: Mapping[Label, str], default: Rows, rows_of: Mapping[Label, Rows], grid: GridConfig
+    values: Mapping[Label, str], default: Runs, runs_of: Mapping[Label, Runs], grid: GridConfig
 ) -> SearchStates:
     """The state of the search of every value of one default, whose own search at the base has ended.
 
     Args:
         values: label of the value's variant -> its hyperparameter.
         default: finished runs of the default.
-        rows_of: finished runs of every variant.
+        runs_of: finished runs of every variant.
     """
     base = base_of(grid)
     [curve] = _curves_at_base([default], grid)
@@ -68,17 +68,17 @@ def _states_of_values(
     center = round(optimum.center / lr_grid(grid.half_width)) * lr_grid(grid.half_width)
     every_size = replace(grid, log2_lrs=(center - COARSE, center, center + COARSE))
     base_only = replace(every_size, width_ratios=base[:1], depth_ratios=base[1:], pair=False)
-    states = {label: search_state(rows_of[label], base_only) for label in values}
+    states = {label: search_state(runs_of[label], base_only) for label in values}
     for hyperparameter in dict.fromkeys(values.values()):
         rivals = [label for label, other in values.items() if other == hyperparameter]
         still_open = any(state.proposals for label in rivals for state in states[label])
         if still_open or len(grid.ratios) == 1:
             continue
         # all rivals are known at the base: those that may be the best there go on to the other sizes
-        may_win = may_be_best(_curves_at_base([default, *(rows_of[label] for label in rivals)], grid))
+        may_win = may_be_best(_curves_at_base([default, *(runs_of[label] for label in rivals)], grid))
         for label, goes_on in zip(rivals, may_win[1:], strict=True):
             if goes_on:
-                states[label] = search_state(rows_of[label], every_size)
+                states[label] = search_state(runs_of[label], every_size)
             else:
                 states[label] = [
                     SearchState(base, (), f"{state.reason}; not the best there") for state in states[label]
@@ -101,6 +101,10 @@ def may_be_best(curves: Sequence[LossCurve]) -> list[bool]:
     return [draws is not None and float(np.quantile(draws - best, TAILS[0])) <= 0 for draws in losses]
 
 
-def _curves_at_base(rows: Iterable[Rows], grid: GridConfig) -> list[LossCurve]:
+def _curves_at_base(runs_of_variants: Iterable[Runs], grid: GridConfig) -> list[LossCurve]:
     """The curve of each variant at the base, after the longest training."""
-    return [[c for c in collect(runs) if (c.width_ratio, c.depth_ratio) == base_of(grid)][-1] for runs in rows]
+    at_base = []
+    for runs in runs_of_variants:
+        curves = [curve for curve in collect(runs) if (curve.width_ratio, curve.depth_ratio) == base_of(grid)]
+        at_base.append(curves[-1])
+    return at_base

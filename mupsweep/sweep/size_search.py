@@ -16,13 +16,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import block_diag
 
 from mupsweep.analysis.curves import LossCurve, Point, collect
 from mupsweep.analysis.optimum import TAILS, Optimum, Posterior, optima, point_sds
+from mupsweep.analysis.run_result import RunResult
 from mupsweep.sweep.config import GridConfig
 
 COARSE = 2.0  # octaves between the LRs with which the smallest size begins
@@ -65,23 +66,23 @@ class SearchState:
 
 
 def propose(
-    rows: Iterable[Mapping[str, Any]], grid: GridConfig, limits: tuple[float, float] | None = None
+    results: Iterable[RunResult], grid: GridConfig, limits: tuple[float, float] | None = None
 ) -> list[Proposal]:
     """The next runs of one variant; none when the search has ended.
 
     Args:
-        rows: the finished runs of the variant, as in results/runs.csv.
+        results: of the finished runs of the variant.
         limits: the lowest and the highest log2 LR; SEARCH_MARGIN beyond `log2_lrs` unless given.
     """
-    return [proposal for state in search_state(rows, grid, limits) for proposal in state.proposals]
+    return [proposal for state in search_state(results, grid, limits) for proposal in state.proposals]
 
 
 def search_state(
-    rows: Iterable[Mapping[str, Any]], grid: GridConfig, limits: tuple[float, float] | None = None
+    results: Iterable[RunResult], grid: GridConfig, limits: tuple[float, float] | None = None
 ) -> list[SearchState]:
     """The state of the search at every size, by rising cost; a size that waits for smaller ones proposes nothing."""
     space = Space.of(grid, limits)
-    curves = {(c.width_ratio, c.depth_ratio): c for c in collect(rows)}
+    curves = {(c.width_ratio, c.depth_ratio): c for c in collect(results)}
     sizes = sorted(grid.ratios, key=lambda size: (size[0] ** 2 * size[1], size))
     begun = [size for size in sizes if size in curves]
     ladder = [curves[size] for size in begun]

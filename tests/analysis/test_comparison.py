@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_results import results
 
-from mupsweep.analysis.comparison import comparisons, quality
+from mupsweep.analysis.analysis import analyse
 from mupsweep.analysis.estimate import Estimate
-from mupsweep.analysis.transfer import analyse
 from mupsweep.report.results_files import to_json
 
 GRID = np.arange(-11.0, -3.9, 0.5)
@@ -51,43 +51,43 @@ def covers(estimate: Estimate, truth: float, within: float) -> bool:
 
 def test_robustness_is_the_power_with_which_a_missed_octave_costs_more() -> None:
     for steeper in (-0.5, 0.0, 0.5):
-        [group] = analyse(ladder(steeper=steeper)).groups
-        assert covers(quality(group).robustness, steeper, within=0.05)
+        [group] = analyse(results(ladder(steeper=steeper))).groups
+        assert covers(group.quality.robustness, steeper, within=0.05)
 
 
 def test_the_fit_error_is_the_distance_of_the_optima_from_their_line() -> None:
     rows = ladder(drift=-0.5)
-    [straight] = analyse(rows).groups
-    assert quality(straight).fit_error.value == pytest.approx(0.0, abs=0.01)
+    [straight] = analyse(results(rows)).groups
+    assert straight.quality.fit_error.value == pytest.approx(0.0, abs=0.01)
     for row in rows:  # the two sizes in the middle half an octave aside: the best line leaves 0.25 everywhere
         row["log2_lr"] += 0.5 * (row["width"] in (64, 128))
-    [bent] = analyse(rows).groups
-    assert quality(bent).fit_error.value == pytest.approx(0.25, abs=0.01)
+    [bent] = analyse(results(rows)).groups
+    assert bent.quality.fit_error.value == pytest.approx(0.25, abs=0.01)
 
 
 def test_the_asymptotic_loss_covers_the_truth_whatever_the_power_of_the_correction() -> None:
     for power in (0.6, 1.0, 1.8):
-        [group] = analyse(ladder(power=power)).groups
-        assert covers(quality(group).asymptotic_loss, ASYMPTOTE, within=0.15)
+        [group] = analyse(results(ladder(power=power))).groups
+        assert covers(group.quality.asymptotic_loss, ASYMPTOTE, within=0.15)
 
 
 def test_the_largest_size_is_predicted_from_the_smaller_ones() -> None:
-    [group] = analyse(ladder(drift=-0.5)).groups
-    held_out = quality(group).held_out
+    [group] = analyse(results(ladder(drift=-0.5))).groups
+    held_out = group.quality.held_out
     assert held_out is not None
     assert covers(held_out.predicted, -7.4 - 1.5, within=0.05)
     assert covers(held_out.error, 0.0, within=0.05)
     rows = [row for row in ladder(drift=-0.5) if row["width"] < 256]
     rows += [row for row in ladder(drift=0.0) if row["width"] == 256]
-    [group] = analyse(rows).groups  # the largest size breaks the law: 1.5 octaves, 0.05 * 1.5^2 nats
-    held_out = quality(group).held_out
+    [group] = analyse(results(rows)).groups  # the largest size breaks the law: 1.5 octaves, 0.05 * 1.5^2 nats
+    held_out = group.quality.held_out
     assert held_out is not None
     assert covers(held_out.error, -1.5, within=0.05)
     assert covers(held_out.regret, 0.1125, within=0.01)
 
 
 def test_two_sizes_predict_nothing_and_say_so() -> None:
-    found = quality(analyse(ladder(sizes=2)).groups[0])
+    found = analyse(results(ladder(sizes=2))).groups[0].quality
     assert found.held_out is None
     assert found.fit_error.value is None
     assert found.asymptotic_loss.value is None
@@ -96,7 +96,7 @@ def test_two_sizes_predict_nothing_and_say_so() -> None:
 
 def test_the_speed_up_is_the_compute_the_other_needs_for_the_same_loss() -> None:
     """Muon lies 0.05 nats below; AdamW's losses 2.4, 2.2, 2.1, 2.05 fall by 0.115 per factor 4 of compute."""
-    [found] = comparisons(analyse([*ladder("muon", lower=0.05), *ladder("adamw")]))
+    [found] = analyse(results([*ladder("muon", lower=0.05), *ladder("adamw")])).comparisons
     assert (found.of[1], found.over[1], found.width) == ("muon", "adamw", 256)
     assert covers(found.lower, 0.05, within=0.001)
     x = np.arange(4.0)  # in factors of 4
@@ -108,23 +108,23 @@ def test_the_speed_up_is_the_compute_the_other_needs_for_the_same_loss() -> None
 
 
 def test_a_loss_beyond_the_measured_sizes_gives_a_bound_and_no_number() -> None:
-    [found] = comparisons(analyse([*ladder("muon", lower=1.0), *ladder("adamw")]))
+    [found] = analyse(results([*ladder("muon", lower=1.0), *ladder("adamw")])).comparisons
     assert found.speed_up == Estimate(None, 2.0, None)  # an octave beyond the largest size
-    [found] = comparisons(analyse([*ladder("muon", lower=-1.0), *ladder("adamw")]))
+    [found] = analyse(results([*ladder("muon", lower=-1.0), *ladder("adamw")])).comparisons
     assert found.speed_up.high == pytest.approx(2.0**-7)
     assert found.speed_up.value is None
 
 
 def test_without_compute_there_is_no_speed_up_but_the_rest() -> None:
     rows = [{k: v for k, v in row.items() if k != "flops"} for row in [*ladder("muon", lower=0.05), *ladder("adamw")]]
-    [found] = comparisons(analyse(rows))
+    [found] = analyse(results(rows)).comparisons
     assert found.speed_up.value is None
     assert found.lower.value is not None
 
 
 def test_parametrizations_are_compared_with_sp_and_written_for_scripts() -> None:
     rows = [*ladder(parametrization="sp", drift=-1.0), *ladder(parametrization="mup")]
-    content = to_json(analyse(rows))
+    content = to_json(analyse(results(rows)))
     [compared] = content["comparisons"]
     assert (compared["of"][2], compared["over"][2]) == ("mup", "sp")
     assert compared["speed_up"]["factor"] == pytest.approx(1.0, abs=0.6)
@@ -133,7 +133,7 @@ def test_parametrizations_are_compared_with_sp_and_written_for_scripts() -> None
 
 def test_a_prediction_of_the_largest_size_needs_its_optimum() -> None:
     rows = [row for row in ladder(sizes=4) if row["width"] < 256 or row["log2_lr"] >= -7.5]  # its best LR is the lowest
-    (group,) = analyse(rows).groups
+    (group,) = analyse(results(rows)).groups
     assert not group.optima[-1].known
-    assert quality(group).held_out is None
-    assert quality(replace(group, optima=group.optima[:-1])).held_out is not None
+    assert group.quality.held_out is None
+    assert replace(group, optima=group.optima[:-1]).quality.held_out is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_results import results
 
 from mupsweep.analysis.curves import LossCurve, collect
 from mupsweep.analysis.optimum import Optimum, optima
@@ -60,7 +61,7 @@ def rows(
 
 
 def best(curve_rows: list[dict[str, Any]]) -> Optimum:
-    [found] = optima(collect(curve_rows))
+    [found] = optima(collect(results(curve_rows)))
     return found
 
 
@@ -159,7 +160,7 @@ def test_an_optimum_next_to_the_cliff_is_bounded_by_it() -> None:
 def test_a_diverged_seed_censors_its_point_and_is_counted() -> None:
     made = rows(seeds=3, noise=0.001)
     made[-1] |= {"status": "diverged", "val_loss": None}
-    [curve] = collect(made)
+    [curve] = collect(results(made))
     assert [p.censored for p in curve.points] == [False] * 7 + [True]
     assert (curve.n_runs, curve.n_diverged) == (24, 1)
     assert optima([curve])[0].bracketed
@@ -183,7 +184,7 @@ def test_a_flat_noisy_curve_has_no_narrow_interval() -> None:
 
 
 def test_sem_and_mean_are_those_of_the_seeds() -> None:
-    [curve] = collect(rows(seeds=2, noise=0.01, grid=[-7.0]))
+    [curve] = collect(results(rows(seeds=2, noise=0.01, grid=[-7.0])))
     assert isinstance(curve, LossCurve)
     losses = list(curve.points[0].losses.values())
     assert curve.points[0].mean == pytest.approx(sum(losses) / 2)

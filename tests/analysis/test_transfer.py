@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_results import results
 
+from mupsweep.analysis.analysis import Analysis, analyse
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
-from mupsweep.analysis.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS, Analysis, _exactly, analyse, loss_of
+from mupsweep.analysis.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS, _exactly, loss_of
 from mupsweep.recipes.recipe import target_recipe
 from mupsweep.report.results_files import to_json, write_results
 from mupsweep.store.results import read_runs
@@ -69,7 +71,7 @@ def verdict(analysis: Analysis) -> str:
 
 
 def test_no_drift_transfers_and_the_numbers_say_so() -> None:
-    [group] = analyse(rows(drift=0.0)).groups
+    [group] = analyse(results(rows(drift=0.0))).groups
     assert group.verdict == TRANSFERS
     assert group.drift.value == pytest.approx(0.0, abs=0.05)
     assert group.total_drift.low is not None
@@ -79,7 +81,7 @@ def test_no_drift_transfers_and_the_numbers_say_so() -> None:
 
 
 def test_a_drift_of_an_octave_per_doubling_is_measured() -> None:
-    [group] = analyse(rows(drift=-1.0)).groups
+    [group] = analyse(results(rows(drift=-1.0))).groups
     assert group.verdict == DRIFTS
     assert group.drift.value == pytest.approx(-1.0, abs=0.05)
     assert group.total_drift.value == pytest.approx(-3.0, abs=0.1)
@@ -97,14 +99,14 @@ def test_too_little_data_is_inconclusive_and_says_what_to_add() -> None:
         [r for r in rows() if r["log2_lr"] < -9],
         [r for r in rows() if r["log2_lr"] in (-8.0, -7.0)],
     ):
-        [group] = analyse(little).groups
+        [group] = analyse(results(little)).groups
         assert group.verdict == INCONCLUSIVE
         assert any(word in " ".join(group.reasons) for word in ("add ", "train ", "needs at least"))
 
 
 def test_a_largest_size_whose_best_lr_is_the_lowest_still_drifts() -> None:
     """The bound alone excludes transfer: the optimum of the largest size lies below the grid."""
-    [group] = analyse(rows(drift=-1.5, lowest=-10.0)).groups
+    [group] = analyse(results(rows(drift=-1.5, lowest=-10.0))).groups
     assert group.optima[-1].log2_lr is None
     assert group.total_drift.value is None
     assert group.total_drift.high is not None
@@ -113,7 +115,7 @@ def test_a_largest_size_whose_best_lr_is_the_lowest_still_drifts() -> None:
 
 
 def test_a_valley_so_flat_that_the_lr_does_not_matter_transfers_by_its_regret() -> None:
-    [group] = analyse(rows(drift=0.25, curvature=0.004, noise=0.0005)).groups
+    [group] = analyse(results(rows(drift=0.25, curvature=0.004, noise=0.0005))).groups
     assert group.verdict == TRANSFERS
     assert "costs at most" in group.reasons[0]
 
@@ -121,32 +123,32 @@ def test_a_valley_so_flat_that_the_lr_does_not_matter_transfers_by_its_regret() 
 def test_half_finished_sweeps_are_judged_by_what_they_have() -> None:
     everything = rows(drift=-1.0)
     half = everything[: len(everything) * 3 // 4]  # the largest size is missing
-    [group] = analyse(half).groups
+    [group] = analyse(results(half)).groups
     assert [o.curve.width for o in group.optima] == [32, 64, 128]
     assert group.verdict == DRIFTS
 
 
 def test_width_and_depth_ladders_are_judged_apart() -> None:
     deeper = [r for r in rows(drift=-1.0, axis="depth", sizes=3) if r["depth"] > 4]  # the base is the width ladder's
-    found = {group.axis: group.verdict for group in analyse([*rows(drift=0.0), *deeper]).groups}
+    found = {group.axis: group.verdict for group in analyse(results([*rows(drift=0.0), *deeper])).groups}
     assert found == {"width": TRANSFERS, "depth": DRIFTS}
 
 
 def test_the_lower_loss_of_sp_is_told_beside_its_drift() -> None:
     both = [*rows(drift=-1.0, parametrization="sp", floor=2.45), *rows(drift=0.0, parametrization="mup")]
-    [remark] = analyse(both).remarks
+    [remark] = analyse(results(both)).remarks
     assert remark.startswith("loss at width 256, depth 4, each at its own optimum: adamw/sp ")
     assert "sp tuned at this size ends lowest, although its LR does not transfer" in remark
 
 
 def test_the_same_records_always_give_the_same_numbers() -> None:
     made = rows(drift=-0.4, noise=0.02)
-    assert to_json(analyse(made)) == to_json(analyse(list(reversed(made))))
+    assert to_json(analyse(results(made))) == to_json(analyse(results(list(reversed(made)))))
 
 
 def test_results_have_the_documented_keys(tmp_path: Path) -> None:
     sweep = SweepDir(tmp_path)
-    write_results(sweep, analyse(rows()))
+    write_results(sweep, analyse(results(rows())))
     written = json.loads((sweep.results / "transfer.json").read_text())
     assert set(written) == {"groups", "comparisons", "remarks", "confidence", "tolerance"}
     assert written["tolerance"] == {"octaves": 0.5, "nats": 0.01}
@@ -166,7 +168,7 @@ def test_results_have_the_documented_keys(tmp_path: Path) -> None:
 
 def test_the_recipe_of_a_target_holds_the_rules_at_the_transferred_lr() -> None:
     [variant] = load(["parametrization=spectral", "optimizer=adamw", "model.width=32", "model.head_dim=16"]).variants
-    [group] = analyse([{**r, "parametrization": "spectral"} for r in rows()]).groups
+    [group] = analyse(results([{**r, "parametrization": "spectral"} for r in rows()])).groups
     made = target_recipe(group, run_spec.resolve(variant), width=1024, depth=4)
     assert made["basis"].startswith("transfers")
     assert made["log2_lr"] == pytest.approx(-7.3, abs=0.1)
@@ -183,7 +185,7 @@ def test_the_recipe_of_a_target_holds_the_rules_at_the_transferred_lr() -> None:
 def test_a_target_on_an_axis_that_was_never_trained_is_told_so() -> None:
     """A width ladder says nothing about depth: its drift is not extrapolated along it."""
     [variant] = load(["parametrization=spectral", "model.width=32", "model.head_dim=16"]).variants
-    [group] = analyse([{**r, "parametrization": "spectral"} for r in rows(drift=-1.0)]).groups
+    [group] = analyse(results([{**r, "parametrization": "spectral"} for r in rows(drift=-1.0)])).groups
     made = target_recipe(group, run_spec.resolve(variant), width=32, depth=64)
     assert made["basis"].startswith("untested: the target lies on the depth axis, but only width was measured")
     assert made["block_multiplier"] == 1 / 16  # the rule is known all the same
@@ -193,7 +195,7 @@ def test_a_target_on_an_axis_that_was_never_trained_is_told_so() -> None:
 
 def test_a_drifting_recipe_extrapolates_and_says_so() -> None:
     [variant] = load(["parametrization=sp", "model.width=32", "model.head_dim=16"]).variants
-    [group] = analyse([{**r, "parametrization": "sp"} for r in rows(drift=-1.0)]).groups
+    [group] = analyse(results([{**r, "parametrization": "sp"} for r in rows(drift=-1.0)])).groups
     made = target_recipe(group, run_spec.resolve(variant), width=1024, depth=4)
     assert made["basis"].startswith("drifts: extrapolated")
     assert made["log2_lr"] == pytest.approx(-7.3 - 5, abs=0.3)
@@ -220,14 +222,14 @@ def test_horizons_are_a_ladder_of_their_own_and_the_longest_stands_for_a_size() 
         horizon = 100_000 * 2**doublings
         for row in rows(sizes=2, step=0.5):
             made.append(row | {"log2_lr": row["log2_lr"] - 0.3 * doublings, "horizon": horizon})
-    width, horizon = analyse(made).groups
+    width, horizon = analyse(results(made)).groups
     assert (width.axis, horizon.axis) == ("width", "horizon")
     assert [o.curve.horizon for o in width.optima] == [400_000, 400_000]
     assert [horizon.ratio(o.curve) for o in horizon.optima] == [1, 2, 4]
     assert {o.curve.width for o in horizon.optima} == {32}
     assert horizon.drift.value == pytest.approx(-0.3, abs=0.03)
     assert "from 100000 tokens to 400000 tokens" in horizon.reasons[0]
-    sizes = to_json(analyse(made))["groups"][1]["sizes"]
+    sizes = to_json(analyse(results(made)))["groups"][1]["sizes"]
     assert [size["horizon"] for size in sizes] == [100_000, 200_000, 400_000]
 
 
@@ -245,23 +247,23 @@ def runs_of(best: dict[int, float], cliff: dict[int, float] | None = None, lowes
 
 
 def test_a_slope_says_how_many_sizes_it_is_of() -> None:
-    [group] = analyse(runs_of({32: -5.0, 64: -7.0, 128: -11.0})).groups
-    assert [o.curve.width for o in group.sloped] == [32, 64]
-    assert to_json(analyse(runs_of({32: -5.0, 64: -7.0, 128: -11.0})))["groups"][0]["drift_sizes"] == 2
+    [group] = analyse(results(runs_of({32: -5.0, 64: -7.0, 128: -11.0}))).groups
+    assert [o.curve.width for o in group.fitted] == [32, 64]
+    assert to_json(analyse(results(runs_of({32: -5.0, 64: -7.0, 128: -11.0}))))["groups"][0]["drift_sizes"] == 2
 
 
 def test_the_moves_end_in_the_total_drift_and_know_nothing_of_an_unknown_base() -> None:
-    [group] = analyse(runs_of({32: -5.0, 64: -7.0, 128: -11.0})).groups
-    assert group.moves[0] == Estimate(0.0, 0.0, 0.0)
-    assert group.moves[-1] == group.total_drift
-    [edge] = analyse(runs_of({32: 0.0, 64: -5.0, 128: -7.0})).groups
-    assert edge.moves[0] == UNKNOWN
+    [group] = analyse(results(runs_of({32: -5.0, 64: -7.0, 128: -11.0}))).groups
+    assert group.shifts[0] == Estimate(0.0, 0.0, 0.0)
+    assert group.shifts[-1] == group.total_drift
+    [edge] = analyse(results(runs_of({32: 0.0, 64: -5.0, 128: -7.0}))).groups
+    assert edge.shifts[0] == UNKNOWN
     assert edge.regrets[0] == UNKNOWN
-    assert edge.moves[-1] == edge.total_drift
+    assert edge.shifts[-1] == edge.total_drift
 
 
 def test_where_the_bases_lr_diverges_the_reasons_say_so() -> None:
-    [group] = analyse(runs_of({32: -4.0, 64: -6.0, 128: -6.0}, cliff={64: -6.0, 128: -20.0})).groups
+    [group] = analyse(results(runs_of({32: -4.0, 64: -6.0, 128: -6.0}, cliff={64: -6.0, 128: -20.0}))).groups
     assert [r for r in group.reasons if "diverges there" in r] == [
         "width 64, depth 4: the base's LR diverges there",
         "width 128, depth 4: the base's LR diverges there",
@@ -269,7 +271,7 @@ def test_where_the_bases_lr_diverges_the_reasons_say_so() -> None:
 
 
 def test_a_size_that_stands_for_a_missing_base_is_named() -> None:
-    [group] = analyse(runs_of({64: -6.0, 128: -6.0})).groups
+    [group] = analyse(results(runs_of({64: -6.0, 128: -6.0}))).groups
     assert "nothing is known at the base: width 64 stands for it" in group.reasons
 
 
@@ -289,8 +291,10 @@ def test_rounding_moves_no_end_across_the_tolerance(total: Estimate, told: str) 
 def test_a_lowest_loss_is_told_only_where_the_interval_says_so() -> None:
     """SP ends a thousandth lower, its seeds differ by ten times that."""
     close = [*rows(drift=-1.0, parametrization="sp", floor=2.499, noise=0.02), *rows(drift=0.0, noise=0.005)]
-    [remark] = analyse(close).remarks
+    [remark] = analyse(results(close)).remarks
     assert "ends lowest" not in remark
-    sp, mup = (loss_of(g.optima[-1]) for g in sorted(analyse(close).groups, key=lambda g: g.parametrization != "sp"))
+    sp, mup = (
+        loss_of(g.optima[-1]) for g in sorted(analyse(results(close)).groups, key=lambda g: g.parametrization != "sp")
+    )
     assert f"adamw/sp {sp:.4f}" in remark
     assert f"adamw/mup {mup:.4f}" in remark

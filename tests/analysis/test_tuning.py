@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_results import results
 
+from mupsweep.analysis.analysis import analyse
 from mupsweep.analysis.estimate import Estimate
-from mupsweep.analysis.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS, analyse
-from mupsweep.analysis.tuning import Tuning, gaps_after_tuning, remarks, tunings
+from mupsweep.analysis.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS
+from mupsweep.analysis.tuning import Tuning, remarks
 from mupsweep.report.results_files import to_json
 from mupsweep.report.terminal.tuning import tuning_line
 
@@ -72,7 +74,7 @@ def covers(estimate: Estimate, truth: float, within: float) -> bool:
 
 
 def test_a_best_value_is_found_between_those_trained_with_what_it_gains() -> None:
-    one = of(tunings(analyse(rows(best={RATIO: 3.0}))), RATIO)
+    one = of(analyse(results(rows(best={RATIO: 3.0}))).tunings, RATIO)
     assert [at.width for at in one.sizes] == [32, 64, 128]
     for at in one.sizes:
         assert at.best in (2.0, 4.0)
@@ -81,24 +83,24 @@ def test_a_best_value_is_found_between_those_trained_with_what_it_gains() -> Non
         gain = 0.01 * (np.log2(3) ** 2 - np.log2(4 / 3) ** 2)
         assert covers(at.gain, float(gain), within=0.001)
     assert one.verdict == TRANSFERS
-    assert covers(one.moves, 0.0, within=0.2)
+    assert covers(one.total_drift, 0.0, within=0.2)
 
 
 def test_a_best_value_that_moves_with_width_drifts() -> None:
-    one = of(tunings(analyse(rows(best={RATIO: 1.2}, moves=1.0))), RATIO)
+    one = of(analyse(results(rows(best={RATIO: 1.2}, moves=1.0))).tunings, RATIO)
     assert one.verdict == DRIFTS
-    assert covers(one.moves, 2.0, within=0.2)
+    assert covers(one.total_drift, 2.0, within=0.2)
     assert [at.best for at in one.sizes] == [1.0, 2.0, 4.0]
     assert one.sizes[-1].regret.value == pytest.approx(0.01 * ((np.log2(4.8)) ** 2 - np.log2(1.2) ** 2), abs=0.001)
 
 
 def test_octaves_of_a_decay_are_those_of_what_it_leaves() -> None:
-    one = of(tunings(analyse(rows(best={BETA: 0.97}))), BETA)
+    one = of(analyse(results(rows(best={BETA: 0.97}))).tunings, BETA)
     assert covers(one.sizes[0].minimum, 0.97, within=0.003)
 
 
 def test_a_best_value_at_the_end_of_its_list_is_a_bound() -> None:
-    one = of(tunings(analyse(rows(best={RATIO: 32.0}))), RATIO)
+    one = of(analyse(results(rows(best={RATIO: 32.0}))).tunings, RATIO)
     assert [at.best for at in one.sizes] == [8.0, 8.0, 8.0]
     assert one.sizes[0].minimum.value is None
     assert "the best value is the highest, 8: add values beyond it" in " ".join(one.reasons)
@@ -108,13 +110,13 @@ def test_a_best_value_at_the_end_of_its_list_is_a_bound() -> None:
 
 
 def test_the_best_value_is_told_with_the_minimum_between_those_trained() -> None:
-    one = of(tunings(analyse(rows(best={RATIO: 3.0}))), RATIO)
+    one = of(analyse(results(rows(best={RATIO: 3.0}))).tunings, RATIO)
     assert f"best {one.sizes[0].best:g} (minimum {one.sizes[0].minimum:.3g}) at 32x4" in tuning_line(one)
 
 
 def test_a_size_without_an_optimum_is_no_lack_of_larger_sizes() -> None:
     made = [r for r in rows(best={RATIO: 3.0}, sizes=2) if r["width"] == 32 or r["log2_lr"] < -8.5 or "value" in r]
-    one = of(tunings(analyse(made)), RATIO)
+    one = of(analyse(results(made)).tunings, RATIO)
     assert [at.width for at in one.sizes] == [32]
     assert one.reasons[0] == "at width 64 the default or every other value has no optimum: add LRs"
     assert not any("larger than the base" in reason for reason in one.reasons)
@@ -124,7 +126,7 @@ def test_two_values_or_a_zero_have_losses_and_a_gain_but_no_minimum_between_them
     changed = [r for r in rows(best={RATIO: 0.5}, values={RATIO: (0.5,)}) if "value" in r]
     zero = [{**r, "hyperparameter": "optimizer.weight_decay", "value": 0.0, "default": 0.1} for r in changed]
     plain = rows(best={RATIO: 0.5}, values={})
-    one = of(tunings(analyse([*plain, *zero])), "optimizer.weight_decay")
+    one = of(analyse(results([*plain, *zero])).tunings, "optimizer.weight_decay")
     assert one.sizes[0].best == 0.0
     assert covers(one.sizes[0].gain, 0.01, within=0.001)
     assert one.sizes[0].minimum.value is None
@@ -134,19 +136,19 @@ def test_two_values_or_a_zero_have_losses_and_a_gain_but_no_minimum_between_them
 
 def test_a_value_that_is_lower_already_at_the_edge_of_its_lrs_leaves_the_best_unknown() -> None:
     mup = [r for r in rows(best={RATIO: 4.0}) if r.get("value") != 4.0 or r["width"] < 128 or r["log2_lr"] < -7.4]
-    analysis = analyse([*rows("sp"), *mup])
-    one = next(one for one in tunings(analysis) if one.names[2] == "mup" and one.hyperparameter == RATIO)
+    analysis = analyse(results([*rows("sp"), *mup]))
+    one = next(one for one in analysis.tunings if one.names[2] == "mup" and one.hyperparameter == RATIO)
     assert [at.unbounded for at in one.sizes] == [(), (), (4.0,)]
     assert one.verdict == INCONCLUSIVE
     assert one.reasons[0].startswith(
         "lower already, with a best LR beyond those trained: optimizer.lr_ratio=4 at 128x4"
     )
-    [ratio] = [c for c in gaps_after_tuning(analysis, tunings(analysis)) if c.hyperparameter == RATIO]
+    [ratio] = [c for c in analysis.gaps_after_tuning if c.hyperparameter == RATIO]
     assert [[c.width for c in sizes] for sizes in (ratio.before, ratio.after)] == [[32, 64], [32, 64]]
 
 
 def test_values_that_make_no_difference_gain_nothing() -> None:
-    one = of(tunings(analyse(rows(noise=1e-3))), STD)
+    one = of(analyse(results(rows(noise=1e-3))).tunings, STD)
     for at in one.sizes:
         assert at.gain.high is not None
         assert at.gain.high < 0.003
@@ -155,16 +157,15 @@ def test_values_that_make_no_difference_gain_nothing() -> None:
 
 def test_a_value_that_only_the_base_has_is_judged_there_alone() -> None:
     made = [r for r in rows(best={RATIO: 3.0}) if r["width"] == 32 or r.get("value") in (None, 2.0)]
-    one = of(tunings(analyse(made)), RATIO)
+    one = of(analyse(results(made)).tunings, RATIO)
     assert [set(at.losses) for at in one.sizes] == [{0.5, 1.0, 2.0, 4.0, 8.0}, {1.0, 2.0}, {1.0, 2.0}]
 
 
 def test_the_hyperparameter_that_closes_the_gap_is_named() -> None:
     """SP is tuned as it is; muP's LR ratio is two octaves low, which costs 0.04, its init std one, which costs 0.01."""
     sp, mup = rows("sp", lower=0.0), rows("mup", best={RATIO: 4.0, STD: 0.12})
-    analysis = analyse([*sp, *mup])
-    tuned = tunings(analysis)
-    found = gaps_after_tuning(analysis, tuned)
+    analysis = analyse(results([*sp, *mup]))
+    found = analysis.gaps_after_tuning
     assert [c.hyperparameter for c in found] == [RATIO, STD, BETA]
     assert [c.before[-1].width for c in found] == [128] * 3
     assert found[0].before[-1].lower.value == pytest.approx(-0.05, abs=0.001)
@@ -182,23 +183,23 @@ def test_the_hyperparameter_that_closes_the_gap_is_named() -> None:
 
 def test_both_sides_are_tuned_so_that_what_helps_both_closes_nothing() -> None:
     sp, mup = rows("sp", lower=0.03, best={RATIO: 4.0}), rows("mup", best={RATIO: 4.0})
-    analysis = analyse([*sp, *mup])
-    found = gaps_after_tuning(analysis, tunings(analysis))
+    analysis = analyse(results([*sp, *mup]))
+    found = analysis.gaps_after_tuning
     assert found[0].share == pytest.approx(0.0, abs=0.05)
     [told] = remarks(found)
     assert told.startswith("no hyperparameter of this sweep closes the gap of mup to sp at width 128, depth 4")
 
 
 def test_without_a_gap_there_is_nothing_to_close() -> None:
-    analysis = analyse([*rows("sp"), *rows("mup", lower=0.05, best={RATIO: 4.0})])
-    assert [c.share for c in gaps_after_tuning(analysis, tunings(analysis))] == [None] * 3
-    assert remarks(gaps_after_tuning(analysis, tunings(analysis))) == []
+    analysis = analyse(results([*rows("sp"), *rows("mup", lower=0.05, best={RATIO: 4.0})]))
+    assert [c.share for c in analysis.gaps_after_tuning] == [None] * 3
+    assert remarks(analysis.gaps_after_tuning) == []
 
 
 def test_changed_runs_are_no_part_of_the_verdict_on_the_lr() -> None:
     everything = rows(best={RATIO: 3.0})
     plain = [r for r in everything if "value" not in r]
-    with_, without = to_json(analyse(everything)), to_json(analyse(plain))
+    with_, without = to_json(analyse(results(everything))), to_json(analyse(results(plain)))
     assert with_["groups"] == without["groups"]
     assert set(with_) - set(without) == {"tuning", "closings", "tuning_remarks"}
     assert [one["hyperparameter"] for one in with_["tuning"]] == [STD, BETA, RATIO]

@@ -10,11 +10,13 @@ from functools import cache
 from typing import Any
 
 import pytest
+from run_results import results
 
 from mupsweep import recipes
+from mupsweep.analysis.analysis import analyse
 from mupsweep.analysis.estimate import Estimate
 from mupsweep.analysis.labels import DONE
-from mupsweep.analysis.transfer import LadderResult, analyse
+from mupsweep.analysis.transfer import LadderResult
 from mupsweep.recipes import recipe
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import config, plan, run_spec
@@ -50,7 +52,7 @@ def measured() -> LadderResult:
         for lr in (-10.0, -9.0, -8.0, -7.0, -6.0)
         for seed in (0, 1)
     ]
-    (group,) = analyse(rows).groups
+    (group,) = analyse(results(rows)).groups
     return group
 
 
@@ -205,7 +207,7 @@ def drifting(*lowest: float) -> LadderResult:
         for seed in (0, 1)
         if lr >= dict(enumerate(lowest)).get(k, -99)
     ]
-    (group,) = analyse(rows).groups
+    (group,) = analyse(results(rows)).groups
     return group
 
 

@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable
 
 import pytest
+from run_results import results
 from test_recipe import BEST, ladder
 
+from mupsweep.analysis.analysis import analyse
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.labels import DIVERGED, DONE
-from mupsweep.analysis.transfer import analyse
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.recipes import validation
 from mupsweep.recipes.validation import Trial, _unbounded, neighbours
@@ -147,17 +148,17 @@ def test_the_command_trains_the_target_by_the_sweeps_launcher_and_tells_the_regr
     sweep = ladder("launcher=inline", "training.steps=2", "training.eval_batches=1")
     code, out, err = cli("transfer", str(sweep.path), "--validate", "--to", "width=64", "depth=2")
     assert code == 0, err
-    mine = [row for row in read_runs([sweep]) if row["width"] == 64]
+    mine = [row for row in read_runs([sweep]) if row.width == 64]
     assert len(mine) >= 6
-    assert {row["seed"] for row in mine} == {0, 1}
+    assert {row.seed for row in mine} == {0, 1}
     written = json.loads((sweep.results / "validation-adamw-spectral-w64-d2.json").read_text())
     assert (written["width"], written["log2_lr"]) == (64, BEST)
     assert "transferred log2 LR -8, from the smaller sizes" in " ".join(out.split())
     sizes = json.loads((sweep.results / "transfer.json").read_text())["groups"][0]["sizes"]
     assert [size["width"] for size in sizes] == [16, 32, 64]
-    seconds = {row["run_id"]: row["seconds"] for row in mine}
+    seconds = {row.run_id: row.seconds for row in mine}
     assert cli("transfer", str(sweep.path), "--validate", "--to", "width=64", "depth=2")[0] == 0
-    assert {r["run_id"]: r["seconds"] for r in read_runs([sweep]) if r["width"] == 64} == seconds  # none again
+    assert {r.run_id: r.seconds for r in read_runs([sweep]) if r.width == 64} == seconds  # none again
 
 
 @pytest.mark.parametrize("words", [["--validate"], ["--validate", "--to", "width=64", "again"]])
@@ -184,9 +185,9 @@ def test_where_the_best_lr_may_lie_beyond_the_target_the_regret_is_no_number() -
     row = {**names, "width": 32, "width_ratio": 1.0, "status": DONE}
     grid = [(float(x), s) for x in range(-9, -2) for s in (0, 1)]
     edge = [{**row, "log2_lr": x, "seed": s, "val_loss": 3 + 0.1 * (x + 12) ** 2 + 1e-4 * s} for x, s in grid]
-    (group,) = analyse(edge).groups
+    (group,) = analyse(results(edge)).groups
     assert validation.regret(group.optima[0], -9.0) == UNKNOWN
     flat = [{**row, "log2_lr": x, "seed": s, "val_loss": 3 + 1e-3 * math.sin(9 * x + 5 * s)} for x, s in grid]
-    (group,) = analyse(flat).groups
+    (group,) = analyse(results(flat)).groups
     lost = validation.regret(group.optima[0], -6.0)
     assert (lost.value, lost.high) == (None, None)

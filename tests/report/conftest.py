@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mupsweep.analysis.transfer import Analysis
+from mupsweep.analysis.analysis import Analysis
 from mupsweep.atomic_files import write_json
 from mupsweep.report.html import page
 from mupsweep.scaling import Init, Role
@@ -126,11 +127,11 @@ def write_html() -> Callable[..., Path]:
 
 
 def finish_and_write(sweep: SweepDir, analysis: Analysis, rules: Sequence[tuple[str, list[TensorRule]]] = ()) -> Path:
-    for row in analysis.rows:
-        run = sweep.run(row["run_id"])
+    for result in analysis.runs:
+        run = sweep.run(result.run_id)
         run.path.mkdir(parents=True, exist_ok=True)
-        write_json(run.summary_path, row, durable=False)
-        run.write_status(row["status"], durable=False)
+        write_json(run.summary_path, asdict(result), durable=False)
+        run.write_status(result.status, durable=False)
     return page.write(sweep, analysis, rules, read([sweep])[1][0])
 
 

@@ -10,14 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from run_results import results
 
 import mupsweep
-from mupsweep.analysis.transfer import analyse
+from mupsweep.analysis.analysis import analyse
+from mupsweep.analysis.run_result import COLUMNS
 from mupsweep.atomic_files import write_json
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.report import notebook
 from mupsweep.report.notebook import Sweep
-from mupsweep.report.results_files import RUN_COLUMNS, write_results
+from mupsweep.report.results_files import write_results
 from mupsweep.store.sweep_dir import SweepDir
 
 
@@ -62,8 +64,8 @@ def test_a_run_has_the_columns_of_the_csv_file(finished: SweepDir) -> None:
     with (finished.results / "runs.csv").open() as file:
         (first, *_) = csv.DictReader(file)
     run = mupsweep.load(finished.path).runs[0]
-    assert list(vars(run)) == RUN_COLUMNS
-    assert {k: "" if v is None else str(v) for k, v in vars(run).items()} == first
+    assert list(first) == list(COLUMNS)
+    assert {k: "" if getattr(run, k) is None else str(getattr(run, k)) for k in COLUMNS} == first
 
 
 def test_an_unfinished_sweep_is_loaded_and_what_is_none_is_refused(rows: Callable, save_sweep: Callable) -> None:
@@ -92,5 +94,7 @@ def test_loading_imports_neither_pandas_nor_torch(finished: SweepDir) -> None:
 def test_branches_of_a_run_are_not_counted_as_runs(rows: Callable, save_sweep: Callable) -> None:
     made = rows(widths=[32], parametrizations=["sp"], seeds=1)
     branches = [{**row, "run_id": f"{row['run_id']}@1000", "horizon": 1000} for row in made]
-    sweep = Sweep(save_sweep(made), analyse([*({**row, "horizon": 2000} for row in made), *branches]), len(made))
+    sweep = Sweep(
+        save_sweep(made), analyse(results([*({**row, "horizon": 2000} for row in made), *branches])), len(made)
+    )
     assert f"{len(made)} of {len(made)} runs finished" in repr(sweep)

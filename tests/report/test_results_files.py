@@ -12,18 +12,96 @@ from typing import Any
 
 import pytest
 
+from mupsweep.analysis.analysis import analyse
 from mupsweep.analysis.labels import DIVERGED, DONE
-from mupsweep.analysis.transfer import analyse
+from mupsweep.analysis.run_result import COLUMNS
 from mupsweep.atomic_files import write_chunks, write_json
 from mupsweep.errors import DataError
 from mupsweep.report.generate import conclude_table
-from mupsweep.report.results_files import RUN_COLUMNS, _csv
+from mupsweep.report.results_files import _csv, _run_line, write_results
 from mupsweep.store.results import read, read_runs, read_table
 from mupsweep.store.run_dir import FAILED, PENDING, RUNNING
+from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import load
 
 WIDTHS, LRS = (128, 256, 512), range(-12, -3)
+NAMES = {"model": "llama", "parametrization": "mup", "optimizer": "muon"}
+SIZE = {"width": 64, "depth": 2, "width_ratio": 2.0, "depth_ratio": 0.5}
+SUMMARIES: list[dict[str, Any]] = [
+    {
+        "run_id": "a",
+        **NAMES,
+        **SIZE,
+        "log2_lr": -8.0,
+        "seed": 0,
+        "status": DONE,
+        "steps": 20,
+        "tokens": 400,
+        "train_loss": 3.25,
+        "val_loss": 3.5,
+        "val_bits_per_byte": 5.049,
+        "diverged_at_step": None,
+        "horizon": 400,
+        "branches": [{"horizon": 200, "status": DONE, "steps": 10, "tokens": 200, "val_loss": 3.75}],
+        "seconds": 1.5,
+        "tokens_per_second": 266.7,
+        "device": "cpu",
+        "devices": 1,
+        "precision": "fp32",
+    },
+    {
+        "run_id": "b",
+        **NAMES,
+        **SIZE,
+        "log2_lr": -8.0,
+        "seed": 1,
+        "status": DONE,
+        "steps": 20,
+        "tokens": 400,
+        "train_loss": 3.125,
+        "val_loss": 3.25,
+        "val_bits_per_byte": None,
+        "diverged_at_step": None,
+        "horizon": 400,
+        "branches": [],
+        "seconds": 2,
+        "tokens_per_second": 200.0,
+        "device": "cpu",
+    },
+    {
+        "run_id": "c",
+        **NAMES,
+        **SIZE,
+        "log2_lr": -4.5,
+        "seed": 0,
+        "status": DIVERGED,
+        "steps": 3,
+        "tokens": 60,
+        "train_loss": 6.5,
+        "val_loss": None,
+        "val_bits_per_byte": None,
+        "diverged_at_step": 3,
+        "horizon": 400,
+        "branches": [{"horizon": 200, "status": DIVERGED, "val_loss": None}],
+        "seconds": 0.5,
+    },
+    {
+        "run_id": "d",
+        **NAMES,
+        "hyperparameter": "model.init_std",
+        "value": 0.02,
+        "default": 1,
+        **SIZE,
+        "log2_lr": -8.0,
+        "seed": 0,
+        "status": DONE,
+        "steps": 20,
+        "val_loss": 4.0,
+        "horizon": 400,
+    },
+]
+GOLDEN = Path(__file__).parent  # runs.csv and curves.csv of these runs
 
 
 def table(folder: Path, rows: list[dict[str, Any]]) -> str:
@@ -47,6 +125,20 @@ def runs(drift: float = 0.0, **more: Any) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.fixture
+def sweep_of_four(tmp_path: Path) -> SweepDir:
+    """A sweep whose runs have branches, diverge, or differ in a hyperparameter."""
+    sweep = SweepDir(tmp_path / "sweep")
+    sweep.path.mkdir()
+    sweep.write_plan({**summary, "variant": summary.get("value"), "tokens": 400, "flops": 1e6} for summary in SUMMARIES)
+    for summary in SUMMARIES:
+        folder = sweep.run(summary["run_id"])
+        folder.path.mkdir(parents=True)
+        folder.write_summary(summary)
+        folder.write_status(summary["status"])
+    return sweep
+
+
 @pytest.mark.parametrize("drift", [0.0, -1.0])
 def test_four_columns_suffice(tmp_path: Path, drift: float) -> None:
     [group] = analyse(read_table(table(tmp_path, runs(drift)))).groups
@@ -64,12 +156,12 @@ def test_an_lr_may_stand_for_its_logarithm(tmp_path: Path) -> None:
 @pytest.mark.parametrize("loss", ["", " ", "nan", "NaN", "inf", "-inf"])
 def test_a_loss_that_is_no_number_is_a_diverged_run(tmp_path: Path, loss: str) -> None:
     [row] = read_table(table(tmp_path, [{"parametrization": "sp", "width": 8, "log2_lr": -3, "val_loss": loss}]))
-    assert (row["status"], row["val_loss"]) == (DIVERGED, None)
+    assert (row.status, row.val_loss) == (DIVERGED, None)
 
 
 def test_repetitions_without_seeds_are_numbered(tmp_path: Path) -> None:
     found = read_table(table(tmp_path, runs() + runs()))
-    assert {(row["width"], row["log2_lr"], row["seed"]) for row in found} == {
+    assert {(row.width, row.log2_lr, row.seed) for row in found} == {
         (w, x, s) for w in WIDTHS for x in LRS for s in (0, 1)
     }
 
@@ -77,17 +169,23 @@ def test_repetitions_without_seeds_are_numbered(tmp_path: Path) -> None:
 def test_our_own_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     rows = read_table(table(tmp_path, runs(-1.0, seed=3, model="m", optimizer="o", depth=4, depth_ratio=2.0)))
     path = tmp_path / "again.csv"
-    path.write_bytes(b"".join(_csv(RUN_COLUMNS, rows)))
+    path.write_bytes(b"".join(_csv(COLUMNS, map(_run_line, rows))))
     again = read_table(str(path))
     assert again == rows
-    assert {row["depth_ratio"] for row in again} == {2.0}
-    assert {row["status"] for row in again} == {DONE, DIVERGED}
+    assert {row.depth_ratio for row in again} == {2.0}
+    assert {row.status for row in again} == {DONE, DIVERGED}
+
+
+def test_runs_csv_and_curves_csv_stay_what_they_were(sweep_of_four: SweepDir) -> None:
+    write_results(sweep_of_four, analyse(read_runs([sweep_of_four])))
+    for name in ("runs.csv", "curves.csv"):
+        assert (sweep_of_four.results / name).read_text() == (GOLDEN / name).read_text()
 
 
 def test_a_table_is_written_without_holding_its_text(tmp_path: Path) -> None:
-    row = runs(seed=3, model="m", optimizer="o")[0]
+    [row] = read_table(table(tmp_path, runs(seed=3, model="m", optimizer="o")[:1]))
     tracemalloc.start()
-    write_chunks(tmp_path / "runs.csv", _csv(RUN_COLUMNS, (row for _ in range(20_000))), durable=False)
+    write_chunks(tmp_path / "runs.csv", _csv(COLUMNS, (_run_line(row) for _ in range(20_000))), durable=False)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (tmp_path / "runs.csv").stat().st_size > 800_000
@@ -105,9 +203,7 @@ def test_one_walk_through_a_plan_finds_runs_states_and_costs(tmp_path: Path) -> 
         if state in (DONE, DIVERGED):
             write_json(folder.summary_path, {**row, "status": state, "val_loss": 3.0, "seconds": 1.5})
     rows, [ledger] = read([sweep])
-    assert {row["run_id"]: row["status"] for row in rows} == dict(
-        zip([r.run_id for r in planned], states[:2], strict=False)
-    )
+    assert {run.run_id: run.status for run in rows} == dict(zip([r.run_id for r in planned], states[:2], strict=False))
     assert rows == read_runs([sweep])
     counts = sum(ledger.values(), Counter())
     assert [counts[key] for key in ("runs", DONE, DIVERGED, FAILED, RUNNING, PENDING)] == [6, 1, 1, 1, 1, 2]

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_results import results
 
-from mupsweep.analysis.transfer import analyse
-from mupsweep.analysis.tuning import tunings
+from mupsweep.analysis.analysis import analyse
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import SweepConfig, load
 from mupsweep.sweep.run_spec import RunSpec
@@ -44,7 +44,7 @@ def rounds_of(config: SweepConfig, training: Callable[[RunSpec], Row] = train) -
     rounds: list[dict[str, Row]] = []
     for _ in range(ENOUGH):
         before = merged(rounds)
-        runs = plan.plan(config, before.values())
+        runs = plan.plan(config, results(before.values()))
         if not runs:
             return rounds
         assert not {run.run_id for run in runs} & set(before)
@@ -75,7 +75,7 @@ def test_only_values_that_may_be_the_best_at_the_base_go_on(whole: list[dict[str
     for row in merged(whole).values():
         widths.setdefault(row.get("value", 0.02), set()).add(row["width_ratio"])
     assert widths == {0.02: {0.5, 1.0, 2.0}, BEST: {0.5, 1.0, 2.0}, 0.04: {1.0}, 0.16: {1.0}}
-    [one] = tunings(analyse(merged(whole).values()))
+    [one] = analyse(results(merged(whole).values())).tunings
     assert [at.best for at in one.sizes] == [BEST] * 3
 
 
@@ -96,8 +96,8 @@ def test_a_budget_is_never_passed_and_the_default_comes_first(whole: list[dict[s
     assert flops(rows) <= budget
     assert {run_id for run_id, row in rows.items() if "value" not in row} == set(defaults)
     assert any("value" in row for row in rows.values())
-    assert not plan.plan(load([*SEARCH, f"sweep.max_flops={budget}"]), rows.values())
-    assert plan.plan(load(SEARCH), rows.values())  # a larger budget goes on
+    assert not plan.plan(load([*SEARCH, f"sweep.max_flops={budget}"]), results(rows.values()))
+    assert plan.plan(load(SEARCH), results(rows.values()))  # a larger budget goes on
 
 
 def test_what_a_default_cannot_afford_is_left_to_the_values() -> None:
@@ -111,7 +111,7 @@ def test_what_a_default_cannot_afford_is_left_to_the_values() -> None:
 def test_proposals_do_not_depend_on_the_order_of_the_records(whole: list[dict[str, Row]]) -> None:
     config = load(SEARCH)
     rows = list(merged(whole).values())[:60]
-    states = [search_states(config.variants, ordered, config.sweep) for ordered in (rows, rows[::-1])]
+    states = [search_states(config.variants, results(ordered), config.sweep) for ordered in (rows, rows[::-1])]
     assert states[0] == states[1]
 
 

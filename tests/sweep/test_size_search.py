@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_results import results
 
 from mupsweep.analysis.curves import collect
 from mupsweep.analysis.optimum import optima
@@ -53,7 +54,7 @@ def searched(grid: GridConfig, train: Callable[[Proposal], Row]) -> list[Row]:
     """Every run of a search."""
     rows: dict[Proposal, Row] = {}
     for _ in range(ENOUGH):
-        proposals = propose(rows.values(), grid)
+        proposals = propose(results(rows.values()), grid)
         if not proposals:
             return list(rows.values())
         assert not set(proposals) & set(rows)
@@ -64,7 +65,7 @@ def searched(grid: GridConfig, train: Callable[[Proposal], Row]) -> list[Row]:
 @pytest.mark.parametrize("drift", [0.0, -1.0])
 def test_the_optimum_of_every_size_is_found_for_two_fifths_of_the_grid(drift: float) -> None:
     rows = searched(LADDER, drifting(-6.7, drift))
-    for k, fitted in enumerate(optima(collect(rows))):
+    for k, fitted in enumerate(optima(collect(results(rows)))):
         assert fitted.log2_lr == pytest.approx(-6.7 + drift * k, abs=0.25)
         assert fitted.low is not None
         assert fitted.high is not None
@@ -76,7 +77,7 @@ def test_the_optimum_of_every_size_is_found_for_two_fifths_of_the_grid(drift: fl
 @pytest.mark.parametrize("optimum", [-13.2, 0.4])
 def test_it_walks_beyond_the_given_lrs(optimum: float) -> None:
     one = GridConfig(log2_lrs=LADDER.log2_lrs, search=ADAPTIVE)
-    (fitted,) = optima(collect(searched(one, valley(optimum))))
+    (fitted,) = optima(collect(results(searched(one, valley(optimum)))))
     assert fitted.log2_lr == pytest.approx(optimum, abs=0.25)
 
 
@@ -87,7 +88,7 @@ def test_it_stops_six_octaves_beyond_them() -> None:
 
 def test_a_cliff_beside_the_minimum_is_approached_and_not_crossed_again() -> None:
     rows = searched(GridConfig(log2_lrs=LADDER.log2_lrs, search=ADAPTIVE), valley(-6.2, cliff=1.0))
-    (fitted,) = optima(collect(rows))
+    (fitted,) = optima(collect(results(rows)))
     assert fitted.log2_lr == pytest.approx(-6.2, abs=0.25)
     assert len({r["log2_lr"] for r in rows if r["status"] == "diverged"}) <= 3  # two of the first runs, one beside
 
@@ -108,13 +109,13 @@ def test_it_stops_at_its_budget_and_says_so() -> None:
     one = GridConfig(log2_lrs=LADDER.log2_lrs, search=ADAPTIVE, max_runs=16)
     rows = searched(one, valley(-6.7, noise=0.05))
     assert len(rows) <= 16
-    (last,) = search_state(rows, one)
+    (last,) = search_state(results(rows), one)
     assert last.reason.startswith("stopped at sweep.max_runs=16: ")
 
 
 def test_its_proposals_do_not_depend_on_the_order_of_the_records() -> None:
     rows = searched(LADDER, drifting(-6.7, -0.5))[:20]
-    assert propose(rows, LADDER) == propose(rows[::-1], LADDER)
+    assert propose(results(rows), LADDER) == propose(results(rows[::-1]), LADDER)
 
 
 def test_a_larger_size_begins_around_what_the_smaller_ones_predict() -> None:
@@ -171,7 +172,7 @@ def test_every_variant_is_searched_on_its_own_and_interruptions_change_nothing(t
         plans.append(sorted(row["run_id"] for row in sweep.read_plan()))
     assert plans[0] == plans[1]
     rows = [sweep.run(run_id).summary() for run_id in plans[1]]
-    for curve in collect([r for r in rows if r is not None]):
+    for curve in collect(results([r for r in rows if r is not None])):
         assert optima([curve])[0].log2_lr == pytest.approx(optimum[curve.parametrization], abs=0.25)
 
 

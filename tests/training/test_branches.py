@@ -90,11 +90,11 @@ def test_results_hold_a_row_for_every_horizon(whole: Result, tmp_path: Path) -> 
     folder.path.mkdir(parents=True)
     folder.write_summary(whole.summary)
     folder.write_status("done")
-    rows = sorted(read_runs([sweep]), key=lambda row: row["horizon"])
-    assert [row["horizon"] for row in rows] == [12 * TOKENS, 24 * TOKENS, 30 * TOKENS]
-    assert [row["run_id"] for row in rows][-1] == spec.run_id
-    assert len({row["run_id"] for row in rows}) == 3
-    assert rows[2]["flops"] / rows[0]["flops"] == pytest.approx(30 / 12)
+    rows = sorted(read_runs([sweep]), key=lambda run: run.horizon or 0)
+    assert [row.horizon for row in rows] == [12 * TOKENS, 24 * TOKENS, 30 * TOKENS]
+    assert [row.run_id for row in rows][-1] == spec.run_id
+    assert len({row.run_id for row in rows}) == 3
+    assert (rows[2].flops or 0.0) / (rows[0].flops or 0.0) == pytest.approx(30 / 12)
     assert spec.cost.tokens == (30 + 2 + 5) * TOKENS  # the trunk once, and both decays
     assert not set(CLOCK) & {"val_loss"}
 

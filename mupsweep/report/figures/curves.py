@@ -20,10 +20,12 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator
 from matplotlib.transforms import Bbox, TransformedBbox
 
-from mupsweep.analysis.curves import LossCurve, Size
+from mupsweep.analysis.analysis import Analysis
+from mupsweep.analysis.curves import LossCurve
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.optimum import Optimum
-from mupsweep.analysis.transfer import HORIZON, TOLERANCE_OCTAVES, Analysis, LadderResult
+from mupsweep.analysis.run_result import Size
+from mupsweep.analysis.transfer import HORIZON, TOLERANCE_OCTAVES, LadderResult
 from mupsweep.atomic_files import make_folder
 from mupsweep.formatting import si
 from mupsweep.report.figures.theme import (
@@ -288,7 +290,7 @@ def _drift(groups: Sequence[LadderResult], style: FigureStyle) -> Figure:
         low, high = _shifts(axes, group, dodge, GROUPS[i % 6], MARKERS[i % 6])
         lowest, highest = min(lowest, low), max(highest, high)
     axes.set_ylim(min(-0.8, lowest - 0.25), max(0.8, highest + 0.25))
-    if all(shift == UNKNOWN for group in groups for shift in group.moves):
+    if all(shift == UNKNOWN for group in groups for shift in group.shifts):
         axes.text(0.5, 0.55, "unknown", transform=axes.transAxes, ha="center", color=QUIET)
     _ratio_axis(axes, groups)
     axes.set_ylabel(
@@ -298,7 +300,7 @@ def _drift(groups: Sequence[LadderResult], style: FigureStyle) -> Figure:
         Line2D([], [], color=GROUPS[i % 6], marker=MARKERS[i % 6], markersize=5.5, label=name)
         for i, name in enumerate(legend_names)
     ]
-    if not all(_has_interval(shift) for g in groups for shift in g.moves if shift.value is not None):
+    if not all(_has_interval(shift) for g in groups for shift in g.shifts if shift.value is not None):
         handles.append(Line2D([], [], color=QUIET, marker="o", mfc="white", linestyle="", label="without an interval"))
     handles.append(Patch(color=BAND, label=f"tolerance, ±{TOLERANCE_OCTAVES:g} octaves"))
     figure.legend(handles=handles, loc="outside lower left", handlelength=2.4, ncols=1 if style.show_titles else 3)
@@ -322,7 +324,7 @@ def _ratio_axis(axes: Axes, groups: Sequence[LadderResult]) -> None:
 def _shifts(axes: Axes, group: LadderResult, dodge: float, color: str, marker: str) -> tuple[float, float]:
     """Draw one ladder's optima relative to its base; returns the lowest and the highest octave drawn."""
     heights, fitted = [0.0], []
-    for optimum, shift in zip(group.optima, group.moves, strict=True):
+    for optimum, shift in zip(group.optima, group.shifts, strict=True):
         x = math.log2(group.ratio(optimum.curve)) + dodge
         heights += [end for end in (shift.value, shift.low, shift.high) if end is not None]
         if shift.value is None:

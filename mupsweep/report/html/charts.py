@@ -8,10 +8,12 @@ from html import escape
 from itertools import chain
 from typing import Any
 
-from mupsweep.analysis.curves import LossCurve, Point, Size
+from mupsweep.analysis.analysis import Analysis
+from mupsweep.analysis.curves import LossCurve, Point
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.optimum import Optimum
-from mupsweep.analysis.transfer import TOLERANCE_OCTAVES, Analysis, LadderResult, loss_of
+from mupsweep.analysis.run_result import RunResult, Size
+from mupsweep.analysis.transfer import TOLERANCE_OCTAVES, LadderResult, loss_of
 from mupsweep.formatting import counted
 from mupsweep.report.html.svg import Plot, hollow, minus, round_numbers, tip_of
 from mupsweep.report.names import axis_name, loss_range, ordered_sizes, size_names, sorted_ladders, variant_name
@@ -224,9 +226,11 @@ class Charts:
             plot.add("</g>")
         return plot.svg(f"{unit} by size")
 
-    def training(self, runs: Iterable[tuple[Size, Mapping[str, Any], Sequence[Mapping[str, Any]]]]) -> str:
-        """Loss by step of runs given as (size, row, metrics), or an empty string where no loss was logged."""
-        series = [(size, row, _smooth(_column(log, "train_loss")), _column(log, "val_loss")) for size, row, log in runs]
+    def training(self, runs: Iterable[tuple[Size, RunResult, Sequence[Mapping[str, Any]]]]) -> str:
+        """Loss by step of runs given as (size, result, metrics), or an empty string where no loss was logged."""
+        series = []
+        for size, result, log in runs:
+            series.append((size, result, _smooth(_column(log, "train_loss")), _column(log, "val_loss")))
         points = [point for _, _, train, val in series for point in chain(train, val)]
         if not points:
             return ""
@@ -238,13 +242,13 @@ class Charts:
         plot = Plot((0, last), (low - pad, high + pad), "step")
         plot.y_ticks()
         plot.x_ticks((t, f"{t:g}") for t in round_numbers(0, last))
-        for size, row, train, val in series:
+        for size, result, train, val in series:
             plot.add(self._group(size))
             smooth, line = plot.path(train), plot.path(_thin(val))
             plot.clipped(f'<path class="smooth" d="{smooth}"/><path class="line" d="{line}"/>')
             for step, loss in _thin(val):
                 if loss <= plot.ys[1]:
-                    run = f"{self.names[size]}, LR 2^{row['log2_lr']:g}, seed {row['seed']}"
+                    run = f"{self.names[size]}, LR 2^{result.log2_lr:g}, seed {result.seed}"
                     tip = tip_of(run, f"step {step:g}: {loss:.4f}")
                     plot.add(f'<circle class="pt" {tip} cx="{plot.x(step)}" cy="{plot.y(loss)}" r="2.4"/>')
             plot.add("</g>")

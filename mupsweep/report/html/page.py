@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import mupsweep
-from mupsweep.analysis.comparison import comparisons
+from mupsweep.analysis.analysis import Analysis
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
-from mupsweep.analysis.labels import DIVERGED, DONE, label_of
+from mupsweep.analysis.labels import DIVERGED, DONE, Label
 from mupsweep.analysis.optimum import CONFIDENCE, Optimum
+from mupsweep.analysis.run_result import RunResult, Size
 from mupsweep.analysis.transfer import (
     DRIFTS,
     INCONCLUSIVE,
     TOLERANCE_NATS,
     TOLERANCE_OCTAVES,
     TRANSFERS,
-    Analysis,
     LadderResult,
     diverges,
     loss_of,
@@ -89,7 +89,7 @@ def write(
 
 
 def _header(sweep: SweepDir, analysis: Analysis, counts: RunCounts) -> str:
-    names = [", ".join(dict.fromkeys(row[k] for row in analysis.rows)) for k in ("model", "optimizer")]
+    names = [", ".join(dict.fromkeys(getattr(run, k) for run in analysis.runs)) for k in ("model", "optimizer")]
     total = sum(counts.values(), Counter())
     finished, runs = total[DONE] + total[DIVERGED], counted(total["runs"], "run")
     if finished == total["runs"]:
@@ -110,7 +110,7 @@ def _verdicts(charts: Charts, analysis: Analysis, sweep: SweepDir) -> str:
         f"tolerance of ±{TOLERANCE_OCTAVES:g} octaves."
     )
     cards = "\n".join(_card(charts, group) for group in charts.groups)
-    lines = (*analysis.remarks, *map(comparison_line, comparisons(analysis)), *advice_on(analysis, sweep))
+    lines = (*analysis.remarks, *map(comparison_line, analysis.comparisons), *advice_on(analysis, sweep))
     remarks = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return (
         _title("Does the learning rate transfer?", note)
@@ -212,7 +212,7 @@ def _drift(charts: Charts) -> str:
 
 def _ladders(charts: Charts, groups: Sequence[LadderResult]) -> str:
     """Drift and regret of the ladders along one axis, as charts and as a table."""
-    drift = charts.ladder(groups, [g.moves for g in groups], TOLERANCE_OCTAVES, "octaves")
+    drift = charts.ladder(groups, [g.shifts for g in groups], TOLERANCE_OCTAVES, "octaves")
     regret = charts.ladder(groups, [g.regrets for g in groups], TOLERANCE_NATS, "nats")
     titled = {"octaves from the base's best rate": drift, "regret of the base's rate, nats per token": regret}
     figures = "".join(
@@ -253,10 +253,10 @@ def _tuning(analysis: Analysis) -> str:
 
 def _training(charts: Charts, sweep: SweepDir, analysis: Analysis) -> str:
     """Loss by step of the run nearest to each size's best LR, one seed."""
-    runs = defaultdict(list)
-    for row in analysis.rows:
-        if row["status"] == DONE:
-            runs[label_of(row), (row["width"], row["depth"], row.get("horizon"))].append(row)
+    runs: dict[tuple[Label, Size], list[RunResult]] = defaultdict(list)
+    for run in analysis.runs:
+        if run.status == DONE:
+            runs[run.label, run.size].append(run)
     panels = []
     for group in charts.groups:
         logged = []
@@ -264,8 +264,9 @@ def _training(charts: Charts, sweep: SweepDir, analysis: Analysis) -> str:
             best, size = _best(optimum), optimum.curve.size
             candidates = runs[group.label, size]
             if best is not None and candidates:
-                row = min(candidates, key=lambda r: (abs(r["log2_lr"] - best), r["seed"]))
-                logged.append((size, row, sweep.run(row["run_id"]).metrics()))
+                distances = [(abs(run.log2_lr - best), run.seed) for run in candidates]
+                nearest = candidates[distances.index(min(distances))]
+                logged.append((size, nearest, sweep.run(nearest.run_id).metrics()))
         chart = charts.training(logged)
         if chart:
             panels.append(_figure(charts, group, chart, _axis(charts, group)))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mupsweep.analysis.labels import DONE, Label, label_of
+from mupsweep.analysis.run_result import RunResult
 from mupsweep.store.run_dir import FAILED, FINISHED, PENDING, RUNNING
 from mupsweep.store.sweep_dir import SweepDir
 
@@ -130,10 +131,10 @@ class Board:
         """Runs that are neither finished nor failed."""
         return self.counts[PENDING] + self.counts[RUNNING]
 
-    def results(self, label: Label) -> list[dict[str, Any]]:
-        """The finished runs of a variant, in the form that `curves.collect` takes."""
+    def results(self, label: Label) -> list[RunResult]:
+        """The finished runs of a variant."""
         return [
-            {**self.planned[run_id], "status": self._states[run_id], "val_loss": self.losses[run_id]}
+            RunResult.of({**self.planned[run_id], "status": self._states[run_id], "val_loss": self.losses[run_id]})
             for run_id in self.labels[label]
             if run_id in self.losses
         ]

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from mupsweep.analysis.analysis import Analysis
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
-from mupsweep.analysis.transfer import Analysis
-from mupsweep.analysis.tuning import GapAfterTuning, SizeTuning, Tuning, gaps_after_tuning, remarks, said, tunings
+from mupsweep.analysis.tuning import GapAfterTuning, SizeTuning, Tuning, said
 from mupsweep.report.terminal.console import table_of
 
 GapTable = tuple[tuple[str, ...], list[tuple[str, ...]]]  # header and rows
@@ -27,11 +27,10 @@ def tuning_text(analysis: Analysis) -> Iterator[str | Table]:
 
 def tuning_summary(analysis: Analysis) -> tuple[list[str], list[GapTable]]:
     """The content of every view: a line per hyperparameter with the remarks, and the tables of the gaps to SP."""
-    tuned = tunings(analysis)
-    closed = gaps_after_tuning(analysis, tuned)
+    closed = analysis.gaps_after_tuning
     kinds = dict.fromkeys((c.before[-1].of, c.before[-1].axis) for c in closed)
     gaps = [gap_table([c for c in closed if (c.before[-1].of, c.before[-1].axis) == kind]) for kind in kinds]
-    return [*map(tuning_line, tuned), *remarks(closed)], gaps
+    return [*map(tuning_line, analysis.tunings), *analysis.tuning_remarks], gaps
 
 
 def tuning_line(tuning: Tuning) -> str:

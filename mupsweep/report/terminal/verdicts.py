@@ -10,20 +10,12 @@ from typing import Any
 
 from rich.table import Table
 
-from mupsweep.analysis.comparison import Comparison, comparisons, quality
+from mupsweep.analysis.analysis import Analysis
+from mupsweep.analysis.comparison import Comparison
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.analysis.optimum import CONFIDENCE, Optimum
-from mupsweep.analysis.transfer import (
-    DRIFTS,
-    HORIZON,
-    INCONCLUSIVE,
-    TRANSFERS,
-    Analysis,
-    LadderResult,
-    diverges,
-    loss_of,
-)
+from mupsweep.analysis.transfer import DRIFTS, HORIZON, INCONCLUSIVE, TRANSFERS, LadderResult, diverges, loss_of
 from mupsweep.formatting import counted, si
 from mupsweep.recipes.validation import Validation
 from mupsweep.report.names import slope_text
@@ -64,7 +56,7 @@ def show_analysis(
         console.print(group.verdict.upper(), style=style)
         for line in (*group.reasons, *_summary_lines(group), *quality_lines(group)):
             console.say(line, indent=2)
-    for line in (*map(comparison_line, comparisons(analysis)), *analysis.remarks):
+    for line in (*map(comparison_line, analysis.comparisons), *analysis.remarks):
         console.say(line)
     for item in tuning_text(analysis):
         if isinstance(item, str):
@@ -86,7 +78,7 @@ def advice_on(analysis: Analysis, sweep: SweepDir) -> Iterator[str]:
             "inconclusive: the same mupsweep run with sweep.search=adaptive adds LRs and seeds until every optimum is "
             "known; mupsweep plan says what that costs"
         )
-    if axes := {g.axis for g in analysis.groups if g.sloped}:  # ladders with fitted optima give a recipe its LR
+    if axes := {g.axis for g in analysis.groups if g.fitted}:  # ladders with fitted optima give a recipe its LR
         shape = [f"{key}=N" for key in ("width", "depth") if axes & {key, "joint"}]
         yield (
             f"for the LR of {'a larger model' if shape else 'longer training'}: "
@@ -178,7 +170,7 @@ def _summary_lines(group: LadderResult) -> Iterator[str]:
 
 def quality_lines(group: LadderResult) -> Iterator[str]:
     """How well smaller sizes predict the largest one, and the transfer metrics of Kalra and Barkeshli."""
-    found = quality(group)
+    found = group.quality
     if found.held_out is not None:
         lost = "" if found.held_out.regret.value is None else f", which costs {nats(found.held_out.regret)}"
         shorter = (

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from run_results import results
 
-from mupsweep.analysis.transfer import analyse
+from mupsweep.analysis.analysis import analyse
 from mupsweep.errors import ConfigError
 from mupsweep.report.figures.curves import LEGEND_CHARACTERS, _drift_legend, _mark_handles, draw
 
 
 def test_same_analysis_gives_the_same_bytes(rows: Callable, tmp_path: Path) -> None:
-    analysis = analyse(rows(widths=(32, 64), seeds=2))
+    analysis = analyse(results(rows(widths=(32, 64), seeds=2)))
     first, second = (draw(analysis, tmp_path / name) for name in ("first", "second"))
     assert [p.name for p in first] == ["curves.png", "curves.svg", "drift.png", "drift.svg"]
     for file, again in zip(first, second, strict=True):
@@ -23,7 +24,7 @@ def test_same_analysis_gives_the_same_bytes(rows: Callable, tmp_path: Path) -> N
 
 
 def test_every_axis_has_its_own_figures(rows: Callable, tmp_path: Path) -> None:
-    written = draw(analyse(rows(widths=(32, 64), depths=(4, 8), parametrizations=["mup"])), tmp_path)
+    written = draw(analyse(results(rows(widths=(32, 64), depths=(4, 8), parametrizations=["mup"]))), tmp_path)
     assert {p.name for p in written if p.suffix == ".svg"} == {
         "curves.svg",
         "drift.svg",
@@ -45,11 +46,11 @@ def test_every_axis_has_its_own_figures(rows: Callable, tmp_path: Path) -> None:
     ],
 )
 def test_degenerate_analyses_are_drawn(rows: Callable, tmp_path: Path, grid: dict) -> None:
-    assert len(draw(analyse(rows(**grid)), tmp_path)) == 4
+    assert len(draw(analyse(results(rows(**grid))), tmp_path)) == 4
 
 
 def test_a_paper_gets_pdf_at_journal_widths_and_the_same_bytes_every_time(rows: Callable, tmp_path: Path) -> None:
-    analysis = analyse(rows(widths=(32, 64), seeds=2))
+    analysis = analyse(results(rows(widths=(32, 64), seeds=2)))
     first, second = (draw(analysis, tmp_path / name, "paper") for name in ("first", "second"))
     assert [p.name for p in first] == [f"{n}.{s}" for n in ("curves", "drift") for s in ("png", "svg", "pdf")]
     for file, again in zip(first, second, strict=True):
@@ -65,7 +66,7 @@ def test_a_paper_gets_pdf_at_journal_widths_and_the_same_bytes_every_time(rows: 
 
 def test_an_unknown_style_is_refused(rows: Callable, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--figures poster: did you mean 'paper'\?"):
-        draw(analyse(rows(widths=(32,), seeds=1)), tmp_path, "poster")
+        draw(analyse(results(rows(widths=(32,), seeds=1))), tmp_path, "poster")
 
 
 def test_no_runs_no_figures(tmp_path: Path) -> None:
@@ -74,18 +75,20 @@ def test_no_runs_no_figures(tmp_path: Path) -> None:
 
 def test_the_legend_names_what_is_drawn_and_no_more(rows: Callable) -> None:
     def marks(**grid: object) -> list[object]:
-        return [line.get_label() for line in _mark_handles(analyse(rows(parametrizations=["sp"], **grid)).groups)]
+        return [
+            line.get_label() for line in _mark_handles(analyse(results(rows(parametrizations=["sp"], **grid))).groups)
+        ]
 
     assert marks(widths=(32, 64)) == ["fitted optimum", "the base's optimum"]
     assert marks(widths=(32, 64), log2_lrs=[-10, -9, -8]) == []
     flat = [{**row, "val_loss": 3.0 + 1e-3 * row["seed"]} for row in rows(widths=[32], log2_lrs=range(-11, -6))]
-    assert "fitted optimum" not in [line.get_label() for line in _mark_handles(analyse(flat).groups)]
+    assert "fitted optimum" not in [line.get_label() for line in _mark_handles(analyse(results(flat)).groups)]
 
 
 def test_a_long_name_in_the_drift_legend_goes_on_below(rows: Callable) -> None:
-    results = rows(widths=(32, 64))
+    trained = rows(widths=(32, 64))
     groups = analyse(
-        [*results, *({**row, "model": "llama_qiu_190m", "optimizer": "muon_plus_plus"} for row in results)]
+        results([*trained, *({**row, "model": "llama_qiu_190m", "optimizer": "muon_plus_plus"} for row in trained)])
     ).groups
     lines = [line for g in groups for line in _drift_legend(g, groups, show_titles=True).splitlines()]
     assert max(map(len, lines)) <= LEGEND_CHARACTERS

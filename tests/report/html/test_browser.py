@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from run_results import results
 
-from mupsweep.analysis.transfer import DRIFTS, TRANSFERS, analyse
+from mupsweep.analysis.analysis import analyse
+from mupsweep.analysis.transfer import DRIFTS, TRANSFERS
 from mupsweep.atomic_files import write_json
 from mupsweep.sweep.tensor_rules import TensorRule
 
@@ -96,7 +98,7 @@ def page(
     sweep = save(tmp_path_factory.mktemp("browser"), runs)
     sweep.results.mkdir()
     write_json(sweep.check_path, check())
-    return write_html(sweep, analyse(runs), [(f"rules {i}", [rule] * 3) for i in range(60)])
+    return write_html(sweep, analyse(results(runs)), [(f"rules {i}", [rule] * 3) for i in range(60)])
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +180,7 @@ def test_hostile_names_are_text(
     sweep.results.mkdir()
     write_json(sweep.check_path, kept)
     sweep.write_config({"sweep": {"name": HOSTILE + script}}, f"mupsweep run {HOSTILE}{script}")
-    page = write_html(sweep, analyse(runs), [(HOSTILE + script, [rule])])
+    page = write_html(sweep, analyse(results(runs)), [(HOSTILE + script, [rule])])
     dom, seen, console = probed(page, "--window-size=420,900")
     assert console == []
     assert text.escape(HOSTILE, quote=False) in dom

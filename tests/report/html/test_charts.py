@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from run_results import results
 
+from mupsweep.analysis.analysis import analyse
 from mupsweep.analysis.estimate import Estimate
-from mupsweep.analysis.transfer import TOLERANCE_OCTAVES, analyse
+from mupsweep.analysis.transfer import TOLERANCE_OCTAVES
 from mupsweep.report.html.charts import MAX_CURVE_POINTS, MAX_SEED_POINTS, Charts, drawn_seeds, estimate_text
 from mupsweep.report.html.svg import Plot
 
@@ -51,8 +53,8 @@ def test_an_estimate_in_words(estimate: Estimate, text: str) -> None:
 
 
 def test_points_lie_at_their_rates_and_losses(rows: Callable) -> None:
-    (group,) = analyse(rows(widths=(32, 64), parametrizations=["sp"], seeds=1)).groups
-    svg = Charts(analyse(rows(widths=(32, 64), parametrizations=["sp"], seeds=1))).curves(group, [group])
+    (group,) = analyse(results(rows(widths=(32, 64), parametrizations=["sp"], seeds=1))).groups
+    svg = Charts(analyse(results(rows(widths=(32, 64), parametrizations=["sp"], seeds=1)))).curves(group, [group])
     losses, lrs = scale(svg, "y"), scale(svg, "lr")
     points = re.findall(r'data-tip="[^"]*LR 2\^(\S+) = [^"]*loss ([\d.]+)[^"]*" cx="([\d.]+)" cy="([\d.]+)"', svg)
     assert len(points) > 8
@@ -67,7 +69,7 @@ def test_of_very_many_seeds_the_first_are_drawn_and_the_page_says_so(
 ) -> None:
     lrs = [-12 + i / 50 for i in range(100)]
     runs = rows(widths=[32], log2_lrs=lrs, parametrizations=["sp"], seeds=MAX_SEED_POINTS // 100 + 5)
-    analysis = analyse(runs)
+    analysis = analyse(results(runs))
     (group,) = analysis.groups
     drawn, seeds = drawn_seeds(group.optima[0].curve)
     assert (drawn, seeds) == (list(range(20)), list(range(25)))
@@ -80,7 +82,7 @@ def test_of_very_many_seeds_the_first_are_drawn_and_the_page_says_so(
 
 def test_of_few_seeds_all_are_drawn(rows: Callable, save_sweep: Callable, write_html: Callable) -> None:
     runs = rows(widths=[32], parametrizations=["sp"], seeds=5)
-    analysis = analyse(runs)
+    analysis = analyse(results(runs))
     assert drawn_seeds(analysis.curves[0]) == (list(range(5)), list(range(5)))
     text = write_html(save_sweep(runs), analysis).read_text()
     assert ">each seed</button>" in text
@@ -88,9 +90,9 @@ def test_of_few_seeds_all_are_drawn(rows: Callable, save_sweep: Callable, write_
 
 
 def test_the_ladder_shows_how_far_the_optimum_moves(rows: Callable) -> None:
-    analysis = analyse(rows(widths=(32, 64, 128), parametrizations=["sp"]))
+    analysis = analyse(results(rows(widths=(32, 64, 128), parametrizations=["sp"])))
     (group,) = analysis.groups
-    drift = list(group.moves)
+    drift = list(group.shifts)
     assert drift[0].value == 0.0
     assert drift[-1].value == group.total_drift.value
     assert drift[-1].low is not None
@@ -105,7 +107,7 @@ def test_the_ladder_shows_how_far_the_optimum_moves(rows: Callable) -> None:
 
 
 def test_the_bar_shows_the_drift_and_its_interval(rows: Callable) -> None:
-    analysis = analyse(rows(widths=(32, 64, 128)))
+    analysis = analyse(results(rows(widths=(32, 64, 128))))
     svg = Charts(analysis).bar(Estimate(-1.0, -1.5, -0.25))
     octaves = scale(svg, "octaves")
     (dot,) = re.findall(r'class="dot" cx="([\d.]+)"', svg)
@@ -130,19 +132,20 @@ def test_the_bar_of_a_bound_is_an_arrow(bound: Estimate, range_: str, arrows: st
 
 
 def test_a_long_training_curve_is_thinned_to_its_last_point(rows: Callable) -> None:
-    run = rows(widths=[32], log2_lrs=[-7], seeds=1, parametrizations=["sp"])
+    [run] = results(rows(widths=[32], log2_lrs=[-7], seeds=1, parametrizations=["sp"]))
     metrics = [{"step": step, "val_loss": 3 + math.exp(-step / 500)} for step in range(1, 5001)]
-    svg = Charts(analyse(run)).training([((32, 4, None), run[0], metrics)])
+    charts = Charts(analyse([run]))
+    svg = charts.training([(run.size, run, metrics)])
     steps = [int(step) for step in re.findall(r"\nstep (\d+): ", svg)]
     assert steps[-1] == 5000
     assert MAX_CURVE_POINTS // 2 < len(steps) <= MAX_CURVE_POINTS
-    assert Charts(analyse(run)).training([((32, 4, None), run[0], [{"step": 1, "val_loss": math.nan}])]) == ""
+    assert charts.training([(run.size, run, [{"step": 1, "val_loss": math.nan}])]) == ""
 
 
 def test_a_base_beyond_the_grid_leaves_bounds(rows: Callable) -> None:
-    analysis = analyse(rows(widths=(32, 256), log2_lrs=[-11, -10, -9, -8], parametrizations=["sp"]))
+    analysis = analyse(results(rows(widths=(32, 256), log2_lrs=[-11, -10, -9, -8], parametrizations=["sp"])))
     (group,) = analysis.groups
-    drift = list(group.moves)
+    drift = list(group.shifts)
     assert drift == [Estimate(None, None, None), group.total_drift]
     assert drift[1].high is not None
     svg = Charts(analysis).ladder([group], [drift], TOLERANCE_OCTAVES, "octaves")
@@ -150,10 +153,10 @@ def test_a_base_beyond_the_grid_leaves_bounds(rows: Callable) -> None:
 
 
 def test_what_is_unknown_is_said_to_be(rows: Callable) -> None:
-    analysis = analyse(rows(widths=(32, 64), log2_lrs=[-10, -9, -8], parametrizations=["sp"]))
+    analysis = analyse(results(rows(widths=(32, 64), log2_lrs=[-10, -9, -8], parametrizations=["sp"])))
     (group,) = analysis.groups
-    assert list(group.moves) == [Estimate(None, None, None)] * 2
-    assert ">unknown</text>" in Charts(analysis).ladder([group], [list(group.moves)], TOLERANCE_OCTAVES, "octaves")
+    assert list(group.shifts) == [Estimate(None, None, None)] * 2
+    assert ">unknown</text>" in Charts(analysis).ladder([group], [list(group.shifts)], TOLERANCE_OCTAVES, "octaves")
 
 
 def test_a_value_without_an_interval_is_hollow_and_a_bound_has_no_point() -> None:

@@ -10,9 +10,11 @@ from html import escape
 from html.parser import HTMLParser
 
 import pytest
+from run_results import results
 
+from mupsweep.analysis.analysis import analyse
 from mupsweep.analysis.estimate import Estimate
-from mupsweep.analysis.transfer import analyse, loss_of
+from mupsweep.analysis.transfer import loss_of
 from mupsweep.atomic_files import write_json
 from mupsweep.report.html.charts import estimate_text
 from mupsweep.sweep.tensor_rules import TensorRule
@@ -44,7 +46,7 @@ class RunLogger(HTMLParser):
 
 def test_the_page_needs_nothing_else(rows: Callable, save_sweep: Callable, write_html: Callable) -> None:
     runs = rows()
-    text = write_html(save_sweep(runs), analyse(runs)).read_text()
+    text = write_html(save_sweep(runs), analyse(results(runs))).read_text()
     page = RunLogger(text)
     assert not [a for a in page.attributes if a[1] in ("src", "href", "srcset", "action") or a[0] in ("link", "iframe")]
     assert not re.search(r"https?://|//[a-z]|@import|url\(", text.replace("// ", ""))
@@ -54,7 +56,7 @@ def test_verdicts_and_numbers_come_first(
     rows: Callable, save_sweep: Callable, rule: TensorRule, write_html: Callable
 ) -> None:
     runs = rows()
-    analysis = analyse(runs)
+    analysis = analyse(results(runs))
     text = write_html(save_sweep(runs, pending=3), analysis, [("mup, width 64", [rule])]).read_text()
     top = text[: text.index("Loss versus learning rate")]
     assert "drifts" in top
@@ -74,7 +76,7 @@ def test_verdicts_and_numbers_come_first(
 
 
 def test_a_regret_without_a_value_says_why(rows: Callable, save_sweep: Callable, write_html: Callable) -> None:
-    analysis = analyse(rows(widths=(32, 64), parametrizations=["sp"], seeds=1))
+    analysis = analyse(results(rows(widths=(32, 64), parametrizations=["sp"], seeds=1)))
     (group,), unknown = analysis.groups, Estimate(None, None, None)
     group = replace(
         group, regret=unknown, regrets=(group.regrets[0], unknown), reasons=("2^-7 diverges at width < 65",)
@@ -93,7 +95,7 @@ def test_what_a_config_says_is_escaped(
     runs = rows(model=evil, optimizer=evil, widths=(32, 64)) + rows(widths=(32, 64))
     sweep = save_sweep(runs)
     sweep.write_config({"sweep": {"name": evil}}, f"mupsweep run {evil}")
-    text = write_html(sweep, analyse(runs), [(evil, [rule])]).read_text()
+    text = write_html(sweep, analyse(results(runs)), [(evil, [rule])]).read_text()
     assert text.count("<script>") == 1
     assert text.count("</script>") == 1
     RunLogger(text)
@@ -111,7 +113,7 @@ def test_what_a_config_says_is_escaped(
 )
 def test_degenerate_sweeps_have_a_page(rows: Callable, save_sweep: Callable, grid: dict, write_html: Callable) -> None:
     runs = rows(**grid)
-    text = write_html(save_sweep(runs), analyse(runs)).read_text()
+    text = write_html(save_sweep(runs), analyse(results(runs))).read_text()
     body = text[text.index("<body>") : text.index("<script>")]
     RunLogger(text)
     assert not re.search(r"\b(nan|NaN|None|null|inf)\b", body.replace("gpu: null", ""))
@@ -123,9 +125,9 @@ def test_a_kept_check_is_shown_with_what_it_found(
 ) -> None:
     runs = rows(widths=(32, 64), seeds=1)
     sweep = save_sweep(runs)
-    assert "Coordinate check" not in write_html(sweep, analyse(runs)).read_text()
+    assert "Coordinate check" not in write_html(sweep, analyse(results(runs))).read_text()
     write_json(sweep.check_path, check())
-    text = write_html(sweep, analyse(runs)).read_text()
+    text = write_html(sweep, analyse(results(runs))).read_text()
     RunLogger(text)
     section = text[text.index("Coordinate check") : text.index("Runs and cost")]
     assert "<li>SP promises nothing</li><li>μP failed: 2 of 3 promises kept</li><li>its LR &amp; eps</li>" in section
@@ -136,7 +138,7 @@ def test_a_kept_check_is_shown_with_what_it_found(
     assert section.count("width 128: 1 times that of width 32") == 2
     for damaged in ("{", "{}", '{"variants": 3}', '{"variants": [{}]}'):
         sweep.check_path.write_text(damaged)
-        assert "Coordinate check" not in write_html(sweep, analyse(runs)).read_text()
+        assert "Coordinate check" not in write_html(sweep, analyse(results(runs))).read_text()
 
 
 def test_an_unfinished_sweep_has_a_page(save_sweep: Callable, write_html: Callable) -> None:
@@ -158,7 +160,7 @@ def test_a_large_sweep_stays_small_and_quick(
         seeds=4,
     )
     assert len(runs) == 2496
-    sweep, analysis = save_sweep(runs), analyse(runs)
+    sweep, analysis = save_sweep(runs), analyse(results(runs))
     start = time.process_time()
     path = write_html(sweep, analysis, [(f"variant {i}", [rule] * 40) for i in range(24)])
     assert time.process_time() - start < 10
@@ -168,11 +170,11 @@ def test_a_large_sweep_stays_small_and_quick(
 def test_the_page_says_on_how_many_runs_it_rests_and_what_is_known_how_well(
     rows: Callable, save_sweep: Callable, write_html: Callable
 ) -> None:
-    results = rows(widths=(32, 64), parametrizations=["sp"])
-    analysis = analyse(results)
+    trained = rows(widths=(32, 64), parametrizations=["sp"])
+    analysis = analyse(results(trained))
     (group,) = analysis.groups
-    text = write_html(save_sweep(results, pending=3), analysis).read_text()
-    assert f"{len(results)} of {len(results) + 3} runs finished" in text
+    text = write_html(save_sweep(trained, pending=3), analysis).read_text()
+    assert f"{len(trained)} of {len(trained) + 3} runs finished" in text
     best = estimate_text(Estimate(group.base.log2_lr, group.base.low, group.base.high), spec=".2f")
     assert f"<dd>{2**group.base.log2_lr:.3g}, log2 {best}</dd>" in text
     for optimum in group.optima:

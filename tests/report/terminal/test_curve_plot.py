@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from run_results import results
 
+from mupsweep.analysis.analysis import analyse
 from mupsweep.analysis.optimum import Optimum, optima
-from mupsweep.analysis.transfer import analyse
 from mupsweep.report.names import loss_range
 from mupsweep.report.terminal.curve_plot import curve_text
 
@@ -29,20 +30,20 @@ capital: optimum   x: diverged   ^: higher loss
 
 
 def test_a_small_plot_is_as_recorded(rows: Callable) -> None:
-    curves = analyse(rows(widths=(32, 128), parametrizations=["sp"], noise=0.0)).curves
+    curves = analyse(results(rows(widths=(32, 128), parametrizations=["sp"], noise=0.0))).curves
     plain = curve_text(optima(curves), width=60, height=9).plain
     assert [line.rstrip() for line in plain.splitlines()] == GOLDEN.splitlines()
 
 
 @pytest.mark.parametrize(("width", "height"), [(24, 4), (40, 8), (72, 14), (80, 20)])
 def test_width_and_height_are_respected(rows: Callable, width: int, height: int) -> None:
-    lines = curve_text(optima(analyse(rows()).curves), width, height).plain.splitlines()
+    lines = curve_text(optima(analyse(results(rows())).curves), width, height).plain.splitlines()
     assert max(map(len, lines)) <= width
     assert lines[height].lstrip()[0] == "└"
 
 
 def test_diverged_and_optimal_rates_are_marked(rows: Callable) -> None:
-    lines = curve_text(optima(analyse(rows(parametrizations=["sp"])).curves)).plain.splitlines()
+    lines = curve_text(optima(analyse(results(rows(parametrizations=["sp"]))).curves)).plain.splitlines()
     assert "x" in lines[0]
     assert all(any(letter in line for line in lines[1:14]) for letter in "ABCD")
 
@@ -51,11 +52,11 @@ def test_degenerate_curves_are_drawn(rows: Callable) -> None:
     assert "no finished runs" in curve_text([]).plain
     diverged, alone = {"log2_lrs": [-1]}, {"log2_lrs": [-7], "widths": [32]}
     for grid, expected in ((diverged, "best at most 2^-1.0"), (alone, "no optimum")):
-        assert expected in curve_text(optima(analyse(rows(**grid)).curves)).plain
+        assert expected in curve_text(optima(analyse(results(rows(**grid))).curves)).plain
 
 
 def test_the_legend_tells_intervals_and_bounds_and_cuts_no_number(rows: Callable) -> None:
-    (curve,) = analyse(rows(widths=[32], parametrizations=["sp"])).curves
+    (curve,) = analyse(results(rows(widths=[32], parametrizations=["sp"]))).curves
 
     def legend(value: float | None, low: float | None, high: float | None, width: int = 60) -> str:
         optimum = Optimum(curve, True, value, low, high, None, None, None, None)
@@ -71,13 +72,15 @@ def test_the_legend_tells_intervals_and_bounds_and_cuts_no_number(rows: Callable
 
 def test_an_exploding_loss_does_not_flatten_the_valleys(rows: Callable) -> None:
     runs = rows(noise=0.0)
-    low, high = loss_range(optima(analyse(runs).curves))
+    low, high = loss_range(optima(analyse(results(runs)).curves))
     next(row for row in runs if row["log2_lr"] == -11)["val_loss"] = 1e9
     runs.append({**runs[0], "log2_lr": -12.0, "val_loss": 50.0, "status": "done"})
-    assert loss_range(optima(analyse(runs).curves)) == pytest.approx((low, high), abs=0.1)
+    assert loss_range(optima(analyse(results(runs)).curves)) == pytest.approx((low, high), abs=0.1)
 
 
 def test_the_axis_holds_the_error_bars_of_the_minimum(rows: Callable) -> None:
-    noisy = optima(analyse(rows(widths=[32], parametrizations=["sp"], log2_lrs=range(-9, -4), noise=0.05)).curves)
+    noisy = optima(
+        analyse(results(rows(widths=[32], parametrizations=["sp"], log2_lrs=range(-9, -4), noise=0.05))).curves
+    )
     ends = [p.mean - p.sem for o in noisy for p in o.curve.usable if p.sem is not None]
     assert loss_range(noisy)[0] < min(ends)

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from run_results import results
 
+from mupsweep.analysis.analysis import analyse
 from mupsweep.analysis.comparison import Comparison
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
-from mupsweep.analysis.transfer import analyse
 from mupsweep.report.terminal import verdicts
 from mupsweep.report.terminal.console import PIPE_COLUMNS, PipeConsole, console_of, table_of
 from mupsweep.report.terminal.verdicts import advice_on, comparison_line, show_analysis
@@ -46,7 +47,7 @@ def test_a_path_is_never_cut() -> None:
 
 def test_a_pipe_gets_whole_lines(rows: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     assert console_of().width == PIPE_COLUMNS
-    show_analysis(analyse(rows(widths=(32, 64, 128))), [], [])
+    show_analysis(analyse(results(rows(widths=(32, 64, 128)))), [], [])
     lines = capsys.readouterr().out.splitlines()
     for start in ("  the optimum moves", "  the smaller sizes", "loss at width", "nanogpt/adamw/mup against"):
         assert any(line.startswith(start) and len(line) > 70 for line in lines)
@@ -69,7 +70,7 @@ def test_a_bound_in_brackets_is_no_markup() -> None:
 def test_a_narrow_terminal_gets_a_narrow_chart(rows: Callable, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     console = PipeConsole(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     monkeypatch.setattr(verdicts, "console_of", lambda: console)
-    show_analysis(analyse(rows(widths=(32, 64))), [], [])
+    show_analysis(analyse(results(rows(widths=(32, 64)))), [], [])
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     plotted = [line for line in lines if re.match(r" *[\d.]* [┤│└]", line)]
     assert len(plotted) == 2 * (14 + 1)
@@ -79,7 +80,7 @@ def test_a_narrow_terminal_gets_a_narrow_chart(rows: Callable, monkeypatch: pyte
 def test_the_verdict_says_which_lr_is_best_and_what_it_costs_later(
     rows: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    analysis = analyse(rows(widths=(32, 128), parametrizations=["sp"]))
+    analysis = analyse(results(rows(widths=(32, 128), parametrizations=["sp"])))
     (group,) = analysis.groups
     base, last = group.optima
     show_analysis(analysis, [], [])
@@ -93,15 +94,15 @@ def test_the_verdict_says_which_lr_is_best_and_what_it_costs_later(
 
 
 def test_what_is_unknown_makes_no_line_of_unknowns(rows: Callable, capsys: pytest.CaptureFixture[str]) -> None:
-    show_analysis(analyse(rows(widths=(32, 64), log2_lrs=[-10, -9, -8], parametrizations=["sp"])), [], [])
+    show_analysis(analyse(results(rows(widths=(32, 64), log2_lrs=[-10, -9, -8], parametrizations=["sp"]))), [], [])
     verdict = capsys.readouterr().out.partition("INCONCLUSIVE")[2]
     assert "unknown" not in verdict
     assert verdict.count("train higher ones") == 2
 
 
 def test_an_undecided_grid_is_told_to_search_and_a_search_is_not(tmp_path: Path, rows: Callable) -> None:
-    edge = analyse(rows(widths=(32, 64), log2_lrs=[-10, -9, -8], parametrizations=["sp"]))
-    decided = analyse(rows(widths=(32, 64), parametrizations=["mup"]))
+    edge = analyse(results(rows(widths=(32, 64), log2_lrs=[-10, -9, -8], parametrizations=["sp"])))
+    decided = analyse(results(rows(widths=(32, 64), parametrizations=["mup"])))
     grid, search = (
         plan.save(load(["experiment=smoke", f"out={tmp_path}", f"sweep.name={how}", f"sweep.search={how}"]), "")[0]
         for how in ("grid", "adaptive")
@@ -153,8 +154,10 @@ def test_a_table_of_horizons_fits_80_columns_and_its_title_tells_the_size(
 ) -> None:
     console = PipeConsole(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
     monkeypatch.setattr(verdicts, "console_of", lambda: console)
-    results = rows(widths=[32], parametrizations=["sp"])
-    show_analysis(analyse([{**row, "horizon": tokens} for row in results for tokens in (102400, 204800)]), [], [])
+    trained = rows(widths=[32], parametrizations=["sp"])
+    show_analysis(
+        analyse(results([{**row, "horizon": tokens} for row in trained for tokens in (102400, 204800)])), [], []
+    )
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert "nanogpt/adamw/sp, horizon ladder at width 32, depth 4" in lines
     table = [line for line in lines if re.match(r"(tokens|102k|205k) ", line)]
@@ -166,7 +169,7 @@ def test_a_table_of_optima_fits_80_columns(rows: Callable, monkeypatch: pytest.M
     file = io.StringIO()
     console = PipeConsole(file=file, width=80, force_terminal=True, color_system=None)
     monkeypatch.setattr("mupsweep.report.terminal.verdicts.console_of", lambda: console)
-    show_analysis(analyse(rows(widths=(32, 1024), depths=(4, 16))), [], [])
+    show_analysis(analyse(results(rows(widths=(32, 1024), depths=(4, 16)))), [], [])
     lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert "…" not in file.getvalue()
@@ -202,19 +205,19 @@ def test_the_target_that_is_proposed_is_on_an_axis_that_has_an_optimum(
     tmp_path: Path, rows: Callable, grid: dict, target: str | None
 ) -> None:
     sweep = plan.save(load(["experiment=smoke", f"out={tmp_path}", "sweep.search=adaptive"]), "")[0]
-    advice = list(advice_on(analyse(rows(parametrizations=["mup"], **grid)), sweep))
+    advice = list(advice_on(analyse(results(rows(parametrizations=["mup"], **grid))), sweep))
     assert [line.partition(" --to ")[2] for line in advice] == ([] if target is None else [target])
 
 
 def test_a_search_is_not_proposed_where_no_size_is_larger_than_the_base(tmp_path: Path, rows: Callable) -> None:
     sweep = plan.save(load(["experiment=smoke", f"out={tmp_path}"]), "")[0]
-    advice = list(advice_on(analyse(rows(widths=(16, 32), parametrizations=["mup"])), sweep))
+    advice = list(advice_on(analyse(results(rows(widths=(16, 32), parametrizations=["mup"]))), sweep))
     assert not any("sweep.search" in line for line in advice)
 
 
 def test_the_table_says_diverges_and_the_interval_of_a_loss(rows: Callable, capsys: pytest.CaptureFixture[str]) -> None:
-    analysis = analyse(rows(widths=(32, 256), parametrizations=["sp"], seeds=1))
-    dead = [{**r, "status": "diverged", "val_loss": None} if r["width"] == 256 else r for r in analysis.rows]
+    analysis = analyse(results(rows(widths=(32, 256), parametrizations=["sp"], seeds=1)))
+    dead = [replace(r, status="diverged", val_loss=None) if r.width == 256 else r for r in analysis.runs]
     show_analysis(analyse(dead), [], [])
     table = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r"(32|256) +4 ", line)]
     assert table[1][-1] == "diverges"

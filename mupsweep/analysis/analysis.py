@@ -1,0 +1,145 @@
+"""The analysis of some runs: everything that the views of a sweep show, each part computed once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mupsweep.analysis.comparison import Comparison, Flops, comparisons
+from mupsweep.analysis.curves import LossCurve, collect
+from mupsweep.analysis.labels import Label
+from mupsweep.analysis.optimum import TAILS, Optimum
+from mupsweep.analysis.run_result import RunResult
+from mupsweep.analysis.transfer import HORIZON, TRANSFERS, LadderResult, judge_ladder, ladders, loss_of
+from mupsweep.analysis.tuning import GapAfterTuning, Tuning, gaps_after_tuning, tunings
+from mupsweep.analysis.tuning import remarks as remarks_on_gaps
+from mupsweep.errors import ConfigError
+from mupsweep.formatting import nearest
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that is known of some runs.
+
+    Attributes:
+        runs: those of the defaults.
+        curves: of the defaults.
+        groups: one verdict each.
+        remarks: what a reader should know beyond the verdicts, such as SP ending lower at the largest size.
+        changed: runs in which a hyperparameter is not the default's: see mupsweep/analysis/tuning.py.
+    """
+
+    runs: tuple[RunResult, ...]
+    curves: tuple[LossCurve, ...]
+    groups: tuple[LadderResult, ...]
+    remarks: tuple[str, ...]
+    changed: tuple[RunResult, ...] = ()
+
+    @cached_property
+    def flops(self) -> Flops:
+        """The cost of a run by variant and size, where it is known."""
+        return {(run.label, run.size): run.flops for run in (*self.runs, *self.changed) if run.flops}
+
+    @cached_property
+    def changed_curves(self) -> list[LossCurve]:
+        """The curves of the changed runs."""
+        return collect(self.changed)
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Every optimizer against AdamW and every parametrization against SP, or against the first there is."""
+        return comparisons(self.groups, self.flops)
+
+    @cached_property
+    def tunings(self) -> list[Tuning]:
+        """Every hyperparameter that was changed, of every variant and ladder."""
+        return tunings(self.groups, self.changed_curves)
+
+    @cached_property
+    def gaps_after_tuning(self) -> list[GapAfterTuning]:
+        """What each hyperparameter does to the gap of every parametrization to SP."""
+        return gaps_after_tuning(self.groups, self.tunings, self.flops)
+
+    @cached_property
+    def tuning_remarks(self) -> list[str]:
+        """Which hyperparameter closes most of each gap to SP."""
+        return remarks_on_gaps(self.gaps_after_tuning)
+
+    def select(self, optimizer: str | None, parametrization: str | None) -> Analysis:
+        """The part with the verdicts of one optimizer, one parametrization, or both.
+
+        Raises:
+            ConfigError: no verdict is of that name.
+        """
+        groups = self.groups
+        for key, name in (("optimizer", optimizer), ("parametrization", parametrization)):
+            names = {getattr(group, key) for group in groups}
+            if name is not None and name not in names:
+                raise ConfigError(f"no {key} '{name}' in this sweep; {nearest(name, names)}")
+            groups = tuple(group for group in groups if name in (None, getattr(group, key)))
+        return self if groups == self.groups else replace(self, groups=groups)
+
+
+def analyse(results: Iterable[RunResult]) -> Analysis:
+    """Curves, optima, drift, regret and verdict of every ladder; half-finished sweeps are welcome."""
+    everything = tuple(results)
+    runs = tuple(run for run in everything if run.change is None)
+    changed = tuple(run for run in everything if run.change is not None)
+    curves = collect(runs)
+    by_label: dict[Label, list[LossCurve]] = defaultdict(list)
+    for curve in curves:
+        by_label[curve.label].append(curve)
+    groups: list[LadderResult] = []
+    for curves_of_variant in by_label.values():
+        groups += [judge_ladder(axis, ladder) for axis, ladder in ladders(curves_of_variant) if ladder]
+    remarks = *_losses_at_largest_size(groups), *_mixed_hardware(runs)
+    return Analysis(runs, tuple(curves), tuple(groups), remarks, changed)
+
+
+def _losses_at_largest_size(groups: Sequence[LadderResult]) -> Iterable[str]:
+    """Remarks that compare variants at the largest size, each at its own optimum.
+
+    Transfer and the lowest loss are two questions.
+    """
+    ends: dict[tuple[Any, ...], list[tuple[LadderResult, Optimum]]] = defaultdict(list)
+    for group in groups:
+        last = group.optima[-1]
+        if last.loss is not None and group.axis != HORIZON:
+            ends[group.axis, *last.curve.size].append((group, last))
+    for (_, width, depth, _), members in ends.items():
+        if len(members) < 2:
+            continue
+        ranked = sorted(members, key=lambda member: member[1].loss or 0.0)
+        first = 0 if len({group.model for group, _ in ranked}) > 1 else 1
+        losses = ", ".join(f"{'/'.join(group.label[first:])} {loss_of(optimum):.4f}" for group, optimum in ranked)
+        best, lowest = ranked[0]
+        line = f"loss at width {width}, depth {depth}, each at its own optimum: {losses}"
+        transferring = next((optimum for group, optimum in ranked if group.verdict == TRANSFERS), None)
+        if best.verdict != TRANSFERS and transferring is not None and _is_lower(lowest, transferring):
+            line += (
+                f"; {best.parametrization} tuned at this size ends lowest, although its LR does not transfer: "
+                "a transferred LR and the lowest loss are two questions, so tune the base's init and multipliers too"
+            )
+        yield line
+
+
+def _is_lower(optimum: Optimum, other: Optimum) -> bool:
+    """Whether the loss at an optimum is below that at another variant's, its interval included."""
+    if not (optimum.known and other.known) or optimum.posterior is None or other.posterior is None:
+        return False
+    shuffled = np.random.default_rng(1).permutation(other.posterior.losses)  # draws of two variants are independent
+    return bool(np.quantile(shuffled - optimum.posterior.losses, TAILS[0]) > 0)
+
+
+def _mixed_hardware(runs: Sequence[RunResult]) -> Iterable[str]:
+    """Remarks on runs that do not quite compare, since they ran on different devices or in different precisions."""
+    precisions, devices = {run.precision for run in runs}, {run.device for run in runs}
+    for setting, values in (("precision", precisions), ("device", devices)):
+        names = sorted(value for value in values if value is not None)
+        if len(names) > 1:
+            yield f"the runs differ in {setting} ({', '.join(names)}), which shifts losses a little"
