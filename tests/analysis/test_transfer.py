@@ -212,7 +212,7 @@ def test_runs_of_several_sweeps_are_read_together(tmp_path: Path) -> None:
             folder.write_summary({"run_id": run.run_id, **run.label_columns(), "status": "done", "val_loss": 2.0})
             folder.write_status("done")
     found = read_runs([SweepDir.open(tmp_path / "a"), SweepDir.open(tmp_path / "b")])
-    assert [row["log2_lr"] for row in found] == [-9.0, -7.0, -5.0]  # the run that both planned counts once
+    assert [run.log2_lr for run in found] == [-9.0, -7.0, -5.0]  # the run that both planned counts once
 
 
 def test_horizons_are_a_ladder_of_their_own_and_the_longest_stands_for_a_size() -> None:
