@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_bad_input import Outcome
@@ -19,9 +20,15 @@ from mupsweep.sweep import plan
 from mupsweep.sweep.config import load
 
 SMOKE = "experiment=smoke"
-PLACE = (
-    "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500"  # what torchrun sets
-)
+TORCHRUN = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+RANK_0 = " ".join(f"{name}={value}" for name, value in TORCHRUN.items())
 NO_UTF8 = "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0"
 ASCII = "PYTHONIOENCODING=ascii"
 
@@ -70,15 +77,6 @@ REFUSED: list[tuple[str, tuple[str, ...]]] = [
     ("CUDA_VISIBLE_DEVICES=x mupsweep worker sweeps/smoke --device cuda", ("device cuda is not there", "auto, cpu")),
     # W&B
     (f"WANDB_BASE_URL=nonsense WANDB_API_KEY={40 * 'a'} mupsweep sync sweeps/smoke", ("base_url", "nonsense")),
-    # what torchrun or a job script says
-    (f"{PLACE} LOCAL_WORLD_SIZE=x mupsweep worker sweeps/smoke", ("LOCAL_WORLD_SIZE=x", "from 1 to 2", "torchrun")),
-    (f"{PLACE} WORLD_SIZE=many mupsweep worker sweeps/smoke", ("WORLD_SIZE=many", "torchrun")),
-    (f"{PLACE} WORLD_SIZE=-2 mupsweep worker sweeps/smoke", ("WORLD_SIZE=-2", "unset RANK")),
-    (f"{PLACE} RANK=5 mupsweep worker sweeps/smoke", ("RANK=5", "from 0 to 1", "unset RANK")),
-    (f"{PLACE} LOCAL_RANK=2 mupsweep worker sweeps/smoke", ("LOCAL_RANK=2", "from 0 to 1")),
-    (f"{PLACE} MASTER_PORT=http mupsweep worker sweeps/smoke", ("MASTER_PORT=http", "from 1 to 65535")),
-    (f"{PLACE} MASTER_PORT=65536 mupsweep worker sweeps/smoke", ("MASTER_PORT=65536", "from 1 to 65535")),
-    (f"{PLACE} MASTER_ADDR= LOCAL_RANK= mupsweep worker sweeps/smoke", ("RANK=0", "LOCAL_RANK, MASTER_ADDR")),
 ]
 
 
@@ -95,31 +93,57 @@ def test_an_environment_that_stands_in_the_way_is_refused_in_one_line(
         assert part in lines[0]
 
 
-# shell line -> a part of what stands on stdout nevertheless
+# what torchrun or a job script sets otherwise than in TORCHRUN -> what the line must hold
+MISPLACED: list[tuple[dict[str, str], tuple[str, ...]]] = [
+    ({"LOCAL_WORLD_SIZE": "x"}, ("LOCAL_WORLD_SIZE=x", "from 1 to 2", "torchrun")),
+    ({"WORLD_SIZE": "many"}, ("WORLD_SIZE=many", "torchrun")),
+    ({"WORLD_SIZE": "-2"}, ("WORLD_SIZE=-2", "unset RANK")),
+    ({"RANK": "5"}, ("RANK=5", "from 0 to 1", "unset RANK")),
+    ({"LOCAL_RANK": "2"}, ("LOCAL_RANK=2", "from 0 to 1")),
+    ({"MASTER_PORT": "http"}, ("MASTER_PORT=http", "from 1 to 65535")),
+    ({"MASTER_PORT": "65536"}, ("MASTER_PORT=65536", "from 1 to 65535")),
+    ({"MASTER_ADDR": "", "LOCAL_RANK": ""}, ("RANK=0", "LOCAL_RANK, MASTER_ADDR")),
+]
+
+
+@pytest.mark.usefixtures("shell")
+@pytest.mark.parametrize(("environment", "told"), MISPLACED, ids=str)
+def test_a_wrong_variable_of_torchrun_is_refused_in_one_line(
+    environment: dict[str, str], told: tuple[str, ...], cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (TORCHRUN | environment).items():
+        monkeypatch.setenv(name, value)
+    code, _, err = cli("worker", "sweeps/smoke", "--device", "cpu")
+    assert code == 2
+    (line,) = err.splitlines()
+    assert line.startswith("mupsweep: ")
+    for part in told:
+        assert part in line
+
+
+# Shell line -> a part of what stands on stdout nevertheless. A line holds several things that need not matter to its
+# command: if one did, the line would fail.
 HARMLESS: list[tuple[str, str]] = [
-    ("TMPDIR=/proc/none mupsweep plan experiment=smoke", "folder: sweeps/smoke"),
-    ("TMPDIR=$PWD/afile mupsweep status sweeps/smoke", "pending 6"),
-    ("unset HOME; mupsweep plan experiment=smoke", "folder: sweeps/smoke"),
+    (
+        f"TMPDIR=/proc/none XDG_CACHE_HOME=$PWD/afile PATH=$PWD/nothing OMP_NUM_THREADS=0 {RANK_0} RANK=x "
+        "mupsweep plan experiment=smoke",
+        "folder: sweeps/smoke",
+    ),
+    (
+        "TMPDIR=$PWD/afile PATH=$PWD/nothing COLUMNS=0 WANDB_BASE_URL=nonsense WANDB_DIR=$PWD/afile "
+        "mupsweep status sweeps/smoke",
+        "pending 6",
+    ),
+    ("unset HOME; ulimit -n 10; mupsweep plan experiment=smoke", "folder: sweeps/smoke"),
     ("HOME=/proc/none mupsweep plan experiment=smoke 'out=~/x'", "folder: /proc/none/x/smoke"),
-    ("HOME=/proc/none mupsweep rules experiment=smoke", "no contradiction found"),
-    ("XDG_CACHE_HOME=$PWD/afile mupsweep plan experiment=smoke", "folder: sweeps/smoke"),
-    ("mupsweep plan experiment=smoke out=µ", "folder: µ/smoke"),
-    ("LC_ALL=C mupsweep plan experiment=smoke 'sweep.name=a(µ'", "folder: sweeps/a(µ"),
+    ("unset TERM; HOME=/proc/none mupsweep rules experiment=smoke", "no contradiction found"),
+    ("LC_ALL=C mupsweep plan experiment=smoke out=µ 'sweep.name=a(µ'", "folder: µ/a(µ"),
     (f"{ASCII} mupsweep plan experiment=smoke out=µ", "folder: ?/smoke"),
     (f"{NO_UTF8} mupsweep report sweeps/smoke", "no finished runs yet"),
-    (f"{ASCII} mupsweep status sweeps/smoke", "pending 6"),
-    ("PATH=$PWD/nothing mupsweep status sweeps/smoke", "pending 6"),
-    ("PATH=$PWD/nothing mupsweep plan experiment=smoke", "folder: sweeps/smoke"),
-    ("OMP_NUM_THREADS=0 mupsweep plan experiment=smoke", "folder: sweeps/smoke"),
-    ("COLUMNS=0 mupsweep status sweeps/smoke", "pending 6"),
-    ("COLUMNS=wide LINES=-1 mupsweep status sweeps/smoke", "pending 6"),
+    (f"{ASCII} COLUMNS=wide LINES=-1 mupsweep status sweeps/smoke", "pending 6"),
     ("COLUMNS=wide mupsweep --help", "transfer"),
-    ("unset TERM; mupsweep rules experiment=smoke", "no contradiction found"),
     ("TERM=dumb FORCE_COLOR=1 NO_COLOR=1 mupsweep status sweeps/smoke", "pending 6"),
     ("mupsweep status sweeps/smoke --runs | head -1", "variant"),
-    ("ulimit -n 10; mupsweep plan experiment=smoke", "folder: sweeps/smoke"),
-    ("WANDB_BASE_URL=nonsense WANDB_DIR=$PWD/afile mupsweep status sweeps/smoke", "pending 6"),
-    (f"{PLACE} RANK=x mupsweep plan experiment=smoke", "folder: sweeps/smoke"),
 ]
 
 
@@ -153,7 +177,7 @@ def test_a_port_that_somebody_holds_is_named(shell: Path) -> None:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        outcome = call(f"{PLACE} MASTER_PORT={port} mupsweep worker sweeps/smoke --device cpu", shell)
+        outcome = call(f"{RANK_0} MASTER_PORT={port} mupsweep worker sweeps/smoke --device cpu", shell)
     assert outcome.code == 2
     (line,) = outcome.err.splitlines()
     assert line.startswith(
