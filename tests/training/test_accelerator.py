@@ -12,7 +12,7 @@ import chosen
 from mupsweep.sweep.config import choices
 
 SMALL = [
-    "experiment=smoke", "training.precision=fp32", "model.width=16", "model.depth=2", "model.context=32",
+    "experiment=smoke", "training.precision=fp32", "model.width=16", "model.depth=1", "model.context=32",
     "sweep.width_ratios=[1]", "sweep.log2_lrs=[-8]",
 ]  # fmt: skip
 PARTS = {

@@ -6,8 +6,8 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -23,10 +23,10 @@ from mupsweep.models.nanogpt import NanoGPT
 from mupsweep.models.shape import Size
 from mupsweep.scaling import Init, Role, TensorSpec
 from mupsweep.store.run_dir import RunDir
-from mupsweep.sweep import config
+from mupsweep.sweep import config, run_spec
 from mupsweep.sweep.plan import plan
-from mupsweep.sweep.run_spec import RunSpec
-from mupsweep.sweep.tensor_rules import audit, clip_norm, multipliers, rules
+from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec
+from mupsweep.sweep.tensor_rules import TensorRule, audit, clip_norm, multipliers, rules
 from mupsweep.training.build import TrainingSetup, build, group_records
 from mupsweep.training.trainer import train
 
@@ -53,6 +53,18 @@ def wide_and_deep(*overrides: str) -> RunSpec:
     return run("sweep.width_ratios=[4]", "sweep.depth_ratios=[2]", *overrides)
 
 
+@cache
+def resolved(group: str, name: str) -> ResolvedVariant:
+    """The variant of a choice, with whatever else it needs."""
+    return run_spec.resolve(config.load(chosen.words(group, name)).variants[0])
+
+
+def under(parametrization: str, spec: RunSpec) -> RunSpec:
+    """The run under another parametrization; composing each combination anew would take most of the time."""
+    rule = resolved("parametrization", parametrization).parametrization
+    return replace(spec, resolved=replace(spec.resolved, parametrization=rule))
+
+
 def weights(setup: TrainingSetup) -> dict[str, Tensor]:
     return setup.network.state_dict()
 
@@ -77,34 +89,53 @@ def data() -> Dataset:
 FIVE_STEPS = ["training.steps=5", "training.warmup=1", "training.eval_batches=1", "optimizer.weight_decay=0.1"]
 
 
+@dataclass
+class FirstSteps:
+    rules: tuple[TensorRule, ...]
+    start: dict[str, Tensor]
+    end: dict[str, Tensor]
+    metrics: list[dict[str, object]]
+    val_loss: float
+
+
+@pytest.fixture(scope="module")
+def first_steps(data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], FirstSteps]:
+    """Train five steps under an optimizer and a parametrization; each pair once."""
+
+    @cache
+    def train_first_steps(optimizer: str, parametrization: str) -> FirstSteps:
+        spec = under(parametrization, run(f"optimizer={optimizer}", "model.bias=true", *FIVE_STEPS))
+        setup = build(spec, CPU)
+        start = {name: w.clone() for name, w in weights(setup).items()}
+        folder = RunDir(tmp_path_factory.mktemp("run"))
+        summary = train(spec, setup, data, folder, CPU, Undisturbed())
+        rows = rules(spec.resolved, spec.size, spec.base_lr)
+        return FirstSteps(rows, start, weights(setup), folder.metrics(), summary["val_loss"])
+
+    return train_first_steps
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("parametrization", [p for p in PARAMETRIZATIONS if p != "sp"])
-def test_the_base_shape_is_a_fixed_point(parametrization: str, optimizer: str, data: Dataset, tmp_path: Path) -> None:
+def test_the_base_shape_is_a_fixed_point(
+    parametrization: str, optimizer: str, first_steps: Callable[[str, str], FirstSteps]
+) -> None:
     """Rules, initial weights, and the weights and losses of five steps are SP's, bit for bit."""
-    ends: list[tuple[dict[str, Tensor], list[dict[str, object]], float]] = []
-    starts, rows = [], []
-    for name in ("sp", parametrization):
-        spec = run(f"optimizer={optimizer}", f"parametrization={name}", "model.bias=true", *FIVE_STEPS)
-        rows.append(rules(spec.resolved, spec.size, spec.base_lr))
-        setup = build(spec, CPU)
-        starts.append({k: v.clone() for k, v in weights(setup).items()})
-        folder = RunDir(tmp_path / name)
-        folder.path.mkdir()
-        summary = train(spec, setup, data, folder, CPU, Undisturbed())
-        ends.append((weights(setup), folder.metrics(), summary["val_loss"]))
-    assert rows[0] == rows[1]
-    assert same(*starts)
-    assert same(ends[0][0], ends[1][0])
-    assert ends[0][1:] == ends[1][1:]
-    assert len(ends[0][1]) == 5
-    assert all(not torch.equal(starts[0][k], v) for k, v in ends[0][0].items())
+    steps, sp = first_steps(optimizer, parametrization), first_steps(optimizer, "sp")
+    assert steps.rules == sp.rules
+    assert same(steps.start, sp.start)
+    assert same(steps.end, sp.end)
+    assert (steps.metrics, steps.val_loss) == (sp.metrics, sp.val_loss)
+    assert len(steps.metrics) == 5
+    assert all(not torch.equal(steps.start[name], w) for name, w in steps.end.items())
 
 
 @pytest.mark.parametrize("optimizer", config.choices("optimizer"))
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
 def test_every_ratio_at_the_base_shape_is_exactly_one(parametrization: str, optimizer: str) -> None:
-    spec = run(*chosen.words("optimizer", optimizer), f"parametrization={parametrization}")
-    for row in rules(spec.resolved, spec.size, LR):
+    spec = under(parametrization, run())
+    recipe = replace(spec.resolved, optimizer=resolved("optimizer", optimizer).optimizer)
+    for row in rules(recipe, spec.size, LR):
         ratios = {v for k, v in asdict(row).items() if k.endswith("_ratio")}
         assert ratios == {1.0}, row.name
 
@@ -136,7 +167,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("parametrization", PUBLISHED)
 def test_the_numbers_of_a_run_are_the_published_ones(parametrization: str) -> None:
-    spec = wide_and_deep(f"parametrization={parametrization}")
+    spec = under(parametrization, wide_and_deep())
     seen = set()
     for row in rules(spec.resolved, spec.size, LR):
         if row.role.value in PUBLISHED[parametrization]:
@@ -151,7 +182,7 @@ def test_the_numbers_of_a_run_are_the_published_ones(parametrization: str) -> No
 
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
 def test_the_weights_start_with_the_standard_deviation_of_their_rule(parametrization: str) -> None:
-    spec = wide_and_deep(f"parametrization={parametrization}", "model.bias=true")
+    spec = under(parametrization, wide_and_deep("model.bias=true"))
     started = weights(build(spec, CPU))
     for row in rules(spec.resolved, spec.size, spec.base_lr):
         w = started[row.name].double()
@@ -179,7 +210,7 @@ def test_a_head_of_zeros_starts_at_zero_and_its_model_at_the_log_of_the_vocabula
 def test_groups_json_and_the_optimizer_hold_the_numbers_of_the_rules(
     parametrization: str, optimizer: str, tmp_path: Path
 ) -> None:
-    spec = wide_and_deep(f"optimizer={optimizer}", f"parametrization={parametrization}", "optimizer.weight_decay=0.1")
+    spec = under(parametrization, wide_and_deep(f"optimizer={optimizer}", "optimizer.weight_decay=0.1"))
     setup = build(spec, CPU)
     folder = RunDir(tmp_path / "run")
     folder.path.mkdir()
@@ -436,14 +467,14 @@ def test_plan_and_rules_of_every_choice_never_import_torch() -> None:
 import sys
 sys.path.append(sys.argv[1])
 from chosen import imports_foreign_code
-from mupsweep import build, config, plan
+from mupsweep.sweep import config, plan, tensor_rules
 for group in ("model", "optimizer", "parametrization"):
     for name in config.choices(group):
         if imports_foreign_code(group, name):
             continue
         for run in plan.plan(config.load([f"{group}={name}", "sweep.width_ratios=[2]", "sweep.log2_lrs=[-8]"])):
-            assert build.rules(run.resolved, run.size, run.base_lr)
-            build.audit(run.resolved)
+            assert tensor_rules.rules(run.resolved, run.size, run.base_lr)
+            tensor_rules.audit(run.resolved)
 heavy = {"torch", "transformers", "matplotlib", "wandb", "scipy"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else 0)
 """
