@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
-from mupsweep.analysis.gaussian_process import Array
 from mupsweep.analysis.labels import Label
 from mupsweep.analysis.optimum import TAILS, Optimum
 from mupsweep.analysis.quality import asymptote, drawn
@@ -93,7 +93,7 @@ def compare(ours: LadderResult, theirs: LadderResult, flops: Flops) -> Compariso
     )
 
 
-def _speed_up(ours: Optimum, theirs: Sequence[Optimum], flops: Flops, shuffled: Array) -> Estimate:
+def _speed_up(ours: Optimum, theirs: Sequence[Optimum], flops: Flops, shuffled: NDArray[np.int64]) -> Estimate:
     """The compute at which a straight line through the other's losses over log compute reaches our loss / our compute.
 
     A line reaches no further than the sizes that it goes through: beyond them there is only a bound.

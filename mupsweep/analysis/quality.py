@@ -50,7 +50,7 @@ class Quality:
     held_out: HeldOut | None
 
 
-def quality(positions: Sequence[float], optima: Sequence[Optimum]) -> Quality:
+def quality(positions: Array, optima: Sequence[Optimum]) -> Quality:
     """The metrics of one ladder; unknown where too few of its optima are known.
 
     Args:
