@@ -41,5 +41,6 @@ def for_size(launcher: L, size: str) -> L:
     try:
         return to_dataclass(type(launcher), {**common, **values}, f"{WHERE}.{size}")
     except ConfigError as error:
-        named = str(error).startswith(("unknown key", WHERE))
-        raise error if named else ConfigError(f"{WHERE}.{size}: {error}") from error
+        if str(error).startswith(("unknown key", WHERE)):
+            raise
+        raise ConfigError(f"{WHERE}.{size}: {error}") from error

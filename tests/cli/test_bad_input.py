@@ -82,6 +82,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("experiment=smok", ("'smok'", "did you mean 'smoke'?")),
     ("experiment=None", ("None", "smoke")),
     ("launcher=lcoal", ("'lcoal'", "did you mean 'local'?")),
+    ("launcher.sizes={w32-d2:{gpus:1}}", ("'launcher.sizes.w32-d2.gpus'", "valid: ", "devices_per_run")),
     ("tracker=jsnl", ("'jsnl'", "did you mean 'jsonl'?")),
     ("model.widht=32", ("'model.widht'", "did you mean 'model.width'?")),
     ("training.foo=1", ("'training.foo'", "valid: ", "training.steps")),
