@@ -24,7 +24,7 @@ TOLERANCE_NATS = 0.01  # of regret
 
 
 def loss_of(optimum: Optimum) -> Estimate:
-    """Nats per token at an optimum; without an interval where the data do not bound the optimum itself."""
+    """The loss at an optimum, in nats per token; without an interval where the data do not bound the optimum itself."""
     if optimum.posterior is not None and optimum.se is not None:
         return Estimate.of(optimum.posterior.losses)
     return Estimate(optimum.loss, None, None)
@@ -32,7 +32,7 @@ def loss_of(optimum: Optimum) -> Estimate:
 
 @dataclass(frozen=True)
 class LadderResult:
-    """One ladder of sizes of one variant: what it says about transfer.
+    """What one ladder of sizes of one variant shows about transfer.
 
     Attributes:
         axis: "width" (at the base depth), "depth" (at the base width), "joint" (both change), or "horizon": tokens of
@@ -42,9 +42,9 @@ class LadderResult:
         total_drift: octaves from the base to the largest size.
         regret: nats per token lost at the largest size by using the base's optimum; its value is None where the base's
             optimum diverges there.
-        regrets: the same for every size.
+        regrets: nats per token lost by using the base's optimum, for every size.
         verdict: TRANSFERS, DRIFTS or INCONCLUSIVE.
-        reasons: in words, the deciding one first.
+        reasons: why, in sentences for people, the deciding one first.
     """
 
     model: str
@@ -107,49 +107,49 @@ def ladders(curves: Sequence[LossCurve]) -> Iterable[tuple[str, list[LossCurve]]
     depth = [c for c in whole if c.width_ratio == 1]
     joint = [c for c in whole if (c.width_ratio == 1) == (c.depth_ratio == 1)]
     horizon = [c for c in curves if c.horizon is not None and c.width_ratio == c.depth_ratio == 1]
-    found = [("width", width), ("depth", depth), ("joint", joint), (HORIZON, horizon)]
-    long = [
+    by_axis = {"width": width, "depth": depth, "joint": joint, HORIZON: horizon}
+    of_several_sizes = [
         (axis, sorted(sizes, key=lambda c: (c.width_ratio * c.depth_ratio, c.horizon or 0)))
-        for axis, sizes in found
+        for axis, sizes in by_axis.items()
         if len(sizes) > 1
     ]
-    return long or [("width", list(curves)[:1])]
+    return of_several_sizes or [("width", list(curves)[:1])]
 
 
 def judge_ladder(axis: str, ladder: Sequence[LossCurve]) -> LadderResult:
     """The verdict on one ladder, with the optima of its curves."""
-    return judge(axis, optima(ladder))
+    return verdict_of(axis, optima(ladder))
 
 
-def judge(axis: str, found: Sequence[Optimum], of: str = "LR") -> LadderResult:
-    """What the optima of one ladder say, those of the LR or of another hyperparameter."""
-    label = found[0].curve.names
-    unjudged = LadderResult(*label, axis, tuple(found), UNKNOWN, UNKNOWN, UNKNOWN, (), INCONCLUSIVE, ())
-    position = [math.log2(unjudged.ratio(o.curve)) for o in found]
+def verdict_of(axis: str, optima: Sequence[Optimum], of: str = "LR") -> LadderResult:
+    """The verdict that follows from the optima of one ladder, of the LR or of another hyperparameter."""
+    label = optima[0].curve.names
+    unjudged = LadderResult(*label, axis, tuple(optima), UNKNOWN, UNKNOWN, UNKNOWN, (), INCONCLUSIVE, ())
+    position = [math.log2(unjudged.ratio(o.curve)) for o in optima]
     base = unjudged.base
-    drift = _slope(position, found)
-    total = _difference(base, found[-1])
-    regrets = tuple(_regret(base, o) for o in found)
-    verdict, reasons = _judge(axis, found, base, total, regrets, of)
+    drift = _slope(position, optima)
+    total = _difference(base, optima[-1])
+    regrets = tuple(_regret(base, o) for o in optima)
+    verdict, reasons = _judge(axis, optima, base, total, regrets, of)
     if unjudged.ratio(base.curve) != 1:
         reasons.append(f"nothing is known at the base: {base.curve.place(axis)} stands for it")
-    reasons += [f"{_size(axis, o)}: the base's {of} diverges there" for o in found if diverges(base, o)]
-    return LadderResult(*label, axis, tuple(found), drift, total, regrets[-1], regrets, verdict, tuple(reasons))
+    reasons += [f"{_size(axis, o)}: the base's {of} diverges there" for o in optima if diverges(base, o)]
+    return LadderResult(*label, axis, tuple(optima), drift, total, regrets[-1], regrets, verdict, tuple(reasons))
 
 
-def _slope(position: Sequence[float], found: Sequence[Optimum]) -> Estimate:
+def _slope(position: Sequence[float], optima: Sequence[Optimum]) -> Estimate:
     """Octaves per doubling: a weighted line through the optima of every draw."""
-    known = [(x, o) for x, o in zip(position, found, strict=True) if o.known]
-    if len({x for x, _ in known}) < 2:
+    fitted = [(x, o) for x, o in zip(position, optima, strict=True) if o.known]
+    if len({x for x, _ in fitted}) < 2:
         return UNKNOWN
-    x = np.array([x for x, _ in known])
-    y = np.array([o.log2_lr for _, o in known], dtype=float)
-    w = 1 / np.array([o.se for _, o in known], dtype=float) ** 2
+    x = np.array([x for x, _ in fitted])
+    y = np.array([o.log2_lr for _, o in fitted], dtype=float)
+    w = 1 / np.array([o.se for _, o in fitted], dtype=float) ** 2
     center = (w @ x) / w.sum()
-    pull = w * (x - center) / float(w @ (x - center) ** 2)  # slope = pull @ optima
-    slope = float(pull @ y)
-    drawn = pull @ np.array([_minima(o) for _, o in known])
-    low, high = np.quantile(drawn, TAILS)
+    weights = w * (x - center) / float(w @ (x - center) ** 2)  # slope = weights @ optima
+    slope = float(weights @ y)
+    slopes = weights @ np.array([_minima(o) for _, o in fitted])
+    low, high = np.quantile(slopes, TAILS)
     return Estimate(slope, float(low), float(high))
 
 
@@ -200,21 +200,21 @@ def _minima(optimum: Optimum) -> Array:
 
 def _judge(
     axis: str,
-    found: Sequence[Optimum],
+    optima: Sequence[Optimum],
     base: Optimum,
     total: Estimate,
     regrets: Sequence[Estimate],
     of: str,
 ) -> tuple[str, list[str]]:
-    """The verdict and why.
+    """The verdict and its reasons.
 
     Transfers: the whole interval of the total drift lies within TOLERANCE_OCTAVES, or the whole interval of every
     size's regret below TOLERANCE_NATS (a valley so flat that the exact LR does not matter). Drifts: the interval
     excludes no drift and the drift exceeds the tolerance. Everything else is inconclusive.
     """
-    names = f"from {base.curve.place(axis)} to {found[-1].curve.place(axis)}"
-    reasons = [f"{_size(axis, o)}: {o.reason}" for o in found if o.reason is not None]
-    if len(found) < 2 or base is found[-1]:
+    names = f"from {base.curve.place(axis)} to {optima[-1].curve.place(axis)}"
+    reasons = [f"{_size(axis, o)}: {o.reason}" for o in optima if o.reason is not None]
+    if len(optima) < 2 or base is optima[-1]:
         return INCONCLUSIVE, [
             f"no size larger than the base on the {axis} axis: add ratios above 1",
             *reasons,
@@ -248,8 +248,10 @@ def _judge(
 
 
 def _exactly(total: Estimate, tolerance: float) -> str:
-    """With as many decimals as keep all numbers on their side of the tolerance (-0.503 is not within +-0.5) and, where
-    that decides between a drift and none, of zero."""
+    """The estimate with enough decimals for every number to stay on its side of the tolerance.
+
+    -0.503 is not within +-0.5. Where the sign decides between a drift and none, numbers stay on their side of zero too.
+    """
     ends = [end for end in (total.low, total.value, total.high) if end is not None]
     wide = any(abs(x) > tolerance for x in ends)
 
@@ -260,6 +262,6 @@ def _exactly(total: Estimate, tolerance: float) -> str:
     return f"{total:+.{digits}f}"
 
 
-def _size(axis: str, one: Optimum) -> str:
-    size = f"width {one.curve.width}, depth {one.curve.depth}"
-    return f"{size}, {one.curve.place(axis)}" if axis == HORIZON else size
+def _size(axis: str, optimum: Optimum) -> str:
+    size = f"width {optimum.curve.width}, depth {optimum.curve.depth}"
+    return f"{size}, {optimum.curve.place(axis)}" if axis == HORIZON else size

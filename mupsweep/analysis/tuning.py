@@ -22,12 +22,12 @@ from mupsweep.analysis.gaussian_process import Array
 from mupsweep.analysis.labels import Label
 from mupsweep.analysis.optimum import Optimum, located, optima
 from mupsweep.analysis.run_result import Size
-from mupsweep.analysis.transfer import HORIZON, INCONCLUSIVE, TOLERANCE_NATS, TRANSFERS, LadderResult, judge
+from mupsweep.analysis.transfer import HORIZON, INCONCLUSIVE, TOLERANCE_NATS, TRANSFERS, LadderResult, verdict_of
 from mupsweep.formatting import counted
 
-EXACT_DOF = 1000.0  # degrees of freedom of a noise that draws tell
+EXACT_DOF = 1000.0  # degrees of freedom of a noise that is known from draws
 DECAYS = ("beta", "momentum")  # in the last words of keys whose octaves are those of 1 - value
-NEGLIGIBLE_NATS = 0.0005  # nats: a gap below the last digit that is told is none to close
+NEGLIGIBLE_NATS = 0.0005  # nats: a gap below the last printed digit is none to close
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,13 @@ def tunings(groups: Sequence[LadderResult], changed: Sequence[LossCurve]) -> lis
     for curve in changed:
         assert curve.change is not None
         by_key[curve.names, curve.change.hyperparameter][curve.change.value].append(curve)
-    found: list[Tuning] = []
+    all_tunings: list[Tuning] = []
     for (names, key), curves in by_key.items():
         change = next(iter(curves.values()))[0].change
         assert change is not None
         ladders = [_tuning(group, key, change.default, curves) for group in groups if group.label == names]
-        found += [tuning for tuning in ladders if tuning.sizes]
-    return found
+        all_tunings += [tuning for tuning in ladders if tuning.sizes]
+    return all_tunings
 
 
 def gaps_after_tuning(groups: Sequence[LadderResult], tuned: Sequence[Tuning], flops: Flops) -> list[GapAfterTuning]:
@@ -143,24 +143,24 @@ def remarks(gaps: Sequence[GapAfterTuning]) -> list[str]:
     Args:
         gaps: as `gaps_after_tuning` sorts them.
     """
-    best: dict[tuple[Label, str], GapAfterTuning] = {}
+    closing_most: dict[tuple[Label, str], GapAfterTuning] = {}
     for gap in gaps:
         if gap.share is not None:
-            best.setdefault((gap.before[-1].of, gap.before[-1].axis), gap)
-    told = []
-    for one in best.values():
-        last, share = one.after[-1], one.share or 0.0
+            closing_most.setdefault((gap.before[-1].of, gap.before[-1].axis), gap)
+    lines = []
+    for gap in closing_most.values():
+        last, share = gap.after[-1], gap.share or 0.0
         who = f"{last.of[2]} to {last.over[2]} at width {last.width}, depth {last.depth}"
         if share < 0.5:
-            told.append(f"no hyperparameter of this sweep closes the gap of {who}; {one.hyperparameter}: {share:.0%}")
+            lines.append(f"no hyperparameter of this sweep closes the gap of {who}; {gap.hyperparameter}: {share:.0%}")
             continue
-        certain = one.after[-1].lower.low is not None and one.after[-1].lower.low >= -TOLERANCE_NATS
+        certain = gap.after[-1].lower.low is not None and gap.after[-1].lower.low >= -TOLERANCE_NATS
         how = "closes" if share >= 0.9 else "closes most of"
-        told.append(
-            f"{one.hyperparameter} {how} the gap of {who} ({share:.0%} of it)"
+        lines.append(
+            f"{gap.hyperparameter} {how} the gap of {who} ({share:.0%} of it)"
             + ("" if certain else "; the interval still allows a gap: add seeds")
         )
-    return told
+    return lines
 
 
 def _tuning(
@@ -169,8 +169,8 @@ def _tuning(
     """One hyperparameter along one ladder of the default."""
     sizes = [o.curve.size for o in group.optima]
     by_value: dict[float | None, dict[Size, Optimum]] = {default: {o.curve.size: o for o in group.optima}}
-    for value, mine in sorted(curves.items()):
-        ladder = sorted((c for c in mine if c.size in sizes), key=lambda c: sizes.index(c.size))
+    for value, curves_of_value in sorted(curves.items()):
+        ladder = sorted((c for c in curves_of_value if c.size in sizes), key=lambda c: sizes.index(c.size))
         by_value[value] = {o.curve.size: o for o in (optima(ladder) if ladder else [])}
     drawn = {
         size: {
@@ -183,16 +183,16 @@ def _tuning(
     kept = [size for size in sizes if default in drawn[size] and len(drawn[size]) > 1]
     if not kept:
         return Tuning(group.label, key, default, group.axis, (), UNKNOWN, INCONCLUSIVE, ())
-    over = _over_values(group, key, kept, by_value, drawn)
-    base = kept[next((i for i, o in enumerate(over.optima) if over.ratio(o.curve) == 1), 0)]
+    best_values = _over_values(group, key, kept, by_value, drawn)
+    base = kept[next((i for i, o in enumerate(best_values.optima) if best_values.ratio(o.curve) == 1), 0)]
     first = _best(drawn[base])
-    found = []
-    for size, minimum in zip(kept, over.optima, strict=True):
+    sizes_tuned = []
+    for size, minimum in zip(kept, best_values.optima, strict=True):
         losses = drawn[size]
         best = _best(losses)
         bar = float(np.median(losses[best]))
         edges = {value: at[size].curve.usable for value, at in by_value.items() if size in at and value not in losses}
-        found.append(
+        sizes_tuned.append(
             SizeTuning(
                 *size,
                 losses={value: Estimate.of(x) for value, x in losses.items()},
@@ -205,19 +205,23 @@ def _tuning(
                 edge=_edge(best, losses),
             )
         )
-    verdict, reasons = over.verdict, over.reasons
+    verdict, reasons = best_values.verdict, best_values.reasons
     if missing := [group.optima[i].curve.place(group.axis) for i, size in enumerate(sizes) if size not in kept]:
-        told = f"at {', '.join(missing)} the default or every other value has no optimum: add LRs"
-        reasons = (told, *reasons[1:]) if len(kept) == 1 else (*reasons, told)
-    if edge := [f"{key}={said(v)} at {at.width}x{at.depth}" for at in found for v in at.unbounded]:
-        told = f"lower already, with a best LR beyond those trained: {', '.join(edge)}; add LRs"
-        return Tuning(group.label, key, default, group.axis, tuple(found), UNKNOWN, INCONCLUSIVE, (told, *reasons))
-    cheap = all(one.edge is None and one.regret.high is not None and one.regret.high <= TOLERANCE_NATS for one in found)
-    if verdict == INCONCLUSIVE and cheap and len(kept) == len(sizes) > 1:
+        reason = f"at {', '.join(missing)} the default or every other value has no optimum: add LRs"
+        reasons = (reason, *reasons[1:]) if len(kept) == 1 else (*reasons, reason)
+    if edge := [f"{key}={value_text(v)} at {at.width}x{at.depth}" for at in sizes_tuned for v in at.unbounded]:
+        reason = f"lower already, with a best LR beyond those trained: {', '.join(edge)}; add LRs"
+        return Tuning(
+            group.label, key, default, group.axis, tuple(sizes_tuned), UNKNOWN, INCONCLUSIVE, (reason, *reasons)
+        )
+    costs_little = all(
+        one.edge is None and one.regret.high is not None and one.regret.high <= TOLERANCE_NATS for one in sizes_tuned
+    )
+    if verdict == INCONCLUSIVE and costs_little and len(kept) == len(sizes) > 1:
         verdict = TRANSFERS
-        told = f"the base's best value, {said(first)}, costs at most {TOLERANCE_NATS:g} nats at every size"
-        reasons = (told, *reasons)
-    return Tuning(group.label, key, default, group.axis, tuple(found), over.total_drift, verdict, reasons)
+        reason = f"the base's best value, {value_text(first)}, costs at most {TOLERANCE_NATS:g} nats at every size"
+        reasons = (reason, *reasons)
+    return Tuning(group.label, key, default, group.axis, tuple(sizes_tuned), best_values.total_drift, verdict, reasons)
 
 
 def _over_values(
@@ -239,8 +243,8 @@ def _over_values(
                 sd[place] = float(drawn[size][value].std())
         curves.append(replace(own[size], points=tuple(sorted(points, key=lambda p: p.log2_lr))))
         sds.append(sd)
-    found = [replace(o, reason=_reason(key, o)) for o in located(curves, sds, EXACT_DOF)]
-    return judge(group.axis, found, "value")
+    minima = [replace(o, reason=_reason(key, o)) for o in located(curves, sds, EXACT_DOF)]
+    return verdict_of(group.axis, minima, "value")
 
 
 def _reason(key: str, optimum: Optimum) -> str | None:
@@ -258,9 +262,9 @@ def _reason(key: str, optimum: Optimum) -> str | None:
 def _tuned(group: LadderResult, key: str, tuned: Iterable[Tuning]) -> LadderResult:
     """A ladder with the optima at the best values of one hyperparameter, where it was tuned; without the sizes where
     the best value is not known."""
-    for one in tuned:
-        if (one.names, one.axis, one.hyperparameter) == (group.label, group.axis, key):
-            best = {at.optimum.curve.size: at for at in one.sizes}
+    for tuning in tuned:
+        if (tuning.names, tuning.axis, tuning.hyperparameter) == (group.label, group.axis, key):
+            best = {at.optimum.curve.size: at for at in tuning.sizes}
             optima_ = [(o, best.get(o.curve.size)) for o in group.optima]
             kept = tuple(o if at is None else at.optimum for o, at in optima_ if at is None or not at.unbounded)
             return replace(group, optima=kept)
@@ -274,7 +278,7 @@ def _along(a: LadderResult, b: LadderResult, flops: Flops) -> tuple[Comparison, 
 
 
 def _losses(optimum: Optimum, seed: int) -> Array:
-    """(draws,) losses at the optimum, in an order of their own: the draws of two ladders belong not together."""
+    """(draws,) losses at the optimum, permuted, since the draws of two ladders are independent."""
     assert optimum.posterior is not None
     return np.random.default_rng(seed).permutation(optimum.posterior.losses)
 
@@ -285,10 +289,10 @@ def _best(losses: Mapping[float | None, Array]) -> float | None:
 
 def _edge(best: float | None, values: Iterable[float | None]) -> str | None:
     """Which end of the values the best is; of null there is none, and nothing lies below 0."""
-    known = [value for value in values if value is not None]
+    trained = [value for value in values if value is not None]
     if not best:
         return None
-    return "lowest" if best == min(known) else "highest" if best == max(known) else None
+    return "lowest" if best == min(trained) else "highest" if best == max(trained) else None
 
 
 def _place(key: str, value: float | None) -> float | None:
@@ -311,6 +315,6 @@ def _value(key: str, minimum: Optimum) -> Estimate:
     return Estimate(*(None if end is None else _at(key, end) for end in ends))
 
 
-def said(value: float | None) -> str:
-    """A hyperparameter's value in words."""
+def value_text(value: float | None) -> str:
+    """A hyperparameter's value as people read it."""
     return "null" if value is None else f"{value:g}"

@@ -75,7 +75,7 @@ def coordinates(
         name: of the model.
 
     Returns:
-        The exponents with 95 % intervals; `passed`, `off` (the worst first) and `causes()` judge them.
+        The exponents with 95 % intervals; `passed`, `violations` (the worst first) and `causes()` judge them.
 
     Raises:
         ConfigError: a ladder of two sizes, none, or a tensor with more than two dimensions.

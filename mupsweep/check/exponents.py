@@ -71,6 +71,11 @@ class Row:
         return self.exponents[0 if self.quantity == WEIGHT else max(self.exponents)]
 
     @property
+    def judged(self) -> Exponent:
+        """`final_exponent`, by the name that code outside this repository may use."""
+        return self.final_exponent
+
+    @property
     def violation(self) -> float:
         """How far the expected exponent lies outside the interval."""
         return 0.0 if self.expected is None else self.final_exponent.away_from(float(self.expected))
@@ -113,6 +118,11 @@ class Coordinates:
                 else:
                     violations += [row for row in members if row.violation > TOLERANCE_OF_ONE]
         return sorted(violations, key=lambda row: -row.first_deviation)
+
+    @property
+    def off(self) -> list[Row]:
+        """`violations`, by the name that code outside this repository may use."""
+        return self.violations
 
     @property
     def passed(self) -> bool:

@@ -1,4 +1,4 @@
-"""Conclude: analyse a sweep and write every view of the outcome; export the recipe of a target."""
+"""Generate every view of a sweep's analysis, and the recipe of a target."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def export(
     """Print the recipe of every chosen variant for a target, and write it beside the first sweep's results.
 
     Args:
-        form: of the file that is written beside the JSON, a name of `exports.names()`.
+        form: of the file that is written beside the JSON, a name of `recipes.names()`.
     """
     from mupsweep.report.terminal import verdicts
 
@@ -141,44 +141,46 @@ def export(
     if not sweeps:
         raise ConfigError(f"no sweep given: mupsweep transfer sweeps/NAME --to {' '.join(target)}")
     planned = (run for sweep in reversed(sweeps) for run in plan.load(sweep, to_train=False))
-    recipes = {run.resolved.variant.label: run.resolved for run in planned}
+    variants = {run.resolved.variant.label: run.resolved for run in planned}
     groups = analyse(read_runs(sweeps)).select(optimizer, parametrization).groups
     if not groups:
         raise RecordError(
             f"{sweeps[0].path} has no finished runs, so there is no LR --to {' '.join(target)}: mupsweep run first"
         )
-    made: list[dict[str, Any]] = []
+    contents: list[dict[str, Any]] = []
     refused: list[str] = []
     for label in dict.fromkeys(group.label for group in groups):
-        if label not in recipes:
+        if label not in variants:
             refused.append(f"{'/'.join(label)}: two sweeps hold this name with other settings; export from one of them")
             continue
-        chosen = recipes[label]
-        width, depth = dims.get("width", chosen.model.width), dims.get("depth", chosen.model.depth)
-        mine = [group for group in groups if group.label == label]
-        best, exponent = recipe.leading(mine, chosen, width, depth), recipe.exponent_of(mine)
+        resolved = variants[label]
+        width, depth = dims.get("width", resolved.model.width), dims.get("depth", resolved.model.depth)
+        ladders = [group for group in groups if group.label == label]
+        ladder, exponent = recipe.leading(ladders, resolved, width, depth), recipe.exponent_of(ladders)
         try:
-            made.append(recipe.target_recipe(best, chosen, width, depth, dims.get("tokens"), exponent))
+            contents.append(recipe.target_recipe(ladder, resolved, width, depth, dims.get("tokens"), exponent))
         except RecordError as error:
             refused.append(str(error))
-    if not made:
+    if not contents:
         raise RecordError("; ".join(refused))
     for line in refused:
         print(f"no recipe for {line}", file=sys.stderr)
-    several = len({content["model"] for content in made}) > 1
-    foreign = [None if form == JSON else export_format(form, content) for content in made]  # or refuse
+    several = len({content["model"] for content in contents}) > 1
+    exports = [None if form == JSON else export_format(form, content) for content in contents]  # or refuse
     make_folder(sweeps[0].results)
-    for content, exported in zip(made, foreign, strict=True):
+    for content, exported in zip(contents, exports, strict=True):
         path = sweeps[0].results / f"{_file_name(content, several, 'tokens' in dims)}.json"
         write_json(path, content)
-        beside = path
+        exported_path = path
         if exported is not None:
-            beside = path.with_name(f"{path.stem}-{form}{exported.suffix}")
-            write_text(beside, exported.text)
+            exported_path = path.with_name(f"{path.stem}-{form}{exported.suffix}")
+            write_text(exported_path, exported.text)
         if not as_json:
-            verdicts.show_recipe(content, list(dict.fromkeys((path, beside))), exported.limits if exported else ())
+            verdicts.show_recipe(
+                content, list(dict.fromkeys((path, exported_path))), exported.limits if exported else ()
+            )
     if as_json:
-        print(json.dumps(made, indent=2))
+        print(json.dumps(contents, indent=2))
 
 
 def _file_name(content: dict[str, Any], several_models: bool, of_horizon: bool) -> str:

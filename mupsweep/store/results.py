@@ -60,10 +60,10 @@ def read(sweeps: Sequence[SweepDir]) -> tuple[list[RunResult], list[RunCounts]]:
     return by_size, ledgers
 
 
-def _enter(ledger: RunCounts, planned: Mapping[str, Any], status: str, known: Mapping[str, Any]) -> None:
-    """Count a run."""
+def _enter(ledger: RunCounts, planned: Mapping[str, Any], status: str, record: Mapping[str, Any]) -> None:
+    """Add a run to the counts of its variant and size."""
     key = label_of(planned), planned["width"], planned["depth"], planned.get("parameters")
-    costs = {"tokens": planned.get("tokens"), "flops": planned.get("flops"), "seconds": known.get("seconds")}
+    costs = {"tokens": planned.get("tokens"), "flops": planned.get("flops"), "seconds": record.get("seconds")}
     counts = ledger.setdefault(key, Counter())
     for name, amount in {"runs": 1, status: 1, **costs}.items():
         counts[name] += amount or 0

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from mupsweep.analysis.analysis import Analysis
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
-from mupsweep.analysis.tuning import GapAfterTuning, SizeTuning, Tuning, said
+from mupsweep.analysis.tuning import GapAfterTuning, SizeTuning, Tuning, value_text
 from mupsweep.report.terminal.console import table_of
 
 GapTable = tuple[tuple[str, ...], list[tuple[str, ...]]]  # header and rows
@@ -37,11 +37,11 @@ def tuning_line(tuning: Tuning) -> str:
     """The best value at the base and at the largest size, its gain over the default, and whether it transfers."""
     first, last = tuning.sizes[0], tuning.sizes[-1]
     ends = (first,) if first is last else (first, last)
-    best = ", ".join(f"{said(size.best)}{_minimum_text(size)} at {size.width}x{size.depth}" for size in ends)
+    best = ", ".join(f"{value_text(size.best)}{_minimum_text(size)} at {size.width}x{size.depth}" for size in ends)
     if last.best == tuning.default:
         gain = "the default"
     else:
-        gain = f"{nats(last.gain)} lower there than the default, {said(tuning.default)}"
+        gain = f"{nats(last.gain)} lower there than the default, {value_text(tuning.default)}"
     reason = f" ({tuning.reasons[0]})" if tuning.reasons else ""
     name = f"{'/'.join(tuning.names[1:])}, {tuning.hyperparameter} in {tuning.axis}"
     return f"{name}: best {best}, {gain}; {tuning.verdict}{reason}"
