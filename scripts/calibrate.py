@@ -1,170 +1,237 @@
-"""How often intervals hold the truth and verdicts are wrong, on synthetic sweeps: `python scripts/calibrate.py 2000`.
+"""How often intervals hold the truth and verdicts are wrong, on synthetic ladders: `python scripts/calibrate.py 2000`.
 
-A sweep is a ladder of three or four sizes with a known optimum each. What it looks like is drawn: the valley
-(parabolic, lopsided, log-cosh, or a parabola that breaks at a cliff), its curvature, the place of the optimum between
-the LRs, no drift or one octave per doubling or half of it, the grid's step, seeds, noise that grows towards the cliff
-and now and then hits one run hard, seeds that shift and tilt whole curves, runs that are missing and runs that diverge.
+A ladder has three to six sizes with a known optimum each. What it looks like is drawn at random: the valley (parabola,
+V, lopsided, cosh, a plateau on the left, flat at the bottom), where its right side ends (nowhere, at a cliff, at LRs
+that diverge), how far the optimum moves per doubling and whether that bends, the grid, seeds, noise that is even, grows
+with the LR or with the height, seeds that shift whole curves, single runs that went badly, holes. None of it is drawn
+from the model that is tested (mupsweep/analysis/loss_curve.py).
 
-Printed are the coverage of nominal 95 % intervals per valley and setting, and the verdicts per true drift.
+Printed are, for all ladders and for every value of every property (margins, not cells): the share of 95 % intervals
+that hold the truth for the sizes' optima, total drift, drift per doubling, and targets 2, 8 and 32 times the largest
+size; the share of sizes with both ends; median widths; verdicts; and the share of verdicts that are wrong: DRIFTS
+although the optimum moves less than half the bound and the base's LR costs less than the harmless bound, or TRANSFERS
+although it moves more than twice the bound and costs more than the costly one.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
-from collections import Counter, defaultdict
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
+from functools import partial
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes with a thread each are faster than one with two
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
-from mupsweep.analysis.analysis import analyse
-from mupsweep.analysis.labels import DIVERGED, DONE
-from mupsweep.analysis.run_result import RunResult
-from mupsweep.analysis.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS
+from mupsweep.analysis.estimate import Estimate
+from mupsweep.analysis.forecast import forecast
+from mupsweep.analysis.loss_curve import LadderPosterior, SizeRuns, fit_ladder
+from mupsweep.analysis.verdict import DRIFTS, INCONCLUSIVE, TRANSFERS, Verdict, VerdictBounds, judge
 
-DRIFT = {"none": 0.0, "half": -0.5, "one": -1.0}  # octaves per doubling
-LOWEST, HIGHEST = -13.0, -3.0  # log2 LR
-CLIFF = 3.2  # octaves above the optimum, where runs diverge
+TARGETS = (1, 3, 5)  # doublings beyond the largest size
+LOWEST, HIGHEST = -5.5, 3.5  # octaves from the middle of the sizes' optima: ends of the grids
+BOUNDS = VerdictBounds()
 
-
-def parabola(d: float) -> float:
-    return 0.04 * d * d
-
-
-def lopsided(d: float) -> float:
-    return 0.03 * d * d + 0.004 * abs(d) ** 3 if d < 0 else 0.05 * d * d + 0.01 * d**3
-
-
-def log_cosh(d: float) -> float:
-    return 0.06 * math.log(math.cosh(1.2 * d)) + 0.01 * math.exp(min(1.5 * d, 6.0)) - 0.015 * d - 0.01
-
-
-def broken(d: float) -> float:
-    return 0.04 * d * d + 1.0 * max(0.0, d - 2.2) ** 2
-
-
-VALLEYS: tuple[Callable[[float], float], ...] = (parabola, lopsided, log_cosh, broken)
-GRID = np.linspace(-1, 1, 4001)
-LOWEST_OF: dict[Callable[[float], float], float] = {
-    v: float(GRID[np.argmin([v(float(d)) for d in GRID])]) for v in VALLEYS
+VALLEYS: dict[str, Callable[[float], float]] = {  # of octaves from the optimum, about 1 an octave away
+    "parabola": lambda u: u * u,
+    "V": lambda u: 1.2 * (math.hypot(u, 0.2) - 0.2),
+    "lopsided": lambda u: abs(u) ** 1.5 if u < 0 else 1.5 * u**2.4,
+    "cosh": lambda u: 1.85 * (math.cosh(u) - 1),
+    "plateau": lambda u: 4 * (1 - math.exp(-u * u / 4)) if u < 0 else u * u,
+    "flat": lambda u: 2 * u**4 / (1 + u * u),
+}
+MOVES: dict[str, Callable[[float], float]] = {  # doublings of steady drift by which an optimum moved after t doublings
+    "steady": lambda t: t,
+    "slows": lambda t: 5 * (1 - math.exp(-t / 5)),
+    "quickens": lambda t: t + 0.04 * t * t,
 }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What one synthetic sweep is drawn as."""
+    """What one ladder is drawn as; every field is a property with margins.
 
-    valley: Callable[[float], float]
-    drift: str
-    start: float  # log2 LR of the base's optimum
-    steepness: float
+    Attributes:
+        drift: octaves per doubling.
+        gap: doublings between sizes.
+        step: octaves between LRs.
+        noise: nats of a run at the optimum.
+        holes: share of runs that are missing.
+    """
+
+    valley: str
+    right: str
+    drift: float
+    move: str
     sizes: int
-    seeds: int
+    gap: float
     step: float
-    noise: float  # nats, of one run at the optimum
+    seeds: int
+    noise: float
+    noise_kind: str
+    holes: float = 0.03
 
-    def optimum(self, size: int) -> float:
-        return self.start + DRIFT[self.drift] * size + LOWEST_OF[self.valley]
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Setting:
+        def one(*values):
+            return values[rng.integers(len(values))]
 
+        return cls(
+            valley=one(*VALLEYS),
+            right=one("open", "cliff", "diverges"),
+            drift=one(0.0, -0.1, -0.2, -0.5, -1.0),
+            move=one("steady", *MOVES),
+            sizes=one(3, 4, 5, 6),
+            gap=one(0.5, 1.0, 1.0, 2.0),
+            step=one(0.5, 1.0),
+            seeds=one(1, 2, 3),
+            noise=one(0.001, 0.002, 0.004, 0.008),
+            noise_kind=one("even", "by LR", "by height"),
+        )
 
-def drawn(random: np.random.Generator) -> Setting:
-    """A setting at random."""
-    return Setting(
-        valley=VALLEYS[random.integers(len(VALLEYS))],
-        drift=str(random.choice(list(DRIFT))),
-        start=float(random.uniform(-7.5, -6.5)),
-        steepness=float(2 ** random.uniform(-1, 1)),
-        sizes=int(random.integers(3, 5)),
-        seeds=int(random.integers(1, 4)),
-        step=float(random.choice([0.5, 1.0])),
-        noise=float(2 ** random.uniform(-9, -6)),
-    )
-
-
-def sweep(random: np.random.Generator, s: Setting, missing: float = 0.03) -> list[RunResult]:
-    """The runs of one synthetic sweep, some of them missing."""
-    rows = []
-    for k in range(s.sizes):
-        optimum = s.start + DRIFT[s.drift] * k
-        for seed in range(s.seeds):
-            shift, tilt = random.normal(0, 2 * s.noise), random.normal(0, 0.2 * s.noise)
-            for x in np.arange(LOWEST, HIGHEST + 0.1, s.step):
-                d = float(x) - optimum
-                noise = s.noise * (1 + 0.5 * max(0.0, d)) * (4 if random.random() < 0.02 else 1)
-                loss = 2.5 - 0.1 * k + s.steepness * s.valley(d) + shift + tilt * d + random.normal(0, noise)
-                diverged = d > CLIFF + random.normal(0, 0.2)
-                if random.random() < missing:
-                    continue
-                rows.append(
-                    RunResult(
-                        run_id="",
-                        model="m",
-                        optimizer="o",
-                        parametrization="p",
-                        width=32 * 2**k,
-                        depth=4,
-                        width_ratio=2.0**k,
-                        depth_ratio=1.0,
-                        log2_lr=float(x),
-                        seed=seed,
-                        status=DIVERGED if diverged else DONE,
-                        val_loss=None if diverged else loss,
-                    )
-                )
-    return rows
+    def optimum(self, doublings: float) -> float:
+        """Octaves from the base's optimum."""
+        return self.drift * MOVES[self.move](doublings)
 
 
-@dataclass
-class Tally:
-    """What many sweeps came to; keys are valleys and settings in words."""
+@dataclass(frozen=True)
+class Ladder:
+    """A drawn ladder with its truth.
 
-    optimum: dict[str, list[bool]]
-    drift: dict[str, list[bool]]
-    total: dict[str, list[bool]]
-    verdicts: dict[str, Counter[str]]
-    half_widths: list[float]
+    Attributes:
+        optima: log2 LR, of the sizes and then of the targets.
+        regret: nats that the base's optimum costs at the largest size.
+    """
 
-    def print(self) -> None:
-        for key in self.optimum:
-            columns = (
-                f"{name} {np.mean(found[key]):.1%} of {len(found[key])}" if found[key] else f"{name} -"
-                for name, found in (("optimum", self.optimum), ("drift", self.drift), ("total", self.total))
-            )
-            print(f"{key:14}", ", ".join(columns))
-        print(f"median half-width of an optimum's interval: {np.median(self.half_widths):.2f} octaves")
-        for drift, counts in self.verdicts.items():
-            called = sum(n for verdict, n in counts.items() if verdict != INCONCLUSIVE)
-            print(f"true drift {drift:5}", dict(counts), f"called {called}")
-        for drift, wrong in (("one", TRANSFERS), ("none", DRIFTS)):
-            counts = self.verdicts[drift]
-            called = sum(n for verdict, n in counts.items() if verdict != INCONCLUSIVE)
-            print(f"true drift {drift}, called {wrong!r}: {counts[wrong] / max(1, called):.1%} of the called")
+    setting: Setting
+    sizes: tuple[SizeRuns, ...]
+    optima: tuple[float, ...]
+    regret: float
 
 
-def calibrate(count: int, seed: int = 1) -> Tally:
-    """Analyse `count` synthetic sweeps."""
-    random = np.random.default_rng(seed)
-    tally = Tally(defaultdict(list), defaultdict(list), defaultdict(list), defaultdict(Counter), [])
-    for _ in range(count):
-        s = drawn(random)
-        [group] = analyse(sweep(random, s)).groups
-        keys = ("all", s.valley.__name__, f"seeds {s.seeds}", f"step {s.step:g}", f"drift {s.drift}")
-        tally.verdicts[s.drift][group.verdict] += 1
-        for k, found in enumerate(group.optima):
-            if found.low is not None and found.high is not None:
-                tally.half_widths.append((found.high - found.low) / 2)
-                for key in keys:
-                    tally.optimum[key].append(found.low <= s.optimum(k) <= found.high)
-        for estimate, truth, table in (
-            (group.drift, DRIFT[s.drift], tally.drift),
-            (group.total_drift, DRIFT[s.drift] * (s.sizes - 1), tally.total),
-        ):
-            if estimate.low is not None and estimate.high is not None:
-                for key in keys:
-                    table[key].append(estimate.low <= truth <= estimate.high)
-    return tally
+def draw_ladder(rng: np.random.Generator, setting: Setting) -> Ladder:
+    positions = [setting.gap * k for k in range(setting.sizes)]
+    height, trend = 0.03 * 2 ** rng.uniform(-1.5, 1.5), rng.uniform(-0.2, 0.2)
+    start = rng.uniform(-8, -6)
+    places = [start + setting.optimum(t) for t in (*positions, *(positions[-1] + t for t in TARGETS))]
+    middle = rng.uniform(-0.5, 0.5) + np.mean(places[: setting.sizes])
+    grid = np.arange(math.floor((middle + LOWEST) / setting.step), (middle + HIGHEST) / setting.step) * setting.step
+    edge = rng.uniform(1.2, 3.0)  # octaves right of the optimum where the valley ends
+    sizes = []
+    for position, optimum in zip(positions, places, strict=False):
+        tall = height * math.exp(trend * position + rng.normal(0, 0.1))
+        end = edge + rng.normal(0, 0.15)
+        sizes.append(_draw_size(rng, setting, position, grid - optimum, optimum, tall, end))
+    moved = places[0] - places[setting.sizes - 1]
+    regret = height * math.exp(trend * positions[-1]) * VALLEYS[setting.valley](moved)
+    if setting.right != "open" and moved > edge:
+        regret = math.inf
+    return Ladder(setting, tuple(sizes), tuple(places), regret)
+
+
+def _draw_size(rng, setting: Setting, position: float, offsets, optimum: float, height: float, end: float) -> SizeRuns:
+    lrs, losses, seeds = [], [], []
+    for seed in range(setting.seeds):
+        shift = rng.normal(0, 2 * setting.noise)
+        for u in offsets:
+            if rng.random() < setting.holes:
+                continue
+            rise = height * VALLEYS[setting.valley](float(u))
+            noise = setting.noise * (4 if rng.random() < 0.02 else 1)
+            if setting.noise_kind == "by LR":
+                noise *= 1 + 0.5 * max(0.0, u)
+            elif setting.noise_kind == "by height":
+                noise = math.hypot(noise, 0.1 * rise)
+            loss = 3.0 - 0.1 * position + rise + shift + rng.normal(0, noise)
+            if setting.right == "cliff" and u > end:
+                loss += rng.uniform(1, 3)
+            lrs.append(optimum + float(u))
+            losses.append(math.nan if setting.right == "diverges" and u > end + rng.normal(0, 0.1) else loss)
+            seeds.append(seed)
+    return SizeRuns.of(position, np.round(lrs, 6).tolist(), losses, seeds)
+
+
+Row = dict[str, float]  # a measure of one ladder; nan where it has none
+
+
+def measure(ladder: Ladder, posterior: LadderPosterior, verdict: Verdict) -> Row:
+    """What one ladder adds to the table."""
+    n = len(ladder.sizes)
+    truth = np.array(ladder.optima)
+    positions = np.array([size.position for size in ladder.sizes])
+    centered = positions - positions.mean()
+    moved = truth[n - 1] - truth[0]
+    bound = BOUNDS.total(positions[-1])
+    harmless = abs(moved) < bound / 2 and ladder.regret < BOUNDS.harmless
+    harmful = abs(moved) > 2 * bound and ladder.regret > BOUNDS.costly
+    sizes = [hold(optimum.estimate, at) for optimum, at in zip(posterior.optima, truth, strict=False)]
+    bounded = [(held, width) for held, width in sizes if math.isfinite(width)]
+    held, width = map(float, (np.mean(bounded, axis=0)) if bounded else (math.nan, math.nan))
+    row: Row = {"sizes": held, "width": width, "ends": len(bounded) / n}
+    row["total"], row["total width"] = hold(verdict.total_drift, moved)
+    row["drift"], row["drift width"] = hold(verdict.drift, float(centered @ truth[:n] / (centered @ centered)))
+    for doublings, at in zip(TARGETS, truth[n:], strict=True):
+        expected = forecast(posterior, positions[-1] + doublings)
+        name = f"x{2**doublings}"
+        if expected is not None:
+            row[name], row[name + " width"] = hold(expected.optimum, float(at))
+    row["called"] = verdict.name != INCONCLUSIVE
+    row["wrong"] = (verdict.name == DRIFTS and harmless) or (verdict.name == TRANSFERS and harmful)
+    return row
+
+
+def hold(estimate: Estimate, truth: float) -> tuple[float, float]:
+    """Whether an interval holds the truth, and its width; nan where it lacks an end."""
+    if estimate.low is None or estimate.high is None:
+        return math.nan, math.nan
+    return float(estimate.low <= truth <= estimate.high), estimate.high - estimate.low
+
+
+def one_ladder(seed: int, number: int) -> tuple[Setting, Row]:
+    rng = np.random.default_rng((seed, number))
+    ladder = draw_ladder(rng, Setting.draw(rng))
+    posterior = fit_ladder(ladder.sizes)
+    return ladder.setting, measure(ladder, posterior, judge(posterior, BOUNDS))
+
+
+def calibrate(count: int, seed: int = 1, processes: int = 2) -> list[tuple[Setting, Row]]:
+    """Settings and measures of `count` ladders; the numbers do not depend on the processes."""
+    if processes == 1:
+        return [one_ladder(seed, number) for number in range(count)]
+    with ProcessPoolExecutor(processes) as pool:
+        return list(pool.map(partial(one_ladder, seed), range(count), chunksize=4))
+
+
+SHARES = ("sizes", "total", "drift", *(f"x{2**t}" for t in TARGETS), "ends", "called", "wrong")
+WIDTHS = ("width", "total width", "x8 width")
+
+
+def report(found: list[tuple[Setting, Row]]) -> str:
+    """The table of margins."""
+    lines = [f"{'':22}" + "".join(f"{name:>8}" for name in ("ladders", *SHARES)) + "".join(f"{n:>13}" for n in WIDTHS)]
+    groups = {"all": [row for _, row in found]}
+    for property_ in fields(Setting):
+        values = sorted({getattr(setting, property_.name) for setting, _ in found})
+        for value in values if len(values) > 1 else ():
+            rows = [row for setting, row in found if getattr(setting, property_.name) == value]
+            groups[f"{property_.name} {value}"] = rows
+    for name, rows in groups.items():
+        column = {key: np.array([row.get(key, math.nan) for row in rows], float) for key in (*SHARES, *WIDTHS)}
+        shares = "".join(f"{np.nanmean(column[key]):8.1%}" for key in SHARES)
+        widths = "".join(f"{np.nanmedian(column[key]):13.2f}" for key in WIDTHS)
+        lines.append(f"{name:22}{len(rows):8d}{shares}{widths}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    calibrate(int(sys.argv[1]) if len(sys.argv) > 1 else 2000).print()
+    parser = argparse.ArgumentParser(description="Coverage and verdicts on synthetic ladders.")
+    parser.add_argument("ladders", type=int, nargs="?", default=2000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=2)
+    given = parser.parse_args()
+    print(report(calibrate(given.ladders, given.seed, given.processes)))

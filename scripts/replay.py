@@ -22,6 +22,7 @@ import calibrate
 import numpy as np
 
 from mupsweep.analysis.curves import collect
+from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.analysis.optimum import Optimum, optima
 from mupsweep.analysis.run_result import RunResult
 from mupsweep.store.results import read_runs, read_table
@@ -165,20 +166,44 @@ def adaptive(ratios: list[tuple[float, float]], lrs: list[float], seeds: int, ke
 
 
 def on_synthetic(count: int, seed: int, keys: Mapping[str, Any]) -> Tally:
-    """The search on synthetic sweeps of 15 LRs and three seeds, which may go beyond those."""
+    """The search on synthetic ladders of 15 LRs and three seeds, which may go beyond those."""
     random = np.random.default_rng(seed)
     tally = Tally()
     for _ in range(count):
-        s = calibrate.drawn(random)
-        rows = calibrate.sweep(random, replace(s, seeds=3, step=STEP), missing=0.0)
-        first = -11.0 + STEP * int(random.integers(0, 2))
-        lrs = [first + STEP * i for i in range(15)]
-        table: Table = {Proposal(r.width_ratio, r.depth_ratio, r.log2_lr, r.seed): r for r in rows}
-        truth = {2.0**k: s.optimum(k) for k in range(s.sizes)}
-        grid = adaptive([(2.0**k, 1.0) for k in range(s.sizes)], lrs, 3, keys)
+        setting = replace(calibrate.Setting.draw(random), seeds=3, step=STEP, gap=1.0, holes=0.0)
+        ladder = calibrate.draw_ladder(random, setting)
+        lrs = ladder.sizes[0].log2_lrs.tolist()[:15]
+        table: Table = {}
+        for size in ladder.sizes:
+            for i, log2_lr in enumerate(size.log2_lrs.tolist()):
+                losses = size.losses[i].tolist() if size.diverged[i] == 0 else [np.nan] * setting.seeds
+                for run_seed, loss in enumerate(losses):
+                    key = Proposal(2.0**size.position, 1.0, log2_lr, run_seed)
+                    table[key] = synthetic_run(key, loss)
+        truth = {2.0**size.position: at for size, at in zip(ladder.sizes, ladder.optima, strict=False)}
+        grid = adaptive([(ratio, 1.0) for ratio in truth], lrs, 3, keys)
         within: Table = {key: row for key, row in table.items() if key.log2_lr in lrs}
         tally.add(compare(within, grid, optima(collect(within.values())), truth))
     return tally
+
+
+def synthetic_run(run: Proposal, loss: float) -> RunResult:
+    """The result of a run; a loss that is nan is a run that diverged."""
+    diverged = bool(np.isnan(loss))
+    return RunResult(
+        run_id="",
+        model="m",
+        optimizer="o",
+        parametrization="p",
+        width=int(32 * run.width_ratio),
+        depth=4,
+        width_ratio=run.width_ratio,
+        depth_ratio=1.0,
+        log2_lr=run.log2_lr,
+        seed=run.seed,
+        status=DIVERGED if diverged else DONE,
+        val_loss=None if diverged else loss,
+    )
 
 
 def variants(path: str) -> Iterator[tuple[str, list[RunResult]]]:

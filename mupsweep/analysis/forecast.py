@@ -1,0 +1,65 @@
+"""Forecast: the best LR of a size that was never trained, and the LR to use there.
+
+The walk of the optima goes on from the sizes that were trained to the target (see walk.py): beyond the largest, below
+the smallest, or between two. The interval therefore grows with distance and has the measured drift in it, whatever the
+verdict. Handed over is the LR with the least expected loss: left of the middle where the right side is steep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mupsweep.analysis.estimate import Estimate
+from mupsweep.analysis.loss_curve import CurveDraws, LadderPosterior
+
+Array = npt.NDArray[np.float64]
+
+LOST_RUN = 1.0  # nats that a run may lose at most; one that diverges does
+CANDIDATES = 25  # LRs that are compared
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a ladder expects at a target.
+
+    Attributes:
+        log2_lr: of the least expected loss.
+        expected_regret: nats above the target's lowest loss that it is expected to lose.
+        optimum: where the target's optimum is.
+        draws: (draws,) of that optimum.
+    """
+
+    log2_lr: float
+    expected_regret: float
+    optimum: Estimate
+    draws: Array
+
+
+def forecast(ladder: LadderPosterior, position: float) -> Forecast | None:
+    """The optimum at a size `position` doublings above the base, and the LR to use; None where no size has a curve.
+
+    A ladder's trained size is forecast too, as if another like it were trained.
+    """
+    if ladder.walk is None:
+        return None
+    draws = ladder.walk.optima(position, np.random.default_rng(2))
+    size, nearest = min(ladder.fitted, key=lambda pair: (abs(pair[0].position - position), -pair[0].position))
+    gap = position - size.position
+    log2_lr, regret = least_expected_loss(nearest, gap, draws)
+    return Forecast(log2_lr, regret, Estimate.of(draws), draws)
+
+
+def least_expected_loss(nearest: CurveDraws, gap: float, optimum: Array) -> tuple[float, float]:
+    """The LR that loses least in the mean over draws of the optimum, and what it loses.
+
+    The target's valley is that of the nearest trained size, its height changed along the ladder's trend.
+    """
+    candidates = np.linspace(*np.quantile(optimum, (0.05, 0.95)), CANDIDATES)
+    offsets = candidates - optimum[:, None]
+    growth = np.exp(nearest.trend * gap)[:, None]
+    lost = np.minimum(growth * nearest.rise(nearest.optimum[:, None] + offsets), LOST_RUN).mean(axis=0)
+    best = int(lost.argmin())
+    return float(candidates[best]), float(lost[best])
