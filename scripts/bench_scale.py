@@ -24,7 +24,7 @@ from mupsweep.store.sweep_dir import SweepDir
 LRS, WIDTH_RATIOS, SEEDS = 200, (0.25, 0.5, 1, 2, 4), 100
 CLAIMED, WORKERS = 5000, 64
 NOISE = 0.003  # nats between seeds
-SAVE = "import sys; from mupsweep import config, plan; plan.save(config.load(sys.argv[1:]), '')"
+SAVE = "import sys; from mupsweep.sweep import config, plan; plan.save(config.load(sys.argv[1:]), '')"
 
 
 def scale(folder: Path) -> None:

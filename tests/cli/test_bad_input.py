@@ -315,7 +315,7 @@ def test_a_summary_of_something_else_is_refused_in_one_line(
     run.path.mkdir(parents=True)
     run.write_summary({"a": 1})
     run.write_status(DONE)
-    told = (str(run.summary_path), "it has no model", "delete it and run the command")
+    told = (str(run.summary_path), "it has no run_id", "delete it and run the command")
     refused(cli(command, str(sweep.path)), told)
 
 

@@ -105,7 +105,7 @@ def main() -> None:
         sys.modules["datasets"] = None  # type: ignore[assignment]
     preparation.BATCH_CHARACTERS = 1_000
     preparation.CHECKPOINT_SECONDS = 0
-    hub.ROWS = 16
+    hub.BATCH_ROWS = 16
     if os.environ.get("IMPATIENT"):
         import datasets
         import huggingface_hub.utils._http as http

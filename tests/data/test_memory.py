@@ -16,9 +16,10 @@ DOCUMENTS, FILES = 1_000_000, 4
 GROWTH_MB = 24  # a few batches in flight more or less; all tokens are 100 MB, all text is 240 MB
 PROBE = """
 import json, os, sys
-from mupsweep import config, data
+from mupsweep import data
 from mupsweep.data import preparation
 from mupsweep.data.sources import Source
+from mupsweep.sweep import config
 
 preparation.REPORT_SECONDS = 0
 seen = []

@@ -30,7 +30,7 @@ def planned() -> dict[str, dict[str, float]]:
     """The first run of every preset's plan, made in a process that must not import torch."""
     code = """
 import json, sys
-from mupsweep import config, plan
+from mupsweep.sweep import config, plan
 runs = {words[0]: plan.plan(config.load(words)) for words in json.loads(sys.argv[1])}
 rows = {name: {**made[0].row(), "memory": made[0].cost.memory, "runs": len(made)} for name, made in runs.items()}
 heavy = {"torch", "transformers", "matplotlib", "wandb", "scipy"} & set(sys.modules)
