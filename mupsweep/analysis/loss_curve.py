@@ -305,7 +305,7 @@ class SideGrid:
         height = np.exp(log_student_t(gap - trends * position, sd)) * self.height_step
         others = (1 - self.side.same_shape) / max(1, len(self.side.shapes) - 1)
         same = np.where(self.shape[:, None] == self.shape, self.side.same_shape, others)
-        return (height * same).astype(np.float32)
+        return (height * same).astype(np.float32)  # pyright: ignore
 
 
 def log_student_t(x: Array, sd: float) -> Array:
@@ -351,7 +351,7 @@ class SideSums:
             covariance[..., each, each] += sides.noise_variance(v[:, None], noises[:, None, None], seeds)
             root = np.linalg.cholesky(covariance)
             both = np.broadcast_arrays(np.ones_like(v[:, None]), (y - v)[:, None], root[..., 0])
-            ones, rest = _whiten(root, np.stack(both[:2]))
+            ones, rest = _whiten(root, np.stack(both[:2]))  # pyright: ignore
             precision[places], pull[places] = (ones * ones).sum(-1), (ones * rest).sum(-1)
             log_determinant = np.log(np.diagonal(root, axis1=-2, axis2=-1)).sum(-1)
             log_likelihood[places] = -0.5 * (rest * rest).sum(-1) - log_determinant
@@ -506,7 +506,7 @@ class Grids:
 
 def _first_look(sizes: Sequence[SizeRuns], prior: CurvePrior) -> Grids:
     """Grids around the noises, sides and optima that coarse ones leave possible."""
-    log_heights = np.linspace(*np.log(HEIGHTS), 7)
+    log_heights = np.linspace(*np.log(HEIGHTS), 7)  # pyright: ignore
     left, right = (replace(side, shapes=side.shapes[::2]) for side in (prior.left, prior.right))
     sides = SideGrid.of(prior, left, log_heights), SideGrid.of(prior, right, log_heights)
     noises = np.geomspace(*NOISES, 5)
