@@ -27,6 +27,7 @@ from mupsweep.errors import ConfigError, RecordError
 from mupsweep.store.run_dir import RunDir
 from mupsweep.sweep.config import load
 from mupsweep.sweep.plan import plan
+from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.training import distributed
 from mupsweep.training.build import build
 from mupsweep.training.devices import choose_device, choose_devices
@@ -49,13 +50,14 @@ TOLERANCE = {
 }
 SIZES = (1, 2, 4)
 WORKERS = 4
+SLOW_IMPORTS = ["mupsweep.training.worker", "mupsweep.training.fsdp", "torch._dynamo.testing", "hypothesis", "pytest"]
 
 
 @pytest.fixture(scope="module")
 def pool(data: Dataset) -> Iterator[ProcessPoolExecutor]:
-    """Processes that share nothing but a store, forked from a clean one that has imported torch."""
+    """Processes that share nothing but a store, forked from a clean one that has imported what takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mupsweep.training.worker"])
+    context.set_forkserver_preload(SLOW_IMPORTS)
     with ProcessPoolExecutor(WORKERS, mp_context=context) as processes:
         yield processes
 
@@ -90,21 +92,21 @@ def digest(weights: dict[str, Tensor]) -> str:
     return hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
 
 
-def trained(ranks: DistributedContext, overrides: tuple[str, ...], path: Path, stops: dict[int, int]) -> dict[str, Any]:
+def trained(ranks: DistributedContext, spec: RunSpec, path: Path, stops: dict[int, int]) -> dict[str, Any]:
     """Train a run until some rank is asked to stop before the step that `stops` gives it, or to its end."""
     folder = RunDir(path)
     path.mkdir(exist_ok=True)
-    setup = build(run(*overrides), CPU)
+    setup = build(spec, CPU)
     control = TrainControl(stop=stops.get(ranks.rank, 10**9))
     summary = None
     with contextlib.suppress(StopRequested), ranks.collective_run():
-        summary = train(run(*overrides), setup, corpus(), folder, CPU, control, ranks)
+        summary = train(spec, setup, corpus(), folder, CPU, control, ranks)
     return {"summary": summary, "weights": digest(setup.network.state_dict()), "asked": control.asked}
 
 
 def whole(pool: ProcessPoolExecutor, size: int, path: Path, *overrides: str) -> dict[str, Any]:
     """Rank 0's outcome of a whole run, with the rows of its metrics; all ranks have the same weights."""
-    outcomes = on_all_ranks(pool, size, trained, overrides, path, {})
+    outcomes = on_all_ranks(pool, size, trained, run(*overrides), path, {})
     assert len({one["weights"] for one in outcomes}) == 1
     assert [one["summary"]["val_loss"] for one in outcomes] == [outcomes[0]["summary"]["val_loss"]] * size
     return outcomes[0] | {"rows": RunDir(path).metrics(), "metrics": RunDir(path).metrics_path.read_bytes()}
@@ -183,7 +185,7 @@ def test_a_stop_that_reaches_one_rank_stops_all_at_the_same_step_and_resumes_bit
 ) -> None:
     overrides = (f"optimizer={optimizer}",)
     straight = whole(pool, 2, tmp_path / "straight", *overrides)
-    outcomes = on_all_ranks(pool, 2, trained, overrides, tmp_path / "stopped", {1: 10})
+    outcomes = on_all_ranks(pool, 2, trained, run(*overrides), tmp_path / "stopped", {1: 10})
     assert [one["asked"] for one in outcomes] == [11, 11]
     assert [one["summary"] for one in outcomes] == [None, None]
     assert torch.load(tmp_path / "stopped" / "checkpoint" / "latest.pt", weights_only=True)["step"] == 10
@@ -194,15 +196,15 @@ def test_a_stop_that_reaches_one_rank_stops_all_at_the_same_step_and_resumes_bit
 
 def test_a_run_goes_on_with_another_number_of_ranks(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
     straight = whole(pool, 1, tmp_path / "straight")
-    on_all_ranks(pool, 4, trained, (), tmp_path / "moved", {0: 10})
-    on_all_ranks(pool, 1, trained, (), tmp_path / "moved", {0: 10})
+    on_all_ranks(pool, 4, trained, run(), tmp_path / "moved", {0: 10})
+    on_all_ranks(pool, 1, trained, run(), tmp_path / "moved", {0: 10})
     moved = whole(pool, 2, tmp_path / "moved")
     assert [r["step"] for r in moved["rows"]] == [r["step"] for r in straight["rows"]]
     assert moved["summary"]["val_loss"] == pytest.approx(straight["summary"]["val_loss"], rel=TOLERANCE["loss"])
 
 
 def test_ranks_that_find_different_checkpoints_do_not_train(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
-    on_all_ranks(pool, 2, trained, (), tmp_path / "0", {0: 10})
+    on_all_ranks(pool, 2, trained, run(), tmp_path / "0", {0: 10})
     for message in on_all_ranks(pool, 2, seeing_its_own, tmp_path):
         assert message.startswith(
             f"the processes that train this run together found different checkpoints in {tmp_path}"
@@ -212,7 +214,7 @@ def test_ranks_that_find_different_checkpoints_do_not_train(pool: ProcessPoolExe
 def seeing_its_own(ranks: DistributedContext, path: Path) -> str:
     """Return the error of a run for which only rank 0 finds a checkpoint."""
     try:
-        trained(ranks, (), path / str(ranks.rank), {})
+        trained(ranks, run(), path / str(ranks.rank), {})
     except RecordError as error:
         return str(error)
     return ""
@@ -249,7 +251,7 @@ def leaving(ranks: DistributedContext, who: int, where: str, path: Path) -> str:
             train(run(), setup, corpus(), folder, CPU, Fails(), ranks)
     except (ValueError, PeerFailed) as error:
         ended = str(error)
-    other = trained(ranks, (), path.with_name("next"), {})
+    other = trained(ranks, run(), path.with_name("next"), {})
     return f"{ended}; then {other['summary']['status']}"
 
 

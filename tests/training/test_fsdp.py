@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from test_distributed import WORKERS, corpus, digest, on_all_ranks
+from test_distributed import SLOW_IMPORTS, WORKERS, corpus, digest, on_all_ranks
 from test_trainer import CPU, TrainControl, run
 from tiny import resolve
 from torch import Tensor
@@ -23,6 +23,7 @@ from mupsweep.models.layers import GeluMLP
 from mupsweep.optimizers.optimizer_set import OptimizerSet
 from mupsweep.store.run_dir import RunDir
 from mupsweep.sweep.config import load
+from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.sweep.tensor_rules import rules
 from mupsweep.training.build import TrainingSetup, build, parameter_groups
 from mupsweep.training.distributed import DistributedContext, PeerFailed, StopRequested
@@ -42,24 +43,22 @@ SOAP = ("optimizer=soap", "optimizer.max_axis=16")
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ProcessPoolExecutor]:
-    """Processes that share nothing but a store, forked from a clean one that has imported torch."""
+    """Processes that share nothing but a store, forked from a clean one that has imported what takes seconds."""
     corpus()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mupsweep.training.worker", "mupsweep.training.fsdp"])
+    context.set_forkserver_preload(SLOW_IMPORTS)
     with ProcessPoolExecutor(WORKERS, mp_context=context) as processes:
         yield processes
 
 
-def trained(
-    ranks: DistributedContext, overrides: tuple[str, ...], path: Path, shard: bool, stops: dict[int, int]
-) -> dict[str, Any]:
+def trained(ranks: DistributedContext, spec: RunSpec, path: Path, shard: bool, stops: dict[int, int]) -> dict[str, Any]:
     """Train a run until some rank is asked to stop before the step that `stops` gives it, or to its end."""
     ranks.shard = shard
     folder, control, summary = RunDir(path), TrainControl(stop=stops.get(ranks.rank, 10**9)), None
     path.mkdir(exist_ok=True)
-    setup = build_for(ranks, run(*overrides), CPU)
+    setup = build_for(ranks, spec, CPU)
     with contextlib.suppress(StopRequested), ranks.collective_run():
-        summary = train(run(*overrides), setup, corpus(), folder, CPU, control, ranks)
+        summary = train(spec, setup, corpus(), folder, CPU, control, ranks)
     return {
         "summary": summary,
         "rows": folder.metrics(),
@@ -79,7 +78,7 @@ def numbers(setup: TrainingSetup) -> int:
 
 def whole(pool: ProcessPoolExecutor, size: int, path: Path, *overrides: str, shard: bool = True) -> dict[str, Any]:
     """Rank 0's outcome of a whole run, with what all ranks hold of the state."""
-    outcomes = on_all_ranks(pool, size, trained, overrides, path, shard, {})
+    outcomes = on_all_ranks(pool, size, trained, run(*overrides), path, shard, {})
     assert [one["summary"]["val_loss"] for one in outcomes] == [outcomes[0]["summary"]["val_loss"]] * size
     return outcomes[0] | {"states": [one["state"] for one in outcomes]}
 
@@ -167,8 +166,8 @@ def test_a_stopped_run_resumes_bit_for_bit_from_the_checkpoint_of_a_whole_run(
 ) -> None:
     overrides = ("optimizer=muon", "training.clip=null")
     straight = whole(pool, 2, tmp_path / "straight", *overrides)
-    on_all_ranks(pool, 2, trained, overrides, tmp_path / "stopped", True, {1: 10})
-    on_all_ranks(pool, 2, trained, overrides, tmp_path / "whole", False, {1: 10})
+    on_all_ranks(pool, 2, trained, run(*overrides), tmp_path / "stopped", True, {1: 10})
+    on_all_ranks(pool, 2, trained, run(*overrides), tmp_path / "whole", False, {1: 10})
     sharded, unsharded = (
         torch.load(tmp_path / path / "checkpoint" / "latest.pt", weights_only=True) for path in ("stopped", "whole")
     )
@@ -196,9 +195,9 @@ def test_a_run_goes_on_with_another_number_of_ranks_sharded_or_not(
 ) -> None:
     overrides = (f"optimizer={optimizer}", "training.steps=20")
     straight = whole(pool, 1, tmp_path / "straight", *overrides, shard=False)
-    on_all_ranks(pool, 2, trained, overrides, tmp_path / "moved", True, {0: 5})
-    on_all_ranks(pool, 1, trained, overrides, tmp_path / "moved", False, {0: 5})
-    on_all_ranks(pool, 4, trained, overrides, tmp_path / "moved", True, {0: 5})
+    on_all_ranks(pool, 2, trained, run(*overrides), tmp_path / "moved", True, {0: 5})
+    on_all_ranks(pool, 1, trained, run(*overrides), tmp_path / "moved", False, {0: 5})
+    on_all_ranks(pool, 4, trained, run(*overrides), tmp_path / "moved", True, {0: 5})
     moved = whole(pool, 2, tmp_path / "moved", *overrides, shard=False)
     assert [r["step"] for r in moved["rows"]] == [r["step"] for r in straight["rows"]]
     losses = [row["train_loss"] for row in straight["rows"]]
@@ -239,11 +238,11 @@ def leaving(ranks: DistributedContext, who: int, where: str, path: Path) -> str:
     """Train two runs, the first of which rank `who` cannot finish as it should; return how both ended here."""
     with failing(where) if ranks.rank == who else contextlib.nullcontext():
         try:
-            trained(ranks, SHORT, path, True, {})
+            trained(ranks, run(*SHORT), path, True, {})
             ended = "done"
         except (ValueError, PeerFailed) as error:
             ended = str(error)
-    other = trained(ranks, SHORT, path.with_name("next"), True, {})
+    other = trained(ranks, run(*SHORT), path.with_name("next"), True, {})
     return f"{ended}; then {other['summary']['status']}"
 
 

@@ -69,6 +69,7 @@ def test_a_sweep_with_axes_is_reported_with_its_values_apart(
         "experiment=smoke",
         "parametrization=sp,mup",
         "sweep.axes={model.init_std:[0.08],training.min_lr_frac:[0]}",
+        "training.steps=4",
         "launcher=inline",
     ]
     config = load([*overrides, f"out={tmp_path}"])
