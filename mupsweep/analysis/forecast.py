@@ -57,7 +57,8 @@ def least_expected_loss(nearest: CurveDraws, gap: float, optimum: Array) -> tupl
 
     The target's valley is that of the nearest trained size, its height changed along the ladder's trend.
     """
-    candidates = np.linspace(*np.quantile(optimum, (0.05, 0.95)), CANDIDATES)  # pyright: ignore
+    low, high = map(float, np.quantile(optimum, (0.05, 0.95)))
+    candidates = np.linspace(low, high, CANDIDATES)
     offsets = candidates - optimum[:, None]
     growth = np.exp(nearest.trend * gap)[:, None]
     lost = np.minimum(growth * nearest.rise(nearest.optimum[:, None] + offsets), LOST_RUN).mean(axis=0)

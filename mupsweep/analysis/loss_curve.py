@@ -42,6 +42,7 @@ from mupsweep.analysis.walk import WalkDraws, WalkPrior, choose, sample_walk
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
+Singles = npt.NDArray[np.float32]  # for large tables of chances and likelihoods
 
 CONFIDENCE = 0.95
 QUANTILES = (0.5 - CONFIDENCE / 2, 0.5, 0.5 + CONFIDENCE / 2)
@@ -297,7 +298,7 @@ class SideGrid:
         """Variance of means over seeds."""
         return (sigma**2 + (self.side.height_noise * v) ** 2) / seeds
 
-    def given_typical(self, position: float) -> Array:
+    def given_typical(self, position: float) -> Singles:
         """(T, A, M) chance that a size has a pair, for every trend and every pair of the ladder's typical side."""
         gap = self.log_h[None, :] - self.log_h[:, None]
         trends = np.array(TRENDS)[:, None, None] * self.prior.trend_sd
@@ -305,7 +306,7 @@ class SideGrid:
         height = np.exp(log_student_t(gap - trends * position, sd)) * self.height_step
         others = (1 - self.side.same_shape) / max(1, len(self.side.shapes) - 1)
         same = np.where(self.shape[:, None] == self.shape, self.side.same_shape, others)
-        return (height * same).astype(np.float32)  # pyright: ignore
+        return (height * same).astype(np.float32)
 
 
 def log_student_t(x: Array, sd: float) -> Array:
@@ -351,14 +352,14 @@ class SideSums:
             covariance[..., each, each] += sides.noise_variance(v[:, None], noises[:, None, None], seeds)
             root = np.linalg.cholesky(covariance)
             both = np.broadcast_arrays(np.ones_like(v[:, None]), (y - v)[:, None], root[..., 0])
-            ones, rest = _whiten(root, np.stack(both[:2]))  # pyright: ignore
+            ones, rest = _whiten(root, np.stack(both[:2]))
             precision[places], pull[places] = (ones * ones).sum(-1), (ones * rest).sum(-1)
             log_determinant = np.log(np.diagonal(root, axis1=-2, axis2=-1)).sum(-1)
             log_likelihood[places] = -0.5 * (rest * rest).sum(-1) - log_determinant
         return cls(precision, pull, log_likelihood)
 
 
-def _outer_sum(left: Array, right: Array) -> npt.NDArray[np.float32]:
+def _outer_sum(left: Array, right: Array) -> Singles:
     """(J, S, L, R) sums of every left and right side; single precision is enough where a likelihood is not tiny."""
     return left.astype(np.float32)[..., :, None] + right.astype(np.float32)[..., None, :]
 
@@ -367,7 +368,7 @@ def _log_distance(u: Array) -> Array:
     return np.log(np.maximum(np.abs(u), NEAREST))
 
 
-def _whiten(root: Array, values: Array) -> Array:
+def _whiten(root: npt.NDArray[np.floating], values: Array) -> Array:
     """L^-1 values (..., n), by forward substitution, for many small lower triangles (..., n, n) at once."""
     out = np.empty_like(values)
     for i in range(values.shape[-1]):
@@ -389,10 +390,10 @@ class SizeEvidence:
     grid: Array
     left: SideSums
     right: SideSums
-    likelihood: Array
+    likelihood: Singles
     log_scale: float
-    given_left: Array
-    given_right: Array
+    given_left: Singles
+    given_right: Singles
 
     @classmethod
     def of(
@@ -506,7 +507,7 @@ class Grids:
 
 def _first_look(sizes: Sequence[SizeRuns], prior: CurvePrior) -> Grids:
     """Grids around the noises, sides and optima that coarse ones leave possible."""
-    log_heights = np.linspace(*np.log(HEIGHTS), 7)  # pyright: ignore
+    log_heights = np.linspace(math.log(HEIGHTS[0]), math.log(HEIGHTS[1]), 7)
     left, right = (replace(side, shapes=side.shapes[::2]) for side in (prior.left, prior.right))
     sides = SideGrid.of(prior, left, log_heights), SideGrid.of(prior, right, log_heights)
     noises = np.geomspace(*NOISES, 5)
