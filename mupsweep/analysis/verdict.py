@@ -201,13 +201,23 @@ def _open_reason(ladder: LadderPosterior, total: Estimate, evidence: _Evidence, 
         for size, optimum in zip(ladder.sizes, ladder.optima, strict=True):
             if optimum.reason is not None and (size is ladder.fitted[0][0] or size is ladder.fitted[-1][0]):
                 return f"{'the base' if size is ladder.fitted[0][0] else 'the largest size'}: {optimum.reason}"
-    worst = evidence.lost.max(axis=0)
     bound = bounds.total(evidence.doublings)
-    far = float(np.mean(np.abs(evidence.moved) > bound))
-    if 1 - CONFIDENCE < far < CONFIDENCE:
-        return f"whether the optimum moves by more than {bound:g} octaves is open ({far:.0%})"
-    costly = float(np.mean(worst > bounds.costly))
-    return f"whether the base's LR costs more than {bounds.costly:g} nats is open ({costly:.0%})"
+    questions = [
+        (
+            evidence.lost[-1] > bounds.costly,
+            f"the base's LR costs more than {bounds.costly:g} nats at the largest size",
+        ),
+        (np.abs(evidence.moved) > bound, f"the optimum moves by more than {bound:g} octaves"),
+        (
+            evidence.lost.max(axis=0) > bounds.harmless,
+            f"the base's LR costs more than {bounds.harmless:g} nats anywhere",
+        ),
+    ]
+    for is_so, question in questions:
+        chance = float(np.mean(is_so))
+        if 1 - CONFIDENCE < chance < CONFIDENCE:
+            return f"whether {question} is open: it does with a chance of {chance:.0%}"
+    return "the base's LR is costly, but which way the optimum moves is open"
 
 
 @dataclass(frozen=True)
@@ -261,7 +271,7 @@ def _candidates(ladder: LadderPosterior, evidence: _Evidence) -> Iterator[_Candi
 
 def _lrs_around(size: SizeRuns, curve: CurveDraws, optimum: Estimate) -> tuple[float, ...]:
     """LRs to find a size's optimum: beyond an end that does not bound it, or where it may lie between others."""
-    x = size.log2_lrs
+    x: list[float] = size.log2_lrs.tolist()
     step = float(np.median(np.diff(x)))
     if optimum.low is None:
         return x[0] - step, x[0] - 2 * step
@@ -273,8 +283,8 @@ def _lrs_around(size: SizeRuns, curve: CurveDraws, optimum: Estimate) -> tuple[f
             wanted.append(float(log2_lr))
     if wanted:
         return tuple(sorted(wanted))
-    nearest = np.argsort(np.abs(x - np.median(curve.optimum)))[:3]  # another seed of the LRs around it
-    return tuple(sorted(float(x[i]) for i in nearest))
+    middle = float(np.median(curve.optimum))
+    return tuple(sorted(sorted(x, key=lambda log2_lr: abs(log2_lr - middle))[:3]))  # another seed of the LRs around it
 
 
 def _chance_to_decide(candidate: _Candidate, evidence: _Evidence, bounds: VerdictBounds, last: int) -> float:

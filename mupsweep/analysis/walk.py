@@ -45,7 +45,7 @@ class WalkPrior:
 
     slope_sd: float = 0.5
     step_sds: tuple[float, ...] = (0.1, 0.4)
-    deviation: float = 0.1
+    deviation: float = 0.08
 
 
 @dataclass(frozen=True)
