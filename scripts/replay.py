@@ -25,8 +25,9 @@ from mupsweep.analysis.curves import collect
 from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.analysis.optimum import Optimum, optima
 from mupsweep.analysis.run_result import RunResult
-from mupsweep.store.results import read_runs, read_table
+from mupsweep.store.results import read_runs
 from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.store.tables import read_table
 from mupsweep.sweep.config import ADAPTIVE, GridConfig
 from mupsweep.sweep.size_search import Proposal, propose
 
@@ -208,7 +209,7 @@ def synthetic_run(run: Proposal, loss: float) -> RunResult:
 
 def variants(path: str) -> Iterator[tuple[str, list[RunResult]]]:
     """(name, runs) of every variant in a sweep's folder or a table."""
-    rows = read_table(path) if Path(path).is_file() else read_runs([SweepDir.open(path)])
+    rows = read_table(path).runs if Path(path).is_file() else read_runs([SweepDir.open(path)])
     grouped: dict[str, list[RunResult]] = defaultdict(list)
     for row in rows:
         grouped[f"{Path(path).stem}: {row.optimizer}/{row.parametrization}"].append(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,9 +35,30 @@ def transfer(
         str | None,
         typer.Option(
             "--from",
-            metavar="CSV",
-            help="Runs trained elsewhere: columns parametrization, width, log2_lr or lr, val_loss, as in runs.csv.",
+            metavar="FILE|wandb:ENTITY/PROJECT",
+            help="Runs trained elsewhere, each with an LR, a loss and a width: csv, tsv, xlsx, parquet, jsonl, a "
+            "paste; - for stdin; or a project of W&B.",
         ),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="lr=NAME,...", help="With --from: what columns are called, as lr=optimizer.lr,val_loss=eval/loss."
+        ),
+    ] = None,
+    unit: Annotated[
+        str | None, typer.Option(metavar="UNIT", help="With --from: of the losses, nats (default), bits or perplexity.")
+    ] = None,
+    filters: Annotated[
+        list[str] | None,
+        typer.Option("--filter", metavar="NAME=VALUE", help="With --from: only these runs, as group=sweep-3."),
+    ] = None,
+    average: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --from wandb: the mean of the last N logged losses, not the last one."),
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="With --from: write what was read, in the form of runs.csv.")
     ] = None,
     optimizer: Annotated[str | None, typer.Option(help="Only this optimizer.")] = None,
     parametrization: Annotated[str | None, typer.Option(help="Only this parametrization.")] = None,
@@ -53,10 +75,16 @@ def transfer(
     from mupsweep.launchers.driver import DRIFTS_EXIT_CODE, train_target
     from mupsweep.report.generate import conclude_table, export, generate, read_target
     from mupsweep.store.sweep_dir import SweepDir
+    from mupsweep.store.tables import TableOptions
 
     sweeps, to = sweeps or [], to or []
+    asked = {"--columns": columns, "--unit": unit, "--filter": filters, "--average": average, "--save": save}
+    for option, value in asked.items():
+        if value not in (None, []) and table is None:
+            raise ConfigError(f"{option} is of a table: name it too, mupsweep transfer --from FILE {option} ...")
     if table is not None:
-        verdicts = conclude_table(table, [*sweeps, *to], json, optimizer, parametrization)
+        options = TableOptions.parse(columns or (), unit or "nats", filters or (), average)
+        verdicts = conclude_table(table, options, [*sweeps, *to], json, optimizer, parametrization, save)
         raise typer.Exit(DRIFTS_EXIT_CODE if strict and "drifts" in verdicts else 0)
     folders = [SweepDir.open(word) for word in sweeps if "=" not in word]
     target = [*to, *(word for word in sweeps if "=" in word)]

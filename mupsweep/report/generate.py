@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from mupsweep.atomic_files import make_folder, write_json, write_text
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.recipes import JSON, check, recipe, validation
 from mupsweep.recipes import export as export_format
-from mupsweep.report.results_files import to_json, write_results
+from mupsweep.report.results_files import save_runs, to_json, write_results
 from mupsweep.schema import LARGEST
-from mupsweep.store.results import RunCounts, read, read_runs, read_table
+from mupsweep.store.results import RunCounts, read, read_runs
 from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.store.tables import TableOptions, read_table
 from mupsweep.sweep import plan
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.sweep.tensor_rules import TensorRule, rules
@@ -70,19 +72,36 @@ def generate(
 
 
 def conclude_table(
-    table: str, others: Sequence[str], as_json: bool, optimizer: str | None, parametrization: str | None
+    source: str,
+    options: TableOptions,
+    others: Sequence[str],
+    as_json: bool,
+    optimizer: str | None,
+    parametrization: str | None,
+    save: Path | None = None,
 ) -> list[str]:
-    """Analyse runs that were trained elsewhere, print the outcome, return the verdicts. Writes nothing."""
+    """Analyse runs that were trained elsewhere, print the outcome, return the verdicts.
+
+    Args:
+        source: a file, "-" for stdin, or wandb:ENTITY/PROJECT.
+        save: write the runs there; nothing else is written.
+    """
     from mupsweep.report.terminal import verdicts
 
     if others:
-        raise ConfigError(f"--from {table} stands alone, without {others[0]}: how these runs were trained is not known")
-    analysis = analyse(read_table(table))
+        raise ConfigError(
+            f"--from {source} stands alone, without {others[0]}: how these runs were trained is not known"
+        )
+    table = read_table(source, options)
+    analysis = analyse(table.runs)
     shown = analysis.select(optimizer, parametrization)
+    if save is not None:
+        save_runs(save, table.runs)
     if as_json:
-        print(json.dumps(to_json(shown), indent=2))
+        print(json.dumps({**to_json(shown), "notes": list(table.notes)}, indent=2))
     else:
-        verdicts.show_analysis(shown, [], [])
+        shown = replace(shown, remarks=(*table.notes, *shown.remarks))
+        verdicts.show_analysis(shown, [], [] if save is None else [save])
     return [group.verdict for group in shown.groups]
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from mupsweep.analysis.analysis import Analysis
@@ -15,18 +16,33 @@ from mupsweep.analysis.curves import LossCurve
 from mupsweep.analysis.estimate import Estimate
 from mupsweep.analysis.labels import NAMES
 from mupsweep.analysis.optimum import CONFIDENCE
-from mupsweep.analysis.run_result import CHANGE_COLUMNS, COLUMNS
+from mupsweep.analysis.run_result import CHANGE_COLUMNS, COLUMNS, RunResult
 from mupsweep.analysis.transfer import TOLERANCE_NATS, TOLERANCE_OCTAVES, LadderResult, loss_of
-from mupsweep.atomic_files import make_folder, write_chunks, write_json
+from mupsweep.atomic_files import make_folder, replace_file, write_chunks, write_json
+from mupsweep.errors import RecordError
 from mupsweep.store.sweep_dir import SweepDir
 
 
 def write_results(sweep: SweepDir, analysis: Analysis) -> None:
     """results/runs.csv, curves.csv and transfer.json."""
     make_folder(sweep.results)
-    write_chunks(sweep.results / "runs.csv", _csv(COLUMNS, map(_run_line, [*analysis.runs, *analysis.changed])))
+    write_chunks(sweep.results / "runs.csv", _runs_csv([*analysis.runs, *analysis.changed]))
     write_chunks(sweep.results / "curves.csv", _curve_csv([*analysis.curves, *analysis.changed_curves]))
     write_json(sweep.results / "transfer.json", to_json(analysis))
+
+
+def save_runs(path: Path, runs: Iterable[RunResult]) -> None:
+    """Replace a file by some runs in the form of runs.csv, which `transfer --from` reads as they were."""
+    try:
+        replace_file(path, _runs_csv(runs))
+    except OSError as error:
+        raise RecordError(
+            f"--save {path}: cannot be written ({error.strerror}); name a file in a folder that exists"
+        ) from error
+
+
+def _runs_csv(runs: Iterable[RunResult]) -> Iterator[bytes]:
+    return _csv(COLUMNS, map(_run_line, runs))
 
 
 _run_line = attrgetter(*COLUMNS)  # of runs.csv

@@ -1,0 +1,209 @@
+"""Columns of tables: which of them holds the LR, the loss, the width and the rest, whatever they are called."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+from mupsweep.errors import ConfigError, DataError
+from mupsweep.formatting import nearest
+from mupsweep.store.table_cells import Cells
+
+# What a column may mean: tiers of names without case and punctuation, the better ones first. A name within a tier is as
+# good as another; the meaning's own name is better than all of them.
+MEANINGS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "model": (("modelname", "modeltype", "arch", "architecture", "network"),),
+    "optimizer": (("optimizername", "optimizertype", "optimiser", "optim", "opt"),),
+    "parametrization": (
+        ("parametrizationname", "parameterization", "parametrisation", "parameterisation", "param", "scheme"),
+        ("usemup", "mup", "mupenabled"),  # yes or no
+    ),
+    "width": (
+        ("dmodel", "hiddensize", "hiddendim", "nembd", "nembed", "embeddim", "embeddingdim", "modeldim", "modelwidth"),
+        ("dim", "hidden"),
+    ),
+    "depth": (("nlayer", "nlayers", "numlayers", "numhiddenlayers", "numblocks", "nblocks", "modeldepth"), ("layers",)),
+    "width_ratio": (),
+    "depth_ratio": (),
+    "lr": (
+        (
+            *("learningrate", "optimizerlr", "optimizerlearningrate", "optimlr", "traininglr", "traininglearningrate"),
+            *("baselr", "baselearningrate", "maxlr", "maxlearningrate", "peaklr", "peaklearningrate", "initlr"),
+            "initiallr",
+        ),
+        ("eta",),
+    ),
+    "log2_lr": (("log2lr", "log2learningrate", "lrlog2", "log2baselr", "log2maxlr", "log2eta", "lglr"),),
+    "seed": (("randomseed", "rngseed", "trainingseed", "modelseed"),),
+    "status": (("state", "runstate"),),
+    "val_loss": (
+        (
+            *("validationloss", "validloss", "evalloss", "evaluationloss", "lossval", "lossvalidation", "losseval"),
+            *("finalvalloss", "vallossfinal", "finalvalidationloss", "finalevalloss", "devloss", "heldoutloss"),
+            *("vallossnats", "validationlossnats", "evalvalloss", "valloss", "valcrossentropy", "evalcrossentropy"),
+        ),
+        ("testloss", "losstest", "finaltestloss"),
+        ("finalloss", "lossfinal", "loss", "lossnats", "crossentropy", "nll"),
+    ),
+    "horizon": (("horizontokens", "traininghorizon"),),
+    "tokens": (
+        ("trainingtokens", "traintokens", "totaltokens", "numtokens", "ntokens", "numtraintokens", "tokensseen"),
+    ),
+    "batch_size": (("globalbatchsize", "totalbatchsize", "trainingbatchsize", "trainbatchsize", "batch", "bs"),),
+    "flops": (),
+    "hyperparameter": (),
+    "value": (),
+    "default": (),
+}
+_BY_LAST_PART = ("lr", "log2_lr", "width", "depth", "seed", "batch_size")  # trainer.optim.lr is an LR as well
+_WRAPPERS = ("config", "summary", "summary_metrics", "hparams", "args", "params", "metrics")  # of exported runs
+MOST_NAMED = 20  # columns in a message
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a table holds what.
+
+    Attributes:
+        index: meaning -> place of its column.
+        names: meaning -> name of its column, as in the table.
+        passed_over: lines about columns that fit too and hold something else.
+    """
+
+    index: Mapping[str, int]
+    names: Mapping[str, str]
+    passed_over: tuple[str, ...]
+
+    def line(self) -> str:
+        """What was matched, for people: lr = optimizer.lr, width."""
+        renamed = (name if name == meaning else f"{meaning} = {name}" for meaning, name in self.names.items())
+        return ", ".join(renamed)
+
+
+def parse_columns(words: Sequence[str]) -> dict[str, str]:
+    """lr=optimizer.lr,val_loss=eval/loss -> {"lr": "optimizer.lr", "val_loss": "eval/loss"}."""
+    given: dict[str, str] = {}
+    for pair in (pair for word in words for pair in re.split(r",(?=\w+=)", word)):
+        meaning, equals, name = pair.partition("=")
+        if not equals or meaning not in MEANINGS:
+            raise ConfigError(
+                f"--columns {pair}: expected MEANING=COLUMN, as lr=optimizer.lr,val_loss=eval/loss; "
+                f"{nearest(meaning, MEANINGS)}"
+            )
+        if given.setdefault(meaning, name) != name:
+            raise ConfigError(f"--columns {pair}: {meaning}={given[meaning]} is given too; name one of them")
+    return given
+
+
+def match_columns(cells: Cells, given: Mapping[str, str]) -> Columns:
+    """The columns of a table by what they mean: as given, else by their names.
+
+    Args:
+        given: meaning -> column; an empty one leaves the meaning out.
+
+    Raises:
+        DataError: two columns fit equally well, or one that is needed is missing.
+    """
+    index = {
+        meaning: find_column(cells, name, f"--columns {meaning}={name}") for meaning, name in given.items() if name
+    }
+    passed_over: list[str] = []
+    for meaning in MEANINGS:
+        if meaning in given:
+            continue
+        candidates = _candidates(cells, meaning, set(index.values()))
+        if not candidates:
+            continue
+        _, best = candidates[0]
+        others = [i for _, i in candidates[1:] if cells.column(i) != cells.column(best) and any(cells.column(i))]
+        for rank, other in candidates[1:]:
+            if rank == candidates[0][0] and other in others:
+                one, two = cells.columns[best], cells.columns[other]
+                which = f"{one} or {two}" if one != two else f"two columns called {one}"
+                raise DataError(
+                    f"--from {cells.source}: is {meaning} in {which}? Choose with --columns {meaning}={one}"
+                )
+        if others:
+            names = ", ".join(sorted(cells.columns[i] for i in others))
+            passed_over.append(
+                f"{meaning} is read from {cells.columns[best]}, not {names}: --columns {meaning}=NAME takes another"
+            )
+        index[meaning] = best
+    _require(cells, index, given)
+    if "hyperparameter" not in index:
+        index = {key: i for key, i in index.items() if key not in ("value", "default")}
+    names = {meaning: cells.columns[index[meaning]] for meaning in MEANINGS if meaning in index}
+    return Columns(index, names, tuple(passed_over))
+
+
+def find_column(cells: Cells, name: str, asked: str) -> int:
+    """The place of a column that the user named, whatever its case and punctuation.
+
+    Args:
+        asked: the option, for the message.
+    """
+    exact = [i for i, column in enumerate(cells.columns) if column == name]
+    alike = exact or [i for i, column in enumerate(cells.columns) if _plain(column) == _plain(name)]
+    if len(alike) != 1:
+        several = "has two columns of that name" if alike else f"has no column {name}"
+        raise DataError(f"--from {cells.source} {several} ({asked}): it has {_listed(cells.columns)}")
+    return alike[0]
+
+
+def _candidates(cells: Cells, meaning: str, used: Set[int]) -> list[tuple[tuple[bool, int], int]]:
+    """(rank, place) of the unused columns that may have a meaning, the best first; those without content come last."""
+    found = []
+    for i, name in enumerate(cells.columns):
+        fits = next(_fits(name, meaning), None)
+        if fits is not None and i not in used:
+            found.append(((not any(cells.column(i)), fits), i))
+    return sorted(found, key=lambda candidate: (candidate[0], cells.columns[candidate[1]]))
+
+
+def _fits(name: str, meaning: str) -> Iterator[int]:
+    """How well a name fits a meaning, 0 is best; nothing where it does not."""
+    tiers = ((_plain(meaning),), *MEANINGS[meaning])
+    parts = re.split(r"\.|__", name.casefold())
+    while len(parts) > 1 and parts[0] in _WRAPPERS:
+        parts = parts[1:]
+    whole, last = _plain(".".join(parts)), _plain(parts[-1])
+    yield from (rank for rank, names in enumerate(tiers) if whole in names)
+    if meaning in _BY_LAST_PART and len(parts) > 1:
+        yield from (len(tiers) for names in tiers if last in names)
+
+
+def _require(cells: Cells, index: Mapping[str, int], given: Mapping[str, str]) -> None:
+    """Refuse a table without LR, loss or width."""
+    needed = [("lr", "lr or log2_lr"), ("val_loss", "val_loss"), ("width", "width")]
+    for meaning, name in needed:
+        if meaning in index or (meaning == "lr" and "log2_lr" in index) or (meaning == "width" and "width" in given):
+            continue
+        likely = _most_alike(meaning, [column for i, column in enumerate(cells.columns) if i not in index.values()])
+        alone = "; where all runs are of one width, --columns width=" if meaning == "width" else ""
+        raise DataError(
+            f"--from {cells.source} has no column {name}: it has {_listed(cells.columns)}; "
+            f"--columns {meaning}={likely or 'NAME'} says which it is{alone}"
+        )
+
+
+def _most_alike(meaning: str, columns: Sequence[str]) -> str | None:
+    """The column whose name is most like those of a meaning, if any is."""
+    names = [_plain(meaning), *(name for tier in MEANINGS[meaning] for name in tier)]
+    likeness = {
+        column: max(difflib.SequenceMatcher(None, _plain(column), name).ratio() for name in names) for column in columns
+    }
+    likely = max(likeness, key=lambda column: likeness[column], default=None)
+    return likely if likely is not None and likeness[likely] > 0.6 else None
+
+
+def _listed(columns: Sequence[str]) -> str:
+    named = [column for column in columns if column]
+    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    return (", ".join(named[:MOST_NAMED]) or "none") + more
+
+
+def _plain(name: str) -> str:
+    """A name without case and punctuation."""
+    return "".join(char for char in name.casefold() if char.isalnum())
