@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,6 +40,17 @@ def to_dataclass(cls: type[T], section: Mapping[str, Any], where: str) -> T:
         if name not in section and field.default is MISSING and field.default_factory is MISSING:
             raise ConfigError(f"missing key '{where}.{name}'; give {where}.{name}=VALUE")
 
+    nested = {}
+    for key, default in _sections_of(cls).items():
+        given = section.get(key, {})
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{where}.{key}={given}: expected a section of keys")
+        defaults = {
+            f.name: getattr(default, f.name) for f in fields(default) if f.name not in _sections_of(type(default))
+        }
+        nested[key] = to_dataclass(type(default), {**defaults, **given}, f"{where}.{key}")
+    section = {key: value for key, value in section.items() if key not in nested}
+
     for key, value in section.items():
         entries = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(v, int | float) and not abs(v) <= LARGEST for v in entries):  # also true for nan
@@ -55,7 +66,19 @@ def to_dataclass(cls: type[T], section: Mapping[str, Any], where: str) -> T:
         key = str(getattr(error, "full_key", None) or getattr(error, "key", None) or "?").split("[")[0]
         raise ConfigError(f"{where}.{key}={section.get(key)!r}: {_expected(fields_by_name.get(key), error)}") from error
     assert isinstance(instance, cls)
-    return _lists_to_tuples(instance)
+    return replace(_lists_to_tuples(instance), **nested)
+
+
+@cache
+def _sections_of(cls: type) -> dict[str, Any]:
+    """The fields of a dataclass that are dataclasses themselves, with their defaults."""
+    sections: dict[str, Any] = {}
+    for field in fields(cls):
+        factory = field.default_factory
+        default = factory() if isinstance(factory, type) and is_dataclass(factory) else field.default
+        if is_dataclass(default) and not isinstance(default, type):
+            sections[field.name] = default
+    return sections
 
 
 @cache

@@ -28,10 +28,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
+from mupsweep.analysis.config import VerdictBounds
 from mupsweep.analysis.estimate import Estimate
 from mupsweep.analysis.forecast import forecast
 from mupsweep.analysis.loss_curve import LadderPosterior, SizeRuns, fit_ladder
-from mupsweep.analysis.verdict import DRIFTS, INCONCLUSIVE, TRANSFERS, Verdict, VerdictBounds, judge
+from mupsweep.analysis.verdict import DRIFTS, INCONCLUSIVE, TRANSFERS, Verdict, judge
 
 TARGETS = (1, 3, 5)  # doublings beyond the largest size
 LOWEST, HIGHEST = -5.5, 3.5  # octaves from the middle of the sizes' optima: ends of the grids

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from mupsweep.analysis.comparison import Comparison, Flops, comparisons
+from mupsweep.analysis.config import AnalysisConfig
 from mupsweep.analysis.curves import LossCurve, collect
+from mupsweep.analysis.estimate import QUANTILES
 from mupsweep.analysis.labels import Label
-from mupsweep.analysis.optimum import TAILS, Optimum
+from mupsweep.analysis.optimum import Optimum, shuffled
 from mupsweep.analysis.run_result import RunResult
-from mupsweep.analysis.transfer import HORIZON, TRANSFERS, LadderResult, judge_ladder, ladders, loss_of
+from mupsweep.analysis.transfer import HORIZON, LadderResult, axis_of, judge_ladders, ladders
 from mupsweep.analysis.tuning import GapAfterTuning, Tuning, gaps_after_tuning, tunings
 from mupsweep.analysis.tuning import remarks as remarks_on_gaps
+from mupsweep.analysis.verdict import TRANSFERS
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
 
@@ -32,6 +35,7 @@ class Analysis:
         groups: one verdict each.
         remarks: what a reader should know beyond the verdicts, such as SP ending lower at the largest size.
         changed: runs in which a hyperparameter is not the default's: see mupsweep/analysis/tuning.py.
+        config: what the answers rest on beside the runs.
     """
 
     runs: tuple[RunResult, ...]
@@ -39,6 +43,7 @@ class Analysis:
     groups: tuple[LadderResult, ...]
     remarks: tuple[str, ...]
     changed: tuple[RunResult, ...] = ()
+    config: AnalysisConfig = field(default_factory=AnalysisConfig)
 
     @cached_property
     def flops(self) -> Flops:
@@ -58,7 +63,7 @@ class Analysis:
     @cached_property
     def tunings(self) -> list[Tuning]:
         """Every hyperparameter that was changed, of every variant and ladder."""
-        return tunings(self.groups, self.changed_curves)
+        return tunings(self.groups, self.changed_curves, self.config)
 
     @cached_property
     def gaps_after_tuning(self) -> list[GapAfterTuning]:
@@ -68,7 +73,7 @@ class Analysis:
     @cached_property
     def tuning_remarks(self) -> list[str]:
         """Which hyperparameter closes most of each gap to SP."""
-        return remarks_on_gaps(self.gaps_after_tuning)
+        return remarks_on_gaps(self.gaps_after_tuning, self.config.verdict.harmless)
 
     def select(self, optimizer: str | None, parametrization: str | None) -> Analysis:
         """The part with the verdicts of one optimizer, one parametrization, or both.
@@ -85,20 +90,38 @@ class Analysis:
         return self if groups == self.groups else replace(self, groups=groups)
 
 
-def analyse(results: Iterable[RunResult]) -> Analysis:
+def analyse(results: Iterable[RunResult], config: AnalysisConfig | None = None) -> Analysis:
     """Curves, optima, drift, regret and verdict of every ladder; half-finished sweeps are welcome."""
+    config = config or AnalysisConfig()
     everything = tuple(results)
     runs = tuple(run for run in everything if run.change is None)
     changed = tuple(run for run in everything if run.change is not None)
-    curves = collect(runs)
+    curves = collect(run for run in runs if not run.validation)
     by_label: dict[Label, list[LossCurve]] = defaultdict(list)
     for curve in curves:
         by_label[curve.label].append(curve)
-    groups: list[LadderResult] = []
-    for curves_of_variant in by_label.values():
-        groups += [judge_ladder(axis, ladder) for axis, ladder in ladders(curves_of_variant) if ladder]
+    of_all = [ladder for of_variant in by_label.values() for ladder in ladders(of_variant) if ladder[1]]
+    groups = _validated(judge_ladders(of_all, config), runs)
     remarks = *_losses_at_largest_size(groups), *_mixed_hardware(runs)
-    return Analysis(runs, tuple(curves), tuple(groups), remarks, changed)
+    return Analysis(runs, tuple(curves), groups, remarks, changed, config)
+
+
+def _validated(groups: Iterable[LadderResult], runs: Sequence[RunResult]) -> tuple[LadderResult, ...]:
+    """Ladders with the forecasts that targets on their axis validate."""
+    sizes = {(run.label, run.width, run.depth) for run in runs if run.validation}
+    targets = collect(run for run in runs if (run.label, run.width, run.depth) in sizes)
+    validated = []
+    for group in groups:
+        ours = [
+            curve
+            for curve in targets
+            if curve.label == group.label
+            and axis_of(curve) == group.axis
+            and curve.horizon == group.optima[-1].curve.horizon
+        ]
+        found = [group.validate(curve) for curve in ours]
+        validated.append(replace(group, validations=tuple(one for one in found if one is not None)))
+    return tuple(validated)
 
 
 def _losses_at_largest_size(groups: Sequence[LadderResult]) -> Iterable[str]:
@@ -109,14 +132,14 @@ def _losses_at_largest_size(groups: Sequence[LadderResult]) -> Iterable[str]:
     ends: dict[tuple[Any, ...], list[tuple[LadderResult, Optimum]]] = defaultdict(list)
     for group in groups:
         last = group.optima[-1]
-        if last.loss is not None and group.axis != HORIZON:
+        if last.loss.value is not None and group.axis != HORIZON:
             ends[group.axis, *last.curve.size].append((group, last))
     for (_, width, depth, _), members in ends.items():
         if len(members) < 2:
             continue
-        ranked = sorted(members, key=lambda member: member[1].loss or 0.0)
+        ranked = sorted(members, key=lambda member: member[1].loss.value or 0.0)
         first = 0 if len({group.model for group, _ in ranked}) > 1 else 1
-        losses = ", ".join(f"{'/'.join(group.label[first:])} {loss_of(optimum):.4f}" for group, optimum in ranked)
+        losses = ", ".join(f"{'/'.join(group.label[first:])} {optimum.loss:.4f}" for group, optimum in ranked)
         best, lowest = ranked[0]
         line = f"loss at width {width}, depth {depth}, each at its own optimum: {losses}"
         transferring = next((optimum for group, optimum in ranked if group.verdict == TRANSFERS), None)
@@ -130,10 +153,9 @@ def _losses_at_largest_size(groups: Sequence[LadderResult]) -> Iterable[str]:
 
 def _is_lower(optimum: Optimum, other: Optimum) -> bool:
     """Whether the loss at an optimum is below that at another variant's, its interval included."""
-    if not (optimum.known and other.known) or optimum.posterior is None or other.posterior is None:
+    if optimum.draws is None or other.draws is None or not (optimum.known and other.known):
         return False
-    shuffled = np.random.default_rng(1).permutation(other.posterior.losses)  # draws of two variants are independent
-    return bool(np.quantile(shuffled - optimum.posterior.losses, TAILS[0]) > 0)
+    return bool(np.quantile(shuffled(other.draws.floor) - optimum.draws.floor, QUANTILES[0]) > 0)
 
 
 def _mixed_hardware(runs: Sequence[RunResult]) -> Iterable[str]:

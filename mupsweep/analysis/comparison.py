@@ -11,11 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mupsweep.analysis.estimate import UNKNOWN, Estimate
+from mupsweep.analysis.estimate import QUANTILES, UNKNOWN, Estimate, Indices
 from mupsweep.analysis.labels import Label
-from mupsweep.analysis.optimum import TAILS, Optimum
+from mupsweep.analysis.optimum import Optimum
 from mupsweep.analysis.quality import asymptote, drawn
 from mupsweep.analysis.run_result import Size
 from mupsweep.analysis.transfer import LadderResult
@@ -93,7 +92,7 @@ def compare(ours: LadderResult, theirs: LadderResult, flops: Flops) -> Compariso
     )
 
 
-def _speed_up(ours: Optimum, theirs: Sequence[Optimum], flops: Flops, shuffled: NDArray[np.int64]) -> Estimate:
+def _speed_up(ours: Optimum, theirs: Sequence[Optimum], flops: Flops, shuffled: Indices) -> Estimate:
     """The compute at which a straight line through the other's losses over log compute reaches our loss / our compute.
 
     A line reaches no further than the sizes that it goes through: beyond them there is only a bound.
@@ -112,7 +111,7 @@ def _speed_up(ours: Optimum, theirs: Sequence[Optimum], flops: Flops, shuffled: 
         reached = positions.mean() + (target - losses.mean(axis=0)) / slope
     # where more compute does not lower the loss, the line reaches a lower loss never and a higher one at once
     reached = np.where(slope < 0, reached, np.where(target < losses.mean(axis=0), math.inf, -math.inf))
-    low, value, high = (float(q) for q in np.quantile(reached, (TAILS[0], 0.5, TAILS[1]), method="nearest"))
+    low, value, high = (float(q) for q in np.quantile(reached, QUANTILES, method="nearest"))
     lowest, highest = min(x) - EXTRAPOLATED, max(x) + EXTRAPOLATED
 
     def factor(at: float) -> float | None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from mupsweep.analysis.gaussian_process import Array
-from mupsweep.analysis.optimum import TAILS
+Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
+
+CONFIDENCE = 0.95
+QUANTILES = (0.5 - CONFIDENCE / 2, 0.5, 0.5 + CONFIDENCE / 2)
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,20 @@ class Estimate:
         """The median and the interval of some draws; unknown without any."""
         if not len(draws):
             return UNKNOWN
-        low, value, high = (float(q) for q in np.quantile(draws, (TAILS[0], 0.5, TAILS[1])))
+        low, value, high = map(float, np.quantile(draws, QUANTILES))
         return cls(value, low, high)
+
+    @classmethod
+    def among(cls, draws: Array) -> Estimate:
+        """Three of the draws, some of which may be infinite: those at the median and the ends of the interval."""
+        low, value, high = map(float, np.quantile(draws, QUANTILES, method="inverted_cdf"))
+        return cls(value, low, high)
+
+    @property
+    def finite(self) -> Estimate:
+        """Without the numbers that are infinite."""
+        ends = (self.value, self.low, self.high)
+        return Estimate(*(None if end is None or math.isinf(end) else end for end in ends))
 
     @property
     def negated(self) -> Estimate:

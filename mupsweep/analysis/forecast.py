@@ -10,12 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from mupsweep.analysis.estimate import Estimate
+from mupsweep.analysis.estimate import Array, Estimate
 from mupsweep.analysis.loss_curve import CurveDraws, LadderPosterior
-
-Array = npt.NDArray[np.float64]
 
 LOST_RUN = 1.0  # nats that a run may lose at most; one that diverges does
 CANDIDATES = 25  # LRs that are compared

@@ -24,82 +24,24 @@ given them the runs are jointly normal, and given what the sizes share they are 
 Draws from these sums are the answer: every interval, verdict and forecast is made of them, and seeds make them the same
 each time.
 
-The numbers of the model were learned from public LR sweeps (tests/tables) by their evidence; `CurvePrior` has them.
+The numbers of the model, `CurvePrior` in config.py, were learned from public sweeps (tests/tables) by their evidence.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from mupsweep.analysis.estimate import Estimate
-from mupsweep.analysis.walk import WalkDraws, WalkPrior, choose, sample_walk
+from mupsweep.analysis.config import CurvePrior, SidePrior
+from mupsweep.analysis.estimate import QUANTILES, Array, Estimate, Indices
+from mupsweep.analysis.walk import WalkDraws, choose, sample_walk
 
-Array = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.intp]
 Singles = npt.NDArray[np.float32]  # for large tables of chances and likelihoods
-
-CONFIDENCE = 0.95
-QUANTILES = (0.5 - CONFIDENCE / 2, 0.5, 0.5 + CONFIDENCE / 2)
-
-
-# ---- the numbers of the model
-
-
-@dataclass(frozen=True)
-class SidePrior:
-    """What is known of one side of a valley.
-
-    Attributes:
-        shapes: (p, g) of v(u) that a side may have, each as likely for a ladder.
-        same_shape: chance that a size has its ladder's shape.
-        height_sd: by which log h of a size leaves its ladder's trend.
-        height_noise: c, the share of its height by which a run scatters.
-    """
-
-    shapes: tuple[tuple[float, float], ...]
-    same_shape: float
-    height_sd: float
-    height_noise: float
-
-
-@dataclass(frozen=True)
-class CurvePrior:
-    """The model in numbers. Losses are in nats per token, LRs in octaves, sizes in doublings.
-
-    Attributes:
-        left, right: the sides below and above the optimum.
-        height: nats at one octave left of the optimum: the typical ladder's.
-        height_sd: of log height over ladders.
-        asymmetry_sd: of log (right height / left height) over ladders.
-        trend_sd: of the change of log height per doubling.
-        misfit: share of its height by which a side leaves its shape smoothly.
-        misfit_length: in log |u|, over which it does.
-        noise: nats by which a run at the optimum scatters: the typical ladder's.
-        noise_sd: of its logarithm over ladders.
-        cliff: nats above the best run of a size, from which a run is no part of the valley.
-        reach: octaves around the best LR of a size beyond which runs are not looked at.
-        walk: how optima move from size to size.
-    """
-
-    left: SidePrior = SidePrior(((2.0, -0.3), (1.4, 0.0), (2.0, 0.0), (2.0, 0.2), (2.0, 0.5)), 0.98, 0.1, 0.04)
-    right: SidePrior = SidePrior(((1.5, 0.0), (2.0, 0.0), (2.7, 0.0), (2.0, 0.3)), 0.7, 0.45, 0.18)
-    height: float = 0.02
-    height_sd: float = 1.1
-    asymmetry_sd: float = 0.6
-    trend_sd: float = 0.2
-    misfit: float = 0.15
-    misfit_length: float = 0.6
-    noise: float = 0.0012
-    noise_sd: float = 1.1
-    cliff: float = 0.3
-    reach: float = 4.3
-    walk: WalkPrior = field(default_factory=WalkPrior)
 
 
 # The grids on which the model is summed: accuracy against time, no knowledge.
@@ -134,12 +76,14 @@ class SizeRuns:
         log2_lrs: (n,) rising.
         losses: (n, seeds) nats per token; nan where a seed has no loss.
         diverged: (n,) how many runs diverged.
+        variances: (n,) of the mean losses, known from elsewhere, beside the noise of runs; none by default.
     """
 
     position: float
     log2_lrs: Array
     losses: Array
     diverged: Indices
+    variances: Array | None = None
 
     @classmethod
     def of(
@@ -227,6 +171,7 @@ class Observations:
         x: (n,) log2 LRs of the runs of the valley: before the cliff, within reach of the best and not much worse.
         y: (n,) their mean losses above `lowest`.
         seeds: (n,) runs behind each mean.
+        variances: (n,) of each mean, beside the noise of runs.
         lowest: loss of the best LR.
         cliff_x, cliff_y: (c,) log2 LRs from the cliff on and losses above `lowest`; infinite where runs diverged.
     """
@@ -234,6 +179,7 @@ class Observations:
     x: Array
     y: Array
     seeds: Indices
+    variances: Array
     lowest: float
     cliff_x: Array
     cliff_y: Array
@@ -249,7 +195,9 @@ class Observations:
         left = np.flatnonzero(kept & (x < best))
         kept[left[:-NEAR_LEFT]] &= above[left[:-NEAR_LEFT]] <= prior.cliff
         censored = x >= wall
-        return cls(x[kept], above[kept], runs.seeds[kept], float(lowest), x[censored], above[censored])
+        variances = np.zeros(len(x)) if runs.variances is None else runs.variances
+        valley = x[kept], above[kept], runs.seeds[kept], variances[kept]
+        return cls(*valley, float(lowest), x[censored], above[censored])
 
     @property
     def wall(self) -> float:
@@ -274,10 +222,10 @@ class SideGrid:
 
     @classmethod
     def of(cls, prior: CurvePrior, side: SidePrior, log_heights: Array) -> SideGrid:
-        powers, growths = np.tile(np.array(side.shapes).T, len(log_heights))
-        shape = np.tile(np.arange(len(side.shapes)), len(log_heights))
+        powers, growths = np.tile((side.powers, side.growths), len(log_heights))
+        shape = np.tile(np.arange(len(side.powers)), len(log_heights))
         step = float(log_heights[1] - log_heights[0])
-        return cls(prior, side, step, np.repeat(log_heights, len(side.shapes)), powers, growths, shape)
+        return cls(prior, side, step, np.repeat(log_heights, len(side.powers)), powers, growths, shape)
 
     def valley(self, log_u: Array, which: Indices | slice = slice(None)) -> Array:
         """(..., M, n) v(u) of every pair, or of one for each row, at log |u| (..., 1, n)."""
@@ -304,7 +252,7 @@ class SideGrid:
         trends = np.array(TRENDS)[:, None, None] * self.prior.trend_sd
         sd = math.hypot(self.side.height_sd, self.height_step / 3)
         height = np.exp(log_student_t(gap - trends * position, sd)) * self.height_step
-        others = (1 - self.side.same_shape) / max(1, len(self.side.shapes) - 1)
+        others = (1 - self.side.same_shape) / max(1, len(self.side.powers) - 1)
         same = np.where(self.shape[:, None] == self.shape, self.side.same_shape, others)
         return (height * same).astype(np.float32)
 
@@ -349,7 +297,9 @@ class SideSums:
             smooth = sides.misfit_covariance(v, log_u, v, log_u)
             covariance = np.repeat(smooth[:, None], len(noises), axis=1)  # (places, S, M, n, n)
             each = range(len(x))
-            covariance[..., each, each] += sides.noise_variance(v[:, None], noises[:, None, None], seeds)
+            covariance[..., each, each] += (
+                sides.noise_variance(v[:, None], noises[:, None, None], seeds) + runs.variances[here]
+            )
             root = np.linalg.cholesky(covariance)
             both = np.broadcast_arrays(np.ones_like(v[:, None]), (y - v)[:, None], root[..., 0])
             ones, rest = _whiten(root, np.stack(both[:2]))
@@ -471,7 +421,7 @@ def log_side_prior(sides: tuple[SideGrid, SideGrid], prior: CurvePrior) -> Array
     left, right = sides
     log = log_student_t(left.log_h - math.log(prior.height), prior.height_sd)[:, None]
     log = log + log_student_t(right.log_h[None] - left.log_h[:, None], prior.asymmetry_sd)
-    log += math.log(left.height_step * right.height_step / len(left.side.shapes) / len(right.side.shapes))
+    log += math.log(left.height_step * right.height_step / len(left.side.powers) / len(right.side.powers))
     trend = -0.5 * np.array(TRENDS) ** 2
     return (trend - math.log(np.exp(trend).sum()))[:, None, None, None] + log
 
@@ -508,7 +458,9 @@ class Grids:
 def _first_look(sizes: Sequence[SizeRuns], prior: CurvePrior) -> Grids:
     """Grids around the noises, sides and optima that coarse ones leave possible."""
     log_heights = np.linspace(math.log(HEIGHTS[0]), math.log(HEIGHTS[1]), 7)
-    left, right = (replace(side, shapes=side.shapes[::2]) for side in (prior.left, prior.right))
+    left, right = (
+        replace(side, powers=side.powers[::2], growths=side.growths[::2]) for side in (prior.left, prior.right)
+    )
     sides = SideGrid.of(prior, left, log_heights), SideGrid.of(prior, right, log_heights)
     noises = np.geomspace(*NOISES, 5)
     log_shared = log_noise_prior(sizes, noises, prior)[:, None, None] + log_side_prior(sides, prior)
@@ -603,7 +555,7 @@ class CurveDraws:
         on_side = (apart <= 0) == is_left
         log_runs, log_u = _log_distance(apart), _log_distance(u)
         v_runs, v = side.valley(log_runs, which), side.valley(log_u, which)
-        noise = side.noise_variance(v_runs, self.sigma[rows, None], self.runs.seeds)
+        noise = side.noise_variance(v_runs, self.sigma[rows, None], self.runs.seeds) + self.runs.variances
         among = side.misfit_covariance(v_runs, log_runs, v_runs, log_runs)
         among = among * (on_side[:, :, None] & on_side[:, None, :])
         among[:, range(len(self.runs.x)), range(len(self.runs.x))] += np.where(on_side, noise, 1.0)
@@ -624,6 +576,29 @@ class CurveDraws:
         with np.errstate(invalid="ignore"):  # between two diverged runs: infinity less infinity
             fallen = np.interp(log2_lrs, self.runs.cliff_x, self.runs.cliff_y)
         return np.where(log2_lrs > begins, np.maximum(rise, np.nan_to_num(fallen, nan=np.inf, posinf=np.inf)), rise)
+
+    def losses(self, log2_lr: float) -> Array:
+        """(draws,) nats of the drawn curves at an LR."""
+        return self.floor + self.rise(np.full((len(self.optimum), 1), log2_lr))[:, 0]
+
+    def noise_variance(self, log2_lr: float) -> float:
+        """Expected variance of one run's loss at an LR."""
+        u = np.array([[log2_lr]]) - self.optimum[:, None]
+        rows = np.arange(len(u))
+        variance = 0.0
+        for side, which, on_side in ((self.sides[0], self.left, u <= 0), (self.sides[1], self.right, u > 0)):
+            v = side.valley(_log_distance(u), which)[rows]
+            variance += float((side.noise_variance(v, self.sigma[:, None], np.ones(1, int)) * on_side).mean())
+        return variance
+
+    def covers(self, log2_lr: float) -> bool:
+        """Whether an LR lies among the runs of the valley."""
+        return bool(self.runs.x[0] <= log2_lr <= self.runs.x[-1])
+
+    def span(self, points: int) -> Array:
+        """LRs, equally spaced in log2, over the runs of the valley and where its optimum may lie."""
+        low, _, high = np.quantile(self.optimum, QUANTILES)
+        return np.linspace(min(self.runs.x[0], low), max(self.runs.x[-1], high), points)
 
     def band(self, log2_lrs: Array) -> Array:
         """(3, m) QUANTILES of the drawn curves' losses at some LRs, nats."""
@@ -653,11 +628,13 @@ class LadderPosterior:
         sizes: by rising position.
         curves: draws of each; None where a size has too few LRs for a curve.
         walk: how the drawn optima move; None where no size has a curve.
+        prior: the numbers that it rests on.
     """
 
     sizes: tuple[SizeRuns, ...]
     curves: tuple[CurveDraws | None, ...]
     walk: WalkDraws | None
+    prior: CurvePrior
 
     @cached_property
     def fitted(self) -> list[tuple[SizeRuns, CurveDraws]]:
@@ -708,7 +685,7 @@ def fit_ladder(sizes: Iterable[SizeRuns], prior: CurvePrior | None = None) -> La
     ordered = tuple(sorted(sizes, key=lambda size: size.position))
     fitted = [size for size in ordered if size.fitted]
     if not fitted:
-        return LadderPosterior(ordered, (None,) * len(ordered), None)
+        return LadderPosterior(ordered, (None,) * len(ordered), None, prior)
     rng = np.random.default_rng(0)
     evidence = LadderEvidence.of(fitted, prior)
     picked = rng.choice(evidence.shared.size, SHARED_DRAWS, p=evidence.shared.ravel())
@@ -723,7 +700,7 @@ def fit_ladder(sizes: Iterable[SizeRuns], prior: CurvePrior | None = None) -> La
     )
     pairs = zip(evidence.sizes, cells, strict=True)
     curves = iter([_draw_curves(evidence, prior, size, cell, shared[:, which], rng) for size, cell in pairs])
-    return LadderPosterior(ordered, tuple(next(curves) if size.fitted else None for size in ordered), walk)
+    return LadderPosterior(ordered, tuple(next(curves) if size.fitted else None for size in ordered), walk, prior)
 
 
 def _draw_curves(
@@ -812,7 +789,7 @@ def _tie(
         curves = [None if curve is None else curve.take(rows) for curve in ladder.curves]
         shared = shared or replace(_curve(ladder, i).take(rows), optimum=optimum)
         curves[i] = shared
-        out.append(LadderPosterior(ladder.sizes, tuple(curves), ladder.walk and ladder.walk.take(rows)))
+        out.append(replace(ladder, curves=tuple(curves), walk=ladder.walk and ladder.walk.take(rows)))
     return out
 
 

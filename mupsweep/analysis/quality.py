@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mupsweep.analysis.estimate import UNKNOWN, Estimate
-from mupsweep.analysis.gaussian_process import Array
-from mupsweep.analysis.optimum import TAILS, Optimum
+from mupsweep.analysis.estimate import UNKNOWN, Array, Estimate
+from mupsweep.analysis.forecast import LOST_RUN, forecast
+from mupsweep.analysis.loss_curve import LadderPosterior, fit_ladder
+from mupsweep.analysis.optimum import Optimum
 
 POWERS = (0.5, 2.0)  # finite-size corrections fall as size^-p; p is drawn between these, since few sizes cannot tell it
 MISS = 1.0  # octaves: the error whose price kappa follows from size to size
@@ -20,16 +21,18 @@ MISS = 1.0  # octaves: the error whose price kappa follows from size to size
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The largest size, predicted from the smaller ones as if it had not been trained.
+    """The largest size, forecast from the smaller ones as if it had not been trained.
 
     Attributes:
         predicted: log2 of the best LR.
         error: octaves by which the prediction lies above the optimum that was then measured.
-        regret: nats per token lost there by using the prediction.
+        log2_lr: of the LR that the smaller sizes hand over.
+        regret: nats per token lost by that LR there.
     """
 
     predicted: Estimate
     error: Estimate
+    log2_lr: float
     regret: Estimate
 
 
@@ -50,12 +53,13 @@ class Quality:
     held_out: HeldOut | None
 
 
-def quality(positions: Array, optima: Sequence[Optimum]) -> Quality:
+def quality(positions: Array, optima: Sequence[Optimum], posterior: LadderPosterior) -> Quality:
     """The metrics of one ladder; unknown where too few of its optima are known.
 
     Args:
         positions: log2 of every size's ratio to the base, rising.
         optima: of every size.
+        posterior: of the ladder.
     """
     known = [optimum for optimum in optima if optimum.known]
     if len(known) < 2:
@@ -69,7 +73,7 @@ def quality(positions: Array, optima: Sequence[Optimum]) -> Quality:
     prices = np.log2(np.maximum([_price(optimum) for optimum in known], 1e-9))
     center = x - x.mean()
     robustness = Estimate.of(center @ prices / (center @ center))
-    held_out = _held_out(x, known) if known[-1] is optima[-1] else None
+    held_out = _held_out(optima[-1], posterior) if known[-1] is optima[-1] else None
     return Quality(fit_error, robustness, Estimate.of(asymptote(x, known)), held_out)
 
 
@@ -93,25 +97,23 @@ def asymptote(x: Array, known: Sequence[Optimum]) -> Array:
 
 
 def drawn(optimum: Optimum) -> tuple[Array, Array]:
-    """(draws,) log2 LRs of the minima of an optimum that has draws, and (draws,) the losses there."""
-    assert optimum.posterior is not None
-    return optimum.posterior.minima, optimum.posterior.losses
+    """(draws,) log2 LRs of an optimum that has draws, and (draws,) the losses there."""
+    assert optimum.draws is not None
+    return optimum.draws.optimum, optimum.draws.floor
 
 
-def _held_out(x: Array, known: Sequence[Optimum]) -> HeldOut | None:
-    """The largest size beside what a line through the smaller ones predicts; None with fewer than 3 sizes."""
-    if len(known) < 3:
+def _held_out(largest: Optimum, posterior: LadderPosterior) -> HeldOut | None:
+    """The largest size beside what the smaller ones forecast for it; None with fewer than two of them with curves."""
+    smaller = [size for size in posterior.sizes if size.position < posterior.sizes[-1].position]
+    if sum(size.fitted for size in smaller) < 2:
         return None
-    *smaller, last = known
-    minima = np.array([drawn(optimum)[0] for optimum in smaller])
-    predicted = _line(x[:-1], minima, x[-1:])[0]
-    lowest, loss = drawn(last)
-    assert last.posterior is not None
-    lost = np.maximum(last.posterior.at(predicted) - loss, 0.0)
-    # beyond the window that was fitted, nothing is known of the loss
-    inside = (predicted >= last.posterior.grid[0]) & (predicted <= last.posterior.grid[-1])
-    regret = Estimate.of(lost) if np.mean(inside) > 2 * TAILS[1] - 1 else UNKNOWN
-    return HeldOut(Estimate.of(predicted), Estimate.of(predicted - lowest), regret)
+    assert largest.draws is not None
+    expected = forecast(fit_ladder(smaller, posterior.prior), posterior.sizes[-1].position)
+    assert expected is not None
+    error = np.random.default_rng(4).permutation(expected.draws) - largest.draws.optimum
+    handed_over = np.full((len(error), 1), expected.log2_lr)
+    regret = Estimate.among(largest.draws.rise(handed_over)[:, 0]).finite
+    return HeldOut(expected.optimum, Estimate.of(error), expected.log2_lr, regret)
 
 
 def _line(x: Array, values: Array, at: Array) -> Array:
@@ -122,7 +124,7 @@ def _line(x: Array, values: Array, at: Array) -> Array:
 
 
 def _price(optimum: Optimum) -> Array:
-    """(draws,) nats lost by missing the minimum by MISS octaves, the mean of both sides."""
-    assert optimum.posterior is not None
-    lowest, loss = drawn(optimum)
-    return (optimum.posterior.at(lowest - MISS) + optimum.posterior.at(lowest + MISS)) / 2 - loss
+    """(draws,) nats lost by missing the minimum by MISS octaves, the mean of both sides; a nat at most."""
+    assert optimum.draws is not None
+    beside = optimum.draws.optimum[:, None] + np.array([-MISS, MISS])
+    return np.minimum(optimum.draws.rise(beside), LOST_RUN).mean(axis=1)

@@ -26,6 +26,7 @@ class RunResult:
         flops: of a run of its own that ends where this one does.
         horizon: tokens of training; None where no run of the sweep has branches.
         hyperparameter, value, default: what differs from the default of the sweep, if anything does.
+        validation: whether it validates an LR at a target, and is no part of a ladder.
         precision: of the arithmetic; no column of runs.csv.
     """
 
@@ -54,6 +55,7 @@ class RunResult:
     hyperparameter: str | None = None
     value: float | None = None
     default: float | None = None
+    validation: bool = False
     precision: str | None = None
 
     @classmethod

@@ -1,33 +1,54 @@
-"""Transfer: curves -> drift of the optimal LR, regret, and a verdict with its reasons."""
+"""Transfer: curves -> optima, drift of the optimal LR, regret, and a verdict with its reasons, for every ladder."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
 
+from mupsweep.analysis import verdict
+from mupsweep.analysis.config import AnalysisConfig, CurvePrior, VerdictBounds
 from mupsweep.analysis.curves import LossCurve
-from mupsweep.analysis.estimate import UNKNOWN, ZERO, Estimate
-from mupsweep.analysis.gaussian_process import Array
-from mupsweep.analysis.optimum import TAILS, Optimum, optima
+from mupsweep.analysis.estimate import UNKNOWN, ZERO, Array, Estimate
+from mupsweep.analysis.forecast import Forecast, forecast
+from mupsweep.analysis.loss_curve import LadderPosterior, fit_ladder
+from mupsweep.analysis.optimum import Optimum, fit_curves, optima_of, shuffled
 from mupsweep.analysis.quality import Quality, quality
+from mupsweep.formatting import counted
 
-TRANSFERS, DRIFTS, INCONCLUSIVE = "transfers", "drifts", "inconclusive"
 HORIZON = "horizon"  # the axis of training tokens
 AXIS_UNIT = {"joint": "size", HORIZON: "tokens"}  # what an axis counts, where that is not its name
-TOLERANCE_OCTAVES = 0.5  # of total drift from the base to the largest size: half a step of an octave grid
-TOLERANCE_NATS = 0.01  # of regret
 
 
-def loss_of(optimum: Optimum) -> Estimate:
-    """The loss at an optimum, in nats per token; without an interval where the data do not bound the optimum itself."""
-    if optimum.posterior is not None and optimum.se is not None:
-        return Estimate.of(optimum.posterior.losses)
-    return Estimate(optimum.loss, None, None)
+@dataclass(frozen=True)
+class MoreRuns:
+    """The LRs of one size that would decide a verdict."""
+
+    curve: LossCurve
+    log2_lrs: tuple[float, ...]
+
+
+CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "open"
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A forecast beside what came out at a size that was trained to test it.
+
+    Attributes:
+        optimum: of the target, from its own runs alone.
+        forecast: from the smaller sizes.
+        regret: nats per token lost there by the LR that was handed over; infinite numbers are None.
+        outcome: CONFIRMED or REFUTED, as the interval of their difference has 0 in it; OPEN while it has no end there.
+    """
+
+    optimum: Optimum
+    forecast: Forecast
+    regret: Estimate
+    outcome: str
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,10 @@ class LadderResult:
         regrets: nats per token lost by using the base's optimum, for every size.
         verdict: TRANSFERS, DRIFTS or INCONCLUSIVE.
         reasons: why, in sentences for people, the deciding one first.
+        deciding_runs: the cheapest runs that would probably decide an inconclusive verdict.
+        posterior: of the ladder's curves and of the walk of its optima.
+        bounds: that the verdict rests on.
+        validations: of forecasts on this axis; they change nothing else.
     """
 
     model: str
@@ -58,6 +83,10 @@ class LadderResult:
     regrets: tuple[Estimate, ...]
     verdict: str
     reasons: tuple[str, ...]
+    deciding_runs: tuple[MoreRuns, ...]
+    posterior: LadderPosterior
+    bounds: VerdictBounds
+    validations: tuple[Validation, ...] = ()
 
     @property
     def label(self) -> tuple[str, str, str]:
@@ -66,36 +95,81 @@ class LadderResult:
     @property
     def base(self) -> Optimum:
         """The optimum that the others are compared with: the base's, or that of the smallest size without a base."""
-        return next((o for o in self.optima if self.ratio(o.curve) == 1), self.optima[0])
+        at_base = next((o for o in self.optima if self.ratio(o.curve) == 1), self.optima[0])
+        if at_base.draws is not None:
+            return at_base
+        return next((o for o in self.optima if o.draws is not None), at_base)
 
     @property
     def shifts(self) -> tuple[Estimate, ...]:
         """Octaves by which every size's optimum lies above the base's; the last of them is the total drift."""
         base = self.base
         here = UNKNOWN if base.log2_lr is None else ZERO
-        return tuple(here if o is base else _difference(base, o) for o in self.optima)
+        return tuple(here if o is base else _shift(base, o) for o in self.optima)
 
     @property
     def fitted(self) -> tuple[Optimum, ...]:
-        """The optima that `drift` is the slope of: without those that are only bounded."""
+        """The optima that have both ends."""
         return tuple(o for o in self.optima if o.known)
 
     def positions(self, optima: Iterable[Optimum]) -> Array:
         """log2 of the position of some sizes on this ladder's axis."""
         return np.log2([self.ratio(o.curve) for o in optima])
 
+    @property
+    def tolerance(self) -> float:
+        """Octaves that the optimum may move in all."""
+        positions = self.positions((self.base, self.optima[-1]))
+        return self.bounds.total(float(positions[1] - positions[0]))
+
     @cached_property
     def quality(self) -> Quality:
         """How well the LR transfers, in the metrics that others report."""
-        return quality(self.positions(self.optima), self.optima)
+        return quality(self.positions(self.optima), self.optima, self.posterior)
+
+    def forecast(self, doublings: float) -> Forecast | None:
+        """The optimum at a size so many doublings above the base, and the LR to use there; None without any curve."""
+        return forecast(self.posterior, doublings)
 
     def ratio(self, curve: LossCurve) -> float:
         """The position of a size on this ladder's axis, target / base; of a horizon, to the shortest."""
-        if self.axis == HORIZON:
-            return (curve.horizon or 1) / (self.optima[0].curve.horizon or 1)
-        return {"width": curve.width_ratio, "depth": curve.depth_ratio}.get(
-            self.axis, curve.width_ratio * curve.depth_ratio
-        )
+        return ratio_on(self.axis, curve, self.optima[0].curve)
+
+    def validate(self, target: LossCurve) -> Validation | None:
+        """The forecast of the smaller sizes beside the runs of a target; None where they forecast nothing."""
+        position = math.log2(self.ratio(target))
+        ladder = self.posterior
+        smaller = [size for size in ladder.sizes if size.position < position]
+        if len(smaller) < len(ladder.sizes):
+            ladder = fit_ladder(smaller, ladder.prior)
+        expected = forecast(ladder, position)
+        if expected is None:
+            return None
+        [optimum] = ladder_optima(self.axis, [target], ladder.prior)
+        if optimum.draws is None:
+            return Validation(optimum, expected, UNKNOWN, OPEN)
+        handed_over = np.full((len(expected.draws), 1), expected.log2_lr)
+        regret = Estimate.among(optimum.draws.rise(handed_over)[:, 0]).finite
+        off = Estimate.of(shuffled(optimum.draws.optimum) - expected.draws)
+        assert off.low is not None
+        assert off.high is not None
+        above = off.low > 0 and optimum.low is not None
+        below = off.high < 0 and optimum.high is not None
+        outcome = REFUTED if above or below else CONFIRMED if optimum.known else OPEN
+        return Validation(optimum, expected, regret, outcome)
+
+
+def ratio_on(axis: str, curve: LossCurve, smallest: LossCurve) -> float:
+    """The position of a curve on an axis, target / base; of a horizon, to that of the ladder's first curve."""
+    if axis == HORIZON:
+        return (curve.horizon or 1) / (smallest.horizon or 1)
+    return {"width": curve.width_ratio, "depth": curve.depth_ratio}.get(axis, curve.width_ratio * curve.depth_ratio)
+
+
+def axis_of(curve: LossCurve) -> str | None:
+    """The axis that leads from the base to a size; None for the base itself."""
+    wider, deeper = curve.width_ratio != 1, curve.depth_ratio != 1
+    return "joint" if wider and deeper else "width" if wider else "depth" if deeper else None
 
 
 def ladders(curves: Sequence[LossCurve]) -> Iterable[tuple[str, list[LossCurve]]]:
@@ -116,73 +190,106 @@ def ladders(curves: Sequence[LossCurve]) -> Iterable[tuple[str, list[LossCurve]]
     return of_several_sizes or [("width", list(curves)[:1])]
 
 
-def judge_ladder(axis: str, ladder: Sequence[LossCurve]) -> LadderResult:
-    """The verdict on one ladder, with the optima of its curves."""
-    return verdict_of(axis, optima(ladder))
+def ladder_optima(axis: str, curves: Sequence[LossCurve], prior: CurvePrior | None = None) -> tuple[Optimum, ...]:
+    """The optimum of every size of one ladder, its curves given by rising size."""
+    positions = [math.log2(ratio_on(axis, curve, curves[0])) for curve in curves]
+    return optima_of(curves, fit_curves([(curves, positions)], prior)[0])
 
 
-def verdict_of(axis: str, optima: Sequence[Optimum], of: str = "LR") -> LadderResult:
-    """The verdict that follows from the optima of one ladder, of the LR or of another hyperparameter."""
-    label = optima[0].curve.names
-    unjudged = LadderResult(*label, axis, tuple(optima), UNKNOWN, UNKNOWN, UNKNOWN, (), INCONCLUSIVE, ())
-    position = [math.log2(unjudged.ratio(o.curve)) for o in optima]
-    base = unjudged.base
-    drift = _slope(position, optima)
-    total = _difference(base, optima[-1])
-    regrets = tuple(_regret(base, o) for o in optima)
-    verdict, reasons = _judge(axis, optima, base, total, regrets, of)
-    if unjudged.ratio(base.curve) != 1:
-        reasons.append(f"nothing is known at the base: {base.curve.place(axis)} stands for it")
-    reasons += [f"{_size(axis, o)}: the base's {of} diverges there" for o in optima if diverges(base, o)]
-    return LadderResult(*label, axis, tuple(optima), drift, total, regrets[-1], regrets, verdict, tuple(reasons))
+def judge_ladders(
+    ladders: Sequence[tuple[str, Sequence[LossCurve]]], config: AnalysisConfig | None = None
+) -> list[LadderResult]:
+    """The verdict on every ladder, given as its axis and its curves by rising size.
+
+    They are judged together, since a size that several of them share has one optimum.
+    """
+    config = config or AnalysisConfig()
+    positions = [[math.log2(ratio_on(axis, c, curves[0])) for c in curves] for axis, curves in ladders]
+    sizes = [(curves, at) for (_, curves), at in zip(ladders, positions, strict=True)]
+    posteriors = fit_curves(sizes, config.curve)
+    pairs = zip(ladders, posteriors, strict=True)
+    return [judge_ladder(axis, curves, posterior, config.verdict) for (axis, curves), posterior in pairs]
 
 
-def _slope(position: Sequence[float], optima: Sequence[Optimum]) -> Estimate:
-    """Octaves per doubling: a weighted line through the optima of every draw."""
-    fitted = [(x, o) for x, o in zip(position, optima, strict=True) if o.known]
-    if len({x for x, _ in fitted}) < 2:
+def judge_ladder(
+    axis: str, curves: Sequence[LossCurve], posterior: LadderPosterior, bounds: VerdictBounds, of: str = "LR"
+) -> LadderResult:
+    """The verdict that follows from the curves of one ladder, over the LR or over another hyperparameter."""
+    optima = optima_of(curves, posterior)
+
+    def cost(size: int) -> float:
+        """Of one run, in parameters of the blocks times tokens."""
+        return curves[size].width ** 2 * curves[size].depth * (curves[size].horizon or 1)
+
+    found = verdict.judge(posterior, bounds, cost, of)
+    regrets = tuple(found.regrets.get(k, UNKNOWN).finite for k in range(len(curves)))
+    runs = tuple(MoreRuns(curves[one.size], one.log2_lrs) for one in found.deciding_runs)
+    ladder = LadderResult(
+        *curves[0].names,
+        axis,
+        optima,
+        found.drift,
+        found.total_drift,
+        found.regret.finite,
+        regrets,
+        found.name,
+        (),
+        runs,
+        posterior,
+        bounds,
+    )
+    base = ladder.base
+    own = UNKNOWN if base.log2_lr is None else ZERO
+    regrets = tuple(own if o is base else regret for o, regret in zip(optima, regrets, strict=True))
+    return replace(ladder, regrets=regrets, reasons=tuple(_reasons(ladder, found, of)))
+
+
+def _reasons(ladder: LadderResult, found: verdict.Verdict, of: str) -> Iterable[str]:
+    """Why the verdict is what it is: how far the optimum moves and what that costs, and what is not known of it."""
+    axis, base, optima = ladder.axis, ladder.base, ladder.optima
+    largest = next((o for o in reversed(optima) if o.draws is not None), base)
+    if largest is base:
+        yield f"no size larger than the base has {of}s enough for a curve: {_larger(ladder)}"
+    else:
+        yield found.reason + "; " + _numbers(ladder, largest)
+    if ladder.deciding_runs:
+        runs = " and ".join(
+            f"{more.curve.place(axis)} at log2 {of} {', '.join(f'{x:.3g}' for x in more.log2_lrs)}"
+            for more in ladder.deciding_runs
+        )
+        yield f"the cheapest runs that would probably decide: {runs}"
+    if ladder.ratio(base.curve) != 1:
+        yield f"nothing is known at the base: {base.curve.place(axis)} stands for it"
+    for optimum in optima:
+        if optimum.reason is not None:
+            yield f"{_size(axis, optimum)}: {optimum.reason}"
+        if diverges(base, optimum):
+            yield f"{_size(axis, optimum)}: the base's {of} diverges there"
+
+
+def _larger(ladder: LadderResult) -> str:
+    """What to do where there is no larger size to compare the base with."""
+    untrained = [o for o in ladder.optima if o is not ladder.base]
+    if not untrained:
+        return "add ratios above 1"
+    places = ", ".join(f"{o.curve.place(ladder.axis)} ({counted(o.curve.n_runs, 'run')})" for o in untrained)
+    return f"go on with {places}"
+
+
+def _numbers(ladder: LadderResult, largest: Optimum) -> str:
+    """How far the optimum moves, and what the base's costs at the largest size."""
+    at = largest.curve.place(ladder.axis)
+    cost = "diverges" if ladder.regret == UNKNOWN else f"costs {ladder.regret:.4f} nats"
+    return (
+        f"it moves {ladder.drift:+.2f} octaves per doubling, {ladder.total_drift:+.2f} from "
+        f"{ladder.base.curve.place(ladder.axis)} to {at}, and the base's {cost} there"
+    )
+
+
+def _shift(base: Optimum, other: Optimum) -> Estimate:
+    if base.draws is None or other.draws is None:
         return UNKNOWN
-    x = np.array([x for x, _ in fitted])
-    y = np.array([o.log2_lr for _, o in fitted], dtype=float)
-    w = 1 / np.array([o.se for _, o in fitted], dtype=float) ** 2
-    center = (w @ x) / w.sum()
-    weights = w * (x - center) / float(w @ (x - center) ** 2)  # slope = weights @ optima
-    slope = float(weights @ y)
-    slopes = weights @ np.array([_minima(o) for _, o in fitted])
-    low, high = np.quantile(slopes, TAILS)
-    return Estimate(slope, float(low), float(high))
-
-
-def _difference(base: Optimum, last: Optimum) -> Estimate:
-    """Octaves from the base's optimum to the last size's; a bound where one of them is only bounded."""
-    if base is last:
-        return UNKNOWN
-    if base.log2_lr is not None and last.log2_lr is not None and base.se is not None and last.se is not None:
-        low, high = (float(q) for q in np.quantile(_minima(last) - _minima(base), TAILS))
-        return Estimate(last.log2_lr - base.log2_lr, low, high)
-    low = None if last.low is None or base.high is None else last.low - base.high
-    high = None if last.high is None or base.low is None else last.high - base.low
-    both = base.log2_lr is not None and last.log2_lr is not None
-    return Estimate(last.log2_lr - base.log2_lr if both else None, low, high)  # type: ignore[operator]
-
-
-def _regret(base: Optimum, at: Optimum) -> Estimate:
-    """Nats lost at a size by using the base's optimum there: draw by draw, the loss there above the minimum."""
-    if base is at:
-        return UNKNOWN if base.log2_lr is None else ZERO
-    if base.log2_lr is None or base.se is None or at.posterior is None or at.se is None:
-        return UNKNOWN
-    usable, starts = at.curve.usable, _minima(base)
-    if not usable[0].log2_lr <= base.log2_lr <= usable[-1].log2_lr:
-        return UNKNOWN
-    # beyond the drawn window: interpolate the means; beyond those, runs diverge
-    line = PchipInterpolator([p.log2_lr for p in usable], [p.mean for p in usable], extrapolate=False)
-    outside = (starts < at.posterior.grid[0]) | (starts > at.posterior.grid[-1])
-    there = np.where(outside, np.nan_to_num(line(starts), nan=math.inf), at.posterior.at(starts))
-    lost = np.sort(np.maximum(there - at.posterior.losses, 0.0))
-    ends = (float(lost[round(q * (len(lost) - 1))]) for q in (TAILS[0], 0.5, TAILS[1]))
-    low, value, high = (end if math.isfinite(end) else None for end in ends)
-    return Estimate(value, low, high)
+    return verdict.difference(base.draws, base.estimate, other.draws, other.estimate)
 
 
 def diverges(base: Optimum, at: Optimum) -> bool:
@@ -190,76 +297,6 @@ def diverges(base: Optimum, at: Optimum) -> bool:
     finished = [p.log2_lr for p in at.curve.usable]
     beyond = [p.log2_lr for p in at.curve.points if p.censored and p.log2_lr > max(finished, default=-math.inf)]
     return base is not at and base.log2_lr is not None and bool(beyond) and base.log2_lr >= beyond[0]
-
-
-def _minima(optimum: Optimum) -> Array:
-    """The drawn minima of an optimum that has them."""
-    assert optimum.posterior is not None
-    return optimum.posterior.minima
-
-
-def _judge(
-    axis: str,
-    optima: Sequence[Optimum],
-    base: Optimum,
-    total: Estimate,
-    regrets: Sequence[Estimate],
-    of: str,
-) -> tuple[str, list[str]]:
-    """The verdict and its reasons.
-
-    Transfers: the whole interval of the total drift lies within TOLERANCE_OCTAVES, or the whole interval of every
-    size's regret below TOLERANCE_NATS (a valley so flat that the exact LR does not matter). Drifts: the interval
-    excludes no drift and the drift exceeds the tolerance. Everything else is inconclusive.
-    """
-    names = f"from {base.curve.place(axis)} to {optima[-1].curve.place(axis)}"
-    reasons = [f"{_size(axis, o)}: {o.reason}" for o in optima if o.reason is not None]
-    if len(optima) < 2 or base is optima[-1]:
-        return INCONCLUSIVE, [
-            f"no size larger than the base on the {axis} axis: add ratios above 1",
-            *reasons,
-        ]
-    tolerance = TOLERANCE_OCTAVES
-    width = f"the optimum moves {_exactly(total, tolerance)} octaves {names}"
-    if total.low is not None and total.high is not None and -tolerance <= total.low and total.high <= tolerance:
-        return TRANSFERS, [f"{width}: within +-{tolerance:g}", *reasons]
-    worst = max((r.high for r in regrets if r.high is not None), default=math.inf)
-    if all(r.high is not None for r in regrets) and worst <= TOLERANCE_NATS:
-        return TRANSFERS, [
-            f"using the base's {of} costs at most {worst:.4f} nats at every size, within {TOLERANCE_NATS:g}",
-            width,
-            *reasons,
-        ]
-    down = (
-        total.high is not None
-        and total.high < 0
-        and (total.value if total.value is not None else total.high) < -tolerance
-    )
-    up = total.low is not None and total.low > 0 and (total.value if total.value is not None else total.low) > tolerance
-    if down or up:
-        return DRIFTS, [f"{width}: more than {tolerance:g}", *reasons]
-    if total.value is None and total.low is None and total.high is None:
-        return INCONCLUSIVE, reasons or ["the optimum of the base or of the largest size is unknown"]
-    return INCONCLUSIVE, [
-        f"{width}: the interval is neither within +-{tolerance:g} nor clearly outside; "
-        f"add seeds, or {of}s around the optimum",
-        *reasons,
-    ]
-
-
-def _exactly(total: Estimate, tolerance: float) -> str:
-    """The estimate with enough decimals for every number to stay on its side of the tolerance.
-
-    -0.503 is not within +-0.5. Where the sign decides between a drift and none, numbers stay on their side of zero too.
-    """
-    ends = [end for end in (total.low, total.value, total.high) if end is not None]
-    wide = any(abs(x) > tolerance for x in ends)
-
-    def side(x: float) -> tuple[bool, bool, bool]:
-        return abs(x) <= tolerance, wide and x < 0, wide and x > 0
-
-    digits = next((d for d in range(2, 7) if all(side(round(x, d)) == side(x) for x in ends)), 2)
-    return f"{total:+.{digits}f}"
 
 
 def _size(axis: str, optimum: Optimum) -> str:

@@ -16,16 +16,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mupsweep.analysis.comparison import STANDARD, Comparison, Flops, compare, pairs, shared
+from mupsweep.analysis.config import AnalysisConfig
 from mupsweep.analysis.curves import LossCurve, Point
-from mupsweep.analysis.estimate import UNKNOWN, Estimate
-from mupsweep.analysis.gaussian_process import Array
+from mupsweep.analysis.estimate import UNKNOWN, Array, Estimate
 from mupsweep.analysis.labels import Label
-from mupsweep.analysis.optimum import Optimum, located, optima
+from mupsweep.analysis.loss_curve import fit_ladder
+from mupsweep.analysis.optimum import Optimum, runs_of, shuffled
 from mupsweep.analysis.run_result import Size
-from mupsweep.analysis.transfer import HORIZON, INCONCLUSIVE, TOLERANCE_NATS, TRANSFERS, LadderResult, verdict_of
+from mupsweep.analysis.transfer import HORIZON, LadderResult, judge_ladder, ladder_optima
+from mupsweep.analysis.verdict import INCONCLUSIVE, TRANSFERS
 from mupsweep.formatting import counted
 
-EXACT_DOF = 1000.0  # degrees of freedom of a noise that is known from draws
 DECAYS = ("beta", "momentum")  # in the last words of keys whose octaves are those of 1 - value
 NEGLIGIBLE_NATS = 0.0005  # nats: a gap below the last printed digit is none to close
 
@@ -99,7 +100,7 @@ class GapAfterTuning:
         return None if gap is None or left is None or gap > -NEGLIGIBLE_NATS else (left - gap) / -gap
 
 
-def tunings(groups: Sequence[LadderResult], changed: Sequence[LossCurve]) -> list[Tuning]:
+def tunings(groups: Sequence[LadderResult], changed: Sequence[LossCurve], config: AnalysisConfig) -> list[Tuning]:
     """Every hyperparameter that was changed, of every variant and ladder.
 
     Args:
@@ -114,7 +115,7 @@ def tunings(groups: Sequence[LadderResult], changed: Sequence[LossCurve]) -> lis
     for (names, key), curves in by_key.items():
         change = next(iter(curves.values()))[0].change
         assert change is not None
-        ladders = [_tuning(group, key, change.default, curves) for group in groups if group.label == names]
+        ladders = [_tuning(group, key, change.default, curves, config) for group in groups if group.label == names]
         all_tunings += [tuning for tuning in ladders if tuning.sizes]
     return all_tunings
 
@@ -137,11 +138,12 @@ def gaps_after_tuning(groups: Sequence[LadderResult], tuned: Sequence[Tuning], f
     return sorted(gaps, key=lambda gap: (gap.before[-1].of, gap.before[-1].axis, -(gap.share or -math.inf)))
 
 
-def remarks(gaps: Sequence[GapAfterTuning]) -> list[str]:
+def remarks(gaps: Sequence[GapAfterTuning], harmless: float) -> list[str]:
     """For every parametrization that ends above SP at the largest size, the hyperparameter that changes that most.
 
     Args:
         gaps: as `gaps_after_tuning` sorts them.
+        harmless: nats that a gap may have to be none.
     """
     closing_most: dict[tuple[Label, str], GapAfterTuning] = {}
     for gap in gaps:
@@ -154,7 +156,7 @@ def remarks(gaps: Sequence[GapAfterTuning]) -> list[str]:
         if share < 0.5:
             lines.append(f"no hyperparameter of this sweep closes the gap of {who}; {gap.hyperparameter}: {share:.0%}")
             continue
-        certain = gap.after[-1].lower.low is not None and gap.after[-1].lower.low >= -TOLERANCE_NATS
+        certain = gap.after[-1].lower.low is not None and gap.after[-1].lower.low >= -harmless
         how = "closes" if share >= 0.9 else "closes most of"
         lines.append(
             f"{gap.hyperparameter} {how} the gap of {who} ({share:.0%} of it)"
@@ -164,26 +166,30 @@ def remarks(gaps: Sequence[GapAfterTuning]) -> list[str]:
 
 
 def _tuning(
-    group: LadderResult, key: str, default: float | None, curves: Mapping[float, Sequence[LossCurve]]
+    group: LadderResult,
+    key: str,
+    default: float | None,
+    curves: Mapping[float, Sequence[LossCurve]],
+    config: AnalysisConfig,
 ) -> Tuning:
     """One hyperparameter along one ladder of the default."""
     sizes = [o.curve.size for o in group.optima]
     by_value: dict[float | None, dict[Size, Optimum]] = {default: {o.curve.size: o for o in group.optima}}
     for value, curves_of_value in sorted(curves.items()):
         ladder = sorted((c for c in curves_of_value if c.size in sizes), key=lambda c: sizes.index(c.size))
-        by_value[value] = {o.curve.size: o for o in (optima(ladder) if ladder else [])}
+        by_value[value] = {o.curve.size: o for o in ladder_optima(group.axis, ladder, config.curve)}
     drawn = {
         size: {
             value: _losses(at[size], i)
             for i, (value, at) in enumerate(by_value.items())
-            if size in at and at[size].posterior is not None
+            if size in at and at[size].draws is not None
         }
         for size in sizes
     }
     kept = [size for size in sizes if default in drawn[size] and len(drawn[size]) > 1]
     if not kept:
         return Tuning(group.label, key, default, group.axis, (), UNKNOWN, INCONCLUSIVE, ())
-    best_values = _over_values(group, key, kept, by_value, drawn)
+    best_values = _over_values(group, key, kept, by_value, drawn, config)
     base = kept[next((i for i, o in enumerate(best_values.optima) if best_values.ratio(o.curve) == 1), 0)]
     first = _best(drawn[base])
     sizes_tuned = []
@@ -214,12 +220,13 @@ def _tuning(
         return Tuning(
             group.label, key, default, group.axis, tuple(sizes_tuned), UNKNOWN, INCONCLUSIVE, (reason, *reasons)
         )
+    harmless = config.verdict.harmless
     costs_little = all(
-        one.edge is None and one.regret.high is not None and one.regret.high <= TOLERANCE_NATS for one in sizes_tuned
+        one.edge is None and one.regret.high is not None and one.regret.high <= harmless for one in sizes_tuned
     )
     if verdict == INCONCLUSIVE and costs_little and len(kept) == len(sizes) > 1:
         verdict = TRANSFERS
-        reason = f"the base's best value, {value_text(first)}, costs at most {TOLERANCE_NATS:g} nats at every size"
+        reason = f"the base's best value, {value_text(first)}, costs at most {harmless:g} nats at every size"
         reasons = (reason, *reasons)
     return Tuning(group.label, key, default, group.axis, tuple(sizes_tuned), best_values.total_drift, verdict, reasons)
 
@@ -230,21 +237,24 @@ def _over_values(
     sizes: Sequence[Size],
     by_value: Mapping[float | None, Mapping[Size, Optimum]],
     drawn: Mapping[Size, Mapping[float | None, Array]],
+    config: AnalysisConfig,
 ) -> LadderResult:
     """The ladder of the best values: curves of the losses at the optimal LRs over the log2 of the value."""
-    curves, sds = [], []
+    curves, runs = [], []
     own = {o.curve.size: o.curve for o in group.optima}
     for size in sizes:
-        points, sd = [], {}
+        points: dict[float, Array] = {}
         for value in by_value:
             place = _place(key, value)
             if place is not None and value in drawn[size]:
-                points.append(Point(place, {0: float(np.median(drawn[size][value]))}, 0))
-                sd[place] = float(drawn[size][value].std())
-        curves.append(replace(own[size], points=tuple(sorted(points, key=lambda p: p.log2_lr))))
-        sds.append(sd)
-    minima = [replace(o, reason=_reason(key, o)) for o in located(curves, sds, EXACT_DOF)]
-    return verdict_of(group.axis, minima, "value")
+                points[place] = drawn[size][value]
+        losses = tuple(Point(place, {0: float(np.median(points[place]))}, 0) for place in sorted(points))
+        curves.append(replace(own[size], points=losses))
+        variances = np.array([points[place].var() for place in sorted(points)])
+        position = math.log2(group.ratio(own[size]))
+        runs.append(replace(runs_of(curves[-1], position), variances=variances))
+    ladder = judge_ladder(group.axis, curves, fit_ladder(runs, config.curve), config.verdict, "value")
+    return replace(ladder, optima=tuple(replace(o, reason=_reason(key, o)) for o in ladder.optima))
 
 
 def _reason(key: str, optimum: Optimum) -> str | None:
@@ -279,8 +289,8 @@ def _along(a: LadderResult, b: LadderResult, flops: Flops) -> tuple[Comparison, 
 
 def _losses(optimum: Optimum, seed: int) -> Array:
     """(draws,) losses at the optimum, permuted, since the draws of two ladders are independent."""
-    assert optimum.posterior is not None
-    return np.random.default_rng(seed).permutation(optimum.posterior.losses)
+    assert optimum.draws is not None
+    return shuffled(optimum.draws.floor, seed)
 
 
 def _best(losses: Mapping[float | None, Array]) -> float | None:

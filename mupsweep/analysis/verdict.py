@@ -11,44 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
-from mupsweep.analysis.estimate import UNKNOWN, Estimate
-from mupsweep.analysis.loss_curve import (
-    CONFIDENCE,
-    QUANTILES,
-    CurveDraws,
-    LadderPosterior,
-    SizeRuns,
-)
-
-Array = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.intp]
+from mupsweep.analysis.config import VerdictBounds
+from mupsweep.analysis.estimate import CONFIDENCE, QUANTILES, UNKNOWN, Array, Estimate, Indices
+from mupsweep.analysis.loss_curve import CurveDraws, LadderPosterior, SizeOptimum, SizeRuns
 
 TRANSFERS, DRIFTS, INCONCLUSIVE = "transfers", "drifts", "inconclusive"
 SLICES = 8  # equal parts of the draws by what a size's optimum may turn out to be
 NEW_LR = 0.26  # octaves from every trained LR
-
-
-@dataclass(frozen=True)
-class VerdictBounds:
-    """When an optimum has moved, and when that matters.
-
-    Attributes:
-        octaves: that an optimum may move in all.
-        octaves_per_doubling: that it may move, where this is more.
-        harmless: nats per token that the base's LR may cost whatever the optimum does.
-        costly: nats per token above which it surely should not be used.
-    """
-
-    octaves: float = 0.5
-    octaves_per_doubling: float = 0.25
-    harmless: float = 0.01
-    costly: float = 0.03
-
-    def total(self, doublings: float) -> float:
-        """Octaves that an optimum may move over a ladder."""
-        return max(self.octaves, self.octaves_per_doubling * abs(doublings))
 
 
 @dataclass(frozen=True)
@@ -69,7 +39,7 @@ class Verdict:
         total_drift: octaves from the base's optimum to that of the largest size.
         drift: octaves per doubling: the least-squares line through the optima.
         regret: nats lost at the largest size by the base's LR; infinite where runs diverge.
-        regrets: of every size above the base that has a curve, by its index.
+        regrets: of every other size with a curve, by its index.
         deciding_runs: the cheapest runs that would probably decide; none where the verdict is decided.
     """
 
@@ -92,6 +62,7 @@ class _Evidence:
         bounded_down, bounded_up: whether the grids bound how far it moves down, up.
         covered: whether the base's optimum has both ends and lies between trained LRs at every size.
         known_ends: of the base (0) and the largest size (its index), those whose optimum has both ends.
+        of: what it is whose optimum is looked for.
     """
 
     moved: Array
@@ -101,6 +72,7 @@ class _Evidence:
     bounded_up: bool
     covered: bool
     known_ends: tuple[int, ...]
+    of: str
 
     def decide(self, bounds: VerdictBounds, draws: Indices | slice = slice(None)) -> tuple[str, str]:
         """The verdict of some draws, all by default, and what decided.
@@ -115,68 +87,87 @@ class _Evidence:
         if any(np.mean(~near & (sign * moved > 0)) >= CONFIDENCE for sign in directions):
             return DRIFTS, f"the optimum moves by more than {bound:g} octaves"
         if self.covered and np.mean(lost.max(axis=0) <= bounds.harmless) >= CONFIDENCE:
-            return TRANSFERS, f"the base's LR costs at most {bounds.harmless:g} nats at every size"
+            return TRANSFERS, f"the base's {self.of} costs at most {bounds.harmless:g} nats at every size"
         if len(directions) == 2 and np.mean(near & (lost.max(axis=0) <= bounds.costly)) >= CONFIDENCE:
             return TRANSFERS, f"the optimum moves by at most {bound:g} octaves and costs at most {bounds.costly:g} nats"
         moves = any(np.mean(sign * moved > 0) > 0.5 for sign in directions)
         if moves and np.mean(lost[-1] > bounds.costly) >= CONFIDENCE:
-            return DRIFTS, f"the base's LR costs more than {bounds.costly:g} nats at the largest size"
+            return DRIFTS, f"the base's {self.of} costs more than {bounds.costly:g} nats at the largest size"
         return INCONCLUSIVE, ""
 
 
 def judge(
     ladder: LadderPosterior,
     bounds: VerdictBounds | None = None,
-    cost: Callable[[SizeRuns], float] = lambda size: 4.0**size.position,
+    cost: Callable[[int], float] | None = None,
+    of: str = "LR",
 ) -> Verdict:
-    """The verdict of a ladder; its base is its smallest size with a curve.
+    """The verdict of a ladder.
 
     Args:
-        cost: of one run of a size, to choose the cheapest runs; by default it grows with the square of the width.
+        cost: of one run of the size of an index, to choose the cheapest runs; by default it grows with the square of
+            the position.
+        of: what it is whose optimum is looked for.
     """
     bounds = bounds or VerdictBounds()
-    fitted = ladder.fitted
-    if len(fitted) < 2:
-        reason = "fewer than two sizes have LRs enough for a curve"
-        return Verdict(INCONCLUSIVE, reason, UNKNOWN, UNKNOWN, UNKNOWN, {}, ())
-    (base, base_curve), (largest, largest_curve) = fitted[0], fitted[-1]
-    by_size = dict(zip(map(id, ladder.sizes), ladder.optima, strict=True))
-    base_optimum, largest_optimum = by_size[id(base)], by_size[id(largest)]
-    lost = np.array([curve.rise(base_curve.optimum[:, None])[:, 0] for _, curve in fitted[1:]])
-    moved = largest_curve.optimum - base_curve.optimum
-    total_drift = _total_drift(moved, base_optimum.estimate, largest_optimum.estimate)
+    judged = _judged(ladder)
+    base_lr = judged[0].curve.optimum[:, None] if judged else np.empty((0, 1))
+    regrets = {
+        k: Estimate.among(curve.rise(base_lr)[:, 0])
+        for k, curve in enumerate(ladder.curves)
+        if curve is not None and k != judged[0].index
+    }
+    if len(judged) < 2:
+        reason = f"fewer than two sizes have {of}s enough for a curve"
+        return Verdict(INCONCLUSIVE, reason, UNKNOWN, UNKNOWN, UNKNOWN, regrets, ())
+    base, *larger = judged
+    largest = larger[-1]
+    lost = np.array([size.curve.rise(base_lr)[:, 0] for size in larger])
+    moved = largest.curve.optimum - base.curve.optimum
+    total_drift = difference(base.curve, base.optimum.estimate, largest.curve, largest.optimum.estimate)
     evidence = _Evidence(
         moved,
         lost,
-        largest.position - base.position,
+        largest.runs.position - base.runs.position,
         bounded_down=total_drift.high is not None,
         bounded_up=total_drift.low is not None,
-        covered=_is_covered(base_optimum.estimate, float(np.median(base_curve.optimum)), [size for size, _ in fitted]),
-        known_ends=tuple(k for k, end in ((0, base_optimum), (len(fitted) - 1, largest_optimum)) if end.reason is None),
+        covered=_is_covered(base, judged),
+        known_ends=tuple(k for k in (0, len(judged) - 1) if judged[k].optimum.reason is None),
+        of=of,
     )
     name, reason = evidence.decide(bounds)
     runs: tuple[Runs, ...] = ()
     if name == INCONCLUSIVE:
-        reason = _open_reason(ladder, total_drift, evidence, bounds)
-        runs = _deciding_runs(ladder, evidence, bounds, cost)
-    indices = [k for k, curve in enumerate(ladder.curves) if curve is not None]
-    regrets = {k: quantiles(row) for k, row in zip(indices[1:], lost, strict=True)}
-    return Verdict(name, reason, total_drift, _drift(ladder), regrets[indices[-1]], regrets, runs)
+        reason = _open_reason(judged, total_drift, evidence, bounds)
+        runs = _deciding_runs(judged, evidence, bounds, cost)
+    return Verdict(name, reason, total_drift, _drift(ladder), regrets[largest.index], regrets, runs)
 
 
-def quantiles(draws: Array) -> Estimate:
-    """Median and interval of draws, some of which may be infinite."""
-    low, middle, high = map(float, np.quantile(draws, QUANTILES, method="inverted_cdf"))
-    return Estimate(middle, low, high)
+@dataclass(frozen=True)
+class _Judged:
+    """A size of the ladder that the verdict looks at."""
+
+    index: int
+    runs: SizeRuns
+    curve: CurveDraws
+    optimum: SizeOptimum
 
 
-def _total_drift(moved: Array, base: Estimate, largest: Estimate) -> Estimate:
-    """How far the optimum moves, as far as both grids bound it."""
-    low, middle, high = map(float, np.quantile(moved, QUANTILES))
+def _judged(ladder: LadderPosterior) -> list[_Judged]:
+    """The sizes with curves from the base on, or from the smallest one if the base has no curve."""
+    everything = zip(ladder.sizes, ladder.curves, ladder.optima, strict=True)
+    fitted = [_Judged(k, runs, curve, at) for k, (runs, curve, at) in enumerate(everything) if curve is not None]
+    start = next((i for i, size in enumerate(fitted) if size.runs.position == 0), 0)
+    return fitted[start:]
+
+
+def difference(curve: CurveDraws, optimum: Estimate, other_curve: CurveDraws, other: Estimate) -> Estimate:
+    """Octaves from one optimum of a ladder to another, as far as both grids bound it."""
+    low, middle, high = map(float, np.quantile(other_curve.optimum - curve.optimum, QUANTILES))
     return Estimate(
-        middle if largest.value is not None and base.value is not None else None,
-        low if largest.low is not None and base.high is not None else None,
-        high if largest.high is not None and base.low is not None else None,
+        None if None in (optimum.value, other.value) else middle,
+        None if None in (other.low, optimum.high) else low,
+        None if None in (other.high, optimum.low) else high,
     )
 
 
@@ -186,38 +177,30 @@ def _drift(ladder: LadderPosterior) -> Estimate:
     centered = positions - positions.mean()
     if not centered.any():
         return UNKNOWN
-    return quantiles(centered @ np.array([curve.optimum for _, curve in ladder.fitted]) / (centered @ centered))
+    return Estimate.among(centered @ np.array([curve.optimum for _, curve in ladder.fitted]) / (centered @ centered))
 
 
-def _is_covered(base_optimum: Estimate, middle: float, sizes: Sequence[SizeRuns]) -> bool:
-    trained = (size.log2_lrs[size.usable] for size in sizes)
-    has_ends = base_optimum.low is not None and base_optimum.high is not None
+def _is_covered(base: _Judged, judged: Sequence[_Judged]) -> bool:
+    """Whether the base's optimum has both ends and lies between trained LRs at every size."""
+    middle = float(np.median(base.curve.optimum))
+    trained = (size.runs.log2_lrs[size.runs.usable] for size in judged)
+    has_ends = base.optimum.estimate.low is not None and base.optimum.estimate.high is not None
     return has_ends and all(x[0] <= middle <= x[-1] for x in trained)
 
 
-def _open_reason(ladder: LadderPosterior, total: Estimate, evidence: _Evidence, bounds: VerdictBounds) -> str:
+def _open_reason(judged: Sequence[_Judged], total: Estimate, evidence: _Evidence, bounds: VerdictBounds) -> str:
     """The one thing that keeps a verdict from being decided."""
     if total.low is None or total.high is None:
-        for size, optimum in zip(ladder.sizes, ladder.optima, strict=True):
-            if optimum.reason is not None and (size is ladder.fitted[0][0] or size is ladder.fitted[-1][0]):
-                return f"{'the base' if size is ladder.fitted[0][0] else 'the largest size'}: {optimum.reason}"
+        for name, size in (("the base", judged[0]), ("the largest size", judged[-1])):
+            if size.optimum.reason is not None:
+                return f"{name}: {size.optimum.reason}"
+    worst = evidence.lost.max(axis=0)
     bound = bounds.total(evidence.doublings)
-    questions = [
-        (
-            evidence.lost[-1] > bounds.costly,
-            f"the base's LR costs more than {bounds.costly:g} nats at the largest size",
-        ),
-        (np.abs(evidence.moved) > bound, f"the optimum moves by more than {bound:g} octaves"),
-        (
-            evidence.lost.max(axis=0) > bounds.harmless,
-            f"the base's LR costs more than {bounds.harmless:g} nats anywhere",
-        ),
-    ]
-    for is_so, question in questions:
-        chance = float(np.mean(is_so))
-        if 1 - CONFIDENCE < chance < CONFIDENCE:
-            return f"whether {question} is open: it does with a chance of {chance:.0%}"
-    return "the base's LR is costly, but which way the optimum moves is open"
+    far = float(np.mean(np.abs(evidence.moved) > bound))
+    if 1 - CONFIDENCE < far < CONFIDENCE:
+        return f"whether the optimum moves by more than {bound:g} octaves is open (probability {far:.0%})"
+    costly = float(np.mean(worst > bounds.costly))
+    return f"whether the base's {evidence.of} costs more than {bounds.costly:g} nats is open (probability {costly:.0%})"
 
 
 @dataclass(frozen=True)
@@ -225,7 +208,7 @@ class _Candidate:
     """Runs that might decide.
 
     Attributes:
-        sizes: indices into the fitted sizes, whose optima would be known.
+        sizes: indices into the judged sizes, whose optima would be known.
         outcomes: (k, draws) what the runs would show.
     """
 
@@ -235,35 +218,33 @@ class _Candidate:
 
 
 def _deciding_runs(
-    ladder: LadderPosterior, evidence: _Evidence, bounds: VerdictBounds, cost: Callable[[SizeRuns], float]
+    judged: Sequence[_Judged], evidence: _Evidence, bounds: VerdictBounds, cost: Callable[[int], float] | None
 ) -> tuple[Runs, ...]:
     """The runs with the best chance to decide for what they cost.
 
     The draws are cut into slices by what the runs would show; the chance is the share of slices that have a verdict.
     """
-    fitted = ladder.fitted
-    candidates = list(_candidates(ladder, evidence))
+    candidates = list(_candidates(judged, evidence))
+    cost_of = {size.index: cost(size.index) if cost else 4.0**size.runs.position for size in judged}
     chances, costs = [], []
     for candidate in candidates:
-        chances.append(_chance_to_decide(candidate, evidence, bounds, last=len(fitted) - 1))
-        costs.append(sum(cost(ladder.sizes[runs.size]) * len(runs.log2_lrs) for runs in candidate.runs))
+        chances.append(_chance_to_decide(candidate, evidence, bounds, last=len(judged) - 1))
+        costs.append(sum(cost_of[runs.size] * len(runs.log2_lrs) for runs in candidate.runs))
     likely = [k for k, chance in enumerate(chances) if chance >= 0.5]
     if likely:
         return candidates[min(likely, key=lambda k: costs[k])].runs
     return candidates[int(np.argmax(chances))].runs if candidates and max(chances) > 0 else ()
 
 
-def _candidates(ladder: LadderPosterior, evidence: _Evidence) -> Iterator[_Candidate]:
-    fitted = ladder.fitted
-    indices = [k for k, curve in enumerate(ladder.curves) if curve is not None]
+def _candidates(judged: Sequence[_Judged], evidence: _Evidence) -> Iterator[_Candidate]:
     around = []
-    for k, (size, curve) in enumerate(fitted):
-        runs = Runs(indices[k], _lrs_around(size, curve, ladder.optima[indices[k]].estimate))
-        around.append(_Candidate((runs,), (k,), (curve.optimum,)))
-    base_lr = float(np.median(fitted[0][1].optimum))
-    for k, (size, _) in enumerate(fitted[1:]):
-        if np.abs(size.log2_lrs - base_lr).min() > NEW_LR:
-            yield _Candidate((Runs(indices[k + 1], (base_lr,)),), (), (evidence.lost[k],))
+    for k, size in enumerate(judged):
+        runs = Runs(size.index, _lrs_around(size.runs, size.curve, size.optimum.estimate))
+        around.append(_Candidate((runs,), (k,), (size.curve.optimum,)))
+    base_lr = float(np.median(judged[0].curve.optimum))
+    for k, size in enumerate(judged[1:]):
+        if np.abs(size.runs.log2_lrs - base_lr).min() > NEW_LR:
+            yield _Candidate((Runs(size.index, (base_lr,)),), (), (evidence.lost[k],))
     yield from around
     for first, second in itertools.combinations(around, 2):
         yield _Candidate(first.runs + second.runs, first.sizes + second.sizes, first.outcomes + second.outcomes)

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.intp]
+from mupsweep.analysis.config import WalkPrior
+from mupsweep.analysis.estimate import Array, Indices
 
 DEGREES_OF_FREEDOM = 2
 SLOPES = 25  # that are summed over
@@ -31,21 +31,6 @@ FASTEST, DENSE = 2.5, 0.5  # octaves per doubling: the ends of their grid, and w
 LEVELS = 61  # places of a size's level
 OFF = 1.0  # octaves by which levels may lie outside the places of the optimum
 TINY = float(np.finfo(np.float32).tiny)
-
-
-@dataclass(frozen=True)
-class WalkPrior:
-    """What is known of a ladder's drift before its runs; octaves of LR and doublings of size.
-
-    Attributes:
-        slope_sd: of the drift, octaves per doubling.
-        step_sds: octaves per root of a doubling, each as likely: steady ladders and restless ones.
-        deviation: octaves by which a size leaves the walk.
-    """
-
-    slope_sd: float = 0.5
-    step_sds: tuple[float, ...] = (0.1, 0.4)
-    deviation: float = 0.08
 
 
 @dataclass(frozen=True)
@@ -179,7 +164,7 @@ def sample_walk(
     return shared, cells, WalkDraws(prior, positions, np.array(levels), slopes, settings.step_sds[walk])
 
 
-def choose(weights: Array, rng: np.random.Generator) -> Indices:
+def choose(weights: npt.NDArray[np.floating], rng: np.random.Generator) -> Indices:
     """(draws,) a column of every row, with chances in proportion to the row's weights (draws, columns)."""
     cumulative = np.cumsum(weights, axis=1, dtype=float)
     height = rng.random((len(weights), 1)) * cumulative[:, -1:]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-
+from mupsweep.analysis.config import AnalysisConfig
 from mupsweep.analysis.estimate import Estimate
 from mupsweep.analysis.optimum import Optimum
-from mupsweep.analysis.transfer import AXIS_UNIT, DRIFTS, HORIZON, INCONCLUSIVE, TRANSFERS, LadderResult
+from mupsweep.analysis.transfer import AXIS_UNIT, HORIZON, LadderResult, judge_ladders
 from mupsweep.errors import RecordError
 from mupsweep.models.shape import Size
 from mupsweep.sweep import tensor_rules
@@ -21,47 +20,67 @@ SHAPE = ("width", "depth", "heads", "kv_heads", "head_dim", "ffn_width", "vocab_
 SCHEDULE = ("batch_size", "schedule", "min_lr_frac", "decay_fraction", "precision")
 
 
-def recommend(ladder: LadderResult, doublings: float) -> tuple[Estimate, str]:
-    """log2 of the base LR to use at a target `doublings` beyond the base on the group's axis, and what it rests on."""
-    fitted = ladder.fitted
-    if not fitted:
+@dataclass(frozen=True)
+class Recommendation:
+    """The base LR to use at a target.
+
+    Attributes:
+        log2_lr: of the least expected loss there.
+        optimum: where the target's optimum is; without an interval where no measured axis leads to the target.
+        expected_regret: nats per token above the lowest loss there that it is expected to lose; None without interval.
+        basis: what it rests on.
+    """
+
+    log2_lr: float
+    optimum: Estimate
+    expected_regret: float | None
+    basis: str
+
+    def moved(self, octaves: Estimate) -> Recommendation:
+        """Carried by so many octaves, whose error is independent of the optimum's."""
+        own = self.optimum
+        assert own.value is not None
+        assert octaves.value is not None
+        middle = own.value + octaves.value
+        low = high = None
+        if own.low is not None and octaves.low is not None:
+            low = middle - math.hypot(own.value - own.low, octaves.value - octaves.low)
+        if own.high is not None and octaves.high is not None:
+            high = middle + math.hypot(own.high - own.value, octaves.high - octaves.value)
+        return replace(self, log2_lr=self.log2_lr + octaves.value, optimum=Estimate(middle, low, high))
+
+
+def recommend(ladder: LadderResult, axis: str | None, doublings: float) -> Recommendation:
+    """The base LR to use at a target `doublings` beyond the base.
+
+    Whatever the verdict, the walk of the optima goes on to the target, so the interval has the measured drift in it and
+    grows with distance.
+
+    Args:
+        axis: on which the target lies; None for the base itself.
+
+    Raises:
+        RecordError: no size has a loss curve yet.
+    """
+    measured = axis in (None, ladder.axis)
+    expected = ladder.forecast(doublings if measured else 0.0)
+    if expected is None:
         why = (f"{_place(o)}: {o.reason}" for o in ladder.optima if o.reason)
         raise RecordError(
-            f"{'/'.join(ladder.label)}: no size has an optimum with an interval yet, so there is no LR to recommend; "
+            f"{'/'.join(ladder.label)}: no size has a loss curve yet, so there is no LR to recommend; "
             f"{next(why, 'train more LRs')}"
         )
-    if ladder.verdict == TRANSFERS:
-        w = np.array([1 / (o.se or 1.0) ** 2 for o in fitted])
-        y = np.array([o.log2_lr for o in fitted])
-        value = float(w @ y / w.sum())
-        # the sizes share most of a fit's bias, so their intervals do not average out; what drift there is counts too
-        half = _half_width(fitted) + float(np.abs(y - value).max())
-        sizes = (
-            "all measured sizes" if len(fitted) == len(ladder.optima) else f"the {len(fitted)} sizes where it is known"
-        )
-        return Estimate(value, value - half, value + half), f"transfers: the optimum of {sizes} together"
-    largest, last = fitted[-1], ladder.optima[-1]
-    of = "the largest measured size"
-    if largest is not last:
-        bound = Estimate(None, last.low, last.high)
-        of = f"{_place(largest)}, the largest size where it is known; at {_place(last)} its log2 is {bound:.2f}"
-    if (
-        ladder.verdict == DRIFTS
-        and ladder.drift.value is not None
-        and ladder.drift.low is not None
-        and ladder.drift.high is not None
-    ):
-        beyond = doublings - math.log2(ladder.ratio(largest.curve))
-        at = largest.log2_lr or 0.0
-        ends = [at + beyond * ladder.drift.low, at + beyond * ladder.drift.high]
-        half = _half_width([largest])
-        return (
-            Estimate(at + beyond * ladder.drift.value, min(ends) - half, max(ends) + half),
-            f"drifts: extrapolated along the measured drift from {of}; tune at the target instead",
-        )
-    return Estimate(largest.log2_lr, largest.low, largest.high), (
-        f"{ladder.verdict}: the optimum of {of}; its interval does not cover the way to the target"
+    if not measured:
+        basis = f"untested: the target lies on the {axis} axis, but only {ladder.axis} was measured; the base's optimum"
+        return Recommendation(expected.log2_lr, Estimate(expected.optimum.value, None, None), None, basis)
+    largest = max(size.position for size, _ in ladder.posterior.fitted)
+    beyond = 2 ** (doublings - largest)
+    unit = AXIS_UNIT.get(ladder.axis, ladder.axis)
+    where = f"; the target's {unit} is {beyond:.3g} times the largest measured" if beyond > 1 else ""
+    basis = (
+        f"{ladder.verdict}: the LR of the least expected loss, with the drift of {ladder.drift} octaves per doubling"
     )
+    return Recommendation(expected.log2_lr, expected.optimum, expected.expected_regret, basis + where)
 
 
 def axis_of(resolved: ResolvedVariant, width: int, depth: int) -> str | None:
@@ -75,14 +94,14 @@ def leading(groups: Sequence[LadderResult], resolved: ResolvedVariant, width: in
     axis = axis_of(resolved, width, depth)
     sizes = [group for group in groups if group.axis != HORIZON]
     if not sizes:
-        base = groups[0]
-        return replace(base, axis="width", optima=base.optima[-1:], regrets=base.regrets[-1:], verdict=INCONCLUSIVE)
+        longest, config = groups[0].optima[-1].curve, AnalysisConfig(groups[0].bounds, groups[0].posterior.prior)
+        return judge_ladders([("width", [longest])], config)[0]
     return next((group for group in sizes if group.axis == axis), sizes[0])
 
 
-def exponent_of(groups: Sequence[LadderResult]) -> Estimate | None:
-    """x in LR ~ tokens^x as the horizons of a variant measured it: the drift in octaves per doubling of tokens."""
-    return next((group.drift for group in groups if group.axis == HORIZON), None)
+def horizons_of(groups: Sequence[LadderResult]) -> LadderResult | None:
+    """The ladder over training tokens of a variant, if several horizons were swept."""
+    return next((group for group in groups if group.axis == HORIZON), None)
 
 
 def doublings_to(ladder: LadderResult, size: Size) -> float:
@@ -97,39 +116,42 @@ def target_recipe(
     width: int,
     depth: int,
     tokens: int | None = None,
-    horizon_exponent: Estimate | None = None,
+    horizons: LadderResult | None = None,
 ) -> dict[str, Any]:
     """How to train a target that was never trained: its LR with an interval, and every tensor's numbers.
 
     Args:
         tokens: what the target is trained on; None: as many as the sweep's runs.
-        horizon_exponent: a measured x in LR ~ tokens^x, with its interval, for sweeps whose training.horizon_exponent
-            does not say it already, as `exponent_of` finds it.
+        horizons: the ladder over tokens, for sweeps whose training.horizon_exponent does not carry the LR already.
 
     Raises:
         ConfigError: a target that is no multiple of the base shape.
     """
     size = resolved.size(width / resolved.model.width, depth / resolved.model.depth)
-    choice, basis = recommend(ladder, doublings_to(ladder, size))
     axis = axis_of(resolved, width, depth)
-    if axis not in (None, ladder.axis):
-        basis = f"untested: the target lies on the {axis} axis, but only {ladder.axis} was measured; there, {basis}"
-    elif (beyond := 2 ** doublings_to(ladder, size) / ladder.ratio(ladder.optima[-1].curve)) > 1:
-        basis += f"; the target's {AXIS_UNIT.get(ladder.axis, ladder.axis)} is {beyond:.3g} times the largest measured"
+    choice = recommend(ladder, axis, doublings_to(ladder, size))
     final = resolved if tokens is None else replace(resolved, variant=_trained_on(resolved, tokens))
-    choice, horizon = _carried(choice, resolved, final, horizon_exponent)
-    assert choice.value is not None
+    choice, horizon = _carried(choice, resolved, final, horizons)
     return {
         "model": ladder.model,
         "optimizer": ladder.optimizer,
         "parametrization": ladder.parametrization,
-        "verdict": ladder.verdict,
-        "basis": basis,
-        "log2_lr": choice.value,
-        "log2_lr_low": choice.low,
-        "log2_lr_high": choice.high,
+        **record(ladder, choice),
         "horizon": horizon,
-        **settings(final, size, 2.0**choice.value),
+        **settings(final, size, 2.0**choice.log2_lr),
+    }
+
+
+def record(ladder: LadderResult, choice: Recommendation) -> dict[str, Any]:
+    """The LR of a target as a recipe holds it."""
+    return {
+        "verdict": ladder.verdict,
+        "basis": choice.basis,
+        "log2_lr": choice.log2_lr,
+        "log2_lr_optimum": choice.optimum.value,
+        "log2_lr_low": choice.optimum.low,
+        "log2_lr_high": choice.optimum.high,
+        "expected_regret": choice.expected_regret,
     }
 
 
@@ -165,8 +187,8 @@ def settings(resolved: ResolvedVariant, size: Size, base_lr: float) -> dict[str,
 
 
 def _carried(
-    choice: Estimate, resolved: ResolvedVariant, final: ResolvedVariant, exponent: Estimate | None
-) -> tuple[Estimate, dict[str, Any]]:
+    choice: Recommendation, resolved: ResolvedVariant, final: ResolvedVariant, horizons: LadderResult | None
+) -> tuple[Recommendation, dict[str, Any]]:
     """The LR at the target's horizon, and a note on how it was carried there."""
     measured, wanted = _tokens(resolved), _tokens(final)
     octaves = math.log2(wanted / measured)
@@ -177,12 +199,14 @@ def _carried(
     if octaves and resolved.training.base_tokens is not None:  # the parts of the recipe carry the LR themselves
         factor = final.optimizers[0].lr_ratio / resolved.optimizers[0].lr_ratio
         note = f"carried from {measured:,} to {wanted:,} tokens by {_power(resolved.training.horizon_exponent)}"
-    elif octaves and exponent is not None and exponent.value is not None:
-        factor = 2.0 ** (octaves * exponent.value)
-        ends = [None if e is None else octaves * e for e in (exponent.low, exponent.high)]
-        low, high = ends if octaves > 0 else ends[::-1]
-        choice = Estimate(*map(_sum, (choice.value, choice.low, choice.high), (octaves * exponent.value, low, high)))
-        note = f"carried from {measured:,} to {wanted:,} tokens by the measured LR ~ tokens^{exponent:.3g}"
+    elif octaves and horizons is not None and (moved := _moved_to(horizons, wanted)) is not None:
+        assert moved.value is not None
+        factor = 2.0**moved.value
+        choice = choice.moved(moved)
+        note = (
+            f"carried from {measured:,} to {wanted:,} tokens as the horizons measured it, {moved:.2f} octaves, "
+            f"LR ~ tokens^{horizons.drift:.3g}"
+        )
     elif octaves:
         note = (
             f"NOT carried to {wanted:,} tokens: measured at {measured:,}, and the best LR falls with the horizon; "
@@ -191,8 +215,15 @@ def _carried(
     return choice, {"tokens": wanted, "measured_tokens": measured, "lr_factor": factor, "note": note}
 
 
-def _sum(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a + b
+def _moved_to(horizons: LadderResult, tokens: int) -> Estimate | None:
+    """Octaves from the best LR after the longest training to that after `tokens`; None without curves."""
+    longest = horizons.optima[-1]
+    shortest = horizons.optima[0].curve.horizon
+    assert shortest is not None
+    expected = horizons.forecast(math.log2(tokens / shortest))
+    if expected is None or longest.draws is None:
+        return None
+    return Estimate.of(expected.draws - longest.draws.optimum)
 
 
 def _power(exponent: float) -> str:
@@ -211,8 +242,3 @@ def _trained_on(resolved: ResolvedVariant, tokens: int) -> Any:
 
 def _place(optimum: Optimum) -> str:
     return f"width {optimum.curve.width}, depth {optimum.curve.depth}"
-
-
-def _half_width(optima: Sequence[Optimum]) -> float:
-    """Root mean square of the half-widths of some optima's intervals."""
-    return math.sqrt(sum(((o.high or 0.0) - (o.low or 0.0)) ** 2 for o in optima) / len(optima)) / 2

@@ -19,13 +19,14 @@ from mupsweep.analysis.curves import collect
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.optimum import Optimum
 from mupsweep.analysis.run_result import RunResult
-from mupsweep.analysis.transfer import LadderResult
+from mupsweep.analysis.transfer import OPEN
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.models.shape import Size
 from mupsweep.recipes import recipe
 from mupsweep.store.results import read_runs
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
+from mupsweep.sweep.config import analysis_config
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec
 
 LR_ROUNDING = 8  # parts of an octave that a transferred LR is rounded to: a refit that moves less plans no new runs
@@ -51,21 +52,25 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Validation:
+class TargetOutcome:
     """What the transferred LR was worth at a target.
 
     Attributes:
         log2_lr: the transferred LR.
+        forecast: log2 of where the smaller sizes expected the optimum.
         optimum: log2 of the best LR there, or a bound.
         regret: nats per token lost by the transferred LR.
-        reasons: what keeps the two from being known.
+        outcome: whether the forecast is CONFIRMED, REFUTED or still OPEN.
+        reasons: what keeps them from being known.
     """
 
     label: tuple[str, str, str]
     size: Size
     log2_lr: float
+    forecast: Estimate
     optimum: Estimate
     regret: Estimate
+    outcome: str
     reasons: tuple[str, ...]
 
 
@@ -79,7 +84,7 @@ def trials(
         RecordError: the sizes below the target give no LR.
     """
     runs = plan.load(sweep)
-    results = read_runs([sweep])
+    results, config = read_runs([sweep]), analysis_config(sweep.read_config())
     trials = []
     for resolved in {run.resolved.digest: run.resolved for run in runs}.values():
         names = resolved.variant.names
@@ -88,20 +93,20 @@ def trials(
         width, depth = target.get("width", resolved.model.width), target.get("depth", resolved.model.depth)
         size = resolved.size(width / resolved.model.width, depth / resolved.model.depth)
         _check(target, resolved, size)
-        smaller = [run for run in results if run.label == names and _ratio(run) < _ratio(size) - 1e-9]
-        groups = analyse(smaller).groups
+        of_variant = [run for run in results if run.label == names and not run.validation]
+        smaller = [run for run in of_variant if _ratio(run) < _ratio(size) - 1e-9]
+        groups = analyse(smaller, config).groups
         if not groups:
             raise RecordError(
                 f"{sweep.path} has no finished runs of {'/'.join(names)} below width {width}, depth "
                 f"{depth}, so there is no LR to validate: mupsweep run first"
             )
-        ladder = recipe.leading(groups, resolved, width, depth)
-        choice, _ = recipe.recommend(ladder, recipe.doublings_to(ladder, size))
-        assert choice.value is not None
+        ladder, axis = recipe.leading(groups, resolved, width, depth), recipe.axis_of(resolved, width, depth)
+        choice = recipe.recommend(ladder, axis, recipe.doublings_to(ladder, size))
         variant_runs = [run for run in runs if run.resolved.digest == resolved.digest]
         seeds = tuple(sorted({run.seed for run in variant_runs}))
         trials.append(
-            Trial(resolved, size, round(choice.value * LR_ROUNDING) / LR_ROUNDING, _step(variant_runs), seeds)
+            Trial(resolved, size, round(choice.log2_lr * LR_ROUNDING) / LR_ROUNDING, _step(variant_runs), seeds)
         )
     if not trials:
         analyse(results).select(optimizer, parametrization)  # raises an error that lists the names there are
@@ -117,7 +122,9 @@ def extend(sweep: SweepDir, trial: Trial, results: Sequence[RunResult]) -> list[
     losses = {p.log2_lr: math.inf if p.censored else p.mean for p in whole}
     wanted = neighbours(trial.log2_lr, trial.step, losses)
     if all(lr in losses for lr in wanted):
-        wanted += _unbounded(judge(analyse(results), trial).optimum, losses, trial.step)
+        wanted += _unbounded(
+            judge(analyse(results, analysis_config(sweep.read_config())), trial).optimum, losses, trial.step
+        )
     return plan.extend(sweep, trial.resolved, ratios, wanted, trial.seeds)
 
 
@@ -142,31 +149,36 @@ def _unbounded(best: Estimate, losses: Mapping[float, float], step: float) -> li
     return further if len(losses) + len(further) <= MAX_TARGET_LRS else []
 
 
-def judge(analysis: Analysis, trial: Trial) -> Validation:
+def judge(analysis: Analysis, trial: Trial) -> TargetOutcome:
     """The best LR at the target and the regret of the transferred one, from all runs so far."""
-    label = trial.resolved.variant.names
-    groups = [group for group in analysis.groups if group.label == label and _optimum(group, trial.size) is not None]
-    if not groups:
+    label, shape = trial.resolved.variant.names, (trial.size.width, trial.size.depth)
+    found = [
+        one
+        for group in analysis.groups
+        if group.label == label
+        for one in group.validations
+        if (one.optimum.curve.width, one.optimum.curve.depth) == shape
+    ]
+    if not found:
         reason = f"no run of width {trial.size.width}, depth {trial.size.depth} is finished yet"
-        return Validation(label, trial.size, trial.log2_lr, UNKNOWN, UNKNOWN, (reason,))
-    there = _optimum(recipe.leading(groups, trial.resolved, trial.size.width, trial.size.depth), trial.size)
-    assert there is not None
-    reasons = () if there.reason is None else (there.reason,)
-    best = Estimate(there.log2_lr, there.low, there.high)
-    return Validation(label, trial.size, trial.log2_lr, best, regret(there, trial.log2_lr), reasons)
+        return TargetOutcome(label, trial.size, trial.log2_lr, UNKNOWN, UNKNOWN, UNKNOWN, OPEN, (reason,))
+    [one] = found
+    reasons = () if one.optimum.reason is None else (one.optimum.reason,)
+    lost = regret(one.optimum, trial.log2_lr)
+    expected = one.forecast.optimum
+    return TargetOutcome(label, trial.size, trial.log2_lr, expected, one.optimum.estimate, lost, one.outcome, reasons)
 
 
 def regret(there: Optimum, log2_lr: float) -> Estimate:
-    """Nats per token that an LR loses against the best of a size; unknown where there is no fit, and no more than a
-    bound where the best may lie beyond it."""
-    if there.posterior is None or not there.posterior.covers(log2_lr):
+    """Nats per token that an LR loses against the best of a size; unknown without a curve, and no more than a bound
+    where the best may lie beyond the trained LRs."""
+    if there.draws is None:
         return UNKNOWN
-    draws = there.posterior.at(np.full(len(there.posterior.draws), log2_lr)) - there.posterior.losses
-    lost = Estimate.of(np.maximum(draws, 0.0))
-    return lost if there.se is not None else Estimate(None, lost.low or None, None)
+    lost = Estimate.among(there.draws.rise(np.full((len(there.draws.optimum), 1), log2_lr))[:, 0]).finite
+    return lost if there.known else Estimate(None, lost.low or None, None)
 
 
-def to_json(outcome: Validation) -> dict[str, Any]:
+def to_json(outcome: TargetOutcome) -> dict[str, Any]:
     """As results/validation-*.json holds it."""
     model, optimizer, parametrization = outcome.label
     return {
@@ -176,6 +188,12 @@ def to_json(outcome: Validation) -> dict[str, Any]:
         "width": outcome.size.width,
         "depth": outcome.size.depth,
         "log2_lr": outcome.log2_lr,
+        "forecast": {
+            "log2_lr": outcome.forecast.value,
+            "low": outcome.forecast.low,
+            "high": outcome.forecast.high,
+        },
+        "outcome": outcome.outcome,
         "log2_lr_optimum": outcome.optimum.value,
         "log2_lr_low": outcome.optimum.low,
         "log2_lr_high": outcome.optimum.high,
@@ -209,11 +227,6 @@ def _of(trial: Trial, results: Sequence[RunResult]) -> list[RunResult]:
     """The runs of a trial's variant and size."""
     names, shape = trial.resolved.variant.names, (trial.size.width, trial.size.depth)
     return [run for run in results if run.label == names and (run.width, run.depth) == shape]
-
-
-def _optimum(group: LadderResult, size: Size) -> Optimum | None:
-    shape = size.width, size.depth
-    return next((o for o in group.optima if (o.curve.width, o.curve.depth) == shape), None)
 
 
 def _ratio(size: Size | RunResult) -> float:

@@ -22,6 +22,7 @@ from mupsweep.store.results import RunCounts, read, read_runs
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.store.tables import TableOptions, read_table
 from mupsweep.sweep import plan
+from mupsweep.sweep.config import analysis_config
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.sweep.tensor_rules import TensorRule, rules
 
@@ -32,11 +33,13 @@ def generate(
     optimizer: str | None = None,
     parametrization: str | None = None,
     figures: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> list[str]:
     """Analyse some sweeps together, write the results of a single one, print the outcome, return the verdicts.
 
     Args:
         figures: a further style to draw the figures in, a key of `theme.FIGURE_STYLES`.
+        overrides: of the first sweep's `analysis`.
     """
     from mupsweep.report.terminal import verdicts
 
@@ -46,12 +49,11 @@ def generate(
         from mupsweep.report.figures import theme
 
         theme.figure_style(figures)  # this, and a damaged config, are refused before anything is written
-    for sweep in sweeps:
-        sweep.read_config()
+    config = analysis_config([sweep.read_config() for sweep in sweeps][0], overrides)
     # before the runs are read: of 100,000, plan and results together would take the most memory
     shown_rules = list(_rules_at_sizes(plan.load(sweeps[0], to_train=False))) if len(sweeps) == 1 else []
     rows, ledgers = read(sweeps)
-    analysis = analyse(rows)
+    analysis = analyse(rows, config)
     files: list[Path] = []
     unwritten: RecordError | None = None
     if len(sweeps) == 1:
@@ -131,7 +133,7 @@ def conclude_validation(sweep: SweepDir, trials: Sequence[validation.Trial], sil
     """Write what the transferred LR was worth at a target, and print it unless `silent`."""
     from mupsweep.report.terminal import verdicts
 
-    analysis = analyse(read_runs([sweep]))
+    analysis = analyse(read_runs([sweep]), analysis_config(sweep.read_config()))
     for outcome in (validation.judge(analysis, trial) for trial in trials):
         _, optimizer, parametrization = outcome.label
         name = f"validation-{optimizer}-{parametrization}-{outcome.size.name}.json"
@@ -147,11 +149,13 @@ def export(
     parametrization: str | None,
     as_json: bool = False,
     form: str = JSON,
+    overrides: Sequence[str] = (),
 ) -> None:
     """Print the recipe of every chosen variant for a target, and write it beside the first sweep's results.
 
     Args:
         form: of the file that is written beside the JSON, a name of `recipes.names()`.
+        overrides: of the first sweep's `analysis`.
     """
     from mupsweep.report.terminal import verdicts
 
@@ -161,7 +165,8 @@ def export(
         raise ConfigError(f"no sweep given: mupsweep transfer sweeps/NAME --to {' '.join(target)}")
     planned = (run for sweep in reversed(sweeps) for run in plan.load(sweep, to_train=False))
     variants = {run.resolved.variant.label: run.resolved for run in planned}
-    groups = analyse(read_runs(sweeps)).select(optimizer, parametrization).groups
+    config = analysis_config(sweeps[0].read_config(), overrides)
+    groups = analyse(read_runs(sweeps), config).select(optimizer, parametrization).groups
     if not groups:
         raise RecordError(
             f"{sweeps[0].path} has no finished runs, so there is no LR --to {' '.join(target)}: mupsweep run first"
@@ -175,9 +180,9 @@ def export(
         resolved = variants[label]
         width, depth = dims.get("width", resolved.model.width), dims.get("depth", resolved.model.depth)
         ladders = [group for group in groups if group.label == label]
-        ladder, exponent = recipe.leading(ladders, resolved, width, depth), recipe.exponent_of(ladders)
+        ladder, horizons = recipe.leading(ladders, resolved, width, depth), recipe.horizons_of(ladders)
         try:
-            contents.append(recipe.target_recipe(ladder, resolved, width, depth, dims.get("tokens"), exponent))
+            contents.append(recipe.target_recipe(ladder, resolved, width, depth, dims.get("tokens"), horizons))
         except RecordError as error:
             refused.append(str(error))
     if not contents:

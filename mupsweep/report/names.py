@@ -91,7 +91,7 @@ def loss_range(optima: Sequence[Optimum]) -> tuple[float, float]:
     low, high = min(floors), max(floors)
     flank = median(loss - min(means) for means in losses for loss in means)
     top = min(max(map(max, losses)), high + max(2.5 * flank, 0.25 * (high - low)))
-    low = min([low, *(optimum.loss for optimum in optima if optimum.loss is not None)])
+    low = min([low, *(o.loss.value for o in optima if o.loss.value is not None)])
     # the range covers standard errors too, but for those that would take more than their share of it
     bar_ends = [p.mean - (p.sem or 0.0) for points in curves for p in points]
     low = max(min([low, *bar_ends]), low - MAX_ERROR_BARS * (top - low))

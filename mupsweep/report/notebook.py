@@ -41,6 +41,7 @@ from mupsweep.formatting import counted
 from mupsweep.report.results_files import curve_table, to_json
 from mupsweep.store.results import read_runs
 from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep.config import analysis_config
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -115,7 +116,7 @@ def load(path: str | Path) -> Sweep:
         RecordError: the folder is no sweep, or its plan is damaged.
     """
     folder = SweepDir.open(path)
-    return Sweep(folder, analyse(read_runs([folder])), len(folder.read_plan()))
+    return Sweep(folder, analyse(read_runs([folder]), analysis_config(folder.read_config())), len(folder.read_plan()))
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:

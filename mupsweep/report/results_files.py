@@ -13,11 +13,10 @@ from typing import Any
 from mupsweep.analysis.analysis import Analysis
 from mupsweep.analysis.comparison import Comparison
 from mupsweep.analysis.curves import LossCurve
-from mupsweep.analysis.estimate import Estimate
+from mupsweep.analysis.estimate import CONFIDENCE, Estimate
 from mupsweep.analysis.labels import NAMES
-from mupsweep.analysis.optimum import CONFIDENCE
 from mupsweep.analysis.run_result import CHANGE_COLUMNS, COLUMNS, RunResult
-from mupsweep.analysis.transfer import TOLERANCE_NATS, TOLERANCE_OCTAVES, LadderResult, loss_of
+from mupsweep.analysis.transfer import LadderResult
 from mupsweep.atomic_files import make_folder, replace_file, write_chunks, write_json
 from mupsweep.errors import RecordError
 from mupsweep.store.sweep_dir import SweepDir
@@ -74,9 +73,9 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
                         "log2_lr_optimum": o.log2_lr,
                         "log2_lr_low": o.low,
                         "log2_lr_high": o.high,
-                        "loss_optimum": o.loss,
-                        "loss_low": loss_of(o).low,
-                        "loss_high": loss_of(o).high,
+                        "loss_optimum": o.loss.value,
+                        "loss_low": o.loss.low,
+                        "loss_high": o.loss.high,
                         "move": _interval("octaves", m),
                         "regret": _interval("nats", r),
                         "reason": o.reason,
@@ -89,6 +88,15 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
                 "regret": _interval("nats", g.regret),
                 "verdict": g.verdict,
                 "reasons": list(g.reasons),
+                "deciding_runs": [
+                    {
+                        "width": more.curve.width,
+                        "depth": more.curve.depth,
+                        "horizon": more.curve.horizon,
+                        "log2_lrs": list(more.log2_lrs),
+                    }
+                    for more in g.deciding_runs
+                ],
                 "quality": _quality(g),
             }
             for g in analysis.groups
@@ -97,7 +105,7 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
         **_tuning(analysis),
         "remarks": list(analysis.remarks),
         "confidence": CONFIDENCE,
-        "tolerance": {"octaves": TOLERANCE_OCTAVES, "nats": TOLERANCE_NATS},
+        "tolerance": asdict(analysis.config.verdict),
     }
 
 
@@ -166,6 +174,7 @@ def _quality(group: LadderResult) -> dict[str, Any]:
     held_out = found.held_out and {
         "predicted": _interval("log2_lr", found.held_out.predicted),
         "error": _interval("octaves", found.held_out.error),
+        "log2_lr": found.held_out.log2_lr,
         "regret": _interval("nats", found.held_out.regret),
     }
     return {

@@ -50,6 +50,7 @@ def read(sweeps: Sequence[SweepDir]) -> tuple[list[RunResult], list[RunCounts]]:
                 )
             if label_of(summary)[:3] in namesakes:
                 summary |= {"model": f"{summary['model']} ({sweep.name})"}
+            summary["validation"] = planned.get("validation", False)
             runs += _with_branches(summary, planned)
     unique = {(run.model, run.run_id): run for run in runs}
     by_size = sorted(unique.values(), key=lambda run: (run.label, run.width, run.depth, run.log2_lr, run.seed))

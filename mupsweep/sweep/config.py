@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+from mupsweep.analysis.config import AnalysisConfig
 from mupsweep.analysis.labels import LARGEST_LOG2_LR, HyperparameterOverride, Label
 from mupsweep.data.config import DataConfig
 from mupsweep.errors import ConfigError
@@ -30,7 +31,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 BATCH_RULES = ("none", "sde")
 GRID, ADAPTIVE = "grid", "adaptive"
 VARIANT_SECTIONS = (*COMPARABLE, "data", "training")
-SHARED_SECTIONS = ("sweep", "launcher", "tracker", "out", "allow_imports")
+SHARED_SECTIONS = ("sweep", "analysis", "launcher", "tracker", "out", "allow_imports")
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,7 @@ class SweepConfig:
     out: str = "sweeps"
     allow_imports: bool = False
     overrides: tuple[str, ...] = field(default=())
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
 
     @cached_property
     def launcher_options(self) -> LauncherOptions:
@@ -260,7 +262,7 @@ def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
     for key in tree:
         if key not in keys:
             raise ConfigError(f"unknown key '{key}' in the config; {nearest(key, keys)}")
-    if missing := sorted(keys - set(tree)):
+    if missing := sorted(keys - set(tree) - {"analysis"}):  # which older versions did not write
         raise ConfigError(f"the config has no '{missing[0]}': the command that made the sweep writes config.yaml anew")
     config = SweepConfig(
         variants=tuple(_variant(sections) for sections in tree["variants"]),
@@ -270,12 +272,29 @@ def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
         out=_folder(tree["out"]),
         allow_imports=boolean(tree["allow_imports"], "allow_imports"),
         overrides=tuple(tree["overrides"]),
+        analysis=analysis_config(tree),
     )
     for where, section in _sections(config):
         refuse_foreign_code(section, where, config.allow_imports)
         if where != "data":  # a source needs the whole DataConfig, so its keys were checked there
             instantiate(section, where)
     return config
+
+
+def analysis_config(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> AnalysisConfig:
+    """What the answers of a sweep rest on beside its runs.
+
+    Args:
+        tree: of the sweep's config; defaults stand for what it lacks.
+        overrides: words such as analysis.verdict.costly=0.05.
+    """
+    from omegaconf import OmegaConf
+
+    stored = OmegaConf.create({"analysis": dict(tree.get("analysis", {}))})
+    words = [word for word in overrides if word.startswith("analysis.")]
+    section = OmegaConf.to_container(OmegaConf.merge(stored, OmegaConf.from_dotlist(words)))
+    assert isinstance(section, dict)
+    return to_dataclass(AnalysisConfig, section["analysis"], "analysis")
 
 
 def _variant(sections: Mapping[str, Any]) -> Variant:

@@ -130,7 +130,7 @@ def next_round(config: SweepConfig, sweep: SweepDir) -> list[RunSpec]:
 
     So its choices depend on whole rounds alone, and not on when it was interrupted.
     """
-    planned = {sweep.run(row["run_id"]): row["flops"] for row in sweep.read_plan()}
+    planned = {sweep.run(row["run_id"]): row["flops"] for row in sweep.read_plan() if not row.get("validation")}
     if any(folder.is_open() for folder in planned):
         return []
     summaries = ((folder.summary() or {}) | {"flops": flops} for folder, flops in planned.items())
@@ -144,10 +144,13 @@ def extend(
     log2_lrs: Iterable[float],
     seeds: Iterable[int],
 ) -> list[RunSpec]:
-    """Add runs of one size of a variant to a sweep's plan, and return them; the sweep's config is not changed."""
-    new = list(_grid(resolved, [ratios], log2_lrs, seeds))
+    """Add runs that validate an LR at one size of a variant to a sweep's plan, and return them.
+
+    The sweep's config is not changed, nor are runs that the sweep has at this size.
+    """
+    new = [replace(run, validation=True) for run in _grid(resolved, [ratios], log2_lrs, seeds)]
     with sweep.lock():
-        runs = {run.run_id: run for run in [*load(sweep), *new]}
+        runs = {run.run_id: run for run in [*new, *load(sweep)]}
         sweep.write_plan(run.row() for run in _longest_first(runs.values()))
     return new
 
@@ -185,7 +188,8 @@ def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:
                 "config.yaml was edited: choose another sweep.name, or bring the old text back"
             )
         size, cost = size_and_cost(digest, row["width_ratio"], row["depth_ratio"])
-        runs.append(RunSpec(row["run_id"], by_digest[digest], size, row["log2_lr"], row["seed"], cost))
+        is_validation = row.get("validation", False)
+        runs.append(RunSpec(row["run_id"], by_digest[digest], size, row["log2_lr"], row["seed"], cost, is_validation))
     return runs
 
 

@@ -121,7 +121,11 @@ class ResolvedVariant:
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """One training run: a resolved variant at a size, with a base LR and a seed."""
+    """One training run: a resolved variant at a size, with a base LR and a seed.
+
+    Attributes:
+        validation: whether it validates an LR at a target, and is no part of the sweep's ladders.
+    """
 
     run_id: str
     resolved: ResolvedVariant
@@ -129,6 +133,7 @@ class RunSpec:
     log2_lr: float
     seed: int
     cost: Cost
+    validation: bool = False
 
     @property
     def base_lr(self) -> float:
@@ -143,6 +148,7 @@ class RunSpec:
             "parameters": self.cost.parameters,
             "tokens": self.cost.tokens,
             "flops": self.cost.flops,
+            **({"validation": True} if self.validation else {}),
         }
 
     def label_columns(self) -> dict[str, Any]:

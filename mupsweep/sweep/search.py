@@ -14,9 +14,11 @@ from dataclasses import replace
 import numpy as np
 
 from mupsweep.analysis.curves import LossCurve, collect
+from mupsweep.analysis.estimate import QUANTILES
 from mupsweep.analysis.labels import Label
-from mupsweep.analysis.optimum import TAILS, optima
+from mupsweep.analysis.optimum import shuffled
 from mupsweep.analysis.run_result import RunResult
+from mupsweep.analysis.transfer import ladder_optima
 from mupsweep.sweep.config import GridConfig, Variant
 from mupsweep.sweep.size_search import COARSE, SearchState, lr_grid, search_state
 
@@ -64,7 +66,7 @@ def _states_of_values(
     [curve] = _curves_at_base([default], grid)
     if not curve.usable:
         return {label: [SearchState(base, (), "the default diverges at every LR")] for label in values}
-    [optimum] = optima([curve])
+    [optimum] = ladder_optima("width", [curve])
     center = round(optimum.center / lr_grid(grid.half_width)) * lr_grid(grid.half_width)
     every_size = replace(grid, log2_lrs=(center - COARSE, center, center + COARSE))
     base_only = replace(every_size, width_ratios=base[:1], depth_ratios=base[1:], pair=False)
@@ -93,12 +95,13 @@ def base_of(grid: GridConfig) -> tuple[float, float]:
 
 def may_be_best(curves: Sequence[LossCurve]) -> list[bool]:
     """Whether each curve, at its own optimum, may have the lowest loss of all; a curve without an optimum may not."""
-    losses = [None if o.posterior is None else o.posterior.losses for o in optima(curves)]
+    optima = [ladder_optima("width", [curve])[0] for curve in curves]
+    losses = [None if o.draws is None else shuffled(o.draws.floor, i) for i, o in enumerate(optima)]
     sampled = [draws for draws in losses if draws is not None]
     if not sampled:
         return [False] * len(losses)
     best = min(sampled, key=lambda draws: float(np.median(draws)))
-    return [draws is not None and float(np.quantile(draws - best, TAILS[0])) <= 0 for draws in losses]
+    return [draws is not None and float(np.quantile(draws - best, QUANTILES[0])) <= 0 for draws in losses]
 
 
 def _curves_at_base(runs_of_variants: Iterable[Runs], grid: GridConfig) -> list[LossCurve]:

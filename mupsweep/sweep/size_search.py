@@ -22,7 +22,9 @@ import numpy as np
 from scipy.linalg import block_diag
 
 from mupsweep.analysis.curves import LossCurve, Point, collect
-from mupsweep.analysis.optimum import TAILS, Optimum, Posterior, optima, point_sds
+from mupsweep.analysis.estimate import QUANTILES
+from mupsweep.analysis.loss_curve import CurveDraws
+from mupsweep.analysis.optimum import Optimum, fit_curves, optima_of
 from mupsweep.analysis.run_result import RunResult
 from mupsweep.sweep.config import GridConfig
 
@@ -86,11 +88,12 @@ def search_state(
     sizes = sorted(grid.ratios, key=lambda size: (size[0] ** 2 * size[1], size))
     begun = [size for size in sizes if size in curves]
     ladder = [curves[size] for size in begun]
-    sds, degrees_of_freedom = point_sds(ladder)
-    optimum_of = dict(zip(begun, optima(ladder), strict=True))
-    searches: dict[tuple[float, float], SizeSearch] = {}
-    for size, sds_of_size in zip(begun, sds, strict=True):
-        searches[size] = SizeSearch(space, optimum_of[size], sds_of_size if degrees_of_freedom else {})
+    positions = [math.log2(width_ratio * depth_ratio) for width_ratio, depth_ratio in begun]
+    order = sorted(range(len(begun)), key=positions.__getitem__)
+    by_position = [ladder[i] for i in order], [positions[i] for i in order]
+    optima = optima_of(by_position[0], fit_curves([by_position])[0])
+    optimum_of = {begun[i]: optimum for i, optimum in zip(order, optima, strict=True)}
+    searches = {size: SizeSearch(space, optimum_of[size]) for size in begun}
     states: list[SearchState] = []
     waits = False
     for size in sizes:
@@ -103,7 +106,7 @@ def search_state(
             runs, reason = space.first_runs(size, optimum_of), "first runs"
         states.append(SearchState(size, tuple(Proposal(*size, *run) for run in runs), reason))
         # a larger size begins around the optimum that this one predicts, so it needs an interval first
-        waits = bool(runs) and (size not in optimum_of or optimum_of[size].se is None)
+        waits = bool(runs) and (size not in optimum_of or not optimum_of[size].known)
     return states
 
 
@@ -167,15 +170,10 @@ def lr_grid(half_width: float) -> float:
 
 @dataclass(frozen=True)
 class SizeSearch:
-    """The search at one size that has finished runs.
-
-    Attributes:
-        sds: log2 LR -> standard deviation of the mean over its seeds; empty where no LR has two seeds.
-    """
+    """The search at one size that has finished runs."""
 
     space: Space
     optimum: Optimum
-    sds: Mapping[float, float]
 
     @property
     def curve(self) -> LossCurve:
@@ -190,21 +188,21 @@ class SizeSearch:
         for lrs, seeds, reason in self.bracket():
             if runs := self.untrained(lrs, seeds):
                 return self.within_budget(runs, reason)
-        if self.optimum.posterior is None:
+        if self.optimum.draws is None:
             return [], f"stopped: {self.optimum.reason}"
         if half_width <= self.space.half_width:
             return [], f"known to +-{half_width:.2f} octaves"
         precision = "not bounded yet" if math.isinf(half_width) else f"known to +-{half_width:.2f} octaves only"
-        candidates = list(self.candidates(self.optimum.posterior))
+        candidates = list(self.candidates(self.optimum.draws))
         if not candidates:
             return [], f"stopped: {precision}, although every seed is used: the noise is too large"
-        runs = self.refine(self.optimum.posterior, candidates)
+        runs = self.refine(self.optimum.draws, candidates)
         return self.within_budget(runs or candidates[0].runs, precision)
 
     def half_width(self) -> float:
         """Half the width of the optimum's interval, in octaves; infinite where the optimum has none."""
         optimum = self.optimum
-        if optimum.se is None or optimum.high is None or optimum.low is None:
+        if optimum.high is None or optimum.low is None:
             return math.inf
         return (optimum.high - optimum.low) / 2
 
@@ -233,7 +231,7 @@ class SizeSearch:
         """What a curve needs before draws of its optimum can choose runs: (LRs, seeds, reason), first need first."""
         best = self.best()
         yield list(self.neighbours()), self.space.seeds[: len(best.losses)], "the best LR has no neighbour on one side"
-        if self.optimum.posterior is None:
+        if self.optimum.draws is None:
             return
         middle = self.optimum.center
         near = [p.log2_lr for p in self.curve.usable if abs(p.log2_lr - middle) <= NEAR_RADIUS]
@@ -245,13 +243,10 @@ class SizeSearch:
             for lrs in (beyond, between):
                 nearest_lr = sorted(lrs, key=lambda x: abs(x - middle))[:1]
                 yield nearest_lr, seeds, f"fewer than {MIN_NEAR_POINTS} LRs around the minimum"
-        posterior = self.optimum.posterior
-        cell = posterior.grid[1] - posterior.grid[0]
-        trained = [p.log2_lr for p in self.curve.points]
-        for end, sign in ((posterior.grid[0], -1), (posterior.grid[-1], 1)):
-            minimum_at_end = float(np.mean(np.abs(posterior.minima - end) <= cell)) > TAILS[0]
-            if minimum_at_end and not any((x - end) * sign > EPS for x in trained):
-                yield [float(end) + sign * COARSE_STEP], seeds, "the minimum may lie beyond what was trained"
+        points = self.curve.points
+        for bound, end, sign in ((self.optimum.low, points[0], -1), (self.optimum.high, points[-1], 1)):
+            if bound is None and not end.censored:
+                yield [end.log2_lr + sign * COARSE_STEP], seeds, "the minimum may lie beyond what was trained"
 
     def neighbours(self) -> Iterator[float]:
         """LRs that are missing beside the best one; below an LR that diverged, the one halfway to it."""
@@ -277,10 +272,10 @@ class SizeSearch:
         around = [self.space.on(middle) + i * self.space.step for i in range(-count, count + 1)]
         return [x for x in around if abs(x - middle) <= REFINE_RADIUS]
 
-    def candidates(self, posterior: Posterior) -> Iterator[Candidate]:
+    def candidates(self, draws: CurveDraws) -> Iterator[Candidate]:
         """What could be trained: another seed at every trained LR, or an LR between these with as many seeds."""
-        inside = [p for p in self.curve.usable if posterior.covers(p.log2_lr)]
-        noise = {p.log2_lr: self.noise(p, posterior) for p in inside}
+        inside = [p for p in self.curve.usable if draws.covers(p.log2_lr)]
+        noise = {p.log2_lr: self.noise(p, draws) for p in inside}
         typical = float(np.median(list(noise.values())))
         another = [seed for seed in self.space.seeds if any(seed not in p.losses for p in inside)][:1]
         if repeats := self.untrained([p.log2_lr for p in inside], another):
@@ -290,15 +285,15 @@ class SizeSearch:
             yield Candidate(repeats, lrs, np.diag([noise[x] for x in lrs]) + shift)
         seeds = self.space.seeds[: max(FIRST_SEEDS, min(len(p.losses) for p in inside))]
         for log2_lr in self.grid_around(self.optimum.log2_lr or 0.0):
-            if posterior.covers(log2_lr) and self.is_open(log2_lr):
+            if draws.covers(log2_lr) and self.is_open(log2_lr):
                 yield Candidate(self.untrained([log2_lr], seeds), [log2_lr], np.array([[typical / len(seeds)]]))
 
-    def refine(self, posterior: Posterior, candidates: list[Candidate]) -> list[Run]:
+    def refine(self, draws: CurveDraws, candidates: list[Candidate]) -> list[Run]:
         """The runs that remove the most variance of the minimum per run, until the remainder is expected to suffice.
 
         Either new LRs, or another seed at every trained LR; no runs where the budget has no room for any.
         """
-        goal = float(posterior.minima.var()) - (self.space.half_width / NormalDist().inv_cdf(TAILS[1])) ** 2
+        goal = float(draws.optimum.var()) - (self.space.half_width / NormalDist().inv_cdf(QUANTILES[2])) ** 2
         room = self.space.max_runs - self.curve.n_runs
         selected: list[Candidate] = []
         removed = 0.0
@@ -308,7 +303,7 @@ class SizeSearch:
             affordable = [c for c in candidates if len(c.runs) <= room and c not in selected]
             if selected:
                 affordable = [c for c in affordable if len(c.lrs) == 1]
-            reductions = [(variance_reduction(posterior, [*selected, c]), c) for c in affordable]
+            reductions = [(variance_reduction(draws, [*selected, c]), c) for c in affordable]
             if not reductions:
                 break
             removed, best = max(reductions, key=lambda pair: (pair[0] - removed) / len(pair[1].runs))
@@ -316,11 +311,9 @@ class SizeSearch:
             room -= len(best.runs)
         return [run for candidate in selected for run in candidate.runs]
 
-    def noise(self, point: Point, posterior: Posterior) -> float:
-        """Variance of one run's loss; where no LR has two seeds, the posterior variance of the curve at this LR."""
-        if self.sds:
-            return self.sds[point.log2_lr] ** 2 * len(point.losses)
-        return float(posterior.at(np.full(len(posterior.minima), point.log2_lr)).var())
+    def noise(self, point: Point, draws: CurveDraws) -> float:
+        """Expected variance of one run's loss."""
+        return draws.noise_variance(point.log2_lr)
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,13 +325,13 @@ class Candidate:
     noise: np.ndarray
 
 
-def variance_reduction(posterior: Posterior, candidates: Sequence[Candidate]) -> float:
+def variance_reduction(draws: CurveDraws, candidates: Sequence[Candidate]) -> float:
     """The variance of the minimum that the runs of these candidates would remove, in a linear Gaussian model."""
     lrs = [x for candidate in candidates for x in candidate.lrs]
-    curves = np.array([posterior.at(np.full(len(posterior.minima), x)) for x in lrs])  # (LRs, draws)
+    curves = np.array([draws.losses(x) for x in lrs])  # (LRs, draws)
     curves = curves - curves.mean(axis=1, keepdims=True)
-    across = curves @ (posterior.minima - posterior.minima.mean()) / len(posterior.minima)
-    covariance = curves @ curves.T / len(posterior.minima) + block_diag(*(candidate.noise for candidate in candidates))
+    across = curves @ (draws.optimum - draws.optimum.mean()) / len(draws.optimum)
+    covariance = curves @ curves.T / len(draws.optimum) + block_diag(*(candidate.noise for candidate in candidates))
     return float(across @ np.linalg.solve(covariance, across))
 
 
@@ -346,9 +339,14 @@ def _predicted_optimum(size: tuple[float, float], optimum_of: Mapping[tuple[floa
     """log2 of the optimum at `size`, predicted from other sizes: ridge regression on log2 of width and depth."""
     design = np.array([[1.0, math.log2(r_n), math.log2(r_L)] for r_n, r_L in optimum_of])
     centers = np.array([o.center for o in optimum_of.values()])
-    weights = np.array([1 / ((UNKNOWN if o.se is None else o.se) ** 2 + SCATTER**2) for o in optimum_of.values()])
+    weights = np.array([1 / (_sd(o) ** 2 + SCATTER**2) for o in optimum_of.values()])
     prior_precision = np.diag([EPS, SLOPE**-2, SLOPE**-2])
     mean = weights @ centers / weights.sum()
     normal_matrix = design.T * weights @ design + prior_precision
     coefficients = np.linalg.solve(normal_matrix, design.T * weights @ (centers - mean))
     return float(mean + coefficients @ [1.0, math.log2(size[0]), math.log2(size[1])])
+
+
+def _sd(optimum: Optimum) -> float:
+    """Standard deviation of an optimum, in octaves."""
+    return float(optimum.draws.optimum.std()) if optimum.draws is not None and optimum.known else UNKNOWN

@@ -25,7 +25,7 @@ from mupsweep.analysis.curves import LossCurve
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.optimum import Optimum
 from mupsweep.analysis.run_result import Size
-from mupsweep.analysis.transfer import HORIZON, TOLERANCE_OCTAVES, LadderResult
+from mupsweep.analysis.transfer import HORIZON, LadderResult
 from mupsweep.atomic_files import make_folder
 from mupsweep.formatting import si
 from mupsweep.report.figures.theme import (
@@ -51,6 +51,7 @@ from mupsweep.report.names import (
 )
 
 MAX_COLUMNS = 3  # panels side by side
+FIT_POINTS = 81  # LRs at which a band of drawn curves is drawn
 LEGEND_CHARACTERS = 76  # of a line of the drift figure's legend
 STRIP = 0.05, 0.22  # height of a row of diverged points, and of all rows at most, as fractions of the panel
 DODGE = 0.03  # doublings of the size between the ladders at one size, so that their markers do not hide each other
@@ -250,17 +251,18 @@ def _diverged_points(axes: Axes, curve: LossCurve, scale: _Scale, fontsize: floa
 def _fit(axes: Axes, optimum: Optimum, scale: _Scale, window: TransformedBbox) -> None:
     """The fitted curve of one size, and its minimum with the interval."""
     color = SIZES(scale.shades[optimum.curve.size])
-    if optimum.posterior is not None:
-        mean = optimum.posterior.mean
-        (line,) = axes.plot(optimum.posterior.grid, mean, color=color, linewidth=4, alpha=0.22, zorder=2)
-        line.set_clip_box(window)
-    if optimum.log2_lr is not None and optimum.loss is not None:
+    if optimum.draws is not None:
+        grid = optimum.draws.span(FIT_POINTS)
+        low, _, high = np.minimum(optimum.draws.band(grid), 2 * scale.top)
+        axes.fill_between(grid, low, high, color=color, alpha=0.22, linewidth=0, zorder=2).set_clip_box(window)
+    if optimum.log2_lr is not None and optimum.loss.value is not None:
+        loss = optimum.loss.value
         span = [end for end in (optimum.low, optimum.log2_lr, optimum.high) if end is not None]
-        axes.plot(span, [optimum.loss] * len(span), color=INK, linewidth=1.3, zorder=5)
+        axes.plot(span, [loss] * len(span), color=INK, linewidth=1.3, zorder=5)
         for end in (optimum.low, optimum.high):
-            axes.plot([] if end is None else [end], [] if end is None else [optimum.loss], "|", color=INK, zorder=5)
+            axes.plot([] if end is None else [end], [] if end is None else [loss], "|", color=INK, zorder=5)
         diamond = {"markersize": 6, "mew": 0.9, "zorder": 6, **_marker_colors(optimum, color)}
-        axes.plot(optimum.log2_lr, optimum.loss, "D", **diamond)
+        axes.plot(optimum.log2_lr, loss, "D", **diamond)
 
 
 def _lr_axis(axes: Axes, lrs: Sequence[float]) -> None:
@@ -282,7 +284,7 @@ def _drift(groups: Sequence[LadderResult], style: FigureStyle) -> Figure:
     legend_rows = sum(1 + name.count("\n") for name in legend_names)
     figure = Figure(figsize=(width, height + 0.22 * legend_rows * style.show_titles), layout=_layout())
     axes = figure.subplots()
-    axes.axhspan(-TOLERANCE_OCTAVES, TOLERANCE_OCTAVES, color=BAND, linewidth=0, zorder=0.5)
+    bounds = groups[0].bounds
     axes.axhline(0, color=QUIET, linewidth=0.8, zorder=1)
     lowest = highest = 0.0
     for i, group in enumerate(groups):
@@ -293,6 +295,9 @@ def _drift(groups: Sequence[LadderResult], style: FigureStyle) -> Figure:
     if all(shift == UNKNOWN for group in groups for shift in group.shifts):
         axes.text(0.5, 0.55, "unknown", transform=axes.transAxes, ha="center", color=QUIET)
     _ratio_axis(axes, groups)
+    doublings = np.linspace(*axes.get_xlim(), 101)
+    tolerance = np.array([bounds.total(x) for x in doublings])
+    axes.fill_between(doublings, -tolerance, tolerance, color=BAND, linewidth=0, zorder=0.5)
     axes.set_ylabel(
         "optimal LR relative to the base's (octaves)" if style.show_titles else "shift of the optimal LR (octaves)"
     )
@@ -302,7 +307,7 @@ def _drift(groups: Sequence[LadderResult], style: FigureStyle) -> Figure:
     ]
     if not all(_has_interval(shift) for g in groups for shift in g.shifts if shift.value is not None):
         handles.append(Line2D([], [], color=QUIET, marker="o", mfc="white", linestyle="", label="without an interval"))
-    handles.append(Patch(color=BAND, label=f"tolerance, ±{TOLERANCE_OCTAVES:g} octaves"))
+    handles.append(Patch(color=BAND, label=f"tolerance, ±{bounds.octaves:g} octaves or more"))
     figure.legend(handles=handles, loc="outside lower left", handlelength=2.4, ncols=1 if style.show_titles else 3)
     return figure
 
@@ -335,13 +340,12 @@ def _shifts(axes: Axes, group: LadderResult, dodge: float, color: str, marker: s
             if end is not None:
                 axes.plot([x, x], [shift.value, end], color=color, linewidth=1.4, zorder=3)
                 axes.plot(x, end, "_", color=color, markersize=6, markeredgewidth=1.4, zorder=3)
-        if optimum.se:
-            fitted.append((x - dodge, shift.value, 1 / optimum.se**2))
+        if optimum.known:
+            fitted.append((x - dodge, shift.value))
         axes.plot(x, shift.value, marker, markersize=6.5, mew=0.8, zorder=4, **_marker_colors(shift, color))
     if group.drift.value is not None and fitted:
-        xs, ys, weights = np.array(fitted).T
-        # the line of the slope passes through the weighted centre of the shifts
-        center, height = weights @ xs / weights.sum(), weights @ ys / weights.sum()
+        xs, ys = np.array(fitted).T
+        center, height = xs.mean(), ys.mean()  # through which the line of the slope passes
         ends = np.array([xs.min(), xs.max()])
         axes.plot(ends, height + group.drift.value * (ends - center), color=color, linewidth=1.6, alpha=0.55, zorder=2)
     return min(heights), max(heights)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from itertools import chain
 from typing import Any
+
+import numpy as np
 
 from mupsweep.analysis.analysis import Analysis
 from mupsweep.analysis.curves import LossCurve, Point
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.optimum import Optimum
 from mupsweep.analysis.run_result import RunResult, Size
-from mupsweep.analysis.transfer import TOLERANCE_OCTAVES, LadderResult, loss_of
+from mupsweep.analysis.transfer import LadderResult
 from mupsweep.formatting import counted
 from mupsweep.report.html.svg import Plot, hollow, minus, round_numbers, tip_of
 from mupsweep.report.names import axis_name, loss_range, ordered_sizes, size_names, sorted_ladders, variant_name
@@ -21,6 +23,7 @@ from mupsweep.report.names import axis_name, loss_range, ordered_sizes, size_nam
 MAX_CURVE_POINTS = 80  # of a training curve: a panel can show no more
 SMOOTHED_POINTS = 40  # means that a noisy curve is reduced to
 MAX_SEED_POINTS = 2000  # of one loss curve, seed by seed: with more of them the page loads too slowly
+FIT_POINTS = 41  # LRs at which a band of drawn curves is drawn
 DIAMOND = "M0-5.5L5.5 0L0 5.5L-5.5 0Z"
 MARKERS = (  # SVG paths around the origin, one per variant
     "M0-4.5A4.5 4.5 0 1 1 0 4.5A4.5 4.5 0 1 1 0-4.5Z",
@@ -44,11 +47,13 @@ class Charts:
         groups: ladders in the order of their variants.
         labels: labels of the variants; the page identifies a variant by its position in this list.
         names: name of every size, the smallest first.
+        bounds: within which an optimum may move.
         several_axes: whether ladders run along several axes, so that the variant alone does not identify one.
     """
 
     def __init__(self, analysis: Analysis) -> None:
         self.groups = sorted_ladders(analysis.groups)
+        self.bounds = analysis.config.verdict
         self.labels = list(dict.fromkeys(g.label for g in self.groups))
         sizes = ordered_sizes(self.groups)
         self.names = dict(zip(sizes, size_names(list(sizes)), strict=True))
@@ -84,14 +89,14 @@ class Charts:
                 )
         return "".join(keys)
 
-    def bar(self, drift: Estimate) -> str:
+    def bar(self, drift: Estimate, tolerance: float) -> str:
         """A drift beside the tolerance; all bars of the page have one scale."""
 
         def at(octaves: float) -> float:
             return round(150 + octaves / self._reach * 140, 1)
 
-        width = f"{280 * TOLERANCE_OCTAVES / self._reach:.1f}"
-        parts = [f'<rect class="band" x="{at(-TOLERANCE_OCTAVES)}" y="2" width="{width}" height="20"/>']
+        width = f"{280 * tolerance / self._reach:.1f}"
+        parts = [f'<rect class="band" x="{at(-tolerance)}" y="2" width="{width}" height="20"/>']
         parts.append(f'<path class="frame" d="M10 22H290M{at(0)} 2V22"/>')
         step = math.ceil(self._reach / 4)
         last = math.floor(self._reach / step) * step
@@ -137,12 +142,14 @@ class Charts:
 
     def _points(self, plot: Plot, optimum: Optimum, cross_height: float) -> None:
         """Trained losses of one size, and the fitted curve around its minimum."""
-        curve, posterior = optimum.curve, optimum.posterior
+        curve, draws = optimum.curve, optimum.draws
         points = [p for p in curve.usable if math.isfinite(p.mean)]
         line = f'<path class="line" d="{plot.path((p.log2_lr, p.mean) for p in points)}"/>'
-        if posterior is not None:
-            expected = zip(posterior.grid.tolist(), posterior.mean.tolist(), strict=True)
-            line = f'<path class="fit" d="{plot.path(expected)}"/>{line}'
+        if draws is not None:
+            grid = draws.span(FIT_POINTS)
+            low, _, high = np.minimum(draws.band(grid), 2 * plot.ys[1]).tolist()
+            outline = [*zip(grid.tolist(), low, strict=True), *zip(grid.tolist()[::-1], high[::-1], strict=True)]
+            line = f'<path class="fit" d="{plot.path(outline)}Z"/>{line}'
         bars = [(plot.x(p.log2_lr), p.mean, p.sem) for p in points if p.sem is not None and p.mean <= plot.ys[1]]
         line += "".join(f'<path class="bar" d="M{x} {plot.y(m - sem)}V{plot.y(m + sem)}"/>' for x, m, sem in bars)
         plot.clipped(line)
@@ -173,38 +180,46 @@ class Charts:
 
     def _best(self, plot: Plot, optimum: Optimum) -> None:
         """The fitted minimum and its interval."""
-        if optimum.log2_lr is None or optimum.loss is None:
+        if optimum.log2_lr is None or optimum.loss.value is None:
             return
-        x, y = plot.x(optimum.log2_lr), plot.y(optimum.loss)
-        log2_lr = Estimate(optimum.log2_lr, optimum.low, optimum.high)
+        x, y = plot.x(optimum.log2_lr), plot.y(optimum.loss.value)
+        log2_lr = optimum.estimate
         if ends := [plot.x(end) for end in (log2_lr.low, log2_lr.high) if end is not None]:
             caps = "".join(f"M{end} {y - 4:.1f}v8" for end in ends)
             plot.add(f'<path class="interval" d="M{min(x, *ends)} {y}H{max(x, *ends)}{caps}"/>')
         rate = f"{2**optimum.log2_lr:.3g}, log2 {estimate_text(log2_lr, spec='.2f')}"
-        loss = estimate_text(loss_of(optimum), spec=".4f")
+        loss = estimate_text(optimum.loss, spec=".4f")
         tip = tip_of(f"{self.name(optimum.curve)}: best rate", rate, f"loss {loss}")
         plot.add(f'<path class="pt best{hollow(log2_lr)}" {tip} transform="translate({x} {y})" d="{DIAMOND}"/>')
 
     def ladder(
-        self, groups: Sequence[LadderResult], values: Sequence[Sequence[Estimate]], tolerance: float, unit: str
+        self,
+        groups: Sequence[LadderResult],
+        values: Sequence[Sequence[Estimate]],
+        tolerance: Callable[[float], float],
+        unit: str,
     ) -> str:
         """An estimate per size of every ladder against the ratio of its axis.
 
         Args:
             groups: ladders along one axis.
             values: for every ladder an estimate per size.
-            tolerance: half height of the shaded band.
+            tolerance: half height of the shaded band, so many doublings from the base.
             unit: octaves, which are signed, or nats, which are never negative.
         """
         octaves = unit == "octaves"
         numbers = [v for e in chain(*values) for v in (e.value, e.low, e.high) if v is not None]
-        top = max([tolerance * 1.5, *numbers])
-        low = min([-tolerance * 1.5, *numbers]) if octaves else 0.0
+        least = 1.5 * tolerance(0.0)
+        top = max([least, *numbers])
+        low = min([-least, *numbers]) if octaves else 0.0
         margin = 0.12 * (top - low)  # enough for the arrows of bounds
         curves = {math.log2(g.ratio(o.curve)): o.curve for g in groups for o in g.optima}
         xs = (min(curves) - 0.3, max(curves) + 0.3)
         plot = Plot(xs, (low - margin * octaves, top + margin), axis_name(groups[0].axis))
-        plot.band(plot.y(tolerance), plot.y(-tolerance if octaves else 0.0))
+        places = [xs[0] + (xs[1] - xs[0]) * i / 24 for i in range(25)]
+        upper = [(x, tolerance(x)) for x in places]
+        lower = [(x, -height * octaves) for x, height in reversed(upper)]
+        plot.clipped(f'<path class="band" d="{plot.path([*upper, *lower])}Z"/>')
         plot.y_ticks()
         plot.x_ticks((x, self.number(curve)) for x, curve in curves.items())
         if not numbers:

@@ -11,20 +11,12 @@ from typing import Any
 
 import mupsweep
 from mupsweep.analysis.analysis import Analysis
-from mupsweep.analysis.estimate import UNKNOWN, Estimate
+from mupsweep.analysis.estimate import CONFIDENCE, UNKNOWN, Estimate
 from mupsweep.analysis.labels import DIVERGED, DONE, Label
-from mupsweep.analysis.optimum import CONFIDENCE, Optimum
+from mupsweep.analysis.optimum import Optimum
 from mupsweep.analysis.run_result import RunResult, Size
-from mupsweep.analysis.transfer import (
-    DRIFTS,
-    INCONCLUSIVE,
-    TOLERANCE_NATS,
-    TOLERANCE_OCTAVES,
-    TRANSFERS,
-    LadderResult,
-    diverges,
-    loss_of,
-)
+from mupsweep.analysis.transfer import LadderResult, diverges
+from mupsweep.analysis.verdict import DRIFTS, INCONCLUSIVE, TRANSFERS
 from mupsweep.atomic_files import make_folder, read_json, write_text
 from mupsweep.formatting import counted, duration, si
 from mupsweep.report.html import coordinates
@@ -107,7 +99,7 @@ def _verdicts(charts: Charts, analysis: Analysis, sweep: SweepDir) -> str:
     note = (
         "Drift is how far the best learning rate moves, in octaves (factors of two); regret is what reusing "
         f"the base's best rate costs. Brackets are {CONFIDENCE:.0%} intervals, the shaded band is the "
-        f"tolerance of ±{TOLERANCE_OCTAVES:g} octaves."
+        "octaves within which it may move."
     )
     cards = "\n".join(_card(charts, group) for group in charts.groups)
     lines = (*analysis.remarks, *map(comparison_line, analysis.comparisons), *advice_on(analysis, sweep))
@@ -141,7 +133,7 @@ def _card(charts: Charts, group: LadderResult) -> str:
         f'<article class="card {group.verdict}" data-variant="{charts.labels.index(group.label)}">'
         f"<header><h3>{escape(charts.variant(group))} {_axis(charts, group)}</h3>"
         f'<span class="badge">{BADGES[group.verdict]}</span></header><p>{SENTENCES[group.verdict]}</p>'
-        f"{charts.bar(group.total_drift)}<dl>{fact_list}</dl><ul>{reasons}</ul></article>"
+        f"{charts.bar(group.total_drift, group.tolerance)}<dl>{fact_list}</dl><ul>{reasons}</ul></article>"
     )
 
 
@@ -201,19 +193,21 @@ def _panels(charts: Charts, groups: Sequence[LadderResult]) -> str:
 
 
 def _drift(charts: Charts) -> str:
+    bounds = charts.bounds
     note = (
         "First, how far each size's best rate lies from the base's, with the interval of that distance; an arrow, or a "
         "bar without a point, is a bound where a best rate is not known. Second, what the base's rate costs there. "
         "Shaded: within "
-        f"±{TOLERANCE_OCTAVES:g} octaves, and below {TOLERANCE_NATS:g} nats."
+        f"±{bounds.octaves:g} octaves or {bounds.octaves_per_doubling:g} per doubling if that is more, and below "
+        f"{bounds.harmless:g} nats."
     )
     return _title("Drift and regret by size", note) + _by_axis(charts, _ladders)
 
 
 def _ladders(charts: Charts, groups: Sequence[LadderResult]) -> str:
     """Drift and regret of the ladders along one axis, as charts and as a table."""
-    drift = charts.ladder(groups, [g.shifts for g in groups], TOLERANCE_OCTAVES, "octaves")
-    regret = charts.ladder(groups, [g.regrets for g in groups], TOLERANCE_NATS, "nats")
+    drift = charts.ladder(groups, [g.shifts for g in groups], charts.bounds.total, "octaves")
+    regret = charts.ladder(groups, [g.regrets for g in groups], lambda _: charts.bounds.harmless, "nats")
     titled = {"octaves from the base's best rate": drift, "regret of the base's rate, nats per token": regret}
     figures = "".join(
         f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in titled.items()
@@ -232,8 +226,8 @@ def _ladders(charts: Charts, groups: Sequence[LadderResult]) -> str:
                     optimum.curve.n_runs,
                     optimum.curve.n_diverged or "",
                     "–" if optimum.log2_lr is None else f"{2**optimum.log2_lr:.3g}",
-                    estimate_text(Estimate(optimum.log2_lr, optimum.low, optimum.high), spec=".2f"),
-                    "–" if optimum.loss is None else estimate_text(loss_of(optimum), spec=".4f"),
+                    estimate_text(optimum.estimate, spec=".2f"),
+                    "–" if optimum.loss.value is None else estimate_text(optimum.loss, spec=".4f"),
                     cost,
                 )
             )

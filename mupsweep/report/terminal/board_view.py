@@ -14,8 +14,7 @@ from rich.text import Text
 
 from mupsweep.analysis.curves import LossCurve, collect
 from mupsweep.analysis.labels import DIVERGED, DONE, Label
-from mupsweep.analysis.optimum import optima
-from mupsweep.analysis.transfer import ladders
+from mupsweep.analysis.transfer import ladder_optima, ladders
 from mupsweep.formatting import counted, duration
 from mupsweep.report.names import size_names, variant_name, variant_order
 from mupsweep.report.terminal.board import Board, Cell, Row
@@ -169,7 +168,7 @@ class BoardText:
             title = Text.assemble((f"loss so far: {variant_name(label, list(self.board.labels))}, by {axis}\n", "dim"))
             began = time.monotonic()
             fitted = sum(len(curve.points) for curve in curves) <= MAX_FITTED_POINTS
-            minima = optima(curves) if fitted else [lowest(curve) for curve in curves]
+            minima = ladder_optima(axis, curves) if fitted else [lowest(curve) for curve in curves]
             plot = title.append_text(curve_text(minima, min(width, 100), height, fitted))
             self._plots[key] = cached = n_results, plot
             self._next_fit = time.monotonic() + (time.monotonic() - began) / FIT_TIME_SHARE

@@ -9,6 +9,7 @@ from itertools import pairwise
 from rich.text import Text
 
 from mupsweep.analysis.curves import LossCurve
+from mupsweep.analysis.estimate import Estimate
 from mupsweep.analysis.optimum import Optimum
 from mupsweep.report.names import loss_range, size_names, variant_name
 
@@ -57,7 +58,7 @@ def lowest(curve: LossCurve) -> Optimum:
     """An optimum at the LR with the lowest mean, for where a fit would take too long."""
     best = min((p for p in curve.usable if math.isfinite(p.mean)), key=lambda p: p.mean, default=None)
     log2_lr, loss = (None, None) if best is None else (best.log2_lr, best.mean)
-    return Optimum(curve, False, log2_lr, None, None, loss, None, None, None)
+    return Optimum(curve, Estimate(log2_lr, None, None), Estimate(loss, None, None), None, None)
 
 
 def _legend(optima: Sequence[Optimum], width: int, best: str) -> Text:
@@ -130,8 +131,8 @@ class _Canvas:
             position = (0 if beyond else y // 4, x // 2)
             if mark == "x" or position not in self.marks:
                 self.marks[position] = (mark, style)
-        if optimum.log2_lr is not None and optimum.loss is not None:
-            x, y = self._dot(optimum.log2_lr, optimum.loss)
+        if optimum.log2_lr is not None and optimum.loss.value is not None:
+            x, y = self._dot(optimum.log2_lr, optimum.loss.value)
             self.marks[min(y // 4, self.rows - 1), x // 2] = (letter.upper(), f"bold {style}")
 
     def cells(self) -> Iterator[list[Cell]]:

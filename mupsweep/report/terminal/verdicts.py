@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -12,13 +12,13 @@ from rich.table import Table
 
 from mupsweep.analysis.analysis import Analysis
 from mupsweep.analysis.comparison import Comparison
-from mupsweep.analysis.estimate import UNKNOWN, Estimate
+from mupsweep.analysis.estimate import CONFIDENCE, UNKNOWN, Estimate
 from mupsweep.analysis.labels import DIVERGED, DONE
-from mupsweep.analysis.optimum import CONFIDENCE, Optimum
-from mupsweep.analysis.transfer import DRIFTS, HORIZON, INCONCLUSIVE, TRANSFERS, LadderResult, diverges, loss_of
+from mupsweep.analysis.optimum import Optimum
+from mupsweep.analysis.transfer import HORIZON, LadderResult, diverges
+from mupsweep.analysis.verdict import DRIFTS, INCONCLUSIVE, TRANSFERS
 from mupsweep.formatting import counted, si
-from mupsweep.recipes.validation import Validation
-from mupsweep.report.names import slope_text
+from mupsweep.recipes.validation import TargetOutcome
 from mupsweep.report.terminal.console import console_of, table_of
 from mupsweep.report.terminal.curve_plot import curve_text
 from mupsweep.report.terminal.tuning import factor, nats, tuning_text
@@ -95,9 +95,8 @@ def show_recipe(content: dict[str, Any], files: Sequence[Path], limits: Sequence
         f"({si(content['parameters'])} parameters)",
         style="bold",
     )
-    interval = Estimate(content["log2_lr"], content["log2_lr_low"], content["log2_lr_high"])
-    console.print(f"base LR {content['base_lr']:.3g}, log2 {interval}")
-    console.say(content["basis"])
+    for line in lr_lines(content):
+        console.say(line)
     console.say(f"LR {content['horizon']['note']}")
     roles: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     keys = ("role", "optimizer", "init", "init_std", "multiplier", "lr", "weight_decay", "eps")
@@ -115,14 +114,25 @@ def show_recipe(content: dict[str, Any], files: Sequence[Path], limits: Sequence
         console.say(f"not in {files[-1].name}: {limit}")
 
 
-def show_validation(outcome: Validation) -> None:
+def lr_lines(content: Mapping[str, Any]) -> Iterator[str]:
+    """The LR of a target that is handed over, where the optimum lies, and what both rest on."""
+    optimum = Estimate(content["log2_lr_optimum"], content["log2_lr_low"], content["log2_lr_high"])
+    regret = content["expected_regret"]
+    cost = "" if regret is None else f", expected to lose {regret:.4f} nats"
+    log2_lr = content["log2_lr"]
+    yield f"base LR {2**log2_lr:.3g}, log2 {log2_lr:+.2f}{cost}; the optimum there: log2 {optimum}"
+    yield content["basis"]
+
+
+def show_validation(outcome: TargetOutcome) -> None:
     """Print how the transferred LR fared at a target that has been trained since."""
     console = console_of()
     target = f"{'/'.join(outcome.label)} at width {outcome.size.width}, depth {outcome.size.depth}"
     console.print(f"\n{target}: validation of the transferred LR", style="bold")
     console.say(
-        f"transferred log2 LR {outcome.log2_lr:g}, from the smaller sizes; best there {outcome.optimum}; "
-        f"regret {nats(outcome.regret)}"
+        f"the forecast of the smaller sizes is {outcome.outcome}: they handed over log2 LR {outcome.log2_lr:g} and "
+        f"expected the optimum at {outcome.forecast}; it is at {outcome.optimum}, and the LR handed over costs "
+        f"{nats(outcome.regret)}"
     )
     for reason in outcome.reasons:
         console.say(reason)
@@ -139,7 +149,7 @@ def _optimum_table(group: LadderResult) -> Table:
             *([si(curve.horizon or 0)] if group.axis == HORIZON else [str(curve.width), str(curve.depth)]),
             str(curve.n_runs),
             str(curve.n_diverged or ""),
-            f"{Estimate(optimum.log2_lr, optimum.low, optimum.high):.2f}",
+            f"{optimum.estimate:.2f}",
             _loss_text(optimum),
             cost,
         )
@@ -148,7 +158,7 @@ def _optimum_table(group: LadderResult) -> Table:
 
 def _loss_text(optimum: Optimum) -> str:
     """The loss at an optimum with the wider half of its interval, since a table has no room for both halves."""
-    loss = loss_of(optimum)
+    loss = optimum.loss
     if loss.value is None:
         return ""
     ends = [abs(end - loss.value) for end in (loss.low, loss.high) if end is not None]
@@ -156,16 +166,10 @@ def _loss_text(optimum: Optimum) -> str:
 
 
 def _summary_lines(group: LadderResult) -> Iterator[str]:
-    """The best LR of a ladder's base, the drift along the ladder, and what the base's LR costs at its end."""
-    base, last = group.base, group.optima[-1]
+    """The best LR of a ladder's base."""
+    base = group.base
     if base.log2_lr is not None:
-        log2_lr = Estimate(base.log2_lr, base.low, base.high)
-        yield f"best LR at {base.curve.place(group.axis)}: {2**base.log2_lr:.3g}, log2 {log2_lr:.2f}"
-    facts = [] if group.drift.value is None else [slope_text(group)]
-    if base is not last and group.regret != UNKNOWN:
-        facts.append(f"at {last.curve.place(group.axis)} the base's LR costs {nats(group.regret)}")
-    if facts:
-        yield "; ".join(facts)
+        yield f"best LR at {base.curve.place(group.axis)}: {2**base.log2_lr:.3g}, log2 {base.estimate:.2f}"
 
 
 def quality_lines(group: LadderResult) -> Iterator[str]:
