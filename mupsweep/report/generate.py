@@ -49,7 +49,8 @@ def generate(
         from mupsweep.report.figures import theme
 
         theme.figure_style(figures)  # this, and a damaged config, are refused before anything is written
-    config = analysis_config([sweep.read_config() for sweep in sweeps][0], overrides)
+    trees = [sweep.read_config() for sweep in sweeps]
+    config = analysis_config(trees[0], overrides)
     # before the runs are read: of 100,000, plan and results together would take the most memory
     shown_rules = list(_rules_at_sizes(plan.load(sweeps[0], to_train=False))) if len(sweeps) == 1 else []
     rows, ledgers = read(sweeps)
