@@ -17,7 +17,7 @@ from mupsweep.analysis.estimate import QUANTILES
 from mupsweep.analysis.labels import Label
 from mupsweep.analysis.optimum import Optimum, shuffled
 from mupsweep.analysis.run_result import RunResult
-from mupsweep.analysis.transfer import HORIZON, LadderResult, axis_of, judge_ladders, ladders
+from mupsweep.analysis.transfer import HORIZON, LadderResult, axis_to, judge_ladders, ladders
 from mupsweep.analysis.tuning import GapAfterTuning, Tuning, gaps_after_tuning, tunings
 from mupsweep.analysis.tuning import remarks as remarks_on_gaps
 from mupsweep.analysis.verdict import TRANSFERS
@@ -116,7 +116,7 @@ def _validated(groups: Iterable[LadderResult], runs: Sequence[RunResult]) -> tup
             curve
             for curve in targets
             if curve.label == group.label
-            and axis_of(curve) == group.axis
+            and axis_to(curve.width_ratio, curve.depth_ratio) == group.axis
             and curve.horizon == group.optima[-1].curve.horizon
         ]
         found = [group.validate(curve) for curve in ours]

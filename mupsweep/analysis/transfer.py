@@ -163,12 +163,17 @@ def ratio_on(axis: str, curve: LossCurve, smallest: LossCurve) -> float:
     """The position of a curve on an axis, target / base; of a horizon, to that of the ladder's first curve."""
     if axis == HORIZON:
         return (curve.horizon or 1) / (smallest.horizon or 1)
-    return {"width": curve.width_ratio, "depth": curve.depth_ratio}.get(axis, curve.width_ratio * curve.depth_ratio)
+    return size_ratio(axis, curve.width_ratio, curve.depth_ratio)
 
 
-def axis_of(curve: LossCurve) -> str | None:
+def size_ratio(axis: str, width_ratio: float, depth_ratio: float) -> float:
+    """The position of a size on an axis of sizes, target / base."""
+    return {"width": width_ratio, "depth": depth_ratio}.get(axis, width_ratio * depth_ratio)
+
+
+def axis_to(width_ratio: float, depth_ratio: float) -> str | None:
     """The axis that leads from the base to a size; None for the base itself."""
-    wider, deeper = curve.width_ratio != 1, curve.depth_ratio != 1
+    wider, deeper = width_ratio != 1, depth_ratio != 1
     return "joint" if wider and deeper else "width" if wider else "depth" if deeper else None
 
 

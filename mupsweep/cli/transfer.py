@@ -10,9 +10,17 @@ import typer
 from mupsweep.cli.options import Json, Strict
 from mupsweep.recipes import JSON, names
 
+TARGET = ("width", "depth", "tokens")  # what --to says
+
 
 def transfer(
-    sweeps: Annotated[list[str] | None, typer.Argument(metavar="SWEEP", help="Sweep folders, finished or not.")] = None,
+    sweeps: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SWEEP",
+            help="Sweep folders, finished or not; analysis.KEY=VALUE changes what the verdict rests on.",
+        ),
+    ] = None,
     to: Annotated[
         list[str] | None,
         typer.Option(
@@ -38,6 +46,14 @@ def transfer(
             metavar="FILE|wandb:ENTITY/PROJECT",
             help="Runs trained elsewhere, each with an LR, a loss and a width: csv, tsv, xlsx, parquet, jsonl, a "
             "paste; - for stdin; or a project of W&B.",
+        ),
+    ] = None,
+    base: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="model=NAME",
+            help="With --from and --to: how its smallest size was trained, --base model=NAME optimizer=NAME "
+            "parametrization=NAME, for a whole recipe.",
         ),
     ] = None,
     columns: Annotated[
@@ -73,30 +89,43 @@ def transfer(
     """
     from mupsweep.errors import ConfigError
     from mupsweep.launchers.driver import DRIFTS_EXIT_CODE, train_target
-    from mupsweep.report.generate import conclude_table, export, generate, read_target
+    from mupsweep.report.generate import conclude_table, export, export_table, generate, read_target
     from mupsweep.store.sweep_dir import SweepDir
     from mupsweep.store.tables import TableOptions
 
-    sweeps, to = sweeps or [], to or []
+    words = [*(sweeps or []), *(to or []), *(base or [])]
     asked = {"--columns": columns, "--unit": unit, "--filter": filters, "--average": average, "--save": save}
-    for option, value in asked.items():
+    for option, value in {**asked, "--base": base}.items():
         if value not in (None, []) and table is None:
             raise ConfigError(f"{option} is of a table: name it too, mupsweep transfer --from FILE {option} ...")
+    folders = [SweepDir.open(word) for word in words if "=" not in word and table is None]
+    overrides = [word for word in words if word.startswith("analysis.")]
+    settings = [word for word in words if "=" in word and word not in overrides]
+    shape = [word for word in settings if not base or word.partition("=")[0] in TARGET]
     if table is not None:
         options = TableOptions.parse(columns or (), unit or "nats", filters or (), average)
-        verdicts = conclude_table(table, options, [*sweeps, *to], json, optimizer, parametrization, save)
+        if others := [word for word in words if "=" not in word]:
+            raise ConfigError(
+                f"--from {table} stands alone, without {others[0]}: how its runs were trained is not known"
+            )
+        if shape:
+            of_base = [word for word in settings if word not in shape]
+            return export_table(table, options, shape, of_base, optimizer, parametrization, json, form, overrides)
+        if form != JSON:
+            raise ConfigError(f"--format {form} is of a recipe: name its target with --to width=N depth=N")
+        verdicts = conclude_table(table, options, json, optimizer, parametrization, save, overrides)
         raise typer.Exit(DRIFTS_EXIT_CODE if strict and "drifts" in verdicts else 0)
-    folders = [SweepDir.open(word) for word in sweeps if "=" not in word]
-    target = [*to, *(word for word in sweeps if "=" in word)]
     if validate:
         if len(folders) != 1 or not to:
             raise ConfigError(
                 "--validate trains one target in one sweep: mupsweep transfer sweeps/NAME --validate --to width=N"
             )
-        raise typer.Exit(train_target(folders[0], read_target(target), optimizer, parametrization, json, strict))
-    if target:
-        return export(folders, target, optimizer, parametrization, as_json=json, form=form)
+        raise typer.Exit(train_target(folders[0], read_target(shape), optimizer, parametrization, json, strict))
+    if shape:
+        return export(folders, shape, optimizer, parametrization, json, form, overrides)
     if form != JSON:
         raise ConfigError(f"--format {form} is of a recipe: name its target with --to width=N depth=N")
-    verdicts = generate(folders, as_json=json, optimizer=optimizer, parametrization=parametrization)
+    verdicts = generate(
+        folders, as_json=json, optimizer=optimizer, parametrization=parametrization, overrides=overrides
+    )
     raise typer.Exit(DRIFTS_EXIT_CODE if strict and "drifts" in verdicts else 0)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mupsweep.analysis.config import AnalysisConfig
 from mupsweep.analysis.estimate import Estimate
 from mupsweep.analysis.optimum import Optimum
-from mupsweep.analysis.transfer import AXIS_UNIT, HORIZON, LadderResult, judge_ladders
+from mupsweep.analysis.transfer import AXIS_UNIT, HORIZON, LadderResult, axis_to, judge_ladders, size_ratio
 from mupsweep.errors import RecordError
 from mupsweep.models.shape import Size
 from mupsweep.sweep import tensor_rules
@@ -28,12 +28,14 @@ class Recommendation:
         log2_lr: of the least expected loss there.
         optimum: where the target's optimum is; without an interval where no measured axis leads to the target.
         expected_regret: nats per token above the lowest loss there that it is expected to lose; None without interval.
+        verdict: of the ladder that leads there.
         basis: what it rests on.
     """
 
     log2_lr: float
     optimum: Estimate
     expected_regret: float | None
+    verdict: str
     basis: str
 
     def moved(self, octaves: Estimate) -> Recommendation:
@@ -72,7 +74,8 @@ def recommend(ladder: LadderResult, axis: str | None, doublings: float) -> Recom
         )
     if not measured:
         basis = f"untested: the target lies on the {axis} axis, but only {ladder.axis} was measured; the base's optimum"
-        return Recommendation(expected.log2_lr, Estimate(expected.optimum.value, None, None), None, basis)
+        optimum = Estimate(expected.optimum.value, None, None)
+        return Recommendation(expected.log2_lr, optimum, None, ladder.verdict, basis)
     largest = max(size.position for size, _ in ladder.posterior.fitted)
     beyond = 2 ** (doublings - largest)
     unit = AXIS_UNIT.get(ladder.axis, ladder.axis)
@@ -80,18 +83,11 @@ def recommend(ladder: LadderResult, axis: str | None, doublings: float) -> Recom
     basis = (
         f"{ladder.verdict}: the LR of the least expected loss, with the drift of {ladder.drift} octaves per doubling"
     )
-    return Recommendation(expected.log2_lr, expected.optimum, expected.expected_regret, basis + where)
+    return Recommendation(expected.log2_lr, expected.optimum, expected.expected_regret, ladder.verdict, basis + where)
 
 
-def axis_of(resolved: ResolvedVariant, width: int, depth: int) -> str | None:
-    """The ladder that leads from the base to a target; None for the base itself."""
-    wider, deeper = width != resolved.model.width, depth != resolved.model.depth
-    return "joint" if wider and deeper else "width" if wider else "depth" if deeper else None
-
-
-def leading(groups: Sequence[LadderResult], resolved: ResolvedVariant, width: int, depth: int) -> LadderResult:
-    """The ladder of a variant that leads to a target, or else its first; horizons alone are one size, the base."""
-    axis = axis_of(resolved, width, depth)
+def leading(groups: Sequence[LadderResult], axis: str | None) -> LadderResult:
+    """The ladder of a variant along an axis, or else its first; horizons alone are one size, the base."""
     sizes = [group for group in groups if group.axis != HORIZON]
     if not sizes:
         longest, config = groups[0].optima[-1].curve, AnalysisConfig(groups[0].bounds, groups[0].posterior.prior)
@@ -104,54 +100,86 @@ def horizons_of(groups: Sequence[LadderResult]) -> LadderResult | None:
     return next((group for group in groups if group.axis == HORIZON), None)
 
 
-def doublings_to(ladder: LadderResult, size: Size) -> float:
-    """How far a size lies from the base on the group's axis."""
-    ratio = {"width": size.width_ratio, "depth": size.depth_ratio}.get(ladder.axis, size.width_ratio * size.depth_ratio)
-    return math.log2(ratio)
+def recommend_at(groups: Sequence[LadderResult], width_ratio: float, depth_ratio: float) -> Recommendation:
+    """The base LR to use at a size, from the ladders of a variant.
+
+    Raises:
+        RecordError: no size has a loss curve yet.
+    """
+    axis = axis_to(width_ratio, depth_ratio)
+    ladder = leading(groups, axis)
+    return recommend(ladder, axis, math.log2(size_ratio(ladder.axis, width_ratio, depth_ratio)))
 
 
 def target_recipe(
-    ladder: LadderResult,
-    resolved: ResolvedVariant,
-    width: int,
-    depth: int,
-    tokens: int | None = None,
-    horizons: LadderResult | None = None,
+    groups: Sequence[LadderResult], resolved: ResolvedVariant, target: Mapping[str, int]
 ) -> dict[str, Any]:
     """How to train a target that was never trained: its LR with an interval, and every tensor's numbers.
 
     Args:
-        tokens: what the target is trained on; None: as many as the sweep's runs.
-        horizons: the ladder over tokens, for sweeps whose training.horizon_exponent does not carry the LR already.
+        groups: the ladders of the variant.
+        target: width, depth and training tokens; what it lacks is the base's.
 
     Raises:
         ConfigError: a target that is no multiple of the base shape.
+        RecordError: no size has a loss curve yet.
     """
+    width, depth = target.get("width", resolved.model.width), target.get("depth", resolved.model.depth)
     size = resolved.size(width / resolved.model.width, depth / resolved.model.depth)
-    axis = axis_of(resolved, width, depth)
-    choice = recommend(ladder, axis, doublings_to(ladder, size))
-    final = resolved if tokens is None else replace(resolved, variant=_trained_on(resolved, tokens))
-    choice, horizon = _carried(choice, resolved, final, horizons)
+    choice = recommend_at(groups, size.width_ratio, size.depth_ratio)
+    final = resolved if "tokens" not in target else replace(resolved, variant=_trained_on(resolved, target["tokens"]))
+    if resolved.training.base_tokens is not None:  # the parts of the recipe carry the LR themselves
+        measured, wanted = _tokens(resolved), _tokens(final)
+        note = f"carried from {measured:,} to {wanted:,} tokens by {_power(resolved.training.horizon_exponent)}"
+        factor = final.optimizers[0].lr_ratio / resolved.optimizers[0].lr_ratio
+        horizon = {"tokens": wanted, "measured_tokens": measured, "lr_factor": factor, "note": note}
+    else:
+        choice, horizon = _carried(choice, _tokens(resolved), _tokens(final), horizons_of(groups))
+    return {**_record(groups[0], choice, horizon), **settings(final, size, 2.0**choice.log2_lr)}
+
+
+def table_recipe(
+    groups: Sequence[LadderResult], target: Mapping[str, int], resolved: ResolvedVariant | None = None
+) -> dict[str, Any]:
+    """The LR of a target from runs that were trained elsewhere, and every tensor's numbers if the base is known.
+
+    Args:
+        groups: the ladders of the variant.
+        target: width, depth and training tokens; what it lacks is the base's.
+        resolved: the base, as the table's smallest size was trained.
+    """
+    base = base_shape(groups)
+    width, depth = target.get("width", base["width"]), target.get("depth", base["depth"])
+    choice = recommend_at(groups, width / base["width"], depth / base["depth"])
+    measured = max((o.curve.horizon for group in groups for o in group.optima if o.curve.horizon), default=None)
+    choice, horizon = _carried(choice, measured, target.get("tokens", measured), horizons_of(groups))
+    found = _record(groups[0], choice, horizon)
+    if resolved is None:
+        shapes = {"target": {"width": width, "depth": depth}, "base": base}
+        return {**found, **shapes, "base_lr": 2.0**choice.log2_lr}
+    final = resolved if "tokens" not in target else replace(resolved, variant=_trained_on(resolved, target["tokens"]))
+    return {**found, **settings(final, final.size(width / base["width"], depth / base["depth"]), 2.0**choice.log2_lr)}
+
+
+def base_shape(groups: Sequence[LadderResult]) -> dict[str, int]:
+    """Width and depth of the size to which the ratios of a variant's ladders refer."""
+    curve = groups[0].optima[0].curve
+    return {"width": round(curve.width / curve.width_ratio), "depth": round(curve.depth / curve.depth_ratio)}
+
+
+def _record(ladder: LadderResult, choice: Recommendation, horizon: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "model": ladder.model,
         "optimizer": ladder.optimizer,
         "parametrization": ladder.parametrization,
-        **record(ladder, choice),
-        "horizon": horizon,
-        **settings(final, size, 2.0**choice.log2_lr),
-    }
-
-
-def record(ladder: LadderResult, choice: Recommendation) -> dict[str, Any]:
-    """The LR of a target as a recipe holds it."""
-    return {
-        "verdict": ladder.verdict,
+        "verdict": choice.verdict,
         "basis": choice.basis,
         "log2_lr": choice.log2_lr,
         "log2_lr_optimum": choice.optimum.value,
         "log2_lr_low": choice.optimum.low,
         "log2_lr_high": choice.optimum.high,
         "expected_regret": choice.expected_regret,
+        "horizon": dict(horizon),
     }
 
 
@@ -187,19 +215,15 @@ def settings(resolved: ResolvedVariant, size: Size, base_lr: float) -> dict[str,
 
 
 def _carried(
-    choice: Recommendation, resolved: ResolvedVariant, final: ResolvedVariant, horizons: LadderResult | None
+    choice: Recommendation, measured: int | None, wanted: int | None, horizons: LadderResult | None
 ) -> tuple[Recommendation, dict[str, Any]]:
-    """The LR at the target's horizon, and a note on how it was carried there."""
-    measured, wanted = _tokens(resolved), _tokens(final)
-    octaves = math.log2(wanted / measured)
-    factor, note = (
-        1.0,
-        f"for {measured:,} training tokens, as in the sweep; longer training wants a lower one: --to tokens=N",
-    )
-    if octaves and resolved.training.base_tokens is not None:  # the parts of the recipe carry the LR themselves
-        factor = final.optimizers[0].lr_ratio / resolved.optimizers[0].lr_ratio
-        note = f"carried from {measured:,} to {wanted:,} tokens by {_power(resolved.training.horizon_exponent)}"
-    elif octaves and horizons is not None and (moved := _moved_to(horizons, wanted)) is not None:
+    """The LR at the target's horizon, and a note on how it was carried there; horizons are None where unknown."""
+    factor = 1.0
+    if wanted is None:
+        note = "for as many training tokens as the table's runs; longer training wants a lower one"
+    elif wanted == measured:
+        note = f"for {measured:,} training tokens, as in the sweep; longer training wants a lower one: --to tokens=N"
+    elif horizons is not None and (moved := _moved_to(horizons, wanted)) is not None:
         assert moved.value is not None
         factor = 2.0**moved.value
         choice = choice.moved(moved)
@@ -207,9 +231,11 @@ def _carried(
             f"carried from {measured:,} to {wanted:,} tokens as the horizons measured it, {moved:.2f} octaves, "
             f"LR ~ tokens^{horizons.drift:.3g}"
         )
-    elif octaves:
+    else:
+        choice = replace(choice, optimum=Estimate(choice.optimum.value, None, None), expected_regret=None)
+        at = "an unknown number of tokens" if measured is None else f"{measured:,}"
         note = (
-            f"NOT carried to {wanted:,} tokens: measured at {measured:,}, and the best LR falls with the horizon; "
+            f"NOT carried to {wanted:,} tokens: measured at {at}, and the best LR falls with the horizon; "
             "set training.horizon_exponent and training.base_tokens, or sweep at several horizons"
         )
     return choice, {"tokens": wanted, "measured_tokens": measured, "lr_factor": factor, "note": note}

@@ -101,8 +101,7 @@ def trials(
                 f"{sweep.path} has no finished runs of {'/'.join(names)} below width {width}, depth "
                 f"{depth}, so there is no LR to validate: mupsweep run first"
             )
-        ladder, axis = recipe.leading(groups, resolved, width, depth), recipe.axis_of(resolved, width, depth)
-        choice = recipe.recommend(ladder, axis, recipe.doublings_to(ladder, size))
+        choice = recipe.recommend_at(groups, size.width_ratio, size.depth_ratio)
         variant_runs = [run for run in runs if run.resolved.digest == resolved.digest]
         seeds = tuple(sorted({run.seed for run in variant_runs}))
         trials.append(

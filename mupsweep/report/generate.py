@@ -12,6 +12,7 @@ from typing import Any
 
 from mupsweep import trackers
 from mupsweep.analysis.analysis import Analysis, analyse
+from mupsweep.analysis.transfer import LadderResult
 from mupsweep.atomic_files import make_folder, write_json, write_text
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.recipes import JSON, check, recipe, validation
@@ -22,8 +23,9 @@ from mupsweep.store.results import RunCounts, read, read_runs
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.store.tables import TableOptions, read_table
 from mupsweep.sweep import plan
-from mupsweep.sweep.config import analysis_config
-from mupsweep.sweep.run_spec import RunSpec
+from mupsweep.sweep.compose import COMPARABLE, choices
+from mupsweep.sweep.config import analysis_config, load
+from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, resolve
 from mupsweep.sweep.tensor_rules import TensorRule, rules
 
 
@@ -77,26 +79,23 @@ def generate(
 def conclude_table(
     source: str,
     options: TableOptions,
-    others: Sequence[str],
     as_json: bool,
     optimizer: str | None,
     parametrization: str | None,
     save: Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> list[str]:
     """Analyse runs that were trained elsewhere, print the outcome, return the verdicts.
 
     Args:
         source: a file, "-" for stdin, or wandb:ENTITY/PROJECT.
         save: write the runs there; nothing else is written.
+        overrides: of `analysis`.
     """
     from mupsweep.report.terminal import verdicts
 
-    if others:
-        raise ConfigError(
-            f"--from {source} stands alone, without {others[0]}: how these runs were trained is not known"
-        )
     table = read_table(source, options)
-    analysis = analyse(table.runs)
+    analysis = analyse(table.runs, analysis_config({}, overrides))
     shown = analysis.select(optimizer, parametrization)
     if save is not None:
         save_runs(save, table.runs)
@@ -158,8 +157,6 @@ def export(
         form: of the file that is written beside the JSON, a name of `recipes.names()`.
         overrides: of the first sweep's `analysis`.
     """
-    from mupsweep.report.terminal import verdicts
-
     dims = read_target(target)
     check(form)
     if not sweeps:
@@ -178,23 +175,92 @@ def export(
         if label not in variants:
             refused.append(f"{'/'.join(label)}: two sweeps hold this name with other settings; export from one of them")
             continue
-        resolved = variants[label]
-        width, depth = dims.get("width", resolved.model.width), dims.get("depth", resolved.model.depth)
         ladders = [group for group in groups if group.label == label]
-        ladder, horizons = recipe.leading(ladders, resolved, width, depth), recipe.horizons_of(ladders)
         try:
-            contents.append(recipe.target_recipe(ladder, resolved, width, depth, dims.get("tokens"), horizons))
+            contents.append(recipe.target_recipe(ladders, variants[label], dims))
         except RecordError as error:
             refused.append(str(error))
     if not contents:
         raise RecordError("; ".join(refused))
     for line in refused:
         print(f"no recipe for {line}", file=sys.stderr)
+    _write_recipes(contents, sweeps[0].results, form, as_json, "tokens" in dims)
+
+
+def export_table(
+    source: str,
+    options: TableOptions,
+    target: Sequence[str],
+    base: Sequence[str],
+    optimizer: str | None,
+    parametrization: str | None,
+    as_json: bool = False,
+    form: str = JSON,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Print the LR of every chosen variant of a table for a target; with a base, write whole recipes to this folder.
+
+    Args:
+        source: a file, "-" for stdin, or wandb:ENTITY/PROJECT.
+        base: overrides that say how the table's smallest size was trained.
+        form: of the file that is written beside the JSON, a name of `recipes.names()`.
+        overrides: of `analysis`.
+    """
+    from mupsweep.report.terminal import verdicts
+
+    dims = read_target(target)
+    check(form)
+    if form != JSON and not base:
+        raise ConfigError(
+            f"--format {form} needs the settings of the base, which a table does not have: add "
+            "--base model=NAME optimizer=NAME parametrization=NAME"
+        )
+    table = read_table(source, options)
+    groups = analyse(table.runs, analysis_config({}, overrides)).select(optimizer, parametrization).groups
+    contents: list[dict[str, Any]] = []
+    refused: list[str] = []
+    for label in dict.fromkeys(group.label for group in groups):
+        ladders = [group for group in groups if group.label == label]
+        resolved = _base_of(ladders, base) if base else None
+        try:
+            contents.append(recipe.table_recipe(ladders, dims, resolved))
+        except RecordError as error:
+            refused.append(str(error))
+    if not contents:
+        raise RecordError("; ".join(refused))
+    for line in (*table.notes, *(f"no LR for {line}" for line in refused)):
+        print(line, file=sys.stderr)
+    if base:
+        return _write_recipes(contents, Path(), form, as_json, "tokens" in dims)
+    if as_json:
+        return print(json.dumps(contents, indent=2))
+    for content in contents:
+        verdicts.show_target_lr(content)
+
+
+def _base_of(ladders: Sequence[LadderResult], words: Sequence[str]) -> ResolvedVariant:
+    """The variant that --base describes, at the shape of the table's base."""
+    lacking = [group for group in COMPARABLE if not any(word.startswith(f"{group}=") for word in words)]
+    if lacking:
+        raise ConfigError(f"--base {' '.join(words)} lacks {lacking[0]}=NAME: {', '.join(choices(lacking[0]))}")
+    shape = [f"model.{key}={value}" for key, value in recipe.base_shape(ladders).items()]
+    variants = load([*words, *shape]).variants
+    if len(variants) > 1:
+        raise ConfigError(f"--base {' '.join(words)}: one base at a time, without several choices of a group")
+    return resolve(variants[0], digest="of a table")
+
+
+def _write_recipes(
+    contents: Sequence[dict[str, Any]], folder: Path, form: str, as_json: bool, of_horizon: bool
+) -> None:
+    """Write recipes to a folder, in another form too, and print them."""
+    from mupsweep.report.terminal import verdicts
+
     several = len({content["model"] for content in contents}) > 1
     exports = [None if form == JSON else export_format(form, content) for content in contents]  # or refuse
-    make_folder(sweeps[0].results)
+    make_folder(folder)
     for content, exported in zip(contents, exports, strict=True):
-        path = sweeps[0].results / f"{_file_name(content, several, 'tokens' in dims)}.json"
+        path = folder / f"{_file_name(content, several, of_horizon)}.json"
         write_json(path, content)
         exported_path = path
         if exported is not None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from mupsweep.analysis.analysis import Analysis
 from mupsweep.analysis.comparison import Comparison
 from mupsweep.analysis.estimate import CONFIDENCE, UNKNOWN, Estimate
-from mupsweep.analysis.labels import DIVERGED, DONE
+from mupsweep.analysis.labels import DIVERGED, DONE, NAMES
 from mupsweep.analysis.optimum import Optimum
 from mupsweep.analysis.transfer import HORIZON, LadderResult, diverges
 from mupsweep.analysis.verdict import DRIFTS, INCONCLUSIVE, TRANSFERS
@@ -112,6 +112,17 @@ def show_recipe(content: dict[str, Any], files: Sequence[Path], limits: Sequence
         console.say(f"wrote {path}")
     for limit in limits:
         console.say(f"not in {files[-1].name}: {limit}")
+
+
+def show_target_lr(content: Mapping[str, Any]) -> None:
+    """Print the LR of a target whose base is not known."""
+    console = console_of()
+    target, names = content["target"], "/".join(content[key] for key in NAMES)
+    console.print(f"\n{names} at width {target['width']}, depth {target['depth']}", style="bold")
+    for line in lr_lines(content):
+        console.say(line)
+    console.say(f"LR {content['horizon']['note']}")
+    console.say("every tensor's numbers: add --base model=NAME optimizer=NAME parametrization=NAME")
 
 
 def lr_lines(content: Mapping[str, Any]) -> Iterator[str]:
