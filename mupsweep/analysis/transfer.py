@@ -265,8 +265,9 @@ def _reasons(ladder: LadderResult, found: verdict.Verdict, of: str) -> Iterable[
         yield f"the cheapest runs that would probably decide: {runs}"
     if ladder.ratio(base.curve) != 1:
         yield f"nothing is known at the base: {base.curve.place(axis)} stands for it"
+    judged = {id(base): "the base", id(largest): "the largest size"}
     for optimum in optima:
-        if optimum.reason is not None:
+        if optimum.reason is not None and found.reason != f"{judged.get(id(optimum))}: {optimum.reason}":
             yield f"{_size(axis, optimum)}: {optimum.reason}"
         if diverges(base, optimum):
             yield f"{_size(axis, optimum)}: the base's {of} diverges there"
@@ -285,6 +286,8 @@ def _numbers(ladder: LadderResult, largest: Optimum) -> str:
     """How far the optimum moves, and what the base's costs at the largest size."""
     at = largest.curve.place(ladder.axis)
     cost = "diverges" if ladder.regret == UNKNOWN else f"costs {ladder.regret:.4f} nats"
+    if ladder.total_drift == UNKNOWN:
+        return f"how far it moves is open, and the base's {cost} at {at}"
     return (
         f"it moves {ladder.drift:+.2f} octaves per doubling, {ladder.total_drift:+.2f} from "
         f"{ladder.base.curve.place(ladder.axis)} to {at}, and the base's {cost} there"

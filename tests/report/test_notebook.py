@@ -52,7 +52,7 @@ def test_frames_hold_what_the_csv_files_hold(finished: SweepDir) -> None:
     last = verdicts.iloc[-1]
     group = sweep.verdicts[-1]
     assert (last.width, last.verdict, last.drift_octaves_per_doubling) == (256, group.verdict, group.drift.value)
-    assert last.loss_optimum == group.optima[-1].loss
+    assert last.loss_optimum == group.optima[-1].loss.value
     run = next(run for run in sweep.runs if run.seed == 0)  # of which the fixture logs metrics
     logged = sweep.metrics_frame([run])
     assert logged.step.to_list() == [row["step"] for row in finished.run(run.run_id).metrics()]

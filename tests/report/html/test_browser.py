@@ -17,7 +17,7 @@ from matplotlib.image import imread
 from run_results import results
 
 from mupsweep.analysis.analysis import analyse
-from mupsweep.analysis.transfer import DRIFTS, TRANSFERS
+from mupsweep.analysis.verdict import DRIFTS, TRANSFERS
 from mupsweep.atomic_files import write_json
 from mupsweep.sweep.tensor_rules import TensorRule
 
@@ -179,7 +179,7 @@ def test_hostile_names_are_text(
             row |= {"quantity": HOSTILE, "axis": HOSTILE, "off": [HOSTILE + script]}
     sweep.results.mkdir()
     write_json(sweep.check_path, kept)
-    sweep.write_config({"sweep": {"name": HOSTILE + script}}, f"mupsweep run {HOSTILE}{script}")
+    sweep.write_config({**sweep.read_config(), "sweep": {"name": HOSTILE + script}}, f"mupsweep run {HOSTILE}{script}")
     page = write_html(sweep, analyse(results(runs)), [(HOSTILE + script, [rule])])
     dom, seen, console = probed(page, "--window-size=420,900")
     assert console == []

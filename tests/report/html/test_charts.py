@@ -12,7 +12,6 @@ from run_results import results
 
 from mupsweep.analysis.analysis import analyse
 from mupsweep.analysis.estimate import Estimate
-from mupsweep.analysis.transfer import TOLERANCE_OCTAVES
 from mupsweep.report.html.charts import MAX_CURVE_POINTS, MAX_SEED_POINTS, Charts, drawn_seeds, estimate_text
 from mupsweep.report.html.svg import Plot
 
@@ -98,7 +97,7 @@ def test_the_ladder_shows_how_far_the_optimum_moves(rows: Callable) -> None:
     assert drift[-1].low is not None
     assert drift[-1].high is not None
     assert drift[-1].low <= -1.52 <= drift[-1].high  # as the rows were made
-    svg = Charts(analysis).ladder([group], [drift], TOLERANCE_OCTAVES, "octaves")
+    svg = Charts(analysis).ladder([group], [drift], group.bounds.total, "octaves")
     points = re.findall(r'data-tip="[^"]*\n(\S+) [^"]*" transform="translate\([\d.]+ ([\d.]+)\)"', svg)
     assert [number(value) for value, _ in points] == [pytest.approx(d.value, abs=0.005) for d in drift]
     octaves = scale(svg, "y")
@@ -108,13 +107,13 @@ def test_the_ladder_shows_how_far_the_optimum_moves(rows: Callable) -> None:
 
 def test_the_bar_shows_the_drift_and_its_interval(rows: Callable) -> None:
     analysis = analyse(results(rows(widths=(32, 64, 128))))
-    svg = Charts(analysis).bar(Estimate(-1.0, -1.5, -0.25))
+    svg = Charts(analysis).bar(Estimate(-1.0, -1.5, -0.25), 0.5)
     octaves = scale(svg, "octaves")
     (dot,) = re.findall(r'class="dot" cx="([\d.]+)"', svg)
     ((low, high),) = re.findall(r'class="range" d="M([\d.]+) 12H([\d.]+)"', svg)
     ((band_left, band_width),) = re.findall(r'class="band" x="([\d.]+)" y="2" width="([\d.]+)"', svg)
     positions = [octaves(float(x)) for x in (dot, low, high, band_left, float(band_left) + float(band_width))]
-    assert positions == pytest.approx([-1.0, -1.5, -0.25, -TOLERANCE_OCTAVES, TOLERANCE_OCTAVES], abs=0.01)
+    assert positions == pytest.approx([-1.0, -1.5, -0.25, -0.5, 0.5], abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +126,7 @@ def test_the_bar_shows_the_drift_and_its_interval(rows: Callable) -> None:
     ],
 )
 def test_the_bar_of_a_bound_is_an_arrow(bound: Estimate, range_: str, arrows: str) -> None:
-    ranges = re.findall(r'class="range" d="([^"]*)"', Charts(analyse([])).bar(bound))
+    ranges = re.findall(r'class="range" d="([^"]*)"', Charts(analyse([])).bar(bound, 0.5))
     assert ranges == ([range_ + arrows] if range_ else [])
 
 
@@ -148,7 +147,7 @@ def test_a_base_beyond_the_grid_leaves_bounds(rows: Callable) -> None:
     drift = list(group.shifts)
     assert drift == [Estimate(None, None, None), group.total_drift]
     assert drift[1].high is not None
-    svg = Charts(analysis).ladder([group], [drift], TOLERANCE_OCTAVES, "octaves")
+    svg = Charts(analysis).ladder([group], [drift], group.bounds.total, "octaves")
     assert f"at most {drift[1].high:+.2f} octaves".replace("-", "−") in svg
 
 
@@ -156,7 +155,7 @@ def test_what_is_unknown_is_said_to_be(rows: Callable) -> None:
     analysis = analyse(results(rows(widths=(32, 64), log2_lrs=[-10, -9, -8], parametrizations=["sp"])))
     (group,) = analysis.groups
     assert list(group.shifts) == [Estimate(None, None, None)] * 2
-    assert ">unknown</text>" in Charts(analysis).ladder([group], [list(group.shifts)], TOLERANCE_OCTAVES, "octaves")
+    assert ">unknown</text>" in Charts(analysis).ladder([group], [list(group.shifts)], group.bounds.total, "octaves")
 
 
 def test_a_value_without_an_interval_is_hollow_and_a_bound_has_no_point() -> None:
@@ -173,4 +172,4 @@ def test_a_value_without_an_interval_is_hollow_and_a_bound_has_no_point() -> Non
     for bound in ((None, -1.0, 1.0), (None, -1.0, None), (None, None, 1.0)):
         assert "pt best" not in drawn(*bound)
         assert 'class="bar" data-tip="said"' in drawn(*bound)
-    assert 'class="dot hollow"' in Charts(analyse([])).bar(Estimate(0.5, None, None))
+    assert 'class="dot hollow"' in Charts(analyse([])).bar(Estimate(0.5, None, None), 0.5)

@@ -14,7 +14,6 @@ from run_results import results
 
 from mupsweep.analysis.analysis import analyse
 from mupsweep.analysis.estimate import Estimate
-from mupsweep.analysis.transfer import loss_of
 from mupsweep.atomic_files import write_json
 from mupsweep.report.html.charts import estimate_text
 from mupsweep.sweep.tensor_rules import TensorRule
@@ -94,7 +93,7 @@ def test_what_a_config_says_is_escaped(
     evil = "<script>alert('x')</script>\"&"
     runs = rows(model=evil, optimizer=evil, widths=(32, 64)) + rows(widths=(32, 64))
     sweep = save_sweep(runs)
-    sweep.write_config({"sweep": {"name": evil}}, f"mupsweep run {evil}")
+    sweep.write_config({**sweep.read_config(), "sweep": {"name": evil}}, f"mupsweep run {evil}")
     text = write_html(sweep, analyse(results(runs)), [(evil, [rule])]).read_text()
     assert text.count("<script>") == 1
     assert text.count("</script>") == 1
@@ -178,4 +177,4 @@ def test_the_page_says_on_how_many_runs_it_rests_and_what_is_known_how_well(
     best = estimate_text(Estimate(group.base.log2_lr, group.base.low, group.base.high), spec=".2f")
     assert f"<dd>{2**group.base.log2_lr:.3g}, log2 {best}</dd>" in text
     for optimum in group.optima:
-        assert f"<td>{estimate_text(loss_of(optimum), spec='.4f')}</td>" in text
+        assert f"<td>{estimate_text(optimum.loss, spec='.4f')}</td>" in text

@@ -10,8 +10,8 @@ import pytest
 
 from mupsweep.analysis.comparison import Comparison
 from mupsweep.analysis.estimate import Estimate
-from mupsweep.analysis.transfer import TRANSFERS
 from mupsweep.analysis.tuning import GapAfterTuning, SizeTuning, Tuning
+from mupsweep.analysis.verdict import TRANSFERS
 from mupsweep.launchers import Launcher
 from mupsweep.launchers.driver import train
 from mupsweep.report.generate import generate

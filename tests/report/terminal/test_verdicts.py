@@ -86,11 +86,15 @@ def test_the_verdict_says_which_lr_is_best_and_what_it_costs_later(
     show_analysis(analysis, [], [])
     out = capsys.readouterr().out
     assert f"  best LR at width 32: {2**base.log2_lr:.3g}, log2 {base.log2_lr:.2f} [" in out  # type: ignore[operator]
-    assert f"  {group.drift} octaves per doubling of width; at width 128 the base's LR costs {group.regret:.4f}" in out
+    sentence = (
+        f"it moves {group.drift} octaves per doubling, {group.total_drift} from width 32 to width 128, "
+        f"and the base's costs {group.regret:.4f} nats there"
+    )
+    assert sentence in out
     table = [line.split() for line in out.splitlines() if re.match(r"(32|128) +4 ", line)]
     assert table[0][-1] == "base"
     assert table[1][-3] == f"{group.regret.value:.4f}"
-    assert f"{last.loss:.4f}" in table[1]
+    assert f"{last.loss.value:.4f}" in table[1]
 
 
 def test_what_is_unknown_makes_no_line_of_unknowns(rows: Callable, capsys: pytest.CaptureFixture[str]) -> None:
