@@ -17,8 +17,7 @@ def transfer(
     sweeps: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="SWEEP",
-            help="Sweep folders, finished or not; analysis.KEY=VALUE changes what the verdict rests on.",
+            metavar="SWEEP", help="Sweep folders, finished or not; analysis.KEY=VALUE changes what a verdict rests on."
         ),
     ] = None,
     to: Annotated[
@@ -105,9 +104,7 @@ def transfer(
     if table is not None:
         options = TableOptions.parse(columns or (), unit or "nats", filters or (), average)
         if others := [word for word in words if "=" not in word]:
-            raise ConfigError(
-                f"--from {table} stands alone, without {others[0]}: how its runs were trained is not known"
-            )
+            raise ConfigError(f"--from {table} is read without sweeps, not beside {others[0]}")
         if shape:
             of_base = [word for word in settings if word not in shape]
             return export_table(table, options, shape, of_base, optimizer, parametrization, json, form, overrides)
@@ -125,7 +122,5 @@ def transfer(
         return export(folders, shape, optimizer, parametrization, json, form, overrides)
     if form != JSON:
         raise ConfigError(f"--format {form} is of a recipe: name its target with --to width=N depth=N")
-    verdicts = generate(
-        folders, as_json=json, optimizer=optimizer, parametrization=parametrization, overrides=overrides
-    )
+    verdicts = generate(folders, json, optimizer, parametrization, overrides=overrides)
     raise typer.Exit(DRIFTS_EXIT_CODE if strict and "drifts" in verdicts else 0)

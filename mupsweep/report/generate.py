@@ -231,11 +231,12 @@ def export_table(
     for line in (*table.notes, *(f"no LR for {line}" for line in refused)):
         print(line, file=sys.stderr)
     if base:
-        return _write_recipes(contents, Path(), form, as_json, "tokens" in dims)
-    if as_json:
-        return print(json.dumps(contents, indent=2))
-    for content in contents:
-        verdicts.show_target_lr(content)
+        _write_recipes(contents, Path(), form, as_json, "tokens" in dims)
+    elif as_json:
+        print(json.dumps(contents, indent=2))
+    else:
+        for content in contents:
+            verdicts.show_target_lr(content)
 
 
 def _base_of(ladders: Sequence[LadderResult], words: Sequence[str]) -> ResolvedVariant:
@@ -244,10 +245,10 @@ def _base_of(ladders: Sequence[LadderResult], words: Sequence[str]) -> ResolvedV
     if lacking:
         raise ConfigError(f"--base {' '.join(words)} lacks {lacking[0]}=NAME: {', '.join(choices(lacking[0]))}")
     shape = [f"model.{key}={value}" for key, value in recipe.base_shape(ladders).items()]
-    variants = load([*words, *shape]).variants
-    if len(variants) > 1:
+    variant, *others = load([*words, *shape]).variants
+    if others:
         raise ConfigError(f"--base {' '.join(words)}: one base at a time, without several choices of a group")
-    return resolve(variants[0], digest="of a table")
+    return resolve(variant, digest="of a table")
 
 
 def _write_recipes(
