@@ -21,12 +21,13 @@ from mupsweep.report.results_files import save_runs, to_json, write_results
 from mupsweep.schema import LARGEST
 from mupsweep.store.results import RunCounts, read, read_runs
 from mupsweep.store.sweep_dir import SweepDir
-from mupsweep.store.tables import TableOptions, read_table
+from mupsweep.store.tables import Table, TableOptions, read_table
 from mupsweep.sweep import plan
 from mupsweep.sweep.compose import COMPARABLE, choices
 from mupsweep.sweep.config import analysis_config, load
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, resolve
 from mupsweep.sweep.tensor_rules import TensorRule, rules
+from mupsweep.trackers.wandb import project
 
 
 def generate(
@@ -94,7 +95,7 @@ def conclude_table(
     """
     from mupsweep.report.terminal import verdicts
 
-    table = read_table(source, options)
+    table = _read(source, options)
     analysis = analyse(table.runs, analysis_config({}, overrides))
     shown = analysis.select(optimizer, parametrization)
     if save is not None:
@@ -105,6 +106,11 @@ def conclude_table(
         shown = replace(shown, remarks=(*table.notes, *shown.remarks))
         verdicts.show_analysis(shown, [], [] if save is None else [save])
     return [group.verdict for group in shown.groups]
+
+
+def _read(source: str, options: TableOptions) -> Table:
+    """The runs of a file or of a W&B project."""
+    return project.read_project(source, options) if project.is_project(source) else read_table(source, options)
 
 
 def write_views(
@@ -215,7 +221,7 @@ def export_table(
             f"--format {form} needs the settings of the base, which a table does not have: add "
             "--base model=NAME optimizer=NAME parametrization=NAME"
         )
-    table = read_table(source, options)
+    table = _read(source, options)
     groups = analyse(table.runs, analysis_config({}, overrides)).select(optimizer, parametrization).groups
     contents: list[dict[str, Any]] = []
     refused: list[str] = []

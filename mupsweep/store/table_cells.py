@@ -61,7 +61,7 @@ class Cells:
 
 def of_mappings(source: str, mappings: Iterable[tuple[str, Mapping[str, Any]]], kind: str = "row") -> Cells:
     """Named mappings as a table with a column for every key; keys of nested mappings are joined by dots."""
-    flat = [(name, dict(_flattened(mapping))) for name, mapping in mappings]
+    flat = [(name, dict(flattened(mapping))) for name, mapping in mappings]
     columns = tuple(dict.fromkeys(key for _, row in flat for key in row))
     records = (Record(name, tuple(_text(row.get(column)) for column in columns)) for name, row in flat)
     return Cells(source, columns, tuple(records), kind)
@@ -268,10 +268,11 @@ def _with_heading(source: str, rows: list[tuple[int, list[str]]]) -> Cells:
     return Cells(source, tuple(columns), tuple(records))
 
 
-def _flattened(mapping: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(mapping: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a nested mapping with their dotted keys; lists are left out."""
     for key, value in mapping.items():
         if isinstance(value, Mapping):
-            yield from _flattened(value, f"{path}{key}.")
+            yield from flattened(value, f"{path}{key}.")
         elif not isinstance(value, list | tuple | dict):
             yield f"{path}{key}", value
 

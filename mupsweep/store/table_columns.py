@@ -152,6 +152,11 @@ def find_column(cells: Cells, name: str, asked: str) -> int:
     return alike[0]
 
 
+def means(name: str, meaning: str) -> bool:
+    """Whether a column's name has a meaning, though another may have it more."""
+    return next(_fits(name, meaning), None) is not None
+
+
 def _candidates(cells: Cells, meaning: str, used: Set[int]) -> list[tuple[tuple[bool, int], int]]:
     """(rank, place) of the unused columns that may have a meaning, the best first; those without content come last."""
     found = []

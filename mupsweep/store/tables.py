@@ -117,7 +117,7 @@ def read_table(source: str, options: TableOptions | None = None) -> Table:
         raise ConfigError(
             f"--average {options.average} is of W&B histories, --from wandb:ENTITY/PROJECT; {source} has one loss a row"
         )
-    return runs_of(_filtered(read_cells(source), options.filters), options)
+    return runs_of(filtered(read_cells(source), options.filters), options)
 
 
 def runs_of(cells: Cells, options: TableOptions) -> Table:
@@ -157,8 +157,12 @@ def runs_of(cells: Cells, options: TableOptions) -> Table:
     return Table(runs, (*notes, *omissions))
 
 
-def _filtered(cells: Cells, filters: Mapping[str, str]) -> Cells:
-    """The rows with given values in given columns."""
+def filtered(cells: Cells, filters: Mapping[str, str]) -> Cells:
+    """The rows of a table with given values in given columns.
+
+    Raises:
+        DataError: there is no such column, or no such row.
+    """
     records = cells.records
     for name, value in filters.items():
         place = find_column(cells, name, f"--filter {name}={value}")
@@ -166,7 +170,9 @@ def _filtered(cells: Cells, filters: Mapping[str, str]) -> Cells:
         records = tuple(record for record in records if record.cells[place] == value)
         if not records:
             values = ", ".join(value for value, _ in there.most_common(MOST_NAMED))
-            raise DataError(f"--from {cells.source} has no row with {name}={value}: {name} is {values or 'empty'}")
+            raise DataError(
+                f"--from {cells.source} has no {cells.kind} with {name}={value}: {name} is {values or 'empty'}"
+            )
     return Cells(cells.source, cells.columns, records, cells.kind)
 
 
@@ -394,10 +400,13 @@ def _find_horizons(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Tokens are a horizon where a size was trained for several; one that changes with the size belongs to it."""
     for names, group in _by_names(rows).items():
         key = "horizon" if any("horizon" in row for row in group) else "tokens"
-        values = _values_by(group, ("width", "depth"), key)
+        # what a diverged run has for tokens may be how far it came
+        whole = [row for row in group if key == "horizon" or row["status"] == DONE]
+        values = _values_by(whole, ("width", "depth"), key)
         if any(len(found) > 1 for found in values.values()):
             for row in group:
-                row["horizon"] = row.get(key)
+                horizons = values.get((row["width"], row["depth"]), ())
+                row["horizon"] = min((h for h in horizons if h >= row.get(key, 0)), default=row.get(key))
         elif len(set().union(*values.values())) > 1:
             for row in group:
                 row["tokens"], row["horizon"] = row.get(key), None
@@ -492,7 +501,7 @@ def _check_lrs(cells: Cells, rows: Iterable[Mapping[str, Any]]) -> None:
     if most < 3:
         raise DataError(
             f"--from {cells.source} has no size with three LRs that have a loss (the most is {most}): a curve needs "
-            "three; are sizes, models or horizons told apart that are one? --columns model= leaves a column out"
+            "three; if a column tells apart what is one size, --columns model= leaves it out"
         )
 
 

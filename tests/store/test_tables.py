@@ -780,8 +780,8 @@ def test_one_width_may_be_said(notes: Callable[..., tuple[str, ...]]) -> None:
         ),
         (
             f"{HEADING}\nsp,64,-8,3\nsp,64,-7,3\nsp,64,-6,nan\nsp,128,-8,3\n",
-            "--from runs.csv has no size with three LRs that have a loss (the most is 2): a curve needs three; are "
-            "sizes, models or horizons told apart that are one? --columns model= leaves a column out",
+            "--from runs.csv has no size with three LRs that have a loss (the most is 2): a curve needs three; if a "
+            "column tells apart what is one size, --columns model= leaves it out",
         ),
         (
             f"{HEADING}\nsp,64,-8,3,5\n",

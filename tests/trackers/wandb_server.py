@@ -46,6 +46,10 @@ class StoredRun:
         rows = [json.loads(self.lines[i]) for i in range(len(self.lines))]
         return [{k: v for k, v in row.items() if k not in ("_timestamp", "_runtime")} for row in rows]
 
+    def attribute(self, name: str) -> Any:
+        """What a filter of the public API asks for."""
+        return self.state if name == "state" else self.fields.get({"group": "groupName"}.get(name, name))
+
     @property
     def content(self) -> dict[str, Any]:
         """Return all that must not depend on how the run got here."""
@@ -148,25 +152,43 @@ class WandbServer(ThreadingHTTPServer):
         return {"createRunFiles": {"runID": _encoded(given["run"]), "uploadHeaders": [], "files": files}}
 
     def gql_runs(self, given: dict[str, Any]) -> dict[str, Any]:
-        group = json.loads(given["filters"])["group"]
-        nodes = []
-        for name, run in self.runs.items():
-            if run.fields.get("groupName") == group and run.fields.get("project") == given["project"]:
-                fields = {"id": _encoded(name), "name": name, "state": run.state, "tags": run.fields.get("tags")}
-                fields |= {
-                    "displayName": run.fields.get("displayName"),
-                    "group": group,
-                    "user": ENTITY,
-                    "sweepName": None,
-                }
-                fields |= {"config": run.fields["config"], "summaryMetrics": json.dumps(run.summary), "projectId": "1"}
-                fields |= {"systemMetrics": "{}", "historyKeys": None, "createdAt": "", "heartbeatAt": ""}
-                nodes.append(fields)
-        page = {"endCursor": None, "hasNextPage": False}
-        edges = [{"node": node, "cursor": node["name"]} for node in nodes]
+        filters, first = json.loads(given["filters"]), int(given.get("cursor") or 0)
+        chosen = [
+            (name, run)
+            for name, run in self.runs.items()
+            if run.fields.get("project") == given["project"]
+            and all(run.attribute(key) == value for key, value in filters.items())
+        ]
+        page = chosen[first : first + given.get("perPage", 50)]
+        edges = []
+        for place, (name, run) in enumerate(page, first + 1):
+            fields = {"id": _encoded(name), "name": name, "state": run.state, "tags": run.fields.get("tags")}
+            fields |= {"displayName": run.fields.get("displayName"), "group": run.fields.get("groupName")}
+            fields |= {"user": ENTITY, "sweepName": None, "config": run.fields["config"], "projectId": "1"}
+            fields |= {"summaryMetrics": json.dumps(run.summary), "systemMetrics": "{}", "historyKeys": None}
+            edges.append({"node": fields | {"createdAt": "", "heartbeatAt": ""}, "cursor": str(place)})
+        ends = {"endCursor": str(first + len(page)), "hasNextPage": first + len(page) < len(chosen)}
         project_exists = any(run.fields.get("project") == given["project"] for run in self.runs.values())
-        runs = {"runCount": len(nodes), "readOnly": False, "runs": {"edges": edges, "pageInfo": page}}
+        runs = {"runCount": len(chosen), "readOnly": False, "runs": {"edges": edges, "pageInfo": ends}}
         return {"project": {"internalId": "1"} | runs if project_exists else None}
+
+    def gql_run_history_keys(self, given: dict[str, Any]) -> dict[str, Any]:
+        steps = [json.loads(line)["_step"] for line in self.runs[given["name"]].lines.values()]
+        return {"project": {"run": {"historyKeys": {"lastStep": max(steps, default=-1), "keys": {}}}}}
+
+    def gql_run_parquet_history(self, given: dict[str, Any]) -> dict[str, Any]:
+        """No part of a history was exported to parquet: the client asks for pages of the rest."""
+        live = [json.loads(self.runs[given["runName"]].lines[i]) for i in sorted(self.runs[given["runName"]].lines)]
+        return {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": live}}}}
+
+    def gql_sampled_history_page(self, given: dict[str, Any]) -> dict[str, Any]:
+        spec, rows = json.loads(given["spec"]), []
+        for _, line in sorted(self.runs[given["run"]].lines.items()):
+            row = json.loads(line)
+            if spec["minStep"] <= row["_step"] <= spec["maxStep"] and set(spec["keys"]) <= row.keys():
+                rows.append({key: row[key] for key in spec["keys"]})
+        assert len(rows) <= spec["samples"], "the server would choose some of them"
+        return {"project": {"run": {"sampledHistory": [rows]}}}
 
     def gql_artifact_type(self, given: dict[str, Any]) -> dict[str, Any]:
         return {"project": {"artifact": {"artifactType": {"name": "run_table"}}}}
