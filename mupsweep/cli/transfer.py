@@ -107,7 +107,7 @@ def transfer(
             raise ConfigError(f"--from {table} is read without sweeps, not beside {others[0]}")
         if shape:
             of_base = [word for word in settings if word not in shape]
-            return export_table(table, options, shape, of_base, optimizer, parametrization, json, form, overrides)
+            return export_table(table, options, shape, of_base, optimizer, parametrization, json, form, overrides, save)
         if form != JSON:
             raise ConfigError(f"--format {form} is of a recipe: name its target with --to width=N depth=N")
         verdicts = conclude_table(table, options, json, optimizer, parametrization, save, overrides)

@@ -95,11 +95,9 @@ def conclude_table(
     """
     from mupsweep.report.terminal import verdicts
 
-    table = _read(source, options)
+    table = _read(source, options, save)
     analysis = analyse(table.runs, analysis_config({}, overrides))
     shown = analysis.select(optimizer, parametrization)
-    if save is not None:
-        save_runs(save, table.runs)
     if as_json:
         print(json.dumps({**to_json(shown), "notes": list(table.notes)}, indent=2))
     else:
@@ -108,9 +106,12 @@ def conclude_table(
     return [group.verdict for group in shown.groups]
 
 
-def _read(source: str, options: TableOptions) -> Table:
-    """The runs of a file or of a W&B project."""
-    return project.read_project(source, options) if project.is_project(source) else read_table(source, options)
+def _read(source: str, options: TableOptions, save: Path | None) -> Table:
+    """The runs of a file or of a W&B project, written to `save` if it is given."""
+    table = project.read_project(source, options) if project.is_project(source) else read_table(source, options)
+    if save is not None:
+        save_runs(save, table.runs)
+    return table
 
 
 def write_views(
@@ -203,6 +204,7 @@ def export_table(
     as_json: bool = False,
     form: str = JSON,
     overrides: Sequence[str] = (),
+    save: Path | None = None,
 ) -> None:
     """Print the LR of every chosen variant of a table for a target; with a base, write whole recipes to this folder.
 
@@ -211,6 +213,7 @@ def export_table(
         base: overrides that say how the table's smallest size was trained.
         form: of the file that is written beside the JSON, a name of `recipes.names()`.
         overrides: of `analysis`.
+        save: write the runs there, in the form of runs.csv.
     """
     from mupsweep.report.terminal import verdicts
 
@@ -221,7 +224,7 @@ def export_table(
             f"--format {form} needs the settings of the base, which a table does not have: add "
             "--base model=NAME optimizer=NAME parametrization=NAME"
         )
-    table = _read(source, options)
+    table = _read(source, options, save)
     groups = analyse(table.runs, analysis_config({}, overrides)).select(optimizer, parametrization).groups
     contents: list[dict[str, Any]] = []
     refused: list[str] = []

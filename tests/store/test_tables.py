@@ -853,6 +853,14 @@ def test_the_command_says_what_was_read_and_saves_it(tmp_path: Path, cli: Callab
     assert sorted(file.name for file in tmp_path.iterdir()) == ["runs.csv", "saved.csv"]
 
 
+def test_an_lr_for_a_target_saves_what_was_read_too(tmp_path: Path, cli: Callable[..., tuple[int, str, str]]) -> None:
+    path = table(tmp_path, rows())
+    code, out, _ = cli("transfer", "--from", path, "--to", "width=4096", "--save", "saved.csv", "--json")
+    assert code == 0
+    assert [content["parametrization"] for content in json.loads(out)] == ["mup"]
+    assert read_table("saved.csv").runs == read_table(path).runs
+
+
 @pytest.mark.parametrize(
     "arguments", [("--columns", "lr=x"), ("--unit", "bits"), ("--filter", "a=b"), ("--average", "3"), ("--save", "x")]
 )
