@@ -259,6 +259,8 @@ def _with_heading(source: str, rows: list[tuple[int, list[str]]]) -> Cells:
         columns = columns[:-1]
     records = []
     for number, row in rows[heading + 1 :]:
+        if row == rows[heading][1]:  # of a file that was appended to another
+            continue
         if len(row) < len(columns) or any(row[len(columns) :]):  # cut off, or a decimal comma
             raise DataError(
                 f"--from {source}, row {number}: expected {len(columns)} cells, as in the heading, not {len(row)}; "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cache
 
 from mupsweep.errors import ConfigError, DataError
 from mupsweep.formatting import nearest
@@ -154,29 +155,32 @@ def find_column(cells: Cells, name: str, asked: str) -> int:
 
 def means(name: str, meaning: str) -> bool:
     """Whether a column's name has a meaning, though another may have it more."""
-    return next(_fits(name, meaning), None) is not None
+    return _fit(name, meaning) is not None
 
 
 def _candidates(cells: Cells, meaning: str, used: Set[int]) -> list[tuple[tuple[bool, int], int]]:
     """(rank, place) of the unused columns that may have a meaning, the best first; those without content come last."""
     found = []
     for i, name in enumerate(cells.columns):
-        fits = next(_fits(name, meaning), None)
-        if fits is not None and i not in used:
-            found.append(((not any(cells.column(i)), fits), i))
+        fit = _fit(name, meaning)
+        if fit is not None and i not in used:
+            found.append(((not any(cells.column(i)), fit), i))
     return sorted(found, key=lambda candidate: (candidate[0], cells.columns[candidate[1]]))
 
 
-def _fits(name: str, meaning: str) -> Iterator[int]:
-    """How well a name fits a meaning, 0 is best; nothing where it does not."""
+@cache
+def _fit(name: str, meaning: str) -> int | None:
+    """How well a name fits a meaning, 0 is best; None where it does not."""
     tiers = ((_plain(meaning),), *MEANINGS[meaning])
     parts = re.split(r"\.|__", name.casefold())
     while len(parts) > 1 and parts[0] in _WRAPPERS:
         parts = parts[1:]
     whole, last = _plain(".".join(parts)), _plain(parts[-1])
-    yield from (rank for rank, names in enumerate(tiers) if whole in names)
-    if meaning in _BY_LAST_PART and len(parts) > 1:
-        yield from (len(tiers) for names in tiers if last in names)
+    for rank, names in enumerate(tiers):
+        if whole in names:
+            return rank
+    is_path = meaning in _BY_LAST_PART and len(parts) > 1
+    return len(tiers) if is_path and any(last in names for names in tiers) else None
 
 
 def _require(cells: Cells, index: Mapping[str, int], given: Mapping[str, str]) -> None:

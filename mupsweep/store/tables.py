@@ -12,6 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from mupsweep.analysis.labels import DIVERGED, DONE, NAMES, HyperparameterOverride, Label, label_of
@@ -323,6 +324,7 @@ def _has_decimal_commas(column: Iterable[str]) -> bool:
     return any("," in text for text in texts) and not has_points
 
 
+@lru_cache(maxsize=4096)  # sizes, LRs and seeds recur
 def _number(text: str, decimal_comma: bool, whole: bool) -> float | None:
     """The number in a cell, None where there is none: 1e-3, 0,001, 2^-10, 1,024, 2.5B."""
     text = text.replace("−", "-").replace("\u00a0", "").replace("\u202f", "")

@@ -205,6 +205,13 @@ FORMS = {
         "sp,64,-6,3.75",
         " , ,,",
     ),
+    "two files in one": (
+        "parametrization,width,log2_lr,val_loss",
+        "sp,64,-8,3.5",
+        "parametrization,width,log2_lr,val_loss",
+        "sp,64,-7,3.25",
+        "sp,64,-6,3.75",
+    ),
     "a title above": (
         "Sweep of March,,,",
         "parametrization,width,log2_lr,val_loss",
