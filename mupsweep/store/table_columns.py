@@ -57,7 +57,9 @@ MEANINGS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "hyperparameter": (),
     "value": (),
     "default": (),
+    "validation": (),  # yes or no; a column of other content is none of ours
 }
+YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 _BY_LAST_PART = ("lr", "log2_lr", "width", "depth", "seed", "batch_size")  # trainer.optim.lr is an LR as well
 _WRAPPERS = ("config", "summary", "summary_metrics", "hparams", "args", "params", "metrics")  # of exported runs
 MOST_NAMED = 20  # columns in a message
@@ -163,7 +165,8 @@ def _candidates(cells: Cells, meaning: str, used: Set[int]) -> list[tuple[tuple[
     found = []
     for i, name in enumerate(cells.columns):
         fit = _fit(name, meaning)
-        if fit is not None and i not in used:
+        is_other = meaning == "validation" and not {cell.casefold() for cell in cells.column(i)} <= {*YES, *NO, ""}
+        if fit is not None and i not in used and not is_other:
             found.append(((not any(cells.column(i)), fit), i))
     return sorted(found, key=lambda candidate: (candidate[0], cells.columns[candidate[1]]))
 

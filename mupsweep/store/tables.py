@@ -21,7 +21,7 @@ from mupsweep.errors import ConfigError, DataError
 from mupsweep.formatting import counted
 from mupsweep.schema import LARGEST
 from mupsweep.store.table_cells import Cells, Record, read_cells
-from mupsweep.store.table_columns import Columns, find_column, match_columns, parse_columns
+from mupsweep.store.table_columns import NO, YES, Columns, find_column, match_columns, parse_columns
 
 NATS: Mapping[str, Callable[[float], float]] = {  # unit of loss -> nats per token
     "nats": lambda loss: loss,
@@ -42,7 +42,7 @@ FAILED_STATES = (
 RUNNING_STATES = ("running", "pending", "queued", "starting", "scheduled", "scheduling")
 HOLES = ("", "-", "--", "—", "–", "na", "n/a", "#n/a", "none", "null", "missing", "?")
 LOST = ("nan", "inf", "infinity", "∞", "diverged", "div", "div.", "exploded", "#num!", "#div/0!")
-YES_OR_NO = {"true": "mup", "yes": "mup", "1": "mup", "false": "sp", "no": "sp", "0": "sp"}
+USES_MUP = {**dict.fromkeys(YES, "mup"), **dict.fromkeys(NO, "sp")}
 MOST_NAMED = 5  # rows in a note
 FEW_VALUES = 8  # a column with at most so many is a setting
 _GROUPED = {  # digits in groups of three, without and with a decimal comma
@@ -208,11 +208,11 @@ class _Reader:
     def _labels(self, record: Record) -> dict[str, Any]:
         labels: dict[str, Any] = {key: self._text(record, key) or name for key, name in DEFAULT_NAMES.items()}
         # of a column like use_mup
-        labels["parametrization"] = YES_OR_NO.get(labels["parametrization"].casefold(), labels["parametrization"])
+        labels["parametrization"] = USES_MUP.get(labels["parametrization"].casefold(), labels["parametrization"])
         if self._text(record, "hyperparameter"):
             labels |= {"hyperparameter": self._text(record, "hyperparameter"), "value": self._number(record, "value")}
             labels |= {"default": self._number(record, "default")} if self._cell(record, "default") else {}
-        return labels
+        return labels | {"validation": self._text(record, "validation").casefold() in YES}
 
     def _numbers(self, record: Record) -> dict[str, Any]:
         numbers: dict[str, Any] = {"width": 1, "depth": 1, "log2_lr": self._log2_lr(record)}
@@ -427,7 +427,7 @@ def _count_repeats(
         lambda: defaultdict(list)
     )
     for row in rows:
-        place = label_of(row), *(row.get(key) for key in ("width", "depth", "horizon", "log2_lr"))
+        place = label_of(row), *(row.get(key) for key in ("width", "depth", "horizon", "log2_lr", "validation"))
         by_place[place][row.get("seed"), row["status"], row["val_loss"]].append(row)
     different: list[dict[str, Any]] = []
     repeats: list[list[Record]] = []
@@ -468,8 +468,9 @@ def _settings_within(cells: Cells, columns: Columns, repeats: Iterable[Sequence[
 def _find_bases(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Each group has its own base, the smallest width and depth after the longest training, where no ratio is given."""
     for names, group in _by_names(rows).items():
-        longest = max((row["horizon"] for row in group if row.get("horizon") is not None), default=None)
-        sizes = {(row["width"], row["depth"]) for row in group if row.get("horizon") == longest}
+        ladder = [row for row in group if not row["validation"]] or group
+        longest = max((row["horizon"] for row in ladder if row.get("horizon") is not None), default=None)
+        sizes = {(row["width"], row["depth"]) for row in ladder if row.get("horizon") == longest}
         smallest = min(width for width, _ in sizes), min(depth for _, depth in sizes)
         base = smallest
         if smallest not in sizes and any("width_ratio" not in row or "depth_ratio" not in row for row in group):
@@ -497,7 +498,7 @@ def _check_lrs(cells: Cells, rows: Iterable[Mapping[str, Any]]) -> None:
     """Refuse a table of which no curve can be drawn."""
     lrs: dict[tuple[Label, Any, Any, Any], set[float]] = defaultdict(set)
     for row in rows:
-        if row["val_loss"] is not None and HyperparameterOverride.of(row) is None:
+        if row["val_loss"] is not None and HyperparameterOverride.of(row) is None and not row["validation"]:
             lrs[label_of(row), row["width"], row["depth"], row.get("horizon")].add(row["log2_lr"])
     most = max(map(len, lrs.values()), default=0)
     if most < 3:

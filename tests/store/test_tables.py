@@ -566,6 +566,7 @@ MESSY = {
     "changes": lambda: (
         rows(hyperparameter="", value="", default="") + rows(hyperparameter="optimizer.eps", value=1e-6, default=1e-8)
     ),
+    "validations": lambda: [{**line, "validation": line["width"] == 512} for line in rows()],
     "holes": lambda: [{**line, "val_loss": "" if line["log2_lr"] == -9 else line["val_loss"]} for line in rows()],
     "LRs": lambda: [{"width": line["width"], "lr": 3 ** line["log2_lr"], "loss": line["val_loss"]} for line in rows()],
 }
@@ -579,6 +580,13 @@ def test_what_was_read_is_saved_and_read_again(tmp_path: Path, kind: str, unit: 
     again = read_table(str(tmp_path / "again.csv"))
     assert again.runs == runs
     assert not any("equal" in note or "repeats" in note for note in again.notes)
+
+
+def test_runs_that_validate_an_lr_stay_what_they_are(read: Callable[..., list[RunResult]]) -> None:
+    content = f"{HEADING},validation\n" + THREE.replace("\n", ",False\n") + "sp,32,-7,3,True\n"
+    assert {(run.width, run.validation, run.width_ratio) for run in read(content)} == {(64, False, 1), (32, True, 0.5)}
+    of_a_loss = f"{HEADING},validation\n" + THREE.replace("\n", ",3.5\n")
+    assert {run.validation for run in read(of_a_loss)} == {False}
 
 
 @given(st.randoms(use_true_random=False), st.sampled_from(sorted(MESSY)), st.sampled_from([",", ";", "\t", "|"]))
@@ -822,7 +830,8 @@ def test_a_filter_that_nothing_passes_is_refused(refusal: Callable[..., str]) ->
             {"columns": ["lrs=x"]},
             "--columns lrs=x: expected MEANING=COLUMN, as lr=optimizer.lr,val_loss=eval/loss; did you mean 'lr'? "
             "valid: batch_size, default, depth, depth_ratio, flops, horizon, hyperparameter, log2_lr, lr, model, "
-            "optimizer, parametrization, seed, status, tokens, val_loss, value, width, width_ratio",
+            "optimizer, parametrization, seed, status, tokens, val_loss, validation, value, width, "
+            "width_ratio",
         ),
         ({"columns": ["lr=a", "lr=b"]}, "--columns lr=b: lr=a is given too; name one of them"),
     ],
