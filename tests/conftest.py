@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import cache
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import mupsweep
 from hypothesis import settings
 
-from mupsweep.cli import main
 from mupsweep.sweep import config
 from mupsweep.training.signals import STOPS
 
@@ -25,27 +24,26 @@ os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile("mupsweep", deadline=None, derandomize=True)
 settings.load_profile("mupsweep")
 
+compose = config.compose
+
+
+@cache
+def compose_shipped(*overrides: str) -> dict[str, Any]:
+    return compose(list(overrides), None)
+
+
+def compose_once(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
+    """Hydra takes 0.3 s to compose a config; a session composes equal overrides of the shipped yamls only once."""
+    return compose(overrides, config_dir) if config_dir else deepcopy(compose_shipped(*overrides))
+
+
+config.compose = compose_once
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Token shards are prepared once per test session, outside the user's cache."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _each_config_composed_once() -> Iterator[None]:
-    """Hydra takes 0.3 s to compose a config; a session composes equal overrides of the shipped yamls only once."""
-    compose = config.compose
-    compose_shipped = cache(lambda overrides: compose(list(overrides), None))
-
-    def compose_once(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
-        if config_dir is not None:
-            return compose(overrides, config_dir)
-        return deepcopy(compose_shipped(tuple(overrides)))
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(config, "compose", compose_once)
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -64,17 +62,6 @@ def _signals_as_before() -> Iterator[None]:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def cli() -> Callable[..., tuple[int, str, str]]:
     """The command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mupsweep", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return (code, *capsys.readouterr())
-
-    return call
+    return mupsweep

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from command_line import mupsweep
 from outcome import results
 
 from mupsweep.store.sweep_dir import SweepDir
@@ -20,9 +21,19 @@ ONE_CHECKPOINT = "250k"  # of the 200k that each takes
 
 def call(*arguments: str) -> tuple[int, list[str]]:
     """(exit code, lines on stderr but for remarks)."""
+    code, _, err = mupsweep(*arguments)
+    return code, without_notes(err)
+
+
+def call_process(*arguments: str) -> tuple[int, list[str]]:
+    """A command in a process of its own, whose leases end with it."""
     command = [sys.executable, "-m", "mupsweep", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return done.returncode, [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    return done.returncode, without_notes(done.stderr)
+
+
+def without_notes(err: str) -> list[str]:
+    return [line for line in err.splitlines() if not line.startswith("note: ")]
 
 
 @pytest.fixture
@@ -46,7 +57,7 @@ def test_a_full_disk_ends_in_one_line_and_the_sweep_goes_on_when_there_is_space(
     launcher: list[str], disk: Callable[[str], Path], tmp_path: Path
 ) -> None:
     out = disk(f"size={ONE_CHECKPOINT}")
-    code, (*_, last) = call("run", *SMALL, *launcher, f"out={out}")
+    code, (*_, last) = call_process("run", *SMALL, *launcher, f"out={out}")
     assert code in (1, 2)
     assert "Traceback" not in last
     assert any(words in last for words in ("No space left on device", "runs failed", "with 0 bytes left on the disk"))

@@ -348,7 +348,7 @@ def test_ctrl_c_while_a_command_reads_exits_with_130_and_no_traceback() -> None:
 
 
 def test_a_reader_that_leaves_ends_a_command_quietly() -> None:
-    plan.save(load([SMOKE, f"sweep.seeds=[{','.join(map(str, range(1000)))}]"]), "")
+    plan.save(load([SMOKE, f"sweep.seeds=[{','.join(map(str, range(300)))}]"]), "")
     process = subprocess.Popen(
         [sys.executable, "-m", "mupsweep", "status", "sweeps/smoke", "--runs"],
         stdout=subprocess.PIPE,
