@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from command_line import mupsweep
 from outcome import results
 from test_launchers import SMALL, busy, finish, owners, start, until
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -88,7 +89,7 @@ def test_what_is_said_of_a_size_is_checked_before_anything_is_written(
 
 def test_sizes_get_the_devices_that_they_need_and_the_rest_what_the_launcher_says() -> None:
     sizes = "launcher.sizes={w32-d2:{devices_per_run:2}}"
-    code, _, err = finish(start("run", *SMALL, "launcher=local", "launcher.devices=cpu", sizes))
+    code, _, err = mupsweep("run", *SMALL, "launcher=local", "launcher.devices=cpu", sizes)
     assert code == 0, err
     sweep = SweepDir(Path("sweeps/smoke"))
     found = {row["run_id"]: (row["width"], sweep.run(row["run_id"]).summary()["devices"]) for row in sweep.read_plan()}
@@ -114,7 +115,7 @@ def test_a_task_of_a_job_array_has_a_worker_per_group(made: Slurm, devices: tupl
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, object], bytes]]:
     """What two ranks make of the sweep, undisturbed."""
     out = tmp_path_factory.mktemp("pairs")
-    code, _, err = finish(start("run", *SHORT, *PAIRS, f"out={out}"))
+    code, _, err = mupsweep("run", *SHORT, *PAIRS, f"out={out}")
     assert code == 0, err
     return results(SweepDir.open(out / "smoke"))
 
@@ -161,7 +162,7 @@ def test_when_one_rank_is_killed_the_others_end_and_a_new_worker_ends_with_the_s
 
 def test_a_sharded_sweep_has_the_losses_of_a_whole_one(pairs: dict[str, tuple[dict[str, object], bytes]]) -> None:
     rarely = "training.checkpoint_minutes=10"
-    code, _, err = finish(start("run", *SHORT, *PAIRS, rarely, "launcher.shard=true"))
+    code, _, err = mupsweep("run", *SHORT, *PAIRS, rarely, "launcher.shard=true")
     assert code == 0, err
     found = results(SweepDir(Path("sweeps/smoke")))
     assert found.keys() == pairs.keys()
@@ -191,7 +192,7 @@ def test_small_devices_share_large_runs_and_train_small_ones_alone() -> None:
     small, large = (min(runs, key=lambda r: r.size), max(runs, key=lambda r: r.size))
     between = (small.resolved.least_memory(small.size) + large.resolved.least_memory(large.size)) / 2 / 0.8 / 1e9
     memory = f"launcher.device_memory={between}"
-    code, _, err = finish(start("run", *SMALL, "launcher=local", "launcher.devices=[cpu,cpu]", memory))
+    code, _, err = mupsweep("run", *SMALL, "launcher=local", "launcher.devices=[cpu,cpu]", memory)
     assert code == 0, err
     sweep = SweepDir(Path("sweeps/smoke"))
     found = {row["run_id"]: (row["width"], sweep.run(row["run_id"]).summary()["devices"]) for row in sweep.read_plan()}
@@ -249,6 +250,6 @@ def test_a_stop_ends_all_ranks_with_a_checkpoint_and_the_run_goes_on_to_the_same
     assert all(map(is_gone, found))
     assert sweep.counts()[DONE] < 2
     assert list(sweep.path.glob("runs/*/checkpoint/latest.pt")) != []
-    code, _, err = finish(start("run", *SHORT, *PAIRS))
+    code, _, err = mupsweep("run", *SHORT, *PAIRS)
     assert code == 0, err
     assert results(sweep) == pairs

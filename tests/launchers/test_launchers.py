@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from command_line import mupsweep
 from outcome import results
 
 from mupsweep import data
@@ -86,7 +87,7 @@ def trained_inline(overrides: list[str], out: Path) -> SweepDir:
     config = load([*overrides, f"out={out}"])
     data.prepare(config.variants[0].data)
     sweep = plan.save(config, "")[0]
-    code, _, err = finish(start("worker", str(sweep.path), "--device", "cpu"))
+    code, _, err = mupsweep("worker", str(sweep.path), "--device", "cpu")
     assert code == 0, err
     return sweep
 
@@ -227,7 +228,7 @@ def test_devices_that_are_no_list_of_names_are_refused(typed: str, told: str) ->
     "launcher", [["launcher=local", "launcher.devices=gpu7"], ["launcher=inline", "launcher.device=gpu7"]]
 )
 def test_a_device_that_is_none_ends_with_one_line_that_names_it(launcher: list[str]) -> None:
-    code, _, err = finish(start("run", *SMALL, *launcher, "sweep.log2_lrs=[-7]"))
+    code, _, err = mupsweep("run", *SMALL, *launcher, "sweep.log2_lrs=[-7]")
     assert code == 2, err
     *_, last = err.strip().splitlines()
     assert "Traceback" not in err
@@ -237,7 +238,7 @@ def test_a_device_that_is_none_ends_with_one_line_that_names_it(launcher: list[s
 
 
 def test_two_workers_give_the_same_bits_as_one_process(inline: dict[str, tuple[dict[str, object], bytes]]) -> None:
-    code, out, err = finish(start("run", *SMALL, *TWO_SLOTS))
+    code, out, err = mupsweep("run", *SMALL, *TWO_SLOTS)
     assert code == 0, err
     sweep = SweepDir.open("sweeps/smoke")
     assert results(sweep) == inline
@@ -291,7 +292,7 @@ def test_a_stopped_launcher_ends_its_workers_says_how_to_go_on_and_goes_on(
     assert sweep.counts()[DONE] < 4
 
     if number == signal.SIGINT:
-        code, _, err = finish(start("run", *SMALL, *TWO_SLOTS))
+        code, _, err = mupsweep("run", *SMALL, *TWO_SLOTS)
         assert code == 0, err
         assert results(sweep) == inline
 

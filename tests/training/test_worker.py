@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import mupsweep
 from outcome import results
 
 from mupsweep import data
@@ -42,17 +43,16 @@ def planned(overrides: list[str], out: Path) -> SweepDir:
     return plan.save(config, "")[0]
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "mupsweep", *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
 
 
-def work(sweep: SweepDir, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A worker process, to its end."""
-    process = start("worker", str(sweep.path), "--device", "cpu", *arguments, **environment)
-    out, err = process.communicate(timeout=DEADLINE)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+def work(sweep: SweepDir, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A worker in this process, to its end."""
+    command = ("worker", str(sweep.path), "--device", "cpu", *arguments)
+    return subprocess.CompletedProcess(command, *mupsweep(*command))
 
 
 def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -272,12 +272,15 @@ def mended(tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepDir, list[tup
     overrides = ["experiment=smoke", *CPU, *kind, "training.steps=10", "sweep.width_ratios=[1]", f"out={folder}"]
     secrets = {"WANDB_API_KEY": SECRET, "HF_TOKEN": SECRET, "SOME_PASSWORD": SECRET}
     sweep, outcomes = SweepDir(folder / "smoke"), []
-    for _ in range(2):
-        process = start("run", *overrides, PYTHONPATH=str(folder), **secrets)
-        _, err = process.communicate(timeout=DEADLINE)
-        status_of = {row["log2_lr"]: sweep.run(row["run_id"]).status() for row in sweep.read_plan()}
-        outcomes.append((process.returncode, err, status_of))
-        (folder / "mended").touch()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(folder)
+        for name, secret in secrets.items():
+            monkeypatch.setenv(name, secret)
+        for _ in range(2):
+            code, _, err = mupsweep("run", *overrides)
+            status_of = {row["log2_lr"]: sweep.run(row["run_id"]).status() for row in sweep.read_plan()}
+            outcomes.append((code, err, status_of))
+            (folder / "mended").touch()
     return sweep, outcomes
 
 
