@@ -121,7 +121,7 @@ TRAIN = """\
 # When a signal kills a worker, as the kernel does where memory runs out, another goes on from the last checkpoint.
 work() {
     stopped=""
-    trap 'stopped=yes; kill -USR1 "$worker" 2>/dev/null || true' USR1 TERM
+    trap 'interrupted=yes; stopped=yes; kill -USR1 "$worker" 2>/dev/null || true' USR1 TERM
     for ((deaths = 1; ; deaths++)); do
         [ -z "$stopped" ] || exit 130
         train "$1" &
@@ -135,11 +135,12 @@ work() {
     done
 }
 
-# Sets code to how a process ended; a signal for this one interrupts `wait`.
+# Sets code to how a process ended. A signal for this shell ends `wait` early, with a code of its own; bash keeps the
+# code of a process that has ended, so that it can be waited for again.
 await() {
-    code=0
-    wait "$1" || code=$?
-    while kill -0 "$1" 2>/dev/null; do
+    interrupted=yes
+    while [ "$interrupted" ]; do
+        interrupted=""
         code=0
         wait "$1" || code=$?
     done
@@ -149,7 +150,7 @@ await() {
 # TERM comes when the job is cancelled, preempted or requeued; a preempted job is queued again by Slurm itself.
 limit=""
 told=""
-tell() { told=yes; kill -USR1 "${workers[@]}" 2>/dev/null || true; }
+tell() { interrupted=yes; told=yes; kill -USR1 "${workers[@]}" 2>/dev/null || true; }
 trap 'limit=near; tell' USR1
 trap tell TERM
 

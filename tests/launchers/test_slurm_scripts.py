@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from mupsweep.errors import ConfigError
 from mupsweep.launchers import sbatch
 from mupsweep.launchers.slurm import Site, Slurm, bundled
 from mupsweep.sweep.config import load
+
+Start = Callable[..., subprocess.Popen[bytes]]
 
 GOLDEN = Path(__file__).parents[1] / "slurm"
 SITE = Site("first sweep", Path("/data/first sweep"), Path("/data/first sweep/logs"), Path("/home/me"), "/opt/python")
@@ -192,20 +196,35 @@ def test_a_task_has_a_worker_per_gpu_or_as_many_as_asked_for(made: Slurm, device
     assert made.devices == devices
 
 
-def start(tmp_path: Path, worker: str, restarts: int, gpus: int = 0, **environment: str) -> subprocess.Popen[bytes]:
-    """A task with a worker that is a shell script, once its worker is ready."""
-    python = tmp_path / "python"
-    python.write_text(
-        f"#!/bin/bash\ntrap 'echo USR1 >> told; exit 130' USR1\ntrap 'echo TERM >> told; exit 130' TERM\n{worker}"
-    )
-    python.chmod(0o755)
-    site = Site("s", tmp_path, tmp_path, tmp_path, str(python))
-    text = Slurm(gpus=gpus, max_restarts=restarts).array_text(site, "w64-d2", TASKS)
-    task = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "7"}
-    return subprocess.Popen(["bash", "-c", text], cwd=tmp_path, env={**os.environ, **task, **environment})
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a task with a worker that is a shell script; what is left of it when the test ends is killed."""
+    started = []
+    os.mkfifo(tmp_path / "clock")
+
+    def start(worker: str, restarts: int, gpus: int = 0, **environment: str) -> subprocess.Popen[bytes]:
+        python = tmp_path / "python"
+        python.write_text(
+            f"#!/bin/bash\ntrap 'echo USR1 >> told; exit 130' USR1\ntrap 'echo TERM >> told; exit 130' TERM\n{worker}"
+        )
+        python.chmod(0o755)
+        site = Site("s", tmp_path, tmp_path, tmp_path, str(python))
+        text = Slurm(gpus=gpus, max_restarts=restarts).array_text(site, "w64-d2", TASKS)
+        task = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "7"}
+        variables = {**os.environ, **task, **environment}
+        started.append(subprocess.Popen(["bash", "-c", text], cwd=tmp_path, env=variables, start_new_session=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-READY = "touch ready; while :; do read -t 1 _ <> <(:) || true; done"  # waits for a signal
+# Waits for a signal. Nobody writes into the fifo, so that a read ends with its time. No process substitution: bash 5
+# fails to parse one during which a trap runs.
+READY = "touch ready; while :; do read -t 1 _ <> clock || true; done"
 
 
 def ended(process: subprocess.Popen[bytes], tmp_path: Path, number: signal.Signals) -> int:
@@ -219,47 +238,49 @@ def ended(process: subprocess.Popen[bytes], tmp_path: Path, number: signal.Signa
 
 
 def test_before_the_time_limit_the_workers_are_told_and_this_task_alone_is_queued_again(
-    slurm: Fake, tmp_path: Path
+    start: Start, slurm: Fake, tmp_path: Path
 ) -> None:
-    ended(start(tmp_path, READY, restarts=2, SLURM_RESTART_COUNT="1"), tmp_path, signal.SIGUSR1)
+    ended(start(READY, restarts=2, SLURM_RESTART_COUNT="1"), tmp_path, signal.SIGUSR1)
     assert (tmp_path / "told").read_text() == "USR1\n"
     assert slurm.calls("scontrol") == ["requeue 7_1"]
 
 
-def test_a_task_that_was_restarted_often_enough_is_left_alone(slurm: Fake, tmp_path: Path) -> None:
-    assert ended(start(tmp_path, READY, restarts=2, SLURM_RESTART_COUNT="2"), tmp_path, signal.SIGUSR1) != 0
+def test_a_task_that_was_restarted_often_enough_is_left_alone(start: Start, slurm: Fake, tmp_path: Path) -> None:
+    assert ended(start(READY, restarts=2, SLURM_RESTART_COUNT="2"), tmp_path, signal.SIGUSR1) != 0
     assert (tmp_path / "told").read_text() == "USR1\n"
     assert slurm.calls("scontrol") == []
 
 
-def test_a_cancelled_task_tells_its_workers_and_is_not_queued_again(slurm: Fake, tmp_path: Path) -> None:
-    assert ended(start(tmp_path, READY, restarts=2), tmp_path, signal.SIGTERM) != 0
+def test_a_cancelled_task_tells_its_workers_and_is_not_queued_again(start: Start, slurm: Fake, tmp_path: Path) -> None:
+    assert ended(start(READY, restarts=2), tmp_path, signal.SIGTERM) != 0
     assert (tmp_path / "told").read_text() == "USR1\n"
     assert slurm.calls("scontrol") == []
 
 
 @pytest.mark.parametrize(("worker", "code"), [("exit 0", 0), ("exit 2", 2), ("kill -ABRT $$", 134)])
-def test_a_task_ends_as_its_worker_did(worker: str, code: int, slurm: Fake, tmp_path: Path) -> None:
-    assert start(tmp_path, worker, restarts=2).wait(30) == code
+def test_a_task_ends_as_its_worker_did(worker: str, code: int, start: Start, slurm: Fake) -> None:
+    assert start(worker, restarts=2).wait(30) == code
     assert slurm.calls("scontrol") == []
 
 
 @pytest.mark.parametrize(("deaths", "code", "starts"), [(1, 0, 2), (2, 0, 3), (9, 137, 3)])
 def test_a_worker_that_is_killed_is_started_again_some_times_while_the_others_go_on(
-    deaths: int, code: int, starts: int, slurm: Fake, tmp_path: Path
+    deaths: int, code: int, starts: int, start: Start, slurm: Fake, tmp_path: Path
 ) -> None:
     dying = f'echo >> started; [ "$(wc -l < started)" -gt {deaths} ] || kill -KILL $$'
     # the second worker ends when the first has been started as often as it will be
-    waiting = f'until [ "$(wc -l < started)" -ge {starts} ]; do read -t 0.1 _ <> <(:) || true; done; echo >> trained'
+    waiting = f'until [ "$(wc -l < started)" -ge {starts} ]; do read -t 0.1 _ <> clock || true; done; echo >> trained'
     worker = f'touch started; case "$*" in *cuda:1*) {waiting} ;; *) {dying} ;; esac'
-    assert start(tmp_path, worker, restarts=2, gpus=2).wait(30) == code
+    assert start(worker, restarts=2, gpus=2).wait(30) == code
     assert len((tmp_path / "started").read_text().splitlines()) == starts
     assert (tmp_path / "trained").read_text() == "\n"
 
 
-def test_a_worker_that_is_killed_when_it_was_told_to_stop_is_not_started_again(slurm: Fake, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_when_it_was_told_to_stop_is_not_started_again(
+    start: Start, slurm: Fake, tmp_path: Path
+) -> None:
     worker = f"echo >> started; trap 'kill -KILL $$' USR1; {READY}"
-    assert ended(start(tmp_path, worker, restarts=2), tmp_path, signal.SIGUSR1) == 137
+    assert ended(start(worker, restarts=2), tmp_path, signal.SIGUSR1) == 137
     assert (tmp_path / "started").read_text() == "\n"
     assert slurm.calls("scontrol") == ["requeue 7_1"]
 
