@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from copy import deepcopy
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 from command_line import mupsweep
+from composition import compose_once
 from hypothesis import settings
 
 from mupsweep.sweep import config
@@ -23,19 +21,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 settings.register_profile("mupsweep", deadline=None, derandomize=True)
 settings.load_profile("mupsweep")
-
-compose = config.compose
-
-
-@cache
-def compose_shipped(*overrides: str) -> dict[str, Any]:
-    return compose(list(overrides), None)
-
-
-def compose_once(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
-    """Hydra takes 0.3 s to compose a config; a session composes equal overrides of the shipped yamls only once."""
-    return compose(overrides, config_dir) if config_dir else deepcopy(compose_shipped(*overrides))
-
 
 config.compose = compose_once
 

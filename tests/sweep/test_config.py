@@ -10,6 +10,7 @@ from pathlib import Path
 import chosen
 import pytest
 import yaml
+from composition import compose, compose_once
 
 from mupsweep.errors import ConfigError
 from mupsweep.sweep import plan, run_spec
@@ -39,6 +40,18 @@ def test_every_shipped_experiment_composes_and_plans(name: str) -> None:
     runs = plan.plan(sweep_config)
     assert len(runs) == len(sweep_config.variants) * len(grid.ratios) * len(grid.log2_lrs) * len(grid.seeds)
     assert len({run.run_id for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["experiment=demo", "training.steps=7", "sweep.log2_lrs=[-9,-7]", "model.width=96", "data.tokenizer=gpt2-1024"],
+        ["optimizer=muon", "optimizer@optimizer.rest=lion", "optimizer.rest.betas=[0.9,0.95]", "model=llama"],
+        ["launcher=slurm", "launcher.sizes=null", "launcher.sizes={w32-d2:{threads:2}}", "sweep.axes={a.b:[0,1.5]}"],
+    ],
+)
+def test_what_the_tests_compose_in_two_steps_is_what_hydra_composes_in_one(overrides: list[str]) -> None:
+    assert repr(compose_once(overrides, None)) == repr(compose(overrides, None))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
