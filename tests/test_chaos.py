@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 from mupsweep import data
 from mupsweep.store.sweep_dir import SweepDir
@@ -26,7 +27,7 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> SweepDir:
     config = load([*SMOKE, f"out={tmp_path_factory.mktemp('twin')}"])
     data.prepare(config.variants[0].data)
     sweep = plan.save(config, "")[0]
-    subprocess.run([sys.executable, "-m", "mupsweep", "worker", str(sweep.path), "--device", "cpu"], check=True)
+    assert Forked("worker", str(sweep.path), "--device", "cpu").wait() == 0
     return sweep
 
 

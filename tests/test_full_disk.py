@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from command_line import mupsweep
+from forked import Forked
 from outcome import results
 
 from mupsweep.store.sweep_dir import SweepDir
@@ -27,9 +27,9 @@ def call(*arguments: str) -> tuple[int, list[str]]:
 
 def call_process(*arguments: str) -> tuple[int, list[str]]:
     """A command in a process of its own, whose leases end with it."""
-    command = [sys.executable, "-m", "mupsweep", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return done.returncode, without_notes(done.stderr)
+    process = Forked(*arguments)
+    _, err = process.communicate(timeout=120)
+    return process.wait(), without_notes(err)
 
 
 def without_notes(err: str) -> list[str]:
@@ -52,9 +52,17 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     subprocess.run(["umount", str(folder)], capture_output=True)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> SweepDir:
+    """The sweep where there is space."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert call("run", *SMALL, *INLINE, f"out={out}")[0] == 0
+    return SweepDir(out / "smoke")
+
+
 @pytest.mark.parametrize("launcher", [INLINE, LOCAL], ids=["inline", "local"])
 def test_a_full_disk_ends_in_one_line_and_the_sweep_goes_on_when_there_is_space(
-    launcher: list[str], disk: Callable[[str], Path], tmp_path: Path
+    launcher: list[str], disk: Callable[[str], Path], undisturbed: SweepDir
 ) -> None:
     out = disk(f"size={ONE_CHECKPOINT}")
     code, (*_, last) = call_process("run", *SMALL, *launcher, f"out={out}")
@@ -69,8 +77,7 @@ def test_a_full_disk_ends_in_one_line_and_the_sweep_goes_on_when_there_is_space(
     code, lines = call("run", *SMALL, *launcher, f"out={out}")
     assert (code, lines) == (0, [])
     assert "resuming at step" in kept[0].parent.with_name("train.log").read_text()
-    assert call("run", *SMALL, *INLINE, f"out={tmp_path}")[0] == 0
-    assert results(sweep) == results(SweepDir(tmp_path / "smoke"))
+    assert results(sweep) == results(undisturbed)
 
 
 def test_a_folder_that_may_only_be_read_is_named_in_one_line_and_can_be_looked_at(disk: Callable[[str], Path]) -> None:

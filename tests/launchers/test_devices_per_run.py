@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from command_line import mupsweep
+from forked import Forked
 from outcome import results
-from test_launchers import SMALL, busy, finish, owners, start, until
+from test_launchers import SMALL, busy, finish, owners, until
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from mupsweep.analysis.labels import DONE
@@ -142,7 +143,7 @@ def test_when_one_rank_is_killed_the_others_end_and_a_new_worker_ends_with_the_s
     rank: int, pairs: dict[str, tuple[dict[str, object], bytes]]
 ) -> None:
     sweep = SweepDir(Path("sweeps/smoke"))
-    launcher = start("run", *SHORT, *PAIRS)
+    launcher = Forked("run", *SHORT, *PAIRS)
     found: list[int] = []
 
     def killed() -> bool:
@@ -225,7 +226,7 @@ def test_processes_that_torchrun_starts_on_two_machines_train_together(
 def test_when_a_sharded_rank_is_killed_a_new_worker_ends_with_the_same_bits() -> None:
     whole, killed = (SweepDir(Path(out) / "smoke") for out in ("whole", "killed"))
     for out in (whole, killed):
-        launcher = start("run", *SHORT, *PAIRS, "launcher.shard=true", f"out={out.path.parent}")
+        launcher = Forked("run", *SHORT, *PAIRS, "launcher.shard=true", f"out={out.path.parent}")
         if out is killed:
             found: list[int] = []
             until(lambda: bool(found.extend(ranks_of(killed)) or found), launcher)  # noqa: B023
@@ -241,7 +242,7 @@ def test_a_stop_ends_all_ranks_with_a_checkpoint_and_the_run_goes_on_to_the_same
     pairs: dict[str, tuple[dict[str, object], bytes]],
 ) -> None:
     sweep = SweepDir(Path("sweeps/smoke"))
-    launcher = start("run", *SHORT, *PAIRS)
+    launcher = Forked("run", *SHORT, *PAIRS)
     found: list[int] = []
     until(lambda: bool(found.extend(ranks_of(sweep)) or found), launcher)
     launcher.send_signal(signal.SIGTERM)

@@ -17,6 +17,7 @@ from typing import IO
 
 import pytest
 from command_line import mupsweep
+from forked import Forked
 from outcome import results
 
 from mupsweep import data
@@ -39,20 +40,13 @@ DEADLINE = 240.0
 LAUNCHERS = choices("launcher")
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    """The command line as the leader of a process group of its own."""
-    command = [sys.executable, "-m", "mupsweep", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def finish(process: Forked) -> tuple[int, str, str]:
     """(exit code, stdout, stderr)."""
     out, err = process.communicate(timeout=DEADLINE)
-    return process.returncode, out, err
+    return process.wait(), out, err
 
 
-def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def until(condition: Callable[[], bool], process: Forked) -> None:
     """Wait until something is true, while the process lives."""
     deadline = time.monotonic() + DEADLINE
     while not condition():
@@ -98,7 +92,7 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str
 
 
 def test_a_stop_while_the_workers_still_start_ends_them_without_a_word(tmp_path: Path) -> None:
-    launcher = start("run", *SMALL, *ONE_SLOT)
+    launcher = Forked("run", *SMALL, *ONE_SLOT)
     log = Path("sweeps/smoke/logs/worker-0.log")
     until(log.exists, launcher)
     launcher.send_signal(signal.SIGTERM)
@@ -253,7 +247,7 @@ def test_a_killed_worker_is_replaced_and_the_sweep_ends_with_the_same_bits(
     inline: dict[str, tuple[dict[str, object], bytes]],
 ) -> None:
     sweep = SweepDir(Path("sweeps/smoke"))
-    launcher = start("run", *SMALL, *ONE_SLOT)
+    launcher = Forked("run", *SMALL, *ONE_SLOT)
     victims: list[int] = []
 
     def killed() -> bool:
@@ -278,7 +272,7 @@ def test_a_stopped_launcher_ends_its_workers_says_how_to_go_on_and_goes_on(
     number: signal.Signals, inline: dict[str, tuple[dict[str, object], bytes]]
 ) -> None:
     sweep = SweepDir(Path("sweeps/smoke"))
-    launcher = start("run", *SMALL, *TWO_SLOTS)
+    launcher = Forked("run", *SMALL, *TWO_SLOTS)
     until(lambda: busy(sweep) is not None, launcher)
     launcher.send_signal(number)
     code, _, err = finish(launcher)
@@ -311,7 +305,7 @@ def test_a_run_that_keeps_killing_its_worker_has_failed_and_the_others_are_train
         "        return super().build(groups)\n"
     )
     kind = ["optimizer.kind=deadly.Deadly", "allow_imports=true", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-9,-7,-5]"]
-    code, _, err = finish(start("run", *SMALL, *ONE_SLOT, *kind))  # python -m finds deadly.py in the working folder
+    code, _, err = finish(Forked("run", *SMALL, *ONE_SLOT, *kind))  # python -m finds deadly.py in the working folder
     assert code == 1, err
     sweep = SweepDir.open("sweeps/smoke")
     found = {row["log2_lr"]: sweep.run(row["run_id"]).status() for row in sweep.read_plan()}
@@ -329,11 +323,11 @@ def test_killing_the_whole_process_group_at_random_moments_never_changes_a_resul
     sweep = SweepDir(Path("sweeps/smoke"))
     for more in random.Random(20).choices(range(20, 160), k=10):  # so many rows of metrics later
         goal = _progress(sweep) + more
-        launcher = start("run", *drill, *TWO_SLOTS)
+        launcher = Forked("run", *drill, *TWO_SLOTS)
         until(lambda goal=goal: _progress(sweep) >= goal, launcher)
         os.killpg(launcher.pid, signal.SIGKILL)
         assert finish(launcher)[0] == -signal.SIGKILL
-    code, _, err = finish(start("run", *drill, *TWO_SLOTS))
+    code, _, err = finish(Forked("run", *drill, *TWO_SLOTS))
     assert code == 0, err
     assert results(sweep) == wanted
 

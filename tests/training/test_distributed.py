@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import CONTEXT
 from test_trainer import CPU, TOTAL, TrainControl, run
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -50,15 +50,12 @@ TOLERANCE = {
 }
 SIZES = (1, 2, 4)
 WORKERS = 4
-SLOW_IMPORTS = ["mupsweep.training.worker", "mupsweep.training.fsdp", "torch._dynamo.testing", "hypothesis", "pytest"]
 
 
 @pytest.fixture(scope="module")
 def pool(data: Dataset) -> Iterator[ProcessPoolExecutor]:
     """Processes that share nothing but a store, forked from a clean one that has imported what takes seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(SLOW_IMPORTS)
-    with ProcessPoolExecutor(WORKERS, mp_context=context) as processes:
+    with ProcessPoolExecutor(WORKERS, mp_context=CONTEXT) as processes:
         yield processes
 
 

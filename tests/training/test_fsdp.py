@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -13,7 +12,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from test_distributed import SLOW_IMPORTS, WORKERS, corpus, digest, on_all_ranks
+from forked import CONTEXT
+from test_distributed import WORKERS, corpus, digest, on_all_ranks
 from test_trainer import CPU, TrainControl, run
 from tiny import resolve
 from torch import Tensor
@@ -45,9 +45,7 @@ SOAP = ("optimizer=soap", "optimizer.max_axis=16")
 def pool() -> Iterator[ProcessPoolExecutor]:
     """Processes that share nothing but a store, forked from a clean one that has imported what takes seconds."""
     corpus()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(SLOW_IMPORTS)
-    with ProcessPoolExecutor(WORKERS, mp_context=context) as processes:
+    with ProcessPoolExecutor(WORKERS, mp_context=CONTEXT) as processes:
         yield processes
 
 

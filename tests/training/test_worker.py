@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import mupsweep
+from forked import Forked
 from outcome import results
 
 from mupsweep import data
@@ -43,19 +43,13 @@ def planned(overrides: list[str], out: Path) -> SweepDir:
     return plan.save(config, "")[0]
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mupsweep", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
-
-
 def work(sweep: SweepDir, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A worker in this process, to its end."""
     command = ("worker", str(sweep.path), "--device", "cpu", *arguments)
     return subprocess.CompletedProcess(command, *mupsweep(*command))
 
 
-def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def until(condition: Callable[[], bool], process: Forked) -> None:
     """Wait until something is true, while the process lives."""
     deadline = time.monotonic() + DEADLINE
     while not condition():
@@ -67,7 +61,7 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None
         raise AssertionError(f"the process ended early: {process.communicate()}")
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def kill(process: Forked) -> None:
     process.kill()
     process.communicate(timeout=DEADLINE)
     assert process.returncode == -signal.SIGKILL
@@ -117,7 +111,7 @@ def test_a_worker_stopped_by_one_signal_after_the_other_leaves_checkpoints_and_e
     run = sweep.run(sweep.read_plan()[0]["run_id"])
     latest, _ = run.checkpoints
     for number in signals:
-        worker = start("worker", str(sweep.path), "--device", "cpu")
+        worker = Forked("worker", str(sweep.path), "--device", "cpu")
         goal = rows(run) + 10
         until(lambda goal=goal: run.status()["status"] == RUNNING and rows(run) >= goal, worker)
         worker.send_signal(number)
@@ -141,7 +135,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over_to_the_same_bits(
 ) -> None:
     sweep = planned(LONG, tmp_path)
     run = sweep.run(sweep.read_plan()[0]["run_id"])
-    worker = start("worker", str(sweep.path), "--device", "cpu")
+    worker = Forked("worker", str(sweep.path), "--device", "cpu")
     until(lambda: rows(run) > 5, worker)
     kill(worker)
     assert run.summary() is None
@@ -158,7 +152,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> SweepDir:
     """A sweep whose only run was killed in the middle, with a checkpoint at every step."""
     sweep = planned([*LONG, "training.checkpoint_minutes=0"], tmp_path_factory.mktemp("killed"))
     run = sweep.run(sweep.read_plan()[0]["run_id"])
-    worker = start("worker", str(sweep.path), "--device", "cpu")
+    worker = Forked("worker", str(sweep.path), "--device", "cpu")
     until(lambda: rows(run) > 5 and run.checkpoints[1].exists(), worker)
     kill(worker)
     return sweep
@@ -199,7 +193,7 @@ def test_two_workers_at_once_train_every_run_once_with_the_results_of_one(
     tmp_path: Path, undisturbed: Callable[[list[str]], SweepDir]
 ) -> None:
     sweep = planned(MANY, tmp_path)
-    both = [start("worker", str(sweep.path), "--device", "cpu") for _ in range(2)]
+    both = [Forked("worker", str(sweep.path), "--device", "cpu") for _ in range(2)]
     for worker in both:
         _, err = worker.communicate(timeout=DEADLINE)
         assert worker.returncode == 0, err
@@ -345,7 +339,7 @@ def test_a_diverged_run_is_a_result_that_is_never_retried(tmp_path: Path) -> Non
 def test_a_run_that_another_worker_took_over_is_left_to_it(tmp_path: Path) -> None:
     sweep = planned([*LONG, "training.steps=100"], tmp_path)
     run = sweep.run(sweep.read_plan()[0]["run_id"])
-    worker = start("worker", str(sweep.path), "--device", "cpu")
+    worker = Forked("worker", str(sweep.path), "--device", "cpu")
     until(lambda: rows(run) > 0, worker)
     first_lease = run.path / "claims" / "0000.json"
     write_json(run.path / "claims" / "0001.json", {**json.loads(first_lease.read_text()), "host": "elsewhere"})
