@@ -61,6 +61,7 @@ BACKFITTING = 10  # rounds of means over seeds and shifts of seeds
 MIN_LRS = 3  # a size with fewer usable LRs has bounds only
 DENSITY_CELLS = 201  # of the optimum that ladders share
 NEIGHBOURS = 8  # draws on each side of a place, of which one is taken for it
+BAND_DRAWS, BAND_POINTS = 400, 41  # of the picture of a valley
 CERTAIN = 0.03  # nats between two neighbouring LRs that no noise explains
 
 
@@ -536,6 +537,10 @@ class CurveDraws:
         A side's shape is bent as its runs say; what they leave open is drawn, alike at every LR of a draw's side.
         """
         rng = np.random.default_rng(1)
+        return self._beyond_cliff(log2_lrs, self._valley_rise(log2_lrs, rng), rng)
+
+    def _valley_rise(self, log2_lrs: Array, rng: np.random.Generator) -> Array:
+        """`rise` without a cliff."""
         u = log2_lrs - self.optimum[:, None]
         out = np.zeros(u.shape)
         for side, which, is_left in zip(self.sides, (self.left, self.right), (True, False), strict=True):
@@ -545,7 +550,7 @@ class CurveDraws:
             if len(rows):
                 found = self._side_rise(side, which[rows], rows, u[rows], deviate[rows], is_left=is_left)
                 out[rows] = np.where(wanted[rows], found, out[rows])
-        return self._beyond_cliff(log2_lrs, out, rng)
+        return out
 
     def _side_rise(
         self, side: SideGrid, which: Indices, rows: Indices, u: Array, deviate: Array, *, is_left: bool
@@ -595,16 +600,18 @@ class CurveDraws:
         """Whether an LR lies among the runs of the valley."""
         return bool(self.runs.x[0] <= log2_lr <= self.runs.x[-1])
 
-    def span(self, points: int) -> Array:
-        """LRs, equally spaced in log2, over the runs of the valley and where its optimum may lie."""
-        low, _, high = np.quantile(self.optimum, QUANTILES)
-        return np.linspace(min(self.runs.x[0], low), max(self.runs.x[-1], high), points)
+    @cached_property
+    def band(self) -> tuple[Array, Array]:
+        """(m,) log2 LRs, and (3, m) QUANTILES of the losses of the drawn valleys there, for a picture.
 
-    def band(self, log2_lrs: Array) -> Array:
-        """(3, m) QUANTILES of the drawn curves' losses at some LRs, nats."""
-        at = np.broadcast_to(log2_lrs, (len(self.optimum), len(log2_lrs)))
-        losses = self.floor[:, None] + self.rise(at)
-        return np.quantile(losses, QUANTILES, axis=0, method="inverted_cdf")
+        The LRs reach over the runs of the valley and where its optimum may lie, but not beyond the cliff.
+        """
+        low, _, high = np.quantile(self.optimum, QUANTILES)
+        last = min(max(self.runs.x[-1], high), self.runs.wall)
+        log2_lrs = np.linspace(min(self.runs.x[0], low), last, BAND_POINTS)
+        some = self.take(np.arange(BAND_DRAWS))
+        rise = some._valley_rise(np.broadcast_to(log2_lrs, (BAND_DRAWS, BAND_POINTS)), np.random.default_rng(1))
+        return log2_lrs, np.quantile(some.floor[:, None] + rise, QUANTILES, axis=0)
 
 
 @dataclass(frozen=True)
@@ -656,8 +663,8 @@ def bounded(size: SizeRuns, draws: Array) -> SizeOptimum:
     inside = x[0] < middle < x[-1] and x[0] < best < x[-1]
     reason = None
     if not (has_low and has_high):
-        end, further = ("lowest", "lower") if not has_low else ("highest", "higher")
-        reason = f"the optimum may lie beyond the {end} LR (2^{x[0] if not has_low else x[-1]:g}): train {further} ones"
+        end, log2_lr, further = ("highest", x[-1], "higher") if has_low else ("lowest", x[0], "lower")
+        reason = f"the optimum may lie beyond the {end} LR (2^{log2_lr:.4g}): train {further} ones"
     return SizeOptimum(
         Estimate(middle if inside else None, low if has_low else None, high if has_high else None), reason
     )

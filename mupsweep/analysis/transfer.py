@@ -287,9 +287,9 @@ def _numbers(ladder: LadderResult, largest: Optimum) -> str:
     at = largest.curve.place(ladder.axis)
     cost = "diverges" if ladder.regret == UNKNOWN else f"costs {ladder.regret:.4f} nats"
     if ladder.total_drift == UNKNOWN:
-        return f"how far it moves is open, and the base's {cost} at {at}"
+        return f"how far the optimum moves is open, and the base's {cost} at {at}"
     return (
-        f"it moves {ladder.drift:+.2f} octaves per doubling, {ladder.total_drift:+.2f} from "
+        f"the optimum moves {ladder.drift:+.2f} octaves per doubling, {ladder.total_drift:+.2f} from "
         f"{ladder.base.curve.place(ladder.axis)} to {at}, and the base's {cost} there"
     )
 

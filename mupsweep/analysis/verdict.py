@@ -85,11 +85,12 @@ class _Evidence:
         near = np.abs(moved) <= bound
         directions = [sign for sign, known in ((1, self.bounded_up), (-1, self.bounded_down)) if known]
         if any(np.mean(~near & (sign * moved > 0)) >= CONFIDENCE for sign in directions):
-            return DRIFTS, f"the optimum moves by more than {bound:g} octaves"
+            return DRIFTS, f"the optimum moves by more than {bound:.3g} octaves"
         if self.covered and np.mean(lost.max(axis=0) <= bounds.harmless) >= CONFIDENCE:
             return TRANSFERS, f"the base's {self.of} costs at most {bounds.harmless:g} nats at every size"
         if len(directions) == 2 and np.mean(near & (lost.max(axis=0) <= bounds.costly)) >= CONFIDENCE:
-            return TRANSFERS, f"the optimum moves by at most {bound:g} octaves and costs at most {bounds.costly:g} nats"
+            limits = f"at most {bound:.3g} octaves and costs at most {bounds.costly:g} nats"
+            return TRANSFERS, f"the optimum moves by {limits}"
         moves = any(np.mean(sign * moved > 0) > 0.5 for sign in directions)
         if moves and np.mean(lost[-1] > bounds.costly) >= CONFIDENCE:
             return DRIFTS, f"the base's {self.of} costs more than {bounds.costly:g} nats at the largest size"
@@ -198,7 +199,7 @@ def _open_reason(judged: Sequence[_Judged], total: Estimate, evidence: _Evidence
     bound = bounds.total(evidence.doublings)
     far = float(np.mean(np.abs(evidence.moved) > bound))
     if 1 - CONFIDENCE < far < CONFIDENCE:
-        return f"whether the optimum moves by more than {bound:g} octaves is open (probability {far:.0%})"
+        return f"whether the optimum moves by more than {bound:.3g} octaves is open (probability {far:.0%})"
     costly = float(np.mean(worst > bounds.costly))
     return f"whether the base's {evidence.of} costs more than {bounds.costly:g} nats is open (probability {costly:.0%})"
 

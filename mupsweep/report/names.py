@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from mupsweep.analysis.curves import LossCurve
+from mupsweep.analysis.curves import LossCurve, Point
 from mupsweep.analysis.estimate import UNKNOWN
 from mupsweep.analysis.labels import Label
 from mupsweep.analysis.optimum import Optimum
@@ -38,24 +38,26 @@ def sorted_ladders(groups: Iterable[LadderResult]) -> list[LadderResult]:
 def drift_text(group: LadderResult) -> str:
     """How far the optimum of a ladder moves, with what is known of it."""
     # where some sizes are only bounded, a slope through the others would leave the bounds out
-    if len(group.fitted) < len(group.optima) and group.total_drift != UNKNOWN:
-        return f"the optimum moves {group.total_drift} octaves"
+    if len(group.fitted) < len(group.optima):
+        total = group.total_drift
+        return "drift unknown" if total == UNKNOWN else f"the optimum moves {total} octaves"
     return "drift unknown" if group.drift == UNKNOWN else slope_text(group)
 
 
 def slope_text(group: LadderResult) -> str:
-    """The drift per doubling, and through how many sizes it was fitted if not through all."""
-    n_fitted, n_sizes = len(group.fitted), len(group.optima)
-    if n_fitted == n_sizes:
-        detail = f" of {AXIS_UNIT.get(group.axis, group.axis)}"
-    else:
-        detail = f" ({n_fitted} of {n_sizes} sizes)"
-    return f"{group.drift} octaves per doubling{detail}"
+    """The drift per doubling of the ladder's axis."""
+    return f"{group.drift} octaves per doubling of {AXIS_UNIT.get(group.axis, group.axis)}"
 
 
 def axis_name(axis: str) -> str:
     """The label of a chart's axis of sizes."""
     return {"joint": "width x depth", HORIZON: "tokens"}.get(axis, axis)
+
+
+def position_name(axis: str, curve: LossCurve) -> str:
+    """The size of a curve where an axis of a chart names the quantity."""
+    names = {"width": f"{curve.width}", "depth": f"{curve.depth}", HORIZON: si(curve.horizon or 0)}
+    return names.get(axis, f"{curve.width}x{curve.depth}")
 
 
 def ordered_sizes(groups: Sequence[LadderResult]) -> dict[Size, LossCurve]:
@@ -80,10 +82,15 @@ def size_names(sizes: Sequence[Size]) -> list[str]:
     return [f"{width}x{depth}" for width, depth, _ in sizes]
 
 
+def _before_cliff(optimum: Optimum) -> list[Point]:
+    """The points with a loss, without those from which on a run is no part of the valley."""
+    wall = math.inf if optimum.draws is None else optimum.draws.runs.wall
+    return [p for p in optimum.curve.usable if math.isfinite(p.mean) and p.log2_lr < wall]
+
+
 def loss_range(optima: Sequence[Optimum]) -> tuple[float, float]:
     """The losses worth plotting: all valleys and their flanks, cut where an exploding LR would flatten them."""
-    curves = [[p for p in optimum.curve.usable if math.isfinite(p.mean)] for optimum in optima]
-    curves = [points for points in curves if points]
+    curves = [points for optimum in optima if (points := _before_cliff(optimum))]
     if not curves:
         return 0.0, 1.0
     losses = [[p.mean for p in points] for points in curves]

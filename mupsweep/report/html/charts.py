@@ -8,8 +8,6 @@ from html import escape
 from itertools import chain
 from typing import Any
 
-import numpy as np
-
 from mupsweep.analysis.analysis import Analysis
 from mupsweep.analysis.curves import LossCurve, Point
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
@@ -17,13 +15,22 @@ from mupsweep.analysis.optimum import Optimum
 from mupsweep.analysis.run_result import RunResult, Size
 from mupsweep.analysis.transfer import LadderResult
 from mupsweep.formatting import counted
+from mupsweep.report.forecasts import DOUBLINGS, fans, from_base
 from mupsweep.report.html.svg import Plot, hollow, minus, round_numbers, tip_of
-from mupsweep.report.names import axis_name, loss_range, ordered_sizes, size_names, sorted_ladders, variant_name
+from mupsweep.report.names import (
+    axis_name,
+    loss_range,
+    ordered_sizes,
+    position_name,
+    size_names,
+    sorted_ladders,
+    variant_name,
+)
 
 MAX_CURVE_POINTS = 80  # of a training curve: a panel can show no more
 SMOOTHED_POINTS = 40  # means that a noisy curve is reduced to
 MAX_SEED_POINTS = 2000  # of one loss curve, seed by seed: with more of them the page loads too slowly
-FIT_POINTS = 41  # LRs at which a band of drawn curves is drawn
+CLIFF_TICK = 50  # height of the mark of a cliff at most, in SVG units
 DIAMOND = "M0-5.5L5.5 0L0 5.5L-5.5 0Z"
 MARKERS = (  # SVG paths around the origin, one per variant
     "M0-4.5A4.5 4.5 0 1 1 0 4.5A4.5 4.5 0 1 1 0-4.5Z",
@@ -125,7 +132,12 @@ class Charts:
         # every size with diverged runs has a row of crosses
         pitch = min(9.0, 64 / max(1, len(diverged)))
         strip = pitch * len(diverged) + 4 if diverged else 0.0
-        plot = Plot((min(lrs) - pad, max(lrs) + pad), loss_range(optima), "peak learning rate", strip)
+        # and every size a row for the interval of its optimum
+        located = {o.curve.size for o in optima if o.low is not None or o.high is not None}
+        rows = [size for size in self.names if size in located]
+        foot = min(11.0, 80 / max(1, len(rows)))
+        xs, depth = (min(lrs) - pad, max(lrs) + pad), foot * len(rows) + 4 if rows else 0.0
+        plot = Plot(xs, loss_range(optima), "peak learning rate", strip, depth)
         plot.y_ticks()
         plot.lr_ticks()
         base = group.base
@@ -136,32 +148,38 @@ class Charts:
             row = diverged.index(size) if size in diverged else 0
             plot.add(self._group(size))
             self._points(plot, optimum, plot.upper - pitch * (row + 0.5) - 2)
-            self._best(plot, optimum)
+            if size in rows:
+                self._best(plot, optimum, plot.lower + foot * (rows.index(size) + 0.5) + 2)
             plot.add("</g>")
         return plot.svg(f"loss versus learning rate, {self.variant(group)}")
 
     def _points(self, plot: Plot, optimum: Optimum, cross_height: float) -> None:
-        """Trained losses of one size, and the fitted curve around its minimum."""
+        """Trained losses of one size, the valleys that they leave possible, and where its cliff begins."""
         curve, draws = optimum.curve, optimum.draws
+        wall = math.inf if draws is None else draws.runs.wall
         points = [p for p in curve.usable if math.isfinite(p.mean)]
-        line = f'<path class="line" d="{plot.path((p.log2_lr, p.mean) for p in points)}"/>'
+        line = f'<path class="line" d="{plot.path((p.log2_lr, p.mean) for p in points if p.log2_lr < wall)}"/>'
         if draws is not None:
-            grid = draws.span(FIT_POINTS)
-            low, _, high = np.minimum(draws.band(grid), 2 * plot.ys[1]).tolist()
-            outline = [*zip(grid.tolist(), low, strict=True), *zip(grid.tolist()[::-1], high[::-1], strict=True)]
+            log2_lrs, (low, _, high) = (values.tolist() for values in draws.band)
+            outline = [*zip(log2_lrs, low, strict=True), *zip(log2_lrs[::-1], high[::-1], strict=True)]
             line = f'<path class="fit" d="{plot.path(outline)}Z"/>{line}'
+            if len(draws.runs.cliff_x):
+                begins, last = (draws.runs.x[-1] + wall) / 2, draws.runs.lowest + draws.runs.y[-1]
+                top = max(plot.y(last) - CLIFF_TICK, plot.y(min(last - draws.runs.y[-1] + draws.runs.cliff_y[0], 1e9)))
+                line += f'<path class="cliff" d="M{plot.x(begins)} {plot.y(last)}V{top}"/>'
         bars = [(plot.x(p.log2_lr), p.mean, p.sem) for p in points if p.sem is not None and p.mean <= plot.ys[1]]
         line += "".join(f'<path class="bar" d="M{x} {plot.y(m - sem)}V{plot.y(m + sem)}"/>' for x, m, sem in bars)
         plot.clipped(line)
         self._seeds(plot, curve)
         for p in curve.points:
             x, tip = plot.x(p.log2_lr), tip_of(self.name(curve), *_facts(p))
+            looks = "pt" if p.log2_lr < wall else "pt hollow"
             if p.censored:
                 plot.add(f'<path class="pt cross" {tip} d="M{x - 3:.1f} {cross_height - 3}l6 6m0-6l-6 6"/>')
             elif p in points and p.mean > plot.ys[1]:
-                plot.add(f'<path class="pt" {tip} transform="translate({x} {plot.upper + 5})" d="M0-5L4 3H-4Z"/>')
+                plot.add(f'<path class="{looks}" {tip} transform="translate({x} {plot.upper + 5})" d="M0-5L4 3H-4Z"/>')
             elif p in points:
-                plot.add(f'<circle class="pt" {tip} cx="{x}" cy="{plot.y(p.mean)}" r="2.8"/>')
+                plot.add(f'<circle class="{looks}" {tip} cx="{x}" cy="{plot.y(p.mean)}" r="2.8"/>')
 
     def _seeds(self, plot: Plot, curve: LossCurve) -> None:
         """The losses of every single seed, hidden until the user asks for them."""
@@ -178,19 +196,26 @@ class Charts:
                     plot.add(f'<circle class="pt" {tip} cx="{plot.x(lr)}" cy="{plot.y(loss)}" r="1.6"/>')
         plot.add("</g>")
 
-    def _best(self, plot: Plot, optimum: Optimum) -> None:
-        """The fitted minimum and its interval."""
-        if optimum.log2_lr is None or optimum.loss.value is None:
-            return
-        x, y = plot.x(optimum.log2_lr), plot.y(optimum.loss.value)
+    def _best(self, plot: Plot, optimum: Optimum, height: float) -> None:
+        """The interval of an optimum in a row of its own; an end that no run bounds is an arrow."""
         log2_lr = optimum.estimate
-        if ends := [plot.x(end) for end in (log2_lr.low, log2_lr.high) if end is not None]:
-            caps = "".join(f"M{end} {y - 4:.1f}v8" for end in ends)
-            plot.add(f'<path class="interval" d="M{min(x, *ends)} {y}H{max(x, *ends)}{caps}"/>')
-        rate = f"{2**optimum.log2_lr:.3g}, log2 {estimate_text(log2_lr, spec='.2f')}"
-        loss = estimate_text(optimum.loss, spec=".4f")
-        tip = tip_of(f"{self.name(optimum.curve)}: best rate", rate, f"loss {loss}")
-        plot.add(f'<path class="pt best{hollow(log2_lr)}" {tip} transform="translate({x} {y})" d="{DIAMOND}"/>')
+        low, high = plot.LEFT + 4.0, plot.RIGHT - 4.0
+        arrows = ("" if log2_lr.low is not None else f"M{low + 5} {height - 3:.1f}l-5 3l5 3") + (
+            "" if log2_lr.high is not None else f"M{high - 5} {height - 3:.1f}l5 3l-5 3"
+        )
+        low, high = (edge if end is None else plot.x(end) for end, edge in ((log2_lr.low, low), (log2_lr.high, high)))
+        caps = "".join(
+            f"M{x} {height - 3:.1f}v6" for x, end in ((low, log2_lr.low), (high, log2_lr.high)) if end is not None
+        )
+        said = [f"best rate log2 {estimate_text(log2_lr, spec='.2f')}"]
+        if optimum.log2_lr is not None:
+            said = [f"best rate {2**optimum.log2_lr:.3g}, log2 {estimate_text(log2_lr, spec='.2f')}"]
+            said += [f"loss {estimate_text(optimum.loss, spec='.4f')}"]
+        tip = tip_of(self.name(optimum.curve), *said)
+        plot.add(f'<path class="bar" {tip} d="M{low} {height:.1f}H{high}{caps}{arrows}"/>')
+        if optimum.log2_lr is not None:
+            place = f'transform="translate({plot.x(optimum.log2_lr)} {height:.1f})"'
+            plot.add(f'<path class="pt best{hollow(log2_lr)}" {tip} {place} d="M0-4.5L4.5 0L0 4.5L-4.5 0Z"/>')
 
     def ladder(
         self,
@@ -205,29 +230,49 @@ class Charts:
             groups: ladders along one axis.
             values: for every ladder an estimate per size.
             tolerance: half height of the shaded band, so many doublings from the base.
-            unit: octaves, which are signed, or nats, which are never negative.
+            unit: octaves, which are signed and have forecasts, or nats, which are never negative.
         """
         octaves = unit == "octaves"
-        numbers = [v for e in chain(*values) for v in (e.value, e.low, e.high) if v is not None]
+        larger = fans(groups) if octaves else [[] for _ in groups]
+        targets = [self._targets(group) if octaves else [] for group in groups]
+        beyond = [shift for _, shift in chain(*larger)] + [e for _, *both in chain(*targets) for e in both]
+        numbers = [v for e in (*chain(*values), *beyond) for v in (e.value, e.low, e.high) if v is not None]
         least = 1.5 * tolerance(0.0)
         top = max([least, *numbers])
         low = min([-least, *numbers]) if octaves else 0.0
         margin = 0.12 * (top - low)  # enough for the arrows of bounds
-        curves = {math.log2(g.ratio(o.curve)): o.curve for g in groups for o in g.optima}
-        xs = (min(curves) - 0.3, max(curves) + 0.3)
+        names = {math.log2(g.ratio(o.curve)): self.number(o.curve) for g in groups for o in g.optima}
+        largest = max(names)
+        names |= {
+            math.log2(g.ratio(curve)): position_name(g.axis, curve)
+            for g, of_ladder in zip(groups, targets, strict=True)
+            for curve, *_ in of_ladder
+        }
+        for doublings in DOUBLINGS[1:] if any(larger) else ():
+            names.setdefault(largest + doublings, f"×{2**doublings:g}")
+        xs = (min(names) - 0.3, max(names) + 0.3)
         plot = Plot(xs, (low - margin * octaves, top + margin), axis_name(groups[0].axis))
         places = [xs[0] + (xs[1] - xs[0]) * i / 24 for i in range(25)]
         upper = [(x, tolerance(x)) for x in places]
         lower = [(x, -height * octaves) for x, height in reversed(upper)]
         plot.clipped(f'<path class="band" d="{plot.path([*upper, *lower])}Z"/>')
         plot.y_ticks()
-        plot.x_ticks((x, self.number(curve)) for x, curve in curves.items())
+        plot.x_ticks(names.items())
         if not numbers:
             plot.add(f'<text class="middle" x="{(plot.LEFT + plot.RIGHT) / 2}" y="{plot.y(0) - 6}">unknown</text>')
         for i, (group, estimates) in enumerate(zip(groups, values, strict=True)):
             variant = self.labels.index(group.label)
             dodge = (i - (len(groups) - 1) / 2) * 7  # ladders stand side by side at each size
             plot.add(f'<g class="v{variant % 6}" data-variant="{variant}">')
+            plot.band_of(larger[i])
+            for curve, expected, measured in targets[i]:
+                x = plot.x(math.log2(group.ratio(curve))) + dodge
+                tip = tip_of(
+                    f"{self.variant(group)}, {curve.place(group.axis)}, trained to test the forecast",
+                    f"forecast {estimate_text(expected, unit)}",
+                    f"measured {estimate_text(measured, unit)}",
+                )
+                plot.target(x, expected, measured, tip)
             line = []
             for optimum, estimate in zip(group.optima, estimates, strict=True):
                 x = plot.x(math.log2(group.ratio(optimum.curve))) + dodge
@@ -240,6 +285,13 @@ class Charts:
                 plot.add(f'<path class="faint" d="M{"L".join(line)}"/>')
             plot.add("</g>")
         return plot.svg(f"{unit} by size")
+
+    def _targets(self, group: LadderResult) -> list[tuple[LossCurve, Estimate, Estimate]]:
+        """Targets that were trained, with the forecast and the optimum that came out, in octaves from the base's."""
+        return [
+            (v.optimum.curve, from_base(v.forecast.optimum, group), from_base(v.optimum.estimate, group))
+            for v in group.validations
+        ]
 
     def training(self, runs: Iterable[tuple[Size, RunResult, Sequence[Mapping[str, Any]]]]) -> str:
         """Loss by step of runs given as (size, result, metrics), or an empty string where no loss was logged."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import mupsweep
 from mupsweep.analysis.analysis import Analysis
-from mupsweep.analysis.estimate import CONFIDENCE, UNKNOWN, Estimate
+from mupsweep.analysis.estimate import CONFIDENCE
 from mupsweep.analysis.labels import DIVERGED, DONE, Label
 from mupsweep.analysis.optimum import Optimum
 from mupsweep.analysis.run_result import RunResult, Size
@@ -22,8 +22,7 @@ from mupsweep.formatting import counted, duration, si
 from mupsweep.report.html import coordinates
 from mupsweep.report.html import rules as rules_table
 from mupsweep.report.html.charts import Charts, drawn_seeds, estimate_text, size_id
-from mupsweep.report.html.svg import minus
-from mupsweep.report.names import axis_name, slope_text, variant_name
+from mupsweep.report.names import axis_name, variant_name
 from mupsweep.report.terminal.tuning import tuning_summary
 from mupsweep.report.terminal.verdicts import advice_on, comparison_line, quality_lines
 from mupsweep.store.results import RunCounts
@@ -112,28 +111,20 @@ def _verdicts(charts: Charts, analysis: Analysis, sweep: SweepDir) -> str:
 
 
 def _card(charts: Charts, group: LadderResult) -> str:
-    """The verdict on one ladder, with its drift, regret and reasons."""
-    base, last = group.base, group.optima[-1]
-    facts = [("only size", escape(charts.name(base.curve)))]
-    if len(group.optima) > 1:
-        total = estimate_text(group.total_drift, "octaves")
-        if group.total_drift.value is not None:
-            total += f' <span class="quiet">(× {2**group.total_drift.value:.2g})</span>'
-        facts = [
-            (f"{charts.name(base.curve)} → {charts.number(last.curve)}", total),
-            ("drift", "unknown" if group.drift == UNKNOWN else minus(slope_text(group))),
-            ("regret", estimate_text(group.regret, "nats per token", ".4f")),
-        ]
+    """The verdict on one ladder in a sentence with its numbers, and what else is known of it."""
+    base, (decisive, *reasons) = group.base, group.reasons
+    best = ""
     if base.log2_lr is not None:
-        log2_lr = estimate_text(Estimate(base.log2_lr, base.low, base.high), spec=".2f")
-        facts.append((f"best at {charts.name(base.curve)}", f"{2**base.log2_lr:.3g}, log2 {log2_lr}"))
-    fact_list = "".join(f"<dt>{escape(name)}</dt><dd>{value}</dd>" for name, value in facts)
-    reasons = "".join(f"<li>{escape(r)}</li>" for r in (*group.reasons, *quality_lines(group)))
+        log2_lr = estimate_text(base.estimate, spec=".2f")
+        name = escape(charts.name(base.curve))
+        best = f"<dl><dt>best at {name}</dt><dd>{2**base.log2_lr:.3g}, log2 {log2_lr}</dd></dl>"
+    details = "".join(f"<li>{escape(line)}</li>" for line in (*reasons, *quality_lines(group)))
     return (
         f'<article class="card {group.verdict}" data-variant="{charts.labels.index(group.label)}">'
         f"<header><h3>{escape(charts.variant(group))} {_axis(charts, group)}</h3>"
-        f'<span class="badge">{BADGES[group.verdict]}</span></header><p>{SENTENCES[group.verdict]}</p>'
-        f"{charts.bar(group.total_drift, group.tolerance)}<dl>{fact_list}</dl><ul>{reasons}</ul></article>"
+        f'<span class="badge">{BADGES[group.verdict]}</span></header>'
+        f"<p>{SENTENCES[group.verdict]} {escape(decisive[:1].upper() + decisive[1:])}.</p>"
+        f"{charts.bar(group.total_drift, group.tolerance)}{best}<ul>{details}</ul></article>"
     )
 
 
@@ -144,9 +135,10 @@ def _curves(charts: Charts) -> str:
     """Loss versus LR, a panel per ladder, under the buttons that select sizes and variants in all charts."""
     note = (
         "Validation loss against the peak learning rate at the base shape. Points are means over seeds with "
-        "their standard errors; the broad line is the fit, the diamond its minimum with its interval, hollow where an "
-        "end of it is unknown, the dashed line the best rate of the base. A cross in the upper band is a rate at which "
-        "seeds diverged, a triangle a loss beyond the axis."
+        f"their standard errors; the shaded valleys are what they leave possible, at {CONFIDENCE:.0%}. A dotted line "
+        "marks a cliff, somewhere between two runs; hollow points beyond it only say that the best rate is lower. A "
+        "cross in the upper band is a rate at which seeds diverged, a triangle a loss beyond the axis. Below, the "
+        "interval of every size's best rate, with an arrow where no run bounds it; dashed, the best rate of the base."
     )
     n_drawn, n_seeds = _seed_counts(charts)
     if n_drawn < n_seeds:
@@ -196,7 +188,8 @@ def _drift(charts: Charts) -> str:
     bounds = charts.bounds
     note = (
         "First, how far each size's best rate lies from the base's, with the interval of that distance; an arrow, or a "
-        "bar without a point, is a bound where a best rate is not known. Second, what the base's rate costs there. "
+        "bar without a point, is a bound where a best rate is not known. The fan is the forecast for larger sizes, a "
+        "broad bar that for a size trained since, whose star is what came out. Second, what the base's rate costs. "
         "Shaded: within "
         f"±{bounds.octaves:g} octaves or {bounds.octaves_per_doubling:g} per doubling if that is more, and below "
         f"{bounds.harmless:g} nats."

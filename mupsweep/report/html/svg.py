@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from mupsweep.analysis.estimate import Estimate
@@ -14,6 +14,9 @@ def minus(number: str) -> str:
     return number.replace("-", "−")
 
 
+STAR = "M0-7L1.8-2.2 6.7-2.2 2.8.9 4.1 5.7 0 2.8-4.1 5.7-2.8.9-6.7-2.2-1.8-2.2Z"  # a path around the origin
+
+
 class Plot:
     """A chart whose marks are added one after the other, and which `svg` closes.
 
@@ -21,18 +24,24 @@ class Plot:
         xs, ys: ranges of the axes.
         title: name of the x axis.
         upper: height at which the largest y lies, below the strip for diverged runs.
+        lower: height at which the smallest y lies, above the strip for optima.
         parts: SVG elements in the order of drawing.
     """
 
     WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 300, 50, 432, 8, 258
 
-    def __init__(self, xs: tuple[float, float], ys: tuple[float, float], title: str, strip: float = 0.0) -> None:
+    def __init__(
+        self, xs: tuple[float, float], ys: tuple[float, float], title: str, strip: float = 0.0, foot: float = 0.0
+    ) -> None:
         self.xs, self.ys, self.title = xs, ys, title
-        self.upper = self.TOP + strip
+        self.upper, self.lower = self.TOP + strip, self.BOTTOM - foot
         self.parts: list[str] = []
         if strip:
             self.band(self.TOP, self.upper)
             self.add(f'<text x="{self.LEFT + 5}" y="{self.TOP + 11}">diverged</text>')
+        if foot:
+            self.band(self.lower, self.BOTTOM)
+            self.add(f'<text x="{self.LEFT + 5}" y="{self.lower + 12:.1f}">optimum</text>')
 
     def add(self, part: str) -> None:
         """Add an SVG element."""
@@ -45,7 +54,7 @@ class Plot:
 
     def clipped(self, parts: str) -> None:
         """Add lines that may leave the plot; a nested svg clips them at its edge."""
-        x, y, w, h = self.LEFT, self.upper, self.RIGHT - self.LEFT, self.BOTTOM - self.upper
+        x, y, w, h = self.LEFT, self.upper, self.RIGHT - self.LEFT, self.lower - self.upper
         box = f'x="{x}" y="{y}" width="{w}" height="{h}" viewBox="{x} {y} {w} {h}"'
         self.add(f'<svg {box} style="overflow:hidden">{parts}</svg>')
 
@@ -71,13 +80,27 @@ class Plot:
                 arrow = f"M{x - 5:.1f} {y}h10M{x:.1f} {y}v{18 * sign}m-4 {-5 * sign}l4 {5 * sign}l4 {-5 * sign}"
                 self.add(f'<path class="bar" {tip} d="{arrow}"/>')
 
+    def band_of(self, estimates: Sequence[tuple[float, Estimate]]) -> None:
+        """Add the area between the ends of intervals, given with their x."""
+        upper = [(x, e.high) for x, e in estimates if e.high is not None]
+        lower = [(x, e.low) for x, e in reversed(estimates) if e.low is not None]
+        if upper and lower:
+            self.add(f'<path class="fan" d="{self.path([*upper, *lower])}Z"/>')
+
+    def target(self, x: float, expected: Estimate, measured: Estimate, tip: str) -> None:
+        """Add what was forecast as a broad bar, and what was measured as a star on it."""
+        if expected.low is not None and expected.high is not None:
+            top, bottom = self.y(expected.high), self.y(expected.low)
+            self.add(f'<rect class="fit" {tip} x="{x - 5:.1f}" y="{top}" width="10" height="{bottom - top:.1f}"/>')
+        self.estimate(x, measured, tip, STAR)
+
     def x(self, value: float) -> float:
         """Horizontal position of a value, in SVG units."""
         return round(self.LEFT + (value - self.xs[0]) / (self.xs[1] - self.xs[0]) * (self.RIGHT - self.LEFT), 1)
 
     def y(self, value: float) -> float:
         """Vertical position of a value, in SVG units."""
-        return round(self.BOTTOM - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (self.BOTTOM - self.upper), 1)
+        return round(self.lower - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (self.lower - self.upper), 1)
 
     def path(self, points: Iterable[tuple[float, float]]) -> str:
         """The `d` attribute of a line through points, or an empty string for no points."""

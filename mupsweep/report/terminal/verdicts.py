@@ -185,13 +185,14 @@ def _summary_lines(group: LadderResult) -> Iterator[str]:
 
 def quality_lines(group: LadderResult) -> Iterator[str]:
     """How well smaller sizes predict the largest one, and the transfer metrics of Kalra and Barkeshli."""
-    found = group.quality
-    if found.held_out is not None:
-        lost = "" if found.held_out.regret.value is None else f", which costs {nats(found.held_out.regret)}"
-        shorter = (
-            "shorter horizons predict the longest" if group.axis == HORIZON else "smaller sizes predict the largest"
+    found, held_out = group.quality, group.quality.held_out
+    if held_out is not None:
+        cost = "diverges there" if held_out.regret.value is None else f"costs {nats(held_out.regret)} there"
+        smaller, largest = ("shorter", "longest horizon") if group.axis == HORIZON else ("smaller", "largest size")
+        yield (
+            f"held out: for the {largest} the {smaller} ones hand over log2 LR {held_out.log2_lr:.2f}, which {cost}; "
+            f"they expect its optimum {held_out.error} octaves off"
         )
-        yield f"the {shorter} one's optimum {found.held_out.error} octaves off{lost}"
     metrics = [
         (found.fit_error, f"E {found.fit_error:.2f} octaves"),
         (found.robustness, f"kappa {found.robustness}"),

@@ -11,7 +11,9 @@ from run_results import results
 
 from mupsweep.analysis.analysis import analyse
 from mupsweep.errors import ConfigError
-from mupsweep.report.figures.curves import LEGEND_CHARACTERS, _drift_legend, _mark_handles, draw
+from mupsweep.report.figures.curves import LEGEND_CHARACTERS, _drift, _drift_legend, _mark_handles, draw
+from mupsweep.report.figures.theme import figure_style
+from mupsweep.report.forecasts import from_base
 
 
 def test_same_analysis_gives_the_same_bytes(rows: Callable, tmp_path: Path) -> None:
@@ -49,6 +51,17 @@ def test_degenerate_analyses_are_drawn(rows: Callable, tmp_path: Path, grid: dic
     assert len(draw(analyse(results(rows(**grid))), tmp_path)) == 4
 
 
+def test_a_trained_target_is_drawn_beside_its_forecast(rows: Callable) -> None:
+    runs = rows(widths=(32, 64, 256), seeds=1)
+    groups = analyse(results({**row, "validation": row["width"] == 256} for row in runs)).groups
+    (axes,) = _drift(groups, figure_style("screen")).axes
+    stars = [line.get_xydata()[0] for line in axes.get_lines() if line.get_marker() == "*"]
+    measured = [from_base(v.optimum.estimate, g).value for g in groups for v in g.validations]
+    assert [y for _, y in stars] == measured
+    assert [x for x, _ in stars] == pytest.approx([3, 3], abs=0.05)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["32", "64", "×2", "256"]
+
+
 def test_a_paper_gets_pdf_at_journal_widths_and_the_same_bytes_every_time(rows: Callable, tmp_path: Path) -> None:
     analysis = analyse(results(rows(widths=(32, 64), seeds=2)))
     first, second = (draw(analysis, tmp_path / name, "paper") for name in ("first", "second"))
@@ -79,10 +92,12 @@ def test_the_legend_names_what_is_drawn_and_no_more(rows: Callable) -> None:
             line.get_label() for line in _mark_handles(analyse(results(rows(parametrizations=["sp"], **grid))).groups)
         ]
 
-    assert marks(widths=(32, 64)) == ["fitted optimum", "the base's optimum"]
-    assert marks(widths=(32, 64), log2_lrs=[-10, -9, -8]) == []
+    cliff = ["valley, 95%", "cliff, and runs beyond it"]
+    assert marks(widths=(32, 64)) == [*cliff, "optimum", "the base's optimum"]
+    assert marks(widths=(32, 64), log2_lrs=[-10, -9, -8]) == ["valley, 95%", "optimum may lie beyond"]
+    assert marks(widths=(32, 64), log2_lrs=[-10]) == []
     flat = [{**row, "val_loss": 3.0 + 1e-3 * row["seed"]} for row in rows(widths=[32], log2_lrs=range(-11, -6))]
-    assert "fitted optimum" not in [line.get_label() for line in _mark_handles(analyse(results(flat)).groups)]
+    assert "optimum" not in [line.get_label() for line in _mark_handles(analyse(results(flat)).groups)]
 
 
 def test_a_long_name_in_the_drift_legend_goes_on_below(rows: Callable) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from run_results import results
 
 from mupsweep.analysis.analysis import analyse
 from mupsweep.analysis.estimate import Estimate
+from mupsweep.report.forecasts import from_base
 from mupsweep.report.html.charts import MAX_CURVE_POINTS, MAX_SEED_POINTS, Charts, drawn_seeds, estimate_text
 from mupsweep.report.html.svg import Plot
 
@@ -60,7 +62,7 @@ def test_points_lie_at_their_rates_and_losses(rows: Callable) -> None:
     for log2_lr, loss, x, y in points:
         assert lrs(float(x)) == pytest.approx(float(log2_lr), abs=0.01)
         assert losses(float(y) + 4) == pytest.approx(float(loss), abs=0.002)  # a label stands 4 pixels lower
-    assert len(re.findall(r'class="pt best" data-tip="width \d+: best rate', svg)) == 2
+    assert len(re.findall(r'class="pt best" data-tip="width \d+\nbest rate', svg)) == 2
 
 
 def test_of_very_many_seeds_the_first_are_drawn_and_the_page_says_so(
@@ -156,6 +158,47 @@ def test_what_is_unknown_is_said_to_be(rows: Callable) -> None:
     (group,) = analysis.groups
     assert list(group.shifts) == [Estimate(None, None, None)] * 2
     assert ">unknown</text>" in Charts(analysis).ladder([group], [list(group.shifts)], group.bounds.total, "octaves")
+
+
+def test_runs_beyond_a_cliff_are_hollow_and_an_optimum_is_a_bar_or_an_arrow(rows: Callable) -> None:
+    analysis = analyse(results(rows(widths=(32, 128), parametrizations=["sp"], log2_lrs=range(-9, -4), seeds=1)))
+    (group,) = analysis.groups
+    largest = group.optima[-1].draws
+    assert largest is not None
+    assert list(largest.runs.cliff_x) == [-5.0]
+    assert largest.band[0][-1] <= -5.0
+    svg = Charts(analysis).curves(group, [group])
+    assert svg.count('class="cliff"') == 1
+    assert re.findall(r'class="pt cross" data-tip="width 128\nLR 2\^(\S+) ', svg) == ["-5"]
+    exploded = [replace(r, val_loss=9.0) if r.width == 128 and r.log2_lr == -6 else r for r in analysis.runs]
+    cliff = analyse(exploded)
+    svg = Charts(cliff).curves(cliff.groups[0], cliff.groups)
+    assert re.findall(r'class="pt hollow" data-tip="width 128\nLR 2\^(\S+) ', svg) == ["-6"]
+    lrs = scale(svg, "lr")
+    for optimum in cliff.groups[0].optima:
+        row = rf'class="bar" data-tip="width {optimum.curve.width}\nbest rate [^"]*" d="M([\d.]+) [\d.]+H([\d.]+)'
+        ((low, high),) = re.findall(row, svg)
+        for x, end in ((low, optimum.low), (high, optimum.high)):
+            assert end is None or lrs(float(x)) == pytest.approx(end, abs=0.02)
+
+
+def test_a_trained_target_stands_beside_its_forecast(rows: Callable) -> None:
+    runs = rows(widths=(32, 64, 128, 512), parametrizations=["sp"], seeds=1)
+    analysis = analyse(results({**row, "validation": row["width"] == 512} for row in runs))
+    (group,) = analysis.groups
+    (target,) = group.validations
+    svg = Charts(analysis).ladder([group], [group.shifts], group.bounds.total, "octaves")
+    octaves = scale(svg, "y")
+    base = group.base.log2_lr
+    ((top, height),) = re.findall(
+        r'class="fit" data-tip="[^"]*width 512[^"]*" x="[\d.]+" y="([\d.]+)" width="10" height="([\d.]+)"', svg
+    )
+    ends = octaves(float(top) + float(height) + 4), octaves(float(top) + 4)
+    expected = target.forecast.optimum
+    assert [*ends] == pytest.approx([expected.low - base, expected.high - base], abs=0.03)
+    assert f"measured {estimate_text(from_base(target.optimum.estimate, group), 'octaves')}" in svg
+    assert re.findall(r'class="fan" d="M([\d.]+)', svg) != []
+    assert ">512</text>" in svg
 
 
 def test_a_value_without_an_interval_is_hollow_and_a_bound_has_no_point() -> None:

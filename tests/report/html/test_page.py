@@ -61,10 +61,11 @@ def test_verdicts_and_numbers_come_first(
     assert "drifts" in top
     assert "transfers" in top
     for group in analysis.groups:
-        for estimate in (group.total_drift, group.drift):
-            assert f"{estimate} octaves".replace("-", "−") in top
-        assert f"{group.regret.value:.4f} [" in top
-        assert all(escape(reason) in top for reason in group.reasons)
+        assert f"the optimum moves {group.drift} octaves per doubling, {group.total_drift} from" in top
+        assert f"the base&#x27;s costs {group.regret:.4f} nats there" in top
+        assert all(escape(reason[1:]) in top for reason in group.reasons)
+        assert group.quality.held_out is not None
+        assert f"hand over log2 LR {group.quality.held_out.log2_lr:.2f}" in top
     assert analysis.remarks
     assert all(escape(remark) in top for remark in analysis.remarks)
     assert "mup, width 64" in text
@@ -78,10 +79,13 @@ def test_a_regret_without_a_value_says_why(rows: Callable, save_sweep: Callable,
     analysis = analyse(results(rows(widths=(32, 64), parametrizations=["sp"], seeds=1)))
     (group,), unknown = analysis.groups, Estimate(None, None, None)
     group = replace(
-        group, regret=unknown, regrets=(group.regrets[0], unknown), reasons=("2^-7 diverges at width < 65",)
+        group,
+        regret=unknown,
+        regrets=(group.regrets[0], unknown),
+        reasons=("it diverges", "2^-7 diverges at width < 65"),
     )
     text = write_html(save_sweep([]), replace(analysis, groups=(group,))).read_text()
-    assert "<dt>regret</dt><dd>unknown</dd>" in text
+    assert "It diverges.</p>" in text
     assert "<li>2^-7 diverges at width &lt; 65</li>" in text
     assert re.search(r"<td>width 32</td>.*<td>base</td>", text)
     assert re.search(r"<td>width 64</td>.*<td>unknown</td>", text)

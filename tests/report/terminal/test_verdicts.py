@@ -49,7 +49,7 @@ def test_a_pipe_gets_whole_lines(rows: Callable, capsys: pytest.CaptureFixture[s
     assert console_of().width == PIPE_COLUMNS
     show_analysis(analyse(results(rows(widths=(32, 64, 128)))), [], [])
     lines = capsys.readouterr().out.splitlines()
-    for start in ("  the optimum moves", "  the smaller sizes", "loss at width", "nanogpt/adamw/mup against"):
+    for start in ("  the optimum moves", "  held out: ", "loss at width", "nanogpt/adamw/mup against"):
         assert any(line.startswith(start) and len(line) > 70 for line in lines)
     assert max(map(len, lines)) > 160
 
@@ -87,7 +87,7 @@ def test_the_verdict_says_which_lr_is_best_and_what_it_costs_later(
     out = capsys.readouterr().out
     assert f"  best LR at width 32: {2**base.log2_lr:.3g}, log2 {base.log2_lr:.2f} [" in out  # type: ignore[operator]
     sentence = (
-        f"it moves {group.drift} octaves per doubling, {group.total_drift} from width 32 to width 128, "
+        f"the optimum moves {group.drift} octaves per doubling, {group.total_drift} from width 32 to width 128, "
         f"and the base's costs {group.regret:.4f} nats there"
     )
     assert sentence in out
