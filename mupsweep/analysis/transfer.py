@@ -256,7 +256,7 @@ def _reasons(ladder: LadderResult, found: verdict.Verdict, of: str) -> Iterable[
     if largest is base:
         yield f"no size larger than the base has {of}s enough for a curve: {_larger(ladder)}"
     else:
-        yield found.reason + "; " + _numbers(ladder, largest)
+        yield found.reason + "; " + _numbers(ladder, largest, of)
     if ladder.deciding_runs:
         runs = " and ".join(
             f"{more.curve.place(axis)} at log2 {of} {', '.join(f'{x:.3g}' for x in more.log2_lrs)}"
@@ -282,15 +282,15 @@ def _larger(ladder: LadderResult) -> str:
     return f"go on with {places}"
 
 
-def _numbers(ladder: LadderResult, largest: Optimum) -> str:
+def _numbers(ladder: LadderResult, largest: Optimum, of: str) -> str:
     """How far the optimum moves, and what the base's costs at the largest size."""
     at = largest.curve.place(ladder.axis)
     cost = "diverges" if ladder.regret == UNKNOWN else f"costs {ladder.regret:.4f} nats"
     if ladder.total_drift == UNKNOWN:
-        return f"how far the optimum moves is open, and the base's {cost} at {at}"
+        return f"how far the optimum moves is open, and the base's {of} {cost} at {at}"
     return (
         f"the optimum moves {ladder.drift:+.2f} octaves per doubling, {ladder.total_drift:+.2f} from "
-        f"{ladder.base.curve.place(ladder.axis)} to {at}, and the base's {cost} there"
+        f"{ladder.base.curve.place(ladder.axis)} to {at}, and the base's {of} {cost} there"
     )
 
 
