@@ -182,7 +182,7 @@ def _tuning(
         size: {
             value: _losses(at[size], i)
             for i, (value, at) in enumerate(by_value.items())
-            if size in at and at[size].draws is not None
+            if size in at and at[size].log2_lr is not None
         }
         for size in sizes
     }
@@ -254,7 +254,10 @@ def _over_values(
         position = math.log2(group.ratio(own[size]))
         runs.append(replace(runs_of(curves[-1], position), variances=variances))
     ladder = judge_ladder(group.axis, curves, fit_ladder(runs, config.curve), config.verdict, "value")
-    return replace(ladder, optima=tuple(replace(o, reason=_reason(key, o)) for o in ladder.optima))
+    optima = tuple(replace(o, reason=_reason(key, o)) for o in ladder.optima)
+    unknown = [f"{o.curve.place(group.axis)}: {o.reason}" for o in optima if o.reason is not None]
+    reasons = unknown if unknown and ladder.verdict == INCONCLUSIVE else [ladder.reasons[0], *unknown]
+    return replace(ladder, optima=optima, reasons=tuple(reasons))
 
 
 def _reason(key: str, optimum: Optimum) -> str | None:

@@ -96,7 +96,9 @@ def base_of(grid: GridConfig) -> tuple[float, float]:
 def may_be_best(curves: Sequence[LossCurve]) -> list[bool]:
     """Whether each curve, at its own optimum, may have the lowest loss of all; a curve without an optimum may not."""
     optima = [ladder_optima("width", [curve])[0] for curve in curves]
-    losses = [None if o.draws is None else shuffled(o.draws.floor, i) for i, o in enumerate(optima)]
+    losses = [
+        None if o.draws is None or o.log2_lr is None else shuffled(o.draws.floor, i) for i, o in enumerate(optima)
+    ]
     sampled = [draws for draws in losses if draws is not None]
     if not sampled:
         return [False] * len(losses)

