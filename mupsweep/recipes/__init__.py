@@ -56,10 +56,12 @@ def _header(name: str, recipe: Mapping[str, Any], limits: list[str]) -> list[str
     """Comment lines: what this is, what the LR rests on, and what the file does not say."""
     from mupsweep.analysis.estimate import Estimate  # which needs scipy
 
-    target, at = recipe["target"], Estimate(*(recipe[key] for key in ("log2_lr", "log2_lr_low", "log2_lr_high")))
+    target = recipe["target"]
+    optimum = Estimate(*(recipe[key] for key in ("log2_lr_optimum", "log2_lr_low", "log2_lr_high")))
     lines = [
         f"{recipe['model']}/{recipe['optimizer']}/{recipe['parametrization']} at width {target['width']}, "
-        f"depth {target['depth']}, for {name}; base LR {recipe['base_lr']:.4g}, log2 {at}, {recipe['basis']}",
+        f"depth {target['depth']}, for {name}; base LR {recipe['base_lr']:.4g}, log2 {recipe['log2_lr']:+.2f}; "
+        f"the optimum there: log2 {optimum}; {recipe['basis']}",
         f"LR {recipe['horizon']['note']}",
         *(f"NOT HERE: {limit}" for limit in limits),
     ]

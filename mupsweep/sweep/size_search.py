@@ -4,8 +4,8 @@ A round is a pure function of the finished runs: the same records always lead to
 whatever was interrupted. LRs lie on a grid of octaves, so that rounds, reruns and grid sweeps share runs.
 
 A size begins with a few LRs an octave apart: the smallest over `log2_lrs`, a larger one around the optimum that the
-smaller ones predict. While the best LR is at an end of the trained ones, the search extends that end. After that,
-draws of the optimum (mupsweep/analysis/optimum.py) decide: a linear Gaussian model gives the variance of the minimum
+smaller ones forecast. While the best LR is at an end of the trained ones, the search extends that end. After that,
+draws of the optimum (mupsweep/analysis/loss_curve.py) decide: a linear Gaussian model gives the variance of the minimum
 that a run would remove, and new LRs compete with another seed at every trained LR by the variance that they remove per
 run (Lindley 1956, doi 10.1214/aoms/1177728069).
 """
@@ -23,7 +23,8 @@ from scipy.linalg import block_diag
 
 from mupsweep.analysis.curves import LossCurve, Point, collect
 from mupsweep.analysis.estimate import QUANTILES
-from mupsweep.analysis.loss_curve import CurveDraws
+from mupsweep.analysis.forecast import forecast
+from mupsweep.analysis.loss_curve import CurveDraws, LadderPosterior
 from mupsweep.analysis.optimum import Optimum, fit_curves, optima_of
 from mupsweep.analysis.run_result import RunResult
 from mupsweep.sweep.config import GridConfig
@@ -36,9 +37,6 @@ MIN_NEAR_POINTS = 5  # LRs near the minimum before its interval counts; with few
 REFINE_RADIUS = 2.0  # octaves from the optimum within which LRs are added between others; far ones amplify noise
 MAX_PER_ROUND = 3  # candidates chosen in one round, since each of them changes which one would be best next
 FIRST_SEEDS = 2  # seeds of every LR: without repetitions noise is a guess, and a search would stop early by luck
-SLOPE = 1.0  # octaves per doubling: prior standard deviation of the drift of the optimum; SP drifts by one
-SCATTER = 0.2  # octaves by which optima may lie off a straight line
-UNKNOWN = 0.7  # octaves: standard deviation of an optimum of which only the best LR is known
 SHIFT = 100.0  # prior variance of a shift by the seed common to all LRs, in units of the noise's: as good as unknown
 EPS = 1e-6  # octaves by which two LRs count as equal
 
@@ -88,10 +86,11 @@ def search_state(
     sizes = sorted(grid.ratios, key=lambda size: (size[0] ** 2 * size[1], size))
     begun = [size for size in sizes if size in curves]
     ladder = [curves[size] for size in begun]
-    positions = [math.log2(width_ratio * depth_ratio) for width_ratio, depth_ratio in begun]
+    positions = list(map(position_of, begun))
     order = sorted(range(len(begun)), key=positions.__getitem__)
     by_position = [ladder[i] for i in order], [positions[i] for i in order]
-    optima = optima_of(by_position[0], fit_curves([by_position])[0])
+    [posterior] = fit_curves([by_position])
+    optima = optima_of(by_position[0], posterior)
     optimum_of = {begun[i]: optimum for i, optimum in zip(order, optima, strict=True)}
     searches = {size: SizeSearch(space, optimum_of[size]) for size in begun}
     states: list[SearchState] = []
@@ -103,7 +102,7 @@ def search_state(
         if size in searches:
             runs, reason = searches[size].next()
         else:
-            runs, reason = space.first_runs(size, optimum_of), "first runs"
+            runs, reason = space.first_runs(size, optimum_of, posterior), "first runs"
         states.append(SearchState(size, tuple(Proposal(*size, *run) for run in runs), reason))
         # a larger size begins around the optimum that this one predicts, so it needs an interval first
         waits = bool(runs) and (size not in optimum_of or not optimum_of[size].known)
@@ -145,12 +144,18 @@ class Space:
         """The nearest LR of the LR grid."""
         return min(max(round(log2_lr / self.step) * self.step, self.lowest), self.highest)
 
-    def first_runs(self, size: tuple[float, float], optimum_of: Mapping[tuple[float, float], Optimum]) -> list[Run]:
-        """The runs with which a size begins."""
+    def first_runs(
+        self,
+        size: tuple[float, float],
+        optimum_of: Mapping[tuple[float, float], Optimum],
+        smaller: LadderPosterior,
+    ) -> list[Run]:
+        """The runs with which a size begins: around the optimum that the smaller ones forecast."""
         seeds = self.seeds[:FIRST_SEEDS]
-        smaller = {ratios: optimum for ratios, optimum in optimum_of.items() if optimum.curve.usable}
-        if smaller:
-            predicted = self.on(_predicted_optimum(size, smaller))
+        expected = forecast(smaller, position_of(size))
+        trained = [optimum.center for optimum in optimum_of.values() if optimum.curve.usable]
+        if expected is not None or trained:
+            predicted = self.on(float(np.median(trained)) if expected is None else expected.optimum.value or 0.0)
             center = min(max(predicted, self.lowest + COARSE_STEP), self.highest - COARSE_STEP)
             return [(self.on(center + d), seed) for d in (-COARSE_STEP, 0.0, COARSE_STEP) for seed in seeds]
         lrs = [self.on(self.log2_lrs[0])]
@@ -161,6 +166,11 @@ class Space:
 
 
 Run = tuple[float, int]  # log2 LR and seed
+
+
+def position_of(size: tuple[float, float]) -> float:
+    """Doublings of width times depth above the base."""
+    return math.log2(size[0] * size[1])
 
 
 def lr_grid(half_width: float) -> float:
@@ -333,20 +343,3 @@ def variance_reduction(draws: CurveDraws, candidates: Sequence[Candidate]) -> fl
     across = curves @ (draws.optimum - draws.optimum.mean()) / len(draws.optimum)
     covariance = curves @ curves.T / len(draws.optimum) + block_diag(*(candidate.noise for candidate in candidates))
     return float(across @ np.linalg.solve(covariance, across))
-
-
-def _predicted_optimum(size: tuple[float, float], optimum_of: Mapping[tuple[float, float], Optimum]) -> float:
-    """log2 of the optimum at `size`, predicted from other sizes: ridge regression on log2 of width and depth."""
-    design = np.array([[1.0, math.log2(r_n), math.log2(r_L)] for r_n, r_L in optimum_of])
-    centers = np.array([o.center for o in optimum_of.values()])
-    weights = np.array([1 / (_sd(o) ** 2 + SCATTER**2) for o in optimum_of.values()])
-    prior_precision = np.diag([EPS, SLOPE**-2, SLOPE**-2])
-    mean = weights @ centers / weights.sum()
-    normal_matrix = design.T * weights @ design + prior_precision
-    coefficients = np.linalg.solve(normal_matrix, design.T * weights @ (centers - mean))
-    return float(mean + coefficients @ [1.0, math.log2(size[0]), math.log2(size[1])])
-
-
-def _sd(optimum: Optimum) -> float:
-    """Standard deviation of an optimum, in octaves."""
-    return float(optimum.draws.optimum.std()) if optimum.draws is not None and optimum.known else UNKNOWN

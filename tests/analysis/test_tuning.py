@@ -10,8 +10,8 @@ from run_results import results
 
 from mupsweep.analysis.analysis import analyse
 from mupsweep.analysis.estimate import Estimate
-from mupsweep.analysis.verdict import DRIFTS, INCONCLUSIVE, TRANSFERS
 from mupsweep.analysis.tuning import Tuning, remarks
+from mupsweep.analysis.verdict import DRIFTS, INCONCLUSIVE, TRANSFERS
 from mupsweep.report.results_files import to_json
 from mupsweep.report.terminal.tuning import tuning_line
 
@@ -81,7 +81,7 @@ def test_a_best_value_is_found_between_those_trained_with_what_it_gains() -> Non
         assert set(at.losses) == {0.5, 1.0, 2.0, 4.0, 8.0}
         assert covers(at.minimum, 3.0, within=0.7)
         gain = 0.01 * (np.log2(3) ** 2 - np.log2(4 / 3) ** 2)
-        assert covers(at.gain, float(gain), within=0.0015)
+        assert covers(at.gain, float(gain), within=0.002)
     assert one.verdict == TRANSFERS
     assert covers(one.total_drift, 0.0, within=0.5)
 
@@ -173,8 +173,9 @@ def test_the_hyperparameter_that_closes_the_gap_is_named() -> None:
     assert found[1].after[-1].lower.value == pytest.approx(-0.04, abs=0.001)
     assert [c.share for c in found] == [pytest.approx(s, abs=0.03) for s in (0.8, 0.2, 0.0)]
     assert [len(c.after) for c in found] == [3, 3, 3]  # every size
-    [told] = remarks(found, 0.012)
-    assert told.startswith("optimizer.lr_ratio closes most of the gap of mup to sp at width 128, depth 4 (80% of it)")
+    [told] = remarks(found, 0.02)
+    share = f"{found[0].share:.0%}"
+    assert told == f"optimizer.lr_ratio closes most of the gap of mup to sp at width 128, depth 4 ({share} of it)"
     before, after = (c.speed_up.value for c in (found[0].before[-1], found[0].after[-1]))
     assert before is not None
     assert after is not None

@@ -13,7 +13,7 @@ import pytest
 from run_results import results
 
 from mupsweep.analysis.curves import collect
-from mupsweep.analysis.optimum import optima
+from mupsweep.analysis.transfer import ladder_optima
 from mupsweep.errors import ConfigError
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan, run_spec
@@ -65,7 +65,7 @@ def searched(grid: GridConfig, train: Callable[[Proposal], Row]) -> list[Row]:
 @pytest.mark.parametrize("drift", [0.0, -1.0])
 def test_the_optimum_of_every_size_is_found_for_two_fifths_of_the_grid(drift: float) -> None:
     rows = searched(LADDER, drifting(-6.7, drift))
-    for k, fitted in enumerate(optima(collect(results(rows)))):
+    for k, fitted in enumerate(ladder_optima("width", collect(results(rows)))):
         assert fitted.log2_lr == pytest.approx(-6.7 + drift * k, abs=0.25)
         assert fitted.low is not None
         assert fitted.high is not None
@@ -77,7 +77,7 @@ def test_the_optimum_of_every_size_is_found_for_two_fifths_of_the_grid(drift: fl
 @pytest.mark.parametrize("optimum", [-13.2, 0.4])
 def test_it_walks_beyond_the_given_lrs(optimum: float) -> None:
     one = GridConfig(log2_lrs=LADDER.log2_lrs, search=ADAPTIVE)
-    (fitted,) = optima(collect(results(searched(one, valley(optimum)))))
+    (fitted,) = ladder_optima("width", collect(results(searched(one, valley(optimum)))))
     assert fitted.log2_lr == pytest.approx(optimum, abs=0.25)
 
 
@@ -88,7 +88,7 @@ def test_it_stops_six_octaves_beyond_them() -> None:
 
 def test_a_cliff_beside_the_minimum_is_approached_and_not_crossed_again() -> None:
     rows = searched(GridConfig(log2_lrs=LADDER.log2_lrs, search=ADAPTIVE), valley(-6.2, cliff=1.0))
-    (fitted,) = optima(collect(results(rows)))
+    (fitted,) = ladder_optima("width", collect(results(rows)))
     assert fitted.log2_lr == pytest.approx(-6.2, abs=0.25)
     assert len({r["log2_lr"] for r in rows if r["status"] == "diverged"}) <= 3  # two of the first runs, one beside
 
@@ -121,7 +121,9 @@ def test_its_proposals_do_not_depend_on_the_order_of_the_records() -> None:
 def test_a_larger_size_begins_around_what_the_smaller_ones_predict() -> None:
     rows = searched(LADDER, drifting(-5.0, -1.0))
     first = [r for r in rows if r["width_ratio"] == 4.0][:6]
-    assert sorted({r["log2_lr"] for r in first}) == [-8.0, -7.0, -6.0]
+    lrs = sorted({r["log2_lr"] for r in first})
+    assert len(lrs) == 3
+    assert lrs[0] <= -7.0 <= lrs[-1]  # the optima before it lie at -5 and -6
 
 
 @pytest.mark.parametrize(("half_width", "step"), [(0.25, 0.5), (0.1, 0.125), (0.125, 0.25), (1.0, 1.0), (3.0, 1.0)])
@@ -173,7 +175,7 @@ def test_every_variant_is_searched_on_its_own_and_interruptions_change_nothing(t
     assert plans[0] == plans[1]
     rows = [sweep.run(run_id).summary() for run_id in plans[1]]
     for curve in collect(results([r for r in rows if r is not None])):
-        assert optima([curve])[0].log2_lr == pytest.approx(optimum[curve.parametrization], abs=0.25)
+        assert ladder_optima("width", [curve])[0].log2_lr == pytest.approx(optimum[curve.parametrization], abs=0.25)
 
 
 def test_plan_shows_the_first_round_and_says_that_more_follow(cli: Callable[..., tuple[int, str, str]]) -> None:
