@@ -24,7 +24,8 @@ def content(made: RunSpec) -> dict[str, Any]:
     """Its recipe, as it is read back from a file."""
     model, optimizer, parametrization = made.resolved.variant.label
     told = {"basis": "measured", "horizon": {"note": "for the tokens that were trained"}}
-    told |= {"log2_lr": made.log2_lr, "log2_lr_low": made.log2_lr - 0.5, "log2_lr_high": made.log2_lr + 0.5}
+    told |= {"log2_lr": made.log2_lr, "log2_lr_optimum": made.log2_lr}
+    told |= {"log2_lr_low": made.log2_lr - 0.5, "log2_lr_high": made.log2_lr + 0.5}
     found = {"model": model, "optimizer": optimizer, "parametrization": parametrization, **told}
     return json.loads(json.dumps(found | recipe.settings(made.resolved, made.size, made.base_lr)))
 
