@@ -8,9 +8,10 @@ from the model that is tested (mupsweep/analysis/loss_curve.py).
 
 Printed are, for all ladders and for every value of every property (margins, not cells): the share of 95 % intervals
 that hold the truth for the sizes' optima, total drift, drift per doubling, and targets 2, 8 and 32 times the largest
-size; the share of sizes with both ends; median widths; verdicts; and the share of verdicts that are wrong: DRIFTS
+size; the share of sizes with both ends; the share of verdicts that are called, and of those that are wrong (DRIFTS
 although the optimum moves less than half the bound and the base's LR costs less than the harmless bound, or TRANSFERS
-although it moves more than twice the bound and costs more than the costly one.
+although it moves more than twice the bound and costs more than the costly one); median widths; and in the mean what the
+LR for a target 8 times as large loses, beside what it was expected to.
 """
 
 from __future__ import annotations
@@ -107,12 +108,21 @@ class Ladder:
     Attributes:
         optima: log2 LR, of the sizes and then of the targets.
         regret: nats that the base's optimum costs at the largest size.
+        heights: nats an octave away, of the targets.
+        edge: octaves right of the optimum where the valley ends; infinite where it does not.
     """
 
     setting: Setting
     sizes: tuple[SizeRuns, ...]
     optima: tuple[float, ...]
     regret: float
+    heights: tuple[float, ...]
+    edge: float
+
+    def lost(self, target: int, log2_lr: float) -> float:
+        """Nats above the lowest loss of a target, one at most."""
+        u = log2_lr - self.optima[len(self.sizes) + target]
+        return 1.0 if u > self.edge else min(1.0, self.heights[target] * VALLEYS[self.setting.valley](u))
 
 
 def draw_ladder(rng: np.random.Generator, setting: Setting) -> Ladder:
@@ -128,11 +138,12 @@ def draw_ladder(rng: np.random.Generator, setting: Setting) -> Ladder:
         tall = height * math.exp(trend * position + rng.normal(0, 0.1))
         end = edge + rng.normal(0, 0.15)
         sizes.append(_draw_size(rng, setting, position, grid - optimum, optimum, tall, end))
+    edge = math.inf if setting.right == "open" else edge
     moved = places[0] - places[setting.sizes - 1]
-    regret = height * math.exp(trend * positions[-1]) * VALLEYS[setting.valley](moved)
-    if setting.right != "open" and moved > edge:
-        regret = math.inf
-    return Ladder(setting, tuple(sizes), tuple(places), regret)
+    largest = height * math.exp(trend * positions[-1])
+    regret = math.inf if moved > edge else largest * VALLEYS[setting.valley](moved)
+    heights = tuple(largest * math.exp(trend * doublings) for doublings in TARGETS)
+    return Ladder(setting, tuple(sizes), tuple(places), regret, heights, edge)
 
 
 def _draw_size(rng, setting: Setting, position: float, offsets, optimum: float, height: float, end: float) -> SizeRuns:
@@ -176,11 +187,12 @@ def measure(ladder: Ladder, posterior: LadderPosterior, verdict: Verdict) -> Row
     row: Row = {"sizes": held, "width": width, "ends": len(bounded) / n}
     row["total"], row["total width"] = hold(verdict.total_drift, moved)
     row["drift"], row["drift width"] = hold(verdict.drift, float(centered @ truth[:n] / (centered @ centered)))
-    for doublings, at in zip(TARGETS, truth[n:], strict=True):
+    for k, (doublings, at) in enumerate(zip(TARGETS, truth[n:], strict=True)):
         expected = forecast(posterior, positions[-1] + doublings)
         name = f"x{2**doublings}"
         if expected is not None:
             row[name], row[name + " width"] = hold(expected.optimum, float(at))
+            row[name + " lost"], row[name + " expected"] = ladder.lost(k, expected.log2_lr), expected.expected_regret
     row["called"] = verdict.name != INCONCLUSIVE
     row["wrong"] = (verdict.name == DRIFTS and harmless) or (verdict.name == TRANSFERS and harmful)
     return row
@@ -210,11 +222,16 @@ def calibrate(count: int, seed: int = 1, processes: int = 2) -> list[tuple[Setti
 
 SHARES = ("sizes", "total", "drift", *(f"x{2**t}" for t in TARGETS), "ends", "called", "wrong")
 WIDTHS = ("width", "total width", "x8 width")
+LOSSES = ("x8 lost", "x8 expected")
 
 
 def report(found: list[tuple[Setting, Row]]) -> str:
     """The table of margins."""
-    lines = [f"{'':22}" + "".join(f"{name:>8}" for name in ("ladders", *SHARES)) + "".join(f"{n:>13}" for n in WIDTHS)]
+    lines = [
+        f"{'':22}"
+        + "".join(f"{name:>8}" for name in ("ladders", *SHARES))
+        + "".join(f"{n:>13}" for n in (*WIDTHS, *LOSSES))
+    ]
     groups = {"all": [row for _, row in found]}
     for property_ in fields(Setting):
         values = sorted({getattr(setting, property_.name) for setting, _ in found})
@@ -222,10 +239,11 @@ def report(found: list[tuple[Setting, Row]]) -> str:
             rows = [row for setting, row in found if getattr(setting, property_.name) == value]
             groups[f"{property_.name} {value}"] = rows
     for name, rows in groups.items():
-        column = {key: np.array([row.get(key, math.nan) for row in rows], float) for key in (*SHARES, *WIDTHS)}
+        column = {key: np.array([row.get(key, math.nan) for row in rows], float) for key in (*SHARES, *WIDTHS, *LOSSES)}
         shares = "".join(f"{np.nanmean(column[key]):8.1%}" for key in SHARES)
         widths = "".join(f"{np.nanmedian(column[key]):13.2f}" for key in WIDTHS)
-        lines.append(f"{name:22}{len(rows):8d}{shares}{widths}")
+        losses = "".join(f"{np.nanmean(column[key]):13.4f}" for key in LOSSES)
+        lines.append(f"{name:22}{len(rows):8d}{shares}{widths}{losses}")
     return "\n".join(lines)
 
 

@@ -23,8 +23,9 @@ import numpy as np
 
 from mupsweep.analysis.curves import collect
 from mupsweep.analysis.labels import DIVERGED, DONE
-from mupsweep.analysis.optimum import Optimum, optima
+from mupsweep.analysis.optimum import Optimum
 from mupsweep.analysis.run_result import RunResult
+from mupsweep.analysis.transfer import ladder_optima
 from mupsweep.store.results import read_runs
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.store.tables import read_table
@@ -93,7 +94,9 @@ def search(table: Table, grid: GridConfig) -> tuple[list[RunResult], int]:
     return list(rows.values()), rounds
 
 
-def compare(table: Table, grid: GridConfig, dense: list[Optimum], truth: Mapping[float, float] | None = None) -> Tally:
+def compare(
+    table: Table, grid: GridConfig, dense: Sequence[Optimum], truth: Mapping[float, float] | None = None
+) -> Tally:
     """One search beside the grid.
 
     Args:
@@ -103,7 +106,7 @@ def compare(table: Table, grid: GridConfig, dense: list[Optimum], truth: Mapping
     rows, rounds = search(table, grid)
     whole = sum(map(cost, table.values()))
     made = Tally([len(rows) / len(table)], [sum(map(cost, rows)) / whole], [rounds])
-    found = {(o.curve.width_ratio, o.curve.depth_ratio): o for o in optima(collect(rows))}
+    found = {(o.curve.width_ratio, o.curve.depth_ratio): o for o in ladder_optima("width", collect(rows))}
     for aim in dense:
         if aim.log2_lr is None:
             continue
@@ -120,7 +123,7 @@ def compare(table: Table, grid: GridConfig, dense: list[Optimum], truth: Mapping
 
 
 def half_width(o: Optimum | None) -> float:
-    return np.inf if o is None or o.se is None or o.low is None or o.high is None else (o.high - o.low) / 2
+    return np.inf if o is None or o.low is None or o.high is None else (o.high - o.low) / 2
 
 
 def cost(row: RunResult) -> float:
@@ -132,7 +135,7 @@ def on_sweep(rows: Iterable[RunResult], replays: int, seed: int, keys: Mapping[s
     """Replays of the search on the runs of one variant."""
     random = np.random.default_rng(seed)
     rows = complete(rows)
-    dense = optima(collect(rows))
+    dense = ladder_optima("width", collect(rows))
     seeds, lrs = sorted({row.seed for row in rows}), sorted({row.log2_lr for row in rows})
     ratios = sorted({(row.width_ratio, row.depth_ratio) for row in rows})
     tally = Tally()
@@ -184,7 +187,7 @@ def on_synthetic(count: int, seed: int, keys: Mapping[str, Any]) -> Tally:
         truth = {2.0**size.position: at for size, at in zip(ladder.sizes, ladder.optima, strict=False)}
         grid = adaptive([(ratio, 1.0) for ratio in truth], lrs, 3, keys)
         within: Table = {key: row for key, row in table.items() if key.log2_lr in lrs}
-        tally.add(compare(within, grid, optima(collect(within.values())), truth))
+        tally.add(compare(within, grid, ladder_optima("width", collect(within.values())), truth))
     return tally
 
 
