@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test test-avx2 test-slow test-slurm chaos lint check bench docs clean
+.PHONY: help setup demo smoke test test-avx2 test-slow test-slurm chaos lint check bench docs judge clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -55,6 +55,9 @@ bench: $(READY) ## training speed against transformers, overheads of the runner
 
 docs: $(READY) ## write the README's generated blocks anew
 	$(BIN)/python scripts/readme.py
+
+judge: $(READY) ## how good the answers are on public sweeps: figures, bars, and tests/tables/JUDGED.md with pictures
+	$(BIN)/python scripts/judge.py --page tests/tables/JUDGED.md
 
 clean: ## remove what was built; sweeps/ stays
 	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -13,7 +13,8 @@ References are made of the runs alone (no estimator had a hand in them): the ver
 LR and its neighbours, draws of polynomials through dense curves, and a verdict by how far the vertex moves and what the
 base's vertex costs. tests/tables has the sweeps and their sources.
 
-`--program mupsweep` asks an executable (`transfer --from FILE --json`, and `--to width=W`) instead of the library.
+`--page FILE` writes the page of `make judge`. `--program mupsweep` asks an executable (`transfer --from FILE --json`,
+and `--to width=W`) instead of the library.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import judge_page
 import numpy as np
 import numpy.typing as npt
 
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.forecast import forecast
 from mupsweep.analysis.loss_curve import SizeRuns, fit_ladder
+from mupsweep.analysis.transfer import LadderResult
 from mupsweep.analysis.verdict import DRIFTS, INCONCLUSIVE, TRANSFERS, judge
 
 Array = npt.NDArray[np.float64]
@@ -267,6 +270,11 @@ def reference_verdict(ladder: Ladder) -> str:
     if moved <= max(0.5, doublings / 4) and np.max(costs) <= 0.015:
         return TRANSFERS
     return INCONCLUSIVE
+
+
+def verdict_of_reader(ladder: LadderResult) -> str:
+    """The reference verdict on a ladder that mupsweep has judged."""
+    return reference_verdict(Ladder("", "", ladder.axis, ladder.posterior.sizes))
 
 
 def at_open_end(size: SizeRuns) -> bool:
@@ -549,6 +557,7 @@ def main() -> None:
     parser.add_argument("--program", help="an executable to ask; the library unless given")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--ladders", action="store_true", help="print what is said of each")
+    parser.add_argument("--page", type=Path, help="write the figures there, with a picture of every table beside it")
     given = parser.parse_args()
     program = Program((given.program,)) if given.program else None
     answers, forecasts = (program.answer, program.forecast) if program else (library_answer, library_forecast)
@@ -556,6 +565,8 @@ def main() -> None:
         tables = given.tables or sorted(TABLES.glob("*.csv"))
         figures = measure(tables, answers, forecasts, pool.map, given.ladders)
     print(report(figures))
+    if given.page:
+        judge_page.write(given.page, tables, report(figures), reader=verdict_of_reader)
     sys.exit(any(is_missed(name, value) for name, value in figures.items()))
 
 

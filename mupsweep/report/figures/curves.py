@@ -98,7 +98,7 @@ class _Scale:
     Attributes:
         low, high: range of the losses in the plot.
         bottom, top: ends of the y axis, beyond those by the strips for optima and for diverged points.
-        optimum_rows: the row of the lower strip that belongs to each size, from the top.
+        optimum_rows: number of rows in the lower strip, one for every size of a ladder whose optimum is bounded.
         diverged_rows: the row of the upper strip that belongs to each size with diverged runs, from below.
         shades: position of every size in the colour map.
         crowded: whether there are too many LRs to write a number at each.
@@ -108,7 +108,7 @@ class _Scale:
     high: float
     bottom: float
     top: float
-    optimum_rows: dict[Size, int]
+    optimum_rows: int
     diverged_rows: dict[Size, int]
     shades: dict[Size, float]
     crowded: bool
@@ -199,10 +199,9 @@ def _scale(members: Sequence[LadderResult], shades: dict[Size, float]) -> _Scale
     optima = [o for g in members for o in g.optima]
     low, high = loss_range(optima)
     unstable = {o.curve.size for o in optima if o.curve.n_diverged}
-    located = {o.curve.size for o in optima if _has_bound(o)}
     diverged = {size: i for i, size in enumerate(size for size in shades if size in unstable)}
-    bounded = {size: i for i, size in enumerate(size for size in shades if size in located)}
-    above, below = (min(STRIP[0] * len(rows) + 0.02, STRIP[1]) if rows else 0.0 for rows in (diverged, bounded))
+    bounded = max(sum(map(_has_bound, g.optima)) for g in members)
+    above, below = (min(STRIP[0] * rows + 0.02, STRIP[1]) if rows else 0.0 for rows in (len(diverged), bounded))
     height = (high - low) / (1 - above - below)
     crowded = len({p.log2_lr for o in optima for p in o.curve.points}) > 12
     return _Scale(low, high, low - below * height, high + above * height, bounded, diverged, shades, crowded)
@@ -225,7 +224,8 @@ def _panel(axes: Axes, group: LadderResult, groups: Sequence[LadderResult], scal
         _curve(axes, optimum, scale, window)
         _diverged_points(axes, optimum.curve, scale, style.small - 1)
         _valley(axes, optimum, scale, window)
-        _optimum(axes, optimum, scale)
+    for row, optimum in enumerate(filter(_has_bound, group.optima)):
+        _optimum(axes, optimum, row, scale)
     base = group.base
     if base.log2_lr is not None:
         axes.axvline(base.log2_lr, color=QUIET, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
@@ -293,13 +293,10 @@ def _valley(axes: Axes, optimum: Optimum, scale: _Scale, window: TransformedBbox
         axes.plot([begins, begins], [last, last + tick], ":", color=color, linewidth=1.2, zorder=2)
 
 
-def _optimum(axes: Axes, optimum: Optimum, scale: _Scale) -> None:
-    """The interval of one size's optimum in its row of the lower strip; an end that no run bounds is an arrow."""
-    if not _has_bound(optimum):
-        return
+def _optimum(axes: Axes, optimum: Optimum, row: int, scale: _Scale) -> None:
+    """The interval of one size's optimum in a row of the lower strip; an end that no run bounds is an arrow."""
     color = SIZES(scale.shades[optimum.curve.size])
-    share = (scale.optimum_rows[optimum.curve.size] + 0.6) / (len(scale.optimum_rows) + 0.2)
-    height = scale.low + share * (scale.bottom - scale.low)
+    height = scale.low + (row + 0.6) / (scale.optimum_rows + 0.2) * (scale.bottom - scale.low)
     left, right = axes.get_xlim()
     margin = 0.015 * (right - left)
     ends = [(optimum.low, left + margin, "<"), (optimum.high, right - margin, ">")]

@@ -132,12 +132,13 @@ class Charts:
         # every size with diverged runs has a row of crosses
         pitch = min(9.0, 64 / max(1, len(diverged)))
         strip = pitch * len(diverged) + 4 if diverged else 0.0
-        # and every size a row for the interval of its optimum
-        located = {o.curve.size for o in optima if o.low is not None or o.high is not None}
-        rows = [size for size in self.names if size in located]
-        foot = min(11.0, 80 / max(1, len(rows)))
-        xs, depth = (min(lrs) - pad, max(lrs) + pad), foot * len(rows) + 4 if rows else 0.0
+        # and every size of a ladder a row for the interval of its optimum
+        bounded = [[o for o in g.optima if o.low is not None or o.high is not None] for g in family]
+        rows = max(map(len, bounded))
+        foot = min(11.0, 80 / max(1, rows))
+        xs, depth = (min(lrs) - pad, max(lrs) + pad), foot * rows + 4 if rows else 0.0
         plot = Plot(xs, loss_range(optima), "peak learning rate", strip, depth)
+        row_of = {o.curve.size: i for i, o in enumerate(bounded[family.index(group)])}
         plot.y_ticks()
         plot.lr_ticks()
         base = group.base
@@ -148,8 +149,8 @@ class Charts:
             row = diverged.index(size) if size in diverged else 0
             plot.add(self._group(size))
             self._points(plot, optimum, plot.upper - pitch * (row + 0.5) - 2)
-            if size in rows:
-                self._best(plot, optimum, plot.lower + foot * (rows.index(size) + 0.5) + 2)
+            if size in row_of:
+                self._best(plot, optimum, plot.lower + foot * (row_of[size] + 0.5) + 2)
             plot.add("</g>")
         return plot.svg(f"loss versus learning rate, {self.variant(group)}")
 
