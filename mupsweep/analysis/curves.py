@@ -16,6 +16,7 @@ from typing import Any
 
 from mupsweep.analysis.labels import DIVERGED, DONE, HyperparameterOverride, Label
 from mupsweep.analysis.run_result import RunResult, Size
+from mupsweep.formatting import si
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,11 @@ class LossCurve:
 
     def place(self, axis: str) -> str:
         """What tells this curve from the others of its ladder."""
-        names = {"width": f"width {self.width}", "depth": f"depth {self.depth}", "horizon": f"{self.horizon} tokens"}
+        names = {
+            "width": f"width {self.width}",
+            "depth": f"depth {self.depth}",
+            "horizon": f"{si(self.horizon or 0)} tokens",
+        }
         return names.get(axis, f"{self.width}x{self.depth}")
 
     @property

@@ -233,7 +233,7 @@ def test_horizons_are_a_ladder_of_their_own_and_the_longest_stands_for_a_size() 
     assert [horizon.ratio(o.curve) for o in horizon.optima] == [1, 2, 4]
     assert {o.curve.width for o in horizon.optima} == {32}
     assert horizon.drift.value == pytest.approx(-0.3, abs=0.03)
-    assert "from 100000 tokens to 400000 tokens" in horizon.reasons[0]
+    assert "from 100k tokens to 400k tokens" in horizon.reasons[0]
     sizes = to_json(analyse(results(made)))["groups"][1]["sizes"]
     assert [size["horizon"] for size in sizes] == [100_000, 200_000, 400_000]
 

@@ -38,13 +38,12 @@ from mupsweep.report.figures.theme import (
     figure_style,
     save,
 )
-from mupsweep.report.forecasts import DOUBLINGS, fans, from_base
+from mupsweep.report.forecasts import fans, from_base, size_ticks
 from mupsweep.report.names import (
     axis_name,
     drift_text,
     loss_range,
     ordered_sizes,
-    position_name,
     size_names,
     sorted_ladders,
     variant_name,
@@ -53,7 +52,8 @@ from mupsweep.report.names import (
 MAX_COLUMNS = 3  # panels side by side
 TITLE_CHARACTERS = 24  # of a panel's title in its full size
 LEGEND_CHARACTERS = 76  # of a line of the drift figure's legend
-STRIP = 0.05, 0.22  # height of a row of diverged points or optima, and of all rows at most, as fractions of the panel
+STRIP = 0.05, 0.22  # height of a row of diverged points, and of all rows at most, as fractions of the panel
+OPTIMUM_STRIP = 0.05, 0.3  # of a row of optima, and of all
 CLIFF_TICK = 0.2  # height of the mark of a cliff at most, as a fraction of that of the losses
 DODGE = 0.03  # doublings of the size between the ladders at one size, so that their markers do not hide each other
 
@@ -201,7 +201,8 @@ def _scale(members: Sequence[LadderResult], shades: dict[Size, float]) -> _Scale
     unstable = {o.curve.size for o in optima if o.curve.n_diverged}
     diverged = {size: i for i, size in enumerate(size for size in shades if size in unstable)}
     bounded = max(sum(map(_has_bound, g.optima)) for g in members)
-    above, below = (min(STRIP[0] * rows + 0.02, STRIP[1]) if rows else 0.0 for rows in (len(diverged), bounded))
+    strips = (len(diverged), STRIP), (bounded, OPTIMUM_STRIP)
+    above, below = (min(row * rows + 0.02, most) if rows else 0.0 for rows, (row, most) in strips)
     height = (high - low) / (1 - above - below)
     crowded = len({p.log2_lr for o in optima for p in o.curve.points}) > 12
     return _Scale(low, high, low - below * height, high + above * height, bounded, diverged, shades, crowded)
@@ -358,25 +359,21 @@ def _drift(groups: Sequence[LadderResult], style: FigureStyle) -> Figure:
     if any(g.validations for g in groups):
         handles.append(Line2D([], [], color=QUIET, marker="*", markersize=9, linestyle="", label="measured there"))
     handles.append(Patch(color=BAND, label=f"tolerance, ±{bounds.octaves:g} octaves or more"))
-    figure.legend(handles=handles, loc="outside lower left", handlelength=2.4, ncols=1 if style.show_titles else 3)
+    columns = 1 if style.show_titles else 2
+    if not style.show_titles:
+        figure.set_figheight(height + 0.16 * math.ceil(len(handles) / columns))
+    figure.legend(handles=handles, loc="outside lower left", handlelength=2.4, ncols=columns)
     return figure
 
 
 def _ratio_axis(axes: Axes, groups: Sequence[LadderResult], forecasts: bool) -> None:
-    """Label the x axis, log2 of the ratio to the base, with the sizes themselves, and those of forecasts by factors."""
-    names: dict[float, dict[str, None]] = {}
-    for group in groups:
-        for curve in (*(o.curve for o in group.optima), *(v.optimum.curve for v in group.validations)):
-            log2_ratio = math.log2(group.ratio(curve))
-            names.setdefault(log2_ratio, {})[position_name(group.axis, curve)] = None
-    largest = max(math.log2(g.ratio(g.optima[-1].curve)) for g in groups)
-    for doublings in DOUBLINGS[1:] if forecasts else ():
-        names.setdefault(largest + doublings, {f"×{2**doublings:g}": None})
-    gaps = np.diff(sorted(names))
+    """Label the x axis, log2 of the ratio to the base."""
+    names = size_ticks(groups, targets=True, forecasts=forecasts)
+    gaps = np.diff([*names])
     if len(gaps) and gaps.min() < 0.1 * gaps.sum():  # labels would overlap
         axes.tick_params(axis="x", labelrotation=35)
-    axes.xaxis.set_major_locator(FixedLocator(sorted(names)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "/".join(names.get(x, ()))))
+    axes.xaxis.set_major_locator(FixedLocator([*names]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: names.get(x, "")))
     axes.set_xlim(min(names) - 0.25, max(names) + 0.25)
     axes.grid(axis="x", visible=False)
     axes.set_xlabel(f"{axis_name(groups[0].axis)} (log scale)")

@@ -93,7 +93,7 @@ class FigureStyle:
 TEXT_WIDTH = 3.35, 6.9  # inches of one column and of two, which fit most journals
 FIGURE_STYLES = {
     "screen": FigureStyle(STYLE, (".png", ".svg"), (4.1, 3.7), (5.8, 4.1), 11, 7, 1.0, True),
-    "paper": FigureStyle(PAPER_STYLE, (".png", ".svg", ".pdf"), (None, 2.1), (3.35, 2.5), 8.5, 6, 0.7, False),
+    "paper": FigureStyle(PAPER_STYLE, (".png", ".svg", ".pdf"), (None, 2.1), (3.35, 2.3), 8.5, 6, 0.7, False),
 }
 
 

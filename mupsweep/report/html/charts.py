@@ -15,13 +15,12 @@ from mupsweep.analysis.optimum import Optimum
 from mupsweep.analysis.run_result import RunResult, Size
 from mupsweep.analysis.transfer import LadderResult
 from mupsweep.formatting import counted
-from mupsweep.report.forecasts import DOUBLINGS, fans, from_base
+from mupsweep.report.forecasts import fans, from_base, size_ticks
 from mupsweep.report.html.svg import Plot, hollow, minus, round_numbers, tip_of
 from mupsweep.report.names import (
     axis_name,
     loss_range,
     ordered_sizes,
-    position_name,
     size_names,
     sorted_ladders,
     variant_name,
@@ -242,15 +241,7 @@ class Charts:
         top = max([least, *numbers])
         low = min([-least, *numbers]) if octaves else 0.0
         margin = 0.12 * (top - low)  # enough for the arrows of bounds
-        names = {math.log2(g.ratio(o.curve)): self.number(o.curve) for g in groups for o in g.optima}
-        largest = max(names)
-        names |= {
-            math.log2(g.ratio(curve)): position_name(g.axis, curve)
-            for g, of_ladder in zip(groups, targets, strict=True)
-            for curve, *_ in of_ladder
-        }
-        for doublings in DOUBLINGS[1:] if any(larger) else ():
-            names.setdefault(largest + doublings, f"×{2**doublings:g}")
+        names = size_ticks(groups, targets=octaves, forecasts=any(larger))
         xs = (min(names) - 0.3, max(names) + 0.3)
         plot = Plot(xs, (low - margin * octaves, top + margin), axis_name(groups[0].axis))
         places = [xs[0] + (xs[1] - xs[0]) * i / 24 for i in range(25)]
@@ -258,7 +249,11 @@ class Charts:
         lower = [(x, -height * octaves) for x, height in reversed(upper)]
         plot.clipped(f'<path class="band" d="{plot.path([*upper, *lower])}Z"/>')
         plot.y_ticks()
-        plot.x_ticks(names.items())
+        apart = -math.inf
+        for at, name in names.items():  # a label that would overlap the last one is left out
+            if plot.x(at) - apart > 6 * len(name) + 8:
+                plot.x_ticks([(at, name)])
+                apart = plot.x(at)
         if not numbers:
             plot.add(f'<text class="middle" x="{(plot.LEFT + plot.RIGHT) / 2}" y="{plot.y(0) - 6}">unknown</text>')
         for i, (group, estimates) in enumerate(zip(groups, values, strict=True)):
