@@ -93,18 +93,19 @@ def transfer(
     from mupsweep.store.tables import TableOptions
 
     words = [*(sweeps or []), *(to or []), *(base or [])]
+    named = [word for word in sweeps or [] if "=" not in word]
     asked = {"--columns": columns, "--unit": unit, "--filter": filters, "--average": average, "--save": save}
     for option, value in {**asked, "--base": base}.items():
         if value not in (None, []) and table is None:
             raise ConfigError(f"{option} is of a table: name it too, mupsweep transfer --from FILE {option} ...")
-    folders = [SweepDir.open(word) for word in words if "=" not in word and table is None]
+    if named and table is not None:
+        raise ConfigError(f"--from {table} is read without sweeps, not beside {named[0]}")
+    folders = [SweepDir.open(word) for word in named]
     overrides = [word for word in words if word.startswith("analysis.")]
-    settings = [word for word in words if "=" in word and word not in overrides]
+    settings = [word for word in words if word not in (*named, *overrides)]
     shape = [word for word in settings if not base or word.partition("=")[0] in TARGET]
     if table is not None:
         options = TableOptions.parse(columns or (), unit or "nats", filters or (), average)
-        if others := [word for word in words if "=" not in word]:
-            raise ConfigError(f"--from {table} is read without sweeps, not beside {others[0]}")
         if shape:
             of_base = [word for word in settings if word not in shape]
             return export_table(table, options, shape, of_base, optimizer, parametrization, json, form, overrides, save)

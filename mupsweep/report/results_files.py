@@ -12,6 +12,7 @@ from typing import Any
 
 from mupsweep.analysis.analysis import Analysis
 from mupsweep.analysis.comparison import Comparison
+from mupsweep.analysis.config import VerdictBounds
 from mupsweep.analysis.curves import LossCurve
 from mupsweep.analysis.estimate import CONFIDENCE, Estimate
 from mupsweep.analysis.labels import NAMES
@@ -105,8 +106,14 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
         **_tuning(analysis),
         "remarks": list(analysis.remarks),
         "confidence": CONFIDENCE,
-        "tolerance": asdict(analysis.config.verdict),
+        "tolerance": _tolerance(analysis.config.verdict),
     }
+
+
+def _tolerance(bounds: VerdictBounds) -> dict[str, float]:
+    """The bounds of the verdict; "nats" is what the base's LR may cost at most to be harmless."""
+    values = asdict(bounds)
+    return {"nats": values.pop("harmless"), **values}
 
 
 def _comparison(c: Comparison) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import load
 
-DRAWN = 0.002  # octaves: an optimum is a median of draws, even where losses are without noise
+DRAWN = 0.15  # octaves: two sizes of five LRs an octave apart tell no more
 
 SMOKE = "experiment=smoke"
 HEAVY = ("torch", "wandb", "matplotlib", "transformers", "scipy", "pyarrow", "tiktoken")
@@ -257,7 +257,7 @@ def test_transfer_as_json_has_the_documented_keys_and_is_the_file(cli: Callable[
     assert document == json.loads((sweep.results / "transfer.json").read_text())
     assert {"groups", "confidence", "tolerance"} <= set(document)
     assert document["confidence"] == 0.95
-    assert document["tolerance"] == {"octaves": 0.5, "nats": 0.01}
+    assert document["tolerance"] == {"octaves": 0.5, "octaves_per_doubling": 0.25, "nats": 0.01, "costly": 0.03}
     (group,) = document["groups"]
     keys = {
         "model",
@@ -283,7 +283,7 @@ def test_transfer_as_json_has_the_documented_keys_and_is_the_file(cli: Callable[
     assert header == (
         "run_id,model,parametrization,optimizer,width,depth,width_ratio,depth_ratio,log2_lr,seed,status,steps,tokens,"
         "train_loss,val_loss,val_bits_per_byte,diverged_at_step,seconds,tokens_per_second,device,"
-        "flops,horizon,hyperparameter,value,default"
+        "flops,horizon,hyperparameter,value,default,validation"
     )
     assert len(lines) == 20
     header, *lines = (sweep.results / "curves.csv").read_text().splitlines()
