@@ -25,6 +25,21 @@ settings.load_profile("mupsweep")
 config.compose = compose_once
 
 
+LONGEST = (
+    "test_docs.py::test_a_document",
+    "test_accelerator.py",
+    "test_full_disk.py",
+    "test_launchers.py",
+    "test_fsdp.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests begin first, so that no process is alone with one of them at the end."""
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Token shards are prepared once per test session, outside the user's cache."""

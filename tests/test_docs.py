@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,10 @@ from typing import Any, NamedTuple
 import pytest
 import typer
 
+from mupsweep.analysis import analysis
+from mupsweep.analysis.config import AnalysisConfig
+from mupsweep.analysis.curves import LossCurve
+from mupsweep.analysis.transfer import LadderResult, judge_ladders
 from mupsweep.cli import app
 from mupsweep.sweep import config
 
@@ -46,12 +50,10 @@ SMALL = [
 ]
 SHAPE = ["model.width=16", "model.depth=1", "model.head_dim=8", "data.tokenizer=bytes", "sweep.log2_lrs=[-8,-6]"]
 CHECK = [
-    "sweep.width_ratios=[1,2,4]",
-    "sweep.depth_ratios=[1]",
-    "sweep.seeds=[0]",
-    "sweep.log2_lrs=[-8]",
-    "training.steps=3",
+    *("sweep.width_ratios=[1,2,4]", "sweep.depth_ratios=[1]", "sweep.seeds=[0]", "sweep.log2_lrs=[-8]"),
+    *("model.width=16", "model.context=16", "training.steps=3", "training.batch_size=2"),
 ]
+LAW = {"optimizer=muon": ["optimizer.ns_steps=1"]}  # most CPUs emulate the bf16 that it multiplies in
 # Commands that get more words, or others, and why.
 MORE = {
     "sweep.search=adaptive": ["sweep.max_runs=4", "sweep.width_ratios=[1]"],  # 18 runs of each size
@@ -165,13 +167,31 @@ class Desk:
                 words += [] if any(word.startswith("experiment=") for word in words) else SHAPE
                 words += [] if any(word.startswith("launcher=") for word in words) else ["launcher=inline"]
                 words += [*SMALL, *(more for word in words for more in MORE.get(word, []))]
-        elif words[0] == "check" and "law" not in words:
+        elif words[:2] == ["check", "law"]:
+            words += [more for word in words for more in LAW.get(word, [])]
+        elif words[0] == "check":
             return self.succeeds(line, words + CHECK, 0, 1)  # 1: such small models miss what is promised
         return self.succeeds(line, words, *([3] if "--strict" in words else []))
 
     def succeeds(self, line: str, words: list[str], *codes: int) -> None:
         code, _, err = self.cli(*words)
         assert code in (codes or (0,)), f"{line}: {err}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _judged_once() -> Iterator[None]:
+    """Most commands analyse one and the same sweep, which takes seconds: equal curves are judged once."""
+    judged: dict[str, list[LadderResult]] = {}
+
+    def judge_once(ladders: Sequence[tuple[str, Sequence[LossCurve]]], config: AnalysisConfig) -> list[LadderResult]:
+        key = repr((ladders, config))
+        if key not in judged:
+            judged[key] = judge_ladders(ladders, config)
+        return judged[key]
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(analysis, "judge_ladders", judge_once)
+        yield
 
 
 @pytest.fixture(scope="module")

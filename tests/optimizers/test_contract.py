@@ -150,11 +150,6 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_name_in_the_yaml_is_the_name_of_the_file(name: str) -> None:
-    assert config.load([f"optimizer={name}"]).variants[0].optimizer["name"] == name
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_every_role_has_a_taker(name: str) -> None:
     taken = [role for part in parts(name) for role in part.roles]
     assert set(taken) == set(Role)

@@ -20,6 +20,7 @@ PRINT_BLOCKED = "import os, signal as s; print(*sorted(s.pthread_sigmask(s.SIG_B
 
 @pytest.mark.parametrize("number", STOPS)
 def test_a_stop_signal_sets_the_flag_or_interrupts(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_DFL)  # nohup ignores one
     flag = StopSignal.install()
     assert not flag.signalled
     os.kill(os.getpid(), number)
