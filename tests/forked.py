@@ -10,7 +10,9 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -22,14 +24,16 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def run_command(arguments: tuple[str, ...], folder: str, environment: dict[str, str], output: Path) -> None:
+def run_command(
+    arguments: tuple[str, ...], folder: str, environment: dict[str, str], output: tuple[Path, Path]
+) -> None:
     """Be the process of a command: a group of its own, what it prints in files."""
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT), descriptor)
+    for descriptor, path in enumerate(output, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.path.insert(0, folder)  # as `python -m` does
     sys.argv = ["mupsweep", *arguments]
     from mupsweep.cli import main
@@ -40,10 +44,11 @@ def run_command(arguments: tuple[str, ...], folder: str, environment: dict[str, 
 class Forked:
     """A running command with the interface of a `subprocess.Popen`."""
 
-    def __init__(self, *arguments: str) -> None:
-        self.output = Path(tempfile.mkdtemp())
-        weakref.finalize(self, shutil.rmtree, self.output, ignore_errors=True)
-        job = (arguments, os.getcwd(), dict(os.environ), self.output)
+    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None, log: Path | None = None) -> None:
+        folder = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.output = (log, log) if log else (folder / "out", folder / "err")
+        job = (arguments, os.getcwd(), {**os.environ, **(environment or {})}, self.output)
         self.process = CONTEXT.Process(target=run_command, args=job)
         self.process.start()
         self.pid = self.process.pid or 0
@@ -63,7 +68,7 @@ class Forked:
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for the end; return stdout and stderr."""
         self.wait(timeout)
-        out, err = ((self.output / name).read_text() for name in ("out", "err"))
+        out, err = (path.read_text() for path in self.output)
         return out, err
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -72,3 +77,11 @@ class Forked:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def start_worker(command: Sequence[str], environment: Mapping[str, str], output: IO[Any] | None = None) -> Forked:
+    """In place of `signals.start`, where it is not the claim how a launcher in this process starts its workers."""
+    assert output is not None
+    python, dash_m, package, *arguments = command
+    assert (python, dash_m, package, arguments[0]) == (sys.executable, "-m", "mupsweep", "worker")
+    return Forked(*arguments, environment=environment, log=Path(output.name))

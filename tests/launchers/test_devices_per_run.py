@@ -89,6 +89,7 @@ def test_what_is_said_of_a_size_is_checked_before_anything_is_written(
         plan(load(["experiment=smoke", *launcher, f"launcher.sizes={sizes}"]))
 
 
+@pytest.mark.usefixtures("_forked_workers")
 def test_sizes_get_the_devices_that_they_need_and_the_rest_what_the_launcher_says() -> None:
     sizes = "launcher.sizes={w32-d2:{devices_per_run:2}}"
     code, _, err = mupsweep("run", *FEW, "launcher=local", "launcher.devices=cpu", sizes)
@@ -162,6 +163,7 @@ def test_when_one_rank_is_killed_the_others_end_and_a_new_worker_ends_with_the_s
     assert owners(sweep) == [1, 2]
 
 
+@pytest.mark.usefixtures("_forked_workers")
 def test_a_sharded_sweep_has_the_losses_of_a_whole_one(pairs: dict[str, tuple[dict[str, object], bytes]]) -> None:
     rarely = "training.checkpoint_minutes=10"
     code, _, err = mupsweep("run", *SHORT, *PAIRS, rarely, "launcher.shard=true")
@@ -189,6 +191,7 @@ def test_a_run_that_does_not_fit_on_a_device_is_divided_among_as_many_as_it_need
     assert pair.for_runs([run], memory) == pair
 
 
+@pytest.mark.usefixtures("_forked_workers")
 def test_small_devices_share_large_runs_and_train_small_ones_alone() -> None:
     runs = plan(load(["experiment=smoke"]))
     small, large = (min(runs, key=lambda r: r.size), max(runs, key=lambda r: r.size))

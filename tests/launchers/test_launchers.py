@@ -231,6 +231,7 @@ def test_a_device_that_is_none_ends_with_one_line_that_names_it(launcher: list[s
     assert SweepDir.open("sweeps/smoke").counts()[FAILED] == 0
 
 
+@pytest.mark.usefixtures("_forked_workers")
 def test_two_workers_give_the_same_bits_as_one_process(inline: dict[str, tuple[dict[str, object], bytes]]) -> None:
     code, out, err = mupsweep("run", *SMALL, *TWO_SLOTS)
     assert code == 0, err
