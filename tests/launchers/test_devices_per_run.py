@@ -242,6 +242,7 @@ def test_when_a_sharded_rank_is_killed_a_new_worker_ends_with_the_same_bits() ->
 
 
 @linux
+@pytest.mark.usefixtures("_forked_workers")
 def test_a_stop_ends_all_ranks_with_a_checkpoint_and_the_run_goes_on_to_the_same_bits(
     pairs: dict[str, tuple[dict[str, object], bytes]],
 ) -> None:

@@ -268,6 +268,7 @@ def test_a_killed_worker_is_replaced_and_the_sweep_ends_with_the_same_bits(
     assert victims[0] in claims
 
 
+@pytest.mark.usefixtures("_forked_workers")
 def test_a_stopped_launcher_ends_its_workers_says_how_to_go_on_and_goes_on(
     inline: dict[str, tuple[dict[str, object], bytes]],
 ) -> None:
