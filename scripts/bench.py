@@ -6,6 +6,7 @@
     scale      what 100,000 runs cost to plan, to look at and to analyse; claims of 64 workers (bench_scale.py)
     data       tokens/s of preparing a corpus, against a loop over tiktoken (bench_data.py)
     loss       the head and its loss at a large vocabulary, speed and memory against torch's (bench_loss.py)
+    analysis   seconds for the posterior of five sizes of twelve LRs, and of ten sizes as a multiple of it
     optimizers an optimizer's step as a share of a training step, and against pytorch-optimizer's (bench_optimizers.py)
 
 Each side of the training pair is a process of its own; they take turns, so that both see the same machine.
@@ -206,6 +207,28 @@ def runner(folder: Path) -> None:
     print(f"  in training steps and evaluation {inside:.1f} s; beyond them {(span - inside) / 40:.3f} s a run")
 
 
+def analysis() -> None:
+    """The posterior of a ladder; its time should be linear in sizes."""
+    import numpy as np
+
+    from mupsweep.analysis.loss_curve import SizeRuns, fit_ladder
+
+    random = np.random.default_rng(0)
+    grid = np.arange(-11.0, -5.4, 0.5)
+    sizes = []
+    for position in range(10):
+        losses = 3.0 - 0.1 * position + 0.03 * (grid + 8.0 + 0.1 * position) ** 2 + random.normal(0, 0.002, len(grid))
+        sizes.append(SizeRuns.of(position / 2, grid, losses))
+    seconds: dict[int, list[float]] = {5: [], 10: []}
+    for _ in range(TURNS):
+        for count, times in seconds.items():
+            begin = time.perf_counter()
+            fit_ladder(sizes[:count])
+            times.append(time.perf_counter() - begin)
+    five, ten = (statistics.median(times) for times in seconds.values())
+    print(f"analysis: {five:.2f} s for five sizes of {len(grid)} LRs, ten take {ten / five:.2f} times as long")
+
+
 def data() -> None:
     """Preparing a corpus."""
     subprocess.run([sys.executable, str(Path(__file__).with_name("bench_data.py"))], check=True)
@@ -226,7 +249,9 @@ def timed(command: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", choices=("training", "start", "runner", "scale", "data", "loss", "optimizers"))
+    parser.add_argument(
+        "--only", choices=("training", "start", "runner", "scale", "data", "loss", "analysis", "optimizers")
+    )
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
     parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
@@ -243,6 +268,7 @@ def main() -> None:
             "scale": lambda: scale(Path(folder)),
             "data": data,
             "loss": loss,
+            "analysis": analysis,
             "optimizers": lambda: optimizers(options.threads),
         }
         for name, part in parts.items():
