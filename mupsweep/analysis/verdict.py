@@ -141,7 +141,7 @@ def judge(
     if name == INCONCLUSIVE:
         reason = _open_reason(judged, total_drift, evidence, bounds)
         runs = _deciding_runs(judged, evidence, bounds, cost)
-    return Verdict(name, reason, total_drift, _drift(ladder), regrets[largest.index], regrets, runs)
+    return Verdict(name, reason, total_drift, _drift(ladder, total_drift), regrets[largest.index], regrets, runs)
 
 
 @dataclass(frozen=True)
@@ -172,13 +172,18 @@ def difference(curve: CurveDraws, optimum: Estimate, other_curve: CurveDraws, ot
     )
 
 
-def _drift(ladder: LadderPosterior) -> Estimate:
-    """Slope of the least-squares line through the optima of every draw."""
+def _drift(ladder: LadderPosterior, total: Estimate) -> Estimate:
+    """Slope of the least-squares line through the optima of every draw, as far as the grids bound the total drift."""
     positions = np.array([size.position for size, _ in ladder.fitted])
     centered = positions - positions.mean()
     if not centered.any():
         return UNKNOWN
-    return Estimate.among(centered @ np.array([curve.optimum for _, curve in ladder.fitted]) / (centered @ centered))
+    slope = Estimate.among(centered @ np.array([curve.optimum for _, curve in ladder.fitted]) / (centered @ centered))
+    return Estimate(
+        None if total.value is None else slope.value,
+        None if total.low is None else slope.low,
+        None if total.high is None else slope.high,
+    )
 
 
 def _is_covered(base: _Judged, judged: Sequence[_Judged]) -> bool:
@@ -200,8 +205,14 @@ def _open_reason(judged: Sequence[_Judged], total: Estimate, evidence: _Evidence
     far = float(np.mean(np.abs(evidence.moved) > bound))
     if 1 - CONFIDENCE < far < CONFIDENCE:
         return f"whether the optimum moves by more than {bound:.3g} octaves is open (probability {far:.0%})"
-    costly = float(np.mean(worst > bounds.costly))
-    return f"whether the base's {evidence.of} costs more than {bounds.costly:g} nats is open (probability {costly:.0%})"
+    for where, lost in (("at the largest size", evidence.lost[-1]), ("at every size", worst)):
+        costly = float(np.mean(lost > bounds.costly))
+        if 1 - CONFIDENCE < costly < CONFIDENCE:
+            return (
+                f"whether the base's {evidence.of} costs at most {bounds.costly:g} nats {where} is open "
+                f"(probability {1 - costly:.0%})"
+            )
+    return f"the base's {evidence.of} costs more than {bounds.costly:g} nats, but not at the largest size"
 
 
 @dataclass(frozen=True)
