@@ -52,12 +52,16 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def _signals_as_before() -> Iterator[None]:
-    """What a test has stop signals do ends with it."""
-    handlers = {number: signal.getsignal(number) for number in STOPS}
+HANDLERS = {number: signal.getsignal(number) for number in STOPS}
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_at_first() -> Iterator[None]:
+    """What a test, or a fixture of many tests, has stop signals do ends before the next test."""
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
     yield
-    for number, handler in handlers.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 

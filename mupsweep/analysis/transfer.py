@@ -256,7 +256,7 @@ def _reasons(ladder: LadderResult, found: verdict.Verdict, of: str) -> Iterable[
     if largest is base:
         yield f"no size larger than the base has {of}s enough for a curve: {_larger(ladder)}"
     else:
-        yield found.reason + "; " + _numbers(ladder, largest, of)
+        yield f"{found.reason}: {_numbers(ladder, largest, of)}"
     if ladder.deciding_runs:
         runs = " and ".join(
             f"{more.curve.place(axis)} at log2 {of} {', '.join(f'{x:.3g}' for x in more.log2_lrs)}"
@@ -287,10 +287,10 @@ def _numbers(ladder: LadderResult, largest: Optimum, of: str) -> str:
     at = largest.curve.place(ladder.axis)
     cost = "diverges" if ladder.regret == UNKNOWN else f"costs {ladder.regret:.4f} nats"
     if ladder.total_drift == UNKNOWN:
-        return f"how far the optimum moves is open, and the base's {of} {cost} at {at}"
+        return f"the base's {of} {cost} at {at}"
     return (
-        f"the optimum moves {ladder.drift:+.2f} octaves per doubling, {ladder.total_drift:+.2f} from "
-        f"{ladder.base.curve.place(ladder.axis)} to {at}, and the base's {of} {cost} there"
+        f"drift {ladder.drift:+.2f} octaves per doubling, {ladder.total_drift:+.2f} from "
+        f"{ladder.base.curve.place(ladder.axis)} to {at}, where the base's {of} {cost}"
     )
 
 

@@ -78,7 +78,7 @@ def test_no_drift_transfers_and_the_numbers_say_so() -> None:
     assert group.total_drift.high is not None
     assert -0.5 <= group.total_drift.low <= 0.0 <= group.total_drift.high <= 0.5
     assert "octaves per doubling" in group.reasons[0]
-    assert "nats there" in group.reasons[0]
+    assert "where the base's LR costs " in group.reasons[0]
 
 
 def test_a_drift_of_an_octave_per_doubling_is_measured() -> None:

@@ -101,7 +101,6 @@ def test_a_stop_while_the_workers_still_start_ends_them_without_a_word(tmp_path:
     assert log.read_text() == ""
 
 
-@pytest.mark.usefixtures("_signals_as_before")
 def test_a_stop_between_two_workers_that_start_ends_the_first_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[subprocess.Popen[bytes]] = []
 
@@ -120,7 +119,6 @@ def test_a_stop_between_two_workers_that_start_ends_the_first_one_too(monkeypatc
     assert [worker.poll() for worker in started] == [0, 0]
 
 
-@pytest.mark.usefixtures("_signals_as_before")
 def test_workers_that_die_before_they_take_a_run_are_given_up_however_many_runs_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -139,7 +137,6 @@ def test_workers_that_die_before_they_take_a_run_are_given_up_however_many_runs_
     assert len(started) == 6  # MAX_WORKER_DEATHS more per slot
 
 
-@pytest.mark.usefixtures("_signals_as_before")
 def test_a_stop_after_the_last_run_of_a_process_is_not_lost_and_the_next_one_interrupts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -13,8 +13,6 @@ import pytest
 from mupsweep.training import signals
 from mupsweep.training.signals import STOPS, StopSignal, defer_signals, interrupt_on_stop
 
-pytestmark = pytest.mark.usefixtures("_signals_as_before")
-
 PRINT_BLOCKED = "import os, signal as s; print(*sorted(s.pthread_sigmask(s.SIG_BLOCK, [])), os.environ['WORD'])"
 
 

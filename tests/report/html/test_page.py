@@ -61,8 +61,8 @@ def test_verdicts_and_numbers_come_first(
     assert "drifts" in top
     assert "transfers" in top
     for group in analysis.groups:
-        assert f"the optimum moves {group.drift} octaves per doubling, {group.total_drift} from" in top
-        assert f"the base&#x27;s LR costs {group.regret:.4f} nats there" in top
+        assert f"drift {group.drift} octaves per doubling, {group.total_drift} from" in top
+        assert f"where the base&#x27;s LR costs {group.regret:.4f} nats" in top
         assert all(escape(reason[1:]) in top for reason in group.reasons)
         assert group.quality.held_out is not None
         assert f"hand over log2 LR {group.quality.held_out.log2_lr:.2f}" in top

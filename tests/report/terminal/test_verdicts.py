@@ -87,8 +87,8 @@ def test_the_verdict_says_which_lr_is_best_and_what_it_costs_later(
     out = capsys.readouterr().out
     assert f"  best LR at width 32: {2**base.log2_lr:.3g}, log2 {base.log2_lr:.2f} [" in out  # type: ignore[operator]
     sentence = (
-        f"the optimum moves {group.drift} octaves per doubling, {group.total_drift} from width 32 to width 128, "
-        f"and the base's LR costs {group.regret:.4f} nats there"
+        f"drift {group.drift} octaves per doubling, {group.total_drift} from width 32 to width 128, "
+        f"where the base's LR costs {group.regret:.4f} nats"
     )
     assert sentence in out
     table = [line.split() for line in out.splitlines() if re.match(r"(32|128) +4 ", line)]
