@@ -256,7 +256,8 @@ def _reasons(ladder: LadderResult, found: verdict.Verdict, of: str) -> Iterable[
     if largest is base:
         yield f"no size larger than the base has {of}s enough for a curve: {_larger(ladder)}"
     else:
-        yield f"{found.reason}: {_numbers(ladder, largest, of)}"
+        separator = ";" if found.name == verdict.INCONCLUSIVE else ":"
+        yield f"{found.reason}{separator} {_numbers(ladder, largest, of)}"
     if ladder.deciding_runs:
         runs = " and ".join(
             f"{more.curve.place(axis)} at log2 {of} {', '.join(f'{x:.3g}' for x in more.log2_lrs)}"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-CONFIDENCE = 0.95
+from mupsweep.analysis.estimate import CONFIDENCE
 
 
 @dataclass(frozen=True)
