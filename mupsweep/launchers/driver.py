@@ -81,7 +81,7 @@ def preview(config: SweepConfig, command: str) -> None:
     if not isinstance(launcher, Detached):
         raise ConfigError(f"--dry-run: launcher={launcher.name} writes no job scripts; mupsweep plan shows the runs")
     sweep, runs = plan.save(config, command)
-    launcher.preview(sweep, [run.run_id for run in open_runs(sweep, runs)])
+    launcher.preview(sweep, [run.run_id for run in open_runs(sweep, _of_sweep(runs))])
 
 
 def continue_sweep(sweep: SweepDir) -> None:
@@ -89,12 +89,13 @@ def continue_sweep(sweep: SweepDir) -> None:
     config = from_tree(sweep.read_config())
     if config.sweep.search == GRID:
         return
-    if unfinished := sum(sweep.run(row["run_id"]).is_open() for row in sweep.read_plan()):
+    planned = [row["run_id"] for row in sweep.read_plan() if not row.get("validation")]
+    if unfinished := sum(sweep.run(run_id).is_open() for run_id in planned):
         n_runs = counted(unfinished, "run")
         print(f"the search stops here: {n_runs} not finished; the command that made the sweep goes on")
         return
     _, runs = plan.save(config, "mupsweep run " + shlex.join(config.overrides), sweep)
-    train_rounds(instantiate(config.launcher, "launcher"), sweep, [runs])
+    train_rounds(instantiate(config.launcher, "launcher"), sweep, [_of_sweep(runs)])
 
 
 def train_target(
@@ -197,9 +198,14 @@ def _rounds(
     """Plan the one round of a grid, or the rounds of a search, each when the one before has been trained."""
     while True:
         _, runs = plan.save(config, command, sweep, first_round)
-        yield runs
+        yield _of_sweep(runs)
         if config.sweep.search == GRID:
             return
+
+
+def _of_sweep(runs: Iterable[RunSpec]) -> list[RunSpec]:
+    """The runs of the sweep itself: those of a validation are trained by `transfer --validate` alone."""
+    return [run for run in runs if not run.validation]
 
 
 def _validation_rounds(sweep: SweepDir, trials: Sequence[validation.Trial]) -> Iterator[Sequence[RunSpec]]:

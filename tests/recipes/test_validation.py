@@ -183,6 +183,16 @@ def test_the_command_trains_the_target_by_the_sweeps_launcher_and_tells_the_regr
     assert {r.run_id: r.seconds for r in read_runs([sweep]) if r.width == 64} == seconds  # none again
 
 
+def test_the_sweeps_own_command_trains_no_run_of_a_validation(cli: Cli) -> None:
+    sweep = ladder("launcher=inline")
+    new = extend(sweep, trial(sweep))
+    words = ["experiment=smoke", "sweep.width_ratios=[1,2]", "sweep.log2_lrs=[-10,-9,-8,-7,-6]", "sweep.seeds=[0,1]"]
+    code, _, err = cli("run", *words, "launcher=inline")
+    assert code == 0, err
+    assert all(sweep.run(run.run_id).is_open() for run in new)
+    assert {run.run_id for run in new} <= {row["run_id"] for row in sweep.read_plan() if row.get("validation")}
+
+
 @pytest.mark.parametrize("words", [["--validate"], ["--validate", "--to", "width=64", "again"]])
 def test_the_command_needs_one_sweep_and_a_target(words: list[str], cli: Cli) -> None:
     sweep = ladder()
