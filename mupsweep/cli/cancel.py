@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from mupsweep.cli.options import Sweep
 
 
-def cancel(sweep: Sweep) -> None:
+def cancel(
+    sweep: Sweep,
+    validation: Annotated[
+        bool, typer.Option("--validation", help="Forget the runs that transfer --validate trained or planned.")
+    ] = False,
+) -> None:
     """Cancel a sweep's Slurm jobs; what they trained so far is kept.
 
     Example: mupsweep cancel sweeps/demo
     """
-    from mupsweep.launchers import slurm
     from mupsweep.store.sweep_dir import SweepDir
 
-    slurm.cancel(SweepDir.open(sweep))
+    folder = SweepDir.open(sweep)
+    if validation:
+        from mupsweep.formatting import counted
+        from mupsweep.sweep.plan import forget_validations
+
+        print(f"{folder.path}: {counted(len(forget_validations(folder)), 'run')} of validations forgotten")
+        return
+    from mupsweep.launchers import slurm
+
+    slurm.cancel(folder)

@@ -38,6 +38,7 @@ def transfer(
     validate: Annotated[
         bool, typer.Option("--validate", help="Train the target at the transferred LR and around it; judge that LR.")
     ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --validate: train without a question.")] = False,
     table: Annotated[
         str | None,
         typer.Option(
@@ -118,7 +119,7 @@ def transfer(
             raise ConfigError(
                 "--validate trains one target in one sweep: mupsweep transfer sweeps/NAME --validate --to width=N"
             )
-        raise typer.Exit(train_target(folders[0], read_target(shape), optimizer, parametrization, json, strict))
+        raise typer.Exit(train_target(folders[0], read_target(shape), optimizer, parametrization, json, strict, yes))
     if shape:
         return export(folders, shape, optimizer, parametrization, json, form, overrides)
     if form != JSON:

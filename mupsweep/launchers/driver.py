@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from mupsweep import data
 from mupsweep.atomic_files import write_json
 from mupsweep.errors import ConfigError
-from mupsweep.formatting import counted
+from mupsweep.formatting import counted, si
 from mupsweep.launchers import Detached, Launcher
 from mupsweep.recipes import validation
 from mupsweep.report.generate import conclude_validation, generate
+from mupsweep.report.terminal.plan import price_text
 from mupsweep.schema import instantiate
 from mupsweep.store import environment
 from mupsweep.store.results import read_runs
@@ -105,6 +106,7 @@ def train_target(
     parametrization: str | None,
     as_json: bool = False,
     strict: bool = False,
+    yes: bool = False,
 ) -> int:
     """Train what the validation of a target needs, judge the transferred LR there and return the exit code.
 
@@ -115,9 +117,16 @@ def train_target(
         parametrization: its name, where others are left out.
         as_json: whether stdout is kept for the report's JSON.
         strict: whether a verdict "drifts" has an exit code of its own.
+        yes: whether the price is agreed to, and nobody is asked.
+
+    Raises:
+        ConfigError: nobody agreed to the price.
     """
-    launcher = instantiate(from_tree(sweep.read_config()).launcher, "launcher")
+    config = from_tree(sweep.read_config())
+    launcher = instantiate(config.launcher, "launcher")
     trials = validation.trials(sweep, target, optimizer, parametrization)
+    if runs := open_runs(sweep, (run for trial in trials for run in validation.first_runs(trial))):
+        _agree(runs, config, yes)
     with _stdout_kept(as_json):
         outcome = train_rounds(launcher, sweep, _validation_rounds(sweep, trials))
         if outcome.submitted:
@@ -206,6 +215,23 @@ def _rounds(
 def _of_sweep(runs: Iterable[RunSpec]) -> list[RunSpec]:
     """The runs of the sweep itself: those of a validation are trained by `transfer --validate` alone."""
     return [run for run in runs if not run.validation]
+
+
+def _agree(runs: Sequence[RunSpec], config: SweepConfig, yes: bool) -> None:
+    """Say what the first runs of a validation cost, and ask whether to train them."""
+    size, cost = runs[0].size, runs[0].cost
+    price = price_text(runs, config.launcher_options)
+    question = (
+        f"--validate trains at least {counted(len(runs), 'run')} of width {size.width}, depth {size.depth} "
+        f"({si(cost.parameters)} parameters): {price}; memory {si(cost.memory)}B a run"
+    )
+    print(question, file=sys.stderr)
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError("--validate: nobody is there to ask whether to train that; add --yes")
+    if input("train them? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise ConfigError("--validate: nothing was trained")
 
 
 def _validation_rounds(sweep: SweepDir, trials: Sequence[validation.Trial]) -> Iterator[Sequence[RunSpec]]:

@@ -113,6 +113,12 @@ def trials(
     return trials
 
 
+def first_runs(trial: Trial) -> list[RunSpec]:
+    """The runs with which a trial begins: the transferred LR and its neighbours."""
+    ratios = trial.size.width_ratio, trial.size.depth_ratio
+    return plan.validation_runs(trial.resolved, ratios, neighbours(trial.log2_lr, trial.step, {}), trial.seeds)
+
+
 def extend(sweep: SweepDir, trial: Trial, results: Sequence[RunResult]) -> list[RunSpec]:
     """Plan the runs of a trial: the transferred LR, its neighbours, and further ones until its optimum is bounded."""
     ratios = trial.size.width_ratio, trial.size.depth_ratio

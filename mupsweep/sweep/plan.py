@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
@@ -137,6 +138,13 @@ def next_round(config: SweepConfig, sweep: SweepDir) -> list[RunSpec]:
     return plan(config, map(RunResult.of, summaries))
 
 
+def validation_runs(
+    resolved: ResolvedVariant, ratios: tuple[float, float], log2_lrs: Iterable[float], seeds: Iterable[int]
+) -> list[RunSpec]:
+    """The runs that validate some LRs at one size of a variant."""
+    return [replace(run, validation=True) for run in _grid(resolved, [ratios], log2_lrs, seeds)]
+
+
 def extend(
     sweep: SweepDir,
     resolved: ResolvedVariant,
@@ -148,11 +156,29 @@ def extend(
 
     The sweep's config is not changed, nor are runs that the sweep has at this size.
     """
-    new = [replace(run, validation=True) for run in _grid(resolved, [ratios], log2_lrs, seeds)]
+    new = validation_runs(resolved, ratios, log2_lrs, seeds)
     with sweep.lock():
         runs = {run.run_id: run for run in [*new, *load(sweep)]}
         sweep.write_plan(run.row() for run in _longest_first(runs.values()))
     return new
+
+
+def forget_validations(sweep: SweepDir) -> list[str]:
+    """Take the runs of validations out of a sweep, with all that they trained, and return their ids.
+
+    Raises:
+        RecordError: a worker trains one of them.
+    """
+    with sweep.lock():
+        rows = sweep.read_plan()
+        forgotten = [row["run_id"] for row in rows if row.get("validation")]
+        for run_id in forgotten:
+            if sweep.run(run_id).is_claimed():
+                raise RecordError(f"{run_id} of {sweep.path} is being trained: stop the command that validates first")
+        sweep.write_plan(row for row in rows if not row.get("validation"))
+        for run_id in forgotten:
+            shutil.rmtree(sweep.run(run_id).path, ignore_errors=True)
+    return forgotten
 
 
 def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:

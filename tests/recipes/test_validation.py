@@ -167,7 +167,12 @@ def test_a_sweep_without_results_or_with_another_optimizer_has_nothing_to_valida
 
 def test_the_command_trains_the_target_by_the_sweeps_launcher_and_tells_the_regret(cli: Cli) -> None:
     sweep = ladder("launcher=inline", "training.steps=2", "training.eval_batches=1")
-    code, out, err = cli("transfer", str(sweep.path), "--validate", "--to", "width=64", "depth=2")
+    code, _, err = cli("transfer", str(sweep.path), "--validate", "--to", "width=64", "depth=2")
+    assert code == 2
+    assert "--validate trains at least 6 runs of width 64, depth 2" in err
+    assert err.splitlines()[-1].endswith("nobody is there to ask whether to train that; add --yes")
+    assert not any(row.get("validation") for row in sweep.read_plan())
+    code, out, err = cli("transfer", str(sweep.path), "--validate", "--to", "width=64", "depth=2", "--yes")
     assert code == 0, err
     mine = [row for row in read_runs([sweep]) if row.width == 64]
     assert len(mine) >= 6
@@ -191,6 +196,16 @@ def test_the_sweeps_own_command_trains_no_run_of_a_validation(cli: Cli) -> None:
     assert code == 0, err
     assert all(sweep.run(run.run_id).is_open() for run in new)
     assert {run.run_id for run in new} <= {row["run_id"] for row in sweep.read_plan() if row.get("validation")}
+
+
+def test_the_runs_of_a_validation_can_be_forgotten(cli: Cli) -> None:
+    sweep = ladder()
+    before = sweep.plan_path.read_bytes()
+    new = extend(sweep, trial(sweep))
+    finish(sweep, new[:2], best=BEST)
+    assert cli("cancel", str(sweep.path), "--validation")[:2] == (0, f"{sweep.path}: 6 runs of validations forgotten\n")
+    assert sweep.plan_path.read_bytes() == before
+    assert not any(sweep.run(run.run_id).path.exists() for run in new)
 
 
 @pytest.mark.parametrize("words", [["--validate"], ["--validate", "--to", "width=64", "again"]])

@@ -38,26 +38,20 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
     exists = sweep.plan_path.is_file()
     searches = config.sweep.search != GRID
     if searches and exists:
-        runs = [*load(sweep), *next_round(config, sweep)]
+        runs = [*(run for run in load(sweep) if not run.validation), *next_round(config, sweep)]
     status = {r.run_id: sweep.run(r.run_id).status()["status"] if exists else PENDING for r in runs}
     open_runs = [r for r in runs if status[r.run_id] not in (DONE, DIVERGED)]
-    device = accelerator()
-    lanes = _cpu_lanes(config.launcher_options) if device == "cpu" else 1
-    seconds = sum(r.cost.seconds(r.resolved.steps, device) for r in open_runs) / lanes
     if as_json:
+        seconds = _seconds(open_runs, config.launcher_options, accelerator())
         print(json.dumps(_document(runs, status, seconds, config.sweep.search)))
         return
     console = console_of()
     console.show(_size_table(runs, status))
     console.say(_grid_text(runs))
     if open_runs:
-        elsewhere, flops = "", sum(r.cost.flops for r in open_runs)
-        if device == "cpu" and seconds > 3600:
-            on_one_gpu = sum(r.cost.seconds(r.resolved.steps, "cuda") for r in open_runs)
-            elsewhere = f", {duration(on_one_gpu)} on a GPU at {si(FLOPS_PER_SECOND['cuda'])}FLOP/s"
+        price = price_text(open_runs, config.launcher_options)
         console.say(
-            f"{len(open_runs)} of {counted(len(runs), 'run')} to train, {si(flops)}FLOPs, roughly {duration(seconds)} "
-            f"on {lanes} {device} worker(s) at {si(FLOPS_PER_SECOND[device])}FLOP/s each{elsewhere}; "
+            f"{len(open_runs)} of {counted(len(runs), 'run')} to train, {price}; "
             "while it runs you see the measured time left"
         )
     else:
@@ -67,6 +61,30 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
     for remark in (*corpus_remarks(runs), *(_refusals(config, sweep) if exists else ())):
         console.say(f"note: {remark}")
     console.say(f"folder: {sweep.path}")
+
+
+def price_text(runs: Sequence[RunSpec], launcher: LauncherOptions) -> str:
+    """What some runs cost: FLOPs, and the time on what this machine has, and on a GPU if that is long."""
+    device = accelerator()
+    seconds = _seconds(runs, launcher, device)
+    elsewhere = ""
+    if device == "cpu" and seconds > 3600:
+        on_one_gpu = sum(run.cost.seconds(run.resolved.steps, "cuda") for run in runs)
+        elsewhere = f", {duration(on_one_gpu)} on a GPU at {si(FLOPS_PER_SECOND['cuda'])}FLOP/s"
+    return (
+        f"{si(sum(run.cost.flops for run in runs))}FLOPs, roughly {duration(seconds)} on {_lanes(launcher, device)} "
+        f"{device} worker(s) at {si(FLOPS_PER_SECOND[device])}FLOP/s each{elsewhere}"
+    )
+
+
+def _seconds(runs: Iterable[RunSpec], launcher: LauncherOptions, device: str) -> float:
+    """Wall time of some runs on what this machine has."""
+    return sum(run.cost.seconds(run.resolved.steps, device) for run in runs) / _lanes(launcher, device)
+
+
+def _lanes(launcher: LauncherOptions, device: str) -> int:
+    """Return how many runs a launcher trains at once on this machine."""
+    return _cpu_lanes(launcher) if device == "cpu" else 1
 
 
 def _document(runs: Sequence[RunSpec], status: Mapping[str, str], seconds: float, search: str) -> dict[str, Any]:
