@@ -106,10 +106,20 @@ def transfer(
     settings = [word for word in words if word not in (*named, *overrides)]
     shape = [word for word in settings if not base or word.partition("=")[0] in TARGET]
     if table is not None:
+        if validate:
+            raise ConfigError(
+                f"--validate trains the target of a sweep, not of a table: mupsweep transfer --from {table} --to "
+                "width=N says the LR to train it at"
+            )
+        if base and not shape:
+            raise ConfigError("--base is of a recipe: name its target with --to width=N depth=N")
         options = TableOptions.parse(columns or (), unit or "nats", filters or (), average)
         if shape:
             of_base = [word for word in settings if word not in shape]
-            return export_table(table, options, shape, of_base, optimizer, parametrization, json, form, overrides, save)
+            verdicts = export_table(
+                table, options, shape, of_base, optimizer, parametrization, json, form, overrides, save
+            )
+            raise typer.Exit(DRIFTS_EXIT_CODE if strict and "drifts" in verdicts else 0)
         if form != JSON:
             raise ConfigError(f"--format {form} is of a recipe: name its target with --to width=N depth=N")
         verdicts = conclude_table(table, options, json, optimizer, parametrization, save, overrides)
@@ -121,7 +131,8 @@ def transfer(
             )
         raise typer.Exit(train_target(folders[0], read_target(shape), optimizer, parametrization, json, strict, yes))
     if shape:
-        return export(folders, shape, optimizer, parametrization, json, form, overrides)
+        verdicts = export(folders, shape, optimizer, parametrization, json, form, overrides)
+        raise typer.Exit(DRIFTS_EXIT_CODE if strict and "drifts" in verdicts else 0)
     if form != JSON:
         raise ConfigError(f"--format {form} is of a recipe: name its target with --to width=N depth=N")
     verdicts = generate(folders, json, optimizer, parametrization, overrides=overrides)

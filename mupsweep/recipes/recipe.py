@@ -83,6 +83,9 @@ def recommend(ladder: LadderResult, axis: str | None, doublings: float) -> Recom
     basis = (
         f"{ladder.verdict}: the LR of the least expected loss, with the drift of {ladder.drift} octaves per doubling"
     )
+    lost = [_place(o) for o in ladder.optima if o.curve.points and not any(point.losses for point in o.curve.points)]
+    if lost:
+        where += f"; every LR diverged at {' and '.join(lost)}, which it does not account for"
     return Recommendation(expected.log2_lr, expected.optimum, expected.expected_regret, ladder.verdict, basis + where)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -108,6 +109,8 @@ def conclude_table(
 
 def _read(source: str, options: TableOptions, save: Path | None) -> Table:
     """The runs of a file or of a W&B project, written to `save` if it is given."""
+    if save is not None and save.exists() and Path(source).exists() and save.samefile(source):
+        raise ConfigError(f"--save {save} is the table itself, which it would replace: name another file")
     table = project.read_project(source, options) if project.is_project(source) else read_table(source, options)
     if save is not None:
         save_runs(save, table.runs)
@@ -157,8 +160,8 @@ def export(
     as_json: bool = False,
     form: str = JSON,
     overrides: Sequence[str] = (),
-) -> None:
-    """Print the recipe of every chosen variant for a target, and write it beside the first sweep's results.
+) -> list[str]:
+    """Print the recipe of every chosen variant for a target, write it to the first sweep's results, return verdicts.
 
     Args:
         form: of the file that is written beside the JSON, a name of `recipes.names()`.
@@ -192,6 +195,7 @@ def export(
     for line in refused:
         print(f"no recipe for {line}", file=sys.stderr)
     _write_recipes(contents, sweeps[0].results, form, as_json, "tokens" in dims)
+    return [content["verdict"] for content in contents]
 
 
 def export_table(
@@ -205,12 +209,12 @@ def export_table(
     form: str = JSON,
     overrides: Sequence[str] = (),
     save: Path | None = None,
-) -> None:
-    """Print the LR of every chosen variant of a table for a target; with a base, write whole recipes to this folder.
+) -> list[str]:
+    """Print the LR of every chosen variant of a table for a target, return verdicts; with a base, write whole recipes.
 
     Args:
         source: a file, "-" for stdin, or wandb:ENTITY/PROJECT.
-        base: overrides that say how the table's smallest size was trained.
+        base: overrides that say how the table's smallest size was trained; recipes are written to this folder.
         form: of the file that is written beside the JSON, a name of `recipes.names()`.
         overrides: of `analysis`.
         save: write the runs there, in the form of runs.csv.
@@ -246,6 +250,7 @@ def export_table(
     else:
         for content in contents:
             verdicts.show_target_lr(content)
+    return [content["verdict"] for content in contents]
 
 
 def _base_of(ladders: Sequence[LadderResult], words: Sequence[str]) -> ResolvedVariant:
@@ -289,9 +294,9 @@ def _file_name(content: dict[str, Any], several_models: bool, of_horizon: bool) 
     size = content["target"]
     model = f"{content['model']}-" if several_models else ""
     horizon = f"-t{content['horizon']['tokens']}" if of_horizon else ""
-    return (
-        f"recipe-{model}{content['optimizer']}-{content['parametrization']}-w{size['width']}-d{size['depth']}{horizon}"
-    )
+    variant = f"{model}{content['optimizer']}-{content['parametrization']}"
+    variant = re.sub(r"[/\\\x00-\x1f]", "-", variant)  # a table may call a model org/name
+    return f"recipe-{variant}-w{size['width']}-d{size['depth']}{horizon}"
 
 
 def read_target(words: Sequence[str]) -> dict[str, int]:

@@ -91,9 +91,12 @@ def read_cells(source: str) -> Cells:
         raise DataError(f"--from {source} is a git-lfs pointer, not the file itself: git lfs pull, and try again")
     if start.startswith("<"):
         raise DataError(f"--from {source} is a web page, not a table: download the raw file, {FORMATS}")
-    if start.startswith(("{", "[{", "[\n", "[ ")):
+    if re.match(r"\{|\[[\s{\[]", start):
         return _json(source, text)
-    rows = list(_rows(text))
+    try:
+        rows = list(_rows(text))
+    except csv.Error as error:
+        raise DataError(f"--from {source} is no readable csv ({error}): leave long texts out of the export") from error
     return _with_heading(source, rows)
 
 
@@ -164,6 +167,8 @@ def _json(source: str, text: str) -> Cells:
         content: Any = json.loads(text)
     except ValueError:
         content = list(_json_lines(source, text))
+    except RecursionError as error:
+        raise DataError(f"--from {source} is nested too deep: expected one JSON object a run") from error
     if isinstance(content, dict) and isinstance(content.get("columns"), list) and isinstance(content.get("data"), list):
         content = [dict(zip(content["columns"], row, strict=False)) for row in content["data"]]
     elif isinstance(content, dict) and content and all(isinstance(column, list) for column in content.values()):

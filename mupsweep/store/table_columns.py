@@ -124,9 +124,10 @@ def match_columns(cells: Cells, given: Mapping[str, str]) -> Columns:
         for rank, other in candidates[1:]:
             if rank == candidates[0][0] and other in others:
                 one, two = cells.columns[best], cells.columns[other]
-                which = f"{one} or {two}" if one != two else f"two columns called {one}"
+                if one == two:
+                    raise DataError(f"--from {cells.source} has two columns called {one}: rename one of them")
                 raise DataError(
-                    f"--from {cells.source}: is {meaning} in {which}? Choose with --columns {meaning}={one}"
+                    f"--from {cells.source}: is {meaning} in {one} or {two}? Choose with --columns {meaning}={one}"
                 )
         if others:
             names = ", ".join(sorted(cells.columns[i] for i in others))
@@ -192,6 +193,12 @@ def _require(cells: Cells, index: Mapping[str, int], given: Mapping[str, str]) -
     for meaning, name in needed:
         if meaning in index or (meaning == "lr" and "log2_lr" in index) or (meaning == "width" and "width" in given):
             continue
+        of_perplexity = [column for column in cells.columns if re.search("perplexity|ppl$", _plain(column))]
+        if meaning == "val_loss" and of_perplexity:
+            raise DataError(
+                f"--from {cells.source} has no column val_loss: perplexities are read with "
+                f"--columns val_loss={of_perplexity[0]} --unit perplexity"
+            )
         likely = _most_alike(meaning, [column for i, column in enumerate(cells.columns) if i not in index.values()])
         alone = "; where all runs are of one width, --columns width=" if meaning == "width" else ""
         raise DataError(

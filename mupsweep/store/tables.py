@@ -87,7 +87,8 @@ class TableOptions:
             name, equals, value = pair.partition("=")
             if not (name and equals):
                 raise ConfigError(f"--filter {pair}: expected NAME=VALUE, for example --filter group=sweep-3")
-            kept[name] = value
+            if kept.setdefault(name, value) != value:
+                raise ConfigError(f"--filter {pair}: {name}={kept[name]} is given too; one value a column")
         return cls(parse_columns(columns), unit, kept, average)
 
 

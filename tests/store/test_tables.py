@@ -229,6 +229,12 @@ FORMS = {
         '{"param": "sp", "width": 64, "log2_lr": -7, "loss": 3.25},',
         '{"param": "sp", "width": 64, "log2_lr": -6, "loss": 3.75}]',
     ),
+    "a JSON array of Windows": (
+        "[\r",
+        '{"param": "sp", "width": 64, "log2_lr": -8, "loss": 3.5},\r',
+        '{"param": "sp", "width": 64, "log2_lr": -7, "loss": 3.25},\r',
+        '{"param": "sp", "width": 64, "log2_lr": -6, "loss": 3.75}]',
+    ),
     "W&B's table": (
         '{"columns": ["param", "width", "log2_lr", "loss"],',
         '"data": [["sp", 64, -8, 3.5], ["sp", 64, -7, 3.25], ["sp", 64, -6, 3.75]]}',
@@ -626,6 +632,10 @@ def test_files_that_are_no_tables_are_refused(refusal: Callable[..., str]) -> No
     assert refusal(b"\x1f\x8b\x08\x00garbage").startswith("--from runs.csv is a damaged gzip file (")
     assert refusal(b"PAR1garbage").startswith("--from runs.csv is a damaged parquet file (")
     assert refusal('{"lr": 0.1}\n{"lr": \n').startswith("--from runs.csv, row 2: no JSON (")
+    assert refusal('{"a":' * 100_000) == "--from runs.csv is nested too deep: expected one JSON object a run"
+    assert refusal(f"width,lr,loss,notes\n64,0.1,3,{'x' * 200_000}\n").startswith(
+        "--from runs.csv is no readable csv (field larger than field limit (131072)): "
+    )
     assert refusal("[\n1, 2]") == ('--from runs.csv, row 1: expected one JSON object a run, as {"lr": 0.001, ...}')
 
 
@@ -747,6 +757,10 @@ def test_two_columns_of_lrs_must_agree(refusal: Callable[..., str], read: Callab
             "no column val_loss: it has lr, width, train/loss; --columns val_loss=train/loss says which it is",
         ),
         (
+            "lr,width,eval/perplexity",
+            "no column val_loss: perplexities are read with --columns val_loss=eval/perplexity --unit perplexity",
+        ),
+        (
             "lr,embd,loss",
             "no column width: it has lr, embd, loss; --columns width=embd says which it is; where all runs are of one "
             "width, --columns width=",
@@ -767,9 +781,7 @@ def test_two_columns_of_one_meaning_are_refused(refusal: Callable[..., str]) -> 
     assert refusal(f"width,lr,eval/loss,validation_loss\n{body}") == (
         "--from runs.csv: is val_loss in eval/loss or validation_loss? Choose with --columns val_loss=eval/loss"
     )
-    assert refusal(f"width,lr,loss,loss\n{body}") == (
-        "--from runs.csv: is val_loss in two columns called loss? Choose with --columns val_loss=loss"
-    )
+    assert refusal(f"width,lr,loss,loss\n{body}") == ("--from runs.csv has two columns called loss: rename one of them")
 
 
 def test_two_columns_that_say_alike_are_one(read: Callable[..., list[RunResult]]) -> None:
@@ -834,6 +846,7 @@ def test_a_filter_that_nothing_passes_is_refused(refusal: Callable[..., str]) ->
             "width_ratio",
         ),
         ({"columns": ["lr=a", "lr=b"]}, "--columns lr=b: lr=a is given too; name one of them"),
+        ({"filters": ["width=64", "width=128"]}, "--filter width=128: width=64 is given too; one value a column"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], told: str) -> None:
@@ -886,6 +899,64 @@ def test_options_of_tables_want_a_table(cli: Callable[..., tuple[int, str, str]]
         "",
         f"mupsweep: {arguments[0]} is of a table: name it too, mupsweep transfer --from FILE {arguments[0]} ...\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--save", "runs.csv"), "--save runs.csv is the table itself, which it would replace: name another file"),
+        (("--base", "model=llama"), "--base is of a recipe: name its target with --to width=N depth=N"),
+        (
+            ("--to", "width=4096", "--validate"),
+            "--validate trains the target of a sweep, not of a table: mupsweep transfer --from runs.csv --to width=N "
+            "says the LR to train it at",
+        ),
+    ],
+)
+def test_options_that_a_table_cannot_follow_are_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cli: Callable[..., tuple[int, str, str]],
+    arguments: tuple[str, ...],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = Path(table(tmp_path, rows())).read_bytes()
+    assert cli("transfer", "--from", "runs.csv", *arguments) == (2, "", f"mupsweep: {told}\n")
+    assert Path("runs.csv").read_bytes() == before
+
+
+def test_a_drift_has_its_exit_code_beside_an_lr_too(tmp_path: Path, cli: Callable[..., tuple[int, str, str]]) -> None:
+    drifting = [
+        {**line, "val_loss": 3 + 0.05 * (line["log2_lr"] + 8 + WIDTHS.index(line["width"])) ** 2} for line in rows()
+    ]
+    path = table(tmp_path, drifting)
+    assert cli("transfer", "--from", path, "--to", "width=4096")[0] == 0
+    assert cli("transfer", "--from", path, "--to", "width=4096", "--strict")[0] == 3
+
+
+def test_a_size_whose_runs_all_diverged_is_named_beside_an_lr(
+    tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    largest = max(line["width"] for line in rows())
+    path = table(tmp_path, [{**line, "val_loss": "nan"} if line["width"] == largest else line for line in rows()])
+    code, out, _ = cli("transfer", "--from", path, "--to", "width=4096", "--json")
+    (content,) = json.loads(out)
+    assert code == 0
+    assert f"every LR diverged at width {largest}, depth 1" in content["basis"]
+
+
+def test_a_model_with_a_slash_in_its_name_has_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = table(tmp_path, [{**line, "model": name} for name in ("org/a", "org/b") for line in rows()])
+    base = ("--base", "model=llama", "--base", "optimizer=adamw", "--base", "parametrization=mup")
+    code, _, err = cli("transfer", "--from", path, "--to", "width=4096", *base)
+    assert code == 0, err
+    assert sorted(file.name for file in tmp_path.glob("*.json")) == [
+        f"recipe-org-{name}-optimizer-mup-w4096-d1.json" for name in "ab"
+    ]
 
 
 def test_a_file_that_cannot_be_saved_is_refused(tmp_path: Path, cli: Callable[..., tuple[int, str, str]]) -> None:
