@@ -167,7 +167,8 @@ def table_recipe(
 def base_shape(groups: Sequence[LadderResult]) -> dict[str, int]:
     """Width and depth of the size to which the ratios of a variant's ladders refer."""
     curve = groups[0].optima[0].curve
-    return {"width": round(curve.width / curve.width_ratio), "depth": round(curve.depth / curve.depth_ratio)}
+    width, depth = curve.width / curve.width_ratio, curve.depth / curve.depth_ratio
+    return {"width": max(1, round(width)), "depth": max(1, round(depth))}  # a table may have a ratio without the size
 
 
 def _record(ladder: LadderResult, choice: Recommendation, horizon: Mapping[str, Any]) -> dict[str, Any]:

@@ -136,6 +136,11 @@ def match_columns(cells: Cells, given: Mapping[str, str]) -> Columns:
             )
         index[meaning] = best
     _require(cells, index, given)
+    if "hyperparameter" in index and "value" not in index:
+        raise DataError(
+            f"--from {cells.source} has a column {cells.columns[index['hyperparameter']]} and no column value: "
+            "--columns value=NAME says which it is, --columns hyperparameter= leaves both out"
+        )
     if "hyperparameter" not in index:
         index = {key: i for key, i in index.items() if key not in ("value", "default")}
     names = {meaning: cells.columns[index[meaning]] for meaning in MEANINGS if meaning in index}

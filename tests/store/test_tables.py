@@ -771,6 +771,17 @@ def test_a_missing_column_is_named_with_what_there_is(refusal: Callable[..., str
     assert refusal(f"{heading}\n1,2,3\n") == f"--from runs.csv has {told}"
 
 
+def test_a_hyperparameter_without_its_value_is_refused(
+    refusal: Callable[..., str], read: Callable[..., list[RunResult]]
+) -> None:
+    content = "width,lr,loss,hyperparameter\n" + "".join(f"64,{2.0**x},{y},eps\n" for x, y in LOSSES.items())
+    assert refusal(content) == (
+        "--from runs.csv has a column hyperparameter and no column value: --columns value=NAME says which it is, "
+        "--columns hyperparameter= leaves both out"
+    )
+    assert losses(read(content, columns={"hyperparameter": ""})) == LOSSES
+
+
 def test_of_many_columns_some_are_listed(refusal: Callable[..., str]) -> None:
     heading = ",".join(f"c{i}" for i in range(30))
     assert "c18, c19 and 10 more; --columns" in refusal(f"{heading}\n{heading}\n")
@@ -933,6 +944,15 @@ def test_a_drift_has_its_exit_code_beside_an_lr_too(tmp_path: Path, cli: Callabl
     path = table(tmp_path, drifting)
     assert cli("transfer", "--from", path, "--to", "width=4096")[0] == 0
     assert cli("transfer", "--from", path, "--to", "width=4096", "--strict")[0] == 3
+
+
+def test_ratios_without_their_size_lead_to_a_target_too(
+    tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    path = table(tmp_path, rows(depth_ratio=4))
+    code, out, err = cli("transfer", "--from", path, "--to", "width=4096", "--json")
+    assert code == 0, err
+    assert json.loads(out)[0]["base"] == {"width": min(WIDTHS), "depth": 1}
 
 
 def test_a_size_whose_runs_all_diverged_is_named_beside_an_lr(
