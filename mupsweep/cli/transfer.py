@@ -129,6 +129,9 @@ def transfer(
             raise ConfigError(
                 "--validate trains one target in one sweep: mupsweep transfer sweeps/NAME --validate --to width=N"
             )
+        if form != JSON or overrides:
+            what = f"--format {form}" if form != JSON else overrides[0]
+            raise ConfigError(f"{what} is not of --validate, which trains: leave it out, or leave --validate out")
         raise typer.Exit(train_target(folders[0], read_target(shape), optimizer, parametrization, json, strict, yes))
     if shape:
         verdicts = export(folders, shape, optimizer, parametrization, json, form, overrides)

@@ -155,7 +155,8 @@ def table_recipe(
     width, depth = target.get("width", base["width"]), target.get("depth", base["depth"])
     choice = recommend_at(groups, width / base["width"], depth / base["depth"])
     measured = max((o.curve.horizon for group in groups for o in group.optima if o.curve.horizon), default=None)
-    choice, horizon = _carried(choice, measured, target.get("tokens", measured), horizons_of(groups))
+    several = "runs at several horizons carry it"
+    choice, horizon = _carried(choice, measured, target.get("tokens", measured), horizons_of(groups), several)
     found = _record(groups[0], choice, horizon)
     if resolved is None:
         shapes = {"target": {"width": width, "depth": depth}, "base": base}
@@ -219,7 +220,11 @@ def settings(resolved: ResolvedVariant, size: Size, base_lr: float) -> dict[str,
 
 
 def _carried(
-    choice: Recommendation, measured: int | None, wanted: int | None, horizons: LadderResult | None
+    choice: Recommendation,
+    measured: int | None,
+    wanted: int | None,
+    horizons: LadderResult | None,
+    advice: str = "set training.horizon_exponent and training.base_tokens, or sweep at several horizons",
 ) -> tuple[Recommendation, dict[str, Any]]:
     """The LR at the target's horizon, and a note on how it was carried there; horizons are None where unknown."""
     factor = 1.0
@@ -238,10 +243,7 @@ def _carried(
     else:
         choice = replace(choice, optimum=Estimate(choice.optimum.value, None, None), expected_regret=None)
         at = "an unknown number of tokens" if measured is None else f"{measured:,}"
-        note = (
-            f"NOT carried to {wanted:,} tokens: measured at {at}, and the best LR falls with the horizon; "
-            "set training.horizon_exponent and training.base_tokens, or sweep at several horizons"
-        )
+        note = f"NOT carried to {wanted:,} tokens: measured at {at}, and the best LR falls with the horizon; {advice}"
     return choice, {"tokens": wanted, "measured_tokens": measured, "lr_factor": factor, "note": note}
 
 

@@ -254,6 +254,8 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     ("transfer sweeps/smoke --to width=inf", ("--to width=inf", "whole numbers")),
     ("transfer sweeps/smoke --to width=64 --to width=128", ("width=64", "width=128", "one target a command")),
     ("transfer sweeps/smoke --to width=64", ("no finished runs", "mupsweep run")),
+    ("transfer sweeps/smoke --to width=64 --validate --format pytorch", ("--format pytorch", "leave it out")),
+    ("transfer sweeps/smoke --to width=64 --validate analysis.verdict.costly=0.1", ("analysis.verdict.costly=0.1",)),
     ("plan sweeps/smoke", ("'sweeps/smoke'", "mupsweep status, transfer and report")),
     ("transfer sweeps/smoke width=64", ("width=64", "--to")),
     ("transfer width=64", ("width=64", "--to")),

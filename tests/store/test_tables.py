@@ -946,6 +946,19 @@ def test_a_drift_has_its_exit_code_beside_an_lr_too(tmp_path: Path, cli: Callabl
     assert cli("transfer", "--from", path, "--to", "width=4096", "--strict")[0] == 3
 
 
+def test_tokens_that_no_run_of_a_table_tells_are_not_carried(
+    tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    path = table(tmp_path, rows())
+    _, out, _ = cli("transfer", "--from", path, "--to", "width=4096", "tokens=2e9", "--json")
+    (content,) = json.loads(out)
+    assert content["log2_lr_low"] is None
+    assert content["horizon"]["note"] == (
+        "NOT carried to 2,000,000,000 tokens: measured at an unknown number of tokens, and the best LR falls with the "
+        "horizon; runs at several horizons carry it"
+    )
+
+
 def test_ratios_without_their_size_lead_to_a_target_too(
     tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
 ) -> None:
