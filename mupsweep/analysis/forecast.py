@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mupsweep.analysis.estimate import Array, Estimate
-from mupsweep.analysis.loss_curve import CurveDraws, LadderPosterior
+from mupsweep.analysis.loss_curve import CurveDraws, LadderPosterior, fit_ladder
 
 LOST_RUN = 1.0  # nats that a run may lose at most; one that diverges does
 CANDIDATES = 25  # LRs that are compared
@@ -33,6 +33,20 @@ class Forecast:
     expected_regret: float
     optimum: Estimate
     draws: Array
+
+    def error(self, measured: CurveDraws) -> Estimate:
+        """Octaves by which the expected optimum lies above the one that was then measured on its own."""
+        return Estimate.of(np.random.default_rng(4).permutation(self.draws) - measured.optimum)
+
+    def regret(self, measured: CurveDraws) -> Estimate:
+        """Nats that the LR handed over loses on the curve that was then measured; infinite numbers are None."""
+        return Estimate.among(measured.regret(self.log2_lr)).finite
+
+
+def forecast_from_smaller(ladder: LadderPosterior, position: float) -> Forecast | None:
+    """The forecast of a size from those that are smaller, whatever else was trained."""
+    smaller = [size for size in ladder.sizes if size.position < position]
+    return forecast(ladder if len(smaller) == len(ladder.sizes) else fit_ladder(smaller, ladder.prior), position)
 
 
 def forecast(ladder: LadderPosterior, position: float) -> Forecast | None:

@@ -56,7 +56,6 @@ TRENDS = (-2.0, 0.0, 2.0)  # standard deviations
 BETWEEN_POWERS = 0.12  # standard deviation of the powers that lie between those of the shapes
 NEAR_LEFT = 2  # runs left of the best that are looked at, however high they are
 NEAREST = 0.02  # octaves: |u| of a run at the optimum, where log |u| would be infinite
-FAR = 1e6  # nats^2: a variance that makes a run say nothing
 BACKFITTING = 10  # rounds of means over seeds and shifts of seeds
 MIN_LRS = 3  # a size with fewer usable LRs has bounds only
 DENSITY_CELLS = 201  # of the optimum that ladders share
@@ -582,17 +581,20 @@ class CurveDraws:
             fallen = np.interp(log2_lrs, self.runs.cliff_x, self.runs.cliff_y)
         return np.where(log2_lrs > begins, np.maximum(rise, np.nan_to_num(fallen, nan=np.inf, posinf=np.inf)), rise)
 
+    def regret(self, log2_lr: float | Array) -> Array:
+        """(draws,) nats above the minimum of each draw at one LR, or at one for each draw."""
+        return self.rise(np.broadcast_to(log2_lr, self.optimum.shape)[:, None])[:, 0]
+
     def losses(self, log2_lr: float) -> Array:
         """(draws,) nats of the drawn curves at an LR."""
-        return self.floor + self.rise(np.full((len(self.optimum), 1), log2_lr))[:, 0]
+        return self.floor + self.regret(log2_lr)
 
     def noise_variance(self, log2_lr: float) -> float:
         """Expected variance of one run's loss at an LR."""
         u = np.array([[log2_lr]]) - self.optimum[:, None]
-        rows = np.arange(len(u))
         variance = 0.0
         for side, which, on_side in ((self.sides[0], self.left, u <= 0), (self.sides[1], self.right, u > 0)):
-            v = side.valley(_log_distance(u), which)[rows]
+            v = side.valley(_log_distance(u), which)
             variance += float((side.noise_variance(v, self.sigma[:, None], np.ones(1, int)) * on_side).mean())
         return variance
 

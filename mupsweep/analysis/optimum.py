@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mupsweep.analysis.config import CurvePrior
 from mupsweep.analysis.curves import LossCurve
 from mupsweep.analysis.estimate import UNKNOWN, Array, Estimate
-from mupsweep.analysis.loss_curve import CurveDraws, LadderPosterior, SizeRuns, fit_ladders
+from mupsweep.analysis.loss_curve import CurveDraws, LadderPosterior, SizeRuns
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,6 @@ def runs_of(curve: LossCurve, position: float) -> SizeRuns:
         return SizeRuns.of(position, [], [])
     log2_lrs, losses, seeds = zip(*runs, *diverged, strict=True)
     return SizeRuns.of(position, log2_lrs, losses, seeds)
-
-
-def fit_curves(
-    ladders: Sequence[tuple[Sequence[LossCurve], Sequence[float]]], prior: CurvePrior | None = None
-) -> list[LadderPosterior]:
-    """The posterior of every ladder, given as its curves and their positions, both by rising position."""
-    sizes = [list(map(runs_of, curves, positions)) for curves, positions in ladders]
-    return fit_ladders(sizes, prior)
 
 
 def optima_of(curves: Sequence[LossCurve], posterior: LadderPosterior) -> tuple[Optimum, ...]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mupsweep.analysis.estimate import UNKNOWN, Array, Estimate
-from mupsweep.analysis.forecast import LOST_RUN, forecast
-from mupsweep.analysis.loss_curve import LadderPosterior, fit_ladder
+from mupsweep.analysis.forecast import LOST_RUN, forecast_from_smaller
+from mupsweep.analysis.loss_curve import LadderPosterior
 from mupsweep.analysis.optimum import Optimum
 
 POWERS = (0.5, 2.0)  # finite-size corrections fall as size^-p; p is drawn between these, since few sizes cannot tell it
@@ -104,16 +104,13 @@ def drawn(optimum: Optimum) -> tuple[Array, Array]:
 
 def _held_out(largest: Optimum, posterior: LadderPosterior) -> HeldOut | None:
     """The largest size beside what the smaller ones forecast for it; None with fewer than two of them with curves."""
-    smaller = [size for size in posterior.sizes if size.position < posterior.sizes[-1].position]
-    if sum(size.fitted for size in smaller) < 2:
+    position = posterior.sizes[-1].position
+    if sum(size.position < position for size, _ in posterior.fitted) < 2:
         return None
-    assert largest.draws is not None
-    expected = forecast(fit_ladder(smaller, posterior.prior), posterior.sizes[-1].position)
+    expected = forecast_from_smaller(posterior, position)
     assert expected is not None
-    error = np.random.default_rng(4).permutation(expected.draws) - largest.draws.optimum
-    handed_over = np.full((len(error), 1), expected.log2_lr)
-    regret = Estimate.among(largest.draws.rise(handed_over)[:, 0]).finite
-    return HeldOut(expected.optimum, Estimate.of(error), expected.log2_lr, regret)
+    assert largest.draws is not None
+    return HeldOut(expected.optimum, expected.error(largest.draws), expected.log2_lr, expected.regret(largest.draws))
 
 
 def _line(x: Array, values: Array, at: Array) -> Array:

@@ -13,9 +13,9 @@ from mupsweep.analysis import verdict
 from mupsweep.analysis.config import AnalysisConfig, CurvePrior, VerdictBounds
 from mupsweep.analysis.curves import LossCurve
 from mupsweep.analysis.estimate import UNKNOWN, ZERO, Array, Estimate
-from mupsweep.analysis.forecast import Forecast, forecast
-from mupsweep.analysis.loss_curve import LadderPosterior, fit_ladder
-from mupsweep.analysis.optimum import Optimum, fit_curves, optima_of, shuffled
+from mupsweep.analysis.forecast import Forecast, forecast, forecast_from_smaller
+from mupsweep.analysis.loss_curve import LadderPosterior, fit_ladders
+from mupsweep.analysis.optimum import Optimum, optima_of, runs_of
 from mupsweep.analysis.quality import Quality, quality
 from mupsweep.formatting import counted
 
@@ -137,26 +137,19 @@ class LadderResult:
 
     def validate(self, target: LossCurve) -> Validation | None:
         """The forecast of the smaller sizes beside the runs of a target; None where they forecast nothing."""
-        position = math.log2(self.ratio(target))
-        ladder = self.posterior
-        smaller = [size for size in ladder.sizes if size.position < position]
-        if len(smaller) < len(ladder.sizes):
-            ladder = fit_ladder(smaller, ladder.prior)
-        expected = forecast(ladder, position)
+        expected = forecast_from_smaller(self.posterior, math.log2(self.ratio(target)))
         if expected is None:
             return None
-        [optimum] = ladder_optima(self.axis, [target], ladder.prior)
+        [optimum] = ladder_optima(self.axis, [target], self.posterior.prior)
         if optimum.draws is None:
             return Validation(optimum, expected, UNKNOWN, OPEN)
-        handed_over = np.full((len(expected.draws), 1), expected.log2_lr)
-        regret = Estimate.among(optimum.draws.rise(handed_over)[:, 0]).finite
-        off = Estimate.of(shuffled(optimum.draws.optimum) - expected.draws)
-        assert off.low is not None
-        assert off.high is not None
-        above = off.low > 0 and optimum.low is not None
-        below = off.high < 0 and optimum.high is not None
-        outcome = REFUTED if above or below else CONFIRMED if optimum.known else OPEN
-        return Validation(optimum, expected, regret, outcome)
+        error = expected.error(optimum.draws)
+        assert error.low is not None
+        assert error.high is not None
+        is_above = error.high < 0 and optimum.low is not None
+        is_below = error.low > 0 and optimum.high is not None
+        outcome = REFUTED if is_above or is_below else CONFIRMED if optimum.known else OPEN
+        return Validation(optimum, expected, expected.regret(optimum.draws), outcome)
 
 
 def ratio_on(axis: str, curve: LossCurve, smallest: LossCurve) -> float:
@@ -195,24 +188,30 @@ def ladders(curves: Sequence[LossCurve]) -> Iterable[tuple[str, list[LossCurve]]
     return of_several_sizes or [("width", list(curves)[:1])]
 
 
+def fit_curves(
+    ladders: Sequence[tuple[str, Sequence[LossCurve]]], prior: CurvePrior | None = None
+) -> list[LadderPosterior]:
+    """The posterior of every ladder, given as its axis and its curves by rising size.
+
+    They are fitted together, since a size that several of them share has one optimum.
+    """
+    sizes = [
+        [runs_of(curve, math.log2(ratio_on(axis, curve, curves[0]))) for curve in curves] for axis, curves in ladders
+    ]
+    return fit_ladders(sizes, prior)
+
+
 def ladder_optima(axis: str, curves: Sequence[LossCurve], prior: CurvePrior | None = None) -> tuple[Optimum, ...]:
     """The optimum of every size of one ladder, its curves given by rising size."""
-    positions = [math.log2(ratio_on(axis, curve, curves[0])) for curve in curves]
-    return optima_of(curves, fit_curves([(curves, positions)], prior)[0])
+    return optima_of(curves, fit_curves([(axis, curves)], prior)[0])
 
 
 def judge_ladders(
     ladders: Sequence[tuple[str, Sequence[LossCurve]]], config: AnalysisConfig | None = None
 ) -> list[LadderResult]:
-    """The verdict on every ladder, given as its axis and its curves by rising size.
-
-    They are judged together, since a size that several of them share has one optimum.
-    """
+    """The verdict on every ladder, given as its axis and its curves by rising size."""
     config = config or AnalysisConfig()
-    positions = [[math.log2(ratio_on(axis, c, curves[0])) for c in curves] for axis, curves in ladders]
-    sizes = [(curves, at) for (_, curves), at in zip(ladders, positions, strict=True)]
-    posteriors = fit_curves(sizes, config.curve)
-    pairs = zip(ladders, posteriors, strict=True)
+    pairs = zip(ladders, fit_curves(ladders, config.curve), strict=True)
     return [judge_ladder(axis, curves, posterior, config.verdict) for (axis, curves), posterior in pairs]
 
 

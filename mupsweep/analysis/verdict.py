@@ -112,23 +112,22 @@ def judge(
     """
     bounds = bounds or VerdictBounds()
     judged = _judged(ladder)
-    base_lr = judged[0].curve.optimum[:, None] if judged else np.empty((0, 1))
-    regrets = {
-        k: Estimate.among(curve.rise(base_lr)[:, 0])
+    lost = {
+        k: curve.regret(judged[0].curve.optimum)
         for k, curve in enumerate(ladder.curves)
         if curve is not None and k != judged[0].index
     }
+    regrets = {k: Estimate.among(draws) for k, draws in lost.items()}
     if len(judged) < 2:
         reason = f"fewer than two sizes have {of}s enough for a curve"
         return Verdict(INCONCLUSIVE, reason, UNKNOWN, UNKNOWN, UNKNOWN, regrets, ())
     base, *larger = judged
     largest = larger[-1]
-    lost = np.array([size.curve.rise(base_lr)[:, 0] for size in larger])
     moved = largest.curve.optimum - base.curve.optimum
     total_drift = difference(base.curve, base.optimum.estimate, largest.curve, largest.optimum.estimate)
     evidence = _Evidence(
         moved,
-        lost,
+        np.array([lost[size.index] for size in larger]),
         largest.runs.position - base.runs.position,
         bounded_down=total_drift.high is not None,
         bounded_up=total_drift.low is not None,

@@ -105,6 +105,8 @@ def transfer(
     overrides = [word for word in words if word.startswith("analysis.")]
     settings = [word for word in words if word not in (*named, *overrides)]
     shape = [word for word in settings if not base or word.partition("=")[0] in TARGET]
+    if form != JSON and not (shape or validate):
+        raise ConfigError(f"--format {form} is of a recipe: name its target with --to width=N depth=N")
     if table is not None:
         if validate:
             raise ConfigError(
@@ -119,12 +121,9 @@ def transfer(
             verdicts = export_table(
                 table, options, shape, of_base, optimizer, parametrization, json, form, overrides, save
             )
-            raise typer.Exit(DRIFTS_EXIT_CODE if strict and "drifts" in verdicts else 0)
-        if form != JSON:
-            raise ConfigError(f"--format {form} is of a recipe: name its target with --to width=N depth=N")
-        verdicts = conclude_table(table, options, json, optimizer, parametrization, save, overrides)
-        raise typer.Exit(DRIFTS_EXIT_CODE if strict and "drifts" in verdicts else 0)
-    if validate:
+        else:
+            verdicts = conclude_table(table, options, json, optimizer, parametrization, save, overrides)
+    elif validate:
         if len(folders) != 1 or not to:
             raise ConfigError(
                 "--validate trains one target in one sweep: mupsweep transfer sweeps/NAME --validate --to width=N"
@@ -133,10 +132,8 @@ def transfer(
             what = f"--format {form}" if form != JSON else overrides[0]
             raise ConfigError(f"{what} is not of --validate, which trains: leave it out, or leave --validate out")
         raise typer.Exit(train_target(folders[0], read_target(shape), optimizer, parametrization, json, strict, yes))
-    if shape:
+    elif shape:
         verdicts = export(folders, shape, optimizer, parametrization, json, form, overrides)
-        raise typer.Exit(DRIFTS_EXIT_CODE if strict and "drifts" in verdicts else 0)
-    if form != JSON:
-        raise ConfigError(f"--format {form} is of a recipe: name its target with --to width=N depth=N")
-    verdicts = generate(folders, json, optimizer, parametrization, overrides=overrides)
+    else:
+        verdicts = generate(folders, json, optimizer, parametrization, overrides=overrides)
     raise typer.Exit(DRIFTS_EXIT_CODE if strict and "drifts" in verdicts else 0)

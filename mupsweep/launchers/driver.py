@@ -19,7 +19,7 @@ from mupsweep.errors import ConfigError
 from mupsweep.formatting import counted, si
 from mupsweep.launchers import Detached, Launcher
 from mupsweep.recipes import validation
-from mupsweep.report.generate import conclude_validation, generate
+from mupsweep.report.generate import generate
 from mupsweep.report.terminal.plan import price_text
 from mupsweep.schema import instantiate
 from mupsweep.store import environment
@@ -132,8 +132,7 @@ def train_target(
         if outcome.submitted:
             print(f"the same command goes on when the jobs have ended; see mupsweep status {sweep.path}")
             return 0
-    verdicts = generate([sweep], as_json=as_json, optimizer=optimizer, parametrization=parametrization)
-    conclude_validation(sweep, trials, as_json)
+    verdicts = generate([sweep], as_json, optimizer, parametrization, trials=trials)
     return exit_code(sweep, outcome, strict and "drifts" in verdicts)
 
 

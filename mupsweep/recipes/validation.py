@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
 from mupsweep.analysis.analysis import Analysis, analyse
 from mupsweep.analysis.curves import collect
 from mupsweep.analysis.estimate import UNKNOWN, Estimate
@@ -179,7 +177,7 @@ def regret(there: Optimum, log2_lr: float) -> Estimate:
     where the best may lie beyond the trained LRs."""
     if there.draws is None:
         return UNKNOWN
-    lost = Estimate.among(there.draws.rise(np.full((len(there.draws.optimum), 1), log2_lr))[:, 0]).finite
+    lost = Estimate.among(there.draws.regret(log2_lr)).finite
     return lost if there.known else Estimate(None, lost.low or None, None)
 
 

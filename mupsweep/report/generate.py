@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,14 @@ def generate(
     parametrization: str | None = None,
     figures: str | None = None,
     overrides: Sequence[str] = (),
+    trials: Sequence[validation.Trial] = (),
 ) -> list[str]:
     """Analyse some sweeps together, write the results of a single one, print the outcome, return the verdicts.
 
     Args:
         figures: a further style to draw the figures in, a key of `theme.FIGURE_STYLES`.
         overrides: of the first sweep's `analysis`.
+        trials: of the first sweep, whose targets have been trained.
     """
     from mupsweep.report.terminal import verdicts
 
@@ -75,6 +77,7 @@ def generate(
         verdicts.show_analysis(shown, list(zip((s.path for s in sweeps), counts, strict=True)), files, advice)
     if unwritten is not None:
         raise unwritten
+    _conclude_validation(sweeps[0], analysis, trials, as_json)
     return [group.verdict for group in shown.groups]
 
 
@@ -139,11 +142,10 @@ def write_views(
     return files
 
 
-def conclude_validation(sweep: SweepDir, trials: Sequence[validation.Trial], silent: bool) -> None:
+def _conclude_validation(sweep: SweepDir, analysis: Analysis, trials: Sequence[validation.Trial], silent: bool) -> None:
     """Write what the transferred LR was worth at a target, and print it unless `silent`."""
     from mupsweep.report.terminal import verdicts
 
-    analysis = analyse(read_runs([sweep]), analysis_config(sweep.read_config()))
     for outcome in (validation.judge(analysis, trial) for trial in trials):
         _, optimizer, parametrization = outcome.label
         name = f"validation-{optimizer}-{parametrization}-{outcome.size.name}.json"
@@ -179,19 +181,16 @@ def export(
         raise RecordError(
             f"{sweeps[0].path} has no finished runs, so there is no LR --to {' '.join(target)}: mupsweep run first"
         )
-    contents: list[dict[str, Any]] = []
-    refused: list[str] = []
-    for label in dict.fromkeys(group.label for group in groups):
+
+    def recipe_of(ladders: Sequence[LadderResult]) -> dict[str, Any]:
+        label = ladders[0].label
         if label not in variants:
-            refused.append(f"{'/'.join(label)}: two sweeps hold this name with other settings; export from one of them")
-            continue
-        ladders = [group for group in groups if group.label == label]
-        try:
-            contents.append(recipe.target_recipe(ladders, variants[label], dims))
-        except RecordError as error:
-            refused.append(str(error))
-    if not contents:
-        raise RecordError("; ".join(refused))
+            raise RecordError(
+                f"{'/'.join(label)}: two sweeps hold this name with other settings; export from one of them"
+            )
+        return recipe.target_recipe(ladders, variants[label], dims)
+
+    contents, refused = _of_every_variant(groups, recipe_of)
     for line in refused:
         print(f"no recipe for {line}", file=sys.stderr)
     _write_recipes(contents, sweeps[0].results, form, as_json, "tokens" in dims)
@@ -230,17 +229,9 @@ def export_table(
         )
     table = _read(source, options, save)
     groups = analyse(table.runs, analysis_config({}, overrides)).select(optimizer, parametrization).groups
-    contents: list[dict[str, Any]] = []
-    refused: list[str] = []
-    for label in dict.fromkeys(group.label for group in groups):
-        ladders = [group for group in groups if group.label == label]
-        resolved = _base_of(ladders, base) if base else None
-        try:
-            contents.append(recipe.table_recipe(ladders, dims, resolved))
-        except RecordError as error:
-            refused.append(str(error))
-    if not contents:
-        raise RecordError("; ".join(refused))
+    contents, refused = _of_every_variant(
+        groups, lambda ladders: recipe.table_recipe(ladders, dims, _base_of(ladders, base) if base else None)
+    )
     for line in (*table.notes, *(f"no LR for {line}" for line in refused)):
         print(line, file=sys.stderr)
     if base:
@@ -251,6 +242,26 @@ def export_table(
         for content in contents:
             verdicts.show_target_lr(content)
     return [content["verdict"] for content in contents]
+
+
+def _of_every_variant(
+    groups: Sequence[LadderResult], recipe_of: Callable[[Sequence[LadderResult]], dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What `recipe_of` makes of the ladders of every variant, and why it makes nothing of some.
+
+    Raises:
+        RecordError: it makes nothing of any.
+    """
+    contents: list[dict[str, Any]] = []
+    refused: list[str] = []
+    for label in dict.fromkeys(group.label for group in groups):
+        try:
+            contents.append(recipe_of([group for group in groups if group.label == label]))
+        except RecordError as error:
+            refused.append(str(error))
+    if not contents:
+        raise RecordError("; ".join(refused))
+    return contents, refused
 
 
 def _base_of(ladders: Sequence[LadderResult], words: Sequence[str]) -> ResolvedVariant:

@@ -25,8 +25,9 @@ from mupsweep.analysis.curves import LossCurve, Point, collect
 from mupsweep.analysis.estimate import QUANTILES
 from mupsweep.analysis.forecast import forecast
 from mupsweep.analysis.loss_curve import CurveDraws, LadderPosterior
-from mupsweep.analysis.optimum import Optimum, fit_curves, optima_of
+from mupsweep.analysis.optimum import Optimum, optima_of
 from mupsweep.analysis.run_result import RunResult
+from mupsweep.analysis.transfer import fit_curves, size_ratio
 from mupsweep.sweep.config import GridConfig
 
 COARSE = 2.0  # octaves between the LRs with which the smallest size begins
@@ -85,13 +86,10 @@ def search_state(
     curves = {(c.width_ratio, c.depth_ratio): c for c in collect(results)}
     sizes = sorted(grid.ratios, key=lambda size: (size[0] ** 2 * size[1], size))
     begun = [size for size in sizes if size in curves]
-    ladder = [curves[size] for size in begun]
-    positions = list(map(position_of, begun))
-    order = sorted(range(len(begun)), key=positions.__getitem__)
-    by_position = [ladder[i] for i in order], [positions[i] for i in order]
-    [posterior] = fit_curves([by_position])
-    optima = optima_of(by_position[0], posterior)
-    optimum_of = {begun[i]: optimum for i, optimum in zip(order, optima, strict=True)}
+    by_position = sorted(begun, key=position_of)
+    ladder = [curves[size] for size in by_position]
+    [posterior] = fit_curves([("joint", ladder)])
+    optimum_of = dict(zip(by_position, optima_of(ladder, posterior), strict=True))
     searches = {size: SizeSearch(space, optimum_of[size]) for size in begun}
     states: list[SearchState] = []
     waits = False
@@ -170,7 +168,7 @@ Run = tuple[float, int]  # log2 LR and seed
 
 def position_of(size: tuple[float, float]) -> float:
     """Doublings of width times depth above the base."""
-    return math.log2(size[0] * size[1])
+    return math.log2(size_ratio("joint", *size))
 
 
 def lr_grid(half_width: float) -> float:
@@ -285,7 +283,7 @@ class SizeSearch:
     def candidates(self, draws: CurveDraws) -> Iterator[Candidate]:
         """What could be trained: another seed at every trained LR, or an LR between these with as many seeds."""
         inside = [p for p in self.curve.usable if draws.covers(p.log2_lr)]
-        noise = {p.log2_lr: self.noise(p, draws) for p in inside}
+        noise = {p.log2_lr: draws.noise_variance(p.log2_lr) for p in inside}
         typical = float(np.median(list(noise.values())))
         another = [seed for seed in self.space.seeds if any(seed not in p.losses for p in inside)][:1]
         if repeats := self.untrained([p.log2_lr for p in inside], another):
@@ -320,10 +318,6 @@ class SizeSearch:
             selected.append(best)
             room -= len(best.runs)
         return [run for candidate in selected for run in candidate.runs]
-
-    def noise(self, point: Point, draws: CurveDraws) -> float:
-        """Expected variance of one run's loss."""
-        return draws.noise_variance(point.log2_lr)
 
 
 @dataclass(frozen=True, eq=False)

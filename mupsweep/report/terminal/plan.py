@@ -83,8 +83,10 @@ def _seconds(runs: Iterable[RunSpec], launcher: LauncherOptions, device: str) ->
 
 
 def _lanes(launcher: LauncherOptions, device: str) -> int:
-    """Return how many runs a launcher trains at once on this machine."""
-    return _cpu_lanes(launcher) if device == "cpu" else 1
+    """Return how many runs a launcher trains at once on this machine; only the local one has workers on its cores."""
+    if device != "cpu" or launcher.name != "local":
+        return 1
+    return launcher.slots_per_device or max(1, cores() // (launcher.threads * launcher.devices_per_run))
 
 
 def _document(runs: Sequence[RunSpec], status: Mapping[str, str], seconds: float, search: str) -> dict[str, Any]:
@@ -142,13 +144,6 @@ def _grid_text(runs: Sequence[RunSpec]) -> str:
     ends = sorted({lrs[0], lrs[-1]})
     numbers, octaves = " to ".join(f"{2**x:.3g}" for x in ends), " to ".join(f"2^{x:g}" for x in ends)
     return f"base LRs: {len(lrs)}, {numbers} ({octaves}); seeds: {seeds}"
-
-
-def _cpu_lanes(launcher: LauncherOptions) -> int:
-    """Return how many runs a launcher trains at once on the cores of this machine; only the local one has workers."""
-    if launcher.name != "local":
-        return 1
-    return launcher.slots_per_device or max(1, cores() // (launcher.threads * launcher.devices_per_run))
 
 
 def _search_remark(config: SweepConfig, first: bool) -> str:
