@@ -5,7 +5,9 @@ They are the config group `analysis` (configs/analysis explains every key).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+
+from mupsweep.schema import require
 
 
 @dataclass(frozen=True)
@@ -107,3 +109,26 @@ class AnalysisConfig:
 
     verdict: VerdictBounds = field(default_factory=VerdictBounds)
     curve: CurvePrior = field(default_factory=CurvePrior)
+
+    def __post_init__(self) -> None:
+        curve, walk = self.curve, self.curve.walk
+        sections = {
+            "analysis.verdict": self.verdict,
+            "analysis.curve": curve,
+            "analysis.curve.left": curve.left,
+            "analysis.curve.right": curve.right,
+            "analysis.curve.walk": walk,
+        }
+        for where, section in sections.items():
+            for field_ in fields(section):
+                value = getattr(section, field_.name)
+                if isinstance(value, float):
+                    require(value > 0, f"{where}.{field_.name}", value, "a number above 0")
+        for where, side in (("analysis.curve.left", curve.left), ("analysis.curve.right", curve.right)):
+            powers = list(side.powers)
+            require(bool(powers) and min(powers) > 0, f"{where}.powers", powers, "numbers above 0, one at least")
+            expected = f"as many numbers as {where}.powers has, {len(powers)}"
+            require(len(side.growths) == len(powers), f"{where}.growths", list(side.growths), expected)
+            require(side.same_shape <= 1, f"{where}.same_shape", side.same_shape, "a chance, at most 1")
+        steps = list(walk.step_sds)
+        require(bool(steps) and min(steps) > 0, "analysis.curve.walk.step_sds", steps, "numbers above 0, one at least")

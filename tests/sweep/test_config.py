@@ -12,6 +12,7 @@ import pytest
 import yaml
 from composition import compose, compose_once
 
+from mupsweep.analysis.config import AnalysisConfig
 from mupsweep.errors import ConfigError
 from mupsweep.sweep import plan, run_spec
 from mupsweep.sweep.compose import nearest_key
@@ -232,3 +233,25 @@ def test_the_hint_for_an_unknown_name_puts_the_nearest_first() -> None:
     assert nearest_key("mdel.width", ["model", "model.width", "out"]) == "did you mean 'model.width'?"
     several = ["data", "data.name", "model", "model.name"]
     assert nearest_key("modle.name", several) == "did you mean 'model'? valid: data, model"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("analysis.verdict.octaves=-1", "analysis.verdict.octaves=-1.0: expected a number above 0"),
+        ("analysis.curve.noise=0", "analysis.curve.noise=0.0: expected a number above 0"),
+        ("analysis.curve.left.powers=[2]", "expected as many numbers as analysis.curve.left.powers has, 1"),
+        ("analysis.curve.right.powers=[]", "analysis.curve.right.powers=[]: expected numbers above 0, one at least"),
+        ("analysis.curve.right.same_shape=2", "analysis.curve.right.same_shape=2.0: expected a chance, at most 1"),
+        ("analysis.curve.walk.step_sds=[]", "analysis.curve.walk.step_sds=[]: expected numbers above 0"),
+    ],
+)
+def test_a_number_that_the_model_cannot_have_is_refused_before_anything_is_trained(
+    override: str, expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        load([override])
+
+
+def test_the_yaml_of_the_analysis_has_the_numbers_of_its_dataclasses() -> None:
+    assert load([]).analysis == AnalysisConfig()
