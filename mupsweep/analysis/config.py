@@ -86,12 +86,14 @@ class VerdictBounds:
         octaves_per_doubling: that it may move, where this is more.
         harmless: nats per token that the base's LR may cost whatever the optimum does.
         costly: nats per token above which it surely should not be used.
+        span: doublings from the base to the largest size, at least.
     """
 
     octaves: float = 0.5
     octaves_per_doubling: float = 0.25
     harmless: float = 0.01
     costly: float = 0.03
+    span: float = 0.5
 
     def total(self, doublings: float) -> float:
         """Octaves that an optimum may move over a ladder."""

@@ -54,7 +54,7 @@ def forecast(ladder: LadderPosterior, position: float) -> Forecast | None:
 
     A ladder's trained size is forecast too, as if another like it were trained.
     """
-    if ladder.walk is None:
+    if ladder.walk is None or not ladder.fitted:
         return None
     draws = ladder.walk.optima(position, np.random.default_rng(2))
     size, nearest = min(ladder.fitted, key=lambda pair: (abs(pair[0].position - position), -pair[0].position))

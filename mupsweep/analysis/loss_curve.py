@@ -58,6 +58,7 @@ NEAR_LEFT = 2  # runs left of the best that are looked at, however high they are
 NEAREST = 0.02  # octaves: |u| of a run at the optimum, where log |u| would be infinite
 BACKFITTING = 10  # rounds of means over seeds and shifts of seeds
 MIN_LRS = 3  # a size with fewer usable LRs has bounds only
+FARTHEST_BELOW = 6.0  # octaves below the lowest LR of a size whose runs all diverged, where its optimum is looked for
 DENSITY_CELLS = 201  # of the optimum that ladders share
 NEIGHBOURS = 8  # draws on each side of a place, of which one is taken for it
 BAND_DRAWS, BAND_POINTS = 400, 41  # of the picture of a valley
@@ -635,15 +636,21 @@ class LadderPosterior:
 
     Attributes:
         sizes: by rising position.
-        curves: draws of each; None where a size has too few LRs for a curve.
-        walk: how the drawn optima move; None where no size has a curve.
+        draws: of the curve of each; None where no LR has a loss.
+        walk: how the drawn optima move; None where no size has a loss.
         prior: the numbers that it rests on.
     """
 
     sizes: tuple[SizeRuns, ...]
-    curves: tuple[CurveDraws | None, ...]
+    draws: tuple[CurveDraws | None, ...]
     walk: WalkDraws | None
     prior: CurvePrior
+
+    @cached_property
+    def curves(self) -> tuple[CurveDraws | None, ...]:
+        """The draws of every size that has LRs enough for a curve of its own; None for the others."""
+        pairs = zip(self.sizes, self.draws, strict=True)
+        return tuple(draws if size.fitted else None for size, draws in pairs)
 
     @cached_property
     def fitted(self) -> list[tuple[SizeRuns, CurveDraws]]:
@@ -692,24 +699,33 @@ def fit_ladder(sizes: Iterable[SizeRuns], prior: CurvePrior | None = None) -> La
     """The posterior of the curves of one ladder."""
     prior = prior or CurvePrior()
     ordered = tuple(sorted(sizes, key=lambda size: size.position))
-    fitted = [size for size in ordered if size.fitted]
-    if not fitted:
+    with_losses = [size for size in ordered if size.usable.any()]
+    if not with_losses:
         return LadderPosterior(ordered, (None,) * len(ordered), None, prior)
     rng = np.random.default_rng(0)
-    evidence = LadderEvidence.of(fitted, prior)
+    evidence = LadderEvidence.of(with_losses, prior)
     picked = rng.choice(evidence.shared.size, SHARED_DRAWS, p=evidence.shared.ravel())
     shared = np.array(np.unravel_index(picked, evidence.shared.shape))  # trend, noise, typical left and right side
-    which, cells, walk = sample_walk(
-        [size.given_draws(shared) for size in evidence.sizes],
-        [size.grid for size in evidence.sizes],
-        np.array([size.position for size in fitted]),
-        prior.walk,
-        DRAWS,
-        rng,
-    )
-    pairs = zip(evidence.sizes, cells, strict=True)
-    curves = iter([_draw_curves(evidence, prior, size, cell, shared[:, which], rng) for size, cell in pairs])
-    return LadderPosterior(ordered, tuple(next(curves) if size.fitted else None for size in ordered), walk, prior)
+    looks = iter(evidence.sizes)
+    of_sizes = [next(looks) if size.usable.any() else None for size in ordered]
+    walked = [k for k, size in enumerate(ordered) if len(size.log2_lrs)]
+    likelihoods, grids = zip(*(_where(ordered[k], of_sizes[k], shared) for k in walked), strict=True)
+    positions = np.array([ordered[k].position for k in walked])
+    which, cells, walk = sample_walk(likelihoods, grids, positions, prior.walk, DRAWS, rng)
+    draws: list[CurveDraws | None] = [None] * len(ordered)
+    for k, cell in zip(walked, cells, strict=True):
+        size = of_sizes[k]
+        if size is not None:
+            draws[k] = _draw_curves(evidence, prior, size, cell, shared[:, which], rng)
+    return LadderPosterior(ordered, tuple(draws), walk, prior)
+
+
+def _where(runs: SizeRuns, evidence: SizeEvidence | None, shared: Indices) -> tuple[Array, Array]:
+    """(draws, J) likelihood of every place of a size's optimum, and the (J,) places: below all LRs that diverged."""
+    if evidence is not None:
+        return evidence.given_draws(shared), evidence.grid
+    places = runs.log2_lrs[0] - np.linspace(FARTHEST_BELOW, 0, CELLS)
+    return np.ones((shared.shape[1], CELLS)), places
 
 
 def _draw_curves(
@@ -795,15 +811,15 @@ def _tie(
         order = np.argsort(own, kind="stable")
         nearest = np.searchsorted(own[order], optimum) + rng.integers(-NEIGHBOURS, NEIGHBOURS + 1, DRAWS)
         rows = order[np.clip(nearest, 0, DRAWS - 1)]
-        curves = [None if curve is None else curve.take(rows) for curve in ladder.curves]
+        curves = [None if curve is None else curve.take(rows) for curve in ladder.draws]
         shared = shared or replace(_curve(ladder, i).take(rows), optimum=optimum)
         curves[i] = shared
-        out.append(replace(ladder, curves=tuple(curves), walk=ladder.walk and ladder.walk.take(rows)))
+        out.append(replace(ladder, draws=tuple(curves), walk=ladder.walk and ladder.walk.take(rows)))
     return out
 
 
 def _curve(ladder: LadderPosterior, i: int) -> CurveDraws:
-    curve = ladder.curves[i]
+    curve = ladder.draws[i]
     assert curve is not None
     return curve
 

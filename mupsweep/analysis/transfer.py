@@ -251,7 +251,7 @@ def judge_ladder(
 def _reasons(ladder: LadderResult, found: verdict.Verdict, of: str) -> Iterable[str]:
     """Why the verdict is what it is: how far the optimum moves and what that costs, and what is not known of it."""
     axis, base, optima = ladder.axis, ladder.base, ladder.optima
-    largest = next((o for o in reversed(optima) if o.draws is not None), base)
+    largest = base if found.largest is None else optima[found.largest]
     if largest is base:
         yield f"no size larger than the base has {of}s enough for a curve: {_larger(ladder)}"
     else:
@@ -285,7 +285,10 @@ def _larger(ladder: LadderResult) -> str:
 def _numbers(ladder: LadderResult, largest: Optimum, of: str) -> str:
     """How far the optimum moves, and what the base's costs at the largest size."""
     at = largest.curve.place(ladder.axis)
-    cost = "diverges" if ladder.regret == UNKNOWN else f"costs {ladder.regret:.4f} nats"
+    cost = f"costs {ladder.regret:.4f} nats"
+    if ladder.regret == UNKNOWN:
+        below = largest.draws is None and not diverges(ladder.base, largest)
+        cost = "may cost anything" if below else "diverges"
     if ladder.total_drift == UNKNOWN:
         return f"the base's {of} {cost} at {at}"
     return (

@@ -14,7 +14,7 @@ import numpy as np
 
 from mupsweep.analysis.config import VerdictBounds
 from mupsweep.analysis.estimate import CONFIDENCE, QUANTILES, UNKNOWN, Array, Estimate, Indices
-from mupsweep.analysis.loss_curve import CurveDraws, LadderPosterior, SizeOptimum, SizeRuns
+from mupsweep.analysis.loss_curve import CurveDraws, LadderPosterior, SizeOptimum, SizeRuns, bracket
 
 TRANSFERS, DRIFTS, INCONCLUSIVE = "transfers", "drifts", "inconclusive"
 SLICES = 8  # equal parts of the draws by what a size's optimum may turn out to be
@@ -36,6 +36,7 @@ class Verdict:
     Attributes:
         name: TRANSFERS, DRIFTS or INCONCLUSIVE.
         reason: what decided, or what kept it from being decided.
+        largest: the index of the size that the base is compared with; None where there is none.
         total_drift: octaves from the base's optimum to that of the largest size.
         drift: octaves per doubling: the least-squares line through the optima.
         regret: nats lost at the largest size by the base's LR; infinite where runs diverge.
@@ -45,6 +46,7 @@ class Verdict:
 
     name: str
     reason: str
+    largest: int | None
     total_drift: Estimate
     drift: Estimate
     regret: Estimate
@@ -118,17 +120,21 @@ def judge(
         if curve is not None and k != judged[0].index
     }
     regrets = {k: Estimate.among(draws) for k, draws in lost.items()}
+    diverged = _diverged_largest(ladder, judged) if judged else None
+    if diverged is not None:
+        return _judge_diverged(ladder.sizes[diverged], diverged, judged[0], regrets, bounds, of)
     if len(judged) < 2:
         reason = f"fewer than two sizes have {of}s enough for a curve"
-        return Verdict(INCONCLUSIVE, reason, UNKNOWN, UNKNOWN, UNKNOWN, regrets, ())
+        return Verdict(INCONCLUSIVE, reason, None, UNKNOWN, UNKNOWN, UNKNOWN, regrets, ())
     base, *larger = judged
     largest = larger[-1]
+    doublings = largest.runs.position - base.runs.position
     moved = largest.curve.optimum - base.curve.optimum
     total_drift = difference(base.curve, base.optimum.estimate, largest.curve, largest.optimum.estimate)
     evidence = _Evidence(
         moved,
         np.array([lost[size.index] for size in larger]),
-        largest.runs.position - base.runs.position,
+        doublings,
         bounded_down=total_drift.high is not None,
         bounded_up=total_drift.low is not None,
         covered=_is_covered(base, judged),
@@ -137,10 +143,16 @@ def judge(
     )
     name, reason = evidence.decide(bounds)
     runs: tuple[Runs, ...] = ()
-    if name == INCONCLUSIVE:
+    if doublings < bounds.span:
+        name, reason = (
+            INCONCLUSIVE,
+            f"the sizes span {doublings:.2g} doublings, of {bounds.span:g} that a verdict needs",
+        )
+    elif name == INCONCLUSIVE:
         reason = _open_reason(judged, total_drift, evidence, bounds)
         runs = _deciding_runs(judged, evidence, bounds, cost)
-    return Verdict(name, reason, total_drift, _drift(ladder, total_drift), regrets[largest.index], regrets, runs)
+    drift = _drift(ladder, total_drift)
+    return Verdict(name, reason, largest.index, total_drift, drift, regrets[largest.index], regrets, runs)
 
 
 @dataclass(frozen=True)
@@ -159,6 +171,34 @@ def _judged(ladder: LadderPosterior) -> list[_Judged]:
     fitted = [_Judged(k, runs, curve, at) for k, (runs, curve, at) in enumerate(everything) if curve is not None]
     start = next((i for i, size in enumerate(fitted) if size.runs.position == 0), 0)
     return fitted[start:]
+
+
+def _diverged_largest(ladder: LadderPosterior, judged: Sequence[_Judged]) -> int | None:
+    """The index of the largest size that has runs, if it is above those with curves and no LR there has a loss."""
+    trained = [k for k, size in enumerate(ladder.sizes) if len(size.log2_lrs)]
+    last = ladder.sizes[trained[-1]]
+    beyond = last.position > judged[-1].runs.position and last.diverged.any() and not last.usable.any()
+    return trained[-1] if beyond else None
+
+
+def _judge_diverged(
+    size: SizeRuns, index: int, base: _Judged, regrets: dict[int, Estimate], bounds: VerdictBounds, of: str
+) -> Verdict:
+    """The verdict of a ladder whose largest size has no LR with a loss: its optimum lies below all of them."""
+    lowest, step = float(size.log2_lrs[0]), float(np.median(np.diff(base.runs.log2_lrs)))
+    at, doublings = base.curve.optimum, size.position - base.runs.position
+    bound = bounds.total(doublings)
+    most = Estimate.of(lowest - at).high if base.optimum.estimate.low is not None else None
+    runs: tuple[Runs, ...] = ()
+    if most is not None and most < -bound:
+        name, reason = DRIFTS, f"the optimum moves by more than {bound:.3g} octaves"
+    elif most is not None and most <= 0:
+        name, reason = DRIFTS, f"the base's {of} diverges at the largest size"
+    else:
+        name, reason = INCONCLUSIVE, f"the largest size: {bracket(size).reason}"
+        runs = (Runs(index, (lowest - 2 * step, lowest - step)),)
+    drift = Estimate(None, None, None if most is None else most / doublings)
+    return Verdict(name, reason, index, Estimate(None, None, most), drift, UNKNOWN, regrets, runs)
 
 
 def difference(curve: CurveDraws, optimum: Estimate, other_curve: CurveDraws, other: Estimate) -> Estimate:

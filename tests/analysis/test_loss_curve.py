@@ -6,12 +6,14 @@ import csv
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mupsweep.analysis.config import VerdictBounds
 from mupsweep.analysis.forecast import forecast
 from mupsweep.analysis.loss_curve import LadderPosterior, SizeRuns, fit_ladder, fit_ladders
 from mupsweep.analysis.verdict import DRIFTS, INCONCLUSIVE, TRANSFERS, judge
@@ -152,6 +154,48 @@ def test_few_lrs_give_bounds_only() -> None:
     nothing = fit_ladder([SizeRuns.of(0, [-5, -4], [math.nan, math.inf])])
     assert nothing.optima[0].estimate.high == -5
     assert forecast(nothing, 2) is None
+
+
+def diverged(position: float, lowest: float) -> SizeRuns:
+    return SizeRuns.of(position, [lowest + k for k in range(4)], [math.nan] * 4)
+
+
+@pytest.mark.parametrize(
+    ("lowest", "name", "reason"),
+    [
+        (-8.5, "drifts", "the optimum moves by more than 0.75 octaves"),
+        (-7.6, "drifts", "the base's LR diverges at the largest size"),
+        (-5.0, "inconclusive", "the largest size: no LR has a loss: train lower ones"),
+    ],
+)
+def test_a_largest_size_where_every_lr_diverges_is_judged_by_the_lowest(lowest: float, name: str, reason: str) -> None:
+    without_it = judge(fit_ladder(ladder(drift=0.0)))
+    found = judge(fit_ladder([*ladder(drift=0.0), diverged(3.0, lowest)]))
+    assert without_it.name == "transfers"
+    assert (found.name, found.reason, found.largest) == (name, reason, 3)
+    assert found.total_drift.value is None
+    assert found.total_drift.high == pytest.approx(lowest + 7.2, abs=0.4)
+    assert [(runs.size, runs.log2_lrs) for runs in found.deciding_runs] == (
+        [(3, (-7.0, -6.0))] if name == "inconclusive" else []
+    )
+
+
+def test_a_forecast_knows_that_every_lr_of_a_size_diverged() -> None:
+    free = forecast(fit_ladder(ladder(drift=0.0)), 4.0)
+    bounded = forecast(fit_ladder([*ladder(drift=0.0), diverged(3.0, -8.5)]), 4.0)
+    assert free is not None
+    assert bounded is not None
+    assert free.optimum.value == pytest.approx(-7.2, abs=0.5)
+    assert bounded.optimum.value is not None
+    assert bounded.optimum.value < -8.3
+
+
+def test_sizes_that_are_nearly_one_size_have_no_verdict() -> None:
+    near = [replace(one, position=0.01 * one.position) for one in ladder(drift=0.0)]
+    found = judge(fit_ladder(near))
+    assert (found.name, found.deciding_runs) == ("inconclusive", ())
+    assert found.reason == "the sizes span 0.02 doublings, of 0.5 that a verdict needs"
+    assert judge(fit_ladder(near), VerdictBounds(span=0.01)).name == "transfers"
 
 
 def test_one_size_has_an_optimum_and_no_verdict() -> None:

@@ -154,7 +154,13 @@ def test_results_have_the_documented_keys(tmp_path: Path) -> None:
     write_results(sweep, analyse(results(rows())))
     written = json.loads((sweep.results / "transfer.json").read_text())
     assert set(written) == {"groups", "comparisons", "remarks", "confidence", "tolerance"}
-    assert written["tolerance"] == {"octaves": 0.5, "octaves_per_doubling": 0.25, "nats": 0.01, "costly": 0.03}
+    assert written["tolerance"] == {
+        "octaves": 0.5,
+        "octaves_per_doubling": 0.25,
+        "nats": 0.01,
+        "costly": 0.03,
+        "span": 0.5,
+    }
     [group] = written["groups"]
     assert {"model", "optimizer", "parametrization", "axis", "sizes", "drift", "total_drift", "regret"} <= set(group)
     assert set(group["drift"]) == {"octaves_per_doubling", "low", "high"}

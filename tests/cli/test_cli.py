@@ -257,7 +257,13 @@ def test_transfer_as_json_has_the_documented_keys_and_is_the_file(cli: Callable[
     assert document == json.loads((sweep.results / "transfer.json").read_text())
     assert {"groups", "confidence", "tolerance"} <= set(document)
     assert document["confidence"] == 0.95
-    assert document["tolerance"] == {"octaves": 0.5, "octaves_per_doubling": 0.25, "nats": 0.01, "costly": 0.03}
+    assert document["tolerance"] == {
+        "octaves": 0.5,
+        "octaves_per_doubling": 0.25,
+        "nats": 0.01,
+        "costly": 0.03,
+        "span": 0.5,
+    }
     (group,) = document["groups"]
     keys = {
         "model",
