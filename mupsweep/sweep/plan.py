@@ -75,7 +75,8 @@ def _runs_by_size(
         for state in states[one.variant.label]:
             runs: list[RunSpec] = []
             for width_ratio, depth_ratio, log2_lr, seed in state.proposals:
-                runs += _grid(one, [(width_ratio, depth_ratio)], [log2_lr], [seed])
+                chosen = _grid(one, [(width_ratio, depth_ratio)], [log2_lr], [seed])
+                runs += [replace(run, reason=state.reason) for run in chosen]
             if runs:
                 sizes.append(runs)
     return sorted(sizes, key=lambda runs: (runs[0].resolved.variant.change is not None, runs[0].cost.flops))
@@ -119,6 +120,9 @@ def save(
             refuse_foreign_code(asdict(variant), str(sweep.path), config.allow_imports)
         if stored and config.sweep.search != GRID:
             new = next_round(config, sweep)
+        if config.sweep.search != GRID:
+            number = 1 + max((run.round for run in stored), default=0)
+            new = [replace(run, round=number) for run in new]
         runs = {run.run_id: run for run in [*stored, *new]}
         ordered = _longest_first(runs.values())
         sweep.write_config(to_tree(replace(config, variants=tuple(variants.values()))), header)
@@ -214,8 +218,8 @@ def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:
                 "config.yaml was edited: choose another sweep.name, or bring the old text back"
             )
         size, cost = size_and_cost(digest, row["width_ratio"], row["depth_ratio"])
-        is_validation = row.get("validation", False)
-        runs.append(RunSpec(row["run_id"], by_digest[digest], size, row["log2_lr"], row["seed"], cost, is_validation))
+        flags = row.get("validation", False), row.get("round", 0), row.get("reason", "")
+        runs.append(RunSpec(row["run_id"], by_digest[digest], size, row["log2_lr"], row["seed"], cost, *flags))
     return runs
 
 

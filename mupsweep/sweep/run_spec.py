@@ -125,6 +125,8 @@ class RunSpec:
 
     Attributes:
         validation: whether it validates an LR at a target, and is no part of the sweep's ladders.
+        round: of the search that chose it, from 1; 0 for a run of a grid.
+        reason: why the search chose it.
     """
 
     run_id: str
@@ -134,6 +136,8 @@ class RunSpec:
     seed: int
     cost: Cost
     validation: bool = False
+    round: int = 0
+    reason: str = ""
 
     @property
     def base_lr(self) -> float:
@@ -149,6 +153,7 @@ class RunSpec:
             "tokens": self.cost.tokens,
             "flops": self.cost.flops,
             **({"validation": True} if self.validation else {}),
+            **({"round": self.round, "reason": self.reason} if self.round else {}),
         }
 
     def label_columns(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mupsweep.analysis.labels import DONE, Label, label_of
 from mupsweep.analysis.run_result import RunResult
+from mupsweep.formatting import duration
 from mupsweep.store.run_dir import FAILED, FINISHED, PENDING, RUNNING
 from mupsweep.store.sweep_dir import SweepDir
 
@@ -44,6 +45,7 @@ class Board:
         losses: ids of finished runs -> their validation loss, None where they diverged.
         cells: variant and size -> log2 LR -> the runs there.
         counts: number of runs in each state.
+        round: of the search, the last one that is planned; 0 for a grid.
         flops: planned FLOPs of the runs in each state; running runs count in full.
     """
 
@@ -56,6 +58,7 @@ class Board:
         self.cells: dict[Row, dict[float, Cell]] = defaultdict(lambda: defaultdict(Cell))
         self.counts: Counter[str] = Counter()
         self.flops = Counter[str]()
+        self.round = 0
         self._states: dict[str, str] = {}
         self._started: dict[str, tuple[_Watched, dict[str, Any]]] = {}  # runs with a folder and without a result
         self._plan, self._runs = _Watched(sweep.plan_path), _Watched(sweep.runs)
@@ -92,6 +95,7 @@ class Board:
                 self.planned[run_id] = row
                 self.labels[self.label(run_id)].append(run_id)
                 self._set_state(run_id, PENDING, {})
+                self.round = max(self.round, row.get("round", 0))
 
     def _set_state(self, run_id: str, state: str, status: Mapping[str, Any]) -> bool:
         """Move a run to a state; returns whether it was in another one before."""
@@ -155,20 +159,36 @@ class Board:
         passed = time.monotonic() - self._began
         if done > self._flops_at_start and passed > 0:
             return remaining * passed / (done - self._flops_at_start)
-        flops_per_second = 0.0
-        for run_id, status in self.running.items():
-            if speed := status.get("tokens_per_second"):
-                row = self.planned[run_id]
-                flops_per_second += row["flops"] / row["tokens"] * speed
-        return remaining / flops_per_second if flops_per_second else None
+        speed = sum(flops_per_second(self.planned[run_id], status) for run_id, status in self.running.items())
+        return remaining / speed if speed else None
+
+    def time_left(self) -> str | None:
+        """How long the open runs take, for people; None if unknown. More runs may follow a round of a search."""
+        seconds = self.seconds_left() if self.open else None
+        return None if seconds is None else left_text(seconds, self.round)
 
     def _flops_done(self) -> float:
         return sum(self.flops[state] for state in FINISHED) + sum(map(self._partial, self.running))
 
     def _partial(self, run_id: str) -> float:
         """FLOPs that a running run has done."""
-        status = self.running[run_id]
-        return self.planned[run_id].get("flops", 0.0) * status.get("step", 0) / max(1, status.get("steps", 1))
+        return flops_done(self.planned[run_id], self.running[run_id])
+
+
+def flops_done(row: Mapping[str, Any], status: Mapping[str, Any]) -> float:
+    """FLOPs that a running run has done."""
+    return row.get("flops", 0.0) * status.get("step", 0) / max(1, status.get("steps", 1))
+
+
+def flops_per_second(row: Mapping[str, Any], status: Mapping[str, Any]) -> float:
+    """The speed of a running run, 0 while it is not measured."""
+    speed = status.get("tokens_per_second")
+    return row["flops"] / row["tokens"] * speed if speed and row.get("tokens") else 0.0
+
+
+def left_text(seconds: float, round_number: int) -> str:
+    """A time left, for people; after a round of a search others may follow."""
+    return f"about {duration(seconds)} left{' in this round' if round_number else ''}"
 
 
 class _Watched:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.live import Live
 
-from mupsweep.analysis.labels import DIVERGED
+from mupsweep.analysis.labels import DIVERGED, Label, label_of
 from mupsweep.formatting import counted
 from mupsweep.report.terminal.board import Board
 from mupsweep.store.run_dir import FAILED, PENDING, RUNNING
@@ -30,6 +31,7 @@ class Progress:
         self.console = console or Console(highlight=False)
         self.board = Board(sweep)
         self.text: BoardText | None = None
+        self._round = 0
         # the last drawing stays on the screen only where nothing else is printed after it
         self.live = Live(console=self.console, transient=not keep, auto_refresh=False)
 
@@ -39,6 +41,7 @@ class Progress:
 
             self.text = BoardText(self.board)
             self.live.start()
+        self._print_round()
         self._draw()
         return self
 
@@ -51,6 +54,7 @@ class Progress:
     def refresh(self) -> None:
         """Poll the open runs, print a line for those that ended or failed, and redraw the board."""
         ended = self.board.poll()
+        self._print_round()
         first = self.board.finished + self.board.counts[FAILED] - len(ended) + 1
         for count, (run_id, status) in enumerate(ended, first):
             if status["status"] == FAILED or not self.live.is_started:  # the board already shows the others
@@ -71,8 +75,39 @@ class Progress:
             detail = f"at step {summary.get('diverged_at_step')}"
         else:
             detail = f"val_loss {summary['val_loss']:.4f}"
-        speed = f"  {summary['seconds']:.1f}s  {summary['tokens_per_second']:,.0f} tok/s" if summary else ""
-        line = f"[{count:>{len(str(total))}}/{total}] {run_id}  {status['status']}  {detail}{speed}"
+        parts = [run_id, status["status"], detail]
+        if summary:
+            parts += [f"{summary['seconds']:.1f}s", f"{summary['tokens_per_second']:,.0f} tok/s"]
+        if variant := self._variant(self.board.label(run_id)):
+            parts.insert(0, variant)
+        if left := self.board.time_left():
+            parts.append(left)
+        self._print(f"[{count:>{len(str(total))}}/{total}] {'  '.join(parts)}")
+
+    def _print_round(self) -> None:
+        """Print which round of a search began, and why it trains its runs, where no board shows the runs."""
+        if self.board.round == self._round or self.live.is_started:
+            return
+        self._round = self.board.round
+        rows = [row for row in self.board.planned.values() if row.get("round") == self._round]
+        self._print(f"round {self._round} of the search: {counted(len(rows), 'run')}")
+        runs_of: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
+        for row in sorted(rows, key=lambda row: (label_of(row), row["width"] * row["depth"])):
+            runs_of[label_of(row), row["width"], row["depth"], row["reason"]].append(row)
+        for (label, width, depth, reason), runs in runs_of.items():
+            lrs = ", ".join(f"2^{log2_lr:g}" for log2_lr in sorted({row["log2_lr"] for row in runs}))
+            where = ", ".join([*filter(None, [self._variant(label)]), f"width {width}", f"depth {depth}"])
+            self._print(f"  {where}: {counted(len(runs), 'run')} at {lrs}: {reason}")
+
+    def _variant(self, label: Label) -> str:
+        """What tells a variant from the others of the sweep; empty where there are none."""
+        if len(self.board.labels) == 1:
+            return ""
+        from mupsweep.report.names import variant_name  # which imports scipy
+
+        return variant_name(label, list(self.board.labels))
+
+    def _print(self, line: str) -> None:
         self.console.print(line, markup=False, soft_wrap=True)
 
 
@@ -95,7 +130,7 @@ def watch(
 
         def say(line: str) -> None:
             if not progress.live.is_started:  # a board on a terminal shows everything itself
-                progress.console.print(line, markup=False, soft_wrap=True)
+                progress._print(line)
 
         say(_counts_text(board))
         while board.open or (idle_polls < IDLE_POLLS and not is_over()):

@@ -15,6 +15,7 @@ from rich.table import Table
 from mupsweep.analysis.labels import DIVERGED, DONE, label_of
 from mupsweep.errors import MupsweepError, RecordError
 from mupsweep.formatting import counted
+from mupsweep.report.terminal.board import flops_done, flops_per_second, left_text
 from mupsweep.report.terminal.console import console_of, table_of
 from mupsweep.store import slurm_queue
 from mupsweep.store.run_dir import FAILED, FINISHED, PENDING, RUNNING, RunDir
@@ -42,8 +43,9 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
     console = console_of()
     console.show(_run_table(states, queue) if per_run else _size_table(states))
     counts = _counts(states)
+    left = time_left(states)
     unfinished = sum(counts[s] for s in (RUNNING, PENDING, FAILED))
-    console.print("  ".join(f"{name} {count}" for name, count in counts.items()))
+    console.print("  ".join([*(f"{name} {count}" for name, count in counts.items()), *([left] if left else [])]))
     for line in [*queue.lines(), *_search_lines(sweep, unfinished)]:
         console.say(line)
     if states and not unfinished:
@@ -58,6 +60,19 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
             )
         if status["status"] == FAILED:
             console.say(f"failed: {row['run_id']}: {status.get('error', '')} (see {folder.log_path})")
+
+
+def time_left(states: Iterable[RunState]) -> str | None:
+    """How long the open runs take at the speed of those that run now; None where none runs."""
+    remaining, speed, last_round = 0.0, 0.0, 0
+    for row, _, status in states:
+        if status["status"] in (RUNNING, PENDING):
+            remaining += row.get("flops", 0.0)
+            last_round = max(last_round, row.get("round", 0))
+        if status["status"] == RUNNING:
+            remaining -= flops_done(row, status)
+            speed += flops_per_second(row, status)
+    return left_text(remaining / speed, last_round) if speed else None
 
 
 def _run_table(states: Sequence[RunState], queue: slurm_queue.Queue) -> Table:
@@ -126,7 +141,9 @@ def _search_lines(sweep: SweepDir, unfinished: int) -> Iterable[str]:
     if config is None:
         return
     if unfinished:
-        yield f"adaptive search: {counted(unfinished, 'run')} of this round left; more may follow"
+        number = max((row.get("round", 0) for row in sweep.read_plan()), default=0)
+        which = f"round {number}" if number else "this round"
+        yield f"adaptive search: {counted(unfinished, 'run')} of {which} left; more may follow"
         return
     for label, states in _search_states(config, sweep).items():
         for state in states:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,12 +15,15 @@ from rich.console import Console
 
 from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.atomic_files import write_json
+from mupsweep.formatting import duration
 from mupsweep.report.terminal.board import Board
 from mupsweep.report.terminal.board_view import BoardText
 from mupsweep.report.terminal.progress import Progress, watch
 from mupsweep.report.terminal.status import is_over
 from mupsweep.store.run_dir import FAILED, PENDING, RUNNING, RunDir
 from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep import plan
+from mupsweep.sweep.config import load
 
 Rows = list[dict[str, Any]]
 
@@ -185,7 +189,8 @@ def test_watching_ends_with_the_sweep_and_leaves_plain_lines_where_there_is_no_t
     assert [line.split("]")[0] for line in lines[2:-1]] == [f"[{i:2}/16" for i in range(3, 17)]
     diverged = sum(row["status"] == DIVERGED for row in rows)
     assert lines[-1] == f"demo: 16 of 16 runs finished, {diverged} diverged"
-    assert f"{rows[2]['run_id']}  done  val_loss {rows[2]['val_loss']:.4f}  3.5s  44,000 tok/s" in "\n".join(lines)
+    ended = f"] SP  {rows[2]['run_id']}  done  val_loss {rows[2]['val_loss']:.4f}  3.5s  44,000 tok/s"
+    assert any(line.endswith(ended) for line in lines)
     assert "\x1b" not in "\n".join(lines)
 
 
@@ -200,3 +205,68 @@ def test_in_a_terminal_the_board_is_drawn_and_only_failures_are_told(planned: tu
     printed = [line for line in console.file.getvalue().splitlines() if "/16] " in line]  # type: ignore[attr-defined]
     assert len(printed) == 1
     assert f"{rows[2]['run_id']}  failed  ouch  (see " in printed[0]
+
+
+def test_a_line_of_a_pipe_says_the_variant_where_they_differ_and_the_time_left(
+    planned: tuple[SweepDir, Rows],
+) -> None:
+    sweep, results = planned
+    begin(sweep.run(results[4]["run_id"]), step=0)
+    console = Console(file=io.StringIO(), width=40)
+    with Progress(sweep, console) as progress:
+        finish(sweep, results[8:9])
+        progress.refresh()
+    [line] = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert line.startswith(f"[ 1/16] μP  {results[8]['run_id']}  done  val_loss ")
+    assert re.search(r"44,000 tok/s  about \d+s left$", line)
+
+
+def test_a_line_of_a_pipe_names_no_variant_where_there_is_one(
+    rows: Callable[..., Rows], save_sweep: Callable[..., SweepDir]
+) -> None:
+    alone = rows(widths=(32,), log2_lrs=(-8,), seeds=1, parametrizations=("mup",))
+    sweep = save_sweep(alone, pending=1)
+    console = Console(file=io.StringIO(), width=40)
+    with Progress(sweep, console) as progress:
+        finish(sweep, alone)
+        progress.refresh()
+    [line] = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert line.startswith(f"[1/2] {alone[0]['run_id']}  done  val_loss ")
+    assert re.search(r"44,000 tok/s  about \d+s left$", line)
+
+
+def test_status_says_the_time_left_at_the_speed_of_the_running_runs(
+    planned: tuple[SweepDir, Rows], cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    sweep, results = planned
+    assert "left" not in cli("status", str(sweep.path))[1]
+    begin(sweep.run(results[0]["run_id"]), step=150)
+    finish(sweep, results[1:4])
+    # half a run and four of four times its cost, and so for muP: each costs 153,600 tokens at 1,000 a second
+    seconds = (0.5 + 4 * 4 + 4 + 4 * 4) * 153.6
+    assert f"pending 12  failed 0  about {duration(seconds)} left\n" in cli("status", str(sweep.path))[1]
+
+
+def test_a_search_says_its_round_and_why_on_a_pipe_and_in_the_plan(
+    tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    words = ["experiment=smoke", "sweep.search=adaptive", "sweep.width_ratios=[1]", f"out={tmp_path}"]
+    config = load([*words, "parametrization=mup", "sweep.log2_lrs=[-8,-6]"])
+    sweep, first = plan.save(config, "")
+    assert {(run.round, run.reason) for run in first} == {(1, "first runs")}
+    finish(sweep, [{**run.row(), "status": DONE, "val_loss": 3 + 0.1 * run.log2_lr} for run in first])
+    console = Console(file=io.StringIO(), width=40)
+    with Progress(sweep, console) as progress:
+        plan.save(config, "", sweep)
+        progress.refresh()
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    size = f"width {first[0].size.width}, depth {first[0].size.depth}"
+    assert lines == [
+        "round 1 of the search: 2 runs",
+        f"  {size}: 2 runs at 2^-8, 2^-6: first runs",
+        "round 2 of the search: 2 runs",
+        f"  {size}: 2 runs at 2^-9, 2^-7: the best LR has no neighbour on one side",
+    ]
+    assert sorted(run.round for run in plan.load(sweep)) == [1, 1, 2, 2]
+    assert "adaptive search: 2 runs of round 2 left; more may follow" in cli("status", str(sweep.path))[1]
+    assert "round" not in plan.save(load([*words, "sweep.search=grid", "sweep.name=grid"]), "")[1][0].row()
