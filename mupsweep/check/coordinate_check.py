@@ -47,12 +47,12 @@ def check(sweep_config: SweepConfig) -> Iterator[Coordinates]:
     """
     use_threads(sweep_config)
     given = any(override.startswith("sweep.log2_lrs=") for override in sweep_config.overrides)
-    lrs = sorted(sweep_config.sweep.log2_lrs)
     base_log2_lr: dict[tuple[str, str], float] = {}
     for variant in [variant for variant in sweep_config.variants if variant.change is None]:
         # the LR is that of the base shape, where all parametrizations are one
         label = variant.names[:2]
         if label not in base_log2_lr:
+            lrs = sorted(sweep_config.sweep.of(variant.optimizer).log2_lrs)
             base_log2_lr[label] = lrs[len(lrs) // 2] if given else suitable_log2_lr(variant)
         yield coordinates_of(variant, sweep_config.sweep, base_log2_lr[label])
 

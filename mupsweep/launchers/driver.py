@@ -157,7 +157,7 @@ def train(launcher: Launcher, sweep: SweepDir, runs: Sequence[RunSpec]) -> bool:
     """Have a launcher train some runs of a sweep; False if the user stopped it."""
     write_json(sweep.environment_path, environment.describe())
     prepare(runs)
-    for remark in plan.corpus_remarks(runs):
+    for remark in (*plan.grid_remarks(runs), *plan.corpus_remarks(runs)):
         print(f"note: {remark}", file=sys.stderr)
     # A run that failed gets another try, and so does one that finished but has lost its summary.
     for run in runs:

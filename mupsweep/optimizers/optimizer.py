@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from mupsweep.analysis.labels import LARGEST_LOG2_LR
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
 from mupsweep.scaling import Role, UpdateLaw
@@ -39,6 +40,8 @@ class Optimizer(ABC):
         roles: of the tensors that it takes.
         rest: the optimizer (a section with a `kind`) of all other tensors.
         lr_ratio: base LR of `rest` / base LR of this optimizer.
+        log2_lr_range: the octaves in which its best base LRs lie, as a rule; None where nothing is known of them. It
+            makes the default grid and a warning, and changes no run.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Optimizer(ABC):
     roles: tuple[str, ...] = ROLES
     rest: dict[str, Any] | None = None
     lr_ratio: float = 1.0
+    log2_lr_range: tuple[float, ...] | None = None
 
     supported_roles: ClassVar[tuple[str, ...]] = ROLES  # what the algorithm can take at all
     divides_by_weight: ClassVar[bool] = False  # a tensor that starts at zero would never move, or by a wrong amount
@@ -56,6 +60,9 @@ class Optimizer(ABC):
         for key in ("weight_decay", "eps"):
             require(getattr(self, key) >= 0, f"optimizer.{key}", getattr(self, key), "at least 0")
         require(self.lr_ratio > 0, "optimizer.lr_ratio", self.lr_ratio, "a positive number")
+        ends = self.log2_lr_range
+        is_range = ends is None or (len(ends) == 2 and -LARGEST_LOG2_LR <= ends[0] < ends[1] <= LARGEST_LOG2_LR)
+        require(is_range, "optimizer.log2_lr_range", list(ends or ()), "[LOWEST,HIGHEST] in octaves, or null")
         require(len(self.roles) > 0, "optimizer.roles", list(self.roles), f"some of {', '.join(self.supported_roles)}")
         for role in self.roles:
             if role not in ROLES:

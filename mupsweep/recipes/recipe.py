@@ -211,7 +211,7 @@ def settings(resolved: ResolvedVariant, size: Size, base_lr: float) -> dict[str,
         "optimizers": [
             {
                 "kind": f"{type(part.optimizer).__module__}.{type(part.optimizer).__qualname__}",
-                **asdict(part.optimizer),
+                **{key: value for key, value in asdict(part.optimizer).items() if key != "log2_lr_range"},
             }
             for part in resolved.optimizers
         ],

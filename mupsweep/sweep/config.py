@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +29,7 @@ from mupsweep.sweep.launcher_options import LauncherOptions
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 PRECISIONS = ("auto", "fp32", "bf16")
 BATCH_RULES = ("none", "sde")
+ADAMW_RANGE = (-11.0, -5.0)  # where LRs are looked for if an optimizer's yaml does not say
 GRID, ADAPTIVE = "grid", "adaptive"
 VARIANT_SECTIONS = (*COMPARABLE, "data", "training")
 SHARED_SECTIONS = ("sweep", "analysis", "launcher", "tracker", "out", "allow_imports")
@@ -120,6 +121,9 @@ class TrainingConfig:
 class GridConfig:
     """The grid of a sweep. Ratios are target / base; `log2_lrs` are base LRs in octaves.
 
+    `log2_lrs` is a list for all optimizers, or a mapping from the names of optimizers to lists. An optimizer without a
+    list has the LRs of its own range (`log2_lr_range`); `of` gives the grid of one optimizer.
+
     With `search=adaptive` runs are chosen round by round (mupsweep/sweep/size_search.py), beginning with `log2_lrs`.
     `axes` lists the values of other hyperparameters, which vary one at a time (mupsweep/sweep/hyperparameters.py).
     """
@@ -127,7 +131,7 @@ class GridConfig:
     name: str | None = None
     width_ratios: tuple[float, ...] = (1.0,)
     depth_ratios: tuple[float, ...] = (1.0,)
-    log2_lrs: tuple[float, ...] = (-8.0,)
+    log2_lrs: Any = None
     seeds: tuple[int, ...] = (0,)
     pair: bool = False
     search: str = GRID
@@ -146,14 +150,13 @@ class GridConfig:
         require(self.axes is None or isinstance(self.axes, dict), "sweep.axes", self.axes, "{optimizer.lr_ratio:[1,2]}")
         if self.max_flops is not None and self.search != ADAPTIVE:
             raise ConfigError("sweep.max_flops limits a search, and a grid trains all of itself: sweep.search=adaptive")
-        for key in ("width_ratios", "depth_ratios", "log2_lrs", "seeds"):
+        object.__setattr__(self, "log2_lrs", _log2_lrs(self.log2_lrs))
+        for key in ("width_ratios", "depth_ratios", "seeds"):
             values = getattr(self, key)
             require(len(values) > 0, f"sweep.{key}", list(values), "a list with at least one value")
             require(len(set(values)) == len(values), f"sweep.{key}", list(values), "a list without repeats")
         for key in ("width_ratios", "depth_ratios"):
             require(all(v > 0 for v in getattr(self, key)), f"sweep.{key}", list(getattr(self, key)), "positive")
-        octaves = f"octaves, {-LARGEST_LOG2_LR} to {LARGEST_LOG2_LR}"
-        require(all(abs(v) <= LARGEST_LOG2_LR for v in self.log2_lrs), "sweep.log2_lrs", list(self.log2_lrs), octaves)
         if self.pair and len(self.width_ratios) != len(self.depth_ratios):
             raise ConfigError(
                 f"sweep.pair=true pairs width_ratios ({len(self.width_ratios)}) with depth_ratios "
@@ -167,12 +170,44 @@ class GridConfig:
                 "without slashes or a leading dot"
             )
 
+    def of(self, optimizer: Mapping[str, Any]) -> GridConfig:
+        """The grid of one optimizer, whose section this is: `log2_lrs` is its tuple of LRs."""
+        lrs = self.log2_lrs.get(optimizer["name"]) if isinstance(self.log2_lrs, dict) else self.log2_lrs
+        return replace(self, log2_lrs=default_lrs(optimizer.get("log2_lr_range")) if lrs is None else lrs)
+
     @property
     def ratios(self) -> tuple[tuple[float, float], ...]:
         """(width_ratio, depth_ratio) of every size of the grid."""
         if self.pair:
             return tuple(zip(self.width_ratios, self.depth_ratios, strict=True))
         return tuple(itertools.product(self.width_ratios, self.depth_ratios))
+
+
+def default_lrs(log2_lr_range: Sequence[float] | None) -> tuple[float, ...]:
+    """The grid of an optimizer that is given none: octave steps through the range in which its LRs lie."""
+    low, high = log2_lr_range or ADAMW_RANGE
+    return tuple(low + i for i in range(math.floor(high - low) + 1))
+
+
+def _log2_lrs(value: Any, key: str = "sweep.log2_lrs") -> Any:
+    """A list of base LRs in octaves as a tuple of floats, a mapping with such lists, or None."""
+    if value is None:
+        return None
+    if isinstance(value, Mapping) and key == "sweep.log2_lrs":
+        return {str(name): _log2_lrs(lrs, f"{key}: {name}") for name, lrs in value.items()}
+    are_numbers = isinstance(value, list | tuple) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) for v in value
+    )
+    require(are_numbers, key, value, "a list of numbers, as [-8,-7], or {muon:[-5,-4],adamw:[-9,-8]}")
+    lrs = tuple(map(float, value))
+    require(len(lrs) > 0, key, list(lrs), "a list with at least one value")
+    require(len(set(lrs)) == len(lrs), key, list(lrs), "a list without repeats")
+    octaves = f"octaves, {-LARGEST_LOG2_LR} to {LARGEST_LOG2_LR}"
+    require(all(abs(v) <= LARGEST_LOG2_LR for v in lrs), key, list(lrs), octaves)
+    if all(0 < v < 0.25 for v in lrs):
+        guess = ",".join(f"{round(2 * math.log2(v)) / 2:g}" for v in lrs)
+        raise ConfigError(f"{key}={list(lrs)}: these look like LRs, and octaves are wanted: '{key}=[{guess}]'")
+    return lrs
 
 
 @dataclass(frozen=True)
@@ -245,12 +280,6 @@ def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> SweepC
     variants = [{key: tree[key] for key in VARIANT_SECTIONS} for tree in trees]
     shared = {key: trees[0][key] for key in SHARED_SECTIONS}
     config = from_tree({**shared, "variants": variants, "overrides": tuple(overrides)})
-    if all(0 < value < 0.25 for value in config.sweep.log2_lrs):
-        octaves = ",".join(f"{round(2 * math.log2(value)) / 2:g}" for value in config.sweep.log2_lrs)
-        raise ConfigError(
-            f"sweep.log2_lrs={list(config.sweep.log2_lrs)}: these look like LRs, and octaves are wanted: "
-            f"'sweep.log2_lrs=[{octaves}]'"
-        )
     if config.sweep.axes is None:
         return config
     return from_tree({**to_tree(config), "variants": expand(variants, config.sweep.axes)})
@@ -278,6 +307,11 @@ def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
         refuse_foreign_code(section, where, config.allow_imports)
         if where != "data":  # a source needs the whole DataConfig, so its keys were checked there
             instantiate(section, where)
+    if isinstance(config.sweep.log2_lrs, dict):
+        names = {variant.optimizer["name"] for variant in config.variants}
+        for name in config.sweep.log2_lrs:
+            if name not in names:
+                raise ConfigError(f"sweep.log2_lrs: the sweep has no optimizer {name!r}; {nearest(name, names)}")
     return config
 
 

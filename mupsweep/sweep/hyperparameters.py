@@ -76,7 +76,7 @@ def _numeric(variant: Mapping[str, Any]) -> dict[str, float | None]:
     numeric: dict[str, float | None] = {}
     for section in SECTIONS:
         for key, value in _nodes(variant[section], section):
-            if value is None or _is_number(value):
+            if (value is None or _is_number(value)) and "log2_lr_range" not in key:
                 numeric[key] = value
     return numeric
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
@@ -15,10 +16,12 @@ from mupsweep.analysis.labels import Label, label_of
 from mupsweep.analysis.run_result import RunResult
 from mupsweep.data import epochs_remark
 from mupsweep.errors import ConfigError, RecordError
+from mupsweep.formatting import counted
 from mupsweep.models.shape import Size
+from mupsweep.optimizers import Optimizer
 from mupsweep.schema import refuse_foreign_code
 from mupsweep.store.sweep_dir import SweepDir
-from mupsweep.sweep.config import GRID, GridConfig, SweepConfig, from_tree, to_tree
+from mupsweep.sweep.config import GRID, GridConfig, SweepConfig, default_lrs, from_tree, to_tree
 from mupsweep.sweep.cost import Cost
 from mupsweep.sweep.run_identity import digest_of, refuse_namesakes
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, check_batch_shares, check_size_overrides, resolve
@@ -40,7 +43,10 @@ def plan(config: SweepConfig, finished: Iterable[RunResult] = ()) -> list[RunSpe
     check_size_overrides(resolved, config)
     if grid.search != GRID:
         return _longest_first(_search_round(resolved, grid, list(finished)))
-    return _longest_first(run for one in resolved for run in _grid(one, grid.ratios, grid.log2_lrs, grid.seeds))
+    runs: list[RunSpec] = []
+    for one in resolved:
+        runs += _grid(one, grid.ratios, grid.of(one.variant.optimizer).log2_lrs, grid.seeds)
+    return _longest_first(runs)
 
 
 def _search_round(
@@ -228,6 +234,38 @@ def corpus_remarks(runs: Iterable[RunSpec]) -> list[str]:
     one_per_variant = {run.resolved.digest: run for run in runs}.values()
     remarks = (epochs_remark(run.resolved.variant.data, run.cost.tokens) for run in one_per_variant)
     return list(dict.fromkeys(remark for remark in remarks if remark))
+
+
+def grid_remarks(runs: Iterable[RunSpec]) -> list[str]:
+    """A remark where most LRs of an optimizer's grid lie outside the range in which its LRs lie.
+
+    A search may leave the range, since losses lead it there, so only its first round counts.
+    """
+    grids: dict[str, set[float]] = defaultdict(set)
+    optimizers: dict[str, Optimizer] = {}
+    for run in runs:
+        if run.round <= 1 and not run.validation:
+            optimizer = run.resolved.optimizer
+            optimizers[optimizer.name] = optimizer
+            grids[optimizer.name].add(run.log2_lr)
+    remarks = []
+    for name, optimizer in optimizers.items():
+        low, high = optimizer.log2_lr_range or (-math.inf, math.inf)
+        outside = [x for x in grids[name] if not low <= x <= high]
+        if 2 * len(outside) > len(grids[name]):
+            remarks.append(
+                f"{name}: {len(outside)} of {counted(len(grids[name]), 'LR')} lie outside of 2^{low:g} to 2^{high:g}, "
+                f"where its best LRs lie as a rule; {_grid_hint(name, optimizers, grids)}"
+            )
+    return remarks
+
+
+def _grid_hint(name: str, optimizers: Mapping[str, Optimizer], grids: Mapping[str, Iterable[float]]) -> str:
+    """The grids with which an optimizer has its own, and every other one keeps what it has."""
+    lrs = {other: sorted(grids[other]) for other in optimizers} | {name: default_lrs(optimizers[name].log2_lr_range)}
+    lists = [f"{other}:[{','.join(f'{x:g}' for x in values)}]" for other, values in lrs.items()]
+    wanted = lists[0].partition(":")[2] if len(lists) == 1 else f"{{{','.join(lists)}}}"
+    return f"to look there: 'sweep.log2_lrs={wanted}'"
 
 
 def _stored_runs(sweep: SweepDir) -> list[RunSpec]:

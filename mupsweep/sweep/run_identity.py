@@ -40,7 +40,14 @@ def _identifying(variant: Variant) -> dict[str, Any]:
         del tree["training"]["branches"]  # an empty list trains as before the key existed
     if tree["model"].get("attention_multiplier") == 1:
         del tree["model"]["attention_multiplier"]  # a factor of 1 trains as before the key existed
-    return tree
+    return _without(tree, "log2_lr_range")  # of the optimizer and of those that it contains: where LRs are looked for
+
+
+def _without(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """A nested mapping without a key, at any depth."""
+    pruned = {key: _without(value, name) if isinstance(value, dict) else value for key, value in tree.items()}
+    pruned.pop(name, None)
+    return pruned
 
 
 def refuse_namesakes(variants: Iterable[Variant], sweep: SweepDir) -> None:

@@ -38,7 +38,7 @@ def search_states(
     runs_of: dict[Label, list[RunResult]] = {variant.label: [] for variant in variants}
     for run in runs:
         runs_of.get(run.label, []).append(run)
-    states = {v.label: search_state(runs_of[v.label], grid) for v in variants if v.change is None}
+    states = {v.label: search_state(runs_of[v.label], grid.of(v.optimizer)) for v in variants if v.change is None}
     any_default_open = any(state.proposals for sizes in states.values() for state in sizes)
     for default in list(states):
         values = {v.label: v.change.hyperparameter for v in variants if v.change is not None and v.names == default}

@@ -39,7 +39,8 @@ def test_every_shipped_experiment_composes_and_plans(name: str) -> None:
     sweep_config = load([f"experiment={name}"])
     grid = sweep_config.sweep
     runs = plan.plan(sweep_config)
-    assert len(runs) == len(sweep_config.variants) * len(grid.ratios) * len(grid.log2_lrs) * len(grid.seeds)
+    lrs = sum(len(grid.of(variant.optimizer).log2_lrs) for variant in sweep_config.variants)
+    assert len(runs) == lrs * len(grid.ratios) * len(grid.seeds)
     assert len({run.run_id for run in runs}) == len(runs)
 
 
@@ -255,3 +256,78 @@ def test_a_number_that_the_model_cannot_have_is_refused_before_anything_is_train
 
 def test_the_yaml_of_the_analysis_has_the_numbers_of_its_dataclasses() -> None:
     assert load([]).analysis == AnalysisConfig()
+
+
+def lrs_of(words: list[str]) -> dict[str, list[float]]:
+    """The base LRs of every optimizer of a plan."""
+    lrs: dict[str, set[float]] = {}
+    for run in plan.plan(load(["experiment=smoke", "sweep.width_ratios=[1]", *words])):
+        lrs.setdefault(run.resolved.optimizer.name, set()).add(run.log2_lr)
+    return {name: sorted(values) for name, values in lrs.items()}
+
+
+def test_optimizers_have_a_grid_each_by_default_and_by_name() -> None:
+    adamw, muon = [-11.0, -10.0, -9.0, -8.0, -7.0, -6.0, -5.0], [-7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0]
+    both = "optimizer=adamw,muon"
+    assert lrs_of([both, "sweep.log2_lrs=null"]) == {"adamw": adamw, "muon": muon}
+    assert lrs_of([both, "sweep.log2_lrs={muon:[-4,-3.5],adamw:[-9]}"]) == {"adamw": [-9], "muon": [-4, -3.5]}
+    assert lrs_of([both, "sweep.log2_lrs={muon:[-4]}"]) == {"adamw": adamw, "muon": [-4]}
+    assert lrs_of([both, "sweep.log2_lrs=[-5,-4]"]) == {"adamw": [-5, -4], "muon": [-5, -4]}
+    assert lrs_of(["sweep.log2_lrs=null", "optimizer.log2_lr_range=null"]) == {"adamw": adamw}
+    assert lrs_of(["sweep.log2_lrs=null", "optimizer.log2_lr_range=[-3.5,-1]"]) == {"adamw": [-3.5, -2.5, -1.5]}
+    tree = to_tree(load([both, "sweep.log2_lrs={muon:[-4],adamw:[-9]}"]))
+    assert from_tree(yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(tree))))).sweep.log2_lrs == {
+        "muon": (-4.0,),
+        "adamw": (-9.0,),
+    }
+
+
+@pytest.mark.parametrize(
+    ("word", "complaint"),
+    [
+        ("sweep.log2_lrs={muo:[-4]}", "sweep.log2_lrs: the sweep has no optimizer 'muo'; did you mean 'muon'? valid: "),
+        ("sweep.log2_lrs={muon:-4}", "sweep.log2_lrs: muon=-4: expected a list of numbers"),
+        ("sweep.log2_lrs={muon:[]}", "sweep.log2_lrs: muon=[]: expected a list with at least one value"),
+        ("sweep.log2_lrs={muon:[-4,-4]}", "sweep.log2_lrs: muon=[-4.0, -4.0]: expected a list without repeats"),
+        ("sweep.log2_lrs={muon:[99]}", "sweep.log2_lrs: muon=[99.0]: expected octaves, -64 to 64"),
+        ("sweep.log2_lrs={muon:[0.01]}", "these look like LRs, and octaves are wanted"),
+        ("sweep.log2_lrs={muon:{a:[-4]}}", "sweep.log2_lrs: muon={'a': [-4]}: expected a list of numbers"),
+        ("optimizer.log2_lr_range=[-1,-7]", "optimizer.log2_lr_range=[-1.0, -7.0]: expected [LOWEST,HIGHEST]"),
+    ],
+)
+def test_a_wrong_grid_of_an_optimizer_is_one_line(word: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(complaint)) as caught:
+        load(["optimizer=adamw,muon", word])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_range_of_lrs_is_no_part_of_a_runs_identity_and_no_hyperparameter() -> None:
+    words = ["experiment=smoke", "optimizer=shampoo2"]  # with a graft and a rest, which are optimizers too
+    ranges = [[], ["optimizer.log2_lr_range=null"], ["optimizer.rest.log2_lr_range=[-2,0]"]]
+    ids = [[run.run_id for run in plan.plan(load([*words, *others]))] for others in ranges]
+    assert ids[0] == ids[1] == ids[2]
+    with pytest.raises(ConfigError, match="no key with a number"):
+        load([*words, "sweep.axes={optimizer.log2_lr_range.0:[-3]}"])
+
+
+@pytest.mark.parametrize("name", [name for name in choices("optimizer") if name != "foreign"])
+def test_every_optimizer_says_where_its_lrs_lie(name: str) -> None:
+    low, high = load([f"optimizer={name}"]).variants[0].optimizer["log2_lr_range"]
+    assert 4 <= high - low <= 8
+
+
+def test_the_plan_warns_of_a_grid_that_lies_mostly_outside_of_an_optimizers_range() -> None:
+    def remarks(*words: str) -> list[str]:
+        return plan.grid_remarks(plan.plan(load(["experiment=smoke", *words])))
+
+    words = "optimizer=adamw,muon", "sweep.log2_lrs=[-11,-10,-9,-8,-7,-6,-5]"
+    assert remarks(*words) == [
+        "muon: 4 of 7 LRs lie outside of 2^-7 to 2^-1, where its best LRs lie as a rule; to look there: "
+        "'sweep.log2_lrs={adamw:[-11,-10,-9,-8,-7,-6,-5],muon:[-7,-6,-5,-4,-3,-2,-1]}'"
+    ]
+    assert remarks("optimizer=adamw", "sweep.log2_lrs=[-4,-3]") == [
+        "adamw: 2 of 2 LRs lie outside of 2^-11 to 2^-5, where its best LRs lie as a rule; to look there: "
+        "'sweep.log2_lrs=[-11,-10,-9,-8,-7,-6,-5]'"
+    ]
+    assert remarks("optimizer=adamw,muon", "sweep.log2_lrs=[-8,-7,-6,-5]") == []  # half of Muon's
+    assert remarks("optimizer=adamw,muon", "sweep.log2_lrs=null") == []

@@ -129,3 +129,13 @@ def test_a_value_that_diverges_at_every_lr_ends_at_the_base() -> None:
 def test_the_base_is_ratio_one_or_else_the_smallest_size() -> None:
     assert base_of(load(SEARCH).sweep) == (1.0, 1.0)
     assert base_of(load([*SEARCH, "sweep.width_ratios=[4,2]"]).sweep) == (2.0, 1.0)
+
+
+def test_a_search_begins_with_the_lrs_of_each_optimizer() -> None:
+    first = plan.plan(
+        load(
+            [*SEARCH[:3], "optimizer=adamw,muon", "sweep.log2_lrs={adamw:[-9,-7],muon:[-5,-3]}", "data.tokenizer=bytes"]
+        )
+    )
+    lrs = {name: {run.log2_lr for run in first if run.resolved.optimizer.name == name} for name in ("adamw", "muon")}
+    assert lrs == {"adamw": {-9, -7}, "muon": {-5, -3}}

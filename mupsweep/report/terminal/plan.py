@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -21,7 +21,7 @@ from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import GRID, SweepConfig, from_tree
 from mupsweep.sweep.cost import FLOPS_PER_SECOND
 from mupsweep.sweep.launcher_options import LauncherOptions
-from mupsweep.sweep.plan import corpus_remarks, load, next_round, plan, sweep_dir
+from mupsweep.sweep.plan import corpus_remarks, grid_remarks, load, next_round, plan, sweep_dir
 from mupsweep.sweep.run_identity import digest_of, refuse_namesakes
 from mupsweep.sweep.run_spec import RunSpec, resolve
 
@@ -47,7 +47,8 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
         return
     console = console_of()
     console.show(_size_table(runs, status))
-    console.say(_grid_text(runs))
+    for line in _grid_lines(runs):
+        console.say(line)
     if open_runs:
         price = price_text(open_runs, config.launcher_options)
         console.say(
@@ -58,7 +59,7 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
         console.say(f"nothing to train: {counted(len(runs), 'run')} finished")
     if searches:
         console.say(_search_remark(config, first=not exists))
-    for remark in (*corpus_remarks(runs), *(_refusals(config, sweep) if exists else ())):
+    for remark in (*grid_remarks(runs), *corpus_remarks(runs), *(_refusals(config, sweep) if exists else ())):
         console.say(f"note: {remark}")
     console.say(f"folder: {sweep.path}")
 
@@ -138,12 +139,23 @@ def _refusals(config: SweepConfig, sweep: SweepDir) -> Iterable[str]:
             yield f"mupsweep run would refuse this: {error}"
 
 
-def _grid_text(runs: Sequence[RunSpec]) -> str:
-    """The number and range of LRs, as values beside the powers of two of the config, and the number of seeds."""
-    lrs, seeds = sorted({run.log2_lr for run in runs}), len({run.seed for run in runs})
-    ends = sorted({lrs[0], lrs[-1]})
-    numbers, octaves = " to ".join(f"{2**x:.3g}" for x in ends), " to ".join(f"2^{x:g}" for x in ends)
-    return f"base LRs: {len(lrs)}, {numbers} ({octaves}); seeds: {seeds}"
+def _grid_lines(runs: Sequence[RunSpec]) -> Iterator[str]:
+    """The number and range of LRs, as values beside the powers of two of the config, and the number of seeds.
+
+    Optimizers with the same LRs share a line.
+    """
+    lrs_of: dict[str, set[float]] = defaultdict(set)
+    for run in runs:
+        lrs_of[run.resolved.optimizer.name].add(run.log2_lr)
+    seeds = len({run.seed for run in runs})
+    names_of: dict[tuple[float, ...], list[str]] = defaultdict(list)
+    for name, values in lrs_of.items():
+        names_of[tuple(sorted(values))].append(name)
+    for lrs, names in names_of.items():
+        ends = sorted({lrs[0], lrs[-1]})
+        numbers, octaves = " to ".join(f"{2**x:.3g}" for x in ends), " to ".join(f"2^{x:g}" for x in ends)
+        of_which = "" if len(names_of) == 1 else f" of {', '.join(sorted(names))}"
+        yield f"base LRs{of_which}: {len(lrs)}, {numbers} ({octaves}); seeds: {seeds}"
 
 
 def _search_remark(config: SweepConfig, first: bool) -> str:

@@ -21,23 +21,22 @@ RULE_KEYS = ("multiplier", "init_std", "lr", "weight_decay", "eps")
 
 def show_rules(config: SweepConfig, as_json: bool, per_tensor: bool) -> None:
     """Print the scaling rules of every variant: exponents per role, numbers per size, and the audit."""
-    lrs = sorted(config.sweep.log2_lrs)
-    base_lr = 2.0 ** lrs[len(lrs) // 2]
     resolved_variants = [resolve(variant) for variant in config.variants]
     if as_json:
-        documents = [_document(resolved, config, base_lr) for resolved in resolved_variants]
+        documents = [_document(resolved, config) for resolved in resolved_variants]
         print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
         return
     console = console_of()
     for resolved in resolved_variants:
+        log2_lr = _middle_log2_lr(resolved, config)
         console.print(f"\n{'/'.join(resolved.variant.label)}", style="bold")
         console.show(_symbol_table(resolved))
         for r_n, r_L in config.sweep.ratios:
             size = resolved.size(r_n, r_L)
-            rows = rules(resolved, size, base_lr)
+            rows = rules(resolved, size, 2.0**log2_lr)
             attention = multipliers(resolved, size).attention
             console.print(
-                f"width {size.width} (x{r_n:g}), depth {size.depth} (x{r_L:g}), base LR 2^{lrs[len(lrs) // 2]:g}, "
+                f"width {size.width} (x{r_n:g}), depth {size.depth} (x{r_L:g}), base LR 2^{log2_lr:g}, "
                 f"attention scale {attention:.4g}"
             )
             console.show(_rule_table(rows, per_tensor))
@@ -49,7 +48,13 @@ def show_rules(config: SweepConfig, as_json: bool, per_tensor: bool) -> None:
     console.say("audit: every tensor has one role, one optimizer and one LR; no contradiction found")
 
 
-def _document(resolved: ResolvedVariant, config: SweepConfig, base_lr: float) -> dict[str, Any]:
+def _middle_log2_lr(resolved: ResolvedVariant, config: SweepConfig) -> float:
+    """The middle one of a variant's base LRs."""
+    lrs = sorted(config.sweep.of(resolved.variant.optimizer).log2_lrs)
+    return lrs[len(lrs) // 2]
+
+
+def _document(resolved: ResolvedVariant, config: SweepConfig) -> dict[str, Any]:
     """What `mupsweep rules --json` prints of a variant."""
     model, optimizer, parametrization = resolved.variant.names
     roles = {}
@@ -65,7 +70,7 @@ def _document(resolved: ResolvedVariant, config: SweepConfig, base_lr: float) ->
     sizes = []
     for r_n, r_L in config.sweep.ratios:
         size = resolved.size(r_n, r_L)
-        rows = rules(resolved, size, base_lr)
+        rows = rules(resolved, size, 2.0 ** _middle_log2_lr(resolved, config))
         sizes.append(
             {
                 "width": size.width,
