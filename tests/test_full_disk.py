@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_a_folder_that_may_only_be_read_is_named_in_one_line_and_can_be_looked_a
     sweep = str(out / "smoke")
     assert call("run", *SMALL, *INLINE, f"out={out}")[0] == 0
     disk("remount,ro")
-    for command in (["run", *SMALL, *INLINE, f"out={out}"], ["report", sweep], ["run", *SMALL, *LOCAL, f"out={out}"]):
+    for command in (["run", *SMALL, *INLINE, f"out={out}"], ["run", *SMALL, *LOCAL, f"out={out}"]):
         code, lines = call(*command)
         assert code == 2
         (line,) = lines
@@ -93,6 +94,60 @@ def test_a_folder_that_may_only_be_read_is_named_in_one_line_and_can_be_looked_a
         assert "Read-only file system" in line
     assert call("worker", sweep) == (0, [])  # nothing is left to train
     assert call("status", sweep) == (0, [])
+
+
+def test_a_sweep_that_may_only_be_read_is_judged_and_its_results_go_elsewhere(
+    disk: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = disk("size=20m")
+    sweep = str(out / "smoke")
+    assert call("run", *SMALL, "sweep.width_ratios=[1,2]", *INLINE, f"out={out}")[0] == 0
+    target = ["--to", "width=64"]
+    recipe = json.loads(mupsweep("transfer", sweep, *target, "--json")[1])
+    written = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    disk("remount,ro")
+    for command in (["transfer", sweep], ["report", sweep], ["transfer", sweep, *target]):
+        code, printed, err = mupsweep(*command)
+        assert code == 0
+        (line,) = without_notes(err)
+        assert line.startswith(f"nothing is written, {sweep}/results")
+        assert line.endswith("Read-only file system; --results DIR writes elsewhere")
+        assert "width 64" in printed if target[0] in command else "nanogpt/adamw/spectral" in printed
+        assert "wrote" not in printed
+
+    elsewhere = tmp_path / "verdicts" / "theirs"
+    code, printed, err = mupsweep("transfer", sweep, "--results", str(elsewhere))
+    assert (code, without_notes(err)) == (0, [])
+    assert f"{elsewhere}/report.html" in printed
+    code, printed, err = mupsweep("transfer", sweep, *target, "--results", str(elsewhere))
+    assert (code, without_notes(err)) == (0, [])
+    names = {str(path.relative_to(elsewhere)) for path in elsewhere.rglob("*") if path.is_file()}
+    assert names >= {
+        "transfer.json",
+        "runs.csv",
+        "curves.csv",
+        "report.html",
+        "figures/curves.png",
+        "figures/drift.svg",
+    }
+    (stored,) = elsewhere.glob("recipe-*.json")
+    assert json.loads(stored.read_text()) == recipe[0]
+    assert {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()} == written
+
+    code, _, err = mupsweep("transfer", sweep, "--results", f"{out}/elsewhere")  # what was asked for is not done
+    assert code == 2
+    assert "Read-only file system" in without_notes(err)[-1]
+
+
+def test_two_sweeps_and_a_table_have_results_where_they_are_asked_for(undisturbed: SweepDir, tmp_path: Path) -> None:
+    before = sorted(path for path in undisturbed.path.rglob("*"))
+    assert call("transfer", str(undisturbed.path), str(undisturbed.path), "--results", str(tmp_path / "two"))[0] == 0
+    table = str(undisturbed.results / "runs.csv")
+    assert call("transfer", "--from", table, "--results", str(tmp_path / "table"))[0] == 0
+    for name in ("two", "table"):
+        assert json.loads((tmp_path / name / "transfer.json").read_text())["groups"]
+        assert (tmp_path / name / "figures" / "curves.png").is_file()
+    assert sorted(path for path in undisturbed.path.rglob("*")) == before
 
 
 def test_a_worker_that_cannot_claim_or_log_ends_in_one_line(disk: Callable[[str], Path]) -> None:

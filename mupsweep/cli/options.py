@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,4 +21,8 @@ ConfigDir = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 3 when a verdict is 'drifts'.")]
+Results = Annotated[
+    Path | None,
+    typer.Option("--results", metavar="DIR", help="Write tables, figures and recipes there, and nothing to the sweep."),
+]
 Sweep = Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's folder.")]

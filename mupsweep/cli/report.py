@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mupsweep.cli.options import Sweep
+from mupsweep.cli.options import Results, Sweep
 
 
 def report(
@@ -21,6 +21,7 @@ def report(
         str | None,
         typer.Option(metavar="LOOK", help="Also draw the figures in this look: paper adds PDF at journal widths."),
     ] = None,
+    results: Results = None,
 ) -> None:
     """Write a sweep's tables, figures and report.html again.
 
@@ -34,4 +35,4 @@ def report(
         if next_round:
             continue_sweep(SweepDir.open(sweep))
     finally:
-        generate([SweepDir.open(sweep)], figures=figures)
+        generate([SweepDir.open(sweep)], figures=figures, results=results)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mupsweep.cli.options import Json, Strict
+from mupsweep.cli.options import Json, Results, Strict
 from mupsweep.recipes import JSON, names
 
 TARGET = ("width", "depth", "tokens")  # what --to says
@@ -78,6 +78,7 @@ def transfer(
     ] = None,
     optimizer: Annotated[str | None, typer.Option(help="Only this optimizer.")] = None,
     parametrization: Annotated[str | None, typer.Option(help="Only this parametrization.")] = None,
+    results: Results = None,
     json: Json = False,
     strict: Strict = False,
 ) -> None:
@@ -119,10 +120,10 @@ def transfer(
         if shape:
             of_base = [word for word in settings if word not in shape]
             verdicts = export_table(
-                table, options, shape, of_base, optimizer, parametrization, json, form, overrides, save
+                table, options, shape, of_base, optimizer, parametrization, json, form, overrides, save, results
             )
         else:
-            verdicts = conclude_table(table, options, json, optimizer, parametrization, save, overrides)
+            verdicts = conclude_table(table, options, json, optimizer, parametrization, save, overrides, results)
     elif validate:
         if len(folders) != 1 or not to:
             raise ConfigError(
@@ -131,9 +132,11 @@ def transfer(
         if form != JSON or overrides:
             what = f"--format {form}" if form != JSON else overrides[0]
             raise ConfigError(f"{what} is not of --validate, which trains: leave it out, or leave --validate out")
+        if results is not None:
+            raise ConfigError("--results is not of --validate, which adds runs to the sweep: leave one of them out")
         raise typer.Exit(train_target(folders[0], read_target(shape), optimizer, parametrization, json, strict, yes))
     elif shape:
-        verdicts = export(folders, shape, optimizer, parametrization, json, form, overrides)
+        verdicts = export(folders, shape, optimizer, parametrization, json, form, overrides, results)
     else:
-        verdicts = generate(folders, json, optimizer, parametrization, overrides=overrides)
+        verdicts = generate(folders, json, optimizer, parametrization, overrides=overrides, results=results)
     raise typer.Exit(DRIFTS_EXIT_CODE if strict and "drifts" in verdicts else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import sys
@@ -20,8 +21,8 @@ from mupsweep.recipes import JSON, check, recipe, validation
 from mupsweep.recipes import export as export_format
 from mupsweep.report.results_files import save_runs, to_json, write_results
 from mupsweep.schema import LARGEST
-from mupsweep.store.results import RunCounts, read, read_runs
-from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.store.results import read, read_runs
+from mupsweep.store.sweep_dir import FIGURES, SweepDir
 from mupsweep.store.tables import Table, TableOptions, read_table
 from mupsweep.sweep import plan
 from mupsweep.sweep.compose import COMPARABLE, choices
@@ -29,6 +30,8 @@ from mupsweep.sweep.config import analysis_config, load
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, resolve
 from mupsweep.sweep.tensor_rules import TensorRule, rules
 from mupsweep.trackers.wandb import project
+
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # errors of a folder that may not be written
 
 
 def generate(
@@ -39,13 +42,17 @@ def generate(
     figures: str | None = None,
     overrides: Sequence[str] = (),
     trials: Sequence[validation.Trial] = (),
+    results: Path | None = None,
 ) -> list[str]:
     """Analyse some sweeps together, write the results of a single one, print the outcome, return the verdicts.
+
+    A folder that may not be written, such as a colleague's, is judged like any other.
 
     Args:
         figures: a further style to draw the figures in, a key of `theme.FIGURE_STYLES`.
         overrides: of the first sweep's `analysis`.
         trials: of the first sweep, whose targets have been trained.
+        results: the folder to write to, also of several sweeps; None for the sweep's own.
     """
     from mupsweep.report.terminal import verdicts
 
@@ -55,6 +62,7 @@ def generate(
         from mupsweep.report.figures import theme
 
         theme.figure_style(figures)  # this, and a damaged config, are refused before anything is written
+    sweeps = [replace(sweep, results_folder=results) for sweep in sweeps]
     trees = [sweep.read_config() for sweep in sweeps]
     config = analysis_config(trees[0], overrides)
     # before the runs are read: of 100,000, plan and results together would take the most memory
@@ -63,9 +71,15 @@ def generate(
     analysis = analyse(rows, config)
     files: list[Path] = []
     unwritten: RecordError | None = None
-    if len(sweeps) == 1:
+    if len(sweeps) == 1 or results is not None:
         try:
-            files = write_views(sweeps[0], analysis, shown_rules, ledgers[0], figures)
+            files += write_views(sweeps[0].results, analysis, figures)
+            if len(sweeps) == 1 and analysis.curves:
+                from mupsweep.report.html import page
+
+                files.insert(0, page.write(sweeps[0], analysis, shown_rules, ledgers[0]))
+            if results is None:
+                trackers.log_results(sweeps[0])
         except RecordError as error:  # somebody else's folder, or a full disk: what it says can still be read
             unwritten = error
     shown = analysis.select(optimizer, parametrization) if analysis.groups else analysis
@@ -76,7 +90,7 @@ def generate(
         advice = verdicts.advice_on(shown, sweeps[0]) if len(sweeps) == 1 else ()
         verdicts.show_analysis(shown, list(zip((s.path for s in sweeps), counts, strict=True)), files, advice)
     if unwritten is not None:
-        raise unwritten
+        _say_unwritten(unwritten, results)
     _conclude_validation(sweeps[0], analysis, trials, as_json)
     return [group.verdict for group in shown.groups]
 
@@ -89,24 +103,29 @@ def conclude_table(
     parametrization: str | None,
     save: Path | None = None,
     overrides: Sequence[str] = (),
+    results: Path | None = None,
 ) -> list[str]:
     """Analyse runs that were trained elsewhere, print the outcome, return the verdicts.
 
     Args:
         source: a file, "-" for stdin, or wandb:ENTITY/PROJECT.
-        save: write the runs there; nothing else is written.
+        save: write the runs there.
         overrides: of `analysis`.
+        results: write tables and figures to this folder; nothing is written without it.
     """
     from mupsweep.report.terminal import verdicts
 
     table = _read(source, options, save)
     analysis = analyse(table.runs, analysis_config({}, overrides))
+    files = [] if save is None else [save]
+    if results is not None:
+        files += write_views(results, analysis)
     shown = analysis.select(optimizer, parametrization)
     if as_json:
         print(json.dumps({**to_json(shown), "notes": list(table.notes)}, indent=2))
     else:
         shown = replace(shown, remarks=(*table.notes, *shown.remarks))
-        verdicts.show_analysis(shown, [], [] if save is None else [save])
+        verdicts.show_analysis(shown, [], files)
     return [group.verdict for group in shown.groups]
 
 
@@ -120,26 +139,31 @@ def _read(source: str, options: TableOptions, save: Path | None) -> Table:
     return table
 
 
-def write_views(
-    sweep: SweepDir,
-    analysis: Analysis,
-    shown_rules: Sequence[tuple[str, Sequence[TensorRule]]],
-    ledger: RunCounts,
-    style: str | None,
-) -> list[Path]:
-    """results/: tables, and figures and the report once there is something to see."""
-    write_results(sweep, analysis)
-    files = [sweep.results / "transfer.json", sweep.results / "runs.csv"]
+def write_views(folder: Path, analysis: Analysis, style: str | None = None) -> list[Path]:
+    """Write tables to a folder of results, and figures once there is something to see; return what people look at."""
+    write_results(folder, analysis)
+    files = [folder / "transfer.json", folder / "runs.csv"]
     if analysis.curves:
         from mupsweep.report.figures import curves
-        from mupsweep.report.html import page
 
-        curves.draw(analysis, sweep.figures)
+        figures = folder / FIGURES
+        curves.draw(analysis, figures)
         if style is not None:
-            files += curves.draw(analysis, sweep.figures / style, style)
-        files = [page.write(sweep, analysis, shown_rules, ledger), sweep.figures, *files]
-    trackers.log_results(sweep)
+            files += curves.draw(analysis, figures / style, style)
+        files = [figures, *files]
     return files
+
+
+def _say_unwritten(error: RecordError, results: Path | None) -> None:
+    """Say that a sweep which may only be read got no results, and where they can be written.
+
+    Raises:
+        RecordError: the folder could be written, were it not for a full disk, or is the one that was asked for.
+    """
+    reason = error.__cause__
+    if results is not None or not isinstance(reason, OSError) or reason.errno not in READ_ONLY:
+        raise error
+    print(f"nothing is written, {reason.filename}: {reason.strerror}; --results DIR writes elsewhere", file=sys.stderr)
 
 
 def _conclude_validation(sweep: SweepDir, analysis: Analysis, trials: Sequence[validation.Trial], silent: bool) -> None:
@@ -162,12 +186,14 @@ def export(
     as_json: bool = False,
     form: str = JSON,
     overrides: Sequence[str] = (),
+    results: Path | None = None,
 ) -> list[str]:
     """Print the recipe of every chosen variant for a target, write it to the first sweep's results, return verdicts.
 
     Args:
         form: of the file that is written beside the JSON, a name of `recipes.names()`.
         overrides: of the first sweep's `analysis`.
+        results: the folder to write to; None for the first sweep's own.
     """
     dims = read_target(target)
     check(form)
@@ -193,7 +219,7 @@ def export(
     contents, refused = _of_every_variant(groups, recipe_of)
     for line in refused:
         print(f"no recipe for {line}", file=sys.stderr)
-    _write_recipes(contents, sweeps[0].results, form, as_json, "tokens" in dims)
+    _write_recipes(contents, results, sweeps[0].results, form, as_json, "tokens" in dims)
     return [content["verdict"] for content in contents]
 
 
@@ -208,6 +234,7 @@ def export_table(
     form: str = JSON,
     overrides: Sequence[str] = (),
     save: Path | None = None,
+    results: Path | None = None,
 ) -> list[str]:
     """Print the LR of every chosen variant of a table for a target, return verdicts; with a base, write whole recipes.
 
@@ -217,6 +244,10 @@ def export_table(
         form: of the file that is written beside the JSON, a name of `recipes.names()`.
         overrides: of `analysis`.
         save: write the runs there, in the form of runs.csv.
+        results: the folder for recipes; None for this one.
+
+    Raises:
+        ConfigError: a folder for recipes without the base that recipes need.
     """
     from mupsweep.report.terminal import verdicts
 
@@ -227,6 +258,8 @@ def export_table(
             f"--format {form} needs the settings of the base, which a table does not have: add "
             "--base model=NAME optimizer=NAME parametrization=NAME"
         )
+    if results is not None and not base:
+        raise ConfigError("--results is for the recipes of a table, which need its base: add --base model=NAME ...")
     table = _read(source, options, save)
     groups = analyse(table.runs, analysis_config({}, overrides)).select(optimizer, parametrization).groups
     contents, refused = _of_every_variant(
@@ -235,7 +268,7 @@ def export_table(
     for line in (*table.notes, *(f"no LR for {line}" for line in refused)):
         print(line, file=sys.stderr)
     if base:
-        _write_recipes(contents, Path(), form, as_json, "tokens" in dims)
+        _write_recipes(contents, results, Path(), form, as_json, "tokens" in dims)
     elif as_json:
         print(json.dumps(contents, indent=2))
     else:
@@ -277,27 +310,47 @@ def _base_of(ladders: Sequence[LadderResult], words: Sequence[str]) -> ResolvedV
 
 
 def _write_recipes(
-    contents: Sequence[dict[str, Any]], folder: Path, form: str, as_json: bool, of_horizon: bool
+    contents: Sequence[dict[str, Any]],
+    results: Path | None,
+    own_folder: Path,
+    form: str,
+    as_json: bool,
+    of_horizon: bool,
 ) -> None:
-    """Write recipes to a folder, in another form too, and print them."""
+    """Write recipes to a folder, in another form too, and print them.
+
+    Args:
+        contents: the recipes.
+        results: the folder that was asked for, if any.
+        own_folder: where they are written otherwise, unless it may not be written.
+        form: of the file beside the JSON.
+        as_json: whether they are printed as JSON.
+        of_horizon: whether names of files say the horizon.
+    """
     from mupsweep.report.terminal import verdicts
 
     several = len({content["model"] for content in contents}) > 1
     exports = [None if form == JSON else export_format(form, content) for content in contents]  # or refuse
-    make_folder(folder)
+    folder = own_folder if results is None else results
+    unwritten: RecordError | None = None
     for content, exported in zip(contents, exports, strict=True):
         path = folder / f"{_file_name(content, several, of_horizon)}.json"
-        write_json(path, content)
-        exported_path = path
-        if exported is not None:
-            exported_path = path.with_name(f"{path.stem}-{form}{exported.suffix}")
-            write_text(exported_path, exported.text)
+        texts = {} if exported is None else {path.with_name(f"{path.stem}-{form}{exported.suffix}"): exported.text}
+        files: list[Path] = []
+        try:
+            make_folder(folder)
+            write_json(path, content)
+            for exported_path, text in texts.items():
+                write_text(exported_path, text)
+            files = [path, *texts]
+        except RecordError as error:  # what it says can still be read
+            unwritten = error
         if not as_json:
-            verdicts.show_recipe(
-                content, list(dict.fromkeys((path, exported_path))), exported.limits if exported else ()
-            )
+            verdicts.show_recipe(content, files, exported.limits if exported and files else ())
     if as_json:
         print(json.dumps(contents, indent=2))
+    if unwritten is not None:
+        _say_unwritten(unwritten, results)
 
 
 def _file_name(content: dict[str, Any], several_models: bool, of_horizon: bool) -> str:

@@ -20,15 +20,14 @@ from mupsweep.analysis.run_result import CHANGE_COLUMNS, COLUMNS, RunResult
 from mupsweep.analysis.transfer import LadderResult
 from mupsweep.atomic_files import make_folder, replace_file, write_chunks, write_json
 from mupsweep.errors import RecordError
-from mupsweep.store.sweep_dir import SweepDir
 
 
-def write_results(sweep: SweepDir, analysis: Analysis) -> None:
-    """results/runs.csv, curves.csv and transfer.json."""
-    make_folder(sweep.results)
-    write_chunks(sweep.results / "runs.csv", _runs_csv([*analysis.runs, *analysis.changed]))
-    write_chunks(sweep.results / "curves.csv", _curve_csv([*analysis.curves, *analysis.changed_curves]))
-    write_json(sweep.results / "transfer.json", to_json(analysis))
+def write_results(folder: Path, analysis: Analysis) -> None:
+    """Write runs.csv, curves.csv and transfer.json to a folder of results."""
+    make_folder(folder)
+    write_chunks(folder / "runs.csv", _runs_csv([*analysis.runs, *analysis.changed]))
+    write_chunks(folder / "curves.csv", _curve_csv([*analysis.curves, *analysis.changed_curves]))
+    write_json(folder / "transfer.json", to_json(analysis))
 
 
 def save_runs(path: Path, runs: Iterable[RunResult]) -> None:

@@ -30,13 +30,20 @@ from mupsweep.store.lease import Lease
 from mupsweep.store.run_dir import RunDir, _plain
 
 log = logging.getLogger("mupsweep")
+FIGURES = "figures"  # the folder of figures in a folder of results
 
 
 @dataclass(frozen=True)
 class SweepDir:
-    """The folder of a sweep."""
+    """The folder of a sweep.
+
+    Attributes:
+        path: the folder.
+        results_folder: where results are written; None for the sweep's own.
+    """
 
     path: Path
+    results_folder: Path | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> SweepDir:
@@ -94,16 +101,16 @@ class SweepDir:
 
     @property
     def results(self) -> Path:
-        return self.path / "results"
+        return self.path / "results" if self.results_folder is None else self.results_folder
 
     @property
     def check_path(self) -> Path:
         """The outcome of a coordinate check of this sweep's config, if one was kept."""
-        return self.results / "check.json"
+        return self.path / "results" / "check.json"
 
     @property
     def figures(self) -> Path:
-        return self.results / "figures"
+        return self.results / FIGURES
 
     @property
     def trackers(self) -> Path:

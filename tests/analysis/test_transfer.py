@@ -151,7 +151,7 @@ def test_the_same_records_always_give_the_same_numbers() -> None:
 
 def test_results_have_the_documented_keys(tmp_path: Path) -> None:
     sweep = SweepDir(tmp_path)
-    write_results(sweep, analyse(results(rows())))
+    write_results(sweep.results, analyse(results(rows())))
     written = json.loads((sweep.results / "transfer.json").read_text())
     assert set(written) == {"groups", "comparisons", "remarks", "confidence", "tolerance"}
     assert written["tolerance"] == {

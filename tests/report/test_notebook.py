@@ -44,7 +44,7 @@ def test_the_example_of_the_module_says_what_it_prints(finished: SweepDir) -> No
 def test_frames_hold_what_the_csv_files_hold(finished: SweepDir) -> None:
     pandas = pytest.importorskip("pandas")
     sweep = mupsweep.load("sweeps/demo")
-    write_results(finished, sweep.analysis)
+    write_results(finished.results, sweep.analysis)
     for frame, name in ((sweep.runs_frame(), "runs.csv"), (sweep.curves_frame(), "curves.csv")):
         pandas.testing.assert_frame_equal(frame, pandas.read_csv(finished.results / name), check_dtype=False)
     verdicts = sweep.verdicts_frame()
@@ -60,7 +60,7 @@ def test_frames_hold_what_the_csv_files_hold(finished: SweepDir) -> None:
 
 
 def test_a_run_has_the_columns_of_the_csv_file(finished: SweepDir) -> None:
-    write_results(finished, mupsweep.load(finished.path).analysis)
+    write_results(finished.results, mupsweep.load(finished.path).analysis)
     with (finished.results / "runs.csv").open() as file:
         (first, *_) = csv.DictReader(file)
     run = mupsweep.load(finished.path).runs[0]

@@ -114,7 +114,7 @@ def sweep_of_four(tmp_path: Path) -> SweepDir:
 
 
 def test_runs_csv_and_curves_csv_stay_what_they_were(sweep_of_four: SweepDir) -> None:
-    write_results(sweep_of_four, analyse(read_runs([sweep_of_four])))
+    write_results(sweep_of_four.results, analyse(read_runs([sweep_of_four])))
     for name in ("runs.csv", "curves.csv"):
         assert (sweep_of_four.results / name).read_text() == (GOLDEN / name).read_text()
 

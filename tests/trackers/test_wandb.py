@@ -164,7 +164,7 @@ def test_a_chart_has_no_point_where_seeds_diverged_and_a_line_for_every_horizon(
     row = {**names, "width_ratio": 1.0, "depth_ratio": 1.0, "seed": 0, "status": DONE, "val_loss": 3.0}
     runs = [{**row, "log2_lr": lr, "horizon": tokens} for lr in (-8.0, -7.0) for tokens in (1000, 2000)]
     dead = {**row, "log2_lr": -7.0, "horizon": 2000, "seed": 1, "status": DIVERGED, "val_loss": None}
-    write_results(sweep, analyse(results([*runs, dead])))
+    write_results(sweep.results, analyse(results([*runs, dead])))
     assert summary.curve_charts(sweep)["loss_vs_lr/nanogpt/adamw/sp"] == {
         "width 32, depth 4, 1000 tokens": [(-8.0, 3.0), (-7.0, 3.0)],
         "width 32, depth 4, 2000 tokens": [(-8.0, 3.0)],
