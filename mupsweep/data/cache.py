@@ -34,6 +34,9 @@ class Entry:
     Attributes:
         state: "ready", "busy" (a process is preparing it), "partial" (preparing it again continues) or "damaged".
         bytes: size of the text.
+        disk_bytes: size of the files in the folder.
+        path: of the text, where it is of files of the user's; empty otherwise.
+        cuts_documents: whether the end of every document is in the validation split.
     """
 
     name: str
@@ -45,6 +48,9 @@ class Entry:
     bytes: int
     content_id: str
     folder: str
+    disk_bytes: int
+    path: str
+    cuts_documents: bool
 
 
 def content_id(config: DataConfig, fingerprint: str) -> str:
@@ -138,7 +144,20 @@ def _entry(meta: dict[str, Any], state: str, folder: Path) -> Entry:
         bytes=sum(split.get("bytes", 0) for split in splits.values()),
         content_id=meta.get("content_id", content),
         folder=str(folder),
+        disk_bytes=_disk_bytes(partial(folder) if state in (BUSY, PARTIAL) else folder),
+        path=meta.get("path", ""),
+        cuts_documents=meta.get("cuts_documents", False),
     )
+
+
+def _disk_bytes(folder: Path) -> int:
+    """The size of the files in a folder; one that a process removes meanwhile does not count."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):
+                total += path.stat().st_size
+    return total
 
 
 def _is_locked(folder: Path) -> bool:

@@ -4,6 +4,9 @@ The split of a document is decided by its source or by the hash of its text, ind
 document is followed by the end of text. `data.max_tokens` cuts the training split inside the document that reaches it,
 and nothing is read beyond that: the validation split then holds the documents that came before the cut.
 
+Where a split would stay empty, since there are few documents, it begins anew and cuts every document in two: its end is
+in the validation split.
+
 Everything is written into a hidden folder, under a lock, and renamed when it is complete. Now and then a checkpoint
 records what is safely on the disk and the position of the reader: a later process continues from there and ends with
 the bytes of an uninterrupted preparation.
@@ -28,6 +31,7 @@ from mupsweep.atomic_files import replace_file
 from mupsweep.data import cache, shards, tokenizers
 from mupsweep.data.config import DataConfig
 from mupsweep.data.shards import SPLITS, SplitWriter
+from mupsweep.data.sources import Document
 from mupsweep.errors import DataError
 from mupsweep.formatting import counted
 
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from mupsweep.data.sources import Document, Reader, Source
+    from mupsweep.data.sources import Reader, Source
 
 BATCH_CHARACTERS = 1 << 20  # characters that a thread encodes at a time
 MAX_THREADS = 16  # that encode; one thread reads and writes, and more encoders would wait for it
@@ -69,7 +73,10 @@ def prepare(
         with cache.lock(target, lambda: say(f"waiting: another process prepares {target}")):
             if not target.exists():
                 if not (partial / "meta.json").is_file():
-                    _write(_PartialCorpus.open(partial, say, shard_tokens), source, config, content, say)
+                    corpus = _PartialCorpus.open(partial, say, shard_tokens)
+                    if not _write(corpus, source, config, content, say):
+                        corpus = _PartialCorpus.new(partial, shard_tokens, cuts_documents=True)
+                        _write(corpus, source, config, content, say)
                 # the checkpoint, and temporary files of a process that was killed while it wrote
                 for leftover in (*partial.glob(f"{Path(cache.CHECKPOINT).stem}.*"), *partial.glob(".*.tmp")):
                     leftover.unlink()
@@ -81,14 +88,35 @@ def prepare(
 
 
 class _PartialCorpus:
-    """A corpus that is being written into a hidden folder: its shards, and the checkpoint to resume from."""
+    """A corpus that is being written into a hidden folder: its shards, and the checkpoint to resume from.
 
-    def __init__(self, folder: Path, shard_tokens: int, checkpoint: dict[str, Any] | None = None) -> None:
+    Attributes:
+        cuts_documents: whether every document is cut in two, one part for each split.
+        hashed: whether the hash of some document decided its split.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shard_tokens: int,
+        checkpoint: dict[str, Any] | None = None,
+        cuts_documents: bool = False,
+    ) -> None:
         splits = checkpoint["splits"] if checkpoint else dict.fromkeys(SPLITS)
         self.folder = folder
         self.position = checkpoint["position"] if checkpoint else None
         self.writers = {split: SplitWriter(folder, split, shard_tokens, splits[split]) for split in SPLITS}
+        self.cuts_documents = checkpoint.get("cuts_documents", False) if checkpoint else cuts_documents
+        self.hashed = False
         self._saved = time.monotonic()
+
+    @classmethod
+    def new(cls, folder: Path, shard_tokens: int, cuts_documents: bool = False) -> _PartialCorpus:
+        """An empty corpus, in place of whatever is in the folder."""
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+        return cls(folder, shard_tokens, cuts_documents=cuts_documents)
 
     @classmethod
     def open(cls, folder: Path, say: Progress, shard_tokens: int) -> _PartialCorpus:
@@ -102,10 +130,7 @@ class _PartialCorpus:
             pass  # no process began before, or it was stopped before its first checkpoint
         except (ValueError, KeyError, TypeError):
             say(f"{folder} is damaged: beginning anew")
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir()
-        return cls(folder, shard_tokens)
+        return cls.new(folder, shard_tokens)
 
     def save(self, header: dict[str, Any], position: Any) -> None:
         """Write a checkpoint of what is on the disk, unless the last one is recent."""
@@ -123,8 +148,12 @@ class _PartialCorpus:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _write(corpus: _PartialCorpus, source: Source, config: DataConfig, content: str, say: Progress) -> None:
-    """Write the shards and meta.json of a corpus, in the order of its documents."""
+def _write(corpus: _PartialCorpus, source: Source, config: DataConfig, content: str, say: Progress) -> bool:
+    """Write the shards and meta.json of a corpus, in the order of its documents.
+
+    Returns:
+        False where nothing is kept, since a split is empty that has something once documents are cut in two.
+    """
     tokenizer = tokenizers.load(config.tokenizer)
     header = {
         "format": shards.FORMAT,
@@ -137,17 +166,26 @@ def _write(corpus: _PartialCorpus, source: Source, config: DataConfig, content: 
         "tokenizer_digest": tokenizer.digest,
         "validation_fraction": config.validation_fraction,
         "max_tokens": config.max_tokens,
+        **({"cuts_documents": True} if corpus.cuts_documents else {}),
     }
     try:
         report = _Report(say, config, source.rows(), corpus.writers)
         reader = source.reader(corpus.position)
-        with contextlib.closing(_encoded(reader, tokenizer, config.validation_fraction)) as batches:
+        with contextlib.closing(_encoded(reader, tokenizer, config.validation_fraction, corpus)) as batches:
             for batch, position in batches:
                 if _add(batch, corpus.writers, config.max_tokens, tokenizer):
                     break
                 corpus.save(header, position)
                 report()
         splits = {split: writer.close() for split, writer in corpus.writers.items()}
+        empty = [split for split, writer in corpus.writers.items() if not writer.documents]
+        if empty and corpus.hashed and not corpus.cuts_documents:
+            total = counted(sum(writer.documents for writer in corpus.writers.values()), "document")
+            say(
+                f"{config.name}: none of its {total} is in the {empty[0]} split, so every document is cut: its last "
+                f"{config.validation_fraction:.1%} are for validation"
+            )
+            return False
         _refuse_empty(config, corpus)
         _write_json(corpus.folder / "meta.json", {**header, "splits": splits})
     except BaseException:
@@ -155,6 +193,7 @@ def _write(corpus: _PartialCorpus, source: Source, config: DataConfig, content: 
         raise
     train, validation = (corpus.writers[split].tokens for split in SPLITS)
     say(f"prepared {config.name}: {train:,} training and {validation:,} validation tokens")
+    return True
 
 
 class _Encoded(NamedTuple):
@@ -195,7 +234,7 @@ def _add(
 
 
 def _encoded(
-    reader: Reader, tokenizer: tokenizers.Tokenizer, fraction: float
+    reader: Reader, tokenizer: tokenizers.Tokenizer, fraction: float, corpus: _PartialCorpus
 ) -> Generator[tuple[list[_Encoded], Any], None, None]:
     """Batches of encoded documents, in order, each with the position of the reader after it.
 
@@ -218,6 +257,9 @@ def _encoded(
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[tuple[Future[list[_Encoded]], Any]] = deque()
         for batch, position in _batches(reader):
+            corpus.hashed |= any(document.split is None for document in batch)
+            if corpus.cuts_documents:
+                batch = [part for document in batch for part in _cut(document, fraction)]
             pending.append((pool.submit(encode, batch), position))
             if len(pending) > 2 * workers:
                 future, position_after = pending.popleft()
@@ -237,6 +279,20 @@ def _batches(reader: Reader) -> Iterator[tuple[list[Document], Any]]:
             batch, size = [], 0
     if batch:
         yield batch, reader.position()
+
+
+def _cut(document: Document, fraction: float) -> Iterator[Document]:
+    """The two parts of a document whose split nothing decides; at the end of a line where one is near the cut."""
+    if document.split is not None:
+        yield document
+        return
+    text = document.text
+    cut = len(text) - round(fraction * len(text))
+    cut = text.rfind("\n", max(0, 2 * cut - len(text)), cut) + 1 or cut
+    # the end first, since nothing is read once the training split has its `data.max_tokens`
+    for part, split in ((text[cut:], "validation"), (text[:cut], "train")):
+        if part:
+            yield Document(part, split)
 
 
 class _Report:

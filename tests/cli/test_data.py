@@ -11,11 +11,13 @@ import pytest
 
 from mupsweep import data
 from mupsweep.data import cache
+from mupsweep.formatting import si
 from mupsweep.sweep.config import load
 
 Cli = Callable[..., tuple[int, str, str]]
 KEYS = [
     *("name", "tokenizer", "state", "train_tokens", "validation_tokens", "documents", "bytes", "content_id", "folder"),
+    *("disk_bytes", "path", "cuts_documents"),
 ]
 
 
@@ -38,14 +40,21 @@ def test_a_prepared_corpus_is_listed_with_its_size_and_state(cli: Cli, texts: li
     assert out.splitlines()[-1].startswith("local: 2,214 training and 486 validation tokens, bytes, content ")
     code, out, err = cli("data", "list")
     assert (code, err) == (0, "")
-    header, row = out.splitlines()
+    header, row, place = out.splitlines()
     content = data.fingerprint(load(texts).variants[0].data)
     assert header.split() == ["name", "tokenizer", "tokens", "documents", "bytes", "content", "state"]
     assert row.split() == ["local", "bytes", "2.7k", "300", "2.4k", content[:12], "ready"]
     (entry,) = json.loads(cli("data", "list", "--json")[1])
     assert list(entry) == KEYS
-    assert [entry[key] for key in KEYS[:-1]] == ["local", "bytes", "ready", 2214, 486, 300, 2400, content]
+    assert [entry[key] for key in KEYS[:8]] == ["local", "bytes", "ready", 2214, 486, 300, 2400, content]
     assert Path(entry["folder"]).is_dir()
+    on_disk = sum(path.stat().st_size for path in Path(entry["folder"]).iterdir())
+    assert (entry["disk_bytes"], entry["path"], entry["cuts_documents"]) == (
+        on_disk,
+        texts[1][len("data.path=") :],
+        False,
+    )
+    assert place == f"{entry['folder']}: {si(on_disk)}B on disk, of {entry['path']}"
 
 
 def test_the_list_of_a_large_set_fits_into_80_columns(cli: Cli, tmp_path: Path) -> None:
@@ -74,7 +83,8 @@ def test_a_damaged_corpus_is_listed_as_damaged_and_refused(cli: Cli, texts: list
     code, out, err = cli("data", "list")
     assert (code, err) == (0, "")
     assert out.splitlines()[1].split() == ["local", "bytes", "0", "0", "0", entry["content_id"][:12], "damaged"]
-    assert out.splitlines()[2] == f"damaged: {folder}: delete the folder and prepare it again"
+    assert out.splitlines()[2].startswith(f"{folder}: ")
+    assert out.splitlines()[3] == f"damaged: {folder}: delete the folder and prepare it again"
     for command in ("verify", "prepare"):
         code, out, err = cli("data", command, *texts)
         assert code == 2

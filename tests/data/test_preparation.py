@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -322,6 +323,61 @@ def test_a_split_without_documents_is_one_line(tmp_path: Path, fraction: float, 
     with pytest.raises(DataError, match=expected):
         data.prepare(config)
     assert contents(tmp_path / "cache") == {}
+
+
+def test_few_documents_are_split_inside_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [f"line {i}\n" * 100 + "x" * 100 for i in range(6)]  # no hash of these is below 0.1
+    said: list[str] = []
+    config = local(tmp_path, documents, validation_fraction=0.1)
+    identity = data.fingerprint(config)
+    dataset = data.prepare(config, said.append)
+    assert said[0] == (
+        "x: none of its 6 documents is in the validation split, so every document is cut: its last 10.0% are for "
+        "validation"
+    )
+    train, validation = stored(config)
+    end_of_text = int(train[-1])
+    parts = [(text[:-100].encode(), text[-100:].encode()) for text in documents]  # at the end of a line near 10 %
+    assert validation.tolist() == [token for _, end in parts for token in (*end, end_of_text)]
+    assert train.tolist() == [token for begin, _ in parts for token in (*begin, end_of_text)]
+    assert dataset.content_id == identity
+    (entry,) = cache.entries(config)
+    assert (entry.cuts_documents, entry.state, entry.documents) == (True, cache.READY, 12)
+
+    # an interruption of the second pass goes on in it
+    before = {path.name: path.read_bytes() for path in Path(entry.folder).glob("*.bin")}
+    monkeypatch.setattr(preparation, "REPORT_SECONDS", 0)
+    monkeypatch.setattr(preparation, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 1)
+    again = replace(config, cache=str(tmp_path / "other"))
+
+    def interrupt(line: str) -> None:
+        said.append(line)
+        if "encoding x: 6 documents" in line and any("is cut" in earlier for earlier in said):
+            raise KeyboardInterrupt
+
+    said.clear()
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare(again, interrupt)
+    said.clear()
+    data.prepare(again, said.append)
+    assert said[0] == "going on after 6 documents"
+    (entry,) = cache.entries(again)
+    assert {path.name: path.read_bytes() for path in Path(entry.folder).glob("*.bin")} == before
+
+
+def test_one_document_and_a_limit_leave_something_to_validate(tmp_path: Path) -> None:
+    dataset = data.prepare(local(tmp_path, ["word " * 1000], validation_fraction=0.2, max_tokens=500))
+    assert (len(dataset.train), len(dataset.validation)) == (500, 1001)
+
+
+def test_a_cut_prefers_the_end_of_a_line_that_is_near() -> None:
+    cut = {part.split: part.text for part in preparation._cut(sources.Document("a" * 85 + "\n" + "b" * 14), 0.1)}
+    assert cut == {"train": "a" * 85 + "\n", "validation": "b" * 14}
+    cut = {part.split: part.text for part in preparation._cut(sources.Document("title\n" + "b" * 94), 0.1)}
+    assert cut == {"train": "title\n" + "b" * 84, "validation": "b" * 10}
+    decided = sources.Document("text", "train")
+    assert list(preparation._cut(decided, 0.5)) == [decided]
 
 
 def test_progress_tells_the_share_that_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,10 @@ class Local(Source):
                 raise DataError(f"{path} cannot be read: {error.strerror}") from error
         return hasher.hexdigest()
 
+    def describe(self) -> dict[str, Any]:
+        """The path, which is no part of the corpus's identity: the same files elsewhere are the same corpus."""
+        return {"path": str(Path(str(self.config.path)).expanduser().resolve())}
+
     def documents(self) -> Iterator[str]:
         """The documents that are not empty, in the order of the files.
 

@@ -66,8 +66,16 @@ def show_prepared(overrides: Sequence[str], config_dir: str | None, as_json: boo
         )
     console_of().show(table)
     for entry in corpora:
+        print(f"{entry.folder}: {si(entry.disk_bytes)}B on disk{_origin(entry)}")
+    for entry in corpora:
         if entry.state in ADVICE:
             print(f"{entry.state}: {entry.folder}: {ADVICE[entry.state]}")
+
+
+def _origin(entry: cache.Entry) -> str:
+    """Where a corpus comes from, and how it is split where that is not by documents."""
+    origin = f", of {entry.path}" if entry.path else ""
+    return f"{origin}, the end of every document for validation" if entry.cuts_documents else origin
 
 
 ADVICE = {
