@@ -15,7 +15,7 @@ def cancel(
         bool, typer.Option("--validation", help="Forget the runs that transfer --validate trained or planned.")
     ] = False,
 ) -> None:
-    """Cancel a sweep's Slurm jobs; what they trained so far is kept.
+    """Stop a sweep's Slurm jobs and its workers on this machine; what they trained so far is kept.
 
     Example: mupsweep cancel sweeps/demo
     """
@@ -28,6 +28,6 @@ def cancel(
 
         print(f"{folder.path}: {counted(len(forget_validations(folder)), 'run')} of validations forgotten")
         return
-    from mupsweep.launchers import slurm
+    from mupsweep.launchers.cancel import cancel_training
 
-    slurm.cancel(folder)
+    cancel_training(folder)

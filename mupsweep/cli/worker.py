@@ -26,7 +26,11 @@ def worker(
 
     Example: mupsweep worker sweeps/demo --device cuda:1
     """
+    from mupsweep.store import workers
     from mupsweep.store.sweep_dir import SweepDir
-    from mupsweep.training.worker import execute
 
-    raise typer.Exit(0 if execute(SweepDir.open(sweep), run_ids or (), device, threads, shard=shard) else 130)
+    folder = SweepDir.open(sweep)
+    with workers.registered(folder):
+        from mupsweep.training.worker import execute  # imports torch, which takes a while
+
+        raise typer.Exit(0 if execute(folder, run_ids or (), device, threads, shard=shard) else 130)

@@ -23,7 +23,6 @@ from mupsweep.errors import ConfigError
 from mupsweep.formatting import counted, duration
 from mupsweep.launchers import check_counts, sbatch, size_overrides
 from mupsweep.store import slurm_queue
-from mupsweep.store.run_dir import RUNNING
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import GRID, from_tree
@@ -359,9 +358,6 @@ def cancel(sweep: SweepDir) -> None:
         _print("go on with the command that made the sweep")
     else:
         _print(f"no Slurm job of {sweep.path} is queued or running")
-    running = {row["run_id"] for row in sweep.read_plan() if sweep.state(row["run_id"])["status"] == RUNNING}
-    if others := running - set(queue.runs):
-        _print(f"trained on outside Slurm: {counted(len(others), 'run')}; stop where started")
 
 
 def max_array_size() -> int:

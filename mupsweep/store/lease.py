@@ -91,7 +91,7 @@ def acquire(folder: Path) -> Lease | None:
     elif not _may_be_taken_over(last):
         return None
     path = folder / _claim_name(int(last.stem) + 1 if last is not None else 0)
-    owner = _owner()
+    owner = owner_record()
     return Lease(path, owner) if create_text(path, json.dumps(owner)) else None
 
 
@@ -111,6 +111,23 @@ def holder(folder: Path) -> Holder | None:
     return None
 
 
+def living_owner(folder: Path) -> dict[str, Any] | None:
+    """Return what the newest lease in a folder of claims says of its owner; None where nobody alive holds it."""
+    path = newest(folder)
+    with contextlib.suppress(FileNotFoundError):
+        if path is not None and not is_expired(path):
+            owner = read_json(path) or {}
+            return owner if isinstance(owner.get("pid"), int) else None
+    return None
+
+
+def is_alive_here(owner: dict[str, Any]) -> bool:
+    """Return whether a process of this machine, container and boot is the one that a claim or a record names."""
+    pid = owner.get("pid")
+    alive = isinstance(pid, int) and pid > 0 and _is_here(owner)
+    return alive and process_start_time(int(owner["pid"])) == owner.get("born") is not None
+
+
 def newest(folder: Path) -> Path | None:
     """Return the claim file that counts, the one of the largest number.
 
@@ -126,7 +143,8 @@ def _claim_name(number: int) -> str:
     return f"{number:04d}.json"
 
 
-def _owner() -> dict[str, Any]:
+def owner_record() -> dict[str, Any]:
+    """Return what a claim of this process says of its owner."""
     return {
         "host": socket.gethostname(),
         "boot": _boot_id(),

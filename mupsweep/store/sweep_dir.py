@@ -1,6 +1,6 @@
 """Records: what a sweep leaves on disk. Only this room knows the names of its files.
 
-    <sweep>/  config.yaml  plan.jsonl  environment.json  submit-*.sbatch  jobs/  logs/  results/
+    <sweep>/  config.yaml  plan.jsonl  environment.json  submit-*.sbatch  jobs/  logs/  workers/  results/
     <sweep>/runs/<run-id>/  config.yaml  groups.json  status.json  metrics.jsonl  summary.json  train.log
                             claims/  checkpoint/
 
@@ -85,6 +85,11 @@ class SweepDir:
     def script(self, name: str) -> Path:
         """Return the path of a job script, which holds the text that was submitted last."""
         return self.path / f"submit-{name}.sbatch"
+
+    @property
+    def workers(self) -> Path:
+        """The folder of the records of living workers."""
+        return self.path / "workers"
 
     @property
     def jobs(self) -> Path:

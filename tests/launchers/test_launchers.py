@@ -27,6 +27,7 @@ from mupsweep.launchers import worker_pool
 from mupsweep.launchers.inline import Inline
 from mupsweep.launchers.local import Local
 from mupsweep.schema import instantiate
+from mupsweep.store import lease
 from mupsweep.store.run_dir import FAILED, RUNNING, RunDir
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
@@ -332,3 +333,55 @@ def test_killing_the_whole_process_group_at_random_moments_never_changes_a_resul
 def _progress(sweep: SweepDir) -> int:
     """Rows of metrics that a sweep holds."""
     return sum(rows(RunDir(p)) for p in sweep.path.glob("runs/*"))
+
+
+def test_the_workers_of_a_killed_launcher_are_named_and_stopped_and_no_other_process_is(
+    inline: dict[str, tuple[dict[str, object], bytes]],
+) -> None:
+    sweep = SweepDir(Path("sweeps/smoke"))
+    launcher = Forked("run", *SMALL, *ONE_SLOT)
+    until(lambda: busy(sweep) is not None, launcher)
+    launcher.kill()
+    launcher.wait(DEADLINE)
+    (record,) = (json.loads(path.read_text()) for path in sweep.workers.glob("*.json"))
+    pid = record["pid"]
+    assert pid not in (os.getpid(), launcher.pid)
+
+    # what only has the pid of a worker: this process, and one that began at another time than its record says
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "mupsweep"])
+    for other in (os.getpid(), stranger.pid):
+        recycled = {**record, "pid": other, "born": "1"}
+        (sweep.workers / f"recycled-{other}.json").write_text(json.dumps(recycled))
+    # and a process of another program, which a record of somebody else's making names rightly
+    program = subprocess.Popen(["sleep", "600"])
+    named = {**record, "pid": program.pid, "born": lease.process_start_time(program.pid)}
+    (sweep.workers / "named.json").write_text(json.dumps(named))
+
+    _, out, _ = mupsweep("status", str(sweep.path))
+    line = next(line for line in out.splitlines() if line.startswith("trained by "))
+    assert re.search(rf"\bpid {pid} on {re.escape(record['host'])} \(w\d+-d2-lr-\d\.00-s0-[0-9a-f]{{8}}\)", line)
+    assert line.endswith("; mupsweep cancel sweeps/smoke stops those of this machine")
+    assert str(stranger.pid) not in line
+
+    code, out, err = mupsweep("cancel", str(sweep.path))
+    assert (code, out) == (0, "")
+    first, second, third = err.splitlines()
+    assert first.startswith(f"asked 1 worker to stop: pid {pid} on ")
+    assert second == "each finishes its step, checkpoints and ends; go on with the command that made the sweep"
+    assert third.startswith(f"trained on by pid {program.pid} on ")
+    deadline = time.monotonic() + DEADLINE
+    while lease.process_start_time(pid) == record["born"]:
+        assert time.monotonic() < deadline, "the worker goes on"
+        os.sched_yield()
+    assert (stranger.poll(), program.poll()) == (None, None)
+    for process in (stranger, program):
+        process.kill()
+        process.wait()
+    assert not list(sweep.workers.glob(f"*-{pid}.json"))
+    assert sweep.counts()[RUNNING] == 0
+    assert sweep.counts()[DONE] < 4
+    assert "nobody trains sweeps/smoke now" in mupsweep("cancel", str(sweep.path))[2]
+
+    code, _, err = mupsweep("run", *SMALL, *ONE_SLOT)
+    assert code == 0, err
+    assert results(sweep) == inline

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -242,7 +244,8 @@ def test_cancel_stops_the_analysis_and_every_array_that_is_left(
     slurm: Fake, cli: Callable[..., tuple[int, str, str]]
 ) -> None:
     plan.save(load(SMOKE), "")
-    assert cli("cancel", "sweeps/smoke") == (0, "", "no Slurm job of sweeps/smoke is queued or running\n")
+    nobody = "nobody trains sweeps/smoke now, and no Slurm job of it is queued\n"
+    assert cli("cancel", "sweeps/smoke") == (0, "", nobody)
     assert cli("run", *SMOKE)[0] == 0
     slurm.queue("101_0|RUNNING|None", "102|PENDING|Dependency")
     sweep = SweepDir.open("sweeps/smoke")
@@ -255,7 +258,7 @@ def test_cancel_stops_the_analysis_and_every_array_that_is_left(
     assert err.splitlines() == [
         "cancelled jobs 102, 101 with 3 runs; those in progress checkpoint and end",
         "go on with the command that made the sweep",
-        "trained on outside Slurm: 1 run; stop where started",
+        f"trained on by pid {os.getpid()} on {socket.gethostname()} ({elsewhere}): stop it there, as its user",
     ]
     slurm.write("squeue-says", "Unable to contact slurm controller")
     (slurm.folder / "queue").unlink()

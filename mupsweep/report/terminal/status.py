@@ -20,6 +20,7 @@ from mupsweep.report.terminal.console import console_of, table_of
 from mupsweep.store import slurm_queue
 from mupsweep.store.run_dir import FAILED, FINISHED, PENDING, RUNNING, RunDir
 from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.store.workers import living
 from mupsweep.sweep.config import GRID, SweepConfig, from_tree
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 STATES = (DONE, DIVERGED, RUNNING, PENDING, FAILED)
 RunState = tuple[dict[str, Any], RunDir, dict[str, Any]]  # line of the plan, folder, status
+MAX_WORKERS = 8  # processes that are named
 SILENT_SECONDS = 300.0  # a worker renews its lease every half minute, unless a step takes longer
 
 
@@ -48,6 +50,8 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
     console.print("  ".join([*(f"{name} {count}" for name, count in counts.items()), *([left] if left else [])]))
     for line in [*queue.lines(), *_search_lines(sweep, unfinished)]:
         console.say(line)
+    if line := _worker_line(sweep, states):
+        console.say(line)
     if states and not unfinished:
         console.say(f"all planned runs have ended; what they say: mupsweep transfer {quote(str(sweep.path))}")
     for row, folder, status in states:
@@ -60,6 +64,19 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
             )
         if status["status"] == FAILED:
             console.say(f"failed: {row['run_id']}: {status.get('error', '')} (see {folder.log_path})")
+
+
+def _worker_line(sweep: SweepDir, states: Iterable[RunState]) -> str | None:
+    """The processes that train outside of Slurm's jobs of the sweep, and how to stop them."""
+    running = [row["run_id"] for row, _, status in states if status["status"] == RUNNING]
+    jobs = {str(job["job"]) for job in sweep.read_jobs()}
+    outside = [w for w in living(sweep, running) if (w.slurm_job or "").partition("_")[0] not in jobs]
+    if not outside:
+        return None
+    names = [str(worker) for worker in outside[:MAX_WORKERS]]
+    if more := len(outside) - len(names):
+        names.append(f"{more} more")
+    return f"trained by {', '.join(names)}; mupsweep cancel {quote(str(sweep.path))} stops those of this machine"
 
 
 def time_left(states: Iterable[RunState]) -> str | None:
