@@ -7,12 +7,27 @@ from typing import Annotated
 
 import typer
 
+
+def complete_overrides(ctx: typer.Context, incomplete: str) -> list[str]:
+    """What a KEY=VALUE word may become, for the shell."""
+    from mupsweep.sweep.completion import complete
+
+    return complete(ctx.params.get("overrides") or (), incomplete, ctx.params.get("config_dir"))
+
+
+def complete_sweeps(incomplete: str) -> list[str]:
+    """The sweeps of the default folder, or of the one that a path names."""
+    folder = Path(incomplete).parent if "/" in incomplete else Path("sweeps")
+    return sorted(name for path in folder.glob("*/plan.jsonl") if (name := str(path.parent)).startswith(incomplete))
+
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
         help="group=choice (optimizer=adamw,muon compares several) and key=value ('sweep.seeds=[0,1]').",
         show_default=False,
+        autocompletion=complete_overrides,
     ),
 ]
 ConfigDir = Annotated[
@@ -25,4 +40,4 @@ Results = Annotated[
     Path | None,
     typer.Option("--results", metavar="DIR", help="Write tables, figures and recipes there, and nothing to the sweep."),
 ]
-Sweep = Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's folder.")]
+Sweep = Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's folder.", autocompletion=complete_sweeps)]

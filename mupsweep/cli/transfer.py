@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mupsweep.cli.options import Json, Results, Strict
+from mupsweep.cli.options import Json, Results, Strict, complete_sweeps
 from mupsweep.recipes import JSON, names
 
 TARGET = ("width", "depth", "tokens")  # what --to says
@@ -17,7 +17,9 @@ def transfer(
     sweeps: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="SWEEP", help="Sweep folders, finished or not; analysis.KEY=VALUE changes what a verdict rests on."
+            metavar="SWEEP",
+            help="Sweep folders, finished or not; analysis.KEY=VALUE changes what a verdict rests on.",
+            autocompletion=complete_sweeps,
         ),
     ] = None,
     to: Annotated[
@@ -33,6 +35,7 @@ def transfer(
             "--format",
             metavar="NAME",
             help=f"Write the recipe also for another trainer: {', '.join(name for name in names() if name != JSON)}.",
+            autocompletion=names,
         ),
     ] = JSON,
     validate: Annotated[

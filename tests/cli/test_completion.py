@@ -1,0 +1,135 @@
+"""A Tab completes commands, groups, their choices and the keys of what is chosen, in bash, zsh and fish, at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mupsweep.sweep.completion import complete
+from mupsweep.sweep.compose import choices
+from mupsweep.sweep.config import load, to_tree
+
+HEAVY = ("torch", "numpy", "scipy", "hydra", "omegaconf", "matplotlib", "wandb")
+PROGRAM = [sys.executable, "-c", "from mupsweep.cli import main; main()"]
+
+
+def process(program: list[str], **environment: str) -> str:
+    done = subprocess.run(program, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
+    return done.stdout
+
+
+def bash(*words: str) -> list[str]:
+    """What bash is given for the last of some words."""
+    text, last = "\n".join(["mupsweep", *words]), str(len(words))
+    return process(PROGRAM, _MUPSWEEP_COMPLETE="complete_bash", COMP_WORDS=text, COMP_CWORD=last).splitlines()
+
+
+def test_bash_is_given_commands_choices_and_keys() -> None:
+    assert bash("ru") == ["run", "rules"]
+    assert bash("run", "optimizer", "=", "muon_") == [n for n in choices("optimizer") if n.startswith("muon_")]
+    assert bash("run", "optimizer", "=") == choices("optimizer")
+    assert bash("run", "optimizer", "=", "muon", "optimizer.ns") == ["optimizer.ns_steps=", "optimizer.ns_steps=5"]
+
+
+def test_zsh_and_fish_are_given_whole_words() -> None:
+    words = "mupsweep plan optimizer=adamw,muon_k"
+    zsh = process(PROGRAM, _MUPSWEEP_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS=words)
+    assert zsh == "_arguments '*: :((\"optimizer=adamw,muon_kimi\"))'\n"
+    fish = {"_MUPSWEEP_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    assert process(PROGRAM, _TYPER_COMPLETE_ARGS=words, **fish) == "optimizer=adamw,muon_kimi\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_it_installs_into_the_home_of_its_user_alone(shell: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    # a shell that runs it, whose name says which one to install for
+    fake = tmp_path / shell
+    fake.symlink_to(shutil.which("sh") or "/bin/sh")
+    here = f"{sys.executable} -c 'from mupsweep.cli import main; main()' --install-completion {shell}; exit $?"
+    environment = {"HOME": str(home), "ZDOTDIR": str(home), "XDG_CONFIG_HOME": str(home / ".config")}
+    done = subprocess.run(
+        [str(fake), "-c", here], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+    if done.returncode:  # with shellingham the option takes no name, and asks which shell has called it
+        assert "shell" in done.stderr.lower()
+        pytest.skip("this shell is not recognised here")
+    written = "".join(path.read_text() for path in home.rglob("*") if path.is_file())
+    assert "_MUPSWEEP_COMPLETE" in written
+    assert f"complete_{shell}" in written
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_a_real_bash_completes(tmp_path: Path) -> None:
+    (tmp_path / "mupsweep").write_text(f"#!/bin/sh\nexec {sys.executable} -c 'from mupsweep.cli import main; main()'\n")
+    (tmp_path / "mupsweep").chmod(0o755)
+    script = process([*PROGRAM, "--show-completion", "bash"])
+    words = 'COMP_WORDS=(mupsweep run parametrization "=" sp_f); COMP_CWORD=4'
+    ask = f"{words}; _mupsweep_completion mupsweep; echo ${{COMPREPLY[*]}}"
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    assert process(["bash", "-c", f"{script}\n{ask}"], PATH=path) == "sp_fan_in\n"
+
+
+def test_it_imports_nothing_that_takes_long() -> None:
+    program = (
+        "import sys\nfrom mupsweep.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    words = {"COMP_WORDS": "mupsweep run optimizer = muon optimizer.", "COMP_CWORD": "5"}
+    out = process([sys.executable, "-c", program], _MUPSWEEP_COMPLETE="complete_bash", **words)
+    assert out.splitlines()[-1] == "[]"
+    assert "optimizer.momentum=" in out
+
+
+def test_keys_are_those_of_what_is_chosen() -> None:
+    assert complete([], "optim") == ["optimizer=", "optimizer."]
+    assert "optimizer.momentum=" in complete(["optimizer=adamw,muon"], "optimizer.")
+    assert "optimizer.momentum=" not in complete([], "optimizer.")
+    assert complete(["optimizer=muon"], "optimizer.rest.be") == [
+        "optimizer.rest.betas=",
+        "optimizer.rest.betas=[0.9,0.95]",
+    ]
+    assert complete(["experiment=smoke"], "training.steps") == ["training.steps=", "training.steps=30"]
+    assert complete([], "allow_imports=") == ["allow_imports=true", "allow_imports=false"]
+    assert complete(["experiment=gupta_width"], "parametrization.na") == [
+        *("parametrization.name=", "parametrization.name=mup")
+    ]
+    assert complete([], "optimizer=adamw,adamw") == ["optimizer=adamw,adamw_hyperball"]
+    assert complete([], "nothing") == []
+    assert complete([], "nothing.at=al") == []
+
+
+@pytest.mark.parametrize(
+    "word", ["optimizer=shampoo2", "model=llama_qiu_380m", "data=fineweb", "experiment=gupta_width"]
+)
+def test_the_keys_of_a_choice_are_those_that_composing_gives(word: str) -> None:
+    config = to_tree(load([word]))
+    for group in ("model", "optimizer", "parametrization", "data", "training"):
+        section = config["variants"][0][group]
+        offered = {key.removesuffix("=").split(".")[1] for key in complete([word], f"{group}.")}
+        assert offered <= set(section), group
+        assert offered == set(section) - {"kind"} or group in ("data", "training"), group
+
+
+def test_a_folder_of_ones_own_groups_is_completed(tmp_path: Path) -> None:
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer" / "mine.yaml").write_text("defaults: [lion, _self_]\nname: mine\nturbo: 3\n")
+    assert complete([], "optimizer=mi", str(tmp_path)) == ["optimizer=mine"]
+    assert complete(["optimizer=mine"], "optimizer.tu", str(tmp_path)) == ["optimizer.turbo=", "optimizer.turbo=3"]
+    (tmp_path / "optimizer" / "broken.yaml").write_text("a: [")
+    assert complete(["optimizer=broken"], "optimizer.", str(tmp_path)) == []
+
+
+def test_sweeps_are_completed() -> None:
+    for name in ("demo", "deep", "other"):
+        (Path("sweeps") / name).mkdir(parents=True)
+        (Path("sweeps") / name / "plan.jsonl").touch()
+    assert bash("status", "sweeps/de") == ["sweeps/deep", "sweeps/demo"]
+    assert bash("transfer", "sweeps/o") == ["sweeps/other"]
+    assert bash("transfer", "sweeps/other", "--format", "pyt") == ["pytorch"]
