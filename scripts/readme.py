@@ -57,7 +57,7 @@ def output(command: str, folder: Path) -> str:
     """What a command prints in a terminal of 100 columns; `folder` is that of `prepared`."""
     where = folder / ("finished" if "sweeps/demo" in command else "empty")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "COLUMNS": "100", "TERM": "dumb"}
+    env = {**os.environ, "PATH": path, "COLUMNS": "100", "TERM": "dumb", "LC_ALL": "C.UTF-8"}
     done = subprocess.run(command, shell=True, cwd=where, capture_output=True, text=True, env=env)
     if done.returncode:
         sys.exit(f"$ {command}\n{done.stderr}")

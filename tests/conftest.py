@@ -18,6 +18,7 @@ from mupsweep.training.signals import STOPS
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["LC_ALL"] = "C.UTF-8"
 
 settings.register_profile("mupsweep", deadline=None, derandomize=True)
 settings.load_profile("mupsweep")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import sys
 from typing import Annotated
@@ -14,6 +13,7 @@ import typer
 from mupsweep import __version__
 from mupsweep.cli import cancel, check, data, plan, report, rules, run, status, sync, transfer, worker
 from mupsweep.errors import MupsweepError
+from mupsweep.report.terminal import encoding
 
 app = typer.Typer(
     name="mupsweep",
@@ -81,8 +81,8 @@ def was_interrupted(error: BaseException | None) -> bool:
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2; a traceback is a bug of ours."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a closed stdout is None
-        sys.stdout.reconfigure(errors="replace")  # charts draw lines that an ASCII locale cannot encode
+    for stream in (sys.stdout, sys.stderr):  # charts draw lines that an ASCII locale cannot encode
+        encoding.prepare(stream, os.environ)
     try:
         check_working_folder()
         try:

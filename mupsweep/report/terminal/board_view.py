@@ -34,6 +34,7 @@ LEGEND = "· pending   > running   x diverged   ! failed   * lowest"
 LOSS_WIDTHS = (7, 6)  # of columns with room for a loss of three or two decimals; narrower ones hold a sign
 MAX_RUNNING = 4  # running runs listed in a terminal with fewer rows than
 TALL = 30  # rows, above which a fifth of them lists running runs
+WEIGHT = (FAILED, "none", RUNNING, "round", DIVERGED, "tok/s")  # what the first line has room for first
 PLOT_HEIGHT = 6, 16  # rows of a plot at least and at most
 MAX_FITTED_POINTS = 200  # of a ladder; larger ones take too long to fit
 TURN_SECONDS = 8.0  # how long grid and plots are displayed in turn, where they do not fit together
@@ -56,7 +57,7 @@ class BoardText:
         running = self._running(min(MAX_RUNNING, (height - 12) // 3) if height < TALL else height // 5)
         parts: list[RenderableType] = [self._bar(width)]
         if running:
-            parts += [Text(), _table(running)]
+            parts += [Text(), _table(_fitting(running, width))]
         rows_left = height - 3 - (len(running) + 1 if running else 0)
         self._collect_curves()
         plots = [(label, axis, curves) for label, ladders in self.ladders.items() for axis, curves in ladders]
@@ -79,22 +80,39 @@ class BoardText:
     def _bar(self, width: int) -> Table:
         """One line: the sweep's name, a progress bar, counts of runs, speed and remaining time."""
         board, total = self.board, len(self.board.planned)
-        facts = [f"{board.finished}/{total}"]
-        facts += [f"{board.counts[s]} {s}" for s in (RUNNING, DIVERGED, FAILED) if board.counts[s]]
-        if speed := sum(status.get("tokens_per_second") or 0.0 for status in board.running.values()):
-            facts.append(f"{speed:,.0f} tok/s")
-        seconds = board.seconds_left() if board.open else None
-        if seconds is not None:
-            facts.append(f"about {duration(seconds)} left")
-        if board.open and not board.running:
-            facts.append("none running")
-        name, text = Text(board.sweep.name, "bold"), Text(", ".join(facts))
+        name = Text(board.sweep.name, "bold")
         name.truncate(max(4, width // 4), overflow="ellipsis")
+        text = Text(", ".join(self._facts(width - len(name) - 8)))
         text.truncate(max(0, width - len(name) - 8), overflow="ellipsis")
         bar_width = max(4, min(40, width - len(name) - len(text) - 3))
         line = Table.grid(padding=(0, 1))
         line.add_row(name, ProgressBar(max(1, total), board.finished, width=bar_width), text)
         return line
+
+    def _facts(self, room: int) -> list[str]:
+        """What the first line says: the runs that have ended and the time left, and more as far as it fits."""
+        board = self.board
+        speed = sum(status.get("tokens_per_second") or 0.0 for status in board.running.values())
+        seconds = board.seconds_left() if board.open else None
+        left = [] if seconds is None else [f"{duration(seconds)} left"]
+        facts = [
+            f"{board.finished}/{len(board.planned)}",
+            *([f"round {board.round}"] if board.round else []),
+            *(f"{board.counts[state]} {state}" for state in (RUNNING, DIVERGED, FAILED) if board.counts[state]),
+            *([f"{speed:,.0f} tok/s"] if speed else []),
+            *(f"about {text}" for text in left),
+            *(["none running"] if board.open and not board.running else []),
+        ]
+        kept = [fact for fact in facts if fact == facts[0] or fact.removeprefix("about ") in left]
+        if len(", ".join(kept)) > room:
+            return [facts[0], *left]
+        others = [fact for fact in facts if fact not in kept]
+        by_weight = sorted(others, key=lambda fact: next(i for i, word in enumerate(WEIGHT) if word in fact))
+        for fact in by_weight:
+            more = [other for other in facts if other in kept or other == fact]
+            if len(", ".join(more)) <= room:
+                kept = more
+        return kept
 
     def _grid(self, width: int, rows: int) -> Iterator[Text]:
         """A line per size with a column per LR; neighbouring LRs share a column where there are too many."""
@@ -187,6 +205,20 @@ class BoardText:
         self._next_fit = time.monotonic() + (time.monotonic() - began) / FIT_TIME_SHARE
 
 
+def _fitting(rows: Sequence[tuple[str, ...]], width: int) -> list[tuple[str, ...]]:
+    """The rows of running runs without the columns for which a terminal is too narrow; the time left stays."""
+    columns = list(zip(*rows, strict=True))
+    for dropped in ("tok/s", "loss", "", "step"):
+        if sum(max(map(len, column)) + 2 for column in columns) <= width + 2:
+            break
+        columns = [column for column in columns if column[0] != dropped]
+    overflow = sum(max(map(len, column)) + 2 for column in columns) - 2 - width
+    if overflow > 0:  # the end of a run id, so that the time left is not cut
+        longest = max(map(len, columns[0])) - overflow
+        columns[0] = tuple(text if len(text) <= longest else f"{text[: max(1, longest - 1)]}…" for text in columns[0])
+    return list(zip(*columns, strict=True))
+
+
 def _rows_of_plot(height: int, plots: Sequence[Plot]) -> int:
     """Rows of the largest plot, with its title, axis, legend of two sizes a line, and key of marks."""
     return height + 4 + max((-(-len(curves) // 2) for _, _, curves in plots), default=0)
@@ -229,9 +261,10 @@ def _header(lrs: Sequence[float], column: int) -> str:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Table:
-    """A table of a header and rows, whose first two columns are text."""
+    """A table of a header and rows, whose first column and the one without a title are text."""
     table = table_of(*rows[0])
-    table.columns[1].justify = "left"
+    for title, column in zip(rows[0], table.columns, strict=True):
+        column.justify = "right" if title and column is not table.columns[0] else "left"
     for row in rows[1:]:
         table.add_row(*row)
     return table

@@ -270,3 +270,25 @@ def test_a_search_says_its_round_and_why_on_a_pipe_and_in_the_plan(
     assert sorted(run.round for run in plan.load(sweep)) == [1, 1, 2, 2]
     assert "adaptive search: 2 runs of round 2 left; more may follow" in cli("status", str(sweep.path))[1]
     assert "round" not in plan.save(load([*words, "sweep.search=grid", "sweep.name=grid"]), "")[1][0].row()
+
+
+@pytest.mark.parametrize(
+    ("width", "facts"),
+    [(32, "5/16, 2m 18s left"), (40, "5/16, about"), (60, "1 failed"), (80, "1 running"), (100, "1,000 tok/s")],
+)
+def test_a_narrow_terminal_keeps_the_time_left(
+    planned: tuple[SweepDir, Rows], monkeypatch: pytest.MonkeyPatch, width: int, facts: str
+) -> None:
+    sweep, rows = planned
+    finish(sweep, rows[:5])
+    begin(sweep.run(rows[6]["run_id"]))
+    sweep.run(rows[7]["run_id"]).path.mkdir()
+    sweep.run(rows[7]["run_id"]).write_status(FAILED, error="ouch")
+    board = Board(sweep)
+    monkeypatch.setattr(board, "seconds_left", lambda: 138.0)
+    lines = text(board, width, 40)
+    assert max(map(len, lines)) <= width
+    assert "2m 18s left" in lines[0]
+    assert facts in lines[0]
+    run = next(line for line in lines if rows[6]["run_id"][:10] in line)
+    assert run.rstrip().endswith(" 2m 18s")  # of 153,600 tokens at 1,000 a second, a tenth is done
