@@ -277,7 +277,9 @@ def _larger(ladder: LadderResult) -> str:
     """What to do where there is no larger size to compare the base with."""
     untrained = [o for o in ladder.optima if o is not ladder.base]
     if not untrained:
-        return "add ratios above 1"
+        if ladder.ratio(ladder.base.curve) != 1:
+            return "the other sizes, the base among them, are not trained yet"
+        return "train ratios above 1, or add them"
     places = ", ".join(f"{o.curve.place(ladder.axis)} ({counted(o.curve.n_runs, 'run')})" for o in untrained)
     return f"go on with {places}"
 

@@ -17,6 +17,7 @@ class LauncherOptions:
         shard: whether those devices divide its weights, gradients and optimizer state.
         threads: CPU threads of each device's process.
         slots_per_device: runs that train on a device at once; None leaves the number to the launcher.
+        devices: torch devices, one or a list; "auto" leaves them to the launcher.
         sizes: the options of each size that has others, by the size's name.
     """
 
@@ -25,6 +26,7 @@ class LauncherOptions:
     shard: bool = False
     threads: int = 1
     slots_per_device: int | None = None
+    devices: Any = "auto"
     sizes: Mapping[str, LauncherOptions] = field(default_factory=dict)
 
     @classmethod
@@ -33,6 +35,13 @@ class LauncherOptions:
         common = _known(section)
         overrides = {str(size): _known(values) for size, values in (section.get("sizes") or {}).items()}
         return cls(**common, sizes={size: cls(**{**common, **values}) for size, values in overrides.items()})
+
+    @property
+    def device_kind(self) -> str | None:
+        """The kind of the devices that are named, such as cuda; None where none is."""
+        named = self.devices if isinstance(self.devices, list | tuple) else [self.devices]
+        first = str(named[0]) if named else "auto"
+        return None if first == "auto" else first.partition(":")[0]
 
     def for_size(self, size: str) -> LauncherOptions:
         """Return the options of a size, by its name."""

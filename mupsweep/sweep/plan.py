@@ -20,6 +20,7 @@ from mupsweep.formatting import counted
 from mupsweep.models.shape import Size
 from mupsweep.optimizers import Optimizer
 from mupsweep.schema import refuse_foreign_code
+from mupsweep.store import workers
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import GRID, GridConfig, SweepConfig, default_lrs, from_tree, to_tree
 from mupsweep.sweep.cost import Cost
@@ -121,7 +122,13 @@ def save(
     with sweep.lock():
         stored = _stored_runs(sweep)
         variants = {run.resolved.digest: run.resolved.variant for run in [*stored, *new]}
-        refuse_namesakes(variants.values(), sweep)
+        try:
+            refuse_namesakes(variants.values(), sweep)
+        except ConfigError:
+            if is_begun(sweep):
+                raise
+            stored = []  # of a start that failed before anything was trained
+            variants = {run.resolved.digest: run.resolved.variant for run in new}
         for variant in variants.values():
             refuse_foreign_code(asdict(variant), str(sweep.path), config.allow_imports)
         if stored and config.sweep.search != GRID:
@@ -266,6 +273,11 @@ def _grid_hint(name: str, optimizers: Mapping[str, Optimizer], grids: Mapping[st
     lists = [f"{other}:[{','.join(f'{x:g}' for x in values)}]" for other, values in lrs.items()]
     wanted = lists[0].partition(":")[2] if len(lists) == 1 else f"{{{','.join(lists)}}}"
     return f"to look there: 'sweep.log2_lrs={wanted}'"
+
+
+def is_begun(sweep: SweepDir) -> bool:
+    """Whether anything of a sweep was trained, is being trained or waits in Slurm; only then its name is taken."""
+    return bool(sweep.started() or sweep.read_jobs() or workers.living(sweep, ()))
 
 
 def _stored_runs(sweep: SweepDir) -> list[RunSpec]:

@@ -70,6 +70,20 @@ def verdict(analysis: Analysis) -> str:
     return group.verdict
 
 
+@pytest.mark.parametrize(
+    ("sizes", "advice"),
+    [
+        ((1.0,), "train ratios above 1, or add them"),
+        ((2.0,), "the other sizes, the base among them, are not trained yet"),
+    ],
+)
+def test_one_size_says_which_are_missing(sizes: tuple[float, ...], advice: str) -> None:
+    trained = [row for row in rows(sizes=2) if row["width_ratio"] in sizes]
+    [group] = analyse(results(trained)).groups
+    assert group.verdict == INCONCLUSIVE
+    assert group.reasons[0] == f"no size larger than the base has LRs enough for a curve: {advice}"
+
+
 def test_no_drift_transfers_and_the_numbers_say_so() -> None:
     [group] = analyse(results(rows(drift=0.0))).groups
     assert group.verdict == TRANSFERS

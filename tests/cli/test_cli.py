@@ -377,7 +377,9 @@ def test_a_run_as_json_leaves_stdout_to_the_json(cli: Callable[..., tuple[int, s
 
 
 def test_a_plan_says_that_its_run_would_be_refused(cli: Callable[..., tuple[int, str, str]]) -> None:
-    plan.save(load([SMOKE]), "")
+    sweep, runs = plan.save(load([SMOKE]), "")
+    assert "refuse" not in cli("plan", SMOKE, "training.steps=40")[1]  # nothing is trained yet
+    assert sweep.run(runs[0].run_id).claim() is not None
     code, out, _ = cli("plan", SMOKE, "training.steps=40")
     assert code == 0
     assert "note: mupsweep run would refuse this: sweep sweeps/smoke already holds" in out
@@ -401,3 +403,24 @@ def test_json_goes_to_stdout_and_news_to_stderr(cli: Callable[..., tuple[int, st
     code, out, err = cli("run", *LADDER, "--json")
     assert code == 0, err
     assert json.loads(out)["groups"][0]["verdict"] == "transfers"
+
+
+def test_a_missing_device_is_named_in_the_plan(
+    cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mupsweep.report.terminal.plan.accelerator", lambda: "cpu")
+    code, out, _ = cli("plan", SMOKE, "launcher=local", "launcher.devices=[cuda:7]")
+    assert code == 0
+    assert " on 1 cuda worker(s) at 100TFLOP/s each" in out
+    assert "note: launcher.devices names cuda, and this machine seems to have cpu alone: " in out
+    assert "cuda" not in cli("plan", SMOKE, "launcher=local", "launcher.devices=[cpu]")[1]
+
+
+def test_the_bound_of_a_search_is_not_below_what_its_first_round_trains(
+    cli: Callable[..., tuple[int, str, str]],
+) -> None:
+    words = [SMOKE, "sweep.search=adaptive", "sweep.max_runs=2", "sweep.width_ratios=[1]"]
+    out = cli("plan", *words, "sweep.log2_lrs=[-9,-7,-5]")[1]
+    assert "3 of 3 runs to train" in out
+    assert "or after 3 runs of a size: at most 3 runs, " in out
+    assert "or after 2 runs of a size: at most 2 runs, " in cli("plan", *words, "sweep.log2_lrs=[-9,-7]")[1]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from mupsweep.atomic_files import make_folder
 from mupsweep.errors import ConfigError, DataError, RecordError
+from mupsweep.store import lease, workers
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import load
 
@@ -235,7 +240,8 @@ def test_the_name_of_a_sweep_is_the_same_whatever_its_grid_and_names_its_choices
     ],
 )
 def test_a_namesake_with_other_settings_is_refused_naming_the_key(override: str, expected: str) -> None:
-    sweep, _ = plan.save(load(SMOKE), "")
+    sweep, runs = plan.save(load(SMOKE), "")
+    assert sweep.run(runs[0].run_id).claim() is not None  # it is trained
     before = {p: p.read_bytes() for p in sweep.path.iterdir() if p.is_file()}
     with pytest.raises(ConfigError) as caught:
         plan.save(load([*SMOKE, override]), "")
@@ -246,8 +252,33 @@ def test_a_namesake_with_other_settings_is_refused_naming_the_key(override: str,
     assert {p: p.read_bytes() for p in sweep.path.iterdir() if p.is_file()} == before
 
 
+def test_a_start_that_trained_nothing_does_not_occupy_its_name() -> None:
+    sweep, planned = plan.save(load(SMOKE), "first")
+    # what a killed process leaves behind does not change that
+    make_folder(sweep.workers)
+    dead = {**lease.owner_record(), "pid": os.getpid(), "born": "1"}
+    (sweep.workers / "dead.json").write_text(json.dumps(dead))
+    _, runs = plan.save(load([*SMOKE, "training.steps=40"]), "second")
+    assert {row["run_id"] for row in sweep.read_plan()} == {run.run_id for run in runs}
+    assert not {run.run_id for run in runs} & {run.run_id for run in planned}
+    assert sweep.read_config()["variants"][0]["training"]["steps"] == 40
+    _, longer = plan.save(load([*SMOKE, "training.steps=40", "sweep.log2_lrs=[-3]"]), "third")
+    assert {run.run_id for run in longer} > {run.run_id for run in runs}  # settings that are one extend it
+
+    with workers.registered(sweep), pytest.raises(ConfigError, match="already holds"):
+        plan.save(load(SMOKE), "")
+    sweep.write_job("7", sweep.script("x"), [[runs[0].run_id]])
+    with pytest.raises(ConfigError, match="already holds"):
+        plan.save(load(SMOKE), "")
+    shutil.rmtree(sweep.jobs)
+    sweep.run(runs[0].run_id).path.mkdir(parents=True)
+    with pytest.raises(ConfigError, match="already holds"):
+        plan.save(load(SMOKE), "")
+
+
 def test_a_namesake_names_only_what_decides_the_numbers() -> None:
-    plan.save(load(SMOKE), "")
+    sweep, runs = plan.save(load(SMOKE), "")
+    assert sweep.run(runs[0].run_id).claim() is not None
     with pytest.raises(ConfigError) as caught:
         plan.save(load([*SMOKE, "training.steps=40", "data.cache=elsewhere", "training.checkpoint_minutes=1"]), "")
     assert "training.steps" in str(caught.value)

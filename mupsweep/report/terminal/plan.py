@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +21,7 @@ from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import GRID, SweepConfig, from_tree
 from mupsweep.sweep.cost import FLOPS_PER_SECOND
 from mupsweep.sweep.launcher_options import LauncherOptions
-from mupsweep.sweep.plan import corpus_remarks, grid_remarks, load, next_round, plan, sweep_dir
+from mupsweep.sweep.plan import corpus_remarks, grid_remarks, is_begun, load, next_round, plan, sweep_dir
 from mupsweep.sweep.run_identity import digest_of, refuse_namesakes
 from mupsweep.sweep.run_spec import RunSpec, resolve
 
@@ -42,7 +42,8 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
     status = {r.run_id: sweep.run(r.run_id).status()["status"] if exists else PENDING for r in runs}
     open_runs = [r for r in runs if status[r.run_id] not in (DONE, DIVERGED)]
     if as_json:
-        seconds = _seconds(open_runs, config.launcher_options, accelerator())
+        device = _device(config.launcher_options)
+        seconds = _seconds(open_runs, config.launcher_options, device)
         print(json.dumps(_document(runs, status, seconds, config.sweep.search)))
         return
     console = console_of()
@@ -58,15 +59,18 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
     else:
         console.say(f"nothing to train: {counted(len(runs), 'run')} finished")
     if searches:
-        console.say(_search_remark(config, first=not exists))
-    for remark in (*grid_remarks(runs), *corpus_remarks(runs), *(_refusals(config, sweep) if exists else ())):
+        console.say(_search_remark(config, runs, first=not exists))
+    remarks = [*_device_remarks(config.launcher_options), *grid_remarks(runs), *corpus_remarks(runs)]
+    if exists and is_begun(sweep):
+        remarks += _refusals(config, sweep)
+    for remark in remarks:
         console.say(f"note: {remark}")
     console.say(f"folder: {sweep.path}")
 
 
 def price_text(runs: Sequence[RunSpec], launcher: LauncherOptions) -> str:
     """What some runs cost: FLOPs, and the time on what this machine has, and on a GPU if that is long."""
-    device = accelerator()
+    device = _device(launcher)
     seconds = _seconds(runs, launcher, device)
     elsewhere = ""
     if device == "cpu" and seconds > 3600:
@@ -76,6 +80,21 @@ def price_text(runs: Sequence[RunSpec], launcher: LauncherOptions) -> str:
         f"{si(sum(run.cost.flops for run in runs))}FLOPs, roughly {duration(seconds)} on {_lanes(launcher, device)} "
         f"{device} worker(s) at {si(FLOPS_PER_SECOND[device])}FLOP/s each{elsewhere}"
     )
+
+
+def _device(launcher: LauncherOptions) -> str:
+    """The kind of device that a time is estimated for: that of the launcher's devices, else of this machine's."""
+    named = launcher.device_kind
+    return named if named in FLOPS_PER_SECOND else accelerator()
+
+
+def _device_remarks(launcher: LauncherOptions) -> Iterator[str]:
+    """A remark on devices that are named and that this machine does not seem to have."""
+    if launcher.name == "local" and launcher.device_kind not in (None, "cpu", accelerator()):
+        yield (
+            f"launcher.devices names {launcher.device_kind}, and this machine seems to have {accelerator()} alone: "
+            "mupsweep run stops at once here"
+        )
 
 
 def _seconds(runs: Iterable[RunSpec], launcher: LauncherOptions, device: str) -> float:
@@ -158,19 +177,25 @@ def _grid_lines(runs: Sequence[RunSpec]) -> Iterator[str]:
         yield f"base LRs{of_which}: {len(lrs)}, {numbers} ({octaves}); seeds: {seeds}"
 
 
-def _search_remark(config: SweepConfig, first: bool) -> str:
-    """The rounds of the search that the printed runs belong to, and an upper bound of its cost."""
+def _search_remark(config: SweepConfig, runs: Sequence[RunSpec], first: bool) -> str:
+    """The rounds of the search that the printed runs belong to, and an upper bound of its cost.
+
+    A size begins with as many runs as its first LRs are, also where `max_runs` is less.
+    """
     grid = config.sweep
-    max_flops = []
+    n_runs = Counter((run.resolved.digest, run.size) for run in runs)
+    most, flops = 0, 0.0
     for resolved in map(resolve, config.variants):
-        for ratios in grid.ratios:
-            max_flops.append(grid.max_runs * resolved.cost(resolved.size(*ratios)).flops)
-    flops = min(sum(max_flops), math.inf if grid.max_flops is None else grid.max_flops)
+        for size in (resolved.size(*ratios) for ratios in grid.ratios):
+            at_size = max(grid.max_runs, n_runs[resolved.digest, size])
+            most += at_size
+            flops += at_size * resolved.cost(size).flops
+    flops = min(flops, math.inf if grid.max_flops is None else grid.max_flops)
+    limit = counted(max([grid.max_runs, *n_runs.values()]), "run")
     return (
         f"adaptive search: {'only the first round is shown' if first else 'later rounds are not shown'}; the losses "
         f"decide which runs follow. It ends when every optimum is known to +-{grid.half_width:g} octaves, or "
-        f"after {counted(grid.max_runs, 'run')} of a size: at most {counted(grid.max_runs * len(max_flops), 'run')}, "
-        f"{si(flops)}FLOPs"
+        f"after {limit} of a size: at most {counted(most, 'run')}, {si(flops)}FLOPs"
     )
 
 
