@@ -22,6 +22,7 @@ from mupsweep.formatting import counted, duration, si
 from mupsweep.report.html import coordinates
 from mupsweep.report.html import rules as rules_table
 from mupsweep.report.html.charts import Charts, drawn_seeds, estimate_text, size_id
+from mupsweep.report.html.words import definitions, explained
 from mupsweep.report.names import axis_name, variant_name
 from mupsweep.report.terminal.tuning import tuning_summary
 from mupsweep.report.terminal.verdicts import advice_on, comparison_line, quality_lines
@@ -102,11 +103,12 @@ def _verdicts(charts: Charts, analysis: Analysis, sweep: SweepDir) -> str:
     )
     cards = "\n".join(_card(charts, group) for group in charts.groups)
     lines = (*analysis.remarks, *map(comparison_line, analysis.comparisons), *advice_on(analysis, sweep))
-    remarks = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    remarks = "".join(f"<li>{explained(line)}</li>" for line in lines)
     return (
         _title("Does the learning rate transfer?", note)
         + f'<div class="cards">\n{cards}\n</div>'
         + (f'<ul class="remarks">{remarks}</ul>' if remarks else "")
+        + f"<details open><summary>what the numbers are</summary>{definitions()}</details>"
     )
 
 
@@ -118,12 +120,12 @@ def _card(charts: Charts, group: LadderResult) -> str:
         log2_lr = estimate_text(base.estimate, spec=".2f")
         name = escape(charts.name(base.curve))
         best = f"<dl><dt>best at {name}</dt><dd>{2**base.log2_lr:.3g}, log2 {log2_lr}</dd></dl>"
-    details = "".join(f"<li>{escape(line)}</li>" for line in (*reasons, *quality_lines(group)))
+    details = "".join(f"<li>{explained(line)}</li>" for line in (*reasons, *quality_lines(group)))
     return (
         f'<article class="card {group.verdict}" data-variant="{charts.labels.index(group.label)}">'
         f"<header><h3>{escape(charts.variant(group))} {_axis(charts, group)}</h3>"
         f'<span class="badge">{BADGES[group.verdict]}</span></header>'
-        f"<p>{SENTENCES[group.verdict]} {escape(decisive[:1].upper() + decisive[1:])}.</p>"
+        f"<p>{SENTENCES[group.verdict]} {explained(decisive[:1].upper() + decisive[1:])}.</p>"
         f"{charts.bar(group.total_drift, group.tolerance)}{best}<ul>{details}</ul></article>"
     )
 
@@ -233,7 +235,7 @@ def _tuning(analysis: Analysis) -> str:
     lines, gaps = tuning_summary(analysis)
     if not lines:
         return ""
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    items = "".join(f"<li>{explained(line)}</li>" for line in lines)
     tables = "".join(_table(head, rows, "words") for head, rows in gaps)
     return _title("Other hyperparameters", "Each value at its own best rate.") + f"<ul>{items}</ul>{tables}"
 

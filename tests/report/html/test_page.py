@@ -15,6 +15,7 @@ from run_results import results
 from mupsweep.analysis.analysis import analyse
 from mupsweep.analysis.estimate import Estimate
 from mupsweep.atomic_files import write_json
+from mupsweep.report.html import words
 from mupsweep.report.html.charts import estimate_text
 from mupsweep.sweep.tensor_rules import TensorRule
 
@@ -47,7 +48,9 @@ def test_the_page_needs_nothing_else(rows: Callable, save_sweep: Callable, write
     runs = rows()
     text = write_html(save_sweep(runs), analyse(results(runs))).read_text()
     page = RunLogger(text)
-    assert not [a for a in page.attributes if a[1] in ("src", "href", "srcset", "action") or a[0] in ("link", "iframe")]
+    outward = [a for a in page.attributes if a[1] in ("src", "srcset", "action") or a[0] in ("link", "iframe")]
+    outward += [a for a in page.attributes if a[1] == "href" and not a[2].startswith("#")]
+    assert not outward
     assert not re.search(r"https?://|//[a-z]|@import|url\(", text.replace("// ", ""))
 
 
@@ -57,6 +60,7 @@ def test_verdicts_and_numbers_come_first(
     runs = rows()
     analysis = analyse(results(runs))
     text = write_html(save_sweep(runs, pending=3), analysis, [("mup, width 64", [rule])]).read_text()
+    text = re.sub("</?a[^>]*>", "", text)  # what explains a word
     top = text[: text.index("Loss versus learning rate")]
     assert "drifts" in top
     assert "transfers" in top
@@ -182,3 +186,28 @@ def test_the_page_says_on_how_many_runs_it_rests_and_what_is_known_how_well(
     assert f"<dd>{2**group.base.log2_lr:.3g}, log2 {best}</dd>" in text
     for optimum in group.optima:
         assert f"<td>{estimate_text(optimum.loss, spec='.4f')}</td>" in text
+
+
+def test_every_number_of_the_verdicts_has_its_word_explained_in_place(
+    rows: Callable, save_sweep: Callable, write_html: Callable
+) -> None:
+    runs = rows(widths=(16, 32, 64, 128, 256))
+    text = write_html(save_sweep(runs), analyse(results(runs))).read_text()
+    top = text[: text.index("Loss versus learning rate")]
+    ids = set(re.findall(r'<dt id="(word-[a-z-]+)">', top))
+    links = re.findall(r'<a class="word" href="#(word-[a-z-]+)" title="([^"]{20,})">', top)
+    assert {target for target, _ in links} <= ids
+    used = {target.removeprefix("word-") for target, _ in links}
+    assert used >= {"drift", "octaves", "nats", "held-out", "fit-error", "kappa", "asymptotic-loss"}
+    assert ids == {f"word-{key}" for key in words.WORDS}
+    lines = re.findall(r"<li>(.*?)</li>", top)
+    for line in lines:
+        plain = re.sub(r"<a class=.*?</a>", "", line)
+        assert not re.search(r"kappa|asymptotic loss|speed-up|held out|\bE \d", plain), line
+
+
+def test_an_explained_line_is_escaped_and_reads_as_before() -> None:
+    line = "a<b: E 0.10 octaves, kappa [-0.1, 0.2], no octaveless Extra"
+    linked = words.explained(line)
+    assert re.sub(r"</?a[^>]*>", "", linked) == escape(line)
+    assert re.findall(r'href="#word-([a-z-]+)"', linked) == ["fit-error", "octaves", "kappa"]
