@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mupsweep.recipes.param_groups import param_groups
     from mupsweep.report.notebook import load
+    from mupsweep.sweep.ask import Search, Size, ask, tell
 
-__all__ = ["__version__", "load", "param_groups"]
+__all__ = ["Search", "Size", "__version__", "ask", "load", "param_groups", "tell"]
 
 __version__ = "0.1.0"
 
@@ -23,4 +24,8 @@ def __getattr__(name: str) -> Any:
         from mupsweep.report.notebook import load
 
         return load
+    if name in ("Search", "Size", "ask", "tell"):
+        from mupsweep.sweep import ask as asking
+
+        return getattr(asking, name)
     raise AttributeError(f"module 'mupsweep' has no attribute {name!r}")

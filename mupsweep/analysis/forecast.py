@@ -57,21 +57,20 @@ def forecast(ladder: LadderPosterior, position: float) -> Forecast | None:
     if ladder.walk is None or not ladder.fitted:
         return None
     draws = ladder.walk.optima(position, np.random.default_rng(2))
-    size, nearest = min(ladder.fitted, key=lambda pair: (abs(pair[0].position - position), -pair[0].position))
-    gap = position - size.position
-    log2_lr, regret = least_expected_loss(nearest, gap, draws)
-    return Forecast(log2_lr, regret, Estimate.of(draws), draws)
+    candidates, lost = losses_at_target(ladder, position, draws)
+    expected = lost.mean(axis=0)
+    best = int(expected.argmin())
+    return Forecast(float(candidates[best]), float(expected[best]), Estimate.of(draws), draws)
 
 
-def least_expected_loss(nearest: CurveDraws, gap: float, optimum: Array) -> tuple[float, float]:
-    """The LR that loses least in the mean over draws of the optimum, and what it loses.
+def losses_at_target(ladder: LadderPosterior, position: float, optimum: Array) -> tuple[Array, Array]:
+    """(m,) LRs where the optimum of a target may be, and (draws, m) what each would lose there, LOST_RUN at most.
 
     The target's valley is that of the nearest trained size, its height changed along the ladder's trend.
     """
+    size, nearest = min(ladder.fitted, key=lambda pair: (abs(pair[0].position - position), -pair[0].position))
     low, high = map(float, np.quantile(optimum, (0.05, 0.95)))
     candidates = np.linspace(low, high, CANDIDATES)
     offsets = candidates - optimum[:, None]
-    growth = np.exp(nearest.trend * gap)[:, None]
-    lost = np.minimum(growth * nearest.rise(nearest.optimum[:, None] + offsets), LOST_RUN).mean(axis=0)
-    best = int(lost.argmin())
-    return float(candidates[best]), float(lost[best])
+    growth = np.exp(nearest.trend * (position - size.position))[:, None]
+    return candidates, np.minimum(growth * nearest.rise(nearest.optimum[:, None] + offsets), LOST_RUN)

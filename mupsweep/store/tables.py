@@ -62,16 +62,23 @@ class TableOptions:
         unit: of the losses, a key of NATS.
         filters: column -> the value that a row must have to be read; of W&B, a key of its filters.
         average: of W&B histories, how many last logged steps a loss is averaged over; None for the summary's loss.
+        is_start: whether more runs will follow, so that a heading alone will do, and less than three LRs of every size.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     unit: str = "nats"
     filters: Mapping[str, str] = field(default_factory=dict)
     average: int | None = None
+    is_start: bool = False
 
     @classmethod
     def parse(
-        cls, columns: Sequence[str] = (), unit: str = "nats", filters: Sequence[str] = (), average: int | None = None
+        cls,
+        columns: Sequence[str] = (),
+        unit: str = "nats",
+        filters: Sequence[str] = (),
+        average: int | None = None,
+        is_start: bool = False,
     ) -> TableOptions:
         """The options of the command line.
 
@@ -89,7 +96,7 @@ class TableOptions:
                 raise ConfigError(f"--filter {pair}: expected NAME=VALUE, for example --filter group=sweep-3")
             if kept.setdefault(name, value) != value:
                 raise ConfigError(f"--filter {pair}: {name}={kept[name]} is given too; one value a column")
-        return cls(parse_columns(columns), unit, kept, average)
+        return cls(parse_columns(columns), unit, kept, average, is_start)
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,8 @@ def read_table(source: str, options: TableOptions | None = None) -> Table:
 def runs_of(cells: Cells, options: TableOptions) -> Table:
     """The runs in the cells of a table."""
     columns = match_columns(cells, options.columns)
+    if not cells.records and options.is_start:
+        return Table([], (f"read from {cells.source}: {columns.line()}",))
     if not cells.records:
         raise DataError(f"--from {cells.source} has no runs: expected a heading and one {cells.kind} for every run")
     reader = _Reader(cells, columns, options.unit)
@@ -144,12 +153,13 @@ def runs_of(cells: Cells, options: TableOptions) -> Table:
     notes += _assumed(columns)
     notes += _tell_batch_sizes_apart(rows)
     notes += _find_horizons(rows)
-    _check_lrs(cells, rows)
+    if not options.is_start:
+        _check_lrs(cells, rows)
     rows, repeats = _count_repeats(cells, columns, rows)
     notes += repeats
     notes += _find_bases(rows)
     losses = sorted(row["val_loss"] for row in rows if row["val_loss"] is not None)
-    if losses[len(losses) // 2] > UNLIKELY_NATS:
+    if losses and losses[len(losses) // 2] > UNLIKELY_NATS:
         notes.append(
             f"half of the losses are above {losses[len(losses) // 2]:.3g} nats per token: if they are perplexities, "
             "--unit perplexity"

@@ -124,7 +124,7 @@ class GridConfig:
     `log2_lrs` is a list for all optimizers, or a mapping from the names of optimizers to lists. An optimizer without a
     list has the LRs of its own range (`log2_lr_range`); `of` gives the grid of one optimizer.
 
-    With `search=adaptive` runs are chosen round by round (mupsweep/sweep/size_search.py), beginning with `log2_lrs`.
+    With `search=adaptive` runs are chosen round by round (mupsweep/sweep/lr_search.py), beginning amid `log2_lrs`.
     `axes` lists the values of other hyperparameters, which vary one at a time (mupsweep/sweep/hyperparameters.py).
     """
 
@@ -136,14 +136,18 @@ class GridConfig:
     pair: bool = False
     search: str = GRID
     half_width: float = 0.25
+    regret: float = 0.002
+    at_once: int = 4
     max_seeds: int = 3
-    max_runs: int = 18
+    max_runs: int = 12
     axes: Any = None  # a mapping; `expand` checks its keys, which depend on the variants
     max_flops: float | None = None
 
     def __post_init__(self) -> None:
         one_of(self.search, (GRID, ADAPTIVE), "sweep.search")
         require(0.01 <= self.half_width <= 4, "sweep.half_width", self.half_width, "octaves, 0.01 to 4")
+        require(self.regret >= 0, "sweep.regret", self.regret, "nats, 0 or more")
+        require(self.at_once > 0, "sweep.at_once", self.at_once, "positive")
         require(self.max_seeds > 0, "sweep.max_seeds", self.max_seeds, "positive")
         require(self.max_runs > 0, "sweep.max_runs", self.max_runs, "positive")
         require(self.max_flops is None or self.max_flops > 0, "sweep.max_flops", self.max_flops, "positive or null")

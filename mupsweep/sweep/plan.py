@@ -22,7 +22,7 @@ from mupsweep.optimizers import Optimizer
 from mupsweep.schema import refuse_foreign_code
 from mupsweep.store import workers
 from mupsweep.store.sweep_dir import SweepDir
-from mupsweep.sweep.config import GRID, GridConfig, SweepConfig, default_lrs, from_tree, to_tree
+from mupsweep.sweep.config import GRID, SweepConfig, default_lrs, from_tree, to_tree
 from mupsweep.sweep.cost import Cost
 from mupsweep.sweep.run_identity import digest_of, refuse_namesakes
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, check_batch_shares, check_size_overrides, resolve
@@ -43,7 +43,7 @@ def plan(config: SweepConfig, finished: Iterable[RunResult] = ()) -> list[RunSpe
     resolved = [resolve(variant, config.launcher_options) for variant in config.variants]
     check_size_overrides(resolved, config)
     if grid.search != GRID:
-        return _longest_first(_search_round(resolved, grid, list(finished)))
+        return _longest_first(_search_round(resolved, config, list(finished)))
     runs: list[RunSpec] = []
     for one in resolved:
         runs += _grid(one, grid.ratios, grid.of(one.variant.optimizer).log2_lrs, grid.seeds)
@@ -51,16 +51,17 @@ def plan(config: SweepConfig, finished: Iterable[RunResult] = ()) -> list[RunSpe
 
 
 def _search_round(
-    resolved: Sequence[ResolvedVariant], grid: GridConfig, finished: Sequence[RunResult]
+    resolved: Sequence[ResolvedVariant], config: SweepConfig, finished: Sequence[RunResult]
 ) -> list[RunSpec]:
     """The next round of a search, size by size as far as its budget reaches; the defaults draw on the budget first."""
-    from mupsweep.sweep.search import search_states  # which needs scipy
+    from mupsweep.sweep.search import search_states  # which needs numpy
 
+    grid = config.sweep
     remaining = math.inf if grid.max_flops is None else grid.max_flops - sum(run.flops or 0.0 for run in finished)
     affordable: list[RunSpec] = []
     # a budget goes to the defaults of every size first, and only what they leave to values of other hyperparameters
     for patient in (True, False) if grid.max_flops is not None else (False,):
-        states = search_states([one.variant for one in resolved], finished, grid, patient)
+        states = search_states([one.variant for one in resolved], finished, grid, config.analysis, patient)
         for runs in _runs_by_size(resolved, states):
             cost = sum(run.cost.flops for run in runs)
             if cost <= remaining:

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from mupsweep.analysis.config import AnalysisConfig
 from mupsweep.analysis.curves import LossCurve, collect
 from mupsweep.analysis.estimate import QUANTILES
 from mupsweep.analysis.labels import Label
@@ -20,14 +21,20 @@ from mupsweep.analysis.optimum import shuffled
 from mupsweep.analysis.run_result import RunResult
 from mupsweep.analysis.transfer import ladder_optima
 from mupsweep.sweep.config import GridConfig, Variant
-from mupsweep.sweep.size_search import COARSE, SearchState, lr_grid, search_state
+from mupsweep.sweep.lr_search import LATTICE
+from mupsweep.sweep.size_search import SearchState, search_state
 
+AROUND = 2.0  # octaves around the default's optimum that the search of a value begins amid
 SearchStates = dict[Label, list[SearchState]]
 Runs = Sequence[RunResult]
 
 
 def search_states(
-    variants: Sequence[Variant], runs: Iterable[RunResult], grid: GridConfig, patient: bool = False
+    variants: Sequence[Variant],
+    runs: Iterable[RunResult],
+    grid: GridConfig,
+    analysis: AnalysisConfig | None = None,
+    patient: bool = False,
 ) -> SearchStates:
     """The state of the search at every size of every variant.
 
@@ -38,7 +45,9 @@ def search_states(
     runs_of: dict[Label, list[RunResult]] = {variant.label: [] for variant in variants}
     for run in runs:
         runs_of.get(run.label, []).append(run)
-    states = {v.label: search_state(runs_of[v.label], grid.of(v.optimizer)) for v in variants if v.change is None}
+    states = {
+        v.label: search_state(runs_of[v.label], grid.of(v.optimizer), analysis) for v in variants if v.change is None
+    }
     any_default_open = any(state.proposals for sizes in states.values() for state in sizes)
     for default in list(states):
         values = {v.label: v.change.hyperparameter for v in variants if v.change is not None and v.names == default}
@@ -48,12 +57,16 @@ def search_states(
         if any_default_open if patient else base_open:
             states |= {label: [SearchState(base_of(grid), (), "waits for the default")] for label in values}
         else:
-            states |= _states_of_values(values, runs_of[default], runs_of, grid)
+            states |= _states_of_values(values, runs_of[default], runs_of, grid, analysis)
     return states
 
 
 def _states_of_values(
-    values: Mapping[Label, str], default: Runs, runs_of: Mapping[Label, Runs], grid: GridConfig
+    values: Mapping[Label, str],
+    default: Runs,
+    runs_of: Mapping[Label, Runs],
+    grid: GridConfig,
+    analysis: AnalysisConfig | None,
 ) -> SearchStates:
     """The state of the search of every value of one default, whose own search at the base has ended.
 
@@ -67,10 +80,10 @@ def _states_of_values(
     if not curve.usable:
         return {label: [SearchState(base, (), "the default diverges at every LR")] for label in values}
     [optimum] = ladder_optima("width", [curve])
-    center = round(optimum.center / lr_grid(grid.half_width)) * lr_grid(grid.half_width)
-    every_size = replace(grid, log2_lrs=(center - COARSE, center, center + COARSE))
+    center = round(optimum.center / LATTICE) * LATTICE
+    every_size = replace(grid, log2_lrs=(center - AROUND, center + AROUND))
     base_only = replace(every_size, width_ratios=base[:1], depth_ratios=base[1:], pair=False)
-    states = {label: search_state(runs_of[label], base_only) for label in values}
+    states = {label: search_state(runs_of[label], base_only, analysis) for label in values}
     for hyperparameter in dict.fromkeys(values.values()):
         rivals = [label for label, other in values.items() if other == hyperparameter]
         still_open = any(state.proposals for label in rivals for state in states[label])
@@ -80,7 +93,7 @@ def _states_of_values(
         may_win = may_be_best(_curves_at_base([default, *(runs_of[label] for label in rivals)], grid))
         for label, goes_on in zip(rivals, may_win[1:], strict=True):
             if goes_on:
-                states[label] = search_state(runs_of[label], every_size)
+                states[label] = search_state(runs_of[label], every_size, analysis)
             else:
                 states[label] = [
                     SearchState(base, (), f"{state.reason}; not the best there") for state in states[label]

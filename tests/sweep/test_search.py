@@ -85,8 +85,8 @@ def test_a_value_waits_for_the_default_at_the_base_and_begins_around_its_optimum
     begun = [row for row in whole[first].values() if "value" in row]
     assert {row["width_ratio"] for row in begun} == {1.0}
     lrs = {row["log2_lr"] for row in begun}
-    assert len(lrs) == 3
-    assert min(lrs) + 2 == pytest.approx(-6.8 - 0.5 * 2, abs=0.5)  # the default's init std is two octaves off
+    middle = sorted(lrs)[len(lrs) // 2]
+    assert middle == pytest.approx(-6.8 - 0.5 * 2, abs=0.5)  # the default's init std is two octaves off
 
 
 def test_a_budget_is_never_passed_and_the_default_comes_first(whole: list[dict[str, Row]]) -> None:
@@ -103,7 +103,7 @@ def test_a_budget_is_never_passed_and_the_default_comes_first(whole: list[dict[s
 def test_what_a_default_cannot_afford_is_left_to_the_values() -> None:
     sizes = "sweep.width_ratios=[1,64]"
     one = min(run.cost.flops for run in plan.plan(load([*SEARCH, sizes])))
-    rows = searched(sizes, f"sweep.max_flops={one * 18 * 4}")  # max_runs of four variants at the base
+    rows = searched(sizes, f"sweep.max_flops={one * 12 * 4}")  # max_runs of four variants at the base
     assert {row["width_ratio"] for row in rows.values()} == {1.0}
     assert {row.get("value") for row in rows.values()} == {None, 0.04, 0.08, 0.16}
 

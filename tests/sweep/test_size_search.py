@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mupsweep.errors import ConfigError
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan, run_spec
 from mupsweep.sweep.config import ADAPTIVE, GridConfig, load
-from mupsweep.sweep.size_search import Proposal, lr_grid, propose, search_state
+from mupsweep.sweep.size_search import Proposal, search_state
 
 Row = Mapping[str, Any]
 LADDER = GridConfig(
@@ -50,28 +51,29 @@ def row(run: Proposal, loss: float | None) -> Row:
     return {**shape, **run._asdict(), "status": "diverged" if loss is None else "done", "val_loss": loss}
 
 
+def proposals(rows: Iterable[Row], grid: GridConfig) -> list[Proposal]:
+    return [run for state in search_state(results(rows), grid) for run in state.proposals]
+
+
 def searched(grid: GridConfig, train: Callable[[Proposal], Row]) -> list[Row]:
     """Every run of a search."""
     rows: dict[Proposal, Row] = {}
     for _ in range(ENOUGH):
-        proposals = propose(results(rows.values()), grid)
-        if not proposals:
+        runs = proposals(rows.values(), grid)
+        if not runs:
             return list(rows.values())
-        assert not set(proposals) & set(rows)
-        rows |= {run: train(run) for run in proposals}
+        assert not set(runs) & set(rows)
+        rows |= {run: train(run) for run in runs}
     raise AssertionError("the search does not end")
 
 
 @pytest.mark.parametrize("drift", [0.0, -1.0])
-def test_the_optimum_of_every_size_is_found_for_two_fifths_of_the_grid(drift: float) -> None:
+def test_the_optimum_of_every_size_is_found_for_an_eighth_of_the_grid(drift: float) -> None:
     rows = searched(LADDER, drifting(-6.7, drift))
     for k, fitted in enumerate(ladder_optima("width", collect(results(rows)))):
         assert fitted.log2_lr == pytest.approx(-6.7 + drift * k, abs=0.25)
-        assert fitted.low is not None
-        assert fitted.high is not None
-        assert fitted.high - fitted.low <= 0.5
     grid = len(LADDER.log2_lrs) * LADDER.max_seeds * (1 + 4 + 16)
-    assert sum(r["width_ratio"] ** 2 for r in rows) / grid < 0.4
+    assert sum(r["width_ratio"] ** 2 for r in rows) / grid < 0.125
 
 
 @pytest.mark.parametrize("optimum", [-13.2, 0.4])
@@ -89,8 +91,10 @@ def test_it_stops_six_octaves_beyond_them() -> None:
 def test_a_cliff_beside_the_minimum_is_approached_and_not_crossed_again() -> None:
     rows = searched(GridConfig(log2_lrs=LADDER.log2_lrs, search=ADAPTIVE), valley(-6.2, cliff=1.0))
     (fitted,) = ladder_optima("width", collect(results(rows)))
-    assert fitted.log2_lr == pytest.approx(-6.2, abs=0.25)
-    assert len({r["log2_lr"] for r in rows if r["status"] == "diverged"}) <= 3  # two of the first runs, one beside
+    assert fitted.low is not None
+    assert fitted.high is not None
+    assert fitted.low < -6.2 < fitted.high
+    assert len({r["log2_lr"] for r in rows if r["status"] == "diverged"}) <= 2
 
 
 def test_runs_that_all_diverge_end_the_search_at_its_limit() -> None:
@@ -98,41 +102,71 @@ def test_runs_that_all_diverge_end_the_search_at_its_limit() -> None:
     assert min(r["log2_lr"] for r in rows) == -10.0
 
 
-def test_noise_calls_for_seeds_and_bend_for_lrs() -> None:
-    one = GridConfig(log2_lrs=LADDER.log2_lrs, search=ADAPTIVE, max_runs=40)
-    quiet, noisy = (searched(one, valley(-6.7, noise=n)) for n in (1e-4, 0.02))
-    assert {r["seed"] for r in quiet} == {0, 1}
-    assert {r["seed"] for r in noisy} == {0, 1, 2}
+def test_a_larger_size_begins_below_what_diverged_at_a_smaller_one() -> None:
+    grid = GridConfig(width_ratios=(1.0, 2.0), log2_lrs=(-4.0, -3.0), search=ADAPTIVE)
+    rows = [row(Proposal(1.0, 1.0, x, 0), None) for x in (-10.0, -7.0, -3.5)]
+    first, second = search_state(results(rows), grid)
+    assert (first.proposals, first.reason) == ((), "every LR diverges")
+    assert second.proposals[0].log2_lr == -10.0
+
+
+def test_one_seed_is_enough_unless_noise_decides() -> None:
+    quiet, noisy = (
+        searched(replace(LADDER, regret=1e-4, half_width=0.1), drifting(-6.7, 0.0, noise=n)) for n in (1e-4, 0.02)
+    )
+    assert {r["seed"] for r in quiet} == {0}
+    assert {r["seed"] for r in noisy} > {0}
+    assert len(noisy) > len(quiet)
+
+
+def test_the_seeds_of_the_sweep_are_trained_at_every_lr() -> None:
+    rows = searched(replace(LADDER, seeds=(3, 5)), drifting(-6.7, 0.0))
+    by_lr: dict[tuple[float, float], set[int]] = {}
+    for r in rows:
+        by_lr.setdefault((r["width_ratio"], r["log2_lr"]), set()).add(r["seed"])
+    assert all(seeds >= {3, 5} for seeds in by_lr.values())
 
 
 def test_it_stops_at_its_budget_and_says_so() -> None:
-    one = GridConfig(log2_lrs=LADDER.log2_lrs, search=ADAPTIVE, max_runs=16)
-    rows = searched(one, valley(-6.7, noise=0.05))
-    assert len(rows) <= 16
+    one = GridConfig(log2_lrs=LADDER.log2_lrs, search=ADAPTIVE, max_runs=2)
+    rows = searched(one, valley(-6.7))
+    assert len(rows) == 2
     (last,) = search_state(results(rows), one)
-    assert last.reason.startswith("stopped at sweep.max_runs=16: ")
+    assert last.reason.startswith("stopped at sweep.max_runs=2: ")
+
+
+def test_a_verdict_that_is_open_asks_for_runs_at_the_sizes_that_it_is_about() -> None:
+    """The optimum moves by half an octave in all, which is the bound of the verdict."""
+    decided, either = (
+        searched(replace(LADDER, half_width=4.0), drifting(-6.7, drift, noise=0.004)) for drift in (0.0, -0.25)
+    )
+    assert len(either) > len(decided)
 
 
 def test_its_proposals_do_not_depend_on_the_order_of_the_records() -> None:
-    rows = searched(LADDER, drifting(-6.7, -0.5))[:20]
-    assert propose(results(rows), LADDER) == propose(results(rows[::-1]), LADDER)
+    rows = searched(LADDER, drifting(-6.7, -0.5))[:8]
+    assert proposals(rows, LADDER) == proposals(rows[::-1], LADDER)
 
 
-def test_a_larger_size_begins_around_what_the_smaller_ones_predict() -> None:
-    rows = searched(LADDER, drifting(-5.0, -1.0))
-    first = [r for r in rows if r["width_ratio"] == 4.0][:6]
-    lrs = sorted({r["log2_lr"] for r in first})
-    assert len(lrs) == 3
-    assert lrs[0] <= -7.0 <= lrs[-1]  # the optima before it lie at -5 and -6
+def test_a_larger_size_begins_at_what_the_smaller_ones_forecast() -> None:
+    rows = searched(replace(LADDER, at_once=1), drifting(-5.0, -1.0))
+    first = next(r for r in rows if r["width_ratio"] == 4.0)
+    assert first["log2_lr"] == pytest.approx(-7.0, abs=0.5)  # the optima before it lie at -5 and -6
 
 
-@pytest.mark.parametrize(("half_width", "step"), [(0.25, 0.5), (0.1, 0.125), (0.125, 0.25), (1.0, 1.0), (3.0, 1.0)])
-def test_the_lr_grid_follows_from_the_half_width(half_width: float, step: float) -> None:
-    assert lr_grid(half_width) == step
+def test_runs_at_once_are_chosen_together_and_cost_little_more() -> None:
+    one, four = (searched(replace(LADDER, at_once=n), drifting(-6.7, -0.5)) for n in (1, 4))
+    first = proposals([], LADDER)
+    assert {run.log2_lr for run in first} == {-8.0, -7.0, -6.0}
+    assert sum(r["width_ratio"] ** 2 for r in four) <= 1.35 * sum(r["width_ratio"] ** 2 for r in one)
 
 
 @pytest.mark.parametrize(
-    "override", ["sweep.search=greedy", "sweep.half_width=0", "sweep.max_seeds=0", "sweep.max_runs=0"]
+    "override",
+    [
+        *("sweep.search=greedy", "sweep.half_width=0", "sweep.max_seeds=0", "sweep.max_runs=0", "sweep.at_once=0"),
+        "sweep.regret=-1",
+    ],
 )
 def test_a_bad_key_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match=override.split("=")[0]):
@@ -185,6 +219,4 @@ def test_plan_shows_the_first_round_and_says_that_more_follow(cli: Callable[...,
     _, out, _ = cli("plan", *SEARCH, "--json")
     document = json.loads(out)
     assert document["search"] == "adaptive"
-    assert {(r["width"], r["log2_lr"], r["seed"]) for r in document["runs"]} == {
-        (16, x, s) for x in (-9.0, -7.0, -5.0) for s in (0,)
-    }
+    assert {(r["width"], r["log2_lr"]) for r in document["runs"]} >= {(16, -7.0), (16, -8.0), (16, -6.0)}

@@ -149,7 +149,7 @@ def _search_states(config: SweepConfig, sweep: SweepDir) -> SearchStates:
     from mupsweep.store.results import read_runs
     from mupsweep.sweep.search import search_states  # imports scipy
 
-    return search_states(config.variants, read_runs([sweep]), config.sweep)
+    return search_states(config.variants, read_runs([sweep]), config.sweep, config.analysis)
 
 
 def _search_lines(sweep: SweepDir, unfinished: int) -> Iterable[str]:
