@@ -146,7 +146,7 @@ class Search:
 
     def _runs_of(self, size: Size) -> SizeRuns:
         runs = sorted(self._runs[size.shape])
-        lrs, losses, seeds = ([run[i] for run in runs] for i in range(3))
+        lrs, losses, seeds = zip(*runs, strict=True) if runs else ((), (), ())
         return SizeRuns.of(self._position(*size.shape), lrs, losses, seeds)
 
 
