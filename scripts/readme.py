@@ -13,13 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import math
 import os
+import pty
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,9 +39,10 @@ BLOCK = re.compile(r"<!-- \$ (?P<command>.+?) -->\n```text\n(?P<output>.*?)```",
 DEMO = ["experiment=demo", "parametrization=sp,mup"]
 LOSSES = ROOT / "configs" / "experiment" / "demo.csv"
 FIGURE = LOSSES.with_suffix(".svg")  # made from the losses too
+COLUMNS = 100  # of the terminal that blocks show, and the longest line of a block
 TOLERANCE = 0.03  # absolute, or relative where that is more
 NUMBER = re.compile(r"[+-]?\d+\.\d+(?:e[+-]\d+)?")  # with a fraction: counts and sizes are exact
-TIMED = "worker(s) at"  # in a line that depends on the machine
+TIMED = re.compile(r"roughly [^;]* each", re.DOTALL)  # depends on the machine
 
 
 def generated(text: str, folder: Path) -> str:
@@ -54,19 +60,37 @@ def outdated(text: str, folder: Path) -> Iterator[str]:
 
 
 def output(command: str, folder: Path) -> str:
-    """What a command prints in a terminal of 100 columns; `folder` is that of `prepared`."""
+    """What a command prints in a terminal of COLUMNS, of which rich uses 80; `folder` is that of `prepared`."""
     where = folder / ("finished" if "sweeps/demo" in command else "empty")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "COLUMNS": "100", "TERM": "dumb", "LC_ALL": "C.UTF-8"}
-    done = subprocess.run(command, shell=True, cwd=where, capture_output=True, text=True, env=env)
-    if done.returncode:
-        sys.exit(f"$ {command}\n{done.stderr}")
-    return "\n".join(line.rstrip() for line in done.stdout.strip("\n").splitlines()) + "\n"
+    env = {**os.environ, "PATH": path, "COLUMNS": str(COLUMNS), "TERM": "dumb", "LC_ALL": "C.UTF-8"}
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, shell=True, cwd=where, stdout=theirs, stderr=errors, env=env)
+        os.close(theirs)
+        printed = b""
+        with contextlib.suppress(OSError):  # which is how a terminal ends
+            while chunk := os.read(ours, 1 << 16):
+                printed += chunk
+        os.close(ours)
+        if process.wait():
+            errors.seek(0)
+            sys.exit(f"$ {command}\n{errors.read()}")
+    lines = printed.decode().replace("\r\n", "\n").strip("\n").splitlines()
+    return "\n".join(wrapped(line.rstrip()) for line in lines) + "\n"
+
+
+def wrapped(line: str) -> str:
+    """A line as a terminal of COLUMNS shows it, also where a pipe such as grep has taken it."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    return textwrap.fill(line, COLUMNS, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False)
 
 
 def same(old: str, new: str, fitted: bool) -> bool:
     """Whether two outputs say the same, up to fitted numbers and times."""
-    old, new = ("\n".join(line for line in text.splitlines() if TIMED not in line) for text in (old, new))
+    # where a line breaks depends on how long its numbers are
+    old, new = (" ".join(TIMED.sub("", text).split()) for text in (old, new))
     if not fitted:
         return old == new
     numbers = [[float(number) for number in NUMBER.findall(text)] for text in (old, new)]

@@ -291,7 +291,12 @@ def test_outputs_are_the_same_up_to_fitted_digits_and_times() -> None:
     assert not readme.same("drift -0.09", "drift -0.19", fitted=True)
     assert not readme.same("sp: drifts -0.09", "sp: transfers -0.09", fitted=True)
     assert not readme.same("LR 0.01", "LR 0.011", fitted=False)
-    assert readme.same("a\n5s on 2 cpu worker(s) at 1", "a\n9s on 8 cuda worker(s) at 2", fitted=False)
+    timed = (
+        "roughly 5s on 2 cpu worker(s) at 1FLOP/s each; b",
+        "roughly 9m 05s on 8 cuda\n  worker(s) at 2FLOP/s each; b",
+    )
+    assert readme.same(*timed, fitted=False)
+    assert not readme.same(timed[0], timed[1].removesuffix("b"), fitted=False)
 
 
 def commands() -> Iterator[tuple[str, ...]]:
@@ -337,3 +342,10 @@ def test_the_figure_is_small_and_stands_beside_the_command_that_made_it() -> Non
     assert f"`{made}`" in text
     assert f"{made}\n" in (ROOT / "Makefile").read_text()
     assert 20_000 < readme.FIGURE.stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("path", readme.DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_line_of_an_examples_output_is_longer_than_a_terminal(path: Path) -> None:
+    for match in readme.BLOCK.finditer(path.read_text()):
+        long = [line for line in match["output"].splitlines() if len(line) > readme.COLUMNS]
+        assert not long, match["command"]

@@ -87,7 +87,10 @@ def generate(
         print(json.dumps(to_json(shown), indent=2))
     else:
         counts = [sum(ledger.values(), Counter()) for ledger in ledgers]
-        advice = verdicts.advice_on(shown, sweeps[0]) if len(sweeps) == 1 else ()
+        advice: list[str] = []
+        if len(sweeps) == 1:
+            look = [f"to look at it: open {file}" for file in files if file.suffix == ".html"]
+            advice += [*look, *verdicts.advice_on(shown, sweeps[0])]
         verdicts.show_analysis(shown, list(zip((s.path for s in sweeps), counts, strict=True)), files, advice)
     if unwritten is not None:
         _say_unwritten(unwritten, results)

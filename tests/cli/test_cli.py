@@ -424,3 +424,12 @@ def test_the_bound_of_a_search_is_not_below_what_its_first_round_trains(
     assert "3 of 3 runs to train" in out
     assert "or after 3 runs of a size: at most 3 runs, " in out
     assert "or after 2 runs of a size: at most 2 runs, " in cli("plan", *words, "sweep.log2_lrs=[-9,-7]")[1]
+
+
+def test_a_first_run_ends_with_three_lines_that_say_what_to_do_next(cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = cli("run", SMOKE, "launcher=inline")
+    assert code == 0
+    look, train, use = out.splitlines()[-3:]
+    assert look == "to look at it: open sweeps/smoke/results/report.html"
+    assert "the same mupsweep run with " in train
+    assert "mupsweep transfer sweeps/smoke --to width=N" in use or use.startswith("no optimum is known at both ends")

@@ -64,25 +64,32 @@ def show_analysis(
         else:
             console.show(item)
     console.say(f"in brackets and after ±: {CONFIDENCE:.0%} intervals")
-    for line in advice:
-        console.say(line)
     for file in files:
         console.say(f"wrote {file}")
+    for line in advice:
+        console.say(line)
 
 
 def advice_on(analysis: Analysis, sweep: SweepDir) -> Iterator[str]:
-    """The commands that help next with a sweep: a search where a verdict is open, a transfer where an LR is known."""
+    """What helps next with a sweep, in two lines: what to train, and how to get an LR."""
     undecided = any(g.verdict == INCONCLUSIVE and g.base is not g.optima[-1] for g in analysis.groups)
     if undecided and sweep.read_config()["sweep"].get("search", GRID) == GRID:
         yield (
             "inconclusive: the same mupsweep run with sweep.search=adaptive adds LRs and seeds until every optimum is "
             "known; mupsweep plan says what that costs"
         )
+    else:
+        yield "further sizes, LRs or seeds: the same mupsweep run with longer lists trains only what is new"
     if axes := {g.axis for g in analysis.groups if g.fitted}:  # ladders with fitted optima give a recipe its LR
         shape = [f"{key}=N" for key in ("width", "depth") if axes & {key, "joint"}]
         yield (
             f"for the LR of {'a larger model' if shape else 'longer training'}: "
             f"mupsweep transfer {quote(str(sweep.path))} --to {' '.join(shape) or 'tokens=N'}"
+        )
+    else:
+        yield (
+            "no optimum is known at both ends, so there is no LR to hand over yet: the reasons above say where to add "
+            "LRs"
         )
 
 
