@@ -131,23 +131,40 @@ def instantiate(section: Mapping[str, Any], where: str) -> Any:
 
 
 def refuse_foreign_code(section: Mapping[str, Any], where: str, allowed: bool) -> None:
-    """Refuse a section that names code outside mupsweep, at any depth, unless the user allows it.
+    """Refuse a section that names code outside mupsweep, at any depth, unless the person at the command line allows it.
 
-    A class with further keys that name code lists these keys in its attribute `imports`.
+    Args:
+        section: with a `kind`, and perhaps further sections inside.
+        where: the section's name, for the message.
+        allowed: what this command line says; a file that holds the section has no say.
     """
-    if allowed:
-        return
+    named = None if allowed else foreign_code(section, where)
+    if named is not None:
+        raise ConfigError(
+            f"{named} is code outside mupsweep: add allow_imports=true if you trust it (--allow-imports to a command "
+            "on a sweep)"
+        )
+
+
+def foreign_code(section: Any, where: str) -> str | None:
+    """The first key with its value that names code outside mupsweep, at any depth of a section; None without one.
+
+    Nothing outside mupsweep is imported. A class with further keys that name code lists them in its attribute `imports`.
+    """
+    if isinstance(section, list | tuple):
+        return next((named for value in section if (named := foreign_code(value, where))), None)
+    if not isinstance(section, Mapping):
+        return None
     for key, value in section.items():
-        if isinstance(value, Mapping):
-            refuse_foreign_code(value, f"{where}.{key}", allowed)
+        if named := foreign_code(value, f"{where}.{key}"):
+            return named
     if "kind" not in section:
-        return
+        return None
     ours = str(section["kind"]).startswith("mupsweep.")
     for key in getattr(_class_of(section, where), "imports", ()) if ours else ("kind",):
         if section.get(key) is not None:
-            raise ConfigError(
-                f"{where}.{key}={section[key]} is code outside mupsweep: add allow_imports=true if you trust it"
-            )
+            return f"{where}.{key}={section[key]}"
+    return None
 
 
 def _class_of(section: Mapping[str, Any], where: str) -> Any:

@@ -34,6 +34,9 @@ ConfigDir = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="Your own yaml groups, beside the shipped ones.", show_default=False),
 ]
+AllowImports = Annotated[
+    bool, typer.Option("--allow-imports", help="Import the code outside mupsweep that the sweep's config names.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 3 when a verdict is 'drifts'.")]
 Results = Annotated[

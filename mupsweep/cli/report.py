@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mupsweep.cli.options import Results, Sweep
+from mupsweep.cli.options import AllowImports, Results, Sweep
 
 
 def report(
@@ -22,6 +22,7 @@ def report(
         typer.Option(metavar="LOOK", help="Also draw the figures in this look: paper adds PDF at journal widths."),
     ] = None,
     results: Results = None,
+    allow_imports: AllowImports = False,
 ) -> None:
     """Write a sweep's tables, figures and report.html again.
 
@@ -33,6 +34,6 @@ def report(
 
     try:
         if next_round:
-            continue_sweep(SweepDir.open(sweep))
+            continue_sweep(SweepDir.open(sweep, allow_imports))
     finally:
-        generate([SweepDir.open(sweep)], figures=figures, results=results)
+        generate([SweepDir.open(sweep, allow_imports)], figures=figures, results=results)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mupsweep.cli.options import Json, Results, Strict, complete_sweeps
+from mupsweep.cli.options import AllowImports, Json, Results, Strict, complete_sweeps
 from mupsweep.recipes import JSON, names
 
 TARGET = ("width", "depth", "tokens")  # what --to says
@@ -82,6 +82,7 @@ def transfer(
     optimizer: Annotated[str | None, typer.Option(help="Only this optimizer.")] = None,
     parametrization: Annotated[str | None, typer.Option(help="Only this parametrization.")] = None,
     results: Results = None,
+    allow_imports: AllowImports = False,
     json: Json = False,
     strict: Strict = False,
 ) -> None:
@@ -105,7 +106,7 @@ def transfer(
             raise ConfigError(f"{option} is of a table: name it too, mupsweep transfer --from FILE {option} ...")
     if named and table is not None:
         raise ConfigError(f"--from {table} is read without sweeps, not beside {named[0]}")
-    folders = [SweepDir.open(word) for word in named]
+    folders = [SweepDir.open(word, allow_imports) for word in named]
     overrides = [word for word in words if word.startswith("analysis.")]
     settings = [word for word in words if word not in (*named, *overrides)]
     shape = [word for word in settings if not base or word.partition("=")[0] in TARGET]

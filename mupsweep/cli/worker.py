@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mupsweep.cli.options import Sweep
+from mupsweep.cli.options import AllowImports, Sweep
 from mupsweep.training.signals import MOST_THREADS
 
 
@@ -19,6 +19,7 @@ def worker(
     device: Annotated[str, typer.Option(help="A torch device, auto, or several per run: cuda:0,cuda:1.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1, max=MOST_THREADS)] = 1,
     shard: Annotated[bool, typer.Option("--shard", help="Divide weights and optimizer state among them.")] = False,
+    allow_imports: AllowImports = False,
 ) -> None:
     """Train what is left of a planned sweep; what launchers call.
 
@@ -29,7 +30,7 @@ def worker(
     from mupsweep.store import workers
     from mupsweep.store.sweep_dir import SweepDir
 
-    folder = SweepDir.open(sweep)
+    folder = SweepDir.open(sweep, allow_imports)
     with workers.registered(folder):
         from mupsweep.training.worker import execute  # imports torch, which takes a while
 

@@ -87,7 +87,7 @@ def preview(config: SweepConfig, command: str) -> None:
 
 def continue_sweep(sweep: SweepDir) -> None:
     """Train the next round of a search by the sweep's launcher, where its last round is finished and one follows."""
-    config = from_tree(sweep.read_config())
+    config = from_tree(sweep.read_config(), sweep.allow_imports)
     if config.sweep.search == GRID:
         return
     planned = [row["run_id"] for row in sweep.read_plan() if not row.get("validation")]
@@ -122,7 +122,7 @@ def train_target(
     Raises:
         ConfigError: nobody agreed to the price.
     """
-    config = from_tree(sweep.read_config())
+    config = from_tree(sweep.read_config(), sweep.allow_imports)
     launcher = instantiate(config.launcher, "launcher")
     trials = validation.trials(sweep, target, optimizer, parametrization)
     if runs := open_runs(sweep, (run for trial in trials for run in validation.first_runs(trial))):

@@ -45,6 +45,7 @@ class Site:
         logs: the folder that jobs print to, absolute.
         cwd: the folder that relative paths of the config start from.
         python: the interpreter that mupsweep is installed for.
+        allow_imports: whether the person who submits allows the code outside mupsweep that the config names.
     """
 
     sweep: str
@@ -52,15 +53,17 @@ class Site:
     logs: Path
     cwd: Path
     python: str
+    allow_imports: bool = False
 
     @classmethod
     def of(cls, sweep: SweepDir) -> Site:
         """Return the paths for a sweep as this process sees them."""
-        return cls(sweep.name, sweep.path.resolve(), sweep.logs.resolve(), Path.cwd(), sys.executable)
+        return cls(sweep.name, sweep.path.resolve(), sweep.logs.resolve(), Path.cwd(), sys.executable, sweep.allow_imports)
 
     def mupsweep(self, command: str, *options: str) -> tuple[str, ...]:
         """Return the argv of a mupsweep command on the sweep."""
-        return self.python, "-m", "mupsweep", command, str(self.folder), *options
+        consent = ["--allow-imports"] * self.allow_imports
+        return self.python, "-m", "mupsweep", command, str(self.folder), *options, *consent
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,7 @@ class Slurm:
 
     def write_analysis(self, sweep: SweepDir) -> Path:
         """Write the script of the job after the arrays."""
-        searches = from_tree(sweep.read_config()).sweep.search != GRID
+        searches = from_tree(sweep.read_config(), to_read=True).sweep.search != GRID
         return _write(sweep, ANALYSIS, self.analysis_text(Site.of(sweep), searches))
 
     def array_text(self, site: Site, name: str, tasks: Sequence[sbatch.Task]) -> str:

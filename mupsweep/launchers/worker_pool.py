@@ -82,6 +82,7 @@ class WorkerPool:
         threads = str(self.threads)
         command = [sys.executable, "-m", "mupsweep", "worker", str(self.sweep.path), *self.sizes]
         command += ["--device", self.slots[index], "--threads", threads, *["--shard"] * self.shard]
+        command += ["--allow-imports"] * self.sweep.allow_imports
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         # A signal waits until the worker is in the list, from which it can be stopped.
         with self.log_path(index).open("ab") as output, defer_signals():

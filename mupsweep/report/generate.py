@@ -32,6 +32,7 @@ from mupsweep.sweep.tensor_rules import TensorRule, rules
 from mupsweep.trackers.wandb import project
 
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # errors of a folder that may not be written
+NOT_IMPORTED = "is code outside mupsweep, and reading imports none: add --allow-imports if you trust it"
 
 
 def generate(
@@ -66,7 +67,11 @@ def generate(
     trees = [sweep.read_config() for sweep in sweeps]
     config = analysis_config(trees[0], overrides)
     # before the runs are read: of 100,000, plan and results together would take the most memory
-    shown_rules = list(_rules_at_sizes(plan.load(sweeps[0], to_train=False))) if len(sweeps) == 1 else []
+    shown_rules: list[tuple[str, Sequence[TensorRule]]] = []
+    if len(sweeps) == 1:
+        shown_rules += _rules_at_sizes(plan.load(sweeps[0], to_train=False))
+        for label, code in plan.unreadable(sweeps[0]).items():
+            print(f"no rules of {'/'.join(label)}: {code} {NOT_IMPORTED}", file=sys.stderr)
     rows, ledgers = read(sweeps)
     analysis = analyse(rows, config)
     files: list[Path] = []
@@ -204,6 +209,7 @@ def export(
         raise ConfigError(f"no sweep given: mupsweep transfer sweeps/NAME --to {' '.join(target)}")
     planned = (run for sweep in reversed(sweeps) for run in plan.load(sweep, to_train=False))
     variants = {run.resolved.variant.label: run.resolved for run in planned}
+    unreadable = {label: code for sweep in sweeps for label, code in plan.unreadable(sweep).items()}
     config = analysis_config(sweeps[0].read_config(), overrides)
     groups = analyse(read_runs(sweeps), config).select(optimizer, parametrization).groups
     if not groups:
@@ -213,6 +219,8 @@ def export(
 
     def recipe_of(ladders: Sequence[LadderResult]) -> dict[str, Any]:
         label = ladders[0].label
+        if label in unreadable:
+            raise RecordError(f"{'/'.join(label)}: {unreadable[label]} {NOT_IMPORTED}")
         if label not in variants:
             raise RecordError(
                 f"{'/'.join(label)}: two sweeps hold this name with other settings; export from one of them"

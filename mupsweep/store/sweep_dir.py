@@ -40,19 +40,22 @@ class SweepDir:
     Attributes:
         path: the folder.
         results_folder: where results are written; None for the sweep's own.
+        allow_imports: whether the person who started this command allows the code outside mupsweep that the sweep's
+            config names. It goes from command line to command line and is read from no file.
     """
 
     path: Path
     results_folder: Path | None = None
+    allow_imports: bool = False
 
     @classmethod
-    def open(cls, path: str | Path) -> SweepDir:
+    def open(cls, path: str | Path, allow_imports: bool = False) -> SweepDir:
         """Open the folder of an existing sweep.
 
         Raises:
             RecordError: the folder is no sweep; the message names sweeps that may be meant.
         """
-        sweep = cls(Path(path))
+        sweep = cls(Path(path), allow_imports=allow_imports)
         if not sweep.plan_path.is_file():
             hint = "start one with mupsweep run"
             for folder in (sweep.path, sweep.path.parent, Path("sweeps")):

@@ -19,7 +19,16 @@ from mupsweep.analysis.labels import LARGEST_LOG2_LR, HyperparameterOverride, La
 from mupsweep.data.config import DataConfig
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
-from mupsweep.schema import boolean, instantiate, one_of, refuse_foreign_code, require, to_dataclass, with_whole_numbers
+from mupsweep.schema import (
+    boolean,
+    foreign_code,
+    instantiate,
+    one_of,
+    refuse_foreign_code,
+    require,
+    to_dataclass,
+    with_whole_numbers,
+)
 from mupsweep.sweep.compose import COMPARABLE, compose, split_overrides
 from mupsweep.sweep.compose import choices as choices
 from mupsweep.sweep.compose import config_root as config_root
@@ -242,7 +251,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A whole sweep: the variants to compare, the grid, the launcher that trains it and the tracker that logs it."""
+    """A whole sweep: the variants to compare, the grid, the launcher that trains it and the tracker that logs it.
+
+    Attributes:
+        allow_imports: whether the person who started this command allows code outside mupsweep.
+    """
 
     variants: tuple[Variant, ...]
     sweep: GridConfig
@@ -283,14 +296,24 @@ def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> SweepC
             )
     variants = [{key: tree[key] for key in VARIANT_SECTIONS} for tree in trees]
     shared = {key: trees[0][key] for key in SHARED_SECTIONS}
-    config = from_tree({**shared, "variants": variants, "overrides": tuple(overrides)})
+    # no yaml has a say: somebody else's experiment would allow somebody else's code
+    on_command_line = any(word.partition("=")[0] == "allow_imports" for word in overrides)
+    allowed = boolean(shared["allow_imports"], "allow_imports") and on_command_line
+    config = from_tree({**shared, "variants": variants, "overrides": tuple(overrides)}, allowed)
     if config.sweep.axes is None:
         return config
-    return from_tree({**to_tree(config), "variants": expand(variants, config.sweep.axes)})
+    return from_tree({**to_tree(config), "variants": expand(variants, config.sweep.axes)}, allowed)
 
 
-def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
-    """A SweepConfig from plain mappings, as `load` composes and `config.yaml` stores them."""
+def from_tree(tree: Mapping[str, Any], allow_imports: bool = False, to_read: bool = False) -> SweepConfig:
+    """A SweepConfig from plain mappings, as `load` composes and `config.yaml` stores them.
+
+    Args:
+        tree: the sections; what it says of `allow_imports` has no effect, since a sweep may be somebody else's.
+        allow_imports: whether the person who started this command allows code outside mupsweep.
+        to_read: whether the sweep is only looked at: then a section that names code which is not allowed stays
+            unchecked instead of being refused.
+    """
     keys = {f.name for f in fields(SweepConfig)}
     for key in tree:
         if key not in keys:
@@ -303,12 +326,14 @@ def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
         launcher=dict(tree["launcher"]),
         tracker=dict(tree["tracker"]),
         out=_folder(tree["out"]),
-        allow_imports=boolean(tree["allow_imports"], "allow_imports"),
+        allow_imports=allow_imports,
         overrides=tuple(tree["overrides"]),
         analysis=analysis_config(tree),
     )
     for where, section in _sections(config):
-        refuse_foreign_code(section, where, config.allow_imports)
+        if to_read and not allow_imports and foreign_code(section, where):
+            continue
+        refuse_foreign_code(section, where, allow_imports)
         if where != "data":  # a source needs the whole DataConfig, so its keys were checked there
             instantiate(section, where)
     if isinstance(config.sweep.log2_lrs, dict):

@@ -19,7 +19,7 @@ from mupsweep.errors import ConfigError, RecordError
 from mupsweep.formatting import counted
 from mupsweep.models.shape import Size
 from mupsweep.optimizers import Optimizer
-from mupsweep.schema import refuse_foreign_code
+from mupsweep.schema import foreign_code
 from mupsweep.store import workers
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import GRID, SweepConfig, default_lrs, from_tree, to_tree
@@ -103,7 +103,7 @@ def sweep_name(config: SweepConfig) -> str:
 
 def sweep_dir(config: SweepConfig) -> SweepDir:
     """Return the folder that a config's sweep has, or will have."""
-    return SweepDir(Path(config.out) / sweep_name(config))
+    return SweepDir(Path(config.out) / sweep_name(config), allow_imports=config.allow_imports)
 
 
 def save(
@@ -130,8 +130,6 @@ def save(
                 raise
             stored = []  # of a start that failed before anything was trained
             variants = {run.resolved.digest: run.resolved.variant for run in new}
-        for variant in variants.values():
-            refuse_foreign_code(asdict(variant), str(sweep.path), config.allow_imports)
         if stored and config.sweep.search != GRID:
             new = next_round(config, sweep)
         if config.sweep.search != GRID:
@@ -204,10 +202,11 @@ def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:
 
     Args:
         to_train: whether the runs will be trained, and must find the text that they were planned for. Runs that are
-            only shown need no text.
+            only shown need no text, and those of `unreadable` variants are left out.
     """
-    config = from_tree(sweep.read_config())
+    config = from_tree(sweep.read_config(), sweep.allow_imports, to_read=not to_train)
     variants = {variant.label: variant for variant in config.variants}
+    left_out = {} if to_train else _foreign_variants(config)
     by_digest: dict[str, ResolvedVariant] = {}
     if to_train:
         for variant in variants.values():
@@ -223,6 +222,8 @@ def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:
     while rows:  # each is freed as it is used: 100,000 rows take more memory than their runs
         row = rows.pop()
         digest = row["variant"]
+        if left_out and label_of(row) in left_out:
+            continue
         if not to_train and digest not in by_digest and label_of(row) in variants:
             by_digest[digest] = resolve(variants[label_of(row)], config.launcher_options, digest)
         if digest not in by_digest:
@@ -235,6 +236,19 @@ def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:
         flags = row.get("validation", False), row.get("round", 0), row.get("reason", "")
         runs.append(RunSpec(row["run_id"], by_digest[digest], size, row["log2_lr"], row["seed"], cost, *flags))
     return runs
+
+
+def unreadable(sweep: SweepDir) -> dict[Label, str]:
+    """The variants of a sweep that name code outside mupsweep which this command may not import, and that name."""
+    return _foreign_variants(from_tree(sweep.read_config(), sweep.allow_imports, to_read=True))
+
+
+def _foreign_variants(config: SweepConfig) -> dict[Label, str]:
+    """The variants that name code outside mupsweep without being allowed to, and what they name."""
+    if config.allow_imports:
+        return {}
+    named = {variant.label: foreign_code(asdict(variant), "config") for variant in config.variants}
+    return {label: code.removeprefix("config.") for label, code in named.items() if code is not None}
 
 
 def corpus_remarks(runs: Iterable[RunSpec]) -> list[str]:

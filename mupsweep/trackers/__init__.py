@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from mupsweep.atomic_files import make_folder, write_text
 from mupsweep.errors import ConfigError
-from mupsweep.schema import instantiate
+from mupsweep.schema import instantiate, refuse_foreign_code
 from mupsweep.store.run_dir import RunDir
 from mupsweep.store.sweep_dir import SweepDir
 
@@ -57,8 +57,14 @@ class Tracker(Protocol):
 
 
 def load(sweep: SweepDir) -> Tracker:
-    """Return the tracker that a sweep's config names."""
-    return instantiate(sweep.read_config()["tracker"], "tracker")
+    """Return the tracker that a sweep's config names.
+
+    Raises:
+        ConfigError: it names code outside mupsweep that is not allowed.
+    """
+    section = sweep.read_config()["tracker"]
+    refuse_foreign_code(section, "tracker", sweep.allow_imports)
+    return instantiate(section, "tracker")
 
 
 def log_results(sweep: SweepDir) -> None:

@@ -19,7 +19,8 @@ def sync(sweep: SweepDir, project: str | None = None, entity: str | None = None)
         RecordError: the server does not take it; the message quotes why.
     """
     section = sweep.read_config()["tracker"]
-    configured = trackers.load(sweep) if section["name"] == Wandb.name else None
+    is_ours = section.get("kind") == f"{Wandb.__module__}.{Wandb.__qualname__}"
+    configured = trackers.load(sweep) if is_ours else None
     tracker = configured if isinstance(configured, Wandb) else Wandb()
     workers_push = tracker.active and project is None and entity is None
     tracker = replace(tracker, mode="online", project=project or tracker.project, entity=entity or tracker.entity)

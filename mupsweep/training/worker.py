@@ -65,8 +65,7 @@ def execute(
     own_device = devices[int(env.get("LOCAL_RANK", 0))]
     configure(threads, own_device, shard)  # before the process group forms, when NCCL picks its algorithms for good
     arguments = [str(sweep.path), *run_ids, "--device", device, "--threads", str(threads)]
-    if shard:
-        arguments.append("--shard")
+    arguments += ["--shard"] * shard + ["--allow-imports"] * sweep.allow_imports
     with launch_ranks(devices, [sys.executable, "-m", "mupsweep", "worker", *arguments], shard) as ranks:
         if not ranks.is_main_process:
             return run_replica(sweep, own_device, stop, ranks)

@@ -150,9 +150,9 @@ def _size_table(runs: Sequence[RunSpec], status: Mapping[str, str]) -> Table:
 def _refusals(config: SweepConfig, sweep: SweepDir) -> Iterable[str]:
     """Why `mupsweep run` would refuse this config: the sweep already has other settings under one of its names."""
     with contextlib.suppress(RecordError):  # mupsweep run replaces a damaged config
-        stored = from_tree(sweep.read_config()).variants
-        by_digest = {digest_of(variant): variant for variant in (*stored, *config.variants)}
         try:
+            stored = from_tree(sweep.read_config(), config.allow_imports).variants
+            by_digest = {digest_of(variant): variant for variant in (*stored, *config.variants)}
             refuse_namesakes(by_digest.values(), sweep)
         except ConfigError as error:
             yield f"mupsweep run would refuse this: {error}"

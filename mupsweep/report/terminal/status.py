@@ -138,7 +138,7 @@ def is_over(sweep: SweepDir) -> bool:
 def _searching(sweep: SweepDir) -> SweepConfig | None:
     """The config of a sweep with an adaptive search, or None for a grid."""
     try:
-        config = from_tree(sweep.read_config())
+        config = from_tree(sweep.read_config(), to_read=True)
     except MupsweepError:  # the next `mupsweep run` reports a damaged config
         return None
     return None if config.sweep.search == GRID else config
