@@ -108,7 +108,7 @@ class SyncState:
 
     def read(self) -> dict[str, str]:
         """Return the fingerprints by run id."""
-        return {path.name: path.read_text() for path in self.folder.glob("*")}
+        return {path.name: path.read_text(errors="replace") for path in self.folder.glob("*") if path.is_file()}
 
     def remove(self, run: RunDir) -> None:
         """Record that a run is not logged in full."""

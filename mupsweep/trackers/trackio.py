@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from mupsweep.store.run_dir import RunDir
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.trackers import LocalTracker, RunLogger, SyncState, require_package
@@ -47,7 +45,7 @@ class TrackioLogger:
             for earlier in trackio.Api().runs(project):
                 if earlier.name == name:
                     earlier.delete()
-        config = yaml.safe_load(run.config_path.read_text())
+        config = run.config()
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
             self.trackio_run = trackio.init(
                 project, name, group=sweep.name, config=config, embed=False, auto_log_gpu=False, auto_log_cpu=False

@@ -27,12 +27,14 @@ from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import load
 from mupsweep.trackers import live
-from mupsweep.trackers.wandb import shut_down, summary, wandb_id
+from mupsweep.trackers.wandb import StoredRun as StoredSummary
+from mupsweep.trackers.wandb import Wandb, client_folder, numbered, shut_down, summary, summary_id, wandb_id
 from mupsweep.training.worker import execute
 
 SMALL = ["experiment=smoke", "sweep.width_ratios=[1,2]", "sweep.log2_lrs=[-9,-7]", "sweep.name=tracked"]
 ONLINE = ["tracker=wandb", "tracker.mode=online"]
 ONE = ["sweep.width_ratios=[1]", "sweep.log2_lrs=[-8]", "training.steps=60", *ONLINE]
+GIVES_UP = "tracker.init_timeout=4"  # the client tries an id of a deleted run again for so many seconds
 HELD = 20  # the step at which a test interferes
 
 
@@ -76,7 +78,7 @@ def content(run: StoredRun) -> dict[str, Any]:
 def assert_mirrored(server: WandbServer, sweep: SweepDir) -> None:
     """Assert that the server holds exactly the runs of the sweep, every row of their records once."""
     ids = {row["run_id"]: wandb_id(sweep, row["run_id"]) for row in sweep.read_plan()}
-    assert {name for name in server.runs if not name.endswith("summary")} == set(ids.values())
+    assert {name for name in server.runs if "-summary" not in name} == set(ids.values())
     for run_id, name in ids.items():
         record, stored = sweep.run(run_id), server.runs[name]
         rows = [{"_step" if k == "step" else k: v for k, v in row.items() if v is not None} for row in record.metrics()]
@@ -85,6 +87,12 @@ def assert_mirrored(server: WandbServer, sweep: SweepDir) -> None:
         assert summary is not None
         assert {k: stored.summary.get(k) for k in summary} == summary
         assert stored.state == "finished"
+
+
+def summary_of(server: WandbServer) -> StoredRun:
+    """The run that summarises the sweep."""
+    (name,) = [name for name in server.runs if name.startswith("tracked-summary-")]
+    return server.runs[name]
 
 
 def test_a_sweep_is_pushed_while_it_trains_with_its_rules_and_axes(server: WandbServer) -> None:
@@ -126,8 +134,8 @@ def analysed(*overrides: str) -> SweepDir:
 @of_the_clients_own
 def test_the_summary_run_has_charts_tables_verdicts_and_the_report(server: WandbServer) -> None:
     sweep = analysed("parametrization=sp,spectral")
-    assert set(server.runs) == {"tracked-summary"}
-    run = server.runs["tracked-summary"]
+    run = summary_of(server)
+    assert len(server.runs) == 1
     assert run.state == "finished"
     assert run.fields["jobType"] == "summary"
     charts = json.loads(run.fields["config"])["_wandb"]["value"]["visualize"]
@@ -154,6 +162,8 @@ def test_the_summary_run_has_charts_tables_verdicts_and_the_report(server: Wandb
         assert low <= value <= high
     (verdict,) = {run.summary[f"verdict/nanogpt/adamw/{name}/width"] for name in ("sp", "spectral")}
     assert run.fields["tags"] == [verdict]
+    for name in ("curves", "drift"):  # the report's figures
+        assert run.files[run.summary[f"figures/{name}"]["path"]] == (sweep.figures / f"{name}.png").read_bytes()
     report = next(body for name, body in run.files.items() if name.endswith(".html"))
     assert report.decode() == (sweep.results / "report.html").read_text()
 
@@ -209,8 +219,9 @@ def test_an_offline_sweep_that_is_synced_ends_like_an_online_one(
     assert code == 0
     assert out == "4 of 4 runs pushed to lab/later, group tracked\n"
     got = {name: content(run) for name, run in server.runs.items()}
+    (summary_name,) = {name for name in expected if "-summary" in name}
     for stored in (expected, got):  # tables are named by what is in them, and that holds seconds
-        stored.pop("tracked-summary")
+        stored.pop(summary_name)
     for name, run in expected.items():
         for key, value in run.items():
             assert got[name][key] == value
@@ -330,7 +341,7 @@ def test_without_the_workspaces_package_one_line_says_what_to_install(
     assert warnings_of(caplog) == [
         "no W&B Workspace: pip install 'mupsweep[workspaces]', or set tracker.workspace=false"
     ]
-    assert "tracked-summary" in server.runs
+    assert summary_of(server).state == "finished"
 
 
 @of_the_clients_own
@@ -342,3 +353,96 @@ def test_no_key_reaches_the_records_and_no_environment_the_server(server: WandbS
         assert not path.is_file() or API_KEY.encode() not in path.read_bytes(), path
     uploaded = {name for run in server.runs.values() for name in run.files}
     assert not uploaded & {"wandb-metadata.json", "requirements.txt", "output.log"}
+
+
+@of_the_clients_own
+def test_a_deleted_run_goes_on_under_another_id_and_the_others_as_before(
+    server: WandbServer, caplog: pytest.LogCaptureFixture, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    sweep = planned("sweep.width_ratios=[1]", "tracker=wandb", "tracker.mode=offline", GIVES_UP)
+    assert execute(sweep)
+    lost, kept = (wandb_id(sweep, row["run_id"]) for row in sweep.read_plan())
+    server.deleted.add(lost)
+    with caplog.at_level(logging.WARNING, logger="mupsweep"):
+        code, out, err = cli("sync", str(sweep.path))
+    assert (code, out, err) == (0, "2 of 2 runs pushed to lab/mupsweep, group tracked\n", "")
+    (warning,) = [line for line in warnings_of(caplog) if "deleted" in line]
+    assert lost in warning
+    assert set(server.runs) == {f"{lost}-2", kept}
+    assert len(server.runs[f"{lost}-2"].history) == len(server.runs[kept].history) == 30
+    assert cli("sync", str(sweep.path))[1] == "0 of 2 runs pushed to lab/mupsweep, group tracked\n"
+
+
+def test_a_run_that_was_deleted_is_pushed_while_it_trains(
+    server: WandbServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    sweep = planned(*ONE, GIVES_UP)
+    lost = wandb_id(sweep, sweep.read_plan()[0]["run_id"])
+    server.deleted |= {lost, f"{lost}-2"}
+    with caplog.at_level(logging.WARNING, logger="mupsweep"):
+        assert execute(sweep)
+    assert [lost in line for line in warnings_of(caplog)] == [True, True]
+    assert set(server.runs) == {f"{lost}-3"}
+    assert len(server.runs[f"{lost}-3"].history) == 60
+
+
+def test_an_id_has_no_more_characters_than_the_server_takes() -> None:
+    assert [len(name) for name in numbered(64 * "a")][:3] == [64, 63, 63]
+    assert list(numbered("a"))[:3] == ["a", "a-2", "a-3"]
+
+
+def test_two_sweeps_of_one_name_have_a_summary_each_and_one_that_grows_keeps_its_own(tmp_path: Path) -> None:
+    first, second = SweepDir(tmp_path / "a" / "demo"), SweepDir(tmp_path / "b" / "demo")
+    new = summary_id(first, ["aa"], {})
+    assert new.startswith("demo-summary-")
+    assert summary_id(second, ["bb"], {}) != new
+    stored = {new: StoredSummary("x", ("aa",))}
+    assert summary_id(first, ["aa", "cc"], stored) == new
+    assert summary_id(second, ["bb"], stored) == summary_id(second, ["bb"], {})
+
+
+def test_a_summary_under_the_id_of_older_versions_is_continued_by_its_own_sweep(tmp_path: Path) -> None:
+    sweep = planned()
+    run_ids = [wandb_id(sweep, row["run_id"]) for row in sweep.read_plan()]
+    old = {"tracked-summary": StoredSummary("x", None), run_ids[0]: StoredSummary("y", None)}
+    assert summary_id(sweep, ["aa"], old) == "tracked-summary"
+    others = {**old, "tracked-w9-d9-lr-1.00-s0-00000000": StoredSummary("z", None)}
+    assert summary_id(sweep, ["aa"], others) == summary_id(sweep, ["aa"], {})
+
+
+def test_the_environment_says_what_the_config_leaves_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("MODE", "PROJECT", "ENTITY", "DIR"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    assert (Wandb().active, Wandb().project_name) == (False, "mupsweep")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    monkeypatch.setenv("WANDB_ENTITY", "team")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "client"))
+    assert (Wandb().active, Wandb().address()) == (True, ("team", "theirs"))
+    assert not Wandb(mode="offline").active
+    assert Wandb(project="ours", entity="us").address() == ("us", "ours")
+    assert Path(client_folder()).parent == tmp_path / "client"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert not Wandb().active
+
+
+@of_the_clients_own
+def test_without_a_login_one_line_says_what_to_do(
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    cli: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+) -> None:
+    sweep = planned(*ONE)
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    shut_down()  # a new process has no login
+    with caplog.at_level(logging.WARNING, logger="mupsweep"):
+        assert execute(sweep)
+    (warning,) = warnings_of(caplog)
+    told = f"no login for {server.url}: run `wandb login`, or set WANDB_API_KEY"
+    assert told in warning
+    code, _, err = cli("sync", str(sweep.path))
+    assert (code, err) == (2, f"mupsweep: {told} (and WANDB_BASE_URL)\n")
+    assert server.runs == {}

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_wandb import ONLINE, assert_mirrored, of_the_clients_own, planned, warnings_of
+from test_wandb import ONLINE, assert_mirrored, of_the_clients_own, planned, summary_of, warnings_of
 from wandb_server import WandbServer
 
 from mupsweep.analysis.labels import DONE
@@ -44,14 +44,14 @@ def test_folders_that_cannot_be_made_cost_one_warning_and_no_run(
     (warning,) = warnings_of(caplog)
     assert str(tmp_path / "file" / "WANDB_DATA_DIR") in warning
     assert f"`mupsweep sync {sweep.path}` mirrors them later" in warning
-    assert server.runs["tracked-summary"].state != "finished"
+    assert summary_of(server).state != "finished"
     shut_down()  # a new process finds other folders
     code, out, err = cli("sync", str(sweep.path))
     assert (code, err) == (0, "")
     assert out.endswith("of 2 runs pushed to lab/mupsweep, group tracked\n")
     assert_mirrored(server, sweep)
-    assert server.runs["tracked-summary"].state == "finished"
-    assert server.runs["tracked-summary"].summary["tables/runs"]["nrows"] == 2
+    assert summary_of(server).state == "finished"
+    assert summary_of(server).summary["tables/runs"]["nrows"] == 2
 
 
 @of_the_clients_own

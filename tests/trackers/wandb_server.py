@@ -65,7 +65,10 @@ class StoredRun:
 
 
 class WandbServer(ThreadingHTTPServer):
-    """`runs` and `views` by name; `broken` makes every answer an error, `silent` leaves every request unanswered."""
+    """`runs` and `views` by name; `broken` makes every answer an error, `silent` leaves every request unanswered.
+
+    An id in `deleted` is of a run that was deleted, which no later run can have.
+    """
 
     daemon_threads = True
 
@@ -75,6 +78,7 @@ class WandbServer(ThreadingHTTPServer):
         self.views: dict[str, dict[str, Any]] = {}
         self.artifacts: list[str] = []
         self.unknown: list[str] = []
+        self.deleted: set[str] = set()
         self.lock = threading.Lock()
         self.broken = False
         self.silent = False
@@ -133,6 +137,8 @@ class WandbServer(ThreadingHTTPServer):
 
     def gql_run_resume_status(self, given: dict[str, Any]) -> dict[str, Any]:
         is_stored = given["name"] in self.runs
+        if given["name"] in self.deleted:
+            return {"model": None}
         run = self.run(given["name"])
         run.sessions += 1
         run.state = "running"
@@ -296,6 +302,12 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.endswith("/graphql"):
             query = json.loads(body)
             operation = re.search(r"(?:query|mutation)\s+(\w+)", query["query"])
+            name = (query.get("variables") or {}).get("name")
+            if operation and operation[1] == "UpsertBucket" and name in self.server.deleted:
+                message = f"run {name} was previously created and deleted; try a new run name"
+                errors = [{"message": message, "path": ["upsertBucket"], "extensions": {"code": "ERR"}}]
+                self._send({"data": {"upsertBucket": None}, "errors": errors}, 409)
+                return
             with self.server.lock:
                 fields = self.server.answer(operation[1] if operation else "?", query.get("variables") or {})
             self._send({"data": fields})

@@ -4,6 +4,9 @@ The id of a W&B run follows from the sweep and the run, and it is opened with re
 step that it holds, and only later rows are sent. So a run that was killed, moved to another node, or mirrored weeks
 later by `mupsweep sync` ends as if nothing had happened, and pushing again adds nothing. Each W&B run carries the
 fingerprint of the records that it was made from, so the server knows which runs are logged in full.
+
+W&B never takes the id of a deleted run again, so such a run goes on under the id with the next number. The summary's
+id also has a digest of the sweep's variants, and its config names them: another sweep of this name has another summary.
 """
 
 from __future__ import annotations
@@ -11,22 +14,30 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
+import logging
+import os
 import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mupsweep.atomic_files import make_folder
+from mupsweep.errors import ConfigError, RecordError
 from mupsweep.schema import one_of, require
 from mupsweep.store.run_dir import FAILED, FINISHED, RunDir
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.trackers import RunLogger, fingerprint, require_package
 
+log = logging.getLogger("mupsweep")
+
 MODES = ("offline", "online")
+PROJECT = "mupsweep"
+SUMMARY = "summary"  # the name and the job type of the run that summarises a sweep
+MAX_DELETED = 20  # runs of one name that may have been deleted on the server
 MAX_ID_LENGTH = 64  # characters that W&B allows
 MIRRORED = "mirrored"  # the key of a W&B run's summary that holds the fingerprint of its records
 COMPLETE = ("finished", "failed", "preempted")  # states of a W&B run of which every row arrived
@@ -38,39 +49,45 @@ class Wandb:
     """Mirrors records to W&B.
 
     Attributes:
-        project: the project on the server.
-        entity: the user or team on the server; None for the account's default.
-        mode: "offline" does nothing until `mupsweep sync`; "online" pushes rows as they are logged.
+        project: the project on the server; None for WANDB_PROJECT, or else "mupsweep".
+        entity: the user or team on the server; None for WANDB_ENTITY, or else the account's default.
+        mode: "offline" does nothing until `mupsweep sync`; "online" pushes rows as they are logged; None for
+            WANDB_MODE, or else "offline".
         workspace: save a Workspace of the sweep's curves and drift, with the package wandb-workspaces.
         init_timeout: seconds to wait for the server before carrying on without it.
         finish_timeout: seconds to wait at the end of a run until every row has arrived.
     """
 
     name: str = "wandb"
-    project: str = "mupsweep"
+    project: str | None = None
     entity: str | None = None
-    mode: str = "offline"
+    mode: str | None = None
     workspace: bool = True
     init_timeout: float = 20.0
     finish_timeout: float = 20.0
 
     def __post_init__(self) -> None:
-        one_of(self.mode, MODES, "tracker.mode")
+        if self.mode is not None:
+            one_of(self.mode, MODES, "tracker.mode")
         for key in ("init_timeout", "finish_timeout"):
             require(getattr(self, key) > 0, f"tracker.{key}", getattr(self, key), "positive")
         require_package(self.name, "wandb")
 
     @property
     def active(self) -> bool:
-        return self.mode == "online"
+        return (self.mode or os.environ.get("WANDB_MODE")) == "online"
 
     def open(self, sweep: SweepDir, run: RunDir) -> RunLogger:
         return WandbLogger(self, sweep, run)
 
     def held(self, sweep: SweepDir) -> Mapping[str, str]:
-        fingerprints = self.fingerprints(sweep)
-        wandb_ids = {row["run_id"]: wandb_id(sweep, row["run_id"]) for row in sweep.read_plan()}
-        return {run_id: fingerprints[key] for run_id, key in wandb_ids.items() if key in fingerprints}
+        stored = self.stored_runs(sweep)
+        held: dict[str, str] = {}
+        for run_id in (row["run_id"] for row in sweep.read_plan()):
+            found = next((stored[key] for key in numbered(wandb_id(sweep, run_id)) if key in stored), None)
+            if found is not None and found.fingerprint is not None:
+                held[run_id] = found.fingerprint
+        return held
 
     def analysed(self, sweep: SweepDir) -> None:
         from mupsweep.trackers.wandb import summary, workspace
@@ -78,34 +95,57 @@ class Wandb:
         content = summary.digest(sweep)
         if content is None:
             return
-        if self.fingerprints(sweep).get(wandb_id(sweep, "summary")) != content:
-            with Session(self, sweep, "summary", "summary", summary.tags(sweep), {"sweep": sweep.name}) as session:
+        stored = self.stored_runs(sweep)
+        variants = sorted({row["variant"] for row in sweep.read_plan()})
+        name = summary_id(sweep, variants, stored)
+        if name not in stored or stored[name].fingerprint != content:
+            config = {"sweep": sweep.name, "variants": variants}
+            with Session(self, sweep, name, SUMMARY, SUMMARY, summary.tags(sweep), config) as session:
                 session.run.log(summary.content(sweep))
                 session.run.summary.update(summary.verdicts(sweep) | {MIRRORED: content})
         if self.workspace:
-            workspace.save(sweep, self.address()[0], self.project)
+            workspace.save(sweep, *self.address())
 
-    def fingerprints(self, sweep: SweepDir) -> dict[str, str]:
-        """Return the fingerprints of the sweep's complete W&B runs, by W&B id."""
+    def stored_runs(self, sweep: SweepDir) -> dict[str, StoredRun]:
+        """Return the sweep's runs on the server by W&B id, and those of other sweeps of its name."""
         api, (entity, project) = self._api(), self.address()
-        by_id = {}
+        by_id: dict[str, StoredRun] = {}
         try:
             for run in api.runs(f"{entity}/{project}", filters={"group": sweep.name}, per_page=200, lazy=False):
-                if run.state in COMPLETE and MIRRORED in run.summary:
-                    by_id[run.id] = run.summary[MIRRORED]
+                mirrored = run.summary.get(MIRRORED) if run.state in COMPLETE else None
+                variants = run.config.get("variants")
+                by_id[run.id] = StoredRun(mirrored, tuple(variants) if isinstance(variants, list) else None)
         except ValueError:  # there is no such project yet; the first run creates it
             pass
         return by_id
 
     def address(self) -> tuple[str, str]:
         """Return (entity, project) on the server."""
-        return self.entity or self._api().default_entity, self.project
+        return self.entity or os.environ.get("WANDB_ENTITY") or self._api().default_entity, self.project_name
+
+    @property
+    def project_name(self) -> str:
+        return self.project or os.environ.get("WANDB_PROJECT") or PROJECT
 
     def _api(self) -> Any:
         import wandb
 
+        require_login()
         start_service()
         return wandb.Api(timeout=round(self.init_timeout) or 1)
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """What the server says of a W&B run.
+
+    Attributes:
+        fingerprint: of the records that it was made from; None where not all of them have arrived.
+        variants: the digests of the sweep's variants, which a summary names since it is told apart by them.
+    """
+
+    fingerprint: str | None
+    variants: tuple[str, ...] | None
 
 
 class Session:
@@ -119,6 +159,7 @@ class Session:
         self,
         tracker: Wandb,
         sweep: SweepDir,
+        run_id: str,
         name: str,
         job_type: str,
         tags: Sequence[str],
@@ -126,8 +167,9 @@ class Session:
     ) -> None:
         import wandb
 
+        require_login()
         start_service()
-        self.folder = tempfile.mkdtemp(prefix="mupsweep-wandb-")
+        self.folder = client_folder()
         settings = wandb.Settings(
             init_timeout=tracker.init_timeout,
             finish_timeout=tracker.finish_timeout,
@@ -141,21 +183,33 @@ class Session:
             x_save_requirements=False,
         )
         try:
-            self.run = wandb.init(
-                project=tracker.project,
-                entity=tracker.entity,
-                id=wandb_id(sweep, name),
-                name=name if job_type == "train" else f"{sweep.name} {name}",
-                group=sweep.name,
-                job_type=job_type,
-                tags=[tag[:64] for tag in tags],
-                config=dict(config),
-                dir=self.folder,
-                mode="online",
-                resume="allow",
-                reinit="create_new",
-                settings=settings,
-            )
+            for numbered_id in numbered(run_id):
+                try:
+                    self.run = wandb.init(
+                        project=tracker.project_name,
+                        entity=tracker.entity,
+                        id=numbered_id,
+                        name=name if job_type == "train" else f"{sweep.name} {name}",
+                        group=sweep.name,
+                        job_type=job_type,
+                        tags=[tag[:64] for tag in tags],
+                        config=dict(config),
+                        dir=self.folder,
+                        mode="online",
+                        resume="allow",
+                        reinit="create_new",
+                        settings=settings,
+                    )
+                    break
+                except wandb.Error as error:
+                    if not was_deleted(error):
+                        raise
+                    log.warning(
+                        "the W&B run %s was deleted there, and W&B never takes its id again: it goes on under another",
+                        numbered_id,
+                    )
+            else:
+                raise ConfigError(f"W&B has deleted {MAX_DELETED} runs {run_id}: choose another project or sweep.name")
         except BaseException:
             self._remove_files()
             raise
@@ -185,12 +239,12 @@ class WandbLogger:
     """Logs a training run as a W&B run."""
 
     def __init__(self, tracker: Wandb, sweep: SweepDir, run: RunDir) -> None:
-        config = yaml.safe_load(run.config_path.read_text())
+        config = run.config()
         labels = [config[group]["name"] for group in ("model", "optimizer", "parametrization")]
         # what people group runs by, as keys that W&B's menus offer
         config |= {"curve": "/".join(labels), "size": f"w{config['width']}-d{config['depth']}"}
         self.record, self.tags = run, labels
-        self.session = Session(tracker, sweep, run.run_id, "train", labels, config)
+        self.session = Session(tracker, sweep, wandb_id(sweep, run.run_id), run.run_id, "train", labels, config)
         self.wandb_run = self.session.run
         self.first_step = self.wandb_run.starting_step  # the server holds the steps before it
         self.wandb_run.define_metric("tokens")
@@ -211,8 +265,73 @@ class WandbLogger:
 
 
 def wandb_id(sweep: SweepDir, name: str) -> str:
-    """Return the id of a W&B run, a function of the sweep and the name; readable where W&B allows its characters."""
-    plain = f"{sweep.name}-{name}"
+    """Return the id of a W&B run, a function of the sweep and the name; readable where W&B allows its characters.
+
+    The name of a training run ends in a digest of all that it trains, so two sweeps of one name share no other run.
+    """
+    return _id_of(f"{sweep.name}-{name}")
+
+
+def summary_id(sweep: SweepDir, variants: Sequence[str], stored: Mapping[str, StoredRun]) -> str:
+    """Return the id of a sweep's summary: the one that the server holds for its variants, or else a new one.
+
+    Args:
+        sweep: the sweep.
+        variants: digests of its variants, sorted.
+        stored: the runs on the server of this sweep and others of its name.
+    """
+    for key, run in stored.items():
+        if run.variants is not None and set(run.variants) & set(variants):
+            return key
+    # Older versions named summaries by the sweep alone: it is this sweep's where no other sweep has runs there.
+    old = wandb_id(sweep, SUMMARY)
+    planned = {key for row in sweep.read_plan() for key in numbered(wandb_id(sweep, row["run_id"]))}
+    others = [key for key, run in stored.items() if run.variants is None and key != old and key not in planned]
+    if old in stored and stored[old].variants is None and not others:
+        return old
+    return _id_of(f"{sweep.name}-{SUMMARY}-{hashlib.sha256(' '.join(variants).encode()).hexdigest()[:8]}")
+
+
+def numbered(run_id: str) -> Iterator[str]:
+    """Yield the ids that a run may have on the server, each where the one before was deleted there."""
+    yield run_id
+    for number in range(2, MAX_DELETED + 1):
+        yield f"{run_id[: MAX_ID_LENGTH - 3]}-{number}"
+
+
+def was_deleted(error: BaseException) -> bool:
+    """Return whether the server refused an id because its run was deleted."""
+    return re.search(r"previously created and deleted", str(error)) is not None
+
+
+def require_login() -> None:
+    """Check that the client has a login, without a question.
+
+    Raises:
+        ConfigError: it has none; the message says what to do.
+    """
+    import wandb
+
+    try:
+        from wandb.sdk.lib.wbauth import authenticate_session
+    except ImportError:  # another version of the client, which says so itself
+        return
+    host = wandb.setup(wandb.Settings(silent=True)).settings.base_url
+    if authenticate_session(host=host, source="mupsweep", prompt=False, update_session=False) is None:
+        raise ConfigError(f"no login for {host}: run `wandb login`, or set WANDB_API_KEY (and WANDB_BASE_URL)")
+
+
+def client_folder() -> str:
+    """Make a folder for the client's files of one run, in WANDB_DIR where that can be written."""
+    parent = os.environ.get("WANDB_DIR")
+    if parent:
+        with contextlib.suppress(OSError, RecordError):
+            make_folder(Path(parent))
+            return tempfile.mkdtemp(prefix="mupsweep-wandb-", dir=parent)
+    return tempfile.mkdtemp(prefix="mupsweep-wandb-")
+
+
+def _id_of(plain: str) -> str:
     if re.fullmatch(r"[\w.-]+", plain, re.ASCII) and len(plain) <= MAX_ID_LENGTH:
         return plain
     return hashlib.sha256(plain.encode()).hexdigest()[:32]

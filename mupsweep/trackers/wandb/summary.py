@@ -6,6 +6,7 @@ import csv
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from mupsweep.analysis.labels import label_of
@@ -22,7 +23,14 @@ def digest(sweep: SweepDir) -> str | None:
     """Return a digest of the results; None before there are any."""
     if read_json(sweep.results / "transfer.json") is None:
         return None
-    return hashlib.sha256(b"".join((sweep.results / name).read_bytes() for name in FILES)).hexdigest()[:16]
+    results = [(sweep.results / name).read_bytes() for name in FILES]
+    names = "".join(figures(sweep)).encode()  # what they show follows from the results
+    return hashlib.sha256(b"".join([*results, names])).hexdigest()[:16]
+
+
+def figures(sweep: SweepDir) -> dict[str, Path]:
+    """Return the report's figures by the keys that they are logged under."""
+    return {f"figures/{path.stem}": path for path in sorted(sweep.figures.glob("*.png"))}
 
 
 def tags(sweep: SweepDir) -> list[str]:
@@ -84,6 +92,7 @@ def content(sweep: SweepDir) -> dict[str, Any]:
                     title=key,
                     xname=xname,
                 )
+    logged |= {key: wandb.Image(str(path)) for key, path in figures(sweep).items()}
     groups = _groups(sweep)
     logged |= {f"tables/{name}": _table(_read(sweep, f"{name}.csv")) for name in ("runs", "curves")}
     logged["tables/drift"] = _table(
