@@ -60,13 +60,22 @@ def to_dataclass(cls: type[T], section: Mapping[str, Any], where: str) -> T:
 
     schema = _schema(cls)
     try:
-        merged = OmegaConf.merge(schema, dict(section))
+        merged = OmegaConf.merge(schema, _literal(dict(section)))
         instance = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or getattr(error, "key", None) or "?").split("[")[0]
         raise ConfigError(f"{where}.{key}={section.get(key)!r}: {_expected(fields_by_name.get(key), error)}") from error
     assert isinstance(instance, cls)
     return replace(_lists_to_tuples(instance), **nested)
+
+
+def _literal(value: Any) -> Any:
+    """A value in which OmegaConf resolves nothing: a stored ${oc.env:TOKEN} must not become what it names."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+    if isinstance(value, Mapping):
+        return {key: _literal(item) for key, item in value.items()}
+    return [_literal(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @cache
@@ -149,7 +158,7 @@ def refuse_foreign_code(section: Mapping[str, Any], where: str, allowed: bool) -
 def foreign_code(section: Any, where: str) -> str | None:
     """The first key with its value that names code outside mupsweep, at any depth of a section; None without one.
 
-    Nothing outside mupsweep is imported. A class with further keys that name code lists them in its attribute `imports`.
+    Nothing outside mupsweep is imported. A class with further keys that name code has them in its attribute `imports`.
     """
     if isinstance(section, list | tuple):
         return next((named for value in section if (named := foreign_code(value, where))), None)

@@ -34,6 +34,8 @@ def compose_shipped(*overrides: str) -> dict[str, Any]:
     Raises:
         ConfigError: as the product does, which is asked about whatever cannot be composed in this way.
     """
+    if any("${" in override for override in overrides):
+        return compose(list(overrides), None)
     groups = {o: (config.config_root() / o.split("=")[0].split("@")[0]).is_dir() for o in overrides}
     try:
         tree = deepcopy(compose_groups(*(override for override in overrides if groups[override])))

@@ -114,7 +114,9 @@ def compose(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
 
     def tree_of(overrides: list[str]) -> dict[str, Any]:
         try:
-            tree = OmegaConf.to_container(hydra.compose("mupsweep", [*search, *overrides]), resolve=True)
+            composed = hydra.compose("mupsweep", [*search, *overrides])
+            _refuse_resolvers(OmegaConf.to_container(composed))
+            tree = OmegaConf.to_container(composed, resolve=True)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"a yaml file cannot be read: {' '.join(str(error).split())}") from error
         assert isinstance(tree, dict)
@@ -141,6 +143,39 @@ def compose(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
             if "Error merging override" in message:
                 message += ": it replaces a list, so write one, as [1,2]"
             raise ConfigError(message) from error
+
+
+def _refuse_resolvers(tree: Any, where: str = "") -> None:
+    """Refuse values that are taken from elsewhere than the config, since every record of a sweep would hold them.
+
+    Raises:
+        ConfigError: naming the key; ${model.width}, the value of another key, is no such value.
+    """
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            _refuse_resolvers(value, f"{where}.{key}" if where else str(key))
+    elif isinstance(tree, list):
+        for value in tree:
+            _refuse_resolvers(value, where)
+    elif isinstance(tree, str) and _has_resolver(tree):
+        raise ConfigError(
+            f"{where}={tree}: nothing is taken from the environment, since config.yaml, the report and trackers show "
+            "every value; write the value itself, or \\${...} for text that has such a form"
+        )
+
+
+def _has_resolver(text: str) -> bool:
+    """Whether a text has an interpolation that calls a resolver: ${NAME:ARGUMENT}, at any depth of braces."""
+    depth = 0
+    for match in re.finditer(r"(\\*)\$\{|[{}:]", text):
+        token = match[0]
+        if token.endswith("${") and len(match[1]) % 2 == 0:
+            depth += 1
+        elif depth and token in ("{", "}"):
+            depth += 1 if token == "{" else -1
+        elif depth and token == ":":
+            return True
+    return False
 
 
 def _parsed(text: str, config_dir: str | None) -> Override:
