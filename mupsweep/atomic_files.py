@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mupsweep.documents import parse_json
 from mupsweep.errors import RecordError
 
 
@@ -106,7 +107,7 @@ def write_json(path: Path, content: Any, durable: bool = True) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The mapping in a json file; None where the file is missing or holds no mapping."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -58,7 +58,8 @@ class Site:
     @classmethod
     def of(cls, sweep: SweepDir) -> Site:
         """Return the paths for a sweep as this process sees them."""
-        return cls(sweep.name, sweep.path.resolve(), sweep.logs.resolve(), Path.cwd(), sys.executable, sweep.allow_imports)
+        folder, logs = sweep.path.resolve(), sweep.logs.resolve()
+        return cls(sweep.name, folder, logs, Path.cwd(), sys.executable, sweep.allow_imports)
 
     def mupsweep(self, command: str, *options: str) -> tuple[str, ...]:
         """Return the argv of a mupsweep command on the sweep."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -21,11 +22,13 @@ from typing import Any
 from mupsweep.atomic_files import create_text, make_folder, read_json, temporary_beside, write_json
 from mupsweep.errors import RecordError
 from mupsweep.store import slurm_queue
+from mupsweep.store.records import is_owner
 
 HEARTBEAT_INTERVAL = 15.0  # seconds between heartbeats, unless a training step takes longer
 # A damaged claim, or one whose Slurm job has ended, expires after this many seconds without a heartbeat.
 HEARTBEAT_GRACE = 2 * HEARTBEAT_INTERVAL
 LEASE_TIMEOUT = 600.0  # a claim of another host expires after this many seconds without a heartbeat
+CLAIM_NAME = re.compile(r"[0-9]{4,18}\.json")
 MAX_WORKER_DEATHS = 2  # workers that a run may cost: after that it waits for all others, or counts as failed
 
 
@@ -61,7 +64,8 @@ class Lease:
 
     def deaths(self) -> int:
         """Count the earlier owners that never released the run: it killed them, or their machine failed."""
-        earlier = (self.path.with_name(_claim_name(number)) for number in range(int(self.path.stem)))
+        numbers = (int(name.removesuffix(".json")) for name in _claim_names(self.path.parent))
+        earlier = (self.path.with_name(_claim_name(number)) for number in numbers if number < int(self.path.stem))
         return sum(not (read_json(path) or {}).get("released") for path in earlier)
 
     def release(self) -> None:
@@ -97,7 +101,7 @@ def acquire(folder: Path) -> Lease | None:
 
 def is_owned_by(path: Path, pid: int) -> bool:
     """Return whether a claim file names a process of this host as its owner."""
-    owner = read_json(path) or {}
+    owner = _read_owner(path) or {}
     return (owner.get("host"), owner.get("boot"), owner.get("pid")) == (socket.gethostname(), _boot_id(), pid)
 
 
@@ -106,7 +110,7 @@ def holder(folder: Path) -> Holder | None:
     path = newest(folder)
     with contextlib.suppress(FileNotFoundError):  # a lock that is released at this moment
         if path is not None and not is_expired(path):
-            owner = read_json(path) or {}
+            owner = _read_owner(path) or {}
             return Holder(f"pid {owner.get('pid')} on {owner.get('host')}", time.time() - path.stat().st_mtime)
     return None
 
@@ -116,8 +120,7 @@ def living_owner(folder: Path) -> dict[str, Any] | None:
     path = newest(folder)
     with contextlib.suppress(FileNotFoundError):
         if path is not None and not is_expired(path):
-            owner = read_json(path) or {}
-            return owner if isinstance(owner.get("pid"), int) else None
+            return _read_owner(path)
     return None
 
 
@@ -133,10 +136,20 @@ def newest(folder: Path) -> Path | None:
 
     It lists names and opens nothing, since every worker asks for every run, and mostly in vain.
     """
-    names: list[str] = []
-    with contextlib.suppress(OSError):  # no claims yet
-        names = [name for name in os.listdir(folder) if name[0].isdigit() and name.endswith(".json")]
+    names = _claim_names(folder)
     return folder / max(names, key=lambda name: (len(name), name)) if names else None  # 10000 comes after 9999
+
+
+def _claim_names(folder: Path) -> list[str]:
+    with contextlib.suppress(OSError):  # no claims yet
+        return [name for name in os.listdir(folder) if CLAIM_NAME.fullmatch(name)]
+    return []
+
+
+def _read_owner(path: Path) -> dict[str, Any] | None:
+    """The content of a claim file; None where it names no owner."""
+    owner = read_json(path)
+    return owner if owner is not None and is_owner(owner) else None
 
 
 def _claim_name(number: int) -> str:
@@ -162,7 +175,7 @@ def is_expired(path: Path, clock: Callable[[Path], float] = lambda _: time.time(
         path: the claim file.
         clock: returns the time by which the heartbeats in a folder are judged.
     """
-    owner = read_json(path)
+    owner = _read_owner(path)
     # The file is damaged, another user's, or not yet written where the file system has no hard links.
     if owner is None:
         limit = HEARTBEAT_GRACE if os.access(path, os.R_OK) else LEASE_TIMEOUT
@@ -192,7 +205,7 @@ def _lost_its_job(path: Path) -> bool:
     now, and the dead owner's lease times out like any other.
     """
     own_job = slurm_queue.own_job()
-    owner = (read_json(path) or {}) if own_job["slurm_job"] is not None else {}
+    owner = (_read_owner(path) or {}) if own_job["slurm_job"] is not None else {}
     if _is_here(owner) or owner.get("slurm_job") is None:
         return False
     if owner.get("slurm_cluster") != own_job["slurm_cluster"] or path.stat().st_uid != os.getuid():

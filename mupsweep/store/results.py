@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mupsweep.analysis.labels import Label, label_of
-from mupsweep.analysis.run_result import REQUIRED, RunResult
-from mupsweep.errors import RecordError
+from mupsweep.analysis.run_result import RunResult
+from mupsweep.store import records
 from mupsweep.store.run_dir import FINISHED
 from mupsweep.store.sweep_dir import SweepDir
 
@@ -43,11 +43,8 @@ def read(sweeps: Sequence[SweepDir]) -> tuple[list[RunResult], list[RunCounts]]:
             _enter(ledgers[-1], planned, status["status"], summary or status)
             if summary is None:
                 continue
-            if missing := [key for key in REQUIRED if key not in summary]:
-                raise RecordError(
-                    f"{folder.summary_path} is no summary of a run, it has no {missing[0]}: delete it and run the "
-                    "command that made the sweep again, which trains this run anew"
-                )
+            if wrong := records.missing_in_summary(summary):
+                raise folder.no_summary(wrong)
             if label_of(summary)[:3] in namesakes:
                 summary |= {"model": f"{summary['model']} ({sweep.name})"}
             summary["validation"] = planned.get("validation", False)

@@ -14,11 +14,14 @@ import yaml
 
 from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.atomic_files import finite, read_json, write_json, write_text
+from mupsweep.documents import parse_json, parse_yaml
 from mupsweep.errors import RecordError
-from mupsweep.store import lease
+from mupsweep.store import lease, records
 from mupsweep.store.lease import Holder, Lease
+from mupsweep.store.records import FAILED as FAILED
+from mupsweep.store.records import PENDING as PENDING
+from mupsweep.store.records import RUNNING as RUNNING
 
-PENDING, RUNNING, FAILED = "pending", "running", "failed"
 FINISHED = (DONE, DIVERGED)  # these are results: such a run is not trained again
 
 
@@ -60,8 +63,7 @@ class RunDir:
 
     def status(self) -> dict[str, Any]:
         """Read status.json; a run without one, or with a damaged one, is pending."""
-        status = read_json(self.status_path)
-        return status if status is not None and "status" in status else {"status": PENDING}
+        return records.readable_status(read_json(self.status_path))
 
     def state(self) -> dict[str, Any]:
         """Return the status, with a run that its owner left as running when it died as pending."""
@@ -76,7 +78,22 @@ class RunDir:
         write_json(self.status_path, {"status": status, **details}, durable)
 
     def summary(self) -> dict[str, Any] | None:
-        return read_json(self.summary_path)
+        """Read summary.json; None where it is missing or holds no mapping.
+
+        Raises:
+            RecordError: it holds values that no run can have, or is that of another run.
+        """
+        summary = read_json(self.summary_path)
+        if summary is not None and (wrong := records.wrong_in_summary(summary, self.run_id)):
+            raise self.no_summary(wrong)
+        return summary
+
+    def no_summary(self, wrong: str) -> RecordError:
+        """The error of a summary.json that is none, with what is wrong with it."""
+        return RecordError(
+            f"{self.summary_path} is no summary of this run, {wrong}: delete it and run the command that made the "
+            "sweep again, which trains this run anew"
+        )
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_json(self.summary_path, summary)
@@ -85,13 +102,32 @@ class RunDir:
     def config_path(self) -> Path:
         return self.path / "config.yaml"
 
+    def config(self) -> dict[str, Any]:
+        """Read the resolved config of the run.
+
+        Raises:
+            RecordError: it is missing or damaged.
+        """
+        try:
+            config = parse_yaml(self.config_path.read_bytes())
+            for section in ("model", "optimizer", "parametrization"):
+                if not isinstance(config, dict) or not isinstance(config.get(section), dict):
+                    raise ValueError(f"no {section}")
+                if not records.is_name(config[section].get("name")):
+                    raise ValueError(f"no {section}.name")
+            if wrong := records.wrong_in(config, records.SIZE, records.CHANGE):
+                raise ValueError(wrong)
+        except (OSError, ValueError) as error:
+            raise RecordError(f"{self.config_path} cannot be read ({' '.join(str(error).split())})") from error
+        return config
+
     @property
     def groups_path(self) -> Path:
         return self.path / "groups.json"
 
     def groups(self) -> list[dict[str, Any]]:
         """Read the parameter groups that the run trains with."""
-        return json.loads(self.groups_path.read_text())
+        return parse_json(self.groups_path.read_bytes())
 
     def write_rules(self, config: Mapping[str, Any], groups: Any) -> None:
         """Write what the run is: its resolved config and the parameter groups that it trains with."""
@@ -99,13 +135,14 @@ class RunDir:
         write_json(self.groups_path, groups, durable=False)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Read the logged rows, in order of steps, up to the first that was not written whole."""
+        """Read the logged rows, in order of steps, up to the first that was not written whole or cannot be."""
         rows: list[dict[str, Any]] = []
-        try:
+        with contextlib.suppress(OSError, ValueError):
             for line in self.metrics_path.read_bytes().splitlines():
-                rows.append(json.loads(line))
-        except (OSError, ValueError):
-            pass
+                row = parse_json(line)
+                if records.wrong_in(row, records.METRICS, records.METRICS_OPTIONS):
+                    break
+                rows.append(row)
         return rows
 
     def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -23,14 +23,17 @@ from typing import Any
 import yaml
 
 from mupsweep.atomic_files import make_folder, read_json, write_json, write_text
+from mupsweep.documents import parse_json, parse_yaml
 from mupsweep.errors import RecordError
 from mupsweep.formatting import nearest
-from mupsweep.store import lease
+from mupsweep.store import lease, records
 from mupsweep.store.lease import Lease
 from mupsweep.store.run_dir import RunDir, _plain
 
 log = logging.getLogger("mupsweep")
 FIGURES = "figures"  # the folder of figures in a folder of results
+
+SECTIONS = {"variants": list, "sweep": dict, "launcher": dict, "tracker": dict}  # what a config.yaml cannot lack
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ class SweepDir:
 
     def read_jobs(self) -> list[dict[str, Any]]:
         """Read the jobs that were ever submitted for this sweep: id, script, and the run ids of every task."""
-        return [job for path in sorted(self.jobs.glob("[0-9]*.json")) if (job := read_json(path)) is not None]
+        recorded = (records.readable_job(read_json(path)) for path in sorted(self.jobs.glob("[0-9]*.json")))
+        return [job for job in recorded if job is not None]
 
     def write_job(self, job_id: str, script: Path, tasks: Sequence[Sequence[str]]) -> None:
         """Record a submitted job in a file of its own, so that no earlier record can be lost."""
@@ -132,11 +136,17 @@ class SweepDir:
     def started(self) -> list[str]:
         """Return the ids of the runs that have a folder."""
         try:
-            return os.listdir(self.runs)
+            return [name for name in os.listdir(self.runs) if records.is_run_id(name)]
         except OSError:  # none yet
             return []
 
     def run(self, run_id: str) -> RunDir:
+        """Return the folder of a run.
+
+        Raises:
+            RecordError: this is no id of a run, and might lead out of the sweep.
+        """
+        records.checked_run_id(run_id, str(self.path))
         return RunDir(self.path / f"runs/{run_id}")  # one join, since joins take most of the time for 100,000 runs
 
     def state(self, run_id: str) -> dict[str, Any]:
@@ -154,11 +164,13 @@ class SweepDir:
 
     def read_config(self) -> dict[str, Any]:
         try:
-            tree = yaml.safe_load(self.config_path.read_bytes())  # UTF-8 in every locale
-            missing = [key for key in ("variants", "sweep", "launcher", "tracker") if key not in tree]
-            if missing:
-                raise KeyError(f"no {missing[0]}")
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+            tree = parse_yaml(self.config_path.read_bytes())  # UTF-8 in every locale
+            if not isinstance(tree, dict):
+                raise ValueError("no mapping")
+            for key, kind in SECTIONS.items():
+                if not isinstance(tree.get(key), kind):
+                    raise ValueError(f"no {key}")
+        except (OSError, ValueError) as error:
             raise RecordError(
                 f"{self.config_path} cannot be read ({' '.join(str(error).split())}): run the command that made the "
                 "sweep again, it writes the file anew and keeps every finished run"
@@ -173,13 +185,13 @@ class SweepDir:
         if not self.plan_path.is_file():
             return []
         try:
-            lines = self.plan_path.read_text().splitlines()
-            rows = json.loads(f"[{','.join(lines)}]")  # as one document the rows share their keys: half the memory
-            for row in rows:
-                if not {"run_id", "variant", "width_ratio", "depth_ratio", "log2_lr", "seed"} <= set(row):
-                    raise ValueError(f"not a planned run: {row}")
+            lines = self.plan_path.read_text(encoding="utf-8").splitlines()
+            rows = parse_json(f"[{','.join(lines)}]")  # as one document the rows share their keys: half the memory
+            for number, row in enumerate(rows, 1):
+                if wrong := records.wrong_in_planned(row):
+                    raise ValueError(f"run {number} is no planned run, {wrong}")
             return rows
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise RecordError(
                 f"{self.plan_path} is damaged ({error}): delete it and run the command that made the sweep again; "
                 "finished runs are kept"

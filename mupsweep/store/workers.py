@@ -17,6 +17,7 @@ from typing import Any
 from mupsweep.atomic_files import make_folder, read_json, write_json
 from mupsweep.errors import RecordError
 from mupsweep.store import lease
+from mupsweep.store.records import is_owner
 from mupsweep.store.sweep_dir import SweepDir
 
 
@@ -89,8 +90,8 @@ def living(sweep: SweepDir, running: Iterable[str]) -> list[Worker]:
     """
     owners: list[tuple[dict[str, Any], str | None]] = []
     for path in _records(sweep):
-        owner = read_json(path) or {}
-        if lease.is_alive_here(owner):
+        owner = read_json(path)
+        if owner is not None and is_owner(owner) and lease.is_alive_here(owner):
             owners.append((owner, None))
     for run_id in running:
         if owner := lease.living_owner(sweep.run(run_id).claims):

@@ -97,7 +97,7 @@ def test_workers_inherit_what_the_command_line_of_their_launcher_allows(planted:
     code, _, err = cli("run", *words[:-3], "optimizer.lr_ratio=0.5", "optimizer.name=half")
     assert code == 2
     assert "optimizer.kind=planted.Planted is code outside mupsweep" in err  # of the sweep that this one extends
-    code, out, err = cli("report", str(sweep.path))
+    code, _, err = cli("report", str(sweep.path))
     assert "no rules of nanogpt/adamw/spectral: optimizer.kind=planted.Planted is code outside mupsweep" in err
     assert code == 0
     assert "no rules" not in cli("report", str(sweep.path), "--allow-imports")[2]

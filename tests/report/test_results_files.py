@@ -104,7 +104,9 @@ def sweep_of_four(tmp_path: Path) -> SweepDir:
     """A sweep whose runs have branches, diverge, or differ in a hyperparameter."""
     sweep = SweepDir(tmp_path / "sweep")
     sweep.path.mkdir()
-    sweep.write_plan({**summary, "variant": summary.get("value"), "tokens": 400, "flops": 1e6} for summary in SUMMARIES)
+    sweep.write_plan(
+        {**summary, "variant": f"v{summary.get('value')}", "tokens": 400, "flops": 1e6} for summary in SUMMARIES
+    )
     for summary in SUMMARIES:
         folder = sweep.run(summary["run_id"])
         folder.path.mkdir(parents=True)

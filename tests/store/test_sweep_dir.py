@@ -41,15 +41,26 @@ def run(tmp_path: Path) -> RunDir:
     return folder
 
 
+PLANNED = {
+    "variant": "v",
+    "model": "m",
+    "optimizer": "o",
+    "parametrization": "p",
+    "width": 16,
+    "depth": 2,
+    "width_ratio": 1.0,
+    "depth_ratio": 1.0,
+    "log2_lr": -7.0,
+    "seed": 0,
+}
+
+
 @pytest.fixture
 def sweep(tmp_path: Path) -> SweepDir:
     """A planned sweep of three runs, without a config."""
     made = SweepDir(tmp_path / "sweep")
     made.path.mkdir()
-    made.write_plan(
-        {"run_id": f"run-{i}", "variant": "v", "width_ratio": 1.0, "depth_ratio": 1.0, "log2_lr": -7.0, "seed": i}
-        for i in range(3)
-    )
+    made.write_plan({"run_id": f"run-{i}", **PLANNED, "seed": i} for i in range(3))
     for i in range(3):
         made.run(f"run-{i}").path.mkdir(parents=True)
     return made
@@ -424,12 +435,13 @@ def test_of_eight_processes_racing_to_take_a_dead_run_over_exactly_one_wins(tmp_
 
 
 PLANNER = """
+import json
 import sys
 from pathlib import Path
 from mupsweep.store.sweep_dir import SweepDir
 
 sweep = SweepDir(Path(sys.argv[1]))
-row = {"variant": "v", "width_ratio": 1.0, "depth_ratio": 1.0, "log2_lr": -7.0, "seed": 0}
+row = json.loads(sys.argv[3])
 for i in range(20):
     with sweep.lock():
         sweep.write_plan([*sweep.read_plan(), {"run_id": f"{sys.argv[2]}-{i}", **row}])
@@ -439,7 +451,9 @@ for i in range(20):
 def test_commands_that_plan_at_once_lose_none_of_the_others_runs(tmp_path: Path) -> None:
     """Without a lock of the file system, which many network file systems have not."""
     sweep = SweepDir(tmp_path / "sweep")
-    planners = [subprocess.Popen([sys.executable, "-c", PLANNER, str(sweep.path), name]) for name in "abcd"]
+    planners = [
+        subprocess.Popen([sys.executable, "-c", PLANNER, str(sweep.path), name, json.dumps(PLANNED)]) for name in "abcd"
+    ]
     assert [planner.wait(120) for planner in planners] == [0] * 4
     assert sorted(row["run_id"] for row in sweep.read_plan()) == sorted(f"{n}-{i}" for n in "abcd" for i in range(20))
 
