@@ -9,6 +9,10 @@ from typing import Any
 LARGEST_DOCUMENT = 1_000_000  # values of a yaml document, each counted as often as aliases repeat it
 
 
+class TooLargeError(ValueError):
+    """A document that is nested too deeply, or whose aliases repeat more than memory holds."""
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value of a json document.
 
@@ -34,10 +38,12 @@ def parse_yaml(text: str | bytes) -> Any:
         size = _size(value, {})
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    except (RecursionError, OverflowError, AttributeError, KeyError, TypeError) as error:
+    except RecursionError as error:
+        raise TooLargeError("nested too deeply") from error
+    except (OverflowError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"no plain data ({type(error).__name__})") from error
     if size > LARGEST_DOCUMENT:
-        raise ValueError(f"its aliases make {size:.2g} values of it")
+        raise TooLargeError(f"its aliases make {size:.2g} values of it")
     return value
 
 
@@ -52,7 +58,7 @@ def _size(value: Any, known: dict[int, int | None]) -> int:
     if id(value) in known:
         size = known[id(value)]
         if size is None:
-            raise ValueError("it holds itself")
+            raise TooLargeError("it holds itself")
         return size
     known[id(value)] = None
     known[id(value)] = size = 1 + sum(_size(item, known) for item in _items(value))

@@ -109,6 +109,7 @@ def transfer(
     folders = [SweepDir.open(word, allow_imports) for word in named]
     overrides = [word for word in words if word.startswith("analysis.")]
     settings = [word for word in words if word not in (*named, *overrides)]
+    _check_target([] if to or base else settings)
     shape = [word for word in settings if not base or word.partition("=")[0] in TARGET]
     if form != JSON and not (shape or validate):
         raise ConfigError(f"--format {form} is of a recipe: name its target with --to width=N depth=N")
@@ -144,3 +145,14 @@ def transfer(
     else:
         verdicts = generate(folders, json, optimizer, parametrization, overrides=overrides, results=results)
     raise typer.Exit(DRIFTS_EXIT_CODE if strict and "drifts" in verdicts else 0)
+
+
+def _check_target(words: list[str]) -> None:
+    """Refuse words that are neither a sweep nor a target, where no --to says what they are."""
+    from mupsweep.errors import ConfigError
+
+    for word in words:
+        if word.partition("=")[0] not in TARGET:
+            raise ConfigError(
+                f"{word}: expected sweep folders, analysis.KEY=VALUE, or a target as --to width=N depth=N tokens=N"
+            )

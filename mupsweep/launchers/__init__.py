@@ -14,6 +14,9 @@ from mupsweep.schema import require
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.training.signals import MOST_THREADS
 
+SLOTS = ("slots_per_device", "workers", "devices_per_run", "gpus")
+MOST_SLOTS = 1024  # of one device or task; each is a process
+
 
 class Launcher(Protocol):
     """Where runs are trained: a dataclass whose fields are the keys of its yaml."""
@@ -36,7 +39,7 @@ class Detached(Launcher, Protocol):
 
 
 def check_counts(launcher: Any, *keys: str, least: int = 1) -> None:
-    """Refuse counts below `least`, and more threads than a process may have.
+    """Refuse counts below `least`, and more threads than a process or processes than a machine may have.
 
     Raises:
         ConfigError: naming the key.
@@ -45,4 +48,5 @@ def check_counts(launcher: Any, *keys: str, least: int = 1) -> None:
         value: int | None = getattr(launcher, key)
         if value is not None:
             require(value >= least, f"launcher.{key}", value, f"at least {least}")
+            require(key not in SLOTS or value <= MOST_SLOTS, f"launcher.{key}", value, f"at most {MOST_SLOTS}")
             require(key != "threads" or value <= MOST_THREADS, f"launcher.{key}", value, f"at most {MOST_THREADS}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mupsweep.errors import ConfigError
 
+LARGEST_WIDTH, LARGEST_DEPTH = 2**24, 4096  # of a model whose tensors can still be listed in seconds
 GQA_RULES = ("fixed_ratio", "fixed_kv_heads")
 
 
@@ -73,6 +74,9 @@ class BaseShape:
         """
         width = _whole(self.width * width_ratio, f"model.width={self.width} * width_ratio={width_ratio:g}")
         depth = _whole(self.depth * depth_ratio, f"model.depth={self.depth} * depth_ratio={depth_ratio:g}")
+        for value, largest, what in ((width, LARGEST_WIDTH, "width"), (depth, LARGEST_DEPTH, "depth")):
+            if value > largest:
+                raise ConfigError(f"{what} {value}: expected at most {largest:,}; no such model can be listed or built")
         where = f"width {width} (model.width={self.width} * width_ratio={width_ratio:g})"
         heads = self.heads or width // self.head_dim
         if heads < 1 or width % heads or (self.heads is None and width % self.head_dim):

@@ -317,6 +317,11 @@ def _base_of(ladders: Sequence[LadderResult], words: Sequence[str]) -> ResolvedV
     variant, *others = load([*words, *shape]).variants
     if others:
         raise ConfigError(f"--base {' '.join(words)}: one base at a time, without several choices of a group")
+    for group, given, name in zip(COMPARABLE, ladders[0].label[:3], variant.names, strict=True):
+        if given in choices(group) and given != name:
+            raise RecordError(
+                f"{'/'.join(ladders[0].label)}: --base {group}={name} is another {group} than the table's"
+            )
     return resolve(variant, digest="of a table")
 
 

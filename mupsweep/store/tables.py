@@ -217,11 +217,11 @@ class _Reader:
         return {"record": record, **self._labels(record), **self._numbers(record), **outcome}
 
     def _labels(self, record: Record) -> dict[str, Any]:
-        labels: dict[str, Any] = {key: self._text(record, key) or name for key, name in DEFAULT_NAMES.items()}
+        labels: dict[str, Any] = {key: self._name(record, key) or name for key, name in DEFAULT_NAMES.items()}
         # of a column like use_mup
         labels["parametrization"] = USES_MUP.get(labels["parametrization"].casefold(), labels["parametrization"])
         if self._text(record, "hyperparameter"):
-            labels |= {"hyperparameter": self._text(record, "hyperparameter"), "value": self._number(record, "value")}
+            labels |= {"hyperparameter": self._name(record, "hyperparameter"), "value": self._number(record, "value")}
             labels |= {"default": self._number(record, "default")} if self._cell(record, "default") else {}
         return labels | {"validation": self._text(record, "validation").casefold() in YES}
 
@@ -306,6 +306,10 @@ class _Reader:
         place = self.columns.index.get(meaning)
         return "" if place is None else record.cells[place]
 
+    def _name(self, record: Record, meaning: str) -> str:
+        """The text of a cell that names something; a terminal would obey control characters in it."""
+        return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", self._text(record, meaning)).split())
+
     def _cell(self, record: Record, meaning: str) -> str:
         """The text of a cell that should hold a number; empty where people write that there is none."""
         text = self._text(record, meaning)
@@ -318,7 +322,8 @@ class _Reader:
         if value is not None and least <= value <= LARGEST and (value.is_integer() or not whole):
             return value
         kind = "a whole number" if whole else "a number"
-        raise self._refusal(record, meaning, f"expected {kind} from {least:g} to {LARGEST:g}")
+        hint = "; an error is a column of its own, or one row for every seed" if re.search(r"±|\+/?-|\(", text) else ""
+        raise self._refusal(record, meaning, f"expected {kind} from {least:g} to {LARGEST:g}{hint}")
 
     def _refusal(self, record: Record, meaning: str, why: str) -> DataError:
         name, cell = self.columns.names[meaning], self._text(record, meaning)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mupsweep.documents import TooLargeError, parse_yaml
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
 
@@ -125,6 +126,12 @@ def compose(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
     for path in Path(config_dir).glob("*/*.yaml") if config_dir else ():
         if (config_root() / path.parent.name / path.name).exists():
             raise ConfigError(f"{path}: mupsweep ships {path.parent.name}={path.stem} itself; give yours another name")
+        try:
+            parse_yaml(path.read_bytes())
+        except TooLargeError as error:  # Hydra would copy what its aliases repeat
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+        except (OSError, ValueError):  # Hydra says more, where the file is chosen
+            continue
 
     with hydra.initialize_config_dir(str(config_root().resolve()), version_base="1.3"):
         try:

@@ -320,6 +320,7 @@ def from_tree(tree: Mapping[str, Any], allow_imports: bool = False, to_read: boo
             raise ConfigError(f"unknown key '{key}' in the config; {nearest(key, keys)}")
     if missing := sorted(keys - set(tree) - {"analysis"}):  # which older versions did not write
         raise ConfigError(f"the config has no '{missing[0]}': the command that made the sweep writes config.yaml anew")
+    _check_sections(tree)
     config = SweepConfig(
         variants=tuple(_variant(sections) for sections in tree["variants"]),
         sweep=to_dataclass(GridConfig, tree["sweep"], "sweep"),
@@ -344,6 +345,18 @@ def from_tree(tree: Mapping[str, Any], allow_imports: bool = False, to_read: boo
     return config
 
 
+def _check_sections(tree: Mapping[str, Any]) -> None:
+    """Refuse a config whose parts are of another kind: somebody may have edited or damaged it."""
+    for key, kind in {"variants": list | tuple, "overrides": list | tuple, "sweep": Mapping}.items():
+        if not isinstance(tree[key], kind) or (key == "variants" and not tree[key]):
+            raise ConfigError(f"{key}={tree[key]!r:.80} is no such part of a config")
+    if not all(isinstance(word, str) for word in tree["overrides"]):
+        raise ConfigError("overrides: expected a list of words")
+    for key in ("launcher", "tracker"):
+        if not isinstance(tree[key], Mapping):
+            raise ConfigError(f"{key}={tree[key]!r:.80}: expected a section of keys")
+
+
 def analysis_config(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> AnalysisConfig:
     """What the answers of a sweep rest on beside its runs.
 
@@ -362,7 +375,17 @@ def analysis_config(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> A
 
 def _variant(sections: Mapping[str, Any]) -> Variant:
     """A Variant from its sections as plain mappings."""
+    for key in (*COMPARABLE, "data", "training"):
+        if not isinstance(sections, Mapping) or not isinstance(sections.get(key), Mapping):
+            raise ConfigError(f"a variant of the config has no section '{key}'")
+    for group in COMPARABLE:
+        if not isinstance(sections[group].get("name"), str):
+            raise ConfigError(f"{group}.name={sections[group].get('name')}: expected a word")
     data, training, change = sections["data"], sections["training"], sections.get("change")
+    if change is not None:
+        wrong = not isinstance(change, Mapping) or set(change) != {"hyperparameter", "value", "default"}
+        if wrong or not isinstance(change["hyperparameter"], str) or not isinstance(change["value"], int | float):
+            raise ConfigError(f"change={change!r:.80}: expected hyperparameter, value and default")
     return Variant(
         **{group: dict(sections[group]) for group in COMPARABLE},
         data=to_dataclass(DataConfig, with_whole_numbers(DataConfig, data), "data"),

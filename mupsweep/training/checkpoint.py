@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 import os
+import pickle
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -196,12 +197,23 @@ class Checkpointer:
         del stored  # two copies of a checkpoint may exceed the memory that a job is given
         if hashlib.sha256(content).digest() != digest:
             return None
-        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise self._foreign(path) from error
+        if not isinstance(saved, dict) or not {"network", "optimizer"} <= saved.keys():
+            raise self._foreign(path)
         if saved.keys() - {"network", "optimizer"} != {f.name for f in fields(TrainState)}:
             raise RecordError(f"{path} is of another version of mupsweep: delete {path.parent} to start the run anew")
         self.setup.network.load_state_dict(saved.pop("network"))
         self.setup.optimizer.load_state_dict(saved.pop("optimizer"))
         return TrainState(**saved)
+
+    def _foreign(self, path: Path) -> RecordError:
+        """The error of a file whose content is no checkpoint, though its digest is right: somebody else wrote it."""
+        return RecordError(f"{path} holds something else than a checkpoint: delete {path.parent} to start the run anew")
 
 
 def mean(values: list[float]) -> float:
