@@ -94,6 +94,17 @@ TRANSFER = {
             "verdict": "",
             "reasons": [""],
             "deciding_runs": [{"width": "", "depth": "", "horizon": "", "log2_lrs": [""]}],
+            "validations": [
+                {
+                    "width": "",
+                    "depth": "",
+                    "log2_lr": "",
+                    "forecast": {"log2_lr": "", **INTERVAL},
+                    "optimum": {"log2_lr": "", **INTERVAL},
+                    "regret": NATS,
+                    "outcome": "",
+                }
+            ],
             "quality": {
                 "fit_error": OCTAVES,
                 "robustness": {"exponent": "", **INTERVAL},

@@ -17,7 +17,7 @@ from mupsweep.analysis.curves import LossCurve
 from mupsweep.analysis.estimate import CONFIDENCE, Estimate
 from mupsweep.analysis.labels import NAMES
 from mupsweep.analysis.run_result import CHANGE_COLUMNS, COLUMNS, RunResult
-from mupsweep.analysis.transfer import LadderResult
+from mupsweep.analysis.transfer import LadderResult, Validation
 from mupsweep.atomic_files import make_folder, replace_file, write_chunks, write_json
 from mupsweep.errors import RecordError
 
@@ -97,6 +97,7 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
                     }
                     for more in g.deciding_runs
                 ],
+                "validations": [_validation(one) for one in g.validations],
                 "quality": _quality(g),
             }
             for g in analysis.groups
@@ -113,6 +114,18 @@ def _tolerance(bounds: VerdictBounds) -> dict[str, float]:
     """The bounds of the verdict; "nats" is what the base's LR may cost at most to be harmless."""
     values = asdict(bounds)
     return {"nats": values.pop("harmless"), **values}
+
+
+def _validation(one: Validation) -> dict[str, Any]:
+    return {
+        "width": one.optimum.curve.width,
+        "depth": one.optimum.curve.depth,
+        "log2_lr": one.forecast.log2_lr,
+        "forecast": _interval("log2_lr", one.forecast.optimum),
+        "optimum": _interval("log2_lr", one.optimum.estimate),
+        "regret": _interval("nats", one.regret),
+        "outcome": one.outcome,
+    }
 
 
 def _comparison(c: Comparison) -> dict[str, Any]:

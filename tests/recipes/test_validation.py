@@ -17,6 +17,7 @@ from mupsweep.analysis.transfer import CONFIRMED, OPEN, REFUTED
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.recipes import validation
 from mupsweep.recipes.validation import Trial, _unbounded, neighbours
+from mupsweep.report.results_files import to_json
 from mupsweep.store.results import read_runs
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
@@ -114,6 +115,13 @@ def test_the_regret_of_the_transferred_lr_is_that_of_the_parabola(best: float) -
     (group,) = analyse(read_runs([sweep])).groups
     assert [o.curve.width for o in group.optima] == [16, 32]  # a validation changes no verdict
     assert [v.optimum.curve.width for v in group.validations] == [64]
+    [written] = to_json(analyse(read_runs([sweep])))["groups"][0]["validations"]
+    assert (written["width"], written["outcome"], written["log2_lr"]) == (
+        64,
+        CONFIRMED,
+        group.validations[0].forecast.log2_lr,
+    )
+    assert written["optimum"]["low"] < best < written["optimum"]["high"]
 
 
 def test_a_forecast_that_comes_out_wrong_is_refuted_and_flips_no_verdict() -> None:
