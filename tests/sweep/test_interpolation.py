@@ -56,7 +56,8 @@ def test_text_in_the_form_of_an_interpolation_stays_text() -> None:
 def test_a_stored_config_that_names_the_environment_is_read_as_text() -> None:
     sweep, _ = plan.save(load(["experiment=smoke"]), "")
     tree = to_tree(load(["experiment=smoke"]))
-    tree["out"] = tree["overrides"] = "${oc.env:MY_TOKEN}"
+    tree["out"] = "${oc.env:MY_TOKEN}"
+    tree["overrides"] = ["${oc.env:MY_TOKEN}"]
     tree["sweep"]["axes"] = {"a": "${oc.env:MY_TOKEN}"}
     tree["sweep"]["name"] = "${oc.env:MY_TOKEN}"
     sweep.write_config(tree, "")
