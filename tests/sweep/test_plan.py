@@ -258,6 +258,7 @@ def test_a_start_that_trained_nothing_does_not_occupy_its_name() -> None:
     make_folder(sweep.workers)
     dead = {**lease.owner_record(), "pid": os.getpid(), "born": "1"}
     (sweep.workers / "dead.json").write_text(json.dumps(dead))
+    (sweep.workers / "damaged.json").write_text(json.dumps({**lease.owner_record(), "slurm_job": 7}))
     _, runs = plan.save(load([*SMOKE, "training.steps=40"]), "second")
     assert {row["run_id"] for row in sweep.read_plan()} == {run.run_id for run in runs}
     assert not {run.run_id for run in runs} & {run.run_id for run in planned}
