@@ -8,11 +8,11 @@ has and that is not known yet). Every ladder of three dense sizes or more is sea
     golden     golden-section search
     tpe, gp    Optuna's samplers (pip install optuna), two random LRs first
 
-The last three search each size, the first over the whole range, others within two octaves of the optimum of the size
-before, as people do by hand. They have no end of their own and are given 3 to 12 runs a size; their optimum is the vertex of the parabola through
-their best run and its neighbours. Printed are, for each: FLOPs as a share of 13 LRs with 3 seeds at every size; the
-share of sizes within 0.25 octaves of the whole curve's optimum (judge.py); nats lost at the largest size, in the mean
-and the share below 0.005; and how often one had to wait for results.
+These search the first size over the whole range, the others within two octaves of the optimum of the size before, as
+people do by hand. They have no end of their own and are given 3 to 12 runs a size; their optimum is the vertex of the
+parabola through their best run and its neighbours. Printed are, for each: FLOPs as a share of 13 LRs with 3 seeds at
+every size; the share of sizes within 0.25 octaves of the whole curve's optimum (judge.py); nats lost at the largest
+size, in the mean and the share below 0.005; and how often one had to wait for results.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ TRANSFER = {
     "tuning_remarks": [""],
     "remarks": [""],
     "confidence": "",
-    "tolerance": {"octaves": "", "octaves_per_doubling": "", "nats": "", "costly": ""},
+    "tolerance": {"octaves": "", "octaves_per_doubling": "", "nats": "", "costly": "", "span": ""},
     "notes": [""],
 }
 OWNER = ["host", "boot", "pid", "born", "slurm_cluster", "slurm_job", "slurm_restarts", "taken", "released"]
