@@ -16,10 +16,15 @@ def worker(
         list[str] | None,
         typer.Argument(metavar="RUN", help="Only these runs, or those of a size: w512-d4.", show_default=False),
     ] = None,
-    device: Annotated[str, typer.Option(help="A torch device, auto, or several per run: cuda:0,cuda:1.")] = "auto",
+    device: Annotated[
+        list[str], typer.Option(help="A torch device, auto, or several per run: cuda:0,cuda:1. One per worker.")
+    ] = ["auto"],  # noqa: B006, typer copies it
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1, max=MOST_THREADS)] = 1,
     shard: Annotated[bool, typer.Option("--shard", help="Divide weights and optimizer state among them.")] = False,
     allow_imports: AllowImports = False,
+    restarts: Annotated[int, typer.Option(help="Replacements of a worker that a signal kills.", min=0)] = 0,
+    nodes: Annotated[int, typer.Option(help="Slurm nodes per run, by srun.", min=1)] = 1,
+    requeue: Annotated[int, typer.Option(help="Requeues of this Slurm task near its time limit.", min=0)] = 0,
 ) -> None:
     """Train what is left of a planned sweep; what launchers call.
 
@@ -30,8 +35,13 @@ def worker(
     from mupsweep.store import workers
     from mupsweep.store.sweep_dir import SweepDir
 
-    folder = SweepDir.open(sweep, allow_imports)
+    folder, names = SweepDir.open(sweep, allow_imports), run_ids or ()
+    if len(device) > 1 or restarts or nodes > 1 or requeue:
+        from mupsweep.launchers.task_pool import TaskPool
+
+        pool = TaskPool(folder, device, names, threads, shard, restarts=restarts, nodes=nodes, requeue=requeue)
+        raise typer.Exit(pool.supervise())
     with workers.registered(folder):
         from mupsweep.training.worker import execute  # imports torch, which takes a while
 
-        raise typer.Exit(0 if execute(folder, run_ids or (), device, threads, shard=shard) else 130)
+        raise typer.Exit(0 if execute(folder, names, device[0], threads, shard=shard) else 130)

@@ -11,7 +11,7 @@ from typing import Any
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import si
 from mupsweep.launchers import check_counts, size_overrides
-from mupsweep.launchers.worker_pool import WorkerPool
+from mupsweep.launchers.local_pool import LocalPool
 from mupsweep.report.terminal.progress import Progress
 from mupsweep.store.environment import cores, device_memory, find_devices
 from mupsweep.store.sweep_dir import SweepDir
@@ -64,11 +64,11 @@ class Local:
         with Progress(sweep) as progress:
             return all(pool.train(progress) for pool in pools)
 
-    def pools(self, sweep: SweepDir, run_ids: Sequence[str]) -> list[WorkerPool]:
+    def pools(self, sweep: SweepDir, run_ids: Sequence[str]) -> list[LocalPool]:
         """Return the workers of all runs: one pool, or where sizes need different workers one pool after the other."""
         memory = self._device_memory()
         if not self.sizes and memory is None:
-            return [WorkerPool(sweep, run_ids, self.slots(), self.threads, self.shard)]
+            return [LocalPool(sweep, self.slots(), (), self.threads, self.shard, run_ids=run_ids)]
         requested = set(run_ids)
         runs_of_size = defaultdict[str, list[RunSpec]](list)
         for run in plan.load(sweep):
@@ -88,7 +88,7 @@ class Local:
         pools = []
         for launcher, sizes in sorted(groups, key=lambda group: -group[0].devices_per_run):
             ids = [run.run_id for size in sizes for run in runs_of_size[size]]
-            pools.append(WorkerPool(sweep, ids, launcher.slots(), launcher.threads, launcher.shard, sizes))
+            pools.append(LocalPool(sweep, launcher.slots(), sizes, launcher.threads, launcher.shard, run_ids=ids))
         return pools
 
     def for_runs(self, runs: Sequence[RunSpec], memory: float | None = None) -> Local:

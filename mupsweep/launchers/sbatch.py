@@ -10,7 +10,6 @@ from pathlib import Path
 
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import duration
-from mupsweep.store.lease import MAX_WORKER_DEATHS
 
 VALUE = re.compile(
     r"[\w.,:@+=/*&|()\[\]!%~^][\w.,:@+=/*&|()\[\]!%~^-]*", re.ASCII
@@ -46,44 +45,18 @@ class Task:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Worker:
-    """How a task starts its workers, one process per device.
-
-    Attributes:
-        command: the command line up to the sweep's folder; run ids, the device and the threads follow.
-        devices: the device of every worker, or its devices separated by commas; a device listed twice has two workers.
-        threads: CPU threads of each process.
-        shard: whether devices that train a run together divide its state.
-        nodes: how many nodes train each run together; with several, `devices` has one entry, the devices of each node.
-        cpus: CPUs of each process, where there are several nodes.
-    """
-
-    command: tuple[str, ...]
-    devices: tuple[str, ...]
-    threads: int
-    shard: bool = False
-    nodes: int = 1
-    cpus: int = 1
-
-
 def array_script(
-    header: Sequence[str], setup: Sequence[str], tasks: Sequence[Task], worker: Worker, restarts: int
+    header: Sequence[str], setup: Sequence[str], tasks: Sequence[Task], command: Sequence[str], options: Sequence[str]
 ) -> str:
-    """Return the script of a job array: one task per bundle of runs, requeued after up to `restarts` time limits."""
-    command = f'{shlex.join(worker.command)} "${{runs[@]}}" --device "$1" --threads {worker.threads}'
-    command += " --shard" * worker.shard
-    start = f"train() {{ exec {command}; }}"
-    if worker.nodes > 1:
-        processes = len(worker.devices[0].split(","))
-        start = SPREAD.format(
-            python=shlex.quote(worker.command[0]),
-            nodes=worker.nodes,
-            processes=processes,
-            world=worker.nodes * processes,
-            cpus=worker.cpus,
-            command=command,
-        )
+    """Return the script of a job array, one task per bundle of runs.
+
+    Args:
+        header: the first lines, as `header` returns them.
+        setup: shell lines that prepare the environment.
+        tasks: the runs of every task.
+        command: the command line of the supervisor of a task's workers; run ids and `options` follow.
+        options: the end of that command line.
+    """
     return "\n".join(
         [
             *header,
@@ -95,83 +68,12 @@ def array_script(
             '*) echo "no task $SLURM_ARRAY_TASK_ID in this script" >&2; exit 2 ;;',
             "esac",
             'echo "$(date +%FT%T) on $(hostname), GPUs: ${CUDA_VISIBLE_DEVICES:-none}: ${runs[*]}"',
-            f"devices=({shlex.join(worker.devices)})",
-            f"max_restarts={restarts}",
-            f"max_deaths={MAX_WORKER_DEATHS + 1}",  # the last worker trains the other runs before the deadly one
-            f"export OMP_NUM_THREADS={worker.threads} MKL_NUM_THREADS={worker.threads}",
-            start,
-            TRAIN,
+            "",
+            "# exec: Slurm's signals are for the process of this shell. The options: mupsweep worker --help",
+            f'exec {shlex.join(command)} "${{runs[@]}}" {shlex.join(options)}',
+            "",
         ]
     )
-
-
-SPREAD = """\
-
-# A process for every device of every node, each told its place as torchrun would tell it.
-train() {{
-    MASTER_PORT=$({python} -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-    export MASTER_PORT WORLD_SIZE={world} LOCAL_WORLD_SIZE={processes}
-    exec srun --nodes={nodes} --ntasks-per-node={processes} --cpus-per-task={cpus} --kill-on-bad-exit bash -c '
-        export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID MASTER_ADDR=$SLURM_LAUNCH_NODE_IPADDR
-        exec "$@"' mupsweep {command}
-}}"""
-
-TRAIN = """\
-
-# When a signal kills a worker, as the kernel does where memory runs out, another goes on from the last checkpoint.
-work() {
-    stopped=""
-    trap 'interrupted=yes; stopped=yes; kill -USR1 "$worker" 2>/dev/null || true' USR1 TERM
-    for ((deaths = 1; ; deaths++)); do
-        [ -z "$stopped" ] || exit 130
-        train "$1" &
-        worker=$!
-        [ -z "$stopped" ] || kill -USR1 "$worker" 2>/dev/null || true  # told before there was a worker to tell
-        await "$worker"
-        if [ "$stopped" ] || [ "$code" -le 128 ] || [ "$code" -eq 130 ] || [ "$deaths" -ge "$max_deaths" ]; then
-            exit "$code"
-        fi
-        echo "$(date +%FT%T) the worker on $1 ended with code $code; starting another" >&2
-    done
-}
-
-# Sets code to how a process ended. A signal for this shell ends `wait` early, with a code of its own; bash keeps the
-# code of a process that has ended, so that it can be waited for again.
-await() {
-    interrupted=yes
-    while [ "$interrupted" ]; do
-        interrupted=""
-        code=0
-        wait "$1" || code=$?
-    done
-}
-
-# USR1 comes before the time limit: the workers checkpoint, and the task is queued again to go on from there.
-# TERM comes when the job is cancelled, preempted or requeued; a preempted job is queued again by Slurm itself.
-limit=""
-told=""
-tell() { interrupted=yes; told=yes; kill -USR1 "${workers[@]}" 2>/dev/null || true; }
-trap 'limit=near; tell' USR1
-trap tell TERM
-
-# A worker per device. They share the runs out by claiming them, and skip what is finished.
-workers=()
-for device in "${devices[@]}"; do
-    work "$device" &
-    workers+=("$!")
-done
-[ -z "$told" ] || tell
-worst=0
-for worker in "${workers[@]}"; do
-    await "$worker"
-    [ "$code" -eq 0 ] || worst=$code
-done
-if [ "$limit" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$max_restarts" ]; then
-    # not $SLURM_JOB_ID: for the last task of an array that is the number of the whole array
-    scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
-fi
-exit "$worst"
-"""
 
 
 def analysis_script(header: Sequence[str], setup: Sequence[str], command: Sequence[str]) -> str:

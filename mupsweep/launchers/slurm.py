@@ -23,6 +23,7 @@ from mupsweep.errors import ConfigError
 from mupsweep.formatting import counted, duration
 from mupsweep.launchers import check_counts, sbatch, size_overrides
 from mupsweep.store import slurm_queue
+from mupsweep.store.lease import MAX_WORKER_DEATHS
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import GRID, from_tree
@@ -279,9 +280,17 @@ class Slurm:
             "Trains runs of one size. To submit all or some of its tasks again: sbatch [--array=3,7] THIS_FILE",
             "What is finished is skipped.",
         ]
-        worker = sbatch.Worker(site.mupsweep("worker"), self.devices, self.threads, self.shard, self.nodes, cpus)
         header = sbatch.header(comment, options, login=bool(self.modules))
-        return sbatch.array_script(header, self._preamble(), tasks, worker, self.max_restarts)
+        return sbatch.array_script(header, self._preamble(), tasks, site.mupsweep("worker"), self._worker_options())
+
+    def _worker_options(self) -> list[str]:
+        """Return the options of `mupsweep worker` in a task."""
+        options = [word for device in self.devices for word in ("--device", device)]
+        options += ["--threads", str(self.threads), *["--shard"] * self.shard]
+        if self.nodes > 1:
+            options += ["--nodes", str(self.nodes)]
+        # One worker more than a run may cost: it trains the other runs before the deadly one.
+        return [*options, "--restarts", str(MAX_WORKER_DEATHS), "--requeue", str(self.max_restarts)]
 
     def analysis_text(self, site: Site, searches: bool = False) -> str:
         """Return the script of the job after the arrays; its text depends on the arguments alone.
@@ -340,6 +349,17 @@ def submit(sweep: SweepDir, script: Path, tasks: Sequence[Sequence[str]], *optio
         job = job.strip().partition(";")[0]  # a federation adds its cluster
         sweep.write_job(job, script, tasks)
     return job
+
+
+def requeue(limit: int) -> None:
+    """Queue the job of this process again, or its task of an array, unless Slurm has restarted it `limit` times.
+
+    Raises:
+        ConfigError: Slurm does not queue it.
+    """
+    job = slurm_queue.own_job()
+    if job["slurm_job"] is not None and int(job["slurm_restarts"] or 0) < limit:
+        call("scontrol", "requeue", job["slurm_job"])
 
 
 def was_cancelled(jobs: Sequence[Mapping[str, Any]], queue: slurm_queue.Queue) -> bool:

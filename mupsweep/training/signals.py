@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import IO, Any
 
@@ -17,9 +17,15 @@ MOST_THREADS = 1024  # the most threads that a process may ask for; OpenMP dies 
 
 @dataclass
 class StopSignal:
-    """A flag that the first stop signal sets; the run in progress then finishes its step and checkpoints."""
+    """A flag that the first stop signal sets; the run in progress then finishes its step and checkpoints.
+
+    Attributes:
+        signalled: whether a stop signal came.
+        received: the stop signals that came.
+    """
 
     signalled: bool = False
+    received: set[int] = field(default_factory=set)
 
     @classmethod
     def install(cls) -> StopSignal:
@@ -28,6 +34,7 @@ class StopSignal:
 
         def handle(signum: int, frame: FrameType | None) -> None:
             flag.signalled = True
+            flag.received.add(signum)
 
         _handle_stops(handle)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)

@@ -23,7 +23,7 @@ from outcome import results
 from mupsweep import data
 from mupsweep.analysis.labels import DONE
 from mupsweep.errors import ConfigError, RecordError
-from mupsweep.launchers import worker_pool
+from mupsweep.launchers import local_pool
 from mupsweep.launchers.inline import Inline
 from mupsweep.launchers.local import Local
 from mupsweep.schema import instantiate
@@ -131,7 +131,7 @@ def test_workers_that_die_before_they_take_a_run_are_given_up_however_many_runs_
 
     begin = signals.start
     monkeypatch.setattr(signals, "start", dying)
-    monkeypatch.setattr(worker_pool, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(local_pool, "POLL_SECONDS", 0.0)
     sweep, runs = plan.save(load([*SMALL, "sweep.seeds=[0,1,2,3,4]"]), "")
     with pytest.raises(RecordError, match=r"^a worker ended with SIGSEGV: broken driver \(see .*worker-[01]\.log\)$"):
         Local(devices="cpu", slots_per_device=2).launch(sweep, [run.run_id for run in runs])

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,10 @@ from hypothesis import strategies as st
 from mupsweep.errors import ConfigError
 from mupsweep.launchers import sbatch
 from mupsweep.launchers.slurm import Site, Slurm, bundled
+from mupsweep.launchers.task_pool import TaskPool
+from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import load
+from mupsweep.training.distributed import TORCHRUN_ENV
 
 Start = Callable[..., subprocess.Popen[bytes]]
 
@@ -78,7 +82,8 @@ def test_names_that_look_like_code_stay_names(tmp_path: Path) -> None:
     done = executed(array, tmp_path, SLURM_ARRAY_TASK_ID="0")
     assert done.returncode == 0, done.stderr
     *_, last = done.stdout.splitlines()
-    assert last == f"-m mupsweep worker {tmp_path / nasty} {nasty} b --device cpu --threads 1"
+    options = "--device cpu --threads 1 --restarts 2 --requeue 100"
+    assert last == f"-m mupsweep worker {tmp_path / nasty} {nasty} b {options}"
     done = executed(made.analysis_text(site), tmp_path)
     assert done.stdout == f"-m mupsweep report {tmp_path / nasty}\n"
     assert list(tmp_path.iterdir()) == []
@@ -196,6 +201,23 @@ def test_a_task_has_a_worker_per_gpu_or_as_many_as_asked_for(made: Slurm, device
     assert made.devices == devices
 
 
+# In place of python: `worker --restarts` is the real supervisor. Its workers are `worker.sh`, which bash could not run
+# as they are started: with stop signals blocked.
+PYTHON = f"""\
+#!{sys.executable}
+import os, signal, sys
+if "--restarts" in sys.argv:
+    from mupsweep.cli import main
+    sys.executable = os.path.abspath("python")
+    sys.argv[:3] = ["mupsweep"]
+    main()
+else:
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.execvp("bash", ["bash", "worker.sh", *sys.argv[1:]])
+"""
+WORKER = "trap 'echo USR1 >> told; exit 130' USR1\ntrap 'echo TERM >> told; exit 130' TERM\n"
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start a task with a worker that is a shell script; what is left of it when the test ends is killed."""
@@ -204,10 +226,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def start(worker: str, restarts: int, gpus: int = 0, **environment: str) -> subprocess.Popen[bytes]:
         python = tmp_path / "python"
-        python.write_text(
-            f"#!/bin/bash\ntrap 'echo USR1 >> told; exit 130' USR1\ntrap 'echo TERM >> told; exit 130' TERM\n{worker}"
-        )
+        python.write_text(PYTHON)
+        (tmp_path / "worker.sh").write_text(WORKER + worker)
         python.chmod(0o755)
+        (tmp_path / "plan.jsonl").touch()
         site = Site("s", tmp_path, tmp_path, tmp_path, str(python))
         text = Slurm(gpus=gpus, max_restarts=restarts).array_text(site, "w64-d2", TASKS)
         task = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "7"}
@@ -283,6 +305,25 @@ def test_a_worker_that_is_killed_when_it_was_told_to_stop_is_not_started_again(
     assert ended(start(worker, restarts=2), tmp_path, signal.SIGUSR1) == 137
     assert (tmp_path / "started").read_text() == "\n"
     assert slurm.calls("scontrol") == ["requeue 7_1"]
+
+
+def test_over_several_nodes_srun_starts_a_process_per_device_as_torchrun_would(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
+    srun = TaskPool(SweepDir(tmp_path), ["cuda:0,cuda:1"], ["w64-d2"], shard=True, nodes=3).command(0)
+    split = srun.index("bash")
+    assert srun[:split] == ["srun", "--nodes=3", "--ntasks-per-node=2", "--kill-on-bad-exit", "--cpus-per-task=8"]
+    worker = [sys.executable, "-m", "mupsweep", "worker", str(tmp_path), "w64-d2"]
+    assert srun[-len(worker) - 5 :] == [*worker, "--device", "cuda:0,cuda:1", "--threads", "1", "--shard"]
+    # What srun sets for the last of the six processes, and what a worker reads of it.
+    task = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "6", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
+    shell = [*srun[split : -len(worker) - 5], "env"]
+    done = subprocess.run(shell, env={**os.environ, **task}, capture_output=True, text=True, check=True)
+    env = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert 0 < int(env.pop("MASTER_PORT")) < 2**16
+    expected = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}
+    assert {name: env.get(name) for name in TORCHRUN_ENV if name != "MASTER_PORT"} == expected
 
 
 def test_a_task_that_the_script_does_not_have_is_refused(tmp_path: Path) -> None:

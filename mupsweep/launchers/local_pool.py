@@ -1,0 +1,123 @@
+"""The workers of a launcher on this machine: those that die are replaced, and all are stopped together."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from mupsweep.atomic_files import make_folder
+from mupsweep.errors import RecordError
+from mupsweep.launchers.worker_pool import POLL_SECONDS, STOPPED, WorkerPool
+from mupsweep.report.terminal.progress import Progress
+from mupsweep.store.lease import MAX_WORKER_DEATHS
+from mupsweep.store.run_dir import FAILED, RUNNING
+
+
+@dataclass
+class LocalPool(WorkerPool):
+    """Workers that share some runs of a sweep; a run that kills too many of them has failed.
+
+    Attributes:
+        run_ids: the runs to train.
+        deaths: how many workers each run has killed.
+        idle_deaths: how many workers died in a row before they took a run.
+    """
+
+    run_ids: Sequence[str] = ()
+    deaths: dict[str, int] = field(default_factory=dict)
+    idle_deaths: int = 0
+
+    def train(self, progress: Progress) -> bool:
+        """Start the workers and wait for them; return False if they were stopped."""
+        try:
+            self.start()
+            while self.is_alive():
+                polled = time.process_time()
+                progress.refresh()
+                # A poll over many open runs takes a while itself: never spend more than a tenth of the time on it.
+                time.sleep(max(POLL_SECONDS, 9 * (time.process_time() - polled)))
+        except KeyboardInterrupt:
+            print(
+                "stopping: each run finishes its step and is checkpointed; Ctrl-C again to stop at once",
+                file=sys.stderr,
+            )
+            return False
+        finally:
+            self.stop()
+        return not any(worker.returncode == STOPPED for worker in self.workers)
+
+    def start(self) -> None:
+        """Start a worker per slot, but no more than there are runs."""
+        make_folder(self.sweep.logs)
+        self.slots = self.slots[: max(1, len(self.run_ids))]
+        super().start()
+
+    def output(self, index: int) -> IO[bytes]:
+        """Open the log of a slot's workers."""
+        return self.log_path(index).open("ab")
+
+    def is_alive(self) -> bool:
+        """Return whether any worker still works, after replacing those that died.
+
+        Raises:
+            RecordError: a worker ended with an error, or too many died before they took a run.
+        """
+        codes = [worker.poll() for worker in self.workers]
+        for index, (worker, code) in enumerate(zip(self.workers, codes, strict=True)):
+            if code in (None, 0, STOPPED):
+                continue
+            self.idle_deaths = 0 if self.record_death(worker.pid, code) else self.idle_deaths + 1
+            if self.idle_deaths > MAX_WORKER_DEATHS * len(self.slots) or code > 0:
+                raise RecordError(f"a worker ended with {exit_reason(code)}: {self.log_tail(index)}")
+            self.spawn(index)
+        return any(code not in (0, STOPPED) for code in codes)
+
+    def record_death(self, pid: int, code: int) -> bool:
+        """Count a worker's death against the run that it held and return whether it held one.
+
+        A run that killed MAX_WORKER_DEATHS workers has failed.
+        """
+        held_a_run = False
+        for folder in (self.sweep.run(run_id) for run_id in self.run_ids):
+            if folder.status()["status"] != RUNNING or not folder.is_owned_by(pid):
+                continue
+            held_a_run = True
+            self.deaths[folder.run_id] = self.deaths.get(folder.run_id, 0) + 1
+            if self.deaths[folder.run_id] >= MAX_WORKER_DEATHS:
+                hint = ""
+                if code == -signal.SIGKILL:  # as the kernel does where memory runs out
+                    hint = "; out of memory? lower launcher.slots_per_device or training.batch_size"
+                reason = f"its worker died {MAX_WORKER_DEATHS} times ({exit_reason(code)}){hint}"
+                folder.write_status(FAILED, error=reason)
+        return held_a_run
+
+    def log_path(self, index: int) -> Path:
+        """Return where the workers of a slot print to."""
+        return self.sweep.logs / f"worker-{index}.log"
+
+    def log_tail(self, index: int) -> str:
+        """Return the last line of a dead worker's log, and where the log is."""
+        path = self.log_path(index)
+        lines = path.read_text(errors="replace").strip().splitlines()
+        free = shutil.disk_usage(path).free
+        return f"{lines[-1] if lines else f'no output, with {free} bytes left on the disk'} (see {path})"
+
+    def stop(self) -> None:
+        """Ask every worker that still works to checkpoint and end, and wait; a second Ctrl-C kills them."""
+        try:
+            self.signal(signal.SIGINT)
+            for worker in self.workers:
+                worker.wait()
+        except KeyboardInterrupt:
+            self.signal(signal.SIGKILL)
+
+
+def exit_reason(code: int) -> str:
+    """Return how a process ended: the signal that killed it, or its exit code."""
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
