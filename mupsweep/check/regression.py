@@ -10,26 +10,23 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from mupsweep.analysis.estimate import CONFIDENCE
+from mupsweep.analysis.estimate import CONFIDENCE, Estimate
 
 
 @dataclass(frozen=True)
-class Exponent:
-    """A fitted exponent and its interval at CONFIDENCE."""
+class Exponent(Estimate):
+    """A fitted exponent: an estimate of which all three numbers are known."""
 
     value: float
     low: float
     high: float
-
-    def __str__(self) -> str:
-        return f"{signed(self.value)} [{signed(self.low)}, {signed(self.high)}]"
 
     def away_from(self, expected: float) -> float:
         """How far `expected` lies outside the interval; 0 inside it."""
         return max(0.0, self.low - expected, expected - self.high)
 
     def widened(self, half: float) -> Exponent:
-        """The same with an interval that is at least `half` to both sides."""
+        """The exponent with an interval that is at least `half` to both sides."""
         return Exponent(self.value, min(self.low, self.value - half), max(self.high, self.value + half))
 
     def shifted(self, by: float) -> Exponent:
@@ -39,7 +36,7 @@ class Exponent:
 
 def signed(value: float) -> str:
     """Two decimals and a sign; +0.00 for what rounds to zero from below."""
-    return f"{round(value, 2) + 0.0:+.2f}"
+    return f"{value:+z.2f}"
 
 
 def regress(columns: Sequence[ArrayLike], ys: ArrayLike, groups: Sequence[object] = ()) -> list[Exponent]:
