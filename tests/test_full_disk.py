@@ -69,7 +69,9 @@ def test_a_full_disk_ends_in_one_line_and_the_sweep_goes_on_when_there_is_space(
     code, (*_, last) = call_process("run", *SMALL, *launcher, f"out={out}")
     assert code in (1, 2)
     assert "Traceback" not in last
-    assert any(words in last for words in ("No space left on device", "runs failed", "with 0 bytes left on the disk"))
+    assert any(
+        overrides in last for overrides in ("No space left on device", "runs failed", "with 0 bytes left on the disk")
+    )
     sweep = SweepDir(out / "smoke")
     kept = list(sweep.path.glob("runs/*/checkpoint/*.pt"))
     assert len(kept) == 1

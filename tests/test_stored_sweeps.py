@@ -352,10 +352,10 @@ def test_a_checkpoint_holds_what_the_stored_one_does(cli: Cli) -> None:
     (summary / "a folder in its place").mkdir(parents=True)  # the run cannot end, and keeps its checkpoint of step 19
     cli("run", *OVERRIDES)
     assert read(summary.with_name("status.json"))["status"] == "failed"
-    found = checkpoint(summary.parent)
-    assert list(found) == ["network", "optimizer", *PROGRESS]
-    assert (found["step"], len(found["losses"])) == (19, 19)
-    assert shapes(found) == shapes(checkpoint(STORED / "sweep" / "runs" / NARROW_DONE))
+    path = checkpoint(summary.parent)
+    assert list(path) == ["network", "optimizer", *PROGRESS]
+    assert (path["step"], len(path["losses"])) == (19, 19)
+    assert shapes(path) == shapes(checkpoint(STORED / "sweep" / "runs" / NARROW_DONE))
 
 
 # transfer.json, by the losses that `make demo` measured.
@@ -378,12 +378,12 @@ def demo_with_a_second_init() -> str:
 def test_transfer_json_keeps_its_keys(cli: Cli) -> None:
     code, out, err = cli("transfer", "--from", demo_with_a_second_init(), "--json")
     assert code == 0, err
-    found = json.loads(out)
-    assert covers(TRANSFER, structure(found)), json.dumps(structure(found), indent=1)
-    lists = (found["groups"], found["comparisons"], found["tuning"], found["closings"], found["remarks"])
+    document = json.loads(out)
+    assert covers(TRANSFER, structure(document)), json.dumps(structure(document), indent=1)
+    lists = (document["groups"], document["comparisons"], document["tuning"], document["closings"], document["remarks"])
     assert [len(rows) > 0 for rows in lists] == [True] * 5
-    verdicts = {group["parametrization"]: group["verdict"] for group in found["groups"]}
+    verdicts = {group["parametrization"]: group["verdict"] for group in document["groups"]}
     assert verdicts == {"mup": "transfers", "sp": "drifts"}
-    assert [(size["width"], size["n_runs"], size["bracketed"]) for size in found["groups"][0]["sizes"]] == [
+    assert [(size["width"], size["n_runs"], size["bracketed"]) for size in document["groups"][0]["sizes"]] == [
         (width, 20, True) for width in (32, 64, 128)
     ]

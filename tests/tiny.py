@@ -19,9 +19,9 @@ ARCHITECTURES = [name for name in MODELS if "\nkind:" in (config.config_root() /
 
 
 @cache
-def resolve(*words: str) -> ResolvedVariant:
+def resolve(*overrides: str) -> ResolvedVariant:
     """The recipe that these words choose."""
-    return run_spec.resolve(config.load(words).variants[0])
+    return run_spec.resolve(config.load(overrides).variants[0])
 
 
 def tiny(name: str, optimizer: str = "adamw", parametrization: str = "spectral", **keys: object) -> RunSpec:

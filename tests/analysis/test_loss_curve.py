@@ -61,10 +61,10 @@ def ends(posterior: LadderPosterior) -> np.ndarray:
 
 
 def test_intervals_hold_the_optima_of_a_clean_ladder() -> None:
-    found = ends(fit_ladder(ladder()))
+    bounds = ends(fit_ladder(ladder()))
     truth = -7.2 - 0.3 * np.arange(3)
-    assert np.all((found[:, 0] < truth) & (truth < found[:, 2]))
-    assert np.all(found[:, 2] - found[:, 0] < 1.0)
+    assert np.all((bounds[:, 0] < truth) & (truth < bounds[:, 2]))
+    assert np.all(bounds[:, 2] - bounds[:, 0] < 1.0)
 
 
 def test_the_estimate_is_deterministic() -> None:
@@ -231,10 +231,10 @@ def test_the_lr_handed_over_keeps_away_from_a_cliff() -> None:
     def cliff(log2_lr: float, loss: float, seed: int) -> tuple[float, float]:
         return log2_lr, math.nan if log2_lr > -6.6 else loss
 
-    found = forecast(fit_ladder(ladder(drift=0.0, change=cliff)), 4)
-    assert found is not None
-    assert found.optimum.value is not None
-    assert found.log2_lr < found.optimum.value
+    predicted = forecast(fit_ladder(ladder(drift=0.0, change=cliff)), 4)
+    assert predicted is not None
+    assert predicted.optimum.value is not None
+    assert predicted.log2_lr < predicted.optimum.value
 
 
 def test_ladders_that_share_a_size_agree_on_it() -> None:

@@ -65,10 +65,10 @@ def test_figures_of_plain_answers(name: str, value: float) -> None:
 
 
 def test_what_is_handed_over_is_what_is_charged() -> None:
-    found = figures()
-    assert found["forecast: regret, mean"] == found["    of staying, mean"]
-    assert found["forecast: rms error"] == found["    of staying"]
-    assert found["halves: rms error"] == pytest.approx(found["    of a parabola"])
+    drawings = figures()
+    assert drawings["forecast: regret, mean"] == drawings["    of staying, mean"]
+    assert drawings["forecast: rms error"] == drawings["    of staying"]
+    assert drawings["halves: rms error"] == pytest.approx(drawings["    of a parabola"])
 
 
 def test_a_bar_is_missed_by_a_worse_figure_and_by_none() -> None:

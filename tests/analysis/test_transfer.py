@@ -159,8 +159,8 @@ def test_the_lower_loss_of_sp_is_told_beside_its_drift() -> None:
 
 
 def test_the_same_records_always_give_the_same_numbers() -> None:
-    made = rows(drift=-0.4, noise=0.02)
-    assert to_json(analyse(results(made))) == to_json(analyse(results(list(reversed(made)))))
+    table_rows = rows(drift=-0.4, noise=0.02)
+    assert to_json(analyse(results(table_rows))) == to_json(analyse(results(list(reversed(table_rows)))))
 
 
 def test_results_have_the_documented_keys(tmp_path: Path) -> None:
@@ -192,52 +192,52 @@ def test_results_have_the_documented_keys(tmp_path: Path) -> None:
 def test_the_recipe_of_a_target_holds_the_rules_at_the_transferred_lr() -> None:
     [variant] = load(["parametrization=spectral", "optimizer=adamw", "model.width=32", "model.head_dim=16"]).variants
     [group] = analyse(results([{**r, "parametrization": "spectral"} for r in rows()])).groups
-    made = target_recipe([group], run_spec.resolve(variant), {"width": 1024})
-    assert made["basis"].startswith("transfers")
-    assert made["log2_lr_low"] < -7.3 < made["log2_lr_high"]
-    assert made["log2_lr_optimum"] == pytest.approx(-7.3, abs=0.2)
-    assert made["log2_lr"] == pytest.approx(made["log2_lr_optimum"], abs=0.2)  # that of the least expected loss
-    assert made["output_multiplier"] == 1 / 32  # 1 / r_n
-    tensors = {t["name"]: t for t in made["tensors"]}
+    recipe = target_recipe([group], run_spec.resolve(variant), {"width": 1024})
+    assert recipe["basis"].startswith("transfers")
+    assert recipe["log2_lr_low"] < -7.3 < recipe["log2_lr_high"]
+    assert recipe["log2_lr_optimum"] == pytest.approx(-7.3, abs=0.2)
+    assert recipe["log2_lr"] == pytest.approx(recipe["log2_lr_optimum"], abs=0.2)  # that of the least expected loss
+    assert recipe["output_multiplier"] == 1 / 32  # 1 / r_n
+    tensors = {t["name"]: t for t in recipe["tensors"]}
     query = tensors["blocks.3.attention.query.weight"]
-    assert query["lr"] == pytest.approx(made["base_lr"] / 32)
+    assert query["lr"] == pytest.approx(recipe["base_lr"] / 32)
     assert query["init_std"] == pytest.approx(0.02 / math.sqrt(32))
     assert query["eps_ratio"] == pytest.approx(1 / 32)
-    assert tensors["token_embedding.weight"]["lr"] == pytest.approx(made["base_lr"])
+    assert tensors["token_embedding.weight"]["lr"] == pytest.approx(recipe["base_lr"])
 
 
 def test_a_target_on_an_axis_that_was_never_trained_is_told_so() -> None:
     """A width ladder says nothing about depth: its drift is not extrapolated along it."""
     [variant] = load(["parametrization=spectral", "model.width=32", "model.head_dim=16"]).variants
     [group] = analyse(results([{**r, "parametrization": "spectral"} for r in rows(drift=-1.0)])).groups
-    made = target_recipe([group], run_spec.resolve(variant), {"depth": 64})
-    assert made["basis"].startswith("untested: the target lies on the depth axis, but only width was measured")
-    assert made["block_multiplier"] == 1 / 16  # the rule is known all the same
+    recipe = target_recipe([group], run_spec.resolve(variant), {"depth": 64})
+    assert recipe["basis"].startswith("untested: the target lies on the depth axis, but only width was measured")
+    assert recipe["block_multiplier"] == 1 / 16  # the rule is known all the same
     wider = target_recipe([group], run_spec.resolve(variant), {"width": 512})
-    assert made["log2_lr"] > wider["log2_lr"] + 0.5
+    assert recipe["log2_lr"] > wider["log2_lr"] + 0.5
 
 
 def test_a_drifting_recipe_extrapolates_and_says_so() -> None:
     [variant] = load(["parametrization=sp", "model.width=32", "model.head_dim=16"]).variants
     [group] = analyse(results([{**r, "parametrization": "sp"} for r in rows(drift=-1.0)])).groups
-    made = target_recipe([group], run_spec.resolve(variant), {"width": 1024})
-    assert made["basis"].startswith("drifts: the LR of the least expected loss, with the drift of -1.0")
-    assert made["log2_lr_optimum"] == pytest.approx(-7.3 - 5, abs=0.4)
-    assert made["expected_regret"] > 0
-    assert made["log2_lr_low"] <= -12.3 <= made["log2_lr_high"]
+    recipe = target_recipe([group], run_spec.resolve(variant), {"width": 1024})
+    assert recipe["basis"].startswith("drifts: the LR of the least expected loss, with the drift of -1.0")
+    assert recipe["log2_lr_optimum"] == pytest.approx(-7.3 - 5, abs=0.4)
+    assert recipe["expected_regret"] > 0
+    assert recipe["log2_lr_low"] <= -12.3 <= recipe["log2_lr_high"]
 
 
 def test_runs_of_several_sweeps_are_read_together(tmp_path: Path) -> None:
-    words = ["experiment=smoke", f"out={tmp_path}", "sweep.width_ratios=[1]"]
+    overrides = ["experiment=smoke", f"out={tmp_path}", "sweep.width_ratios=[1]"]
     for name, lrs in (("a", "[-9,-7]"), ("b", "[-7,-5]")):
-        sweep, runs = plan.save(load([*words, f"sweep.name={name}", f"sweep.log2_lrs={lrs}"]), "")
+        sweep, runs = plan.save(load([*overrides, f"sweep.name={name}", f"sweep.log2_lrs={lrs}"]), "")
         for run in runs:
             folder = sweep.run(run.run_id)
             folder.path.mkdir(parents=True)
             folder.write_summary({"run_id": run.run_id, **run.label_columns(), "status": "done", "val_loss": 2.0})
             folder.write_status("done")
-    found = read_runs([SweepDir.open(tmp_path / "a"), SweepDir.open(tmp_path / "b")])
-    assert [run.log2_lr for run in found] == [-9.0, -7.0, -5.0]  # the run that both planned counts once
+    table = read_runs([SweepDir.open(tmp_path / "a"), SweepDir.open(tmp_path / "b")])
+    assert [run.log2_lr for run in table] == [-9.0, -7.0, -5.0]  # the run that both planned counts once
 
 
 def test_horizons_are_a_ladder_of_their_own_and_the_longest_stands_for_a_size() -> None:
@@ -261,9 +261,9 @@ def test_horizons_are_a_ladder_of_their_own_and_the_longest_stands_for_a_size() 
 def row_of(width: int, x: float, seed: int, best: float, cliff: float = 9.0, par: str = "mup") -> dict[str, Any]:
     """A run of a parabola that diverges above a cliff; its noise is a tenth of a milli-nat, up and down."""
     loss = 3.0 + 0.06 * (x - best) ** 2 + 1e-4 * (-1) ** (seed + round(x))
-    told = {"status": "diverged", "val_loss": None} if x > cliff else {"status": "done", "val_loss": loss}
+    outcome = {"status": "diverged", "val_loss": None} if x > cliff else {"status": "done", "val_loss": loss}
     names = {"model": "nanogpt", "optimizer": "adamw", "parametrization": par, "depth": 4, "depth_ratio": 1.0}
-    return {**names, "width": width, "width_ratio": width / 32, "log2_lr": x, "seed": seed, **told}
+    return {**names, "width": width, "width_ratio": width / 32, "log2_lr": x, "seed": seed, **outcome}
 
 
 def runs_of(best: dict[int, float], cliff: dict[int, float] | None = None, lowest: int = -9) -> list[dict[str, Any]]:

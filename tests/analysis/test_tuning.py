@@ -173,9 +173,9 @@ def test_the_hyperparameter_that_closes_the_gap_is_named() -> None:
     assert found[1].after[-1].lower.value == pytest.approx(-0.04, abs=0.001)
     assert [c.share for c in found] == [pytest.approx(s, abs=0.03) for s in (0.8, 0.2, 0.0)]
     assert [len(c.after) for c in found] == [3, 3, 3]  # every size
-    [told] = remarks(found, 0.02)
+    [message] = remarks(found, 0.02)
     share = f"{found[0].share:.0%}"
-    assert told == f"optimizer.lr_ratio closes most of the gap of mup to sp at width 128, depth 4 ({share} of it)"
+    assert message == f"optimizer.lr_ratio closes most of the gap of mup to sp at width 128, depth 4 ({share} of it)"
     before, after = (c.speed_up.value for c in (found[0].before[-1], found[0].after[-1]))
     assert before is not None
     assert after is not None
@@ -187,8 +187,8 @@ def test_both_sides_are_tuned_so_that_what_helps_both_closes_nothing() -> None:
     analysis = analyse(results([*sp, *mup]))
     found = analysis.gaps_after_tuning
     assert found[0].share == pytest.approx(0.0, abs=0.05)
-    [told] = remarks(found, 0.012)
-    assert told.startswith("no hyperparameter of this sweep closes the gap of mup to sp at width 128, depth 4")
+    [message] = remarks(found, 0.012)
+    assert message.startswith("no hyperparameter of this sweep closes the gap of mup to sp at width 128, depth 4")
 
 
 def test_without_a_gap_there_is_nothing_to_close() -> None:

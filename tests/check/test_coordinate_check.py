@@ -38,24 +38,24 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def chosen(*words: str, optimizer: str = "adamw") -> SweepConfig:
+def chosen(*overrides: str, optimizer: str = "adamw") -> SweepConfig:
     """A small check: width 16, one seed, a given LR."""
     small = ("model.width=16", "sweep.seeds=[0]", f"sweep.log2_lrs=[{LRS[optimizer]}]", f"optimizer={optimizer}")
-    return coordinate_check.load([*small, *words], None)
+    return coordinate_check.load([*small, *overrides], None)
 
 
-def checked(*words: str, optimizer: str = "adamw") -> dict[str, Coordinates]:
+def checked(*overrides: str, optimizer: str = "adamw") -> dict[str, Coordinates]:
     """By parametrization, without SP."""
-    made = chosen(*words, optimizer=optimizer)
-    found = [coordinate_check.coordinates_of(variant, made.sweep, LRS[optimizer]) for variant in made.variants[1:]]
+    config = chosen(*overrides, optimizer=optimizer)
+    found = [coordinate_check.coordinates_of(variant, config.sweep, LRS[optimizer]) for variant in config.variants[1:]]
     return {one.label[2]: one for one in found}
 
 
 @cache
 def healthy(optimizer: str) -> dict[str, Coordinates]:
     """Without a bug, at the sizes that the command takes."""
-    words = (f"optimizer={optimizer}", f"sweep.log2_lrs=[{LRS[optimizer]}]", "sweep.seeds=[0]")
-    return {one.label[2]: one for one in coordinate_check.check(coordinate_check.load([*words], None))}
+    overrides = (f"optimizer={optimizer}", f"sweep.log2_lrs=[{LRS[optimizer]}]", "sweep.seeds=[0]")
+    return {one.label[2]: one for one in coordinate_check.check(coordinate_check.load([*overrides], None))}
 
 
 @every_optimizer
@@ -81,10 +81,12 @@ def test_sp_grows_with_width_and_depth_and_promises_nothing(optimizer: str) -> N
 
 
 def test_both_kinds_of_blocks_are_flat_and_told_apart_by_their_updates() -> None:
-    made = checked("parametrization=depth_mup,spectral", *ALONG_DEPTH)
+    coordinates_by_name = checked("parametrization=depth_mup,spectral", *ALONG_DEPTH)
     for name, exponent in (("depth_mup", -0.5), ("spectral", 0.0)):
-        assert made[name].passed, made[name].causes()
-        assert made[name].row(DEPTH, UPDATE, Role.HIDDEN).final_exponent.value == pytest.approx(exponent, abs=TOLERANCE)
+        assert coordinates_by_name[name].passed, coordinates_by_name[name].causes()
+        assert coordinates_by_name[name].row(DEPTH, UPDATE, Role.HIDDEN).final_exponent.value == pytest.approx(
+            exponent, abs=TOLERANCE
+        )
 
 
 # Planted bugs.
@@ -193,41 +195,41 @@ MULTIPLIERS: dict[str, tuple[Callable[[Multipliers, ResolvedVariant], Multiplier
 
 @pytest.mark.parametrize("bug", MULTIPLIERS)
 def test_a_wrong_multiplier_is_found_and_named(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    alter, ladder, quantity, told = MULTIPLIERS[bug]
+    alter, ladder, quantity, message = MULTIPLIERS[bug]
     right = tensor_rules.multipliers
     monkeypatch.setattr(build, "multipliers", lambda resolved, size: alter(right(resolved, size), resolved))
     made = checked("parametrization=spectral", *ladder)["spectral"]
     assert quantity in [row.quantity for row in made.violations]
     (line,) = made.causes()
-    assert told in line
+    assert message in line
 
 
 # Settings.
 
 
 def test_sp_stands_beside_what_is_asked_for_and_small_models_are_taken() -> None:
-    made = coordinate_check.load(["optimizer=muon"], None)
-    assert [v.parametrization["name"] for v in made.variants] == ["sp", "spectral"]
-    assert made.variants[0].model["width"] == 32
-    made = coordinate_check.load(["parametrization=mup,sp", "experiment=smoke"], None)
-    assert [v.parametrization["name"] for v in made.variants] == ["sp", "mup"]
-    assert made.variants[0].model["width"] == 16
+    config = coordinate_check.load(["optimizer=muon"], None)
+    assert [v.parametrization["name"] for v in config.variants] == ["sp", "spectral"]
+    assert config.variants[0].model["width"] == 32
+    config = coordinate_check.load(["parametrization=mup,sp", "experiment=smoke"], None)
+    assert [v.parametrization["name"] for v in config.variants] == ["sp", "mup"]
+    assert config.variants[0].model["width"] == 16
 
 
 def test_the_lr_that_is_found_moves_the_logits_of_the_base() -> None:
-    made = chosen("parametrization=mup")
-    found = coordinate_check.suitable_log2_lr(made.variants[0])
+    config = chosen("parametrization=mup")
+    found = coordinate_check.suitable_log2_lr(config.variants[0])
     moved = []
     for log2_lr in (found - 1, found):
-        grid = replace(made.sweep, width_ratios=(1.0,), depth_ratios=(1.0,), log2_lrs=(log2_lr,))
-        (run,) = coordinate_check.runs_of(made.variants[0], grid)
+        grid = replace(config.sweep, width_ratios=(1.0,), depth_ratios=(1.0,), log2_lrs=(log2_lr,))
+        (run,) = coordinate_check.runs_of(config.variants[0], grid)
         moved.append(coordinate_check.measure(coordinate_check.subject(run), (10,))[10][CHANGE + LOGITS, ""])
     assert moved[0] < coordinate_check.MOVED <= moved[1]
 
 
 def test_the_middle_of_given_lrs_is_taken() -> None:
-    made = chosen("parametrization=sp", *ALONG_WIDTH, "sweep.width_ratios=[1,2,4]")
-    (one,) = coordinate_check.check(made)
+    config = chosen("parametrization=sp", *ALONG_WIDTH, "sweep.width_ratios=[1,2,4]")
+    (one,) = coordinate_check.check(config)
     assert one.log2_lr == LRS["adamw"]
 
 

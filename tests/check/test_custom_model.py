@@ -88,25 +88,25 @@ def test_the_example_of_the_docstring_runs() -> None:
 
 
 def test_your_model_passes_where_it_follows_mup() -> None:
-    found = checked(mup=True)
-    assert found.passed, found.causes()
-    assert found.row(WIDTH, UPDATE, Role.OUTPUT).final_exponent.value == pytest.approx(1, abs=TOLERANCE)
-    assert found.row(DEPTH, UPDATE, Role.HIDDEN).final_exponent.value == pytest.approx(0, abs=TOLERANCE)
-    assert found.row(WIDTH, CHANGE + ATTENTION).expected == 0
-    assert found.row(DEPTH, CHANGE + ATTENTION).expected is None
+    check = checked(mup=True)
+    assert check.passed, check.causes()
+    assert check.row(WIDTH, UPDATE, Role.OUTPUT).final_exponent.value == pytest.approx(1, abs=TOLERANCE)
+    assert check.row(DEPTH, UPDATE, Role.HIDDEN).final_exponent.value == pytest.approx(0, abs=TOLERANCE)
+    assert check.row(WIDTH, CHANGE + ATTENTION).expected == 0
+    assert check.row(DEPTH, CHANGE + ATTENTION).expected is None
 
 
 def test_your_model_fails_where_it_does_not() -> None:
-    found = checked(mup=False)
-    assert not found.passed
-    broken = {(row.axis, row.quantity) for row in found.violations}
+    check = checked(mup=False)
+    assert not check.passed
+    broken = {(row.axis, row.quantity) for row in check.violations}
     assert {(WIDTH, CHANGE + FEATURES), (WIDTH, CHANGE + LOGITS), (DEPTH, CHANGE + FEATURES)} <= broken
-    assert any("change of logits goes as width^+" in line for line in found.causes())
+    assert any("change of logits goes as width^+" in line for line in check.causes())
 
 
 def test_the_roles_of_tensors_follow_from_what_grows() -> None:
-    found = checked(mup=True, depths=[1])
-    roles = {row.tensor: row.role for row in found.rows if row.quantity == UPDATE}
+    check = checked(mup=True, depths=[1])
+    roles = {row.tensor: row.role for row in check.rows if row.quantity == UPDATE}
     assert roles == {
         "embedding.weight": Role.INPUT,
         "head.weight": Role.OUTPUT,

@@ -30,8 +30,8 @@ HALF = Fraction(1, 2)
 ROLES = {"head.weight": Role.OUTPUT, "blocks.*.up.weight": Role.HIDDEN, "blocks.*.down.weight": Role.HIDDEN}
 
 
-def parametrization(*words: str) -> Parametrization:
-    return instantiate(config.load(words).variants[0].parametrization, "parametrization")
+def parametrization(*overrides: str) -> Parametrization:
+    return instantiate(config.load(overrides).variants[0].parametrization, "parametrization")
 
 
 def powers(axis: str, exponents: dict[tuple[str, str], float], early: dict[tuple[str, str], float] | None = None,
@@ -50,8 +50,8 @@ def powers(axis: str, exponents: dict[tuple[str, str], float], early: dict[tuple
     return points
 
 
-def coordinates(points: list[Point], *words: str) -> Coordinates:
-    rule = parametrization(*words)
+def coordinates(points: list[Point], *overrides: str) -> Coordinates:
+    rule = parametrization(*overrides)
     promised = {axis: expected_exponents(rule, axis) for axis in (WIDTH, DEPTH)}
     return fit(("nanogpt", "adamw", rule.name), -8.0, points, ROLES, promised)
 
@@ -78,7 +78,7 @@ WEIGHTS_ALONG_WIDTH = {Role.OUTPUT: Fraction(1)}
 
 
 @pytest.mark.parametrize(
-    ("words", "axis", "hidden_update"),
+    ("overrides", "axis", "hidden_update"),
     [
         (["parametrization=mup"], WIDTH, 0),
         (["parametrization=spectral"], WIDTH, 0),
@@ -90,21 +90,21 @@ WEIGHTS_ALONG_WIDTH = {Role.OUTPUT: Fraction(1)}
     ids=lambda value: "-".join(value) if isinstance(value, list) else str(value),
 )
 def test_a_claim_is_a_promise_of_stable_coordinates_and_of_its_updates(
-    words: list[str], axis: str, hidden_update: Fraction
+    overrides: list[str], axis: str, hidden_update: Fraction
 ) -> None:
-    found = expected_exponents(parametrization(*words), axis)
-    assert found[CHANGE + FEATURES, None] == found[CHANGE + LOGITS, None] == 0
-    assert ((CHANGE + ATTENTION, None) in found) == (axis == WIDTH)
-    assert found[UPDATE, Role.HIDDEN] == found[UPDATE, Role.HIDDEN_VECTOR] == hidden_update
-    assert found[UPDATE, Role.INPUT] == found[UPDATE, Role.INPUT_VECTOR] == 0
+    expectations = expected_exponents(parametrization(*overrides), axis)
+    assert expectations[CHANGE + FEATURES, None] == expectations[CHANGE + LOGITS, None] == 0
+    assert ((CHANGE + ATTENTION, None) in expectations) == (axis == WIDTH)
+    assert expectations[UPDATE, Role.HIDDEN] == expectations[UPDATE, Role.HIDDEN_VECTOR] == hidden_update
+    assert expectations[UPDATE, Role.INPUT] == expectations[UPDATE, Role.INPUT_VECTOR] == 0
     head = (1, 1) if axis == WIDTH else (0, 0)
-    if words == ["parametrization=sp_per_layer"]:
+    if overrides == ["parametrization=sp_per_layer"]:
         head = (0, HALF)  # no multiplier: the head moves by 1 and starts at sqrt(r_n)
-    assert (found[UPDATE, Role.OUTPUT], found[WEIGHT, Role.OUTPUT]) == head
+    assert (expectations[UPDATE, Role.OUTPUT], expectations[WEIGHT, Role.OUTPUT]) == head
 
 
 @pytest.mark.parametrize(
-    ("words", "axis"),
+    ("overrides", "axis"),
     [
         (["parametrization=sp"], WIDTH),
         (["parametrization=sp"], DEPTH),
@@ -114,8 +114,8 @@ def test_a_claim_is_a_promise_of_stable_coordinates_and_of_its_updates(
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else value,
 )
-def test_nothing_is_promised_where_features_may_grow(words: list[str], axis: str) -> None:
-    assert expected_exponents(parametrization(*words), axis) == {}
+def test_nothing_is_promised_where_features_may_grow(overrides: list[str], axis: str) -> None:
+    assert expected_exponents(parametrization(*overrides), axis) == {}
 
 
 # Rows.
@@ -147,37 +147,37 @@ def test_a_ladder_of_two_sizes_is_refused() -> None:
 
 
 def test_tensors_of_a_role_are_shown_as_their_mean() -> None:
-    made = coordinates(powers(WIDTH, HEALTHY | {(UPDATE, "blocks.0.down.weight"): 0.5}), "parametrization=mup")
-    hidden = made.row(WIDTH, UPDATE, Role.HIDDEN)
+    check = coordinates(powers(WIDTH, HEALTHY | {(UPDATE, "blocks.0.down.weight"): 0.5}), "parametrization=mup")
+    hidden = check.row(WIDTH, UPDATE, Role.HIDDEN)
     assert hidden.final_exponent.value == pytest.approx(0.25)
-    assert made.row(WIDTH, UPDATE, Role.OUTPUT).final_exponent.value == pytest.approx(1)
+    assert check.row(WIDTH, UPDATE, Role.OUTPUT).final_exponent.value == pytest.approx(1)
 
 
 def test_a_size_that_diverges_leaves_the_counts_before_and_fails_what_promises() -> None:
     points = powers(WIDTH, HEALTHY)
     points[-1] = replace(points[-1], traced={c: v for c, v in points[-1].traced.items() if c < 10})
     for name, passes in (("mup", False), ("sp", True)):
-        made = coordinates(points, f"parametrization={name}")
-        assert made.diverged == ("width 256",)
-        assert made.passed is passes
-        assert {max(row.exponents) for row in made.rows if row.quantity != WEIGHT} == {2}
-        assert "width 256 diverged: give a lower LR" in made.causes()[-1]
+        check = coordinates(points, f"parametrization={name}")
+        assert check.diverged == ("width 256",)
+        assert check.passed is passes
+        assert {max(row.exponents) for row in check.rows if row.quantity != WEIGHT} == {2}
+        assert "width 256 diverged: give a lower LR" in check.causes()[-1]
 
 
 # Verdicts.
 
 
-@pytest.mark.parametrize("words", [["parametrization=mup"], ["parametrization=spectral"]], ids=" ".join)
-def test_promises_that_are_kept_pass(words: list[str]) -> None:
-    made = coordinates(powers(WIDTH, HEALTHY), *words)
-    assert made.passed
-    assert made.causes() == []
+@pytest.mark.parametrize("overrides", [["parametrization=mup"], ["parametrization=spectral"]], ids=" ".join)
+def test_promises_that_are_kept_pass(overrides: list[str]) -> None:
+    check = coordinates(powers(WIDTH, HEALTHY), *overrides)
+    assert check.passed
+    assert check.causes() == []
 
 
 @pytest.mark.parametrize(("exponent", "passes"), [(0.09, True), (-0.09, True), (0.11, False), (-0.11, False)])
 def test_an_exponent_may_miss_by_a_tenth(exponent: float, passes: bool) -> None:
-    made = coordinates(powers(WIDTH, HEALTHY | {(CHANGE + LOGITS, ""): exponent}), "parametrization=mup")
-    assert made.passed is passes
+    check = coordinates(powers(WIDTH, HEALTHY | {(CHANGE + LOGITS, ""): exponent}), "parametrization=mup")
+    assert check.passed is passes
 
 
 def test_a_wide_interval_excuses_a_miss() -> None:
@@ -189,15 +189,15 @@ def test_a_wide_interval_excuses_a_miss() -> None:
 def test_the_start_is_judged_for_weights_and_the_end_for_all_else() -> None:
     early = {(CHANGE + LOGITS, ""): 0.7}
     assert coordinates(powers(WIDTH, HEALTHY, early), "parametrization=mup").passed
-    made = coordinates(powers(WIDTH, HEALTHY | {(WEIGHT, "blocks.0.up.weight"): 0.5}), "parametrization=mup")
-    assert [(row.quantity, row.tensor) for row in made.violations] == [(WEIGHT, "blocks.*.up.weight")]
+    check = coordinates(powers(WIDTH, HEALTHY | {(WEIGHT, "blocks.0.up.weight"): 0.5}), "parametrization=mup")
+    assert [(row.quantity, row.tensor) for row in check.violations] == [(WEIGHT, "blocks.*.up.weight")]
 
 
 # Causes.
 
 
 @pytest.mark.parametrize(
-    ("broken", "told"),
+    ("broken", "expected"),
     [
         ({(UPDATE, "blocks.0.up.weight"): 1.0}, "hidden: its LR or eps does not fit its updates: ||dW||_R of blocks.*"),
         ({(UPDATE, "head.weight"): 0.0}, "output: its LR or eps does not fit its updates: ||dW||_R of head.weight"),
@@ -211,11 +211,11 @@ def test_the_start_is_judged_for_weights_and_the_end_for_all_else() -> None:
     ],
     ids=lambda value: "" if isinstance(value, str) else "+".join(f"{q} {n}".strip() for q, n in value),
 )
-def test_a_broken_promise_names_its_cause(broken: dict[tuple[str, str], float], told: str) -> None:
-    made = coordinates(powers(WIDTH, HEALTHY | broken), "parametrization=mup")
-    (line,) = made.causes()
-    assert told in line
-    assert not made.passed
+def test_a_broken_promise_names_its_cause(broken: dict[tuple[str, str], float], expected: str) -> None:
+    check = coordinates(powers(WIDTH, HEALTHY | broken), "parametrization=mup")
+    (line,) = check.causes()
+    assert expected in line
+    assert not check.passed
 
 
 def test_an_update_that_goes_astray_later_follows_from_a_multiplier() -> None:
@@ -231,25 +231,25 @@ def test_one_matrix_may_miss_by_more_than_its_role() -> None:
     key, other = (UPDATE, "blocks.0.up.weight"), (UPDATE, "blocks.0.down.weight")
     assert coordinates(powers(WIDTH, HEALTHY | {key: 0.19}), "parametrization=mup").passed
     assert not coordinates(powers(WIDTH, HEALTHY | {key: 0.19, other: 0.19}), "parametrization=mup").passed
-    made = coordinates(powers(WIDTH, HEALTHY | {key: 0.5, other: -0.5}), "parametrization=mup")
-    assert sorted(row.tensor for row in made.violations) == ["blocks.*.down.weight", "blocks.*.up.weight"]
+    check = coordinates(powers(WIDTH, HEALTHY | {key: 0.5, other: -0.5}), "parametrization=mup")
+    assert sorted(row.tensor for row in check.violations) == ["blocks.*.down.weight", "blocks.*.up.weight"]
 
 
 def test_the_worst_miss_comes_first() -> None:
     broken = {(UPDATE, "blocks.0.up.weight"): 0.3, (UPDATE, "blocks.0.down.weight"): 0.6, (UPDATE, "head.weight"): 0.5}
-    made = coordinates(powers(WIDTH, HEALTHY | broken), "parametrization=mup")
-    assert [row.tensor for row in made.violations] == ["blocks.*.down.weight", "head.weight", "blocks.*.up.weight"]
-    assert any("blocks.*.down.weight" in line and line.endswith("1 more of this role") for line in made.causes())
+    check = coordinates(powers(WIDTH, HEALTHY | broken), "parametrization=mup")
+    assert [row.tensor for row in check.violations] == ["blocks.*.down.weight", "head.weight", "blocks.*.up.weight"]
+    assert any("blocks.*.down.weight" in line and line.endswith("1 more of this role") for line in check.causes())
 
 
 @pytest.mark.parametrize(
-    ("exponent", "told"),
+    ("exponent", "expected"),
     [(-0.5, "(k = 1)"), (-0.45, "(k = 1)"), (0.0, "(k >= 2)"), (-0.25, "as for no depth rule")],
 )
-def test_updates_of_hidden_matrices_tell_one_matrix_from_two(exponent: float, told: str) -> None:
+def test_updates_of_hidden_matrices_tell_one_matrix_from_two(exponent: float, expected: str) -> None:
     hidden = {key: exponent for key in HEALTHY if key[0] == UPDATE and "blocks" in key[1]}
-    made = coordinates(powers(DEPTH, HEALTHY | hidden), "parametrization=spectral")
-    assert told in str(kind_of_blocks(made))
+    check = coordinates(powers(DEPTH, HEALTHY | hidden), "parametrization=spectral")
+    assert expected in str(kind_of_blocks(check))
 
 
 def test_a_parametrization_without_a_depth_rule_has_no_kind_of_blocks() -> None:

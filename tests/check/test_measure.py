@@ -53,19 +53,19 @@ def doubling() -> Probe:
 def test_norms_and_changes_are_those_since_the_start() -> None:
     net = Net()
     h, z = net.body(X), net(X)
-    found = measure(doubling(), (1, 3))
-    assert sorted(found) == [0, 1, 3]
-    assert found[0][FEATURES, ""] == pytest.approx(rms_norm(h), rel=1e-6)
-    assert found[0][LOGITS, ""] == pytest.approx(rms_norm(z), rel=1e-6)
-    assert (CHANGE + FEATURES, "") not in found[0]
+    law = measure(doubling(), (1, 3))
+    assert sorted(law) == [0, 1, 3]
+    assert law[0][FEATURES, ""] == pytest.approx(rms_norm(h), rel=1e-6)
+    assert law[0][LOGITS, ""] == pytest.approx(rms_norm(z), rel=1e-6)
+    assert (CHANGE + FEATURES, "") not in law[0]
     for steps, factor in ((1, 2), (3, 8)):
-        assert found[steps][FEATURES, ""] == pytest.approx(factor * rms_norm(h), rel=1e-6)
-        assert found[steps][CHANGE + FEATURES, ""] == pytest.approx((factor - 1) * rms_norm(h), rel=1e-6)
-        assert found[steps][CHANGE + LOGITS, ""] == pytest.approx((factor**2 - 1) * rms_norm(z), rel=1e-6)
+        assert law[steps][FEATURES, ""] == pytest.approx(factor * rms_norm(h), rel=1e-6)
+        assert law[steps][CHANGE + FEATURES, ""] == pytest.approx((factor - 1) * rms_norm(h), rel=1e-6)
+        assert law[steps][CHANGE + LOGITS, ""] == pytest.approx((factor**2 - 1) * rms_norm(z), rel=1e-6)
         moved = (factor - 1) * rms_operator_norm(net.body.weight)
-        assert found[steps][UPDATE, "body.weight"] == pytest.approx(moved, rel=1e-6)
-        assert found[steps][WEIGHT, "body.weight"] == pytest.approx(factor * moved / (factor - 1), rel=1e-6)
-    assert not any(quantity.endswith(ATTENTION) for quantity, _ in found[3])
+        assert law[steps][UPDATE, "body.weight"] == pytest.approx(moved, rel=1e-6)
+        assert law[steps][WEIGHT, "body.weight"] == pytest.approx(factor * moved / (factor - 1), rel=1e-6)
+    assert not any(quantity.endswith(ATTENTION) for quantity, _ in law[3])
 
 
 def test_weights_with_one_growing_axis_count_as_the_vectors_along_it() -> None:

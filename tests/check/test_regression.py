@@ -15,18 +15,18 @@ SIZES = (32, 64, 128, 256)
 
 
 def test_a_power_law_has_its_exponent_and_no_width() -> None:
-    found = slope(SIZES, [3.0 * n**-0.75 for n in SIZES])
-    assert (found.value, found.low, found.high) == pytest.approx((-0.75, -0.75, -0.75), abs=1e-7)
+    exponent = slope(SIZES, [3.0 * n**-0.75 for n in SIZES])
+    assert (exponent.value, exponent.low, exponent.high) == pytest.approx((-0.75, -0.75, -0.75), abs=1e-7)
 
 
 def test_a_slope_has_the_interval_of_simple_regression() -> None:
     values = [1.0, 2.3, 3.7, 9.1]
-    found = slope(SIZES, values)
+    exponent = slope(SIZES, values)
     expected = stats.linregress(np.log2(SIZES), np.log2(values))
     half = stats.t.ppf(0.975, 2) * expected.stderr
-    assert found.value == pytest.approx(expected.slope, rel=TOLERANCE["fit"])
-    assert found.high - found.value == pytest.approx(half, rel=TOLERANCE["fit"])
-    assert found.value - found.low == pytest.approx(half, rel=TOLERANCE["fit"])
+    assert exponent.value == pytest.approx(expected.slope, rel=TOLERANCE["fit"])
+    assert exponent.high - exponent.value == pytest.approx(half, rel=TOLERANCE["fit"])
+    assert exponent.value - exponent.low == pytest.approx(half, rel=TOLERANCE["fit"])
 
 
 def test_intervals_cover_the_truth_in_nineteen_of_twenty_cases() -> None:
@@ -42,15 +42,15 @@ def test_columns_are_told_apart_and_groups_have_intercepts_of_their_own() -> Non
     x = np.array([0.0, 1.0, 2.0, 0.0, 1.0, 2.0])
     y = np.array([0.0, 0.0, 1.0, 1.0, 3.0, 1.0])
     offset = np.array([0.0, 0.0, 0.0, 7.0, 7.0, 7.0])
-    found = regress([x, y], 0.5 * x - 2 * y + offset, groups=list("aaabbb"))
-    assert [e.value for e in found] == pytest.approx([0.5, -2.0])
+    exponents = regress([x, y], 0.5 * x - 2 * y + offset, groups=list("aaabbb"))
+    assert [e.value for e in exponents] == pytest.approx([0.5, -2.0])
     assert regress([x, y], 0.5 * x - 2 * y + offset)[0].value != pytest.approx(0.5, abs=0.1)
 
 
 def test_two_points_leave_an_endless_interval() -> None:
-    found = slope((1, 2), (1.0, 4.0))
-    assert found.value == pytest.approx(2)
-    assert (found.low, found.high) == (-math.inf, math.inf)
+    exponent = slope((1, 2), (1.0, 4.0))
+    assert exponent.value == pytest.approx(2)
+    assert (exponent.low, exponent.high) == (-math.inf, math.inf)
 
 
 def test_the_distance_to_an_expected_value_begins_at_the_interval() -> None:

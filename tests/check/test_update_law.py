@@ -44,8 +44,8 @@ def real() -> tuple[Gradients, ...]:
     return tuple(gradients.realistic())
 
 
-def optimizer(*words: str) -> Optimizer:
-    return instantiate(config.load(words).variants[0].optimizer, "optimizer")
+def optimizer(*overrides: str) -> Optimizer:
+    return instantiate(config.load(overrides).variants[0].optimizer, "optimizer")
 
 
 def measured(made: Optimizer, declared: bool = True, points: Sequence[Gradients] | None = None) -> Measured:
@@ -154,8 +154,8 @@ class Independent(Sign):
                 p.mul_(1 - group["weight_decay"]).sub_(p.grad.sign(), alpha=group["lr"])
 
 
-def foreign(name: str, *words: str) -> Optimizer:
-    return optimizer("optimizer=foreign", f"optimizer.path={__name__}.{name}", "allow_imports=true", *words)
+def foreign(name: str, *overrides: str) -> Optimizer:
+    return optimizer("optimizer=foreign", f"optimizer.path={__name__}.{name}", "allow_imports=true", *overrides)
 
 
 # Shipped optimizers.
@@ -166,18 +166,18 @@ def foreign(name: str, *words: str) -> Optimizer:
     [("adamw", 0, 0.5, 0.5), ("sgd", 1, 0, 0), ("muon", 0, 0, 0), ("muon_bernstein", 0, 0.5, -0.5)],
 )
 def test_a_shipped_optimizer_does_what_it_declares(name: str, degree: float, n_out: float, n_in: float) -> None:
-    found = measured(optimizer(f"optimizer={name}"))
-    assert found.violations == []
-    assert values(found, DEGREE, N_OUT, N_IN, BOTH, WEIGHT) == pytest.approx(
+    law = measured(optimizer(f"optimizer={name}"))
+    assert law.violations == []
+    assert values(law, DEGREE, N_OUT, N_IN, BOTH, WEIGHT) == pytest.approx(
         [degree, n_out, n_in, n_out + n_in, 0], abs=TOLERANCE["exponent"]
     )
-    assert found.declared == pytest.approx({DEGREE: degree, N_OUT: n_out, N_IN: n_in, BOTH: n_out + n_in, WEIGHT: 0})
+    assert law.declared == pytest.approx({DEGREE: degree, N_OUT: n_out, N_IN: n_in, BOTH: n_out + n_in, WEIGHT: 0})
 
 
 def test_a_law_that_is_no_monomial_is_compared_as_it_is() -> None:
-    found = measured(optimizer("optimizer=muon_jordan"))
-    assert found.violations == []
-    assert found.aligned.misfit < update_law.MISFIT
+    law = measured(optimizer("optimizer=muon_jordan"))
+    assert law.violations == []
+    assert law.aligned.misfit < update_law.MISFIT
 
 
 @pytest.mark.parametrize(
@@ -198,10 +198,10 @@ def test_a_law_that_is_declared_wrongly_is_found_and_its_exponents_named(
 def test_full_rank_is_measured_on_orthogonal_gradients() -> None:
     points = tuple(gradients.aligned(full_rank=True))
     assert {round(stable_rank(g.grads[0])) for g in points} == set(gradients.SIDES)
-    found = measured(optimizer("optimizer=muon_hyperball"), points=points)
-    assert found.violations == []
-    assert found.weight_norm == "frobenius"
-    assert found.weight_decay == update_law.FIXED
+    law = measured(optimizer("optimizer=muon_hyperball"), points=points)
+    assert law.violations == []
+    assert law.weight_norm == "frobenius"
+    assert law.weight_decay == update_law.FIXED
 
 
 # Foreign optimizers.
@@ -219,26 +219,26 @@ def test_full_rank_is_measured_on_orthogonal_gradients() -> None:
     ],
 )
 def test_the_law_of_a_foreign_optimizer_is_measured(name: str, keys: dict[str, str]) -> None:
-    found = measured(foreign(name), declared=False)
-    assert found.keys() == keys
-    assert found.declared == {}
-    assert found.monomial == (name != "Tall")
+    law = measured(foreign(name), declared=False)
+    assert law.keys() == keys
+    assert law.declared == {}
+    assert law.monomial == (name != "Tall")
 
 
 def test_an_exponent_beside_the_grid_is_not_snapped() -> None:
-    found = measured(foreign("Third"), declared=False)
-    assert found.aligned.by_name[N_OUT].value == pytest.approx(1 / 3, abs=TOLERANCE["exponent"])
-    assert found.snapped[N_OUT] is None
-    assert found.snapped[N_IN] == 0
-    assert found.keys() is None
-    assert found.law() is None
+    law = measured(foreign("Third"), declared=False)
+    assert law.aligned.by_name[N_OUT].value == pytest.approx(1 / 3, abs=TOLERANCE["exponent"])
+    assert law.snapped[N_OUT] is None
+    assert law.snapped[N_IN] == 0
+    assert law.keys() is None
+    assert law.law() is None
 
 
 def test_the_measured_law_gives_the_published_rule() -> None:
     """Zheng et al. 2603.00541, Tables 4 and 6: sign-like as AdamW, hidden LR 1/r_n."""
-    found = measured(foreign("Sign"), declared=False)
+    law = measured(foreign("Sign"), declared=False)
     rule = instantiate(config.load(["parametrization=spectral"]).variants[0].parametrization, "parametrization")
-    own, adamw = found.law(), optimizer("optimizer=adamw").update_law()
+    own, adamw = law.law(), optimizer("optimizer=adamw").update_law()
     assert own is not None
     for role in Role:
         assert symbolic(rule, own, role).lr == symbolic(rule, adamw, role).lr
@@ -259,7 +259,7 @@ def test_an_optimizer_that_cannot_be_measured_says_why() -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "words"),
+    ("made", "overrides"),
     [
         (lambda: foreign("Sign"), update_law.COUPLED),
         (lambda: foreign("L2"), update_law.INSIDE),
@@ -269,8 +269,8 @@ def test_an_optimizer_that_cannot_be_measured_says_why() -> None:
     ],
     ids=["sign", "l2", "independent", "adamw", "none"],
 )
-def test_how_weight_decay_is_applied_is_seen(made: Any, words: str) -> None:
-    assert update_law.decay_of(made()) == words
+def test_how_weight_decay_is_applied_is_seen(made: Any, overrides: str) -> None:
+    assert update_law.decay_of(made()) == overrides
 
 
 # Gradients.
@@ -295,10 +295,10 @@ def test_real_gradients_are_those_of_hidden_matrices_in_training() -> None:
 
 
 def test_sign_updates_are_as_large_on_real_gradients() -> None:
-    found = update_law.exponents(optimizer("optimizer=adamw"), real(), "frobenius", declared=True)
-    assert found.by_name[BOTH].value == pytest.approx(1, abs=0.1)
-    assert found.stable_ranks[0] >= 1
-    assert update_law.DEPTH in found.by_name
+    exponents = update_law.exponents(optimizer("optimizer=adamw"), real(), "frobenius", declared=True)
+    assert exponents.by_name[BOTH].value == pytest.approx(1, abs=0.1)
+    assert exponents.stable_ranks[0] >= 1
+    assert update_law.DEPTH in exponents.by_name
 
 
 def test_thresholds_follow_scaled_gradients() -> None:

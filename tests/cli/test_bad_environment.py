@@ -45,8 +45,8 @@ def shell(tmp_path: Path) -> Path:
 def call(line: str, folder: Path) -> Outcome:
     """What a shell makes of a line, in an environment that says nothing of encodings and ranks."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON", "WANDB_"))}
-    told = f'mupsweep() {{ "{sys.executable}" -m mupsweep "$@"; }}\n{line}'
-    command = ["bash", "-c", told]
+    message = f'mupsweep() {{ "{sys.executable}" -m mupsweep "$@"; }}\n{line}'
+    command = ["bash", "-c", message]
     done = subprocess.run(command, cwd=folder, env=clean, capture_output=True, timeout=60)
     return Outcome(done.returncode, *(stream.decode(errors="replace") for stream in (done.stdout, done.stderr)))
 
@@ -80,16 +80,16 @@ REFUSED: list[tuple[str, tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("line", "told"), REFUSED, ids=[line for line, _ in REFUSED])
+@pytest.mark.parametrize(("line", "expected"), REFUSED, ids=[line for line, _ in REFUSED])
 def test_an_environment_that_stands_in_the_way_is_refused_in_one_line(
-    line: str, told: tuple[str, ...], shell: Path
+    line: str, expected: tuple[str, ...], shell: Path
 ) -> None:
     outcome = call(line, shell)
     assert outcome.code == 2, outcome.err
     lines = [line for line in outcome.err.splitlines() if not line.startswith("prepared ")]
     assert len(lines) == 1, outcome.err
     assert lines[0].startswith("mupsweep: ")
-    for part in told:
+    for part in expected:
         assert part in lines[0]
 
 
@@ -107,9 +107,9 @@ MISPLACED: list[tuple[dict[str, str], tuple[str, ...]]] = [
 
 
 @pytest.mark.usefixtures("shell")
-@pytest.mark.parametrize(("environment", "told"), MISPLACED, ids=str)
+@pytest.mark.parametrize(("environment", "expected"), MISPLACED, ids=str)
 def test_a_wrong_variable_of_torchrun_is_refused_in_one_line(
-    environment: dict[str, str], told: tuple[str, ...], cli: Any, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str], expected: tuple[str, ...], cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (TORCHRUN | environment).items():
         monkeypatch.setenv(name, value)
@@ -117,7 +117,7 @@ def test_a_wrong_variable_of_torchrun_is_refused_in_one_line(
     assert code == 2
     (line,) = err.splitlines()
     assert line.startswith("mupsweep: ")
-    for part in told:
+    for part in expected:
         assert part in line
 
 
@@ -147,11 +147,11 @@ HARMLESS: list[tuple[str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("line", "told"), HARMLESS, ids=[line for line, _ in HARMLESS])
-def test_an_environment_that_needs_not_matter_does_not(line: str, told: str, shell: Path) -> None:
+@pytest.mark.parametrize(("line", "expected"), HARMLESS, ids=[line for line, _ in HARMLESS])
+def test_an_environment_that_needs_not_matter_does_not(line: str, expected: str, shell: Path) -> None:
     outcome = call(line, shell)
     assert (outcome.code, outcome.err) == (0, "")
-    assert told in outcome.out
+    assert expected in outcome.out
 
 
 @pytest.mark.parametrize("line", ["mupsweep status sweeps/smoke >&-", "mupsweep plan experiment=smoke --json >&-"])
@@ -166,8 +166,8 @@ def test_a_reader_that_left_ends_a_command_without_a_word(command: str, shell: P
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as pipe:
-        words = [sys.executable, "-m", "mupsweep", *command.split()]
-        done = subprocess.run(words, cwd=shell, stdout=pipe, stderr=subprocess.PIPE, timeout=60)
+        overrides = [sys.executable, "-m", "mupsweep", *command.split()]
+        done = subprocess.run(overrides, cwd=shell, stdout=pipe, stderr=subprocess.PIPE, timeout=60)
     assert done.stderr == b""
     assert done.returncode in (1, 141)  # what the library of the command line makes of it, and what we do
 

@@ -54,13 +54,13 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
 
 
-def refused(outcome: Outcome, told: tuple[str, ...]) -> None:
+def refused(outcome: Outcome, expected: tuple[str, ...]) -> None:
     """Exit code 2 and one line on stderr that holds every part of `told`."""
     assert outcome.code == 2, outcome.err
     lines = outcome.err.splitlines()
     assert len(lines) == 1, outcome.err
     assert lines[0].startswith("mupsweep: ")
-    for part in told:
+    for part in expected:
         assert part in lines[0]
 
 
@@ -222,13 +222,13 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("words", "told"), OVERRIDES, ids=[words[:60] for words, _ in OVERRIDES])
+@pytest.mark.parametrize(("overrides", "expected"), OVERRIDES, ids=[overrides[:60] for overrides, _ in OVERRIDES])
 def test_a_bad_override_is_refused_in_one_line_and_writes_nothing(
-    words: str, told: tuple[str, ...], cli: Callable[..., Outcome], tmp_path: Path
+    overrides: str, expected: tuple[str, ...], cli: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     before = tree(tmp_path)
-    planned = cli("plan", SMOKE, *words.split())
-    refused(planned, told)
+    planned = cli("plan", SMOKE, *overrides.split())
+    refused(planned, expected)
     assert tree(tmp_path) == before
 
 
@@ -282,12 +282,12 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("command", "told"), COMMANDS, ids=[command for command, _ in COMMANDS])
+@pytest.mark.parametrize(("command", "expected"), COMMANDS, ids=[command for command, _ in COMMANDS])
 def test_a_bad_command_on_a_sweep_is_refused_in_one_line_and_writes_nothing(
-    command: str, told: tuple[str, ...], cli: Callable[..., Outcome], sweep: SweepDir, tmp_path: Path
+    command: str, expected: tuple[str, ...], cli: Callable[..., Outcome], sweep: SweepDir, tmp_path: Path
 ) -> None:
     before = tree(tmp_path)
-    refused(cli(*command.split()), told)
+    refused(cli(*command.split()), expected)
     assert tree(tmp_path) == before
 
 
@@ -302,14 +302,16 @@ YAMLS = [
 ]
 
 
-@pytest.mark.parametrize(("path", "content", "told"), YAMLS, ids=[f"{path} {content!r}" for path, content, _ in YAMLS])
+@pytest.mark.parametrize(
+    ("path", "content", "expected"), YAMLS, ids=[f"{path} {content!r}" for path, content, _ in YAMLS]
+)
 def test_a_bad_yaml_of_the_user_is_refused_in_one_line(
-    path: str, content: str, told: tuple[str, ...], cli: Callable[..., Outcome]
+    path: str, content: str, expected: tuple[str, ...], cli: Callable[..., Outcome]
 ) -> None:
     file = Path("mine", path)
     file.parent.mkdir(parents=True)
     file.write_bytes(content.encode(errors="surrogateescape"))
-    refused(cli("plan", f"{file.parent.name}=mine", "--config-dir", "mine"), told)
+    refused(cli("plan", f"{file.parent.name}=mine", "--config-dir", "mine"), expected)
 
 
 @pytest.mark.parametrize("command", ["report", "transfer"])
@@ -320,8 +322,8 @@ def test_a_summary_of_something_else_is_refused_in_one_line(
     run.path.mkdir(parents=True)
     run.write_summary({"a": 1})
     run.write_status(DONE)
-    told = (str(run.summary_path), "it has no run_id", "delete it and run the command")
-    refused(cli(command, str(sweep.path)), told)
+    message = (str(run.summary_path), "it has no run_id", "delete it and run the command")
+    refused(cli(command, str(sweep.path)), message)
 
 
 CONFIG_DAMAGE = ["", "only words\n", "- a\n- b\n", "a: [1\n", "out: sweeps\n", "\x00", "variants: 3\nsweep: 4\n"]
@@ -381,19 +383,19 @@ def test_the_advice_for_a_damaged_plan_works_and_finished_runs_are_kept(content:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("overrides", "expected"),
     [("out=a-file", ("a-file", "out=DIR")), ("sweep.name=" + 300 * "x", ("xxx", "128"))],
     ids=["out is a file", "long name"],
 )
-def test_a_folder_that_cannot_be_made_is_one_line(words: str, told: tuple[str, ...]) -> None:
+def test_a_folder_that_cannot_be_made_is_one_line(overrides: str, expected: tuple[str, ...]) -> None:
     Path("a-file").write_text("where a folder is wanted")
     with pytest.raises(MupsweepError) as caught:
-        plan.save(load([SMOKE, words]), "")
-    refused(Outcome(caught.value.exit_code, "", f"mupsweep: {caught.value}"), told)
+        plan.save(load([SMOKE, overrides]), "")
+    refused(Outcome(caught.value.exit_code, "", f"mupsweep: {caught.value}"), expected)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("overrides", "expected"),
     [
         (["data=local", "data.path=my.txt"], "holds no text"),
         (["training.batch_size=1000000"], "the train split has 10387712 tokens, 324615 blocks of context 32"),
@@ -401,11 +403,11 @@ def test_a_folder_that_cannot_be_made_is_one_line(words: str, told: tuple[str, .
     ids=["empty", "short"],
 )
 def test_a_corpus_that_cannot_be_used_leaves_nothing_and_its_name_free(
-    words: list[str], told: str, cli: Callable[..., Outcome], tmp_path: Path
+    overrides: list[str], expected: str, cli: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     data.prepare(load([SMOKE]).variants[0].data)
     Path("my.txt").write_text("")
-    refused(cli("run", SMOKE, *words), (told,))
+    refused(cli("run", SMOKE, *overrides), (expected,))
     assert not Path("sweeps").exists()
 
 
@@ -425,7 +427,7 @@ def test_a_worker_refuses_a_run_that_is_not_planned_and_a_device_that_is_none(sw
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["transfer"], "no sweep given: mupsweep transfer sweeps/NAME, or mupsweep transfer --from runs.csv"),
         (["run", SMOKE, "optimizer=adam"], "did you mean 'adamw'?"),
@@ -433,9 +435,9 @@ def test_a_worker_refuses_a_run_that_is_not_planned_and_a_device_that_is_none(sw
         (["rules", SMOKE, "sweep.seeds=[0,"], "key=value"),
     ],
 )
-def test_a_refusal_is_the_same_in_a_process_of_its_own(arguments: list[str], told: str, tmp_path: Path) -> None:
+def test_a_refusal_is_the_same_in_a_process_of_its_own(arguments: list[str], expected: str, tmp_path: Path) -> None:
     outcome = process(*arguments)
-    refused(outcome, (told,))
+    refused(outcome, (expected,))
     assert outcome.out == ""
     assert tree(tmp_path) == {}
 

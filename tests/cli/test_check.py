@@ -131,8 +131,8 @@ def test_a_foreign_law_is_printed_as_the_override_that_uses_it(cli: Cli) -> None
     code, out, _ = cli("check", "law", *FOREIGN)
     assert code == 0
     (line,) = (line for line in out.splitlines() if line.startswith("use it: "))
-    words = "optimizer=foreign optimizer.path=torch.optim.NAdam allow_imports=true"
-    assert line == f"use it: mupsweep run {words} 'optimizer.law={{degree: 0, n_out: 1/2, n_in: 1/2}}'"
+    overrides = "optimizer=foreign optimizer.path=torch.optim.NAdam allow_imports=true"
+    assert line == f"use it: mupsweep run {overrides} 'optimizer.law={{degree: 0, n_out: 1/2, n_in: 1/2}}'"
     law = line.rpartition("'optimizer.law=")[2].rstrip("'")
     code, out, _ = cli("rules", "experiment=smoke", *FOREIGN, f"optimizer.law={law}")
     assert code == 0

@@ -54,8 +54,8 @@ def test_the_commands_are_those_of_the_documentation() -> None:
 
 def test_the_short_options_that_people_try_first(cli: Callable[..., tuple[int, str, str]]) -> None:
     assert cli("--version") == (0, f"{mupsweep.__version__}\n", "")
-    for words in ((), ("run",), ("check",), ("check", "law")):
-        assert cli(*words, "-h") == cli(*words, "--help")
+    for overrides in ((), ("run",), ("check",), ("check", "law")):
+        assert cli(*overrides, "-h") == cli(*overrides, "--help")
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
@@ -79,9 +79,9 @@ def test_the_example_of_every_command_that_takes_overrides_composes() -> None:
             doc = doc.commands[name]  # type: ignore[attr-defined]
         example = re.search(r"Example: mupsweep (.*)", doc.help or "")
         assert example
-        words = [w for w in example[1].split() if re.fullmatch(r"[a-z_.]+=\S+", w)]
-        if command[0] in ("run", "plan", "rules", "check", "data") and "data.path=my.jsonl" not in words:
-            load(words)
+        overrides = [w for w in example[1].split() if re.fullmatch(r"[a-z_.]+=\S+", w)]
+        if command[0] in ("run", "plan", "rules", "check", "data") and "data.path=my.jsonl" not in overrides:
+            load(overrides)
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,8 @@ def test_the_list_of_a_large_set_fits_into_80_columns(cli: Cli, tmp_path: Path) 
 
 
 def test_nothing_prepared_says_how_to_begin(cli: Cli, tmp_path: Path) -> None:
-    told = f"nothing is prepared in {tmp_path / 'cache' / 'mupsweep'}; start with mupsweep data prepare\n"
-    assert cli("data", "list") == (0, told, "")
+    message = f"nothing is prepared in {tmp_path / 'cache' / 'mupsweep'}; start with mupsweep data prepare\n"
+    assert cli("data", "list") == (0, message, "")
     assert cli("data", "list", "--json") == (0, "[]\n", "")
 
 
@@ -101,20 +101,20 @@ def test_verifying_what_is_not_prepared_says_to_prepare_it(cli: Cli, texts: list
 def test_token_files_are_ready_as_they_are(cli: Cli, tmp_path: Path) -> None:
     for name in ("train", "val"):
         (tmp_path / f"{name}.bin").write_bytes(bytes(2000))
-    words = ["data=local", f"data.path={tmp_path / 'train.bin'}", "data.tokenizer=gpt2"]
-    assert cli("data", "prepare", *words)[:2] == (0, "local: 1,000 training and 1,000 validation tokens, gpt2, " + (
-        f"content {data.fingerprint(load(words).variants[0].data)[:12]}\n"
+    overrides = ["data=local", f"data.path={tmp_path / 'train.bin'}", "data.tokenizer=gpt2"]
+    assert cli("data", "prepare", *overrides)[:2] == (0, "local: 1,000 training and 1,000 validation tokens, gpt2, " + (
+        f"content {data.fingerprint(load(overrides).variants[0].data)[:12]}\n"
     ))  # fmt: skip
-    assert cli("data", "verify", *words)[1].startswith("2 token files, not encoded: ")
+    assert cli("data", "verify", *overrides)[1].startswith("2 token files, not encoded: ")
     assert cli("data", "list", "--json")[1] == "[]\n"
 
 
 def test_a_plan_of_more_than_one_epoch_has_a_note(cli: Cli, texts: list[str]) -> None:
-    words = ["experiment=smoke", *texts]
-    assert "note: " not in cli("plan", *words)[1]  # not prepared: nobody knows its size
+    overrides = ["experiment=smoke", *texts]
+    assert "note: " not in cli("plan", *overrides)[1]  # not prepared: nobody knows its size
     cli("data", "prepare", *texts)
     assert (
         "note: a run trains on 3,840 tokens, 1.7 times the 2,214 training tokens of data=local: text repeats after the "
         "first epoch"
-    ) in cli("plan", *words)[1]
-    assert "note: " not in cli("plan", *words, "training.steps=10")[1]
+    ) in cli("plan", *overrides)[1]
+    assert "note: " not in cli("plan", *overrides, "training.steps=10")[1]

@@ -34,9 +34,9 @@ LITERAL = {
 }
 
 
-def run_cli(words: list[str]) -> dict[str, Any]:
+def run_cli(overrides: list[str]) -> dict[str, Any]:
     out, err = io.StringIO(), io.StringIO()
-    sys.argv = ["mupsweep", *words]
+    sys.argv = ["mupsweep", *overrides]
     code: Any = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -46,8 +46,8 @@ def run_cli(words: list[str]) -> dict[str, Any]:
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 
-def read(words: list[str]) -> dict[str, Any]:
-    source = sources.load(config.load(words).variants[0].data)
+def read(overrides: list[str]) -> dict[str, Any]:
+    source = sources.load(config.load(overrides).variants[0].data)
     reader = source.reader()
     found, positions = [], [json.dumps(reader.position())]
     for document in reader:
@@ -62,8 +62,8 @@ def read(words: list[str]) -> dict[str, Any]:
 
 
 def go_on(arguments: list[Any]) -> list[Any]:
-    position, *words = arguments
-    reader = sources.load(config.load(words).variants[0].data).reader(position)
+    position, *overrides = arguments
+    reader = sources.load(config.load(overrides).variants[0].data).reader(position)
     return [[document.text, reader.position()["skipped"]] for document in reader]
 
 
@@ -72,9 +72,9 @@ def literal(names: list[str]) -> dict[str, Any]:
 
     found = {}
     for name in names:
-        words, keys = LITERAL[name]
-        made = load_dataset(*words, **keys)
-        splits = made if isinstance(made, dict) else {"train": made}
+        overrides, keys = LITERAL[name]
+        dataset = load_dataset(*overrides, **keys)
+        splits = dataset if isinstance(dataset, dict) else {"train": dataset}
         found[name] = {split: [row["text"] for row in rows] for split, rows in splits.items()}
     return found
 
@@ -85,8 +85,8 @@ def held_out(counts: list[int]) -> dict[str, Any]:
     found = {}
     for n in counts:
         split = Dataset.from_dict({"n": range(n)}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-        made = DataConfig(hub_id="a/b", revision="0" * 40, held_out="nanogpt", rows=n)
-        found[str(n)] = [sorted(split["test"]["n"]), sorted(hub.Hub(made).held_out_rows() or [])]
+        settings = DataConfig(hub_id="a/b", revision="0" * 40, held_out="nanogpt", rows=n)
+        found[str(n)] = [sorted(split["test"]["n"]), sorted(hub.Hub(settings).held_out_rows() or [])]
     return found
 
 

@@ -51,14 +51,20 @@ class Client:
             raise EOFError(self.process.communicate()[1])
         return json.loads(line)
 
-    def prepare(self, *words: str) -> dict[str, Any]:
-        return self(cli=["data", "prepare", *words])
+    def prepare(self, *overrides: str) -> dict[str, Any]:
+        return self(cli=["data", "prepare", *overrides])
 
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
 
 
-def own(name: str, *words: str) -> list[str]:
+def own(name: str, *overrides: str) -> list[str]:
     """A set of the loopback hub through the config of a plain one."""
-    return ["data=openwebtext", f"data.hub_id={name}", "data.hub_config=null", f"data.revision={digest(name)}", *words]
+    return [
+        "data=openwebtext",
+        f"data.hub_id={name}",
+        "data.hub_config=null",
+        f"data.revision={digest(name)}",
+        *overrides,
+    ]

@@ -24,9 +24,9 @@ def held_out(text: str, fraction: float) -> bool:
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256 < fraction
 
 
-def prepared(words: list[str]) -> dict[str, list[str]]:
+def prepared(overrides: list[str]) -> dict[str, list[str]]:
     """The texts of both splits of a prepared corpus."""
-    config = load(words).variants[0].data
+    config = load(overrides).variants[0].data
     folder = cache.folder(config, cache.content_id(config, sources.load(config).fingerprint()))
     shards.verify(folder)
     tokenizer = tokenizers.load(config.tokenizer)
@@ -56,25 +56,25 @@ def test_the_documented_calls_run_against_the_loopback_hub(client: Client) -> No
 def test_a_shipped_config_reads_its_set_and_holds_documents_out_by_hash(
     name: str, client: Client, tmp_path: Path
 ) -> None:
-    words = [f"data={name}", "data.validation_fraction=0.2", f"data.cache={tmp_path}"]
-    answer = client.prepare(*words)
+    overrides = [f"data={name}", "data.validation_fraction=0.2", f"data.cache={tmp_path}"]
+    answer = client.prepare(*overrides)
     assert (answer["code"], answer["err"]) == (0, "")
-    assert prepared(words) == {
+    assert prepared(overrides) == {
         "train": [t for t in TEXTS if not held_out(t, 0.2)],
         "validation": [t for t in TEXTS if held_out(t, 0.2)],
     }
     (meta,) = (json.loads(p.read_text()) for p in tmp_path.glob("*/meta.json"))
-    config = load(words).variants[0].data
+    config = load(overrides).variants[0].data
     assert (meta["hub_id"], meta["revision"]) == (config.hub_id, config.revision)
     assert meta["splits"]["train"]["documents"] + meta["splits"]["validation"]["documents"] == 60
-    assert client(cli=["data", "verify", *words])["code"] == 0
+    assert client(cli=["data", "verify", *overrides])["code"] == 0
 
 
 def test_wikitext_is_articles_again_with_its_own_validation_split(client: Client, tmp_path: Path) -> None:
-    words = ["data=wikitext103", f"data.cache={tmp_path}"]
-    assert client.prepare(*words)["code"] == 0
-    assert prepared(words) == {"train": ARTICLES, "validation": VALIDATION}
-    limited = [*words, "data.max_tokens=100"]
+    overrides = ["data=wikitext103", f"data.cache={tmp_path}"]
+    assert client.prepare(*overrides)["code"] == 0
+    assert prepared(overrides) == {"train": ARTICLES, "validation": VALIDATION}
+    limited = [*overrides, "data.max_tokens=100"]
     assert client.prepare(*limited)["code"] == 0
     config = load(limited).variants[0].data
     entry = next(e for e in cache.entries(config) if e.train_tokens == 100)
@@ -82,7 +82,7 @@ def test_wikitext_is_articles_again_with_its_own_validation_split(client: Client
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ["data=fineweb"],
         ["data=wikitext103"],
@@ -92,10 +92,10 @@ def test_wikitext_is_articles_again_with_its_own_validation_split(client: Client
     ],
     ids=["fineweb", "wikitext103", "nanogpt", "json", "gaps"],
 )
-def test_reading_goes_on_from_every_position(words: list[str], client: Client) -> None:
-    result = client(read=words)
+def test_reading_goes_on_from_every_position(overrides: list[str], client: Client) -> None:
+    result = client(read=overrides)
     assert result["wrong"] == []
-    expected = {"data=wikitext103": ARTICLES, "data.hub_id=odd/gaps": ["one", "two"]}.get(words[-1], TEXTS)
+    expected = {"data=wikitext103": ARTICLES, "data.hub_id=odd/gaps": ["one", "two"]}.get(overrides[-1], TEXTS)
     assert [text for text, _ in result["documents"] if text not in VALIDATION] == expected
 
 
@@ -115,17 +115,17 @@ def test_nanogpts_split_holds_out_the_rows_that_the_library_does(client: Client)
 
 
 def test_nanogpts_split_of_a_set(client: Client, tmp_path: Path) -> None:
-    words = ["data=openwebtext", "data.held_out=nanogpt", "data.rows=60", f"data.cache={tmp_path}"]
-    assert client.prepare(*words)["code"] == 0
+    overrides = ["data=openwebtext", "data.held_out=nanogpt", "data.rows=60", f"data.cache={tmp_path}"]
+    assert client.prepare(*overrides)["code"] == 0
     (row,) = client(held_out=[60])["60"][0]
-    assert prepared(words) == {"train": [t for i, t in enumerate(TEXTS) if i != row], "validation": [TEXTS[row]]}
+    assert prepared(overrides) == {"train": [t for i, t in enumerate(TEXTS) if i != row], "validation": [TEXTS[row]]}
 
 
 def test_only_some_files_of_a_set(client: Client, tmp_path: Path) -> None:
-    words = ["data=fineweb", "data.data_files=[sample/10BT/001_00000.parquet]", f"data.cache={tmp_path}"]
-    words += ["data.validation_fraction=0.2"]
-    assert client.prepare(*words)["code"] == 0
-    assert prepared(words)["train"] == [t for t in TEXTS[20:40] if not held_out(t, 0.2)]
+    overrides = ["data=fineweb", "data.data_files=[sample/10BT/001_00000.parquet]", f"data.cache={tmp_path}"]
+    overrides += ["data.validation_fraction=0.2"]
+    assert client.prepare(*overrides)["code"] == 0
+    assert prepared(overrides)["train"] == [t for t in TEXTS[20:40] if not held_out(t, 0.2)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -137,8 +137,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_reader_that_is_killed_goes_on_in_another_process(
     name: str, hub: Hub, client: Client, other: Callable[..., Client], tmp_path: Path
 ) -> None:
-    words = [f"data={name}", "data.validation_fraction=0.2"]
-    assert client.prepare(*words, f"data.cache={tmp_path / 'undisturbed'}")["code"] == 0
+    overrides = [f"data={name}", "data.validation_fraction=0.2"]
+    assert client.prepare(*overrides, f"data.cache={tmp_path / 'undisturbed'}")["code"] == 0
     dying = other()
 
     def kill(path: str) -> None:
@@ -146,9 +146,9 @@ def test_a_reader_that_is_killed_goes_on_in_another_process(
             dying.process.send_signal(signal.SIGKILL)
 
     with asked(hub, kill), pytest.raises(EOFError):
-        dying.prepare(*words, f"data.cache={tmp_path / 'killed'}")
+        dying.prepare(*overrides, f"data.cache={tmp_path / 'killed'}")
     assert dying.process.returncode == -signal.SIGKILL
-    answer = client.prepare(*words, f"data.cache={tmp_path / 'killed'}")
+    answer = client.prepare(*overrides, f"data.cache={tmp_path / 'killed'}")
     assert answer["out"].startswith("going on after ")
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
 
@@ -157,20 +157,20 @@ def test_a_reader_that_is_killed_goes_on_in_another_process(
 def test_a_hub_that_stumbles_is_asked_again_and_one_that_is_gone_is_one_line(
     times: int, hub: Hub, client: Client, tmp_path: Path
 ) -> None:
-    words = ["data=fineweb", "data.validation_fraction=0.2"]
-    assert client.prepare(*words, f"data.cache={tmp_path / 'whole'}")["code"] == 0
+    overrides = ["data=fineweb", "data.validation_fraction=0.2"]
+    assert client.prepare(*overrides, f"data.cache={tmp_path / 'whole'}")["code"] == 0
 
     def stumble(path: str) -> None:
         if "/002_" in path and hub.on_request:
             hub.on_request, hub.refuse_times = None, times
 
     with asked(hub, stumble):
-        answer = client.prepare(*words, f"data.cache={tmp_path / 'disturbed'}")
+        answer = client.prepare(*overrides, f"data.cache={tmp_path / 'disturbed'}")
     if times > 100:
         assert answer["code"] == 2
         assert answer["err"].startswith(f"mupsweep: the hub {hub.endpoint} ")
         assert "run the same command again" in answer["err"]
-        answer = client.prepare(*words, f"data.cache={tmp_path / 'disturbed'}")
+        answer = client.prepare(*overrides, f"data.cache={tmp_path / 'disturbed'}")
         assert answer["out"].startswith("going on after ")
     assert (answer["code"], answer["err"]) == (0, "")
     assert contents(tmp_path / "disturbed") == contents(tmp_path / "whole")
@@ -213,8 +213,8 @@ def test_a_set_of_ones_own_is_one_yaml(client: Client, tmp_path: Path) -> None:
         f"defaults: [_hub, _self_]\nname: columns\nhub_id: odd/columns\nrevision: {digest('odd/columns')}\n"
         "text_column: body\ntokenizer: bytes\nvalidation_fraction: 0.2\n"
     )
-    words = ["data=columns", f"data.cache={tmp_path / 'cache'}", "--config-dir", str(tmp_path / "mine")]
-    answer = client.prepare(*words)
+    overrides = ["data=columns", f"data.cache={tmp_path / 'cache'}", "--config-dir", str(tmp_path / "mine")]
+    answer = client.prepare(*overrides)
     assert (answer["code"], answer["err"]) == (0, "")
     (entry,) = cache.entries(DataConfig(cache=str(tmp_path / "cache")))
     assert (entry.name, entry.documents, entry.bytes) == ("columns", 60, sum(len(t.encode()) for t in TEXTS))

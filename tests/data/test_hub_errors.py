@@ -53,8 +53,8 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_a_user_can_get_wrong_is_one_line(case: str, client: Client, tmp_path: Path) -> None:
-    words, expected = BAD[case]
-    answer = client.prepare(*words, f"data.cache={tmp_path}")
+    overrides, expected = BAD[case]
+    answer = client.prepare(*overrides, f"data.cache={tmp_path}")
     assert answer["code"] == 2
     (line,) = answer["err"].splitlines()
     assert line.startswith("mupsweep: ")
@@ -84,8 +84,8 @@ def test_keys_that_contradict_each_other_are_refused_without_asking_the_hub(
 
 
 def test_a_token_opens_a_gated_set_and_is_never_shown(other: Callable[..., Client], tmp_path: Path) -> None:
-    words = own("closed/gated", f"data.cache={tmp_path}", "data.validation_fraction=0.2")
-    answer = other(HF_TOKEN=TOKEN).prepare(*words)
+    overrides = own("closed/gated", f"data.cache={tmp_path}", "data.validation_fraction=0.2")
+    answer = other(HF_TOKEN=TOKEN).prepare(*overrides)
     assert (answer["code"], answer["err"]) == (0, "")
     assert TOKEN not in answer["out"]
     message = str(hub_error(ValueError(f"Bearer {TOKEN} at https://me:{TOKEN}@host failed"), DataConfig(hub_id="a/b")))
@@ -95,13 +95,13 @@ def test_a_token_opens_a_gated_set_and_is_never_shown(other: Callable[..., Clien
 def test_without_a_hub_the_wait_is_short_and_what_is_prepared_stays_usable(
     client: Client, other: Callable[..., Client], tmp_path: Path
 ) -> None:
-    words = ["data=fineweb", "data.validation_fraction=0.2", f"data.cache={tmp_path}"]
-    assert client.prepare(*words)["code"] == 0
+    overrides = ["data=fineweb", "data.validation_fraction=0.2", f"data.cache={tmp_path}"]
+    assert client.prepare(*overrides)["code"] == 0
     gone = other("http://127.0.0.1:9", HF_HUB_OFFLINE="0")
     offline = other(HF_HUB_OFFLINE="1")
     for one in (gone, offline):
-        assert one.prepare(*words)["code"] == 0
-        assert one(cli=["data", "verify", *words])["code"] == 0
+        assert one.prepare(*overrides)["code"] == 0
+        assert one(cli=["data", "verify", *overrides])["code"] == 0
     answer = gone.prepare("data=openwebtext", f"data.cache={tmp_path}")
     assert answer["code"] == 2
     assert answer["err"].startswith("mupsweep: the hub http://127.0.0.1:9 cannot be reached (")

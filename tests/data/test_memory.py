@@ -46,11 +46,11 @@ def text(i: int) -> str:
     return f"document {i} holds a few words of its own, among them {i * i} and {i % 977}. " * 3
 
 
-def growth(words: Sequence[str], folder: Path, **environment: str) -> float:
+def growth(overrides: Sequence[str], folder: Path, **environment: str) -> float:
     """MB that the process grows between its first tenth and its end."""
     (folder / "probe.py").write_text(PROBE)
     done = subprocess.run(
-        [sys.executable, str(folder / "probe.py"), f"data.cache={folder / 'cache'}", *words],
+        [sys.executable, str(folder / "probe.py"), f"data.cache={folder / 'cache'}", *overrides],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -65,8 +65,8 @@ def growth(words: Sequence[str], folder: Path, **environment: str) -> float:
 
 @pytest.mark.slow
 def test_a_million_documents_are_encoded_in_constant_memory(tmp_path: Path) -> None:
-    words = ["data.kind=__main__.Words", "allow_imports=true", "data.tokenizer=gpt2"]
-    assert growth(words, tmp_path) < GROWTH_MB
+    overrides = ["data.kind=__main__.Words", "allow_imports=true", "data.tokenizer=gpt2"]
+    assert growth(overrides, tmp_path) < GROWTH_MB
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def test_devices_that_do_not_divide_into_groups_are_refused() -> None:
 
 @pytest.mark.parametrize("launcher", [["launcher=local"], ["launcher=slurm", "launcher.gpus=0"]])
 @pytest.mark.parametrize(
-    ("sizes", "told"),
+    ("sizes", "expected"),
     [
         ("5", r"launcher\.sizes=5: expected keys for sizes, such as \{w512-d4:"),
         ("{w32-d2:4}", r"launcher\.sizes=\{.*\}: expected keys for sizes"),
@@ -83,9 +83,9 @@ def test_devices_that_do_not_divide_into_groups_are_refused() -> None:
     ],
 )
 def test_what_is_said_of_a_size_is_checked_before_anything_is_written(
-    launcher: list[str], sizes: str, told: str
+    launcher: list[str], sizes: str, expected: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"^{told}"):
+    with pytest.raises(ConfigError, match=f"^{expected}"):
         plan(load(["experiment=smoke", *launcher, f"launcher.sizes={sizes}"]))
 
 
@@ -168,9 +168,9 @@ def test_a_sharded_sweep_has_the_losses_of_a_whole_one(pairs: dict[str, tuple[di
     rarely = "training.checkpoint_minutes=10"
     code, _, err = mupsweep("run", *SHORT, *PAIRS, rarely, "launcher.shard=true")
     assert code == 0, err
-    found = results(SweepDir(Path("sweeps/smoke")))
-    assert found.keys() == pairs.keys()
-    for run_id, (summary, _) in found.items():
+    by_run = results(SweepDir(Path("sweeps/smoke")))
+    assert by_run.keys() == pairs.keys()
+    for run_id, (summary, _) in by_run.items():
         assert summary["val_loss"] == pytest.approx(pairs[run_id][0]["val_loss"], rel=TOLERANCE["loss"])
 
 
@@ -184,8 +184,8 @@ def test_a_run_that_does_not_fit_on_a_device_is_divided_among_as_many_as_it_need
     four = Local(devices=["cuda:0", "cuda:1", "cuda:2", "cuda:3"])
     (run, *_) = plan(load(["experiment=smoke", f"training.batch_size={batch}", "model.context=1"]))
     memory = run.resolved.least_memory(run.size, 1) / share
-    made = four.for_runs([run], memory)
-    assert (made.devices_per_run, made.shard) == (width, width > 1)
+    launcher = four.for_runs([run], memory)
+    assert (launcher.devices_per_run, launcher.shard) == (width, width > 1)
     assert four.for_runs([run]) == four
     pair = replace(four, devices_per_run=2)  # what is asked for stays
     assert pair.for_runs([run], memory) == pair

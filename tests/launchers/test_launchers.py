@@ -155,9 +155,9 @@ def test_a_stop_after_the_last_run_of_a_process_is_not_lost_and_the_next_one_int
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_every_launcher_has_the_name_of_its_file_and_can_be_made(name: str) -> None:
     config = load([f"launcher={name}"])
-    made = instantiate(config.launcher, "launcher")
-    assert made.name == config.launcher["name"] == name
-    assert callable(made.launch)
+    instance = instantiate(config.launcher, "launcher")
+    assert instance.name == config.launcher["name"] == name
+    assert callable(instance.launch)
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -208,10 +208,10 @@ def test_more_threads_than_a_machine_has_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "told"), [("[]", "[]"), ("null", "None"), ("[0,1]", "[0, 1]"), ("'cuda:0,cuda:1'", "cuda:0,cuda:1")]
+    ("typed", "message"), [("[]", "[]"), ("null", "None"), ("[0,1]", "[0, 1]"), ("'cuda:0,cuda:1'", "cuda:0,cuda:1")]
 )
-def test_devices_that_are_no_list_of_names_are_refused(typed: str, told: str) -> None:
-    expected = f"launcher.devices={told}: expected auto or a list, such as [cuda:0,cuda:1]"
+def test_devices_that_are_no_list_of_names_are_refused(typed: str, message: str) -> None:
+    expected = f"launcher.devices={message}: expected auto or a list, such as [cuda:0,cuda:1]"
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
         load(["launcher=local", f"launcher.devices={typed}"])
 
@@ -237,9 +237,9 @@ def test_two_workers_give_the_same_bits_as_one_process(inline: dict[str, tuple[d
     assert results(sweep) == inline
     assert owners(sweep) == [1] * 4
     assert sorted(p.name for p in sweep.logs.iterdir()) == ["worker-0.log", "worker-1.log"]
-    told = [line for line in out.splitlines() if line.startswith("[")]
-    assert [line.split("]")[0] for line in told] == [f"[{i}/4" for i in range(1, 5)]
-    assert all(" done  val_loss " in line for line in told)
+    lines = [line for line in out.splitlines() if line.startswith("[")]
+    assert [line.split("]")[0] for line in lines] == [f"[{i}/4" for i in range(1, 5)]
+    assert all(" done  val_loss " in line for line in lines)
 
 
 def test_a_killed_worker_is_replaced_and_the_sweep_ends_with_the_same_bits(
@@ -316,8 +316,8 @@ def test_a_run_that_keeps_killing_its_worker_has_failed_and_the_others_are_train
 @pytest.mark.timeout(1800)
 def test_killing_the_whole_process_group_at_random_moments_never_changes_a_result(tmp_path: Path) -> None:
     drill = [*SMALL, "sweep.log2_lrs=[-9,-8,-7,-6,-5,-4]", "sweep.seeds=[0,1]"]
-    wanted = results(trained_inline(drill, tmp_path / "undisturbed"))
-    assert len(wanted) == 24
+    undisturbed = results(trained_inline(drill, tmp_path / "undisturbed"))
+    assert len(undisturbed) == 24
     sweep = SweepDir(Path("sweeps/smoke"))
     for more in random.Random(20).choices(range(20, 160), k=10):  # so many rows of metrics later
         goal = _progress(sweep) + more
@@ -327,7 +327,7 @@ def test_killing_the_whole_process_group_at_random_moments_never_changes_a_resul
         assert finish(launcher)[0] == -signal.SIGKILL
     code, _, err = finish(Forked("run", *drill, *TWO_SLOTS))
     assert code == 0, err
-    assert results(sweep) == wanted
+    assert results(sweep) == undisturbed
 
 
 def _progress(sweep: SweepDir) -> int:

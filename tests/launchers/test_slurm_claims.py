@@ -42,8 +42,8 @@ def in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_claim_names_the_task_of_its_array(slurm: Fake, in_a_job: None, tmp_path: Path) -> None:
     claim = lease.acquire(tmp_path / "claims")
     assert claim is not None
-    wanted = {"slurm_cluster": "here", "slurm_job": "50_4", "slurm_restarts": None}
-    assert {key: claim.owner[key] for key in wanted} == wanted
+    expected = {"slurm_cluster": "here", "slurm_job": "50_4", "slurm_restarts": None}
+    assert {key: claim.owner[key] for key in expected} == expected
 
 
 def test_a_claim_of_a_job_that_is_over_is_taken_over_at_once(

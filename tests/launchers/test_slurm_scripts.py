@@ -77,14 +77,14 @@ def executed(script: str, folder: Path, **environment: str) -> subprocess.Comple
 def test_names_that_look_like_code_stay_names(tmp_path: Path) -> None:
     nasty = "a'; touch pwned; $(touch pwned) `touch pwned` \" & b"
     site = Site(nasty, tmp_path / nasty, tmp_path / nasty / "logs", tmp_path / nasty, "echo")
-    made = Slurm(gpus=0)
-    array = made.array_text(site, "w64-d2", [sbatch.Task((nasty, "b"), 1.0)])
+    launcher = Slurm(gpus=0)
+    array = launcher.array_text(site, "w64-d2", [sbatch.Task((nasty, "b"), 1.0)])
     done = executed(array, tmp_path, SLURM_ARRAY_TASK_ID="0")
     assert done.returncode == 0, done.stderr
     *_, last = done.stdout.splitlines()
     options = "--device cpu --threads 1 --restarts 2 --requeue 100"
     assert last == f"-m mupsweep worker {tmp_path / nasty} {nasty} b {options}"
-    done = executed(made.analysis_text(site), tmp_path)
+    done = executed(launcher.analysis_text(site), tmp_path)
     assert done.stdout == f"-m mupsweep report {tmp_path / nasty}\n"
     assert list(tmp_path.iterdir()) == []
     for line in array.splitlines():

@@ -39,27 +39,27 @@ def everything(name: str, optimizer: str = "adamw", **keys: object) -> RunSpec:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_has_the_name_of_its_file_and_a_key_for_every_field(name: str) -> None:
-    made = resolve(f"model={name}")
-    assert made.model.name == name
-    assert {f.name for f in fields(made.model)} | {"kind"} == set(made.variant.model)
+    resolved = resolve(f"model={name}")
+    assert resolved.model.name == name
+    assert {f.name for f in fields(resolved.model)} | {"kind"} == set(resolved.variant.model)
 
 
 @pytest.mark.parametrize("ratios", RATIOS, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_table_of_tensors_is_the_state_dict(name: str, ratios: tuple[float, float]) -> None:
-    made = resolve(f"model={name}")
-    size = made.size(*ratios)
+    resolved = resolve(f"model={name}")
+    size = resolved.size(*ratios)
     with torch.device("meta"):
-        net = made.model.network(size, tensor_rules.multipliers(made, size))
-    table = {t.name: t.shape for t in made.model.tensors(size)}
-    assert len(table) == len(list(made.model.tensors(size)))
+        net = resolved.model.network(size, tensor_rules.multipliers(resolved, size))
+    table = {t.name: t.shape for t in resolved.model.tensors(size)}
+    assert len(table) == len(list(resolved.model.tensors(size)))
     assert table == {key: tuple(value.shape) for key, value in net.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_roles_grow_as_declared(name: str) -> None:
-    made = resolve(f"model={name}")
-    small, wide, deep = ({t.name: t for t in made.model.tensors(made.size(*r))} for r in RATIOS[:3])
+    resolved = resolve(f"model={name}")
+    small, wide, deep = ({t.name: t for t in resolved.model.tensors(resolved.size(*r))} for r in RATIOS[:3])
     assert small.keys() == wide.keys()
     for key, t in small.items():
         grew = tuple(b > s for s, b in zip(t.acting_dims, wide[key].acting_dims, strict=True))
@@ -72,18 +72,18 @@ def test_roles_grow_as_declared(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_lies_inside_a_block_has_a_hidden_role(name: str) -> None:
-    made = resolve(f"model={name}")
-    for t in made.model.tensors(made.size(1.0, 1.0)):
+    resolved = resolve(f"model={name}")
+    for t in resolved.model.tensors(resolved.size(1.0, 1.0)):
         assert (t.role in (Role.HIDDEN, Role.HIDDEN_VECTOR)) == t.name.startswith("blocks."), t.name
         assert t.decay == t.role.is_matrix, t.name
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_vocabulary_changes_only_the_embedding_and_the_head(name: str) -> None:
-    made = resolve(f"model={name}")
-    size = made.size(1.0, 1.0)
+    resolved = resolve(f"model={name}")
+    size = resolved.size(1.0, 1.0)
     larger = replace(size, vocab_size=size.vocab_size + 64)
-    pairs = zip(made.model.tensors(size), made.model.tensors(larger), strict=True)
+    pairs = zip(resolved.model.tensors(size), resolved.model.tensors(larger), strict=True)
     assert {a.name for a, b in pairs if a.shape != b.shape} == {"token_embedding.weight", "head.weight"}
 
 
@@ -94,12 +94,12 @@ def test_the_base_shape_is_a_fixed_point(name: str, optimizer: str) -> None:
     """Rules, weights, loss and the weights after two steps are those of sp, bit for bit."""
     ends = []
     for parametrization in ("sp", "spectral"):
-        made = tiny(name, optimizer, parametrization)
-        built = build.build(made, CPU)
+        model = tiny(name, optimizer, parametrization)
+        built = build.build(model, CPU)
         started = {k: v.clone() for k, v in built.network.state_dict().items()}
-        losses = [step(built, tokens(made.size)) for _ in range(2)]
+        losses = [step(built, tokens(model.size)) for _ in range(2)]
         ends.append(
-            (tensor_rules.rules(made.resolved, made.size, made.base_lr), started, losses, built.network.state_dict())
+            (tensor_rules.rules(model.resolved, model.size, model.base_lr), started, losses, built.network.state_dict())
         )
     (sp_rules, sp_start, sp_losses, sp_end), (rules, start, losses, end) = ends
     assert rules == sp_rules
@@ -122,26 +122,26 @@ def step(built: build.TrainingSetup, ids: Tensor) -> float:
 @pytest.mark.parametrize("projections", ["split", "fused"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_few_steps_of_training_reduce_the_loss(name: str, projections: str, optimizer: str) -> None:
-    made = scaled(everything(name, optimizer, projections=projections), 2.0)
-    built = build.build(made, CPU)
-    losses = [step(built, tokens(made.size)) for _ in range(20)]
-    assert losses[0] == pytest.approx(torch.tensor(made.size.vocab_size).log().item(), abs=0.2)
+    scaling = scaled(everything(name, optimizer, projections=projections), 2.0)
+    built = build.build(scaling, CPU)
+    losses = [step(built, tokens(scaling.size)) for _ in range(20)]
+    assert losses[0] == pytest.approx(torch.tensor(scaling.size.vocab_size).log().item(), abs=0.2)
     assert losses[-1] < losses[0] - 0.5
 
 
 @pytest.mark.parametrize("projections", ["split", "fused"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradients_flow_to_every_tensor(name: str, projections: str) -> None:
-    made = everything(name, projections=projections)
-    net = network(made.resolved.model, made.size)
-    ids = tokens(made.size)
+    spec = everything(name, projections=projections)
+    net = network(spec.resolved.model, spec.size)
+    ids = tokens(spec.size)
     net(ids[:, :-1], ids[:, 1:]).backward()
     for key, parameter in net.named_parameters():
         if key.endswith("key.bias") and net.position_embedding is not None:
             continue  # adds the same to every score of a query, unless keys are turned by their positions
         assert parameter.grad is not None, key
         assert parameter.grad.abs().max() > 1e-5, key
-    assert len(list(net.parameters())) == len(list(made.resolved.model.tensors(made.size)))
+    assert len(list(net.parameters())) == len(list(spec.resolved.model.tensors(spec.size)))
 
 
 def stacked(split: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
@@ -173,8 +173,8 @@ def test_a_fused_tensor_has_the_rule_of_its_parts(name: str, optimizer: str) -> 
     """Ratios to the base shape; the MLP is a whole multiple of the width, so that every part grows alike."""
     rows = {}
     for kind in ("split", "fused"):
-        made = scaled(everything(name, optimizer, projections=kind, ffn_ratio=4.0), 4.0, 2.0)
-        rows[kind] = {r.name: r for r in tensor_rules.rules(made.resolved, made.size, made.base_lr)}
+        scaling = scaled(everything(name, optimizer, projections=kind, ffn_ratio=4.0), 4.0, 2.0)
+        rows[kind] = {r.name: r for r in tensor_rules.rules(scaling.resolved, scaling.size, scaling.base_lr)}
     compared = 0
     for key, mine in rows["split"].items():
         head, part, leaf = (*key.rsplit(".", 2), "", "")[:3]
@@ -187,17 +187,17 @@ def test_a_fused_tensor_has_the_rule_of_its_parts(name: str, optimizer: str) -> 
         for ratio in ("init_var_ratio", "multiplier_ratio", "lr_ratio", "weight_decay_ratio", "eps_ratio"):
             assert getattr(mine, ratio) == pytest.approx(getattr(theirs, ratio), rel=TOLERANCE["rule"]), (key, ratio)
         assert mine.init_std == pytest.approx(theirs.init_std, rel=TOLERANCE["rule"])
-    assert compared >= 3 * made.size.depth
+    assert compared >= 3 * scaling.size.depth
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_no_token_sees_the_future_and_every_token_sees_the_past(name: str) -> None:
-    made = tiny(name)
-    net = network(made.resolved.model, made.size).double()
-    ids = tokens(made.size, batch=1)
-    for changed in (1, 9, made.size.context - 1):
+    model = tiny(name)
+    net = network(model.resolved.model, model.size).double()
+    ids = tokens(model.size, batch=1)
+    for changed in (1, 9, model.size.context - 1):
         other = ids.clone()
-        other[0, changed] = (ids[0, changed] + 1) % made.size.vocab_size
+        other[0, changed] = (ids[0, changed] + 1) % model.size.vocab_size
         with torch.no_grad():
             moved = (net(ids) - net(other)).abs().amax(dim=(0, 2))
         assert (moved[:changed] == 0).all()
@@ -206,18 +206,18 @@ def test_no_token_sees_the_future_and_every_token_sees_the_past(name: str) -> No
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_shorter_text_has_the_logits_of_its_prefix(name: str) -> None:
-    made = everything(name)
-    net = network(made.resolved.model, made.size).double()
-    ids = tokens(made.size)
+    spec = everything(name)
+    net = network(spec.resolved.model, spec.size).double()
+    ids = tokens(spec.size)
     with torch.no_grad():
         torch.testing.assert_close(net(ids[:, :5]), net(ids)[:, :5], rtol=TOLERANCE["prefix"], atol=TOLERANCE["prefix"])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_order_of_the_tokens_matters(name: str) -> None:
-    made = everything(name)
-    net = network(made.resolved.model, made.size)
-    ids = tokens(made.size, batch=1)
+    spec = everything(name)
+    net = network(spec.resolved.model, spec.size)
+    ids = tokens(spec.size, batch=1)
     swapped = ids.clone()
     swapped[0, [2, 3]] = ids[0, [3, 2]]
     assert not torch.equal(ids, swapped)
@@ -227,9 +227,9 @@ def test_the_order_of_the_tokens_matters(name: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_bf16_autocast_computes_the_same_to_its_precision(name: str) -> None:
-    made = everything(name)
-    net = network(made.resolved.model, made.size)
-    ids = tokens(made.size)
+    spec = everything(name)
+    net = network(spec.resolved.model, spec.size)
+    ids = tokens(spec.size)
     with torch.no_grad():
         exact = net(ids)
         with autocast("bf16", CPU):
@@ -244,9 +244,9 @@ def test_bf16_autocast_computes_the_same_to_its_precision(name: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_compiled_network_has_the_loss_and_gradients_of_the_plain_one(name: str, precision: str) -> None:
-    made = everything(name)
-    net = network(made.resolved.model, made.size)
-    ids = tokens(made.size)
+    spec = everything(name)
+    net = network(spec.resolved.model, spec.size)
+    ids = tokens(spec.size)
     found = []
     for forward in (net, torch.compile(net, dynamic=False)):
         net.zero_grad()

@@ -347,7 +347,7 @@ def test_a_role_that_its_shape_contradicts_is_refused(cls: type[Llama], keys: di
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("overrides", "expected"),
     [
         (["model.kv_heads=0"], ["model.kv_heads=0", "null"]),
         (["model.ffn_multiple=0"], ["model.ffn_multiple=0", "at least 1"]),
@@ -363,9 +363,9 @@ def test_a_role_that_its_shape_contradicts_is_refused(cls: type[Llama], keys: di
     ],
     ids=" ".join,
 )
-def test_a_value_that_llama_cannot_have_is_refused_in_one_line(words: list[str], expected: list[str]) -> None:
+def test_a_value_that_llama_cannot_have_is_refused_in_one_line(overrides: list[str], expected: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
-        resolve("model=llama", *words).size(1.0, 1.0)
+        resolve("model=llama", *overrides).size(1.0, 1.0)
     for word in expected:
         assert word in str(refused.value)
     assert "\n" not in str(refused.value)

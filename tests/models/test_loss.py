@@ -166,8 +166,8 @@ def test_under_bf16_autocast_the_error_is_that_of_plain_autocast(scale: float) -
     assert got.dtype == torch.float32
     truth = gradients(exact, features, weight)
     theirs = gradients(plain, features, weight)
-    mine = gradients(got, features, weight)
-    for a, b, true in zip(mine, theirs, truth, strict=True):
+    own_gradients = gradients(got, features, weight)
+    for a, b, true in zip(own_gradients, theirs, truth, strict=True):
         assert a.dtype == torch.float32
         error, allowed = (a - true).norm() / true.norm(), (b - true).norm() / true.norm()
         assert 1e-4 < error < TOLERANCE["bf16"] * allowed  # really bf16, and no worse

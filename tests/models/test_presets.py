@@ -20,9 +20,9 @@ PRESETS = [name for name in MODELS if name not in ARCHITECTURES]
 def command(name: str) -> list[str]:
     """The words of the command in the first line of the preset's yaml."""
     first = (config.config_root() / "model" / f"{name}.yaml").read_text().splitlines()[0]
-    program, verb, *words = shlex.split(first.lstrip("# "))
-    assert (program, verb, words[0]) == ("mupsweep", "plan", f"model={name}")
-    return words
+    program, verb, *overrides = shlex.split(first.lstrip("# "))
+    assert (program, verb, overrides[0]) == ("mupsweep", "plan", f"model={name}")
+    return overrides
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,9 @@ def test_gpt2_has_its_published_shapes() -> None:
     """Parameters of transformers' gpt2, gpt2-medium, gpt2-large and gpt2-xl, plus 47 tokens of padding."""
     published = {124: 124_439_808, 355: 354_823_168, 774: 774_030_080, 1558: 1_557_611_200}
     for millions, parameters in published.items():
-        made = resolve(*command(f"gpt2_{millions}m"))
-        size = made.size(1.0, 1.0)
-        assert made.cost(size).parameters == parameters + 47 * size.width
+        resolved = resolve(*command(f"gpt2_{millions}m"))
+        size = resolved.size(1.0, 1.0)
+        assert resolved.cost(size).parameters == parameters + 47 * size.width
         assert size.head_dim == 64
 
 

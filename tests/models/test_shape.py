@@ -115,7 +115,7 @@ def test_heads_share_keys_in_groups_of_one_size_unless_kv_heads_is_held(
 
 
 @pytest.mark.parametrize(
-    ("shape", "ratio", "words"),
+    ("shape", "ratio", "overrides"),
     [
         ({"kv_heads": 3}, 1, ["model.kv_heads=3", "4 heads", "model.width=64"]),
         ({"kv_heads": 8}, 2, ["model.kv_heads=8", "4 heads", "model.width=64"]),  # though 8 would do at width 128
@@ -127,11 +127,11 @@ def test_heads_share_keys_in_groups_of_one_size_unless_kv_heads_is_held(
     ids=str,
 )
 def test_a_size_that_cannot_share_keys_as_the_rule_says_is_refused_in_one_line(
-    shape: dict[str, int], ratio: float, words: list[str]
+    shape: dict[str, int], ratio: float, overrides: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as refused:
         base(width=64, **shape).scaled(ratio, 1, 256)  # type: ignore[arg-type]
-    for word in words:
+    for word in overrides:
         assert word in str(refused.value)
     assert "\n" not in str(refused.value)
 

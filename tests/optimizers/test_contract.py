@@ -166,9 +166,9 @@ def test_every_parameter_is_in_exactly_one_group(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_is_stepped_by_the_part_that_takes_its_role(name: str) -> None:
-    made = run(name)
-    built = build(made, CPU)
-    roles = {t.name: t.role for t in made.resolved.model.tensors(made.size)}
+    spec = run(name)
+    built = build(spec, CPU)
+    roles = {t.name: t.role for t in spec.resolved.model.tensors(spec.size)}
     named = {part.name: part for part in parts(name)}
     for group in built.groups:
         for tensor in group["tensors"]:
@@ -177,8 +177,8 @@ def test_every_tensor_is_stepped_by_the_part_that_takes_its_role(name: str) -> N
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_state_dict_through_a_file_continues_bit_for_bit(name: str) -> None:
-    made = run(name, decay(name))
-    straight, resumed = build(made, CPU), build(made, CPU)
+    spec = run(name, decay(name))
+    straight, resumed = build(spec, CPU), build(spec, CPU)
     for step in range(3):
         gradients(straight, step)
         straight.optimizer.step(0.5 + step / 4)

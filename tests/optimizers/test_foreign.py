@@ -30,8 +30,8 @@ def made(**keys: Any) -> Foreign:
     return instantiate({"kind": "mupsweep.optimizers.foreign.Foreign", **BASE, **keys}, "optimizer")
 
 
-def run(*words: str) -> RunSpec:
-    (one,) = plan(config.load([*TINY, "allow_imports=true", *words]))
+def run(*overrides: str) -> RunSpec:
+    (one,) = plan(config.load([*TINY, "allow_imports=true", *overrides]))
     return one
 
 
@@ -40,17 +40,17 @@ def groups(**keys: float) -> list[dict[str, Any]]:
 
 
 def test_the_path_is_refused_like_any_foreign_code() -> None:
-    words = [*TINY, "optimizer.path=torch.optim.NAdam", LAW]
-    told = r"optimizer\.path=torch\.optim\.NAdam is code outside mupsweep: add allow_imports=true if you trust it"
-    with pytest.raises(ConfigError, match=told):
-        config.load(words)
-    config.load([*words, "allow_imports=true"])
+    overrides = [*TINY, "optimizer.path=torch.optim.NAdam", LAW]
+    message = r"optimizer\.path=torch\.optim\.NAdam is code outside mupsweep: add allow_imports=true if you trust it"
+    with pytest.raises(ConfigError, match=message):
+        config.load(overrides)
+    config.load([*overrides, "allow_imports=true"])
 
 
 def test_the_path_of_the_rest_is_refused_too() -> None:
-    words = ["optimizer=muon", "optimizer.rest=foreign", "optimizer.rest.path=torch.optim.NAdam"]
+    overrides = ["optimizer=muon", "optimizer.rest=foreign", "optimizer.rest.path=torch.optim.NAdam"]
     with pytest.raises(ConfigError, match=r"optimizer\.rest\.path=torch\.optim\.NAdam is code outside mupsweep"):
-        config.load(words)
+        config.load(overrides)
 
 
 def test_a_path_of_data_is_no_code() -> None:
@@ -59,8 +59,8 @@ def test_a_path_of_data_is_no_code() -> None:
 
 def test_without_a_law_a_plan_is_refused_and_the_command_that_measures_it_named() -> None:
     chosen = config.load([*TINY, "optimizer.path=torch.optim.NAdam", "allow_imports=true"])
-    told = "mupsweep check law optimizer=foreign optimizer.path=torch.optim.NAdam allow_imports=true"
-    with pytest.raises(ConfigError, match=told) as refused:
+    message = "mupsweep check law optimizer=foreign optimizer.path=torch.optim.NAdam allow_imports=true"
+    with pytest.raises(ConfigError, match=message) as refused:
         plan(chosen)
     assert "\n" not in str(refused.value)
 
@@ -79,8 +79,8 @@ def test_it_is_trained_with_the_options_and_the_solved_numbers_of_every_tensor()
 
 
 def test_eps_follows_the_gradient_where_the_law_says_how() -> None:
-    words = "optimizer.law={degree: 0, n_out: 1/2, n_in: 1/2, eps_power: 1, blocks: entries}"
-    one, adamw = run("optimizer.path=torch.optim.NAdam", words), run("optimizer=adamw")
+    overrides = "optimizer.law={degree: 0, n_out: 1/2, n_in: 1/2, eps_power: 1, blocks: entries}"
+    one, adamw = run("optimizer.path=torch.optim.NAdam", overrides), run("optimizer=adamw")
     for mine, theirs in zip(*(rules(r.resolved, r.size, r.base_lr) for r in (one, adamw)), strict=True):
         assert (mine.eps_ratio, mine.lr_ratio) == pytest.approx((theirs.eps_ratio, theirs.lr_ratio)), mine.name
 
@@ -95,7 +95,7 @@ def test_what_the_constructor_does_not_take_is_left_out_of_the_groups() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "expected"),
     [
         ({"options": {"beta": 1}}, r"optimizer\.options\.beta: torch.optim.NAdam takes none; did you mean 'betas'\?"),
         ({"options": {"eps": 1}}, r"optimizer\.options\.eps: every tensor has its own; give optimizer\.eps"),
@@ -114,8 +114,8 @@ def test_what_the_constructor_does_not_take_is_left_out_of_the_groups() -> None:
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value),
 )
-def test_wrong_settings_are_refused(keys: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_wrong_settings_are_refused(keys: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
         made(**keys)
 
 

@@ -93,10 +93,10 @@ def test_the_update_grows_as_the_root_of_the_width_at_the_published_lr(block_siz
     assert optimizer.update_law().weight_norm == "spectral"
 
 
-def solved(*words: str) -> dict[Role, Any]:
+def solved(*overrides: str) -> dict[Role, Any]:
     """The rule of a tensor of every role at width x4, depth x4."""
-    made = run_spec.resolve(config.load(["data.tokenizer=bytes", *words]).variants[0])
-    return {row.role: row for row in rules(made, made.size(4.0, 4.0), 1.0)}
+    resolved = run_spec.resolve(config.load(["data.tokenizer=bytes", *overrides]).variants[0])
+    return {row.role: row for row in rules(resolved, resolved.size(4.0, 4.0), 1.0)}
 
 
 @pytest.mark.parametrize(("name", "hidden"), [("lamb", 1.0), ("lamb_strict", 0.5)])
@@ -109,25 +109,27 @@ def test_one_key_chooses_between_the_published_lr_rule_and_the_strict_one(name: 
 
 @pytest.mark.parametrize("name", ["lamb", "lamb_strict"])
 def test_decay_and_eps_are_those_of_adam_inside_the_trust_ratio(name: str) -> None:
-    mine = solved(f"optimizer={name}", "parametrization=spectral", "optimizer.weight_decay=0.1")
+    own = solved(f"optimizer={name}", "parametrization=spectral", "optimizer.weight_decay=0.1")
     adams = solved("optimizer=adamw", "parametrization=spectral", "optimizer.weight_decay=0.1")
     for role in (Role.INPUT, Role.HIDDEN, Role.OUTPUT):
-        assert mine[role].weight_decay == adams[role].weight_decay > 0
-        assert mine[role].eps_ratio == adams[role].eps_ratio
+        assert own[role].weight_decay == adams[role].weight_decay > 0
+        assert own[role].eps_ratio == adams[role].eps_ratio
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "parametrization", "told"),
+    ("optimizer", "parametrization", "expected"),
     [("lamb", "mup", True), ("lamb_strict", "mup", False), ("lamb", "sp", False)],
 )
 def test_the_audit_says_where_the_published_rule_is_not_that_of_the_updates(
-    optimizer: str, parametrization: str, told: bool
+    optimizer: str, parametrization: str, expected: bool
 ) -> None:
-    made = run_spec.resolve(config.load([f"optimizer={optimizer}", f"parametrization={parametrization}"]).variants[0])
+    resolved = run_spec.resolve(
+        config.load([f"optimizer={optimizer}", f"parametrization={parametrization}"]).variants[0]
+    )
     note = (
         "the LR of lamb follows the published rule, for hidden matrices 1, but the law of its updates asks for r_n^-1/2"
     )
-    assert audit(made) == ([note] if told else [])
+    assert audit(resolved) == ([note] if expected else [])
 
 
 def test_a_matrix_that_starts_at_zero_is_refused_with_its_name() -> None:
@@ -138,19 +140,25 @@ def test_a_matrix_that_starts_at_zero_is_refused_with_its_name() -> None:
 @pytest.mark.parametrize("rule", ["independent", "inverse_width", "timescale"])
 @pytest.mark.parametrize("optimizer", ["optimizer=lamb", "optimizer=sgd optimizer.spectral_norm=true"])
 def test_decay_inside_a_normalisation_takes_coupled_units_only(optimizer: str, rule: str) -> None:
-    words = [*optimizer.split(), "optimizer.weight_decay=0.1", f"parametrization.weight_decay_rule={rule}"]
+    overrides = [*optimizer.split(), "optimizer.weight_decay=0.1", f"parametrization.weight_decay_rule={rule}"]
     if "sgd" in optimizer:
-        words += ["optimizer.roles=[hidden]", "optimizer.rest=adamw"]
+        overrides += ["optimizer.roles=[hidden]", "optimizer.rest=adamw"]
     with pytest.raises(ConfigError, match=f"weight_decay_rule={rule}: .* use coupled_constant or unscaled"):
-        solved(*words)
-    without = solved(*words, "optimizer.weight_decay=0")
+        solved(*overrides)
+    without = solved(*overrides, "optimizer.weight_decay=0")
     assert without[Role.HIDDEN].weight_decay == 0
 
 
 @pytest.mark.parametrize("part", ["optimizer.block_size=null", "optimizer.block_size=16"])
 def test_decay_that_is_scaled_with_the_gradient_alone_takes_every_unit(part: str) -> None:
-    words = ["optimizer=sgd", part, "optimizer.roles=[hidden]", "optimizer.rest=adamw", "optimizer.weight_decay=0.1"]
-    row = solved(*words, "parametrization.weight_decay_rule=independent")[Role.HIDDEN]
+    overrides = [
+        "optimizer=sgd",
+        part,
+        "optimizer.roles=[hidden]",
+        "optimizer.rest=adamw",
+        "optimizer.weight_decay=0.1",
+    ]
+    row = solved(*overrides, "parametrization.weight_decay_rule=independent")[Role.HIDDEN]
     assert row.decay_per_step == pytest.approx(0.1, rel=1e-12)  # a step, at every size
 
 

@@ -46,8 +46,8 @@ def test_lion_is_pytorch_optimizers(betas: tuple[float, float]) -> None:
 
 
 def test_lion_serves_as_the_rest_of_a_matrix_optimizer() -> None:
-    made = resolve(config.load(["optimizer=muon", "optimizer.rest=lion"]).variants[0])
-    muon, lion = (scaled.optimizer for scaled in made.optimizers)
+    resolved = resolve(config.load(["optimizer=muon", "optimizer.rest=lion"]).variants[0])
+    muon, lion = (scaled.optimizer for scaled in resolved.optimizers)
     assert isinstance(lion, Lion)
     assert set(muon.roles) == {Role.HIDDEN}
     assert lion.betas == (0.9, 0.99)

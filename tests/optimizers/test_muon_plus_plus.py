@@ -179,8 +179,8 @@ def test_the_rule_is_that_of_an_update_of_rms_operator_norm_one() -> None:
 
 
 def test_the_audit_says_that_the_init_std_has_no_effect() -> None:
-    made = resolve(config.load(["experiment=smoke", "optimizer=muon_plus_plus"]).variants[0])
-    assert any("muon_plus_plus gives its weights a norm of its own" in note for note in audit(made))
+    resolved = resolve(config.load(["experiment=smoke", "optimizer=muon_plus_plus"]).variants[0])
+    assert any("muon_plus_plus gives its weights a norm of its own" in note for note in audit(resolved))
 
 
 @pytest.mark.parametrize(

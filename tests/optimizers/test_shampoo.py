@@ -253,8 +253,8 @@ def test_shampoo2_is_the_one_of_qiu() -> None:
 
 
 def test_a_ladder_across_max_axis_is_refused() -> None:
-    words = ["experiment=smoke", "optimizer=shampoo", "optimizer.max_axis=100", "sweep.width_ratios=[4]"]
-    (run,) = plan(config.load([*words, "sweep.log2_lrs=[-6]"]))
+    overrides = ["experiment=smoke", "optimizer=shampoo", "optimizer.max_axis=100", "sweep.width_ratios=[4]"]
+    (run,) = plan(config.load([*overrides, "sweep.log2_lrs=[-6]"]))
     with pytest.raises(ConfigError, match=r"mlp.up.weight: shampoo treats \(256, 64\) otherwise.*raise max_axis"):
         rules(run.resolved, run.size, 1.0)
 

@@ -69,12 +69,12 @@ def toy() -> tuple[nn.Module, Tensor]:
     """A transformer with five tokens of vocabulary and confident predictions, and a batch of six tokens."""
     model = NanoGPT(name="toy", width=8, depth=1, head_dim=4, context=3)
     size = model.base.scaled(1.0, 1.0, 5)
-    made = model.network(size, Multipliers(1.0, 1.5, 0.5))
+    network = model.network(size, Multipliers(1.0, 1.5, 0.5))
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in made.parameters():
+        for p in network.parameters():
             p.copy_(torch.randn(p.shape, generator=draw) * 0.4)
-    return made, torch.tensor([[0, 1, 2], [3, 4, 1]])
+    return network, torch.tensor([[0, 1, 2], [3, 4, 1]])
 
 
 def squares(loss: Tensor, made: nn.Module) -> list[Tensor]:
@@ -102,9 +102,9 @@ def test_squared_gradients_of_sampled_labels_average_to_the_gauss_newton_diagona
     traces = []
     for _ in range(SAMPLES):
         loss = made(inputs, draws=torch.randint(DRAWS, inputs.shape, generator=draw))
-        found = squares(inputs.numel() ** 0.5 * loss, made)
-        traces.append(sum(f.sum().item() for f in found))
-        for f, a, b in zip(found, mean, second, strict=True):
+        values = squares(inputs.numel() ** 0.5 * loss, made)
+        traces.append(sum(f.sum().item() for f in values))
+        for f, a, b in zip(values, mean, second, strict=True):
             a += f / SAMPLES
             b += f**2 / SAMPLES
     for (name, _), e, a, b in zip(made.named_parameters(), exact, mean, second, strict=True):
@@ -156,12 +156,12 @@ def test_an_observation_is_that_of_labels_drawn_from_the_logits_and_is_never_cli
     draws = torch.randint(DRAWS, INPUTS.shape, generator=generator("curvature", 5, 20)).flatten()
     labels = sample_labels(torch.eye(len(logits)), logits.detach().T.contiguous(), draws)
     (len(labels) ** 0.5 * F.cross_entropy(logits, labels)).backward()
-    found = curvatures(built)
-    assert found.keys() == before.keys()
+    curvature = curvatures(built)
+    assert curvature.keys() == before.keys()
     for name, p in again.named_parameters():
         assert p.grad is not None
         expected = 0.01 * p.grad**2
-        assert (found[name] - expected).abs().max() < TOLERANCE["observation"] * expected.max(), name
+        assert (curvature[name] - expected).abs().max() < TOLERANCE["observation"] * expected.max(), name
 
 
 def test_the_labels_depend_on_the_seed_and_the_step_alone() -> None:
@@ -183,15 +183,15 @@ def test_the_curvature_is_observed_at_the_first_step_and_every_kth_from_there() 
 
 
 def test_in_a_hybrid_only_sophia_observes_and_every_gradient_is_forgotten() -> None:
-    words = ("optimizer=muon", "optimizer.rest=sophia", "optimizer.rest.hessian_every=4")
-    built = build(run(*words), CPU)
+    overrides = ("optimizer=muon", "optimizer.rest=sophia", "optimizer.rest.hessian_every=4")
+    built = build(run(*overrides), CPU)
     assert [step for step in range(9) if built.optimizer.curvature_due(step)] == [0, 4, 8]
     observe_curvature(built.network, built, INPUTS, 0, 4, "fp32")
     assert all(p.grad is None for p in built.network.parameters())
-    found = curvatures(built)
-    roles = {t.name: t.role for t in run(*words).resolved.model.tensors(run(*words).size)}
-    assert set(found) == {name for name, role in roles.items() if role is not Role.HIDDEN}
-    assert all(h.max() > 0 for h in found.values())
+    curvature = curvatures(built)
+    roles = {t.name: t.role for t in run(*overrides).resolved.model.tensors(run(*overrides).size)}
+    assert set(curvature) == {name for name, role in roles.items() if role is not Role.HIDDEN}
+    assert all(h.max() > 0 for h in curvature.values())
 
 
 # The rule of rho.
@@ -199,8 +199,8 @@ def test_in_a_hybrid_only_sophia_observes_and_every_gradient_is_forgotten() -> N
 
 @pytest.mark.parametrize(("rule", "hidden", "others"), [("gradient", 4.0 * 2.0, 4.0), ("constant", 1.0, 1.0)])
 def test_rho_is_one_over_the_gradient_or_constant(rule: str, hidden: float, others: float) -> None:
-    words = ["optimizer=sophia", f"optimizer.rho_rule={rule}", "parametrization=spectral", "optimizer.rho=0.05"]
-    resolved = run_spec.resolve(config.load(words).variants[0])
+    overrides = ["optimizer=sophia", f"optimizer.rho_rule={rule}", "parametrization=spectral", "optimizer.rho=0.05"]
+    resolved = run_spec.resolve(config.load(overrides).variants[0])
     for row in rules(resolved, resolved.size(4.0, 2.0), 1.0):
         in_block = row.role in (Role.HIDDEN, Role.HIDDEN_VECTOR)
         assert row.thresholds["rho"] == pytest.approx(0.05 * (hidden if in_block else others), rel=1e-12), row.name

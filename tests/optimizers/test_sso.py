@@ -158,8 +158,8 @@ def test_a_first_order_step_leaves_the_spectral_norm() -> None:
 
 
 def test_the_audit_says_that_the_init_std_has_no_effect() -> None:
-    made = resolve(config.load(["experiment=smoke", "optimizer=sso"]).variants[0])
-    assert any("sso gives its weights a norm of its own" in note for note in audit(made))
+    resolved = resolve(config.load(["experiment=smoke", "optimizer=sso"]).variants[0])
+    assert any("sso gives its weights a norm of its own" in note for note in audit(resolved))
 
 
 @pytest.mark.parametrize(

@@ -13,20 +13,20 @@ from mupsweep.sweep.run_spec import RunSpec
 SMALL = ["experiment=smoke", "training.precision=fp32", "sweep.log2_lrs=[-6]"]
 
 
-def run(*words: str, width_ratio: int = 4, depth_ratio: int = 2) -> RunSpec:
+def run(*overrides: str, width_ratio: int = 4, depth_ratio: int = 2) -> RunSpec:
     """The one run of a target four times as wide and twice as deep as its base."""
     sizes = [f"sweep.width_ratios=[{width_ratio}]", f"sweep.depth_ratios=[{depth_ratio}]"]
-    (made,) = plan.plan(config.load([*SMALL, *sizes, *words]))
+    (made,) = plan.plan(config.load([*SMALL, *sizes, *overrides]))
     return made
 
 
 def content(made: RunSpec) -> dict[str, Any]:
     """Its recipe, as it is read back from a file."""
     model, optimizer, parametrization = made.resolved.variant.label
-    told = {"basis": "measured", "horizon": {"note": "for the tokens that were trained"}}
-    told |= {"log2_lr": made.log2_lr, "log2_lr_optimum": made.log2_lr}
-    told |= {"log2_lr_low": made.log2_lr - 0.5, "log2_lr_high": made.log2_lr + 0.5}
-    found = {"model": model, "optimizer": optimizer, "parametrization": parametrization, **told}
+    rows = {"basis": "measured", "horizon": {"note": "for the tokens that were trained"}}
+    rows |= {"log2_lr": made.log2_lr, "log2_lr_optimum": made.log2_lr}
+    rows |= {"log2_lr_low": made.log2_lr - 0.5, "log2_lr_high": made.log2_lr + 0.5}
+    found = {"model": model, "optimizer": optimizer, "parametrization": parametrization, **rows}
     return json.loads(json.dumps(found | recipe.settings(made.resolved, made.size, made.base_lr)))
 
 

@@ -57,8 +57,8 @@ def test_the_groups_are_those_of_mup(optimizer: str, theirs: str, width: int, ff
     mup.set_base_shapes(model, base, delta=delta, rescale_params=False, do_assert=False)
     expected = numbers(getattr(mup, theirs)(model.parameters(), lr=LR, weight_decay=DECAY).param_groups, model)
     model.head = head
-    found = mupsweep.param_groups(model, base, optimizer=optimizer, lr=LR, weight_decay=DECAY, delta_model=delta)
-    ours = numbers(found, model)
+    groups = mupsweep.param_groups(model, base, optimizer=optimizer, lr=LR, weight_decay=DECAY, delta_model=delta)
+    ours = numbers(groups, model)
     assert ours.keys() == expected.keys()
     for name, (lr, decay) in ours.items():
         assert (lr, decay) == pytest.approx(expected[name], rel=EXACT), name
@@ -69,9 +69,9 @@ def test_the_groups_are_those_of_mup(optimizer: str, theirs: str, width: int, ff
 def test_muadam_scales_what_its_documentation_says() -> None:
     """The same without the package: matrices lr / fan-in ratio and decay * fan-in ratio, everything else unchanged."""
     model = Net(64, 96)
-    found = numbers(mupsweep.param_groups(model, Net(16, 48), lr=LR, weight_decay=DECAY), model)
+    values = numbers(mupsweep.param_groups(model, Net(16, 48), lr=LR, weight_decay=DECAY), model)
     fan_in = {"mix.weight": 4, "blocks.0.1.weight": 4, "blocks.0.3.weight": 2}
-    for name, (lr, decay) in found.items():
+    for name, (lr, decay) in values.items():
         ratio = fan_in.get(name.replace("blocks.1", "blocks.0"), 1)
         assert (lr, decay) == pytest.approx((LR / ratio, DECAY * ratio), rel=EXACT), name
 
@@ -79,12 +79,12 @@ def test_muadam_scales_what_its_documentation_says() -> None:
 @pytest.mark.parametrize("parametrization", ["mup", "spectral", "depth_mup", "sp_per_layer"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon_kimi", "sgd", "sophia"])
 def test_our_own_networks_get_the_numbers_that_runs_train_with(optimizer: str, parametrization: str) -> None:
-    words = ["experiment=smoke", f"optimizer={optimizer}", f"parametrization={parametrization}"]
-    made = run_spec.resolve(config.load(words).variants[0])
-    sizes = [made.size(1.0, 1.0), made.size(4.0, 2.0)]
+    overrides = ["experiment=smoke", f"optimizer={optimizer}", f"parametrization={parametrization}"]
+    resolved = run_spec.resolve(config.load(overrides).variants[0])
+    sizes = [resolved.size(1.0, 1.0), resolved.size(4.0, 2.0)]
     with torch.device("meta"):
-        base, model = (made.model.network(size, tensor_rules.multipliers(made, size)) for size in sizes)
-    found = mupsweep.param_groups(
+        base, model = (resolved.model.network(size, tensor_rules.multipliers(resolved, size)) for size in sizes)
+    groups = mupsweep.param_groups(
         model,
         base,
         optimizer=optimizer,
@@ -94,8 +94,8 @@ def test_our_own_networks_get_the_numbers_that_runs_train_with(optimizer: str, p
         no_decay=["*norm.weight"],
         details=True,
     )
-    mine = {name: group for group in found for name in group["names"]}
-    rows = tensor_rules.rules(made, sizes[1], LR)
+    mine = {name: group for group in groups for name in group["names"]}
+    rows = tensor_rules.rules(resolved, sizes[1], LR)
     assert mine.keys() == {row.name for row in rows}
     for row in rows:
         group = mine[row.name]
@@ -113,20 +113,20 @@ def test_our_own_networks_get_the_numbers_that_runs_train_with(optimizer: str, p
 
 def test_the_groups_hold_every_parameter_once_and_torch_takes_them() -> None:
     model = Net(64)
-    found = mupsweep.param_groups(model, Net(16), lr=LR, weight_decay=DECAY, eps=1e-8, no_decay=["*.bias", "position"])
-    assert {tuple(group) for group in found} == {("params", "lr", "weight_decay", "eps")}  # more only when asked for
-    optimizer = torch.optim.AdamW(found)
+    groups = mupsweep.param_groups(model, Net(16), lr=LR, weight_decay=DECAY, eps=1e-8, no_decay=["*.bias", "position"])
+    assert {tuple(group) for group in groups} == {("params", "lr", "weight_decay", "eps")}  # more only when asked for
+    optimizer = torch.optim.AdamW(groups)
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held)) == len(list(model.parameters()))
     assert {group["eps"] for group in optimizer.param_groups} == {1e-8, 1e-8 / 4}  # fixed tensors keep theirs
-    assert numbers(found, model)["head.bias"] == (LR, 0.0)
+    assert numbers(groups, model)["head.bias"] == (LR, 0.0)
 
 
 def test_a_hybrid_says_which_optimizer_takes_a_group() -> None:
     model = Net(64)
-    found = mupsweep.param_groups(model, Net(16), optimizer="muon", parametrization="spectral", lr=LR)
+    groups = mupsweep.param_groups(model, Net(16), optimizer="muon", parametrization="spectral", lr=LR)
     by_optimizer: dict[str, set[Tensor]] = {"muon": set(), "adamw": set()}
-    for group in found:
+    for group in groups:
         by_optimizer[group["optimizer"]] |= set(group["params"])
     hidden = {"mix.weight", *(f"blocks.{i}.{j}.weight" for i in range(2) for j in (1, 3))}
     assert by_optimizer["muon"] == {model.get_parameter(name) for name in hidden}
@@ -134,10 +134,10 @@ def test_a_hybrid_says_which_optimizer_takes_a_group() -> None:
 
 
 def test_more_blocks_than_the_base_follow_the_depth_rule() -> None:
-    found = mupsweep.param_groups(
+    groups = mupsweep.param_groups(
         Net(16, depth=8), Net(16), lr=LR, parametrization="spectral", delta_model=Net(32), details=True
     )
-    multiplier = {name: group["multiplier"] for group in found for name in group["names"]}
+    multiplier = {name: group["multiplier"] for group in groups for name in group["names"]}
     assert {name: value for name, value in multiplier.items() if value != 1} == {
         name: 0.25 for name in multiplier if name.startswith("blocks.")
     }
@@ -157,8 +157,8 @@ def test_a_tied_head_is_taken_where_both_rules_agree_and_refused_where_not() -> 
 
 
 def test_a_role_can_be_given_by_name() -> None:
-    found = mupsweep.param_groups(Net(64), Net(16), lr=LR, roles={"head.weight": "hidden"}, details=True)
-    assert {g["role"]: g["lr"] for g in found if "head.weight" in g["names"]} == {"hidden": LR / 4}
+    groups = mupsweep.param_groups(Net(64), Net(16), lr=LR, roles={"head.weight": "hidden"}, details=True)
+    assert {g["role"]: g["lr"] for g in groups if "head.weight" in g["names"]} == {"hidden": LR / 4}
 
 
 def without(name: str) -> nn.Module:

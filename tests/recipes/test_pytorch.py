@@ -32,9 +32,9 @@ def tokens(model: nn.Module, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_its_groups_train_as_our_own_do(optimizer: str) -> None:
-    made = run(f"optimizer={optimizer}", "optimizer.weight_decay=0.1")
-    export, snippet = exported("pytorch", made)
-    ours, theirs = build.build(made, CPU), build.build(made, CPU).network
+    spec = run(f"optimizer={optimizer}", "optimizer.weight_decay=0.1")
+    export, snippet = exported("pytorch", spec)
+    ours, theirs = build.build(spec, CPU), build.build(spec, CPU).network
     start = {name: p.detach().clone() for name, p in theirs.named_parameters()}
     members = snippet["optimizers"](theirs)
     assert bool(export.limits) == (optimizer == "soap")
@@ -57,16 +57,16 @@ def test_its_groups_train_as_our_own_do(optimizer: str) -> None:
 
 
 def test_it_states_the_forward_constants_and_draws_the_start_of_our_network() -> None:
-    made = run("model.bias=true")
-    _, snippet = exported("pytorch", made)
-    forward = tensor_rules.multipliers(made.resolved, made.size)
+    spec = run("model.bias=true")
+    _, snippet = exported("pytorch", spec)
+    forward = tensor_rules.multipliers(spec.resolved, spec.size)
     stated = [snippet[key] for key in ("BLOCK_MULTIPLIER", "OUTPUT_MULTIPLIER", "ATTENTION_SCALE")]
     assert stated == [forward.block, forward.output, forward.attention] == [0.5, 0.25, 8**-0.5]
-    assert snippet["CLIP_NORM"] == tensor_rules.clip_norm(made.resolved)
-    network = build.build(made, CPU).network
+    assert snippet["CLIP_NORM"] == tensor_rules.clip_norm(spec.resolved)
+    network = build.build(spec, CPU).network
     torch.manual_seed(0)
     snippet["initialise"](network)
-    for row in tensor_rules.rules(made.resolved, made.size, made.base_lr):
+    for row in tensor_rules.rules(spec.resolved, spec.size, spec.base_lr):
         values = network.get_parameter(row.name).detach()
         if row.init == "normal":
             error = row.init_std / (2 * values.numel()) ** 0.5
@@ -90,18 +90,18 @@ def test_names_of_another_model_are_renamed_and_strange_ones_refused() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 def test_folded_multipliers_train_the_same_function(optimizer: str) -> None:
     """Weights that took up the constants behind them walk as the network with constants does."""
-    made = run(f"optimizer={optimizer}", "optimizer.weight_decay=0.1", "training.clip=null")
-    recipe, limits = folded(content(made))
+    spec = run(f"optimizer={optimizer}", "optimizer.weight_decay=0.1", "training.clip=null")
+    recipe, limits = folded(content(spec))
     assert limits == []
     assert recipe["block_multiplier"] == recipe["output_multiplier"] == 1.0
-    forward = tensor_rules.multipliers(made.resolved, made.size)
+    forward = tensor_rules.multipliers(spec.resolved, spec.size)
     space: dict = {}
-    exec(snippet_of.render(content(made))[0], space)
+    exec(snippet_of.render(content(spec))[0], space)
     plain_space: dict = {}
     exec(snippet_of.render(recipe)[0], plain_space)
-    with_constants = build.build(made, CPU).network.double()
-    plain = made.resolved.model.network(made.size, Multipliers(1.0, 1.0, forward.attention)).double()
-    stds = [{row["name"]: row["init_std"] for row in side["tensors"]} for side in (content(made), recipe)]
+    with_constants = build.build(spec, CPU).network.double()
+    plain = spec.resolved.model.network(spec.size, Multipliers(1.0, 1.0, forward.attention)).double()
+    stds = [{row["name"]: row["init_std"] for row in side["tensors"]} for side in (content(spec), recipe)]
     with torch.no_grad():
         for name, p in plain.named_parameters():
             factor = stds[1][name] / stds[0][name] if stds[0][name] else 1.0

@@ -27,10 +27,10 @@ BEST = -8.0
 MEASURED = 30 * 4 * 32  # tokens of a run of experiment=smoke
 
 
-def ladder(*words: str) -> SweepDir:
+def ladder(*overrides: str) -> SweepDir:
     """A finished sweep of two widths: noiseless parabolas with the optimum at BEST."""
     grid = ["sweep.width_ratios=[1,2]", "sweep.log2_lrs=[-10,-9,-8,-7,-6]", "sweep.seeds=[0,1]"]
-    sweep, runs = plan.save(config.load(["experiment=smoke", *grid, *words]), "")
+    sweep, runs = plan.save(config.load(["experiment=smoke", *grid, *overrides]), "")
     for run in runs:
         folder, loss = sweep.run(run.run_id), 3.0 + 0.1 * (run.log2_lr - BEST) ** 2 + 1e-4 * run.seed
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -55,14 +55,14 @@ def measured() -> LadderResult:
     return group
 
 
-def made(*words: str) -> ResolvedVariant:
-    return run_spec.resolve(config.load(["experiment=smoke", *words]).variants[0])
+def made(*overrides: str) -> ResolvedVariant:
+    return run_spec.resolve(config.load(["experiment=smoke", *overrides]).variants[0])
 
 
-def at(words: list[str], tokens: int | None = None, horizons: LadderResult | None = None) -> dict[str, Any]:
+def at(overrides: list[str], tokens: int | None = None, horizons: LadderResult | None = None) -> dict[str, Any]:
     groups = [measured()] if horizons is None else [measured(), horizons]
     length = {} if tokens is None else {"tokens": tokens}
-    return recipe.target_recipe(groups, made(*words), {"width": 64, **length})
+    return recipe.target_recipe(groups, made(*overrides), {"width": 64, **length})
 
 
 def rows(content: dict[str, Any], key: str) -> dict[str, float]:
@@ -91,8 +91,8 @@ def test_it_names_the_target_whole_and_the_tokens_that_its_lr_is_for() -> None:
 @pytest.mark.parametrize(("width", "beyond"), [(16, None), (32, None), (64, 2), (1024, 32)])
 def test_it_says_how_far_the_target_lies_beyond_what_was_measured(width: int, beyond: int | None) -> None:
     basis = recipe.target_recipe([measured()], made(), {"width": width})["basis"]
-    told = "" if beyond is None else f"the target's width is {beyond} times the largest measured"
-    assert basis.partition("; ")[2] == told
+    outcome = "" if beyond is None else f"the target's width is {beyond} times the largest measured"
+    assert basis.partition("; ")[2] == outcome
 
 
 def test_without_an_exponent_another_horizon_changes_the_length_and_says_that_the_lr_is_not_carried() -> None:
@@ -106,8 +106,8 @@ def test_without_an_exponent_another_horizon_changes_the_length_and_says_that_th
 
 
 def test_the_exponent_of_the_sweep_carries_every_lr() -> None:
-    words = ["training.horizon_exponent=-0.5", f"training.base_tokens={MEASURED}"]
-    near, far = at(words), at(words, tokens=16 * MEASURED)
+    overrides = ["training.horizon_exponent=-0.5", f"training.base_tokens={MEASURED}"]
+    near, far = at(overrides), at(overrides, tokens=16 * MEASURED)
     for name, lr in rows(far, "lr").items():
         assert lr == pytest.approx(rows(near, "lr")[name] / 4, rel=TOLERANCE["numbers"]), name
     assert far["horizon"]["lr_factor"] == pytest.approx(0.25, rel=TOLERANCE["numbers"])
@@ -146,8 +146,8 @@ def test_measured_horizons_carry_the_lr_and_widen_its_interval(times: float) -> 
 
 @pytest.mark.parametrize(("rule", "factor"), [("timescale", 1 / 16), ("independent", 1.0), ("coupled_constant", 1.0)])
 def test_weight_decay_is_solved_for_the_targets_horizon(rule: str, factor: float) -> None:
-    words = ["optimizer.weight_decay=0.1", f"parametrization.weight_decay_rule={rule}"]
-    near, far = at(words), at(words, tokens=16 * MEASURED)
+    overrides = ["optimizer.weight_decay=0.1", f"parametrization.weight_decay_rule={rule}"]
+    near, far = at(overrides), at(overrides, tokens=16 * MEASURED)
     for name, decay in rows(far, "weight_decay").items():
         assert decay == pytest.approx(factor * rows(near, "weight_decay")[name], rel=TOLERANCE["numbers"]), name
 
@@ -183,11 +183,11 @@ def test_every_format_is_written_beside_the_json(form: str, cli: Cli) -> None:
     written = sorted(p.name for p in sweep.results.iterdir() if p.name.startswith("recipe-"))
     suffix = {"json": [], "megatron": ["-megatron.sh"]}.get(form, [f"-{form}.py"])
     assert written == sorted([f"recipe-adamw-spectral-w64-d4{s}" for s in [".json", *suffix]])
-    told = "".join(out.split())
+    message = "".join(out.split())
     text = (sweep.results / written[0]).read_text()
     limits = [line.removeprefix("# NOT HERE: ") for line in text.splitlines() if line.startswith("# NOT HERE")]
-    assert all("".join(limit.split()) in told for limit in limits)
-    assert "for3,840trainingtokens" in told
+    assert all("".join(limit.split()) in message for limit in limits)
+    assert "for3,840trainingtokens" in message
 
 
 def test_a_target_of_another_horizon_has_a_file_of_its_own_and_a_warning(cli: Cli) -> None:
@@ -200,7 +200,7 @@ def test_a_target_of_another_horizon_has_a_file_of_its_own_and_a_warning(cli: Cl
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("overrides", "said"),
     [
         (["--to", "width=64", "--format", "pytroch"], "did you mean 'pytorch'"),
         (["--format", "pytorch"], "name its target with --to"),
@@ -208,9 +208,9 @@ def test_a_target_of_another_horizon_has_a_file_of_its_own_and_a_warning(cli: Cl
         (["--to", "width=64", "--format", "torchtitan"], "torchtitan builds no nanogpt model"),
     ],
 )
-def test_what_cannot_be_written_is_refused_in_one_line(words: list[str], said: str, cli: Cli) -> None:
+def test_what_cannot_be_written_is_refused_in_one_line(overrides: list[str], said: str, cli: Cli) -> None:
     sweep = ladder()
-    code, _, err = cli("transfer", str(sweep.path), *words)
+    code, _, err = cli("transfer", str(sweep.path), *overrides)
     assert code == 2
     assert said in err
     assert len(err.strip().splitlines()) == 1

@@ -55,14 +55,14 @@ beta1 beta2"""
 
 @pytest.mark.parametrize("parametrization", ["mup", "spectral", "depth_mup", "sp"])
 def test_nanogpt_expresses_these_rules_of_adamw_whole(parametrization: str) -> None:
-    made = run(f"parametrization={parametrization}", "optimizer.weight_decay=0.1", "model.tied=true")
-    export, settings = exported("nanogpt", made)
+    spec = run(f"parametrization={parametrization}", "optimizer.weight_decay=0.1", "model.tied=true")
+    export, settings = exported("nanogpt", spec)
     assert numbers_off(export.limits) == []
     assert not any("tie" in limit for limit in export.limits)
     keys = {key for key in settings if not key.startswith("__")}
     assert keys == set(KNOWN.split())
-    assert settings["learning_rate"] == pytest.approx(made.base_lr, rel=TOLERANCE["numbers"])
-    assert settings["min_lr"] == pytest.approx(0.1 * made.base_lr, rel=TOLERANCE["numbers"])
+    assert settings["learning_rate"] == pytest.approx(spec.base_lr, rel=TOLERANCE["numbers"])
+    assert settings["min_lr"] == pytest.approx(0.1 * spec.base_lr, rel=TOLERANCE["numbers"])
     scaled = parametrization != "sp"
     assert settings["mup_width_multiplier"] == (4.0 if scaled else 1.0)
     depth = {"spectral": (2.0, 1.0), "depth_mup": (2.0, 0.5)}.get(parametrization, (1.0, 1.0))
@@ -86,14 +86,14 @@ def test_nanogpt_names_the_numbers_that_it_would_get_wrong() -> None:
 def arguments(text: str) -> dict[str, str | None]:
     """--key -> value of a bash array."""
     lines = [line.split() for line in text.splitlines() if line.startswith("    --")]
-    return {words[0]: words[1] if len(words) > 1 else None for words in lines}
+    return {overrides[0]: overrides[1] if len(overrides) > 1 else None for overrides in lines}
 
 
 def test_megatron_gets_its_mup_for_width_and_hears_of_the_rest() -> None:
     export = recipes.export("megatron", content(run("parametrization=mup", depth_ratio=1)))
-    found = arguments(export.text)
-    assert found["--use-mup"] is None
-    assert found["--untie-embeddings-and-output-weights"] is None
+    passed = arguments(export.text)
+    assert passed["--use-mup"] is None
+    assert passed["--untie-embeddings-and-output-weights"] is None
     expected = {
         "--mup-base-hidden-size": 16,
         "--hidden-size": 64,
@@ -110,7 +110,7 @@ def test_megatron_gets_its_mup_for_width_and_hears_of_the_rest() -> None:
         "--lr-warmup-iters": 3,
     }
     for key, value in expected.items():
-        assert float(found[key] or "nan") == pytest.approx(value, rel=TOLERANCE["numbers"]), key
+        assert float(passed[key] or "nan") == pytest.approx(value, rel=TOLERANCE["numbers"]), key
     off = numbers_off(export.limits)
     # hidden std is .02 / sqrt(4) here, and there also / sqrt(2 * 2 layers) into the stream
     assert "init std 0.01 of attention.output.weight, mlp.down.weight: it would be 0.005; give" in off[-1]
@@ -153,7 +153,7 @@ class ParamGroupConfig:
     optimizer_kwargs: dict[str, Any]
 
 
-def titan(*words: str, monkeypatch: pytest.MonkeyPatch) -> tuple[recipes.Export, dict[str, Any]]:
+def titan(*overrides: str, monkeypatch: pytest.MonkeyPatch) -> tuple[recipes.Export, dict[str, Any]]:
     """The export, run with the shape of torchtitan's classes in the place of torchtitan."""
     module: Any = types.ModuleType("torchtitan.components.optimizer")
     module.ParamGroupConfig = ParamGroupConfig
@@ -161,7 +161,7 @@ def titan(*words: str, monkeypatch: pytest.MonkeyPatch) -> tuple[recipes.Export,
     for name in ("torchtitan", "torchtitan.components"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    return exported("torchtitan", run("model=llama", *words))
+    return exported("torchtitan", run("model=llama", *overrides))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon_kimi"])
@@ -169,7 +169,7 @@ def test_torchtitan_gets_every_tensor_of_its_llama_with_folded_numbers(
     optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export, space = titan(f"optimizer={optimizer}", "optimizer.weight_decay=0.1", monkeypatch=monkeypatch)
-    made = run("model=llama", f"optimizer={optimizer}", "optimizer.weight_decay=0.1")
+    spec = run("model=llama", f"optimizer={optimizer}", "optimizer.weight_decay=0.1")
     theirs = {  # names in torchtitan's llama3
         "blocks.1.attention.output.weight": "layers.1.attention.wo.weight",
         "blocks.3.mlp.gate.weight": "layers.3.feed_forward.w1.weight",
@@ -179,7 +179,7 @@ def test_torchtitan_gets_every_tensor_of_its_llama_with_folded_numbers(
         "norm.weight": "norm.weight",
         "head.weight": "output.weight",
     }
-    rows = {row["name"]: row for row in folded(content(made))[0]["tensors"]}
+    rows = {row["name"]: row for row in folded(content(spec))[0]["tensors"]}
     for ours, name in theirs.items():
         (group,) = [g for g in space["PARAM_GROUPS"] if re.search(g.pattern, name)]
         row = rows[ours]
@@ -190,7 +190,7 @@ def test_torchtitan_gets_every_tensor_of_its_llama_with_folded_numbers(
         (start,) = [start for pattern, start in space["INIT"].items() if re.search(pattern, name)]
         assert start == ("ones" if "norm" in name else pytest.approx(row["init_std"], rel=TOLERANCE["numbers"]))
     head = rows["head.weight"]
-    assert head["lr"] == pytest.approx(made.base_lr / 4, rel=1e-9) or optimizer != "adamw"  # 1/4 on the logits
+    assert head["lr"] == pytest.approx(spec.base_lr / 4, rel=1e-9) or optimizer != "adamw"  # 1/4 on the logits
     assert any("init_weights" in line for line in export.limits)
     assert any("clipping as it was swept" in line for line in export.limits)
 
@@ -206,10 +206,10 @@ def test_torchtitan_has_no_gpt2_and_few_optimizers(monkeypatch: pytest.MonkeyPat
 
 
 def test_granite_is_our_llama_with_its_multipliers() -> None:
-    made = run("model=llama", "model.kv_heads=1", "optimizer.weight_decay=0.1")
-    export, space = exported("huggingface", made)
+    spec = run("model=llama", "model.kv_heads=1", "optimizer.weight_decay=0.1")
+    export, space = exported("huggingface", spec)
     assert export.limits == ()
-    theirs, ours = space["make_model"](), build.build(made, CPU).network
+    theirs, ours = space["make_model"](), build.build(spec, CPU).network
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             p.copy_(ours.get_parameter(space["rename"](name)))
@@ -218,7 +218,7 @@ def test_granite_is_our_llama_with_its_multipliers() -> None:
     error = (theirs(ids).logits - expected).abs().max() / expected.abs().max()
     assert error < TOLERANCE["logits"]
     (member,) = space["optimizers"](theirs, space["rename"])
-    rows = {row.name: row for row in tensor_rules.rules(made.resolved, made.size, made.base_lr)}
+    rows = {row.name: row for row in tensor_rules.rules(spec.resolved, spec.size, spec.base_lr)}
     groups = by_parameter([member], "lr", "weight_decay", "eps")
     for name, p in theirs.named_parameters():
         row = rows[space["rename"](name)]
@@ -226,20 +226,20 @@ def test_granite_is_our_llama_with_its_multipliers() -> None:
 
 
 def test_gpt2_takes_folded_numbers() -> None:
-    made = run("model.bias=true")
-    export, space = exported("huggingface", made)
+    spec = run("model.bias=true")
+    export, space = exported("huggingface", spec)
     theirs = space["make_model"]()
     (member,) = space["optimizers"](theirs, space["rename"])
     groups = by_parameter([member], "lr")
     block = theirs.transformer.h[3]
-    found = [groups[p]["lr"] / made.base_lr for p in (block.attn.c_attn.weight, block.attn.c_proj.weight)]
+    found = [groups[p]["lr"] / spec.base_lr for p in (block.attn.c_attn.weight, block.attn.c_proj.weight)]
     assert found == pytest.approx([1 / 4, 1 / 8], rel=TOLERANCE["numbers"])  # 1/r_n, and the branch's 1/2 folded in
-    assert groups[theirs.lm_head.weight]["lr"] == pytest.approx(made.base_lr / 4, rel=TOLERANCE["numbers"])
+    assert groups[theirs.lm_head.weight]["lr"] == pytest.approx(spec.base_lr / 4, rel=TOLERANCE["numbers"])
     assert [limit.split(" (")[0] for limit in export.limits] == ["clipping as it was swept"]
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("overrides", "expected"),
     [
         ((), "sweep with model.bias=true, or use --format pytorch"),
         (("model.heads=2",), "sweep with model.bias=true and model.heads=null, which fixes model.head_dim, or use"),
@@ -248,15 +248,15 @@ def test_gpt2_takes_folded_numbers() -> None:
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )
-def test_what_gpt2_lacks_is_told_with_what_to_sweep_instead(words: tuple[str, ...], told: str) -> None:
-    with pytest.raises(ConfigError, match=rf"transformers' GPT-2 .*{told}"):
-        recipes.export("huggingface", content(run(*words)))
+def test_what_gpt2_lacks_is_told_with_what_to_sweep_instead(overrides: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(ConfigError, match=rf"transformers' GPT-2 .*{expected}"):
+        recipes.export("huggingface", content(run(*overrides)))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "linear", "constant"])
 def test_the_trainers_schedule_is_ours(schedule: str) -> None:
-    made = run("model=llama", f"training.schedule={schedule}", "training.steps=40")
-    export, space = exported("huggingface", made)
+    spec = run("model=llama", f"training.schedule={schedule}", "training.steps=40")
+    export, space = exported("huggingface", spec)
     found = space["TRAINING_ARGUMENTS"]
     assert found.keys() <= {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
     member = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -272,7 +272,7 @@ def test_the_trainers_schedule_is_ours(schedule: str) -> None:
     if schedule == "linear":
         assert "the floor of the schedule, 0.1 of the peak" in export.limits[0]
         return
-    ours = [lr_factor(step, 40, made.resolved.training) for step in range(40)]
+    ours = [lr_factor(step, 40, spec.resolved.training) for step in range(40)]
     if schedule == "constant":
         ours = [1.0] * 40
     assert factors[after:] == pytest.approx(ours[after:], rel=TOLERANCE["numbers"])

@@ -53,12 +53,12 @@ def test_it_plans_the_transferred_lr_and_its_neighbours_with_the_sweeps_seeds() 
     sweep = ladder()
     before = {run.run_id for run in plan.load(sweep)}
     config = sweep.config_path.read_bytes()
-    one = trial(sweep)
-    assert (one.step, one.seeds) == (1.0, (0, 1))
-    assert abs(one.log2_lr - BEST) <= 0.25  # the LR of the least expected loss lies beside the optimum
-    new = extend(sweep, one)
+    single = trial(sweep)
+    assert (single.step, single.seeds) == (1.0, (0, 1))
+    assert abs(single.log2_lr - BEST) <= 0.25  # the LR of the least expected loss lies beside the optimum
+    new = extend(sweep, single)
     assert sorted({(run.size.width, run.log2_lr, run.seed) for run in new}) == [
-        (64, one.log2_lr + step, seed) for step in (-1.0, 0.0, 1.0) for seed in (0, 1)
+        (64, single.log2_lr + step, seed) for step in (-1.0, 0.0, 1.0) for seed in (0, 1)
     ]
     assert {run.run_id for run in plan.load(sweep)} == before | {run.run_id for run in new}
     assert sweep.config_path.read_bytes() == config  # what the sweep was asked for stays what it was
@@ -105,12 +105,12 @@ def test_neighbours_bracket_the_best_and_end_somewhere(losses: dict[float, float
 @pytest.mark.parametrize("best", [-8.0, -7.5])
 def test_the_regret_of_the_transferred_lr_is_that_of_the_parabola(best: float) -> None:
     sweep = ladder()
-    one = trial(sweep)
+    single = trial(sweep)
     for _ in range(3):
-        finish(sweep, extend(sweep, one), best)
-    outcome = validation.judge(analyse(read_runs([sweep])), one)
+        finish(sweep, extend(sweep, single), best)
+    outcome = validation.judge(analyse(read_runs([sweep])), single)
     assert outcome.optimum.value == pytest.approx(best, abs=0.1)
-    assert outcome.regret.value == pytest.approx(0.1 * (one.log2_lr - best) ** 2, abs=0.01)
+    assert outcome.regret.value == pytest.approx(0.1 * (single.log2_lr - best) ** 2, abs=0.01)
     assert outcome.outcome == CONFIRMED
     (group,) = analyse(read_runs([sweep])).groups
     assert [o.curve.width for o in group.optima] == [16, 32]  # a validation changes no verdict
@@ -127,10 +127,10 @@ def test_the_regret_of_the_transferred_lr_is_that_of_the_parabola(best: float) -
 def test_a_forecast_that_comes_out_wrong_is_refuted_and_flips_no_verdict() -> None:
     sweep = ladder()
     (before,) = analyse(read_runs([sweep])).groups
-    one = trial(sweep)
+    single = trial(sweep)
     for _ in range(5):
-        finish(sweep, extend(sweep, one), best=-5.0)
-    outcome = validation.judge(analyse(read_runs([sweep])), one)
+        finish(sweep, extend(sweep, single), best=-5.0)
+    outcome = validation.judge(analyse(read_runs([sweep])), single)
     assert outcome.outcome == REFUTED
     assert outcome.forecast.high is not None
     assert outcome.forecast.high < -5.0
@@ -141,9 +141,9 @@ def test_a_forecast_that_comes_out_wrong_is_refuted_and_flips_no_verdict() -> No
 
 def test_where_the_transferred_lr_diverges_the_regret_is_unknown_and_the_reason_is_given() -> None:
     sweep = ladder()
-    one = trial(sweep)
-    finish(sweep, extend(sweep, one), best=-8.0, diverges_above=-8.5)
-    outcome = validation.judge(analyse(read_runs([sweep])), one)
+    single = trial(sweep)
+    finish(sweep, extend(sweep, single), best=-8.0, diverges_above=-8.5)
+    outcome = validation.judge(analyse(read_runs([sweep])), single)
     assert outcome.regret.value is None
     assert outcome.optimum.value is None
     assert "an optimum needs at least 3" in outcome.reasons[0]
@@ -199,8 +199,13 @@ def test_the_command_trains_the_target_by_the_sweeps_launcher_and_tells_the_regr
 def test_the_sweeps_own_command_trains_no_run_of_a_validation(cli: Cli) -> None:
     sweep = ladder("launcher=inline")
     new = extend(sweep, trial(sweep))
-    words = ["experiment=smoke", "sweep.width_ratios=[1,2]", "sweep.log2_lrs=[-10,-9,-8,-7,-6]", "sweep.seeds=[0,1]"]
-    code, _, err = cli("run", *words, "launcher=inline")
+    overrides = [
+        "experiment=smoke",
+        "sweep.width_ratios=[1,2]",
+        "sweep.log2_lrs=[-10,-9,-8,-7,-6]",
+        "sweep.seeds=[0,1]",
+    ]
+    code, _, err = cli("run", *overrides, "launcher=inline")
     assert code == 0, err
     assert all(sweep.run(run.run_id).is_open() for run in new)
     assert {run.run_id for run in new} <= {row["run_id"] for row in sweep.read_plan() if row.get("validation")}
@@ -216,11 +221,11 @@ def test_the_runs_of_a_validation_can_be_forgotten(cli: Cli) -> None:
     assert not any(sweep.run(run.run_id).path.exists() for run in new)
 
 
-@pytest.mark.parametrize("words", [["--validate"], ["--validate", "--to", "width=64", "again"]])
-def test_the_command_needs_one_sweep_and_a_target(words: list[str], cli: Cli) -> None:
+@pytest.mark.parametrize("overrides", [["--validate"], ["--validate", "--to", "width=64", "again"]])
+def test_the_command_needs_one_sweep_and_a_target(overrides: list[str], cli: Cli) -> None:
     sweep = ladder()
-    words = [str(sweep.path) if word == "again" else word for word in words]
-    code, _, err = cli("transfer", str(sweep.path), *words)
+    overrides = [str(sweep.path) if word == "again" else word for word in overrides]
+    code, _, err = cli("transfer", str(sweep.path), *overrides)
     assert code == 2
     assert "--validate trains one target in one sweep" in err
 

@@ -26,10 +26,10 @@ from mupsweep.store.sweep_dir import SweepDir
 @pytest.fixture
 def finished(rows: Callable, save: Callable, tmp_path: Path) -> SweepDir:
     """sweeps/demo: SP and muP at four widths and six LRs, each with two seeds."""
-    made = rows(widths=(32, 64, 128, 256), log2_lrs=(-11, -10, -9, -8, -7, -6, -5, -4, -3), seeds=2, noise=0.001)
+    table_rows = rows(widths=(32, 64, 128, 256), log2_lrs=(-11, -10, -9, -8, -7, -6, -5, -4, -3), seeds=2, noise=0.001)
     (tmp_path / "sweeps").mkdir()
-    sweep = save(tmp_path / "sweeps", made)
-    for row in made:
+    sweep = save(tmp_path / "sweeps", table_rows)
+    for row in table_rows:
         sweep.run(row["run_id"]).path.mkdir(parents=True, exist_ok=True)
         write_json(sweep.run(row["run_id"]).summary_path, row, durable=False)
         sweep.run(row["run_id"]).write_status(row["status"], durable=False)
@@ -92,9 +92,11 @@ def test_loading_imports_neither_pandas_nor_torch(finished: SweepDir) -> None:
 
 
 def test_branches_of_a_run_are_not_counted_as_runs(rows: Callable, save_sweep: Callable) -> None:
-    made = rows(widths=[32], parametrizations=["sp"], seeds=1)
-    branches = [{**row, "run_id": f"{row['run_id']}@1000", "horizon": 1000} for row in made]
+    table_rows = rows(widths=[32], parametrizations=["sp"], seeds=1)
+    branches = [{**row, "run_id": f"{row['run_id']}@1000", "horizon": 1000} for row in table_rows]
     sweep = Sweep(
-        save_sweep(made), analyse(results([*({**row, "horizon": 2000} for row in made), *branches])), len(made)
+        save_sweep(table_rows),
+        analyse(results([*({**row, "horizon": 2000} for row in table_rows), *branches])),
+        len(table_rows),
     )
-    assert f"{len(made)} of {len(made)} runs finished" in repr(sweep)
+    assert f"{len(table_rows)} of {len(table_rows)} runs finished" in repr(sweep)

@@ -15,10 +15,10 @@ WD, LR, STEPS, R_N = 0.25, 2.0**-6, 40, 4.0
 
 def row(rule: str, lr: float, *overrides: str, width_ratio: float = R_N, name: str = "") -> TensorRule:
     """The rule of a hidden matrix, with decay, at `width_ratio` times the base width."""
-    words = ["experiment=smoke", "parametrization=mup", f"parametrization.weight_decay_rule={rule}"]
-    words += [f"optimizer.weight_decay={WD}", f"training.steps={STEPS}", *overrides]
-    made = resolve(load(words).variants[0])
-    rows = {r.name: r for r in rules(made, made.size(width_ratio, 1.0), lr)}
+    arguments = ["experiment=smoke", "parametrization=mup", f"parametrization.weight_decay_rule={rule}"]
+    arguments += [f"optimizer.weight_decay={WD}", f"training.steps={STEPS}", *overrides]
+    resolved = resolve(load(arguments).variants[0])
+    rows = {r.name: r for r in rules(resolved, resolved.size(width_ratio, 1.0), lr)}
     return rows[name or next(n for n, r in rows.items() if r.role.value == "hidden")]
 
 
@@ -39,9 +39,9 @@ def test_every_rule_is_covered() -> None:
 @pytest.mark.parametrize("lr", [LR, 4 * LR])
 @pytest.mark.parametrize("r_n", [1.0, R_N])
 def test_the_shrinkage_per_step(rule: str, lr: float, r_n: float) -> None:
-    made = row(rule, lr, width_ratio=r_n)
-    assert made.decay_per_step == pytest.approx(EXPECTED[rule](lr, r_n), rel=REL)
-    assert made.lr * made.weight_decay == pytest.approx(made.decay_per_step, rel=REL)
+    table_row = row(rule, lr, width_ratio=r_n)
+    assert table_row.decay_per_step == pytest.approx(EXPECTED[rule](lr, r_n), rel=REL)
+    assert table_row.lr * table_row.weight_decay == pytest.approx(table_row.decay_per_step, rel=REL)
 
 
 def test_the_rest_of_a_hybrid_decays_by_its_own_lr() -> None:

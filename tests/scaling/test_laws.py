@@ -96,10 +96,10 @@ def test_an_update_in_proportion_to_the_weight(weight_norm: str, hidden: str, he
 @pytest.mark.parametrize(("law", "hidden"), [(ENTRYWISE, "-1/2"), (GRADIENT, "-1/2"), (ORTHOGONAL, "0")])
 def test_a_frobenius_normalised_update_depends_on_its_rank_alone(law: UpdateLaw, hidden: str) -> None:
     """Hyperball: ||A||_F = ||W||_F ~ sqrt(n); a full-rank update has ||A||_2 = ||A||_F / sqrt(n)."""
-    made = frobenius_normalised(law)
-    assert symbolic(MUP, made, Role.HIDDEN).lr == at(hidden)
-    assert symbolic(MUP, made, Role.HIDDEN).eps == ONE
-    assert made == frobenius_normalised(made)
+    normalised = frobenius_normalised(law)
+    assert symbolic(MUP, normalised, Role.HIDDEN).lr == at(hidden)
+    assert symbolic(MUP, normalised, Role.HIDDEN).eps == ONE
+    assert normalised == frobenius_normalised(normalised)
 
 
 @pytest.mark.parametrize("role", [Role.INPUT, Role.HIDDEN, Role.OUTPUT])

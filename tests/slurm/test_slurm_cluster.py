@@ -37,13 +37,13 @@ SMOKE_SECONDS = 60 * 0.004  # what a run is estimated to take: its FLOPs are not
 def cluster() -> Iterator[Cluster]:
     """A cluster in a folder with a short name."""
     with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
-        made = Cluster(Path(folder))
-        patch.setenv("SLURM_CONF", str(made.conf))
+        slurm = Cluster(Path(folder))
+        patch.setenv("SLURM_CONF", str(slurm.conf))
         try:
-            made.start()
-            yield made
+            slurm.start()
+            yield slurm
         finally:
-            made.stop()
+            slurm.stop()
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +126,8 @@ def suspended(run: RunDir) -> int:
 
 def has_waiting(pid: int, number: signal.Signals) -> bool:
     """Whether a suspended process was sent a signal."""
-    found = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
+    match = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return match is not None and bool(int(match[1], 16) >> (number - 1) & 1)
 
 
 def test_an_array_is_bundled_and_throttled_and_its_analysis_comes_after_it(
@@ -268,8 +268,8 @@ def test_a_cancelled_sweep_keeps_what_it_has_and_submits_only_what_is_missing(
     assert "2 runs in queued or running jobs" in again
     assert len(sweep.read_jobs()) == 2
 
-    _, told = mupsweep("cancel", str(sweep.path))
-    assert re.match(r"cancelled jobs \d+, \d+ with 2 runs", told)
+    _, message = mupsweep("cancel", str(sweep.path))
+    assert re.match(r"cancelled jobs \d+, \d+ with 2 runs", message)
     until(lambda: not cluster.ask("squeue", "--noheader"), "the jobs to end")
     assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
     assert not held.is_claimed()
@@ -278,8 +278,8 @@ def test_a_cancelled_sweep_keeps_what_it_has_and_submits_only_what_is_missing(
     finished = {row["run_id"] for row in sweep.read_plan() if sweep.state(row["run_id"])["status"] in FINISHED}
     assert len(finished) == 1
 
-    _, told = mupsweep("run", *SMOKE, *ON_CPU, *options)
-    assert "jobs ended without finishing 2 runs" in told
+    _, message = mupsweep("run", *SMOKE, *ON_CPU, *options)
+    assert "jobs ended without finishing 2 runs" in message
     newest = sorted(sweep.read_jobs(), key=lambda job: int(job["job"]))[-2]
     assert {run_id for task in newest["tasks"] for run_id in task} == {run.run_id for run in runs} - finished
     concluded(sweep)

@@ -20,8 +20,8 @@ def _with_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_with_a_gpu_that_torch_cannot_use")
 def test_a_gpu_that_torch_does_not_see_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert environment.find_devices() == environment.find_devices() == ["cpu"]
-    (told,) = capsys.readouterr().err.splitlines()
-    assert told.startswith("note: there seems to be a GPU, but torch ")
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("note: there seems to be a GPU, but torch ")
 
 
 @pytest.mark.usefixtures("_with_a_gpu_that_torch_cannot_use")

@@ -100,8 +100,8 @@ def test_a_worker_that_is_told_to_stop_before_it_begins_a_run_builds_nothing(mon
 @pytest.mark.slow
 def test_64_workers_train_every_run_once_with_a_bounded_number_of_calls(tmp_path: Path) -> None:
     lrs = ",".join(f"{-16 + i / 2:g}" for i in range(LRS))
-    words = ["experiment=smoke", "sweep.width_ratios=[1]", f"sweep.log2_lrs=[{lrs}]", f"out={tmp_path}"]
-    sweep, runs = plan.save(load([*words, f"sweep.seeds={list(range(SEEDS))}".replace(" ", "")]), "")
+    overrides = ["experiment=smoke", "sweep.width_ratios=[1]", f"sweep.log2_lrs=[{lrs}]", f"out={tmp_path}"]
+    sweep, runs = plan.save(load([*overrides, f"sweep.seeds={list(range(SEEDS))}".replace(" ", "")]), "")
     worker.prepare(runs[0].resolved.variant.data)
     context = multiprocessing.get_context("fork")
     start = context.Barrier(WORKERS)
@@ -113,12 +113,12 @@ def test_64_workers_train_every_run_once_with_a_bounded_number_of_calls(tmp_path
         process.join()
     assert [process.exitcode for process in processes] == [0] * WORKERS
 
-    told = [json.loads(answer.read_text()) for answer in answers]
-    assert Counter(run_id for one in told for run_id in one["taken"]) == {run.run_id: 1 for run in runs}
+    lines = [json.loads(answer.read_text()) for answer in answers]
+    assert Counter(run_id for one in lines for run_id in one["taken"]) == {run.run_id: 1 for run in runs}
     assert {(sweep.run(run.run_id).path / "trained").read_text() for run in runs} == {"once\n"}
     assert sweep.counts() == {DONE: RUNS}
     assert not [run.run_id for run in runs if sweep.run(run.run_id).is_open() or sweep.run(run.run_id).is_claimed()]
-    for one in told:
+    for one in lines:
         looks, claims = sum(one["listed"].values()), one["calls"].get("os.link", 0)
         assert set(one["listed"]) <= {"claims"}  # no list that grows with the sweep
         assert looks <= RUNS  # of a run that is not finished the claims are listed, once, and the newest is read

@@ -325,8 +325,8 @@ def test_usual_names_are_matched(tmp_path: Path, meaning: str, name: str) -> Non
 
 def test_columns_may_be_named(read: Callable[..., list[RunResult]]) -> None:
     content = "kind,size,speed,result\nsp,64,2^-8,3.5\nsp,64,2^-7,3.25\nsp,64,2^-6,3.75\n"
-    words = ["parametrization=kind,width=size", "lr=speed,val_loss=Result"]
-    options = TableOptions.parse(words)
+    overrides = ["parametrization=kind,width=size", "lr=speed,val_loss=Result"]
+    options = TableOptions.parse(overrides)
     assert losses(read(content, columns=options.columns)) == LOSSES
 
 
@@ -640,7 +640,7 @@ def test_files_that_are_no_tables_are_refused(refusal: Callable[..., str]) -> No
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "expected"),
     [
         (
             "none.csv",
@@ -654,17 +654,17 @@ def test_files_that_are_no_tables_are_refused(refusal: Callable[..., str]) -> No
         ),
     ],
 )
-def test_what_is_no_file_is_refused(source: str, told: str) -> None:
+def test_what_is_no_file_is_refused(source: str, expected: str) -> None:
     with pytest.raises(DataError) as caught:
         read_table(source)
-    assert str(caught.value) == told
+    assert str(caught.value) == expected
 
 
 LOSS_LIMITS = "write nan for a run that exploded, --unit nats|bits|perplexity for other units"
 
 
 @pytest.mark.parametrize(
-    ("column", "cell", "told"),
+    ("column", "cell", "expected"),
     [
         ("width", "wide", "expected a whole number from 1 to 1e+30"),
         ("width", "16.5", "expected a whole number from 1 to 1e+30"),
@@ -688,28 +688,28 @@ LOSS_LIMITS = "write nan for a run that exploded, --unit nats|bits|perplexity fo
         ),
     ],
 )
-def test_a_bad_cell_is_refused(refusal: Callable[..., str], column: str, cell: str, told: str) -> None:
+def test_a_bad_cell_is_refused(refusal: Callable[..., str], column: str, cell: str, expected: str) -> None:
     lines = [{"width_ratio": 1, "seed": 0, "status": "done", **line} for line in rows()]
     lines[4] = {**lines[4], column: cell}
     content = "\n".join(",".join(map(str, line)) for line in [list(lines[0]), *(line.values() for line in lines)])
-    assert refusal(content) == f"--from runs.csv, row 6: {column}={cell!r}: {told}"
+    assert refusal(content) == f"--from runs.csv, row 6: {column}={cell!r}: {expected}"
 
 
 @pytest.mark.parametrize(
-    ("unit", "cell", "told"),
+    ("unit", "cell", "expected"),
     [
         ("perplexity", "1", "expected a loss above 1; "),
         ("perplexity", "-3", "expected a loss above 1; "),
         ("bits", "1443", "expected a loss above 0 and at most 1443 bits per token; "),
     ],
 )
-def test_limits_of_losses_are_in_their_unit(refusal: Callable[..., str], unit: str, cell: str, told: str) -> None:
+def test_limits_of_losses_are_in_their_unit(refusal: Callable[..., str], unit: str, cell: str, expected: str) -> None:
     said = refusal(f"{HEADING}\n{THREE}sp,64,-5,{cell}\n", unit=unit)
-    assert said == f"--from runs.csv, row 5: val_loss='{cell}': {told}{LOSS_LIMITS}"
+    assert said == f"--from runs.csv, row 5: val_loss='{cell}': {expected}{LOSS_LIMITS}"
 
 
 @pytest.mark.parametrize(
-    ("lr", "told"),
+    ("lr", "expected"),
     [
         ("-7", "lr='-7': an LR is positive; if these are log2 LRs, --columns log2_lr=lr"),
         ("0", "lr='0': expected the peak LR, from 1e-09 to 100"),
@@ -717,8 +717,8 @@ def test_limits_of_losses_are_in_their_unit(refusal: Callable[..., str], unit: s
         ("101", "lr='101': expected the peak LR, from 1e-09 to 100"),
     ],
 )
-def test_an_lr_that_is_none_is_refused(refusal: Callable[..., str], lr: str, told: str) -> None:
-    assert refusal(f"width,lr,loss\n64,0.1,3\n64,{lr},3\n") == f"--from runs.csv, row 3: {told}"
+def test_an_lr_that_is_none_is_refused(refusal: Callable[..., str], lr: str, expected: str) -> None:
+    assert refusal(f"width,lr,loss\n64,0.1,3\n64,{lr},3\n") == f"--from runs.csv, row 3: {expected}"
 
 
 def test_logarithms_of_lrs_may_be_named(read: Callable[..., list[RunResult]]) -> None:
@@ -744,7 +744,7 @@ def test_two_columns_of_lrs_must_agree(refusal: Callable[..., str], read: Callab
 
 
 @pytest.mark.parametrize(
-    ("heading", "told"),
+    ("heading", "expected"),
     [
         ("a,width,loss", "no column lr or log2_lr: it has a, width, loss; --columns lr=NAME says which it is"),
         ("lrate,width,loss", "no column lr or log2_lr: it has lrate, width, loss; --columns lr=NAME says which it is"),
@@ -767,8 +767,8 @@ def test_two_columns_of_lrs_must_agree(refusal: Callable[..., str], read: Callab
         ),
     ],
 )
-def test_a_missing_column_is_named_with_what_there_is(refusal: Callable[..., str], heading: str, told: str) -> None:
-    assert refusal(f"{heading}\n1,2,3\n") == f"--from runs.csv has {told}"
+def test_a_missing_column_is_named_with_what_there_is(refusal: Callable[..., str], heading: str, expected: str) -> None:
+    assert refusal(f"{heading}\n1,2,3\n") == f"--from runs.csv has {expected}"
 
 
 def test_a_hyperparameter_without_its_value_is_refused(
@@ -809,7 +809,7 @@ def test_one_width_may_be_said(notes: Callable[..., tuple[str, ...]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         (HEADING, "--from runs.csv has no runs: expected a heading and one row for every run"),
         (
@@ -831,8 +831,8 @@ def test_one_width_may_be_said(notes: Callable[..., tuple[str, ...]]) -> None:
         ),
     ],
 )
-def test_a_table_without_a_curve_is_refused(refusal: Callable[..., str], content: str, told: str) -> None:
-    assert refusal(content) == told
+def test_a_table_without_a_curve_is_refused(refusal: Callable[..., str], content: str, expected: str) -> None:
+    assert refusal(content) == expected
 
 
 def test_a_filter_that_nothing_passes_is_refused(refusal: Callable[..., str]) -> None:
@@ -844,7 +844,7 @@ def test_a_filter_that_nothing_passes_is_refused(refusal: Callable[..., str]) ->
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "expected"),
     [
         ({"unit": "nat"}, "--unit nat: expected the unit of the losses, nats, bits, perplexity"),
         ({"average": 0}, "--average 0: expected how many last logged steps to average over, 1 or more"),
@@ -860,10 +860,10 @@ def test_a_filter_that_nothing_passes_is_refused(refusal: Callable[..., str]) ->
         ({"filters": ["width=64", "width=128"]}, "--filter width=128: width=64 is given too; one value a column"),
     ],
 )
-def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], told: str) -> None:
+def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         TableOptions.parse(**options)
-    assert str(caught.value) == told
+    assert str(caught.value) == expected
 
 
 def test_averages_are_of_histories(tmp_path: Path) -> None:
@@ -913,7 +913,7 @@ def test_options_of_tables_want_a_table(cli: Callable[..., tuple[int, str, str]]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (("--save", "runs.csv"), "--save runs.csv is the table itself, which it would replace: name another file"),
         (("--base", "model=llama"), "--base is of a recipe: name its target with --to width=N depth=N"),
@@ -929,11 +929,11 @@ def test_options_that_a_table_cannot_follow_are_refused(
     monkeypatch: pytest.MonkeyPatch,
     cli: Callable[..., tuple[int, str, str]],
     arguments: tuple[str, ...],
-    told: str,
+    expected: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = Path(table(tmp_path, rows())).read_bytes()
-    assert cli("transfer", "--from", "runs.csv", *arguments) == (2, "", f"mupsweep: {told}\n")
+    assert cli("transfer", "--from", "runs.csv", *arguments) == (2, "", f"mupsweep: {expected}\n")
     assert Path("runs.csv").read_bytes() == before
 
 

@@ -62,9 +62,9 @@ def test_every_shipped_experiment_names_its_command_in_its_header(name: str) -> 
     header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
     commands = re.findall(r"mupsweep (?:run|check) ([^,;]*)", " ".join(line.lstrip("# ") for line in header))
     assert commands, header
-    words = [w for w in commands[0].split() if re.fullmatch(r"[a-z_.]+=\S+", w)]
-    assert f"experiment={name}" in words
-    load(words)
+    overrides = [w for w in commands[0].split() if re.fullmatch(r"[a-z_.]+=\S+", w)]
+    assert f"experiment={name}" in overrides
+    load(overrides)
 
 
 @pytest.mark.parametrize("choice", choice_of_every_group())

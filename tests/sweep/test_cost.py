@@ -36,8 +36,8 @@ TOLERANCE = {
 
 
 @cache
-def resolve(*words: str) -> run_spec.ResolvedVariant:
-    return run_spec.resolve(config.load([*TINY, *words]).variants[0])
+def resolve(*overrides: str) -> run_spec.ResolvedVariant:
+    return run_spec.resolve(config.load([*TINY, *overrides]).variants[0])
 
 
 def counted(resolved: run_spec.ResolvedVariant, size: Size, batch: int, with_loss: bool) -> int:
@@ -138,10 +138,10 @@ STATES = [
 ]
 
 
-@pytest.mark.parametrize("words", STATES)
-def test_the_state_of_an_optimizer_is_as_large_as_it_says(words: str) -> None:
+@pytest.mark.parametrize("overrides", STATES)
+def test_the_state_of_an_optimizer_is_as_large_as_it_says(overrides: str) -> None:
     """Every number of its state after a step, but for counters of steps and the like, one per tensor."""
-    one = [*TINY, "training.batch_size=2", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-9]", *shlex.split(words)]
+    one = [*TINY, "training.batch_size=2", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-9]", *shlex.split(overrides)]
     (run,) = plan.plan(config.load(one))
     built = build.build(run, torch.device("cpu"))
     ids = tokens(run.size)
@@ -159,8 +159,8 @@ def test_the_state_of_an_optimizer_is_as_large_as_it_says(words: str) -> None:
 
 def test_devices_share_the_batch_and_sharded_ones_the_state_too() -> None:
     def memory(*launcher: str) -> float:
-        words = [*TINY, "training.batch_size=4", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-9]", *launcher]
-        return plan.plan(config.load(words))[0].cost.memory
+        overrides = [*TINY, "training.batch_size=4", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-9]", *launcher]
+        return plan.plan(config.load(overrides))[0].cost.memory
 
     resolved = resolve("training.batch_size=4").cost(resolve().size(1.0, 1.0))
     kept = 16 * resolved.parameters  # weights, gradients and two moments in fp32

@@ -65,7 +65,7 @@ def test_axes_of_the_command_line_replace_those_of_an_experiment(tmp_path: Path)
 
 
 def test_the_default_shares_its_runs_and_its_folder_with_a_sweep_without_axes() -> None:
-    plain, varied = (load([*SMOKE, *words]) for words in ([], [AXES]))
+    plain, varied = (load([*SMOKE, *overrides]) for overrides in ([], [AXES]))
     ids, more = ({run.run_id for run in plan.plan(sweep_config)} for sweep_config in (plain, varied))
     assert ids < more
     assert len(more) == 4 * len(ids)  # 0.5, 4 and 0.08 beside the default
@@ -90,10 +90,10 @@ def test_a_line_of_the_plan_says_what_was_changed() -> None:
 
 
 def test_more_values_extend_a_sweep(tmp_path: Path) -> None:
-    words = [*SMOKE, f"out={tmp_path}", "sweep.name=one"]
-    sweep, first = plan.save(load(words), "")
+    overrides = [*SMOKE, f"out={tmp_path}", "sweep.name=one"]
+    sweep, first = plan.save(load(overrides), "")
     for axes, times in (("{model.init_std:[0.08]}", 2), ("{model.init_std:[0.16],training.clip:[2]}", 4)):
-        sweep, runs = plan.save(load([*words, f"sweep.axes={axes}"]), "")
+        sweep, runs = plan.save(load([*overrides, f"sweep.axes={axes}"]), "")
         assert len(runs) == times * len(first)
     assert {run.resolved.variant.label[3:] for run in plan.load(sweep)} == {
         (),

@@ -50,8 +50,8 @@ def test_the_sde_rule_shortens_adams_averages_and_lowers_eps() -> None:
 
 
 def test_at_the_base_batch_the_rule_changes_nothing() -> None:
-    words = ("training.batch_size=4", "training.batch_rule=sde", "training.base_batch_size=4")
-    assert resolved(*words).optimizers == resolved("training.batch_size=4").optimizers
+    overrides = ("training.batch_size=4", "training.batch_rule=sde", "training.base_batch_size=4")
+    assert resolved(*overrides).optimizers == resolved("training.batch_size=4").optimizers
 
 
 def test_the_horizon_rule_multiplies_every_lr_by_a_power_of_the_token_ratio() -> None:
@@ -63,5 +63,5 @@ def test_the_horizon_rule_multiplies_every_lr_by_a_power_of_the_token_ratio() ->
 
 
 def test_both_rules_enter_the_runs_identity() -> None:
-    words = ("training.batch_size=4", "training.batch_rule=sde", "training.base_batch_size=4")
-    assert resolved(*words).digest != resolved("training.batch_size=4").digest
+    overrides = ("training.batch_size=4", "training.batch_rule=sde", "training.base_batch_size=4")
+    assert resolved(*overrides).digest != resolved("training.batch_size=4").digest

@@ -56,8 +56,8 @@ def merged(rounds: Iterable[Mapping[str, Row]]) -> dict[str, Row]:
     return {run_id: row for rows in rounds for run_id, row in rows.items()}
 
 
-def searched(*words: str) -> dict[str, Row]:
-    return merged(rounds_of(load([*SEARCH, *words])))
+def searched(*overrides: str) -> dict[str, Row]:
+    return merged(rounds_of(load([*SEARCH, *overrides])))
 
 
 def flops(rows: Mapping[str, Row]) -> float:
@@ -120,8 +120,8 @@ def test_a_value_that_diverges_at_every_lr_ends_at_the_base() -> None:
         row = train(run)
         return {**row, "status": "diverged", "val_loss": None} if row.get("value") == BEST else row
 
-    words = ["sweep.width_ratios=[1,2]", f"sweep.axes={{model.init_std:[{BEST}]}}"]
-    rows = merged(rounds_of(load([*SEARCH, *words]), diverging))
+    overrides = ["sweep.width_ratios=[1,2]", f"sweep.axes={{model.init_std:[{BEST}]}}"]
+    rows = merged(rounds_of(load([*SEARCH, *overrides]), diverging))
     assert {row["width_ratio"] for row in rows.values()} == {1.0, 2.0}
     assert {row["width_ratio"] for row in rows.values() if "value" in row} == {1.0}
 

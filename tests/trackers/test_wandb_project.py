@@ -47,18 +47,18 @@ def test_a_sweep_of_ours_is_read_as_its_records_are(server: WandbServer) -> None
     overrides = ["sweep.width_ratios=[1]", "sweep.log2_lrs=[-9,-8,-7]", "sweep.name=ours", "training.steps=4"]
     sweep, _ = plan.save(load(["experiment=smoke", *overrides, "tracker=wandb", "tracker.mode=online"]), "")
     assert execute(sweep)
-    found = read_project("wandb:lab/mupsweep", TableOptions(filters={"group": "ours"}))
+    table = read_project("wandb:lab/mupsweep", TableOptions(filters={"group": "ours"}))
     compared = ("names", "size", "width_ratio", "log2_lr", "seed", "status", "val_loss", "tokens")
-    assert [[getattr(run, key) for key in compared] for run in found.runs] == [
+    assert [[getattr(run, key) for key in compared] for run in table.runs] == [
         [getattr(run, key) for key in compared] for run in read_runs([sweep])
     ]
 
 
 def test_config_says_how_and_summary_how_well(three: WandbServer) -> None:
-    found = read_project(SOURCE, TableOptions())
-    assert {run.log2_lr: run.val_loss for run in found.runs} == LOSSES
-    assert {(run.optimizer, run.parametrization, run.width) for run in found.runs} == {("muon", "given", 64)}
-    assert found.notes == (
+    table = read_project(SOURCE, TableOptions())
+    assert {run.log2_lr: run.val_loss for run in table.runs} == LOSSES
+    assert {(run.optimizer, run.parametrization, run.width) for run in table.runs} == {("muon", "given", 64)}
+    assert table.notes == (
         "read from wandb:lab/lrs: optimizer = optimizer.name, width = n_embd, lr = optimizer.lr, status = state, "
         "val_loss = eval/loss",
         "no column parametrization: all runs are of one, called given",
@@ -72,9 +72,9 @@ def test_states_decide_what_counts(three: WandbServer) -> None:
     store(three, "exploded", -2, math.inf)
     store(three, "silent", -1, None)
     store(three, "ours", 0, 9.0).summary["status"] = "diverged"
-    found = read_project(SOURCE, TableOptions())
-    assert {run.log2_lr for run in found.runs if run.status == DIVERGED} == {-3.0, -2.0, 0.0}
-    assert found.notes[2:] == (
+    table = read_project(SOURCE, TableOptions())
+    assert {run.log2_lr for run in table.runs if run.status == DIVERGED} == {-3.0, -2.0, 0.0}
+    assert table.notes[2:] == (
         "left out, crashed or failed, though the loss is no blow-up: run dead (run of dead)",
         "left out, no loss: run silent (run of silent)",
         "left out, still running: run on (run of on)",
@@ -93,9 +93,9 @@ def test_filters_are_of_runs_and_of_their_config(three: WandbServer, filters: di
         with pytest.raises(DataError, match="the most is 0"):
             read_project(SOURCE, TableOptions(filters=filters))
         return
-    found = read_project(SOURCE, TableOptions(filters=filters))
-    assert {run.val_loss for run in found.runs} == {9.0}
-    assert len(found.runs) == 3
+    table = read_project(SOURCE, TableOptions(filters=filters))
+    assert {run.val_loss for run in table.runs} == {9.0}
+    assert len(table.runs) == 3
 
 
 def test_every_page_of_a_project_is_read(three: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,8 +107,8 @@ def test_a_key_of_the_wrong_place_may_be_named(three: WandbServer) -> None:
     for run in three.runs.values():
         run.summary["lr"] = json.loads(run.fields["config"])["optimizer"]["value"]["lr"] / 2
     columns = {"lr": "lr", "val_loss": "train/loss"}
-    found = read_project(SOURCE, TableOptions(columns=columns))
-    assert {run.log2_lr: run.val_loss for run in found.runs} == {x - 1: 1.0 for x in LOSSES}
+    table = read_project(SOURCE, TableOptions(columns=columns))
+    assert {run.log2_lr: run.val_loss for run in table.runs} == {x - 1: 1.0 for x in LOSSES}
 
 
 def test_losses_are_averaged_over_the_last_logged_ones(three: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,9 +122,9 @@ def test_losses_are_averaged_over_the_last_logged_ones(three: WandbServer, monke
         run.lines = {i: json.dumps(row) for i, row in enumerate(rows)}
         if name == "lost":
             run.lines[299] = json.dumps({"_step": 299, "eval/loss": "NaN"})
-    found = read_project(SOURCE, TableOptions(average=3))
-    assert {run.log2_lr: run.val_loss for run in found.runs} == {-8.0: 2.5, -7.0: 2.25, -6.0: 2.75, -4.0: None}
-    assert found.notes[-1] == "losses are means over the last 3 that were logged"
+    table = read_project(SOURCE, TableOptions(average=3))
+    assert {run.log2_lr: run.val_loss for run in table.runs} == {-8.0: 2.5, -7.0: 2.25, -6.0: 2.75, -4.0: None}
+    assert table.notes[-1] == "losses are means over the last 3 that were logged"
 
 
 def refusal(source: str = SOURCE, **options: Any) -> str:

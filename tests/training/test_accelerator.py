@@ -33,9 +33,9 @@ FAKE = {"optimizer=foreign"}  # of NAdam's state fake tensors cannot bring the p
 
 
 def test_a_step_on_an_accelerator_mixes_no_devices_and_waits_for_nothing(tmp_path: Path) -> None:
-    words = tmp_path / "words.json"
-    words.write_text(json.dumps([[*SMALL, *case] for case in CASES.values()]))
-    program = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("accelerator.py")), str(words)]
+    file = tmp_path / "words.json"
+    file.write_text(json.dumps([[*SMALL, *case] for case in CASES.values()]))
+    program = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("accelerator.py")), str(file)]
     done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True)
     wrong = {case: what for case, what in zip(CASES, json.loads(done.stdout), strict=True) if what}
     assert {case for case, what in wrong.items() if what.startswith("waits for the device")} == WAITS

@@ -89,8 +89,8 @@ class LeaseLost(TrainControl):
 
     def heartbeat(self) -> None:
         if self.asked == 12:
-            mine = json.loads((self.folder / "claims" / "0000.json").read_text())
-            (self.folder / "claims" / "0001.json").write_text(json.dumps({**mine, "host": "elsewhere"}))
+            owner = json.loads((self.folder / "claims" / "0000.json").read_text())
+            (self.folder / "claims" / "0001.json").write_text(json.dumps({**owner, "host": "elsewhere"}))
             self.before = files(self.folder)
 
 
