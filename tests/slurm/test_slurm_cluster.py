@@ -158,7 +158,8 @@ def test_an_array_is_bundled_and_throttled_and_its_analysis_comes_after_it(
 def test_a_time_limit_interrupts_a_run_that_goes_on_in_a_new_job(
     cluster: Cluster, undisturbed: dict[str, tuple[dict[str, object], bytes]]
 ) -> None:
-    sweep = submit(*ONE, "launcher.time='00:01:00'", "launcher.signal_seconds=45")
+    # Slurm may signal a minute early, and a busy machine needs 20 s until it trains.
+    sweep = submit(*ONE, "launcher.time='00:03:00'", "launcher.signal_seconds=90")
     run = only_run(sweep)
     pid = suspended(run)
     until(lambda: has_waiting(pid, signal.SIGUSR1), "the signal before the time limit")

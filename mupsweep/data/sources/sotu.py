@@ -14,7 +14,6 @@ from mupsweep.errors import DataError
 
 CORPUS = Path(__file__).parents[1] / "corpora" / "sotu.jsonl.xz"
 SHA256_XZ = "7077b62ae30c3ed8c28cfe7807cc3574c138cc4e4ed13ed87d641093f51792ce"
-SHA256_TEXT = "4bea48bd0c4c62df81b3429042545d1fcbca0878a82dfed1c16c72629f4bffcb"  # decompressed
 
 
 class Sotu(Source):
