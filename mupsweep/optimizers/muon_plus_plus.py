@@ -13,15 +13,13 @@ to fluctuations; here the weight is scaled to exactly S before training. Experim
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.algorithm import StepContext
-from mupsweep.optimizers.composed import ComposableOptimizer
-from mupsweep.optimizers.optimizer import Dims, check_decays
-from mupsweep.optimizers.singular_values import msign, power_iterate, top_right_vectors, top_singular_pair
-from mupsweep.scaling import UpdateLaw
-from mupsweep.scaling.laws import spectral_ratio
+from mupsweep.optimizers.optimizer import Dims
+from mupsweep.optimizers.singular_values import msign, power_iterate, top_singular_pair
+from mupsweep.optimizers.spectral_sphere import SpectralSphere
 from mupsweep.schema import require
 
 if TYPE_CHECKING:
@@ -29,13 +27,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuonPlusPlus(ComposableOptimizer):
+class MuonPlusPlus(SpectralSphere):
     """W -= lr * S * msign((I - u u^T) M (I - v v^T)), M the momentum, (u, v) the top singular pair of W.
     lr: spectral norm of an update / that of the weight.
 
     Attributes:
         momentum: M <- momentum * M + G.
-        power_iterations: a step, for the top singular pair, from the last step's.
         rescale: Algorithm 2, W <- S W / ||W||_2 after each step; the paper's for hidden sizes above 4096.
         adaptive: C; once the common correlation rho of W's entries exceeds C (n_out^-1/2 + n_in^-1/2), W is multiplied
             after a step by sqrt(rho before / rho after), which keeps the norm that rho causes. null: off.
@@ -43,42 +40,24 @@ class MuonPlusPlus(ComposableOptimizer):
 
     eps: float = 1e-7
     momentum: float = 0.95
-    power_iterations: int = 20
     rescale: bool = False
     adaptive: float | None = None
 
-    roles: tuple[str, ...] = ("hidden",)
-
-    supported_roles: ClassVar[tuple[str, ...]] = ("hidden",)
-    divides_by_weight: ClassVar[bool] = True
-    rescales_init: ClassVar[bool] = True
-    uses_weights = True
-    renormalizes = True
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_decays(self, "momentum")
-        require(self.power_iterations >= 1, "optimizer.power_iterations", self.power_iterations, "at least 1")
         require(self.adaptive is None or self.adaptive > 0, "optimizer.adaptive", self.adaptive, "positive or null")
         if self.rescale and self.adaptive is not None:
             raise ConfigError(
                 f"optimizer.adaptive={self.adaptive}: optimizer.rescale=true undoes what it does; set one of them"
             )
 
-    def base_law(self, dims: Dims | None = None) -> UpdateLaw:
-        return UpdateLaw(shape_factor=spectral_ratio, full_rank=True)
-
     def base_state_size(self, dims: Dims) -> int:
-        """The momentum, a singular vector and a correlation."""
-        return super().base_state_size(dims) + dims[1] + (self.adaptive is not None)
-
-    def rescale_init(self, weights: Tensor) -> None:
-        sigma, _, _ = top_singular_pair(weights, top_right_vectors(weights))
-        weights.mul_(_norm(weights) / sigma)
+        """The momentum, a singular vector and, where it is used, a correlation."""
+        return super().base_state_size(dims) + (self.adaptive is not None)
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         adaptive = {} if self.adaptive is None else {"rho": correlation(weights)}
-        return {"momentum": weights.new_zeros(weights.shape), "top": top_right_vectors(weights), **adaptive}
+        return super().state(weights) | adaptive
 
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         assert now.weights is not None
@@ -86,13 +65,12 @@ class MuonPlusPlus(ComposableOptimizer):
         _, u, v = top_singular_pair(now.weights, state["top"])
         M = M - u @ (u.mT @ M)  # (I - u u^T) M
         M = M - (M @ v) @ v.mT  # ... (I - v v^T)
-        return msign(M, now.thresholds["eps"]).mul_(_norm(grads))
+        return msign(M, now.thresholds["eps"]).mul_(self.radius_of(grads))
 
     def renormalize(self, weights: Tensor, state: dict[str, Tensor]) -> None:
         power_iterate(weights, state["top"], self.power_iterations)
         if self.rescale:
-            sigma, _, _ = top_singular_pair(weights, state["top"])
-            weights.mul_(_norm(weights) / sigma)
+            self.retract(weights, state["top"])
         if self.adaptive is not None:
             n_out, n_in = weights.shape[-2:]
             before, after = state["rho"].clone(), state["rho"].copy_(correlation(weights))
@@ -106,9 +84,3 @@ def correlation(weights: Tensor) -> Tensor:
     entries = weights[0].numel()
     mean, square = weights.mean(dim=(-2, -1)), weights.square().mean(dim=(-2, -1))
     return (entries * mean**2 - square) / ((entries - 1) * square)
-
-
-def _norm(stack: Tensor) -> float:
-    """S."""
-    n_out, n_in = stack.shape[-2:]
-    return spectral_ratio(n_out, n_in)

@@ -10,14 +10,11 @@ Phi = msign(G + lam u v^T) for the one lam that meets it. Weights start on the s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from mupsweep.optimizers.algorithm import StepContext
-from mupsweep.optimizers.composed import ComposableOptimizer
-from mupsweep.optimizers.optimizer import Dims, check_decays
-from mupsweep.optimizers.singular_values import msign, power_iterate, top_right_vectors, top_singular_pair
-from mupsweep.scaling import UpdateLaw
-from mupsweep.scaling.laws import spectral_ratio
+from mupsweep.optimizers.singular_values import msign, power_iterate, top_singular_pair
+from mupsweep.optimizers.spectral_sphere import SpectralSphere
 from mupsweep.schema import require
 
 if TYPE_CHECKING:
@@ -30,50 +27,25 @@ TINY = 1e-7  # bounds the norm of a matrix of norm about 1 before it divides
 
 
 @dataclass(frozen=True, kw_only=True)
-class SSO(ComposableOptimizer):
+class SSO(SpectralSphere):
     """W <- retract(W - lr * R * msign(momentum + lam u v^T)). lr: spectral norm of an update / that of the weight.
 
     Attributes:
         radius: ||W||_2 / sqrt(n_out / n_in).
         momentum: decay of the average of gradients.
         nesterov: take the gradient mixed with the average instead of the average.
-        power_iterations: a step, for the top singular pair, from the last step's.
         solver_steps: at most, for lam, once it is bracketed; each costs an msign.
     """
 
     radius: float = 1.0
     momentum: float = 0.9
     nesterov: bool = True
-    power_iterations: int = 20
     solver_steps: int = 20
-
-    roles: tuple[str, ...] = ("hidden",)
-
-    supported_roles: ClassVar[tuple[str, ...]] = ("hidden",)
-    divides_by_weight: ClassVar[bool] = True
-    rescales_init: ClassVar[bool] = True
-    uses_weights = True
-    renormalizes = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_decays(self, "momentum")
         require(self.radius > 0, "optimizer.radius", self.radius, "a positive number")
-        for key in ("power_iterations", "solver_steps"):
-            require(getattr(self, key) >= 1, f"optimizer.{key}", getattr(self, key), "at least 1")
-
-    def base_law(self, dims: Dims | None = None) -> UpdateLaw:
-        return UpdateLaw(shape_factor=spectral_ratio, full_rank=True)
-
-    def base_state_size(self, dims: Dims) -> int:
-        """The momentum and a singular vector."""
-        return super().base_state_size(dims) + dims[1]
-
-    def rescale_init(self, weights: Tensor) -> None:
-        self._retract(weights, top_right_vectors(weights))
-
-    def state(self, weights: Tensor) -> dict[str, Tensor]:
-        return {"momentum": weights.new_zeros(weights.shape), "top": top_right_vectors(weights)}
+        require(self.solver_steps >= 1, "optimizer.solver_steps", self.solver_steps, "at least 1")
 
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         assert now.weights is not None
@@ -81,20 +53,15 @@ class SSO(ComposableOptimizer):
         M = grads.lerp(average, self.momentum) if self.nesterov else average
         M = M / M.norm(dim=(-2, -1), keepdim=True).clamp(min=now.thresholds["eps"])
         _, u, v = top_singular_pair(now.weights, state["top"])
-        return tangent_msign(M, u @ v.mT, self.solver_steps).mul_(self._radius(grads))
+        return tangent_msign(M, u @ v.mT, self.solver_steps).mul_(self.radius_of(grads))
 
     def renormalize(self, weights: Tensor, state: dict[str, Tensor]) -> None:
         power_iterate(weights, state["top"], self.power_iterations)
-        self._retract(weights, state["top"])
+        self.retract(weights, state["top"])
 
-    def _retract(self, weights: Tensor, top: Tensor) -> None:
-        """W <- R W / ||W||_2."""
-        sigma, _, _ = top_singular_pair(weights, top)
-        weights.mul_(self._radius(weights) / sigma)
-
-    def _radius(self, stack: Tensor) -> float:
-        n_out, n_in = stack.shape[-2:]
-        return self.radius * spectral_ratio(n_out, n_in)
+    def radius_of(self, weights: Tensor) -> float:
+        """R."""
+        return self.radius * super().radius_of(weights)
 
 
 def tangent_msign(unit: Tensor, normal: Tensor, steps: int) -> Tensor:
