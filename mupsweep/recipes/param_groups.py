@@ -74,7 +74,7 @@ def param_groups(
 
     Args:
         model: what will be trained; its parameters stand in the groups.
-        base_model: the same at the shape that `lr` was tuned at.
+        base_model: the model at the shape that `lr` was tuned at.
         lr: base LR, of the optimizer that is named; that of its `rest` follows by configs/optimizer.
         optimizer, parametrization: choices of configs/, such as "muon" and "spectral".
         weight_decay: base coefficient, coupled as in torch: a step subtracts lr * weight_decay * W.
@@ -99,10 +99,10 @@ def param_groups(
     overrides += [] if eps is None else [f"optimizer.eps={eps!r}"]
     resolved = run_spec.resolve(config.load(overrides).variants[0])
     _check_patterns([*no_decay, *(roles or {})], [name for name, _ in model.named_parameters(remove_duplicate=False)])
-    whole = len(resolved.optimizers) == 1
-    grouped: dict[tuple[Any, ...], dict[str, Any]] = {}
-    numbers: dict[torch.Tensor, tuple[str, list[float]]] = {}
-    for name, parameter, tensor in _tensors(model, base_model, delta_model, roles or {}, whole):
+    single_optimizer = len(resolved.optimizers) == 1
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}  # by what its members have in common
+    first_use: dict[torch.Tensor, tuple[str, list[float]]] = {}  # of every parameter: its name and numbers
+    for name, parameter, tensor in _tensors(model, base_model, delta_model, roles or {}, single_optimizer):
         scaling = tensor_rules.scale_tensor(resolved, tensor.width_ratio, tensor.depth_ratio, tensor.spec, tensor.base)
         decays = not any(fnmatchcase(name, pattern) for pattern in no_decay)
         group = {
@@ -110,48 +110,61 @@ def param_groups(
             "weight_decay": weight_decay * scaling.rule.weight_decay if decays else 0.0,
             **{key: value for key, value in scaling.absolute_thresholds(tensor.spec.dims).items() if value > 0},
         }
-        other, theirs = numbers.setdefault(parameter, (name, list(group.values())))
-        if other != name:
-            _check_tie(name, list(group.values()), other, theirs)
+
+        # A tied tensor has several names and is listed once, so all of them must call for equal numbers.
+        first_name, first_numbers = first_use.setdefault(parameter, (name, list(group.values())))
+        if first_name != name:
+            _check_tie(name, list(group.values()), first_name, first_numbers)
             continue
-        if not whole:
+
+        if not single_optimizer:
             group["optimizer"] = scaling.scaled.optimizer.name
         if details:
             outside_groups = {"init_std_ratio": scaling.rule.init_std, "multiplier": scaling.rule.multiplier}
             group |= {"role": tensor.spec.role.value, **outside_groups}
-        names: dict[str, Any] = {"names": []} if details else {}
-        members = grouped.setdefault(tuple(group.items()), {"params": [], **group, **names})
-        members["params"].append(parameter)
+
+        # Tensors with equal numbers share a group: torch steps a group's tensors together.
+        key = tuple(group.items())
+        if key not in groups:
+            groups[key] = {"params": [], **group, **({"names": []} if details else {})}
+        groups[key]["params"].append(parameter)
         if details:
-            members["names"].append(name)
-    return list(grouped.values())
+            groups[key]["names"].append(name)
+    return list(groups.values())
 
 
 def _tensors(
-    model: nn.Module, base_model: nn.Module, delta_model: nn.Module | None, roles: Mapping[str, str], whole: bool
+    model: nn.Module,
+    base_model: nn.Module,
+    delta_model: nn.Module | None,
+    roles: Mapping[str, str],
+    single_optimizer: bool,
 ) -> Iterator[tuple[str, torch.Tensor, Scaled]]:
     """Every parameter of the model, with its role and its counterpart in the base."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    small = {name: tuple(p.shape) for name, p in base_model.named_parameters(remove_duplicate=False)}
+    base_shapes = {name: tuple(p.shape) for name, p in base_model.named_parameters(remove_duplicate=False)}
     others = base_model if delta_model is None else delta_model
-    delta = {name: tuple(p.shape) for name, p in others.named_parameters(remove_duplicate=False)}
-    if delta.keys() != small.keys():
-        raise ConfigError(f"delta_model and base_model differ in {sorted(delta.keys() ^ small.keys())[0]}")
-    depths = _depth_ratios(list(parameters), list(small))
+    delta_shapes = {name: tuple(p.shape) for name, p in others.named_parameters(remove_duplicate=False)}
+    if delta_shapes.keys() != base_shapes.keys():
+        raise ConfigError(f"delta_model and base_model differ in {sorted(delta_shapes.keys() ^ base_shapes.keys())[0]}")
+    depths = _depth_ratios(list(parameters), list(base_shapes))
     grows = False
     for name, parameter in parameters.items():
-        like, depth_ratio = depths[name]
-        shape, base = tuple(parameter.shape), small[like]
-        if not len(shape) == len(base) == len(delta[like]):
+        counterpart, depth_ratio = depths[name]
+        shape, base = tuple(parameter.shape), base_shapes[counterpart]
+        if not len(shape) == len(base) == len(delta_shapes[counterpart]):
             raise ConfigError(f"{name} has shape {shape}, but {base} in the base model: they must differ in size only")
-        axes = [i for i, (s, b, d) in enumerate(zip(shape, base, delta[like], strict=True)) if not s == b == d]
+        axes = [
+            i for i, (s, b, d) in enumerate(zip(shape, base, delta_shapes[counterpart], strict=True)) if not s == b == d
+        ]
         grows |= bool(axes)
         given = next((role for pattern, role in roles.items() if fnmatchcase(name, pattern)), None)
-        role = _role(name, axes, model) if given is None else _named(given)
-        big, little = (_spec(name, dims, role, axes) for dims in (shape, base))
-        along = 1 if role in (Role.HIDDEN, Role.OUTPUT) else 0
-        yield name, parameter, Scaled(big, little, big.dims[along] / little.dims[along], depth_ratio)
-    if not (grows or roles or whole):
+        role = _role(name, axes, model) if given is None else _parse_role(given)
+        spec, base_spec = (_spec(name, dims, role, axes) for dims in (shape, base))
+        fan_in_or_out = 1 if role in (Role.HIDDEN, Role.OUTPUT) else 0  # the index in dims, which are (n_out, n_in)
+        width_ratio = spec.dims[fan_in_or_out] / base_spec.dims[fan_in_or_out]
+        yield name, parameter, Scaled(spec, base_spec, width_ratio, depth_ratio)
+    if not (grows or roles or single_optimizer):
         raise ConfigError(
             "no tensor differs in shape between model and base_model, so nothing tells which of them the optimizer of "
             "hidden matrices takes: give delta_model (the base at another width) or roles={'PATTERN': 'hidden'}"
@@ -223,7 +236,7 @@ def _spec(name: str, shape: Shape, role: Role, axes: Sequence[int]) -> TensorSpe
     return TensorSpec(name, (shape[out], shape[into]), role, init_std=1.0)
 
 
-def _named(role: str) -> Role:
+def _parse_role(role: str) -> Role:
     try:
         return Role(role)
     except ValueError:
