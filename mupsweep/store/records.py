@@ -57,18 +57,22 @@ def is_count(value: Any) -> bool:
 
 
 def is_positive(value: Any) -> bool:
+    """Whether a value is a finite number above 0."""
     return is_number(value) and value > 0
 
 
 def is_positive_count(value: Any) -> bool:
+    """Whether a value is a whole number from 1 on."""
     return is_count(value) and value > 0
 
 
 def is_seed(value: Any) -> bool:
+    """Whether a value can be a seed."""
     return type(value) is int and abs(value) <= LARGEST_COUNT
 
 
 def is_log2_lr(value: Any) -> bool:
+    """Whether a value can be the log2 of an LR."""
     return is_number(value) and abs(value) <= LARGEST_LOG2_LR
 
 
@@ -88,6 +92,7 @@ def is_float(value: Any) -> bool:
 
 
 def is_text(value: Any) -> bool:
+    """Whether a value is text."""
     return isinstance(value, str)
 
 
