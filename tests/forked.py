@@ -18,7 +18,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *("mupsweep.cli", "mupsweep.launchers.driver", "mupsweep.launchers.inline", "mupsweep.launchers.local"),
-        *("mupsweep.training.worker", "mupsweep.training.fsdp"),
+        *("mupsweep.training.session", "mupsweep.training.fsdp"),
         *("hydra", "hypothesis", "pytest", "torch._dynamo.testing"),
     ]
 )

@@ -67,8 +67,8 @@ def coordinates_of(variant: Variant, grid: GridConfig, log2_lr: float) -> Coordi
     traced: dict[str, dict[int, Values]] = {}
     points: list[Point] = []
     ladders = {
-        WIDTH: replace(grid, depth_ratios=(1.0,), log2_lrs=(log2_lr,), pair=False),
-        DEPTH: replace(grid, width_ratios=(1.0,), log2_lrs=(log2_lr,), pair=False),
+        WIDTH: replace(grid, depth_ratios=(1.0,), log2_lrs=(log2_lr,), pair=False, sizes=None),
+        DEPTH: replace(grid, width_ratios=(1.0,), log2_lrs=(log2_lr,), pair=False, sizes=None),
     }
     ratios = {WIDTH: grid.width_ratios, DEPTH: grid.depth_ratios}
     if all(len(r) == 1 for r in ratios.values()):

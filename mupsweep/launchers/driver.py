@@ -169,6 +169,9 @@ def train(launcher: Launcher, sweep: SweepDir, runs: Sequence[RunSpec]) -> bool:
 
 def prepare(runs: Sequence[RunSpec]) -> None:
     """Encode the corpus of some runs, unless that was done before, and check that it is large enough for them."""
+    runs = [run for run in runs if not run.resolved.trainer.runs_program]  # a program reads what it likes
+    if not runs:
+        return
     corpus = data.prepare(runs[0].resolved.variant.data, progress=lambda line: print(line, file=sys.stderr))
     for context, batch in {(run.size.context, run.resolved.training.batch_size) for run in runs}:
         corpus.require(context, batch)
@@ -220,10 +223,11 @@ def _agree(runs: Sequence[RunSpec], config: SweepConfig, yes: bool) -> None:
     """Say what the first runs of a validation cost, and ask whether to train them."""
     size, cost = runs[0].size, runs[0].cost
     price = price_text(runs, config.launcher_options)
-    question = (
-        f"--validate trains at least {counted(len(runs), 'run')} of width {size.width}, depth {size.depth} "
-        f"({si(cost.parameters)} parameters): {price}; memory {si(cost.memory)}B a run"
-    )
+    question = f"--validate trains at least {counted(len(runs), 'run')} of width {size.width}, depth {size.depth}"
+    if runs[0].resolved.trainer.runs_program:
+        question += f": {price}"
+    else:
+        question += f" ({si(cost.parameters)} parameters): {price}; memory {si(cost.memory)}B a run"
     print(question, file=sys.stderr)
     if yes:
         return

@@ -100,7 +100,7 @@ class Local:
         """
         size = runs[0].size
         launcher = size_overrides.for_size(self, size.name)
-        if memory is None or launcher.devices_per_run > 1:
+        if memory is None or launcher.devices_per_run > 1 or runs[0].resolved.trainer.runs_program:
             return launcher
         variants = {run.resolved.digest: run.resolved for run in runs}.values()
 

@@ -24,6 +24,7 @@ class Size:
         vocab_size: rows of the embedding and of the head.
         context: tokens per sequence.
         width_ratio, depth_ratio: width and depth of this size / those of the base.
+        label: what the user's list of sizes calls it, if it does.
     """
 
     width: int
@@ -36,6 +37,7 @@ class Size:
     context: int
     width_ratio: float = 1.0
     depth_ratio: float = 1.0
+    label: str | None = None
 
     @property
     def name(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mupsweep.analysis.config import AnalysisConfig
@@ -12,12 +12,8 @@ from mupsweep.analysis.estimate import Estimate
 from mupsweep.analysis.optimum import Optimum
 from mupsweep.analysis.transfer import AXIS_UNIT, HORIZON, LadderResult, axis_to, judge_ladders, size_ratio
 from mupsweep.errors import RecordError
-from mupsweep.models.shape import Size
-from mupsweep.sweep import tensor_rules
 from mupsweep.sweep.run_spec import ResolvedVariant
-
-SHAPE = ("width", "depth", "heads", "kv_heads", "head_dim", "ffn_width", "vocab_size", "context")
-SCHEDULE = ("batch_size", "schedule", "min_lr_frac", "decay_fraction", "precision")
+from mupsweep.sweep.settings import settings
 
 
 @dataclass(frozen=True)
@@ -185,37 +181,6 @@ def _record(ladder: LadderResult, choice: Recommendation, horizon: Mapping[str, 
         "log2_lr_high": choice.optimum.high,
         "expected_regret": choice.expected_regret,
         "horizon": dict(horizon),
-    }
-
-
-def settings(resolved: ResolvedVariant, size: Size, base_lr: float) -> dict[str, Any]:
-    """Everything that a run of `resolved` at a size is trained with; all that an export to another trainer needs."""
-    forward = tensor_rules.multipliers(resolved, size)
-    training = resolved.training
-    return {
-        "target": {key: getattr(size, key) for key in SHAPE},
-        "base": {key: getattr(resolved.size(1.0, 1.0), key) for key in SHAPE},
-        "base_lr": base_lr,
-        "parameters": resolved.cost(size).parameters,
-        "block_multiplier": forward.block,
-        "output_multiplier": forward.output,
-        "attention_scale": forward.attention,
-        "clip": tensor_rules.clip_norm(resolved),
-        "architecture": dict(resolved.variant.model),
-        "training": {
-            "tokens": _tokens(resolved),
-            "steps": resolved.steps,
-            "warmup_steps": training.warmup_steps(resolved.steps),
-            **{key: getattr(training, key) for key in SCHEDULE},
-        },
-        "optimizers": [
-            {
-                "kind": f"{type(part.optimizer).__module__}.{type(part.optimizer).__qualname__}",
-                **{key: value for key, value in asdict(part.optimizer).items() if key != "log2_lr_range"},
-            }
-            for part in resolved.optimizers
-        ],
-        "tensors": [tensor_rules.rule_record(row) for row in tensor_rules.rules(resolved, size, base_lr)],
     }
 
 

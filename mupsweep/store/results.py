@@ -68,5 +68,7 @@ def _with_branches(summary: Mapping[str, Any], planned: Mapping[str, Any]) -> li
     ends = [summary]
     for branch in summary.get("branches", []):
         ends.append({**summary, **branch, "run_id": f"{summary['run_id']}@{branch['horizon']}"})
+    if "flops" not in planned:  # of a program that nobody knows the cost of
+        return [RunResult.of(end) for end in ends]
     flops_per_token = planned["flops"] / planned["tokens"]
     return [RunResult.of({**end, "flops": flops_per_token * (end.get("horizon") or planned["tokens"])}) for end in ends]

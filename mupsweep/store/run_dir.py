@@ -129,10 +129,26 @@ class RunDir:
         """Read the parameter groups that the run trains with."""
         return parse_json(self.groups_path.read_bytes())
 
-    def write_rules(self, config: Mapping[str, Any], groups: Any) -> None:
-        """Write what the run is: its resolved config and the parameter groups that it trains with."""
+    def write_rules(self, config: Mapping[str, Any], groups: Any = None) -> None:
+        """Write what the run is: its resolved config, and the parameter groups that it trains with if they are ours."""
         write_text(self.config_path, yaml.safe_dump(_plain(config), sort_keys=False, width=110), durable=False)
-        write_json(self.groups_path, groups, durable=False)
+        if groups is not None:
+            write_json(self.groups_path, groups, durable=False)
+
+    @property
+    def recipe_path(self) -> Path:
+        """Every number that a program of the user's may train the run with."""
+        return self.path / "recipe.json"
+
+    @property
+    def output(self) -> Path:
+        """The folder of a program of the user's."""
+        return self.path / "output"
+
+    @property
+    def process_path(self) -> Path:
+        """The running program of the user's."""
+        return self.path / "process.json"
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read the logged rows, in order of steps, up to the first that was not written whole or cannot be."""

@@ -3,6 +3,7 @@
     <sweep>/  config.yaml  plan.jsonl  environment.json  submit-*.sbatch  jobs/  logs/  workers/  results/
     <sweep>/runs/<run-id>/  config.yaml  groups.json  status.json  metrics.jsonl  summary.json  train.log
                             claims/  checkpoint/
+                            recipe.json  output/  where a program of the user's trains
 
 A run's `status.json` is written last: without it, or with "running" and a dead owner, the run is trained again.
 """

@@ -34,13 +34,15 @@ from mupsweep.sweep.compose import choices as choices
 from mupsweep.sweep.compose import config_root as config_root
 from mupsweep.sweep.hyperparameters import expand
 from mupsweep.sweep.launcher_options import LauncherOptions
+from mupsweep.sweep.sizes import ListedSize, base_shape, parse_sizes, refuse_ratios
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 PRECISIONS = ("auto", "fp32", "bf16")
 BATCH_RULES = ("none", "sde")
 ADAMW_RANGE = (-11.0, -5.0)  # where LRs are looked for if an optimizer's yaml does not say
 GRID, ADAPTIVE = "grid", "adaptive"
-VARIANT_SECTIONS = (*COMPARABLE, "data", "training")
+VARIANT_SECTIONS = (*COMPARABLE, "data", "training", "trainer")
+OWN_TRAINER = {"name": "mupsweep", "kind": "mupsweep.trainers.mupsweep.Mupsweep"}  # stored variants leave it out
 SHARED_SECTIONS = ("sweep", "analysis", "launcher", "tracker", "out", "allow_imports")
 
 
@@ -151,8 +153,12 @@ class GridConfig:
     max_runs: int = 12
     axes: Any = None  # a mapping; `expand` checks its keys, which depend on the variants
     max_flops: float | None = None
+    sizes: Any = None  # a list of mappings, in place of ratios
 
     def __post_init__(self) -> None:
+        if self.sizes is not None:  # ratios are then those of the sizes
+            for key, index in (("width_ratios", 0), ("depth_ratios", 1)):
+                object.__setattr__(self, key, tuple(dict.fromkeys(ratio[index] for ratio in self.ratios)))
         one_of(self.search, (GRID, ADAPTIVE), "sweep.search")
         require(0.01 <= self.half_width <= 4, "sweep.half_width", self.half_width, "octaves, 0.01 to 4")
         require(self.regret >= 0, "sweep.regret", self.regret, "nats, 0 or more")
@@ -189,8 +195,16 @@ class GridConfig:
         return replace(self, log2_lrs=default_lrs(optimizer.get("log2_lr_range")) if lrs is None else lrs)
 
     @property
+    def listed(self) -> tuple[ListedSize, ...]:
+        """The sizes of the list, if there is one."""
+        return () if self.sizes is None else parse_sizes(self.sizes)
+
+    @property
     def ratios(self) -> tuple[tuple[float, float], ...]:
         """(width_ratio, depth_ratio) of every size of the grid."""
+        if self.sizes is not None:
+            base = self.listed[0]
+            return tuple((size.width / base.width, size.depth / base.depth) for size in self.listed)
         if self.pair:
             return tuple(zip(self.width_ratios, self.depth_ratios, strict=True))
         return tuple(itertools.product(self.width_ratios, self.depth_ratios))
@@ -228,6 +242,7 @@ class Variant:
     """One choice of everything that is held fixed along a loss-versus-LR curve and a ladder of sizes.
 
     Attributes:
+        trainer: what trains the runs.
         change: the hyperparameter in which a variant of `sweep.axes` differs from its default; None for a default.
     """
 
@@ -236,6 +251,7 @@ class Variant:
     parametrization: dict[str, Any]
     data: DataConfig
     training: TrainingConfig
+    trainer: dict[str, Any] = field(default_factory=OWN_TRAINER.copy)
     change: HyperparameterOverride | None = None
 
     @property
@@ -294,6 +310,10 @@ def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> SweepC
                 f"a yaml sets '{key}', which is no section; {nearest(key, (*VARIANT_SECTIONS, *SHARED_SECTIONS))}; "
                 "an experiment begins with the line # @package _global_"
             )
+    if trees[0]["sweep"].get("sizes") is not None:
+        refuse_ratios(overrides)
+        for tree in trees:
+            tree["model"] |= base_shape(parse_sizes(tree["sweep"]["sizes"]))
     variants = [{key: tree[key] for key in VARIANT_SECTIONS} for tree in trees]
     shared = {key: trees[0][key] for key in SHARED_SECTIONS}
     # no yaml has a say: somebody else's experiment would allow somebody else's code
@@ -390,6 +410,7 @@ def _variant(sections: Mapping[str, Any]) -> Variant:
         **{group: dict(sections[group]) for group in COMPARABLE},
         data=to_dataclass(DataConfig, with_whole_numbers(DataConfig, data), "data"),
         training=to_dataclass(TrainingConfig, with_whole_numbers(TrainingConfig, training), "training"),
+        trainer=dict(sections.get("trainer", OWN_TRAINER)),
         change=None if change is None else HyperparameterOverride(**change),
     )
 
@@ -402,7 +423,27 @@ def _folder(out: Any) -> str:
 
 def to_tree(config: SweepConfig) -> dict[str, Any]:
     """The inverse of `from_tree`: plain mappings and lists, ready for yaml or json."""
-    return asdict(config)
+    tree = {**asdict(config), "variants": tuple(variant_tree(variant) for variant in config.variants)}
+    if tree["sweep"]["sizes"] is None:
+        del tree["sweep"]["sizes"]  # as before there was a list
+    return tree
+
+
+def variant_tree(variant: Variant) -> dict[str, Any]:
+    """A variant as plain mappings; mupsweep's own trainer is left out, as before there were others."""
+    tree = asdict(variant)
+    if tree["trainer"] == OWN_TRAINER:
+        del tree["trainer"]
+    return tree
+
+
+def trainers_of(config: SweepConfig) -> list[dict[str, Any]]:
+    """The sections of the trainers that the variants of a config name, each once."""
+    trainers: list[dict[str, Any]] = []
+    for variant in config.variants:
+        if variant.trainer not in trainers:
+            trainers.append(variant.trainer)
+    return trainers
 
 
 def _sections(config: SweepConfig) -> Iterable[tuple[str, Mapping[str, Any]]]:
@@ -411,5 +452,6 @@ def _sections(config: SweepConfig) -> Iterable[tuple[str, Mapping[str, Any]]]:
         for group in COMPARABLE:
             yield group, getattr(variant, group)
         yield "data", {"kind": variant.data.kind}
+        yield "trainer", variant.trainer
     yield "launcher", config.launcher
     yield "tracker", config.tracker

@@ -22,12 +22,15 @@ class Cost:
         tokens: number of training tokens.
         flops: FLOPs of the forward and backward passes over all tokens.
         memory: bytes of weights, gradients, optimizer state and the activations of a step on each device, all in fp32.
+        known: whether it is that of the run. Otherwise a program of the user's trains, and the cost is that of the
+            model whose tensors the config declares: good for an order of the runs, and nothing to show.
     """
 
     parameters: int
     tokens: int
     flops: float
     memory: float
+    known: bool = True
 
     def seconds(self, steps: int, device: str) -> float:
         """A rough wall-clock estimate on one CPU thread or one accelerator."""

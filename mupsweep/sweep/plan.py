@@ -38,10 +38,13 @@ def plan(config: SweepConfig, finished: Iterable[RunResult] = ()) -> list[RunSpe
         finished: the runs from which a search goes on, with the FLOPs that were planned for each.
     """
     grid = config.sweep
-    for variant in config.variants:
-        check_batch_shares(variant.training, config.launcher_options)
-    resolved = [resolve(variant, config.launcher_options) for variant in config.variants]
+    resolved = [resolve(variant, config.launcher_options, listed=grid.listed) for variant in config.variants]
+    for one in resolved:
+        check_batch_shares(one, config.launcher_options)
     check_size_overrides(resolved, config)
+    seeds = grid.seeds if grid.search == GRID else (*grid.seeds, *range(grid.max_seeds))
+    for one in resolved:
+        one.trainer.check(_grid(one, grid.ratios, grid.of(one.variant.optimizer).log2_lrs, seeds))
     if grid.search != GRID:
         return _longest_first(_search_round(resolved, config, list(finished)))
     runs: list[RunSpec] = []
@@ -57,6 +60,12 @@ def _search_round(
     from mupsweep.sweep.search import search_states  # which needs numpy
 
     grid = config.sweep
+    costs = (one.cost(one.size(*ratios)) for one in resolved for ratios in grid.ratios)
+    if grid.max_flops is not None and not all(cost.known for cost in costs):
+        raise ConfigError(
+            f"sweep.max_flops={grid.max_flops:g}: what a program costs is known only where every entry of sweep.sizes "
+            "has parameters"
+        )
     remaining = math.inf if grid.max_flops is None else grid.max_flops - sum(run.flops or 0.0 for run in finished)
     affordable: list[RunSpec] = []
     # a budget goes to the defaults of every size first, and only what they leave to values of other hyperparameters
@@ -147,7 +156,7 @@ def next_round(config: SweepConfig, sweep: SweepDir) -> list[RunSpec]:
 
     So its choices depend on whole rounds alone, and not on when it was interrupted.
     """
-    planned = {sweep.run(row["run_id"]): row["flops"] for row in sweep.read_plan() if not row.get("validation")}
+    planned = {sweep.run(row["run_id"]): row.get("flops") for row in sweep.read_plan() if not row.get("validation")}
     if any(folder.is_open() for folder in planned):
         return []
     summaries = ((folder.summary() or {}) | {"flops": flops} for folder, flops in planned.items())
@@ -210,7 +219,7 @@ def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:
     by_digest: dict[str, ResolvedVariant] = {}
     if to_train:
         for variant in variants.values():
-            resolved = resolve(variant, config.launcher_options)
+            resolved = resolve(variant, config.launcher_options, listed=config.sweep.listed)
             by_digest[resolved.digest] = resolved
 
     @cache
@@ -225,7 +234,7 @@ def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:
         if left_out and label_of(row) in left_out:
             continue
         if not to_train and digest not in by_digest and label_of(row) in variants:
-            by_digest[digest] = resolve(variants[label_of(row)], config.launcher_options, digest)
+            by_digest[digest] = resolve(variants[label_of(row)], config.launcher_options, digest, config.sweep.listed)
         if digest not in by_digest:
             where = {variant.data.path or variant.data.name for variant in config.variants}
             raise RecordError(
@@ -233,6 +242,8 @@ def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:
                 "config.yaml was edited: choose another sweep.name, or bring the old text back"
             )
         size, cost = size_and_cost(digest, row["width_ratio"], row["depth_ratio"])
+        if size.label != row.get("size"):  # the list has another name now; the run keeps that of its plan
+            size = replace(size, label=row.get("size"))
         flags = row.get("validation", False), row.get("round", 0), row.get("reason", "")
         runs.append(RunSpec(row["run_id"], by_digest[digest], size, row["log2_lr"], row["seed"], cost, *flags))
     return runs
@@ -253,7 +264,8 @@ def _foreign_variants(config: SweepConfig) -> dict[Label, str]:
 
 def corpus_remarks(runs: Iterable[RunSpec]) -> list[str]:
     """A remark per variant whose runs read their corpus more than once, as far as the corpus's size is known."""
-    one_per_variant = {run.resolved.digest: run for run in runs}.values()
+    ours = (run for run in runs if not run.resolved.trainer.runs_program)
+    one_per_variant = {run.resolved.digest: run for run in ours}.values()
     remarks = (epochs_remark(run.resolved.variant.data, run.cost.tokens) for run in one_per_variant)
     return list(dict.fromkeys(remark for remark in remarks if remark))
 
@@ -322,5 +334,6 @@ def _grid(
         for log2_lr in log2_lrs:
             for seed in seeds:
                 key = f"{resolved.digest} {size.width_ratio!r} {size.depth_ratio!r} {float(log2_lr)!r} {int(seed)}"
+                key += "" if size.label is None else f" {size.label}"
                 run_id = f"{size.name}-lr{log2_lr:.2f}-s{seed}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
                 yield RunSpec(run_id, resolved, size, float(log2_lr), int(seed), cost)

@@ -11,8 +11,10 @@ from typing import Any
 from mupsweep.analysis.labels import Label
 from mupsweep.data import fingerprint
 from mupsweep.errors import ConfigError
+from mupsweep.schema import instantiate
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import Variant
+from mupsweep.sweep.trainer import PlannedTrainer
 
 HUB_KEYS = ("hub_id", "hub_config", "revision", "data_files", "split", "validation_split", "held_out", "rows")
 UNIDENTIFYING = {  # keys that change no number, but for micro_batch, which changes the order and rounding of sums
@@ -24,7 +26,8 @@ UNIDENTIFYING = {  # keys that change no number, but for micro_batch, which chan
 def digest_of(variant: Variant) -> str:
     """The digest of everything that decides what the runs of a variant compute, the content of the corpus included."""
     tree = _identifying(variant)
-    tree["data"]["content"] = fingerprint(variant.data)
+    if not instantiate(variant.trainer, "trainer").runs_program:
+        tree["data"]["content"] = fingerprint(variant.data)
     canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -33,6 +36,7 @@ def _identifying(variant: Variant) -> dict[str, Any]:
     """The sections of a variant without the keys that have no effect on its numbers."""
     tree = asdict(variant)
     del tree["change"]  # it only names a difference that the other keys hold
+    trainer: PlannedTrainer = instantiate(tree.pop("trainer"), "trainer")
     for section, keys in UNIDENTIFYING.items():
         for key in keys:
             del tree[section][key]
@@ -40,6 +44,10 @@ def _identifying(variant: Variant) -> dict[str, Any]:
         del tree["training"]["branches"]  # an empty list trains as before the key existed
     if tree["model"].get("attention_multiplier") == 1:
         del tree["model"]["attention_multiplier"]  # a factor of 1 trains as before the key existed
+    if trainer.runs_program:  # which reads a corpus of its own
+        tree["data"] = {"tokenizer": variant.data.tokenizer}
+    if identity := trainer.identity():
+        tree["trainer"] = dict(identity)
     return _without(tree, "log2_lr_range")  # of the optimizer and of those that it contains: where LRs are looked for
 
 

@@ -19,6 +19,8 @@ from mupsweep.sweep.config import SweepConfig, TrainingConfig, Variant
 from mupsweep.sweep.cost import Cost, estimate
 from mupsweep.sweep.launcher_options import LauncherOptions
 from mupsweep.sweep.run_identity import digest_of
+from mupsweep.sweep.sizes import ListedSize
+from mupsweep.sweep.trainer import PlannedTrainer
 
 VOCAB_MULTIPLE = 64  # the vocabulary is padded to this, as nanoGPT pads 50257 to 50304: aligned matrix products
 
@@ -41,14 +43,17 @@ class ResolvedVariant:
     Attributes:
         digest: identifies the variant by everything that decides what its runs compute (`digest_of`).
         launcher: options of the sweep's launcher, which say how many devices share a run.
+        listed: the sizes that the sweep lists one by one.
     """
 
     variant: Variant
     model: Architecture
     optimizer: Optimizer
     parametrization: Parametrization
+    trainer: PlannedTrainer
     digest: str
     launcher: LauncherOptions = field(default_factory=LauncherOptions)
+    listed: tuple[ListedSize, ...] = ()
 
     @cached_property
     def optimizers(self) -> tuple[ScaledOptimizer, ...]:
@@ -88,10 +93,29 @@ class ResolvedVariant:
     def size(self, width_ratio: float, depth_ratio: float) -> Size:
         """The shape at the given ratios to the base, with a padded vocabulary."""
         padded = -(-vocab_size(self.variant.data.tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        return self.model.base.scaled(width_ratio, depth_ratio, padded)
+        size = self.model.base.scaled(width_ratio, depth_ratio, padded)
+        entry = self._listed(size)
+        return size if entry is None else replace(size, label=entry.name)
+
+    def _listed(self, size: Size) -> ListedSize | None:
+        """The entry of a size in the sweep's list."""
+        return next((entry for entry in self.listed if (entry.width, entry.depth) == (size.width, size.depth)), None)
 
     def cost(self, size: Size) -> Cost:
-        """The FLOPs, tokens, parameters and memory of one run at `size`."""
+        """The FLOPs, tokens, parameters and memory of one run at `size`.
+
+        Of a program of the user's only the parameters can be known, and with them 6 FLOPs per parameter and token.
+        """
+        cost = self._declared_cost(size)
+        if not self.trainer.runs_program:
+            return cost
+        entry = self._listed(size)
+        if entry is None or entry.parameters is None:
+            return replace(cost, known=False)
+        return replace(cost, parameters=entry.parameters, flops=6.0 * entry.parameters * cost.tokens)
+
+    def _declared_cost(self, size: Size) -> Cost:
+        """The cost by the table of tensors that the model declares."""
         tensors, training = list(self.model.tensors(size)), self.training
         state = sum(self.optimizer_for(t.role).optimizer.state_size(t.dims) for t in tensors if t.tied_to is None)
         options = self.launcher.for_size(size.name)
@@ -149,9 +173,10 @@ class RunSpec:
             "run_id": self.run_id,
             "variant": self.resolved.digest,
             **self.label_columns(),
-            "parameters": self.cost.parameters,
+            **({"size": self.size.label} if self.size.label else {}),
+            **({"parameters": self.cost.parameters} if self.cost.known else {}),
             "tokens": self.cost.tokens,
-            "flops": self.cost.flops,
+            **({"flops": self.cost.flops} if self.cost.known else {}),
             **({"validation": True} if self.validation else {}),
             **({"round": self.round, "reason": self.reason} if self.round else {}),
         }
@@ -174,12 +199,18 @@ class RunSpec:
         }
 
 
-def resolve(variant: Variant, launcher: LauncherOptions | None = None, digest: str | None = None) -> ResolvedVariant:
+def resolve(
+    variant: Variant,
+    launcher: LauncherOptions | None = None,
+    digest: str | None = None,
+    listed: tuple[ListedSize, ...] = (),
+) -> ResolvedVariant:
     """The objects that a variant describes, after a check that its settings fit together.
 
     Args:
         launcher: options of the sweep's launcher; None stands for one device per run.
         digest: the variant's digest, where it is known; without it the corpus is read to compute the digest.
+        listed: the sizes that the sweep lists one by one.
 
     Raises:
         ConfigError: settings that are each valid but contradict one another.
@@ -189,8 +220,10 @@ def resolve(variant: Variant, launcher: LauncherOptions | None = None, digest: s
         model=instantiate(variant.model, "model"),
         optimizer=instantiate(variant.optimizer, "optimizer"),
         parametrization=instantiate(variant.parametrization, "parametrization"),
+        trainer=instantiate(variant.trainer, "trainer"),
         digest=digest or digest_of(variant),
         launcher=launcher or LauncherOptions(),
+        listed=listed,
     )
     training, steps = resolved.training, resolved.steps
     warmup = training.warmup_steps(steps)
@@ -211,13 +244,16 @@ def resolve(variant: Variant, launcher: LauncherOptions | None = None, digest: s
     return resolved
 
 
-def check_batch_shares(training: TrainingConfig, launcher: LauncherOptions) -> None:
-    """Refuse a number of devices per run that does not divide the batch."""
+def check_batch_shares(resolved: ResolvedVariant, launcher: LauncherOptions) -> None:
+    """Refuse a number of devices per run that does not divide the batch; a program divides it as it likes."""
+    if resolved.trainer.runs_program:
+        return
+    batch_size = resolved.training.batch_size
     for where, options in launcher.sections():
         devices = options.devices_per_run
-        if training.batch_size % devices:
+        if batch_size % devices:
             raise ConfigError(
-                f"training.batch_size={training.batch_size} cannot be divided among {where}.devices_per_run={devices}: "
+                f"training.batch_size={batch_size} cannot be divided among {where}.devices_per_run={devices}: "
                 "choose a multiple"
             )
 

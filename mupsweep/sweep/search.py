@@ -82,7 +82,7 @@ def _states_of_values(
     [optimum] = ladder_optima("width", [curve])
     center = round(optimum.center / LATTICE) * LATTICE
     every_size = replace(grid, log2_lrs=(center - AROUND, center + AROUND))
-    base_only = replace(every_size, width_ratios=base[:1], depth_ratios=base[1:], pair=False)
+    base_only = replace(every_size, width_ratios=base[:1], depth_ratios=base[1:], pair=False, sizes=None)
     states = {label: search_state(runs_of[label], base_only, analysis) for label in values}
     for hyperparameter in dict.fromkeys(values.values()):
         rivals = [label for label, other in values.items() if other == hyperparameter]

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from mupsweep.errors import ConfigError
 from mupsweep.training import signals
+from mupsweep.training.signals import StopRequested
 
 log = logging.getLogger("mupsweep")
 
@@ -54,10 +55,6 @@ class Signal(IntEnum):
     STOP = 2
     OUT_OF_MEMORY = 3
     FAILED = 4
-
-
-class StopRequested(Exception):
-    """The run was asked to stop; it is checkpointed and goes on when it is started again."""
 
 
 class CollectiveExit(Exception):

@@ -15,6 +15,10 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SI
 MOST_THREADS = 1024  # the most threads that a process may ask for; OpenMP dies where the system cannot start them
 
 
+class StopRequested(Exception):
+    """The run was asked to stop; it is checkpointed and goes on when it is started again."""
+
+
 @dataclass
 class StopSignal:
     """A flag that the first stop signal sets; the run in progress then finishes its step and checkpoints.

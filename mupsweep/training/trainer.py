@@ -20,12 +20,13 @@ from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.training.build import TrainingSetup, generator
 from mupsweep.training.checkpoint import Checkpointer, TrainState, mean
 from mupsweep.training.devices import autocast, choose_precision, device_name
-from mupsweep.training.distributed import SINGLE_PROCESS, DistributedContext, Signal, StopRequested
+from mupsweep.training.distributed import SINGLE_PROCESS, DistributedContext, Signal
+from mupsweep.training.divergence import diverged_at
 from mupsweep.training.microbatch import MicroBatcher
+from mupsweep.training.signals import StopRequested
 
 METRICS_ROWS = 200  # the number of rows of metrics.jsonl that a run aims at, whatever its length
 RECOMPILE_LIMIT = 64  # graphs of a compiled network; beyond it torch would run eagerly, which gives other bits
-DIVERGED_RATIO = 1.05  # a mean loss above the first step's by this factor is divergence, not noise
 
 
 class TrainControl(Protocol):
@@ -247,21 +248,6 @@ def evaluate(
         n_bytes += data.byte_count(batch[:, 1:])
     micro_batcher.ranks.all_reduce_sum([nats])
     return {"val_loss": nats.item() / n_tokens, "val_bits_per_byte": nats.item() / math.log(2) / n_bytes}
-
-
-def diverged_at(losses: list[float], patience: float, total: int) -> int | None:
-    """The step (from 1) at which a run has diverged, or None.
-
-    A run has diverged when a loss is not finite, or when the mean of the last `patience` losses (a fraction of the run
-    below 1, else steps) exceeds DIVERGED_RATIO times the loss of the first step.
-    """
-    for step, loss in enumerate(losses, start=1):
-        if not math.isfinite(loss):
-            return step
-    window = max(1, round(patience * total) if patience < 1 else round(patience))
-    if len(losses) > window and mean(losses[-window:]) > DIVERGED_RATIO * losses[0]:
-        return len(losses)
-    return None
 
 
 def outcome(losses: list[float], row: dict[str, Any], bad_step: int | None, tokens_per_step: int) -> dict[str, Any]:

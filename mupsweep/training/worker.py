@@ -1,39 +1,88 @@
-"""A worker: takes the runs of a sweep that nobody trains yet, trains them and records what happened.
+"""A worker: takes the runs of a sweep that nobody trains yet, has their trainer train them and records what happened.
 
-execute -> lease -> build -> train -> summary.json -> status.json
+execute -> lease -> the trainer's session -> summary.json -> status.json
+
+torch is imported by trainers that need it, so that a worker which only starts programs is there at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import chain
+from typing import Any, Protocol
 
-import torch
-
-from mupsweep.data import Dataset, prepare
 from mupsweep.errors import MupsweepError, RecordError
-from mupsweep.formatting import nearest, si
+from mupsweep.formatting import nearest
+from mupsweep.schema import instantiate
 from mupsweep.store.lease import MAX_WORKER_DEATHS, Lease
 from mupsweep.store.run_dir import FAILED, FINISHED, PENDING, RUNNING, RunDir
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
+from mupsweep.sweep.config import from_tree, trainers_of
 from mupsweep.sweep.run_spec import RunSpec
-from mupsweep.sweep.tensor_rules import role_records
+from mupsweep.sweep.trainer import PlannedTrainer
 from mupsweep.trackers.live import LiveTracker
-from mupsweep.training.build import TrainingSetup, build, group_records
-from mupsweep.training.devices import choose_devices, choose_precision, configure, device_name, is_alive
-from mupsweep.training.distributed import SINGLE_PROCESS, DistributedContext, StopRequested, launch_ranks, torchrun_env
-from mupsweep.training.microbatch import free_memory, is_out_of_memory
-from mupsweep.training.signals import StopSignal
-from mupsweep.training.trainer import train
+from mupsweep.training.signals import StopRequested, StopSignal
 
 log = logging.getLogger("mupsweep")
+
+
+class Session(Protocol):
+    """A trainer that is ready to train runs, one after the other, in this process."""
+
+    def prepare(self, run: RunSpec) -> None:
+        """Load what the runs of a variant have in common."""
+        ...
+
+    def running(self, run: RunSpec) -> AbstractContextManager[object]:
+        """Be the context in which a run is trained and recorded."""
+        ...
+
+    def train(self, run: RunSpec, folder: RunDir, control: LeaseControl) -> dict[str, Any]:
+        """Train a run to its end, write the rules that it trains with, and return its summary.
+
+        Raises:
+            StopRequested: `control` asked to stop; the run goes on when it is started again.
+        """
+        ...
+
+    def failure_message(self, error: Exception, run: RunSpec) -> str:
+        """Say in one line why a run failed; never return where this process could train no other run."""
+        ...
+
+    def tidy(self) -> None:
+        """Free what the last run used."""
+        ...
+
+
+class Trainer(PlannedTrainer, Protocol):
+    """What trains runs: a dataclass whose fields are the keys of its yaml."""
+
+    def work(self, sweep: SweepDir, slot: Slot, stop: StopSignal, take_runs: Callable[[Session], bool]) -> bool:
+        """Open a session on the devices of a slot and have it take runs; return False if asked to stop."""
+        ...
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a worker trains.
+
+    Attributes:
+        run_ids: the runs to train, or names of sizes whose runs to train; all runs where empty.
+        device: a torch device, "auto", or several separated by commas, which train every run together.
+        threads: CPU threads of every process.
+        shard: whether several devices divide weights, gradients and optimizer state.
+    """
+
+    run_ids: Sequence[str] = ()
+    device: str = "auto"
+    threads: int = 1
+    shard: bool = False
 
 
 def execute(
@@ -60,32 +109,37 @@ def execute(
         False if it was asked to stop before every run was taken.
     """
     stop = stop or StopSignal.install()
-    env = torchrun_env()
-    devices = choose_devices(device, int(env.get("LOCAL_WORLD_SIZE", 1)))
-    own_device = devices[int(env.get("LOCAL_RANK", 0))]
-    configure(threads, own_device, shard)  # before the process group forms, when NCCL picks its algorithms for good
-    arguments = [str(sweep.path), *run_ids, "--device", device, "--threads", str(threads)]
-    arguments += ["--shard"] * shard + ["--allow-imports"] * sweep.allow_imports
-    with launch_ranks(devices, [sys.executable, "-m", "mupsweep", "worker", *arguments], shard) as ranks:
-        if not ranks.is_main_process:
-            return run_replica(sweep, own_device, stop, ranks)
-        with LiveTracker(sweep) as tracker:
-            return run_main(sweep, run_ids, own_device, stop, ranks, on_finished, tracker)
+    slot = Slot(run_ids, device, threads, shard)
+    for section in trainers_of(from_tree(sweep.read_config(), sweep.allow_imports)):
+
+        def take_runs(session: Session, section: dict[str, Any] = section) -> bool:
+            with LiveTracker(sweep) as tracker:
+                return run_main(sweep, run_ids, session, stop, on_finished, tracker, section)
+
+        trainer: Trainer = instantiate(section, "trainer")
+        if not trainer.work(sweep, slot, stop, take_runs):
+            return False
+    return True
 
 
 def run_main(
     sweep: SweepDir,
     run_ids: Sequence[str],
-    device: torch.device,
+    session: Session,
     stop: StopSignal,
-    ranks: DistributedContext,
     on_finished: Callable[[], None],
     tracker: LiveTracker,
+    trainer: dict[str, Any] | None = None,
 ) -> bool:
-    """Train runs as rank 0, which holds their leases and writes their records; return False if asked to stop."""
+    """Train runs under their leases and write their records; return False if asked to stop.
+
+    Args:
+        trainer: the section of the session's trainer, whose runs alone are trained; None for all runs.
+    """
     runs = select(plan.load(sweep), run_ids)
+    if trainer is not None:
+        runs = [run for run in runs if run.resolved.variant.trainer == trainer]
     deferred: list[RunSpec] = []
-    datasets: dict[str, Dataset] = {}
     for run in chain(runs, deferred):
         folder = sweep.run(run.run_id)
         if folder.status()["status"] in (*FINISHED, FAILED):
@@ -103,50 +157,21 @@ def run_main(
             if lease.deaths() >= MAX_WORKER_DEATHS and run not in deferred:
                 deferred.append(run)
                 continue
-            if run.resolved.digest not in datasets:
-                datasets[run.resolved.digest] = prepare(run.resolved.variant.data)
+            session.prepare(run)
             with tracker.track(folder):
-                execute_run(run, folder, datasets[run.resolved.digest], device, LeaseControl(lease, stop), ranks)
+                execute_run(run, folder, session, LeaseControl(lease, stop))
         except StopRequested:
             if lease.is_held():
                 folder.write_status(PENDING)
             return False
         finally:
             lease.release()
-        if device.type != "cpu":
-            free_memory()
+        session.tidy()
         on_finished()
     return True
 
 
-def run_replica(sweep: SweepDir, device: torch.device, stop: StopSignal, ranks: DistributedContext) -> bool:
-    """Train the runs that rank 0 starts, as another rank: it writes nothing, and rank 0 records its failures."""
-    runs: dict[str, RunSpec] = {}
-    while run_id := ranks.wait_for_run_id():
-        try:
-            with ranks.collective_run():
-                # Loaded after rank 0 has started its first run, since the plan may be written while this rank waits.
-                runs = runs or {run.run_id: run for run in plan.load(sweep)}
-                run = runs[run_id]
-                data = prepare(run.resolved.variant.data)
-                setup = build_for(ranks, run, device)
-                train(run, setup, data, sweep.run(run_id), device, ReplicaControl(stop), ranks)
-        except Exception:  # `collective_run` has announced it to rank 0
-            if not is_alive(device):
-                os.abort()
-        if device.type != "cpu":
-            free_memory()
-    return True
-
-
-def execute_run(
-    run: RunSpec,
-    folder: RunDir,
-    data: Dataset,
-    device: torch.device,
-    control: LeaseControl,
-    ranks: DistributedContext = SINGLE_PROCESS,
-) -> None:
+def execute_run(run: RunSpec, folder: RunDir, session: Session, control: LeaseControl) -> None:
     """Train one run under its lease and write its records, `status.json` last. A failure is recorded, not raised.
 
     Raises:
@@ -156,13 +181,9 @@ def execute_run(
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(log_to(folder))
-            ranks.broadcast_run_id(run.run_id)
-            with ranks.collective_run():
+            with session.running(run):
                 folder.write_status(RUNNING, durable=False, step=0, steps=run.resolved.steps)
-                setup = build_for(ranks, run, device)
-                config = run.row() | asdict(run.resolved.variant) | {"rules": role_records(run)}
-                folder.write_rules(config, group_records(setup))
-                summary = train(run, setup, data, folder, device, control, ranks)
+                summary = session.train(run, folder, control)
                 control.check()
                 folder.write_summary(summary)
                 folder.write_status(summary["status"])
@@ -174,34 +195,16 @@ def execute_run(
             log.warning("another worker took this run over meanwhile; leaving the records to it")
         except Exception as error:
             log.error("%s", error if isinstance(error, MupsweepError) else traceback.format_exc())
-            if not is_alive(device):
-                os.abort()  # every later run of this process would fail too; the launcher starts another worker
+            message = session.failure_message(error, run)
             if control.lease.is_held():
-                folder.write_status(FAILED, error=failure_message(error, run, device))
+                folder.write_status(FAILED, error=message)
 
 
-def build_for(ranks: DistributedContext, run: RunSpec, device: torch.device) -> TrainingSetup:
-    """Build the network and its optimizers, in full or this rank's shards of them."""
-    if not ranks.shard:
-        return build(run, device)
-    from mupsweep.training.fsdp import build_sharded  # late, since importing FSDP takes a while
-
-    bf16 = choose_precision(run.resolved.training.precision, device) == "bf16"
-    return build_sharded(run, device, ranks, torch.bfloat16 if bf16 else None)
-
-
-def failure_message(error: Exception, run: RunSpec, device: torch.device) -> str:
-    """Why a run failed, in one line."""
-    first_line = (str(error).splitlines() or [""])[0]
-    if not is_out_of_memory(error):
-        return str(error) if isinstance(error, MupsweepError) else f"{type(error).__name__}: {first_line}"
-    capacity = f" of {si(torch.cuda.mem_get_info(device)[1])}B" if device.type == "cuda" else ""
-    return (
-        f"out of memory on {device_name(device)}{capacity}: {si(run.cost.parameters)} parameters take roughly "
-        f"{si(run.resolved.least_memory(run.size))}B with one sequence at a time; use a larger device, several that "
-        f"share the runs of this size ('launcher.sizes={{{run.size.name}:{{devices_per_run:2,shard:true}}}}'), fewer "
-        f"launcher.slots_per_device, a shorter model.context or smaller sizes ({first_line})"
-    )
+def one_line(error: Exception) -> str:
+    """The message of an error, with its class where it is not one for users."""
+    if isinstance(error, MupsweepError):
+        return str(error)
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 @contextlib.contextmanager
@@ -235,7 +238,7 @@ class LeaseLost(Exception):
 
 @dataclass(frozen=True)
 class LeaseControl:
-    """The control of a run on rank 0: renews the lease, and ends the run when the lease is lost."""
+    """The control of a run on the process that holds its lease: renews the lease, and ends the run when it is lost."""
 
     lease: Lease
     stop: StopSignal
@@ -251,19 +254,6 @@ class LeaseControl:
         """Raise LeaseLost where another host took this process for dead."""
         if not self.lease.is_held():
             raise LeaseLost
-
-
-@dataclass(frozen=True)
-class ReplicaControl:
-    """The control of a run on the other ranks, which hold no lease."""
-
-    stop: StopSignal
-
-    def stop_requested(self) -> bool:
-        return self.stop.signalled
-
-    def heartbeat(self) -> None:
-        pass
 
 
 def select(runs: list[RunSpec], names: Sequence[str]) -> list[RunSpec]:

@@ -14,6 +14,7 @@ import torch
 
 from mupsweep.analysis.labels import DONE
 from mupsweep.atomic_files import write_json
+from mupsweep.data import prepare
 from mupsweep.store.run_dir import RUNNING, RunDir
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
@@ -21,6 +22,7 @@ from mupsweep.sweep.config import load
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.trackers.live import LiveTracker
 from mupsweep.training import worker
+from mupsweep.training.session import TorchSession
 from mupsweep.training.signals import StopSignal
 
 WORKERS, SEEDS, LRS = 64, 32, 32
@@ -63,7 +65,7 @@ def work(sweep: SweepDir, start: Any, answer: Path) -> None:
 
     plan_of, plan.load, worker.execute_run = plan.load, load_and_wait, note
     with LiveTracker(sweep) as tracker:
-        worker.run_main(sweep, (), torch.device("cpu"), StopSignal(), worker.SINGLE_PROCESS, lambda: None, tracker)
+        worker.run_main(sweep, (), TorchSession(torch.device("cpu")), StopSignal(), lambda: None, tracker)
     answer.write_text(json.dumps({"taken": taken, "calls": dict(calls), "listed": dict(listed)}))
 
 
@@ -77,7 +79,7 @@ def led(sweep: SweepDir, monkeypatch: pytest.MonkeyPatch, stop: StopSignal) -> t
 
     monkeypatch.setattr(worker, "execute_run", note)
     with LiveTracker(sweep) as tracker:
-        done = worker.run_main(sweep, (), torch.device("cpu"), stop, worker.SINGLE_PROCESS, lambda: None, tracker)
+        done = worker.run_main(sweep, (), TorchSession(torch.device("cpu")), stop, lambda: None, tracker)
     return done, taken
 
 
@@ -102,7 +104,7 @@ def test_64_workers_train_every_run_once_with_a_bounded_number_of_calls(tmp_path
     lrs = ",".join(f"{-16 + i / 2:g}" for i in range(LRS))
     overrides = ["experiment=smoke", "sweep.width_ratios=[1]", f"sweep.log2_lrs=[{lrs}]", f"out={tmp_path}"]
     sweep, runs = plan.save(load([*overrides, f"sweep.seeds={list(range(SEEDS))}".replace(" ", "")]), "")
-    worker.prepare(runs[0].resolved.variant.data)
+    prepare(runs[0].resolved.variant.data)
     context = multiprocessing.get_context("fork")
     start = context.Barrier(WORKERS)
     answers = [tmp_path / f"{i}.json" for i in range(WORKERS)]

@@ -28,8 +28,8 @@ from mupsweep.sweep.tensor_rules import rules
 from mupsweep.training.build import TrainingSetup, build, parameter_groups
 from mupsweep.training.distributed import DistributedContext, PeerFailed, StopRequested
 from mupsweep.training.fsdp import ShardedNetwork, assign_owners
+from mupsweep.training.session import build_for
 from mupsweep.training.trainer import train
-from mupsweep.training.worker import build_for
 
 TOLERANCE = {
     "loss": 1e-5,  # relative, of any step and at the end

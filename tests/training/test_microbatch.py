@@ -19,9 +19,10 @@ from mupsweep.errors import ConfigError
 from mupsweep.store.run_dir import FAILED, RunDir
 from mupsweep.sweep.config import TrainingConfig
 from mupsweep.sweep.run_spec import RunSpec
-from mupsweep.training import worker
+from mupsweep.training import session
 from mupsweep.training.build import TrainingSetup, build
 from mupsweep.training.microbatch import MicroBatcher, free_memory, is_out_of_memory
+from mupsweep.training.session import TorchSession
 from mupsweep.training.signals import StopSignal
 from mupsweep.training.trainer import StopRequested, mean_loss, observe_curvature, train
 from mupsweep.training.worker import LeaseControl, execute_run
@@ -194,11 +195,13 @@ def broken(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
     statuses: dict[str, object] = {}
     for fits in (0, 1):
         spec = replace(run(), run_id=f"fits-{fits}")
-        monkeypatch.setattr(worker, "build", lambda *a, fits=fits: small(build(*a), fits))
+        monkeypatch.setattr(session, "build", lambda *a, fits=fits: small(build(*a), fits))
         folder = RunDir(tmp_path / spec.run_id)
         lease = folder.claim()
         assert lease is not None
-        execute_run(spec, folder, data, CPU, LeaseControl(lease, StopSignal()))
+        execute_run(
+            spec, folder, TorchSession(CPU, datasets={spec.resolved.digest: data}), LeaseControl(lease, StopSignal())
+        )
         lease.release()
         statuses[spec.run_id] = folder.status()
     return statuses

@@ -30,6 +30,7 @@ from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.training import trainer as loop
 from mupsweep.training.build import build
 from mupsweep.training.devices import choose_precision
+from mupsweep.training.session import TorchSession
 from mupsweep.training.signals import StopSignal
 from mupsweep.training.trainer import StopRequested, compiled, diverged_at, lr_factor, train
 from mupsweep.training.worker import LeaseControl, execute_run
@@ -571,7 +572,12 @@ def executed(spec: RunSpec, data: Dataset, path: Path, stop: StopSignal | None =
     lease = folder.claim()
     assert lease is not None
     try:
-        execute_run(spec, folder, data, CPU, LeaseControl(lease, stop or StopSignal()))
+        execute_run(
+            spec,
+            folder,
+            TorchSession(CPU, datasets={spec.resolved.digest: data}),
+            LeaseControl(lease, stop or StopSignal()),
+        )
     finally:
         lease.release()
     return folder

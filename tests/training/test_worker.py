@@ -25,10 +25,11 @@ from mupsweep.store.run_dir import FAILED, PENDING, RUNNING, RunDir
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import load
+from mupsweep.training import session
 from mupsweep.training import worker as working
 from mupsweep.training.distributed import DistributedContext
+from mupsweep.training.session import run_replica
 from mupsweep.training.signals import StopSignal
-from mupsweep.training.worker import run_replica
 
 CPU = ["launcher=inline", "launcher.device=cpu"]
 LONG = ["experiment=smoke", *CPU, "training.steps=250", "sweep.width_ratios=[2]", "sweep.log2_lrs=[-7]"]
@@ -217,7 +218,7 @@ def test_a_replica_knows_the_runs_that_were_planned_after_it_started(
                 return ""
             return next(run.run_id for run in plan.save(load([*overrides, "sweep.seeds=[1]"]), "")[1] if run not in old)
 
-    monkeypatch.setattr("mupsweep.training.worker.train", lambda run, *_: trained.append(run.run_id))
+    monkeypatch.setattr("mupsweep.training.session.train", lambda run, *_: trained.append(run.run_id))
     assert run_replica(sweep, torch.device("cpu"), StopSignal(), Second(rank=1))
     assert len(trained) == 1
 
@@ -379,7 +380,7 @@ def test_a_gpu_is_set_to_repeat_its_bits_before_the_ranks_meet(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", seen.append)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("room"))
-    monkeypatch.setattr(working, "launch_ranks", met)
+    monkeypatch.setattr(session, "launch_ranks", met)
     monkeypatch.setattr(working, "execute_run", lambda *_: None)
     try:
         assert working.execute(planned(MANY, Path("sweeps")), stop=StopSignal())

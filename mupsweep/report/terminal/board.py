@@ -46,7 +46,8 @@ class Board:
         cells: variant and size -> log2 LR -> the runs there.
         counts: number of runs in each state.
         round: of the search, the last one that is planned; 0 for a grid.
-        flops: planned FLOPs of the runs in each state; running runs count in full.
+        flops: planned FLOPs of the runs in each state, or their number where a program's are unknown; running runs
+            count in full.
     """
 
     def __init__(self, sweep: SweepDir) -> None:
@@ -109,7 +110,7 @@ class Board:
         self._states[run_id] = state
         row = self.planned[run_id]
         cell = self.cells[self.label(run_id), row["width"], row["depth"]][row["log2_lr"]]
-        for counter, amount in ((self.counts, 1), (cell.states, 1), (self.flops, row.get("flops", 0.0))):
+        for counter, amount in ((self.counts, 1), (cell.states, 1), (self.flops, row.get("flops", 1.0))):
             counter[state] += amount
             if old is not None:
                 counter[old] -= amount
@@ -176,14 +177,14 @@ class Board:
 
 
 def flops_done(row: Mapping[str, Any], status: Mapping[str, Any]) -> float:
-    """FLOPs that a running run has done."""
-    return row.get("flops", 0.0) * status.get("step", 0) / max(1, status.get("steps", 1))
+    """FLOPs that a running run has done; its share of 1 where a program's are unknown."""
+    return row.get("flops", 1.0) * status.get("step", 0) / max(1, status.get("steps", 1))
 
 
 def flops_per_second(row: Mapping[str, Any], status: Mapping[str, Any]) -> float:
     """The speed of a running run, 0 while it is not measured."""
     speed = status.get("tokens_per_second")
-    return row["flops"] / row["tokens"] * speed if speed and row.get("tokens") else 0.0
+    return row.get("flops", 1.0) / row["tokens"] * speed if speed and row.get("tokens") else 0.0
 
 
 def left_text(seconds: float, round_number: int) -> str:

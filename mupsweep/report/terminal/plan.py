@@ -72,6 +72,8 @@ def price_text(runs: Sequence[RunSpec], launcher: LauncherOptions) -> str:
     """What some runs cost: FLOPs, and the time on what this machine has, and on a GPU if that is long."""
     device = _device(launcher)
     seconds = _seconds(runs, launcher, device)
+    if seconds is None:
+        return "each as long as your program takes"
     elsewhere = ""
     if device == "cpu" and seconds > 3600:
         on_one_gpu = sum(run.cost.seconds(run.resolved.steps, "cuda") for run in runs)
@@ -97,8 +99,10 @@ def _device_remarks(launcher: LauncherOptions) -> Iterator[str]:
         )
 
 
-def _seconds(runs: Iterable[RunSpec], launcher: LauncherOptions, device: str) -> float:
-    """Wall time of some runs on what this machine has."""
+def _seconds(runs: Sequence[RunSpec], launcher: LauncherOptions, device: str) -> float | None:
+    """Wall time of some runs on what this machine has; None where a program's is unknown."""
+    if not all(run.cost.known for run in runs):
+        return None
     return sum(run.cost.seconds(run.resolved.steps, device) for run in runs) / _lanes(launcher, device)
 
 
@@ -109,17 +113,17 @@ def _lanes(launcher: LauncherOptions, device: str) -> int:
     return launcher.slots_per_device or max(1, cores() // (launcher.threads * launcher.devices_per_run))
 
 
-def _document(runs: Sequence[RunSpec], status: Mapping[str, str], seconds: float, search: str) -> dict[str, Any]:
+def _document(runs: Sequence[RunSpec], status: Mapping[str, str], seconds: float | None, search: str) -> dict[str, Any]:
     """What `mupsweep plan --json` prints."""
     records = []
     for run in runs:
-        row = {key: value for key, value in run.row().items() if key in JSON_KEYS}
-        records.append({**row, "status": status[run.run_id]})
+        row = run.row()
+        records.append({**{key: row.get(key) for key in JSON_KEYS}, "status": status[run.run_id]})
     return {
         "runs": records,
         "totals": {
             "runs": len(runs),
-            "flops": sum(r.cost.flops for r in runs),
+            "flops": sum(r.cost.flops for r in runs) if all(r.cost.known for r in runs) else None,
             "tokens": sum(r.cost.tokens for r in runs),
             "seconds_estimate": seconds,
         },
@@ -139,10 +143,10 @@ def _size_table(runs: Sequence[RunSpec], status: Mapping[str, str]) -> Table:
             str(size.depth),
             str(len(members)),
             str(done),
-            si(cost.parameters),
+            si(cost.parameters) if cost.known else "",
             si(cost.tokens),
-            si(cost.flops),
-            si(cost.memory) + "B",
+            si(cost.flops) if cost.known else "",
+            "" if members[0].resolved.trainer.runs_program else si(cost.memory) + "B",
         )
     return table
 
@@ -184,18 +188,19 @@ def _search_remark(config: SweepConfig, runs: Sequence[RunSpec], first: bool) ->
     """
     grid = config.sweep
     n_runs = Counter((run.resolved.digest, run.size) for run in runs)
-    most, flops = 0, 0.0
-    for resolved in map(resolve, config.variants):
+    most, flops, is_known = 0, 0.0, True
+    for resolved in (resolve(variant, listed=grid.listed) for variant in config.variants):
         for size in (resolved.size(*ratios) for ratios in grid.ratios):
-            at_size = max(grid.max_runs, n_runs[resolved.digest, size])
+            at_size, cost = max(grid.max_runs, n_runs[resolved.digest, size]), resolved.cost(size)
             most += at_size
-            flops += at_size * resolved.cost(size).flops
+            flops += at_size * cost.flops
+            is_known = is_known and cost.known
     flops = min(flops, math.inf if grid.max_flops is None else grid.max_flops)
     limit = counted(max([grid.max_runs, *n_runs.values()]), "run")
     return (
         f"adaptive search: {'only the first round is shown' if first else 'later rounds are not shown'}; the losses "
         f"decide which runs follow. It ends when every optimum is known to +-{grid.half_width:g} octaves, or "
-        f"after {limit} of a size: at most {counted(most, 'run')}, {si(flops)}FLOPs"
+        f"after {limit} of a size: at most {counted(most, 'run')}{f', {si(flops)}FLOPs' if is_known else ''}"
     )
 
 
