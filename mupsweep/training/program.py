@@ -22,10 +22,10 @@ from mupsweep.store.lease import process_start_time
 WATCH = """
 trap '' INT TERM HUP USR1 USR2
 read -r line && exit
-kill -TERM -- "-$1" 2>/dev/null
+kill -s TERM -- "-$1" 2>/dev/null
 waited=0
-while [ "$waited" -lt "$2" ] && kill -0 -- "-$1" 2>/dev/null; do sleep 1; waited=$((waited + 1)); done
-kill -KILL -- "-$1" 2>/dev/null
+while [ "$waited" -lt "$2" ] && kill -s 0 -- "-$1" 2>/dev/null; do sleep 1; waited=$((waited + 1)); done
+kill -s KILL -- "-$1" 2>/dev/null
 """
 KILL_SECONDS = 10.0  # how long killed processes may take to disappear
 
