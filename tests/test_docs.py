@@ -164,9 +164,13 @@ class Desk:
             if any(word in PLAN_ONLY for word in words):
                 words = ["plan", *words[1:]]
             else:
-                words += [] if any(word.startswith("experiment=") for word in words) else SHAPE
+                small = SMALL
+                if "trainer=command" in words:  # its scripts are small, and sweep.sizes says their shapes
+                    small = []
+                elif not any(word.startswith("experiment=") for word in words):
+                    words += SHAPE
                 words += [] if any(word.startswith("launcher=") for word in words) else ["launcher=inline"]
-                words += [*SMALL, *(more for word in words for more in MORE.get(word, []))]
+                words += [*small, *(more for word in words for more in MORE.get(word, []))]
         elif words[:2] == ["check", "law"]:
             words += [more for word in words for more in LAW.get(word, [])]
         elif words[0] == "check":

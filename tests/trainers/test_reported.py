@@ -122,7 +122,7 @@ def test_a_reader_says_why_it_found_nothing(tmp_path: Path) -> None:
         "metrics.jsonl has no trainer.loss=val_loss; did you mean 'loss/val'? valid: loss/val, step"
     )
     assert complaint(reader_of(tmp_path, "metrics.jsonl", Keys("loss/val", "iter"))) == (
-        "metrics.jsonl has no trainer.step=iter; valid: loss/val, step"
+        "metrics.jsonl has no trainer.step=iter; did you mean 'step'? valid: loss/val, step"
     )
     assert complaint(reader_of(tmp_path, "tb", KEYS)) == (
         f"it wrote no TensorBoard events under {tmp_path}/tb (trainer.metrics)"
