@@ -100,6 +100,9 @@ def configure(threads: int, device: torch.device, shard: bool = False) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # used by pinned memory and capability checks
     torch.set_float32_matmul_precision("highest")  # the environment of some containers turns TF32 on
+    # a product split along its sums would add the parts in bf16, and whether cuBLAS splits it depends on the width
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if device.type != "cpu":  # CPU kernels are deterministic anyway, and this setting imports half of torch
         os.environ.setdefault(
             "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
