@@ -41,6 +41,11 @@ FIXED, COUPLED, INDEPENDENT, NO_DECAY, INSIDE = (
     "none",
     "inside the gradient, normalised together with it",
 )
+THROUGH_MOMENTUM = (
+    "through the momentum, which repeats it: a step subtracts {factor:.3g} * lr * weight_decay * W, so give "
+    "{share:.3g} times the optimizer.weight_decay that you mean"
+)
+MANY_STEPS = 200  # until a momentum of 0.95 has gathered all but 1e-4 of a constant
 
 
 @dataclass(frozen=True)
@@ -212,18 +217,37 @@ def snap(exponent: Exponent) -> Fraction | None:
 
 
 def decay_of(optimizer: Optimizer) -> str:
-    """What weight decay does, seen at a gradient of zero."""
+    """What weight decay does, seen at gradients of zero in the second step, since some skip the first."""
     if isinstance(optimizer, ComposableOptimizer) and (optimizer.renormalizes or optimizer.hyperball):
         return FIXED
     lr, weight_decay = 0.25, 0.5
-    p = nn.Parameter(torch.randn(16, 8, generator=torch.Generator().manual_seed(0)))
-    before = p.detach().clone()
-    p.grad = torch.zeros_like(p)
-    _step(optimizer, optimizer.build([_group(optimizer, p, lr, weight_decay)]))
+    before, after = _decayed(optimizer, lr, weight_decay, steps=2)
     for expected, description in ((0.0, NO_DECAY), (lr * weight_decay, COUPLED), (weight_decay, INDEPENDENT)):
-        if torch.allclose(p.detach(), before * (1 - expected), rtol=1e-4):
+        if torch.allclose(after, before * (1 - expected), rtol=1e-4):
             return description
-    return INSIDE
+    factors = []
+    for coefficient in (weight_decay, weight_decay / 2):
+        before, after = _decayed(optimizer, lr, coefficient, MANY_STEPS)
+        factor = float((before - after).norm() / (lr * coefficient * before.norm()))
+        if not torch.allclose(after, before * (1 - factor * lr * coefficient), rtol=1e-3, atol=1e-5):
+            return INSIDE
+        factors.append(factor)
+    # proportional to the coefficient: added up, not normalised
+    if not math.isclose(*factors, rel_tol=1e-3):
+        return INSIDE
+    return THROUGH_MOMENTUM.format(factor=factors[0], share=1 / factors[0])
+
+
+def _decayed(optimizer: Optimizer, lr: float, weight_decay: float, steps: int) -> tuple[Tensor, Tensor]:
+    """A matrix before and after the last of `steps` steps with gradients of zero, all from the one matrix."""
+    before = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    p = nn.Parameter(before.clone())
+    torch_optimizer = optimizer.build([_group(optimizer, p, lr, weight_decay)])
+    for _ in range(steps):
+        p.detach().copy_(before)
+        p.grad = torch.zeros_like(p)
+        _step(optimizer, torch_optimizer)
+    return before, p.detach()
 
 
 def _group(optimizer: Optimizer, p: Tensor, lr: float, weight_decay: float = 0.0, scale: float = 1.0) -> dict[str, Any]:

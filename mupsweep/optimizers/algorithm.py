@@ -34,6 +34,7 @@ class Algorithm:
 
     uses_weights: bool = False  # reads now.weights
     applies_weight_decay: bool = False  # applies weight decay inside its direction
+    skips_first_step: bool = False  # the first step only takes in the gradient: no update and no weight decay
     renormalizes: bool = False  # puts the weights back onto a sphere after each step, so weight decay has no effect
 
     def rescale_init(self, weights: Tensor) -> None:

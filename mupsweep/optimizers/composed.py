@@ -107,9 +107,6 @@ class ComposableOptimizer(Optimizer, Algorithm):
             law = replace(SPECTRAL_NORMALISED, full_rank=law.full_rank)
         return frobenius_normalised(law) if self.hyperball else law
 
-    def decay_law(self, dims: Dims | None = None) -> UpdateLaw:
-        return self._blocked_law(dims) if self.applies_weight_decay else self.update_law(dims)
-
     def thresholds(self, dims: Dims | None = None) -> Mapping[str, Threshold]:
         grafted = {} if self.graft_source is None else self.graft_source.thresholds(dims)
         eps = {"eps": Threshold(self.eps, self._blocked_law(dims))}

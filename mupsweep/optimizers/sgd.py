@@ -1,4 +1,4 @@
-"""SGD with heavy-ball or Nesterov momentum: torch's own."""
+"""SGD with heavy-ball or Nesterov momentum: torch's own, with decoupled weight decay (SGDW, 1711.05101)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SGD(ComposableOptimizer):
-    """M = momentum * M + (G + weight_decay * W); W -= lr * M. lr: update per unit of gradient.
+    """M = momentum * M + G; W -= lr * (M + weight_decay * W). lr: update per unit of gradient.
+
+    torch adds weight_decay * W to the gradient instead, so that the momentum repeats it and a step shrinks by
+    1 / (1 - momentum) times what every weight decay rule says.
 
     Attributes:
         momentum: 0 is plain gradient descent.
@@ -28,9 +31,6 @@ class SGD(ComposableOptimizer):
 
     momentum: float = 0.9
     nesterov: bool = False
-
-    uses_weights = True
-    applies_weight_decay = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,18 +49,16 @@ class SGD(ComposableOptimizer):
         return super().base_state_size(dims) if self.momentum or self.composed else 0
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        import torch
+        from mupsweep.optimizers.decoupled_sgd import DecoupledSGD
 
         if self.composed:
             return super().build(groups)
         plain = [{k: v for k, v in group.items() if k != "eps"} for group in groups]
-        return torch.optim.SGD(plain, momentum=self.momentum, nesterov=self.nesterov)
+        return DecoupledSGD(plain, momentum=self.momentum, nesterov=self.nesterov)
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         return {"momentum": weights.new_zeros(weights.shape)}
 
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
-        assert now.weights is not None
-        grads.add_(now.weights, alpha=now.weight_decay)
         average = state["momentum"].mul_(self.momentum).add_(grads)
         return grads.add_(average, alpha=self.momentum) if self.nesterov else average.clone()

@@ -42,6 +42,7 @@ class SOAP(Preconditioned):
     axes: tuple[str, ...] = AXES
 
     moments = 2
+    skips_first_step = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

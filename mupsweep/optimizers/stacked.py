@@ -61,7 +61,8 @@ class StackedOptimizer(torch.optim.Optimizer):
             weights, algorithm = stack.weights, stack.algorithm
             now = self._now(group, stack)
             update = algorithm.direction(stack.grads, stack.state, now)
-            if now.weight_decay and not algorithm.applies_weight_decay:
+            moves = now.step > 1 or not algorithm.skips_first_step
+            if moves and now.weight_decay and not algorithm.applies_weight_decay:
                 torch._foreach_mul_(weights, 1 - now.lr * now.weight_decay)  # pyright: ignore
             torch._foreach_add_(weights, list(update.to(weights[0].dtype).unbind()), alpha=-now.lr)  # pyright: ignore
             if algorithm.renormalizes:

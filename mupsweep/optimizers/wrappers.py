@@ -24,6 +24,7 @@ class Wrapper(Algorithm):
         self.inner = inner
         self.uses_weights = inner.uses_weights
         self.applies_weight_decay = inner.applies_weight_decay
+        self.skips_first_step = inner.skips_first_step
         self.renormalizes = inner.renormalizes
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
@@ -81,6 +82,7 @@ class Grafted(Wrapper):
         super().__init__(inner)
         self.graft_source = graft_source
         self.uses_weights = inner.uses_weights or graft_source.uses_weights
+        self.skips_first_step = inner.skips_first_step or graft_source.skips_first_step
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         grafted = self.graft_source.state(weights)

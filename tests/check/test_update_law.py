@@ -18,6 +18,7 @@ from mupsweep.check.norms import spectral_norm, stable_rank
 from mupsweep.check.update_law import BOTH, DEGREE, N_IN, N_OUT, WEIGHT, Measured
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers import Optimizer
+from mupsweep.optimizers.foreign import Foreign
 from mupsweep.optimizers.muon import Muon
 from mupsweep.optimizers.sgd import SGD
 from mupsweep.scaling import Role, UpdateLaw, symbolic
@@ -266,8 +267,16 @@ def test_an_optimizer_that_cannot_be_measured_says_why() -> None:
         (lambda: foreign("Independent"), update_law.INDEPENDENT),
         (lambda: optimizer("optimizer=adamw"), update_law.COUPLED),
         (lambda: foreign("Undecayed"), update_law.NO_DECAY),
+        (lambda: optimizer("optimizer=sgd"), update_law.COUPLED),
+        (lambda: optimizer("optimizer=adopt"), update_law.COUPLED),  # though the first step of these two does nothing
+        (lambda: optimizer("optimizer=soap"), update_law.COUPLED),
+        (lambda: optimizer("optimizer=lamb"), update_law.INSIDE),
+        (
+            lambda: Foreign(name="sgd", path="torch.optim.SGD", options={"momentum": 0.9}),
+            update_law.THROUGH_MOMENTUM.format(factor=10, share=0.1),
+        ),
     ],
-    ids=["sign", "l2", "independent", "adamw", "none"],
+    ids=["sign", "l2", "independent", "adamw", "none", "sgd", "adopt", "soap", "lamb", "torch-sgd"],
 )
 def test_how_weight_decay_is_applied_is_seen(made: Any, overrides: str) -> None:
     assert update_law.decay_of(made()) == overrides

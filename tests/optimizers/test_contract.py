@@ -37,6 +37,7 @@ ASPECTS = ((1, 1), (4, 1), (1, 4), (3, 2))  # (n_out, n_in) in units of the widt
 LARGEST = 1024 * 512  # entries
 HALF_AS_WIDE = (AdaMuon, Muon)  # their bf16 products take fifty times as long on CPUs that have none
 STEPS = 3  # some optimizers only look at the first gradient
+DECAYS = 10  # steps without a gradient
 CPU = torch.device("cpu")
 TINY = ["experiment=smoke", "model.depth=1", "sweep.width_ratios=[2]", "sweep.log2_lrs=[-5]"]
 
@@ -243,19 +244,40 @@ def test_a_factor_of_zero_leaves_the_weights(name: str) -> None:
     assert left_alone(name, before, weights(built))
 
 
+def test_the_first_step_of_adopt_and_of_soap_leaves_the_weights() -> None:
+    """As in their authors' code, whose first step sets second moments and is done."""
+    skipping = {
+        name for name in NAMES for p in parts(name) if isinstance(p, ComposableOptimizer) and p.skips_first_step
+    }
+    assert skipping == {"adopt", "soap"}
+    for part in (parts(name)[0] for name in skipping):
+        p = torch.nn.Parameter(torch.randn(24, 6, generator=torch.Generator().manual_seed(0)))
+        before = p.detach().clone()
+        p.grad = torch.randn(24, 6, generator=torch.Generator().manual_seed(1))
+        optimizer = part.build([group(part, p, lr=0.125, weight_decay=0.25)])
+        optimizer.step()
+        assert torch.equal(p.detach(), before)
+        optimizer.step()
+        assert (p.detach() - before).norm() > 0.01 * before.norm()
+
+
 @every_part
 def test_weight_decay_is_coupled_to_the_lr_alone(part: Optimizer) -> None:
-    """With a gradient of zero the first step subtracts lr * weight_decay * W, whatever the shape factor.
+    """With a gradient of zero every step subtracts lr * weight_decay * W, whatever the shape factor and the momentum.
 
-    Where decay is normalised together with the gradient, what is left without a gradient is a multiple of W.
+    Where decay is normalised together with the gradient, what is left without a gradient is a multiple of W. A first
+    step that only takes in a gradient leaves the weights.
     """
     if renormalizes(part):
         pytest.skip("fixes the norm of its weights")
     p = torch.nn.Parameter(torch.randn(24, 6, generator=torch.Generator().manual_seed(0)))
     before = p.detach().clone()
     p.grad = torch.zeros_like(p)
-    part.build([group(part, p, lr=0.125, weight_decay=0.25)]).step()
-    kept = 1 - 0.125 * 0.25
+    optimizer = part.build([group(part, p, lr=0.125, weight_decay=0.25)])
+    decays = DECAYS - (isinstance(part, ComposableOptimizer) and part.skips_first_step)
+    for _ in range(DECAYS):
+        optimizer.step()
+    kept = (1 - 0.125 * 0.25) ** decays
     if part.decay_law(dims(p)) != part.update_law(dims(p)):
         kept = (p.detach().norm() / before.norm()).item()
         assert 0 < kept < 1

@@ -70,7 +70,7 @@ def test_adamw_is_torchs(betas: tuple[float, float]) -> None:
 
 
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
-def test_sgd_is_torchs(momentum: float, nesterov: bool) -> None:
+def test_sgd_is_torchs_with_decay_beside_the_momentum(momentum: float, nesterov: bool) -> None:
     shapes = [SQUARE, TALL, (7,)]
     ours, theirs, start = tensors(*shapes), tensors(*shapes), tensors(*shapes)
     lrs, decays = [1e-1, 1e-2, 1.0], [0.0, 0.1, 0.01]
@@ -78,8 +78,15 @@ def test_sgd_is_torchs(momentum: float, nesterov: bool) -> None:
         SGD(name="sgd", momentum=momentum, nesterov=nesterov).build(groups(ours, lrs, decays, [0.0] * 3)),
         ours,
     )
-    torchs = [{"params": [p], "lr": lr, "weight_decay": wd} for p, lr, wd in zip(theirs, lrs, decays, strict=True)]
-    walk(torch.optim.SGD(torchs, momentum=momentum, nesterov=nesterov, foreach=False), theirs)
+    torchs = [{"params": [p], "lr": lr, "decay": wd} for p, lr, wd in zip(theirs, lrs, decays, strict=True)]
+    oracle = torch.optim.SGD(torchs, momentum=momentum, nesterov=nesterov, foreach=False)
+
+    def decay(oracle: torch.optim.Optimizer, *_: Any) -> None:
+        for group in oracle.param_groups:
+            group["params"][0].detach().mul_(1 - group["lr"] * group["decay"])
+
+    oracle.register_step_pre_hook(decay)
+    walk(oracle, theirs)
     for a, b, s in zip(ours, theirs, start, strict=True):
         assert torch.equal(a, b)
         assert (a - s).abs().max() > 0.01

@@ -393,6 +393,26 @@ def test_a_network_that_differs_from_its_table_is_refused(cls: type[NanoGPT], me
         build(with_model(cls, run()), CPU)
 
 
+@pytest.mark.parametrize("rule", ["coupled_constant", "independent", "timescale", "unscaled"])
+@pytest.mark.parametrize("nesterov", ["false", "true"])
+def test_sgd_with_momentum_decays_by_what_rules_prints(rule: str, nesterov: str) -> None:
+    words = ["optimizer=sgd", "optimizer.momentum=0.9", f"optimizer.nesterov={nesterov}", "optimizer.weight_decay=0.1"]
+    spec = wide_and_deep(*words, f"parametrization.weight_decay_rule={rule}", "model.bias=false")
+    built, steps = build(spec, CPU), 20
+    start = {name: p.detach().clone() for name, p in built.network.named_parameters()}
+    for _ in range(steps):
+        for p in built.network.parameters():
+            p.grad = torch.zeros_like(p)
+        built.optimizer.step(1.0)
+    rows = rules(spec.resolved, spec.size, spec.base_lr)
+    assert sum(row.decay_per_step > 0 for row in rows) > 2
+    for row in rows:
+        kept = start[row.name] * (1 - row.decay_per_step) ** steps
+        torch.testing.assert_close(built.network.get_parameter(row.name).detach(), kept, rtol=1e-5, atol=0)
+    if rule == "independent":
+        assert rows[0].decay_per_step == pytest.approx(0.1, rel=TOLERANCE["rule"])
+
+
 # Clipping and the audit.
 
 

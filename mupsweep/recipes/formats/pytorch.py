@@ -51,6 +51,28 @@ def initialise(model, rename=lambda name: name):
         else:
             parameter.normal_(0.0, start)
 '''
+DECOUPLED_SGD = '''
+
+class DecoupledSGD(torch.optim.SGD):
+    """SGD with weight decay beside the momentum; torch's goes through it, 1 / (1 - momentum) times as strong."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group, weight_decay in zip(self.param_groups, decays):
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.mul_(1 - group["lr"] * weight_decay)
+            group["weight_decay"] = 0.0
+        super().step()
+        for group, weight_decay in zip(self.param_groups, decays):
+            group["weight_decay"] = weight_decay
+        return loss
+'''
 FOREIGN = '''
 
 def from_mupsweep(**section):
@@ -63,7 +85,7 @@ def from_mupsweep(**section):
 
 def render(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The snippet; it runs with torch alone wherever torch has the optimizers."""
-    lines, foreign = [], []
+    lines, foreign, helpers = [], [], ""
     for optimizer in recipe["optimizers"]:
         torch_optimizer = torch_class(optimizer)
         if torch_optimizer is None:
@@ -71,7 +93,10 @@ def render(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
             lines.append(f"{optimizer['name']!r}: from_mupsweep(**{literal(optimizer, 8)})")
         else:
             arguments = "".join(f", {key}={value!r}" for key, value in torch_optimizer[1].items())
-            lines.append(f"{optimizer['name']!r}: lambda groups: torch.optim.{torch_optimizer[0]}(groups{arguments})")
+            class_name = f"torch.optim.{torch_optimizer[0]}"
+            if torch_optimizer[0] == "SGD" and optimizer["momentum"] and optimizer["weight_decay"]:
+                class_name, helpers = "DecoupledSGD", DECOUPLED_SGD
+            lines.append(f"{optimizer['name']!r}: lambda groups: {class_name}(groups{arguments})")
     body = BODY.format(
         block=recipe["block_multiplier"],
         output=recipe["output_multiplier"],
@@ -82,10 +107,12 @@ def render(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
         groups=literal(groups(recipe)),
         optimizers="".join(f"\n    {line}," for line in lines) + "\n",
     )
+    helpers += FOREIGN if foreign else ""
+    if helpers:
+        body = body.replace("\nBLOCK_MULTIPLIER", helpers + "\n\nBLOCK_MULTIPLIER", 1)
     if not foreign:
         return body, []
-    limit = f"torch has no {' or '.join(foreign)}: the snippet takes mupsweep's, which has to be installed"
-    return body.replace("\nBLOCK_MULTIPLIER", FOREIGN + "\n\nBLOCK_MULTIPLIER", 1), [limit]
+    return body, [f"torch has no {' or '.join(foreign)}: the snippet takes mupsweep's, which has to be installed"]
 
 
 def literal(value: Any, indent: int = 0) -> str:
