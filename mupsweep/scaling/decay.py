@@ -30,6 +30,14 @@ class DecayRule:
         """The coupled coefficient at the base shape: a step subtracts lr * coefficient * W."""
         return weight_decay / {"lr": 1.0, "step": base_lr, "run": base_lr * steps}[self.unit]
 
+    def at_batch_ratio(self, ratio: float, lr_factor: float) -> float:
+        """The factor of `optimizer.weight_decay` at `ratio` times the base batch, where LRs take `lr_factor`.
+
+        Decay per token is what the SDE limit keeps, so a step decays `ratio` times as much (Complete(d)P, 2512.22382).
+        A share of a run is left alone: a run over the same tokens has `ratio` times fewer steps.
+        """
+        return {"lr": ratio / lr_factor, "step": ratio, "run": 1.0}[self.unit]
+
 
 WEIGHT_DECAY_RULES = {
     # a step shrinks by base LR * weight_decay at every size (Zheng 2603.00541 C.1; Gupta; CompleteP)

@@ -67,10 +67,17 @@ class ResolvedVariant:
         for optimizer in self.optimizer.members():
             batch_factor = 1.0
             if training.base_batch_size is not None:
-                optimizer, batch_factor = optimizer.at_batch_ratio(training.batch_size / training.base_batch_size)
+                optimizer, batch_factor = self._at_batch_size(optimizer, training.batch_size / training.base_batch_size)
             scaled.append(ScaledOptimizer(optimizer, lr_ratio * batch_factor))
             lr_ratio *= optimizer.lr_ratio
         return tuple(scaled)
+
+    def _at_batch_size(self, optimizer: Optimizer, ratio: float) -> tuple[Optimizer, float]:
+        """An optimizer at `ratio` times the base batch, its weight decay included, and the factor of its LR."""
+        carried, lr_factor = optimizer.at_batch_ratio(ratio)
+        decay_rule = WEIGHT_DECAY_RULES[self.parametrization.weight_decay_rule]
+        weight_decay = optimizer.weight_decay * decay_rule.at_batch_ratio(ratio, lr_factor)
+        return replace(carried, weight_decay=weight_decay), lr_factor
 
     def optimizer_for(self, role: Role) -> ScaledOptimizer:
         """The optimizer of the tensors of a role: the first that names it, and the last names every role."""

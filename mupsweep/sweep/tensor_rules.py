@@ -150,8 +150,8 @@ def audit(resolved: ResolvedVariant) -> list[str]:
     training = resolved.training
     if training.base_batch_size is not None:
         notes.append(
-            f"batch rule sde is on: LRs, betas and eps are those of batch {training.base_batch_size} carried to "
-            f"{training.batch_size} (Complete(d)P, 2512.22382)"
+            f"batch rule sde is on: LRs, betas, eps and weight decay are those of batch {training.base_batch_size} "
+            f"carried to {training.batch_size} (Complete(d)P, 2512.22382)"
         )
     if training.base_tokens is not None:
         notes.append(

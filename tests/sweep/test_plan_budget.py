@@ -42,6 +42,21 @@ def test_the_sde_rule_at_four_times_the_batch(optimizer: str, factor: float) -> 
     assert any("batch rule sde is on" in note for note in audit(big))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adopt", "sgd"])
+@pytest.mark.parametrize("rule", ["coupled_constant", "independent", "inverse_width", "timescale", "unscaled"])
+def test_at_four_times_the_batch_the_decay_per_step_is_four_times(optimizer: str, rule: str) -> None:
+    """Over a run of as many tokens, so that a token decays as before."""
+    words = [f"optimizer={optimizer}", f"parametrization.weight_decay_rule={rule}", "optimizer.weight_decay=0.1"]
+    words += ["optimizer.betas=[0.9,0.95]"] if optimizer != "sgd" else []
+    base = resolved(*words, "training.batch_size=1", "training.steps=40")
+    four = ("training.batch_size=4", "training.steps=10", "training.batch_rule=sde", "training.base_batch_size=1")
+    big = resolved(*words, *four)
+    rows = [rules(variant, variant.size(2.0, 1.0), LR) for variant in (base, big)]
+    decays = [(small.decay_per_step, large.decay_per_step) for small, large in zip(*rows, strict=True)]
+    assert sum(small > 0 for small, _ in decays) > 2
+    assert [large for _, large in decays] == pytest.approx([4 * small for small, _ in decays], rel=REL)
+
+
 def test_the_sde_rule_shortens_adams_averages_and_lowers_eps() -> None:
     (scaled,) = resolved("training.batch_size=4", "training.batch_rule=sde", "training.base_batch_size=1").optimizers
     assert isinstance(scaled.optimizer, AdamW)
