@@ -6,7 +6,7 @@ has and that is not known yet). Every ladder of three dense sizes or more is sea
     mupsweep   the product's search, one run at a time and four at a time
     random     random LRs
     golden     golden-section search
-    tpe, gp    Optuna's samplers (pip install optuna), two random LRs first
+    tpe        Optuna's sampler (pip install optuna), two random LRs first
 
 These search the first size over the whole range, the others within two octaves of the optimum of the size before, as
 people do by hand. They have no end of their own and are given 3 to 12 runs a size; their optimum is the vertex of the
@@ -179,12 +179,11 @@ def golden(replay: Replay, k: int, count: int) -> None:
             losses[1] = replay.train(k, places[1])
 
 
-def optuna(replay: Replay, k: int, count: int, seed: int, sampler: str) -> None:
-    import optuna as library
+def tpe(replay: Replay, k: int, count: int, seed: int) -> None:
+    import optuna
 
-    library.logging.set_verbosity(library.logging.ERROR)
-    samplers = {"tpe": library.samplers.TPESampler, "gp": library.samplers.GPSampler}
-    study = library.create_study(sampler=samplers[sampler](seed=seed, n_startup_trials=2))
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=2))
     low, high = window(replay, k)
 
     def objective(trial) -> float:
@@ -209,20 +208,17 @@ def score(search: Callable[[Replay], list[float]], *, verbose: bool = False) -> 
 
 def rivals() -> Iterator[tuple[str, int, Score]]:
     """(name, runs a size, score) of every other search."""
-    drawing: dict[str, Callable[[int], Callable[[Replay, int, int], None]]] = {
-        "random": lambda seed: partial(random, seed=seed)
-    }
+    drawing = {"random": random, "tpe": tpe}
     if find_spec("optuna") is None:
-        print("tpe and gp are left out: pip install optuna")
-    else:
-        drawing |= {name: lambda seed, name=name: partial(optuna, seed=seed, sampler=name) for name in ("tpe", "gp")}
+        print("tpe is left out: pip install optuna")
+        del drawing["tpe"]
     for count in RUNS:
         yield "golden", count, score(partial(by_hand, count=count, ask=golden))
-    for name, of_seed in drawing.items():
+    for name, ask in drawing.items():
         for count in RUNS:
             total = Score()
             for seed in SEEDS:
-                one = score(partial(by_hand, count=count, ask=of_seed(seed)))
+                one = score(partial(by_hand, count=count, ask=partial(ask, seed=seed)))
                 for key, values in vars(one).items():
                     getattr(total, key).extend(values)
             yield name, count, total

@@ -334,6 +334,9 @@ def test_a_sweep_writes_what_the_stored_one_holds(cli: Cli) -> None:
     assert [without_range(variant) for variant in config.pop("variants")] == (
         stored := yaml.safe_load((then / "config.yaml").read_text())
     ).pop("variants")
+    searching = {key: config["sweep"].pop(key) for key in ("regret", "at_once", "max_runs")}  # new, and another default
+    assert searching == {"regret": 0.002, "at_once": 4, "max_runs": 12}
+    assert stored["sweep"].pop("max_runs") == 18
     assert config == stored
     assert structure(read(now / "environment.json")).keys() == read(then / "environment.json").keys()
     for run_id in (WIDE_DONE, WIDE_DIVERGED):
