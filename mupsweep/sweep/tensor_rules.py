@@ -80,10 +80,14 @@ def rules(resolved: ResolvedVariant, size: Size, base_lr: float) -> tuple[Tensor
     base = {spec.name: spec for spec in resolved.model.tensors(resolved.size(1.0, 1.0))}
     target = list(resolved.model.tensors(size))
     scalings: dict[str, TensorScaling] = {}
+    alike: dict[tuple[TensorSpec, TensorSpec], TensorScaling] = {}  # the tensors of one kind of all blocks
     for spec in target:
         # blocks beyond the base depth have the shapes of the base's first block
         base_spec = base.get(spec.name) or base[_first_block(spec.name)]
-        scalings[spec.name] = scale_tensor(resolved, size.width_ratio, size.depth_ratio, spec, base_spec)
+        kind = replace(spec, name=""), replace(base_spec, name="")
+        if kind not in alike:
+            alike[kind] = scale_tensor(resolved, size.width_ratio, size.depth_ratio, spec, base_spec)
+        scalings[spec.name] = alike[kind]
     for spec in target:
         if spec.tied_to is not None:
             _check_tie(resolved, spec, scalings[spec.name], scalings[spec.tied_to])

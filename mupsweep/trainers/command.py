@@ -53,6 +53,7 @@ class Command:
         pattern: a regular expression that finds its losses in its output.
         loss, step, train_loss: what the values are called there.
         resume: what {resume} stands for when the run was begun before.
+        checkpoint: a file, or a pattern of files, under its folder without which it cannot go on.
         cwd: the folder that it runs in.
         shell: whether a shell runs it.
         timeout: seconds that a run may take.
@@ -68,6 +69,7 @@ class Command:
     step: str | None = "step"
     train_loss: str | None = None
     resume: str = "{dir}"
+    checkpoint: str | None = None
     cwd: str | None = None
     shell: bool = False
     timeout: float | None = None
@@ -115,6 +117,12 @@ class Command:
         if not isinstance(self.command, str):
             return [str(word) for word in self.command]
         return [self.command] if self.shell else split(self.command, "command")
+
+    def can_resume(self, output: Path) -> bool:
+        """Whether the program can go on from what an earlier attempt left in its folder."""
+        if not output.is_dir() or not any(f"{{{RESUME}}}" in word for word in self.words()):
+            return False
+        return self.checkpoint is None or any(output.glob(self.checkpoint))
 
     def resume_words(self) -> list[str]:
         return split(self.resume, "resume")
@@ -166,16 +174,19 @@ class Command:
                     f"trainer.command is the same for all {what} of the sweep: it names neither {advice} nor {{recipe}}"
                 )
 
-    def arguments(self, run: RunSpec, folder: RunDir, again: bool) -> list[str]:
+    def arguments(
+        self, run: RunSpec, folder: RunDir, again: bool, recipe: Mapping[str, Any] | None = None
+    ) -> list[str]:
         """The command line of a run.
 
         Args:
             again: whether the run was begun before.
+            recipe: of the run, where it is solved already.
 
         Raises:
             ConfigError: a placeholder that does not exist, or stands for several numbers.
         """
-        values = placeholders(run, folder)
+        values = placeholders(run, folder, recipe or run_recipe(run))
         resume = [fill(word, values) for word in self.resume_words()] if again else []
         if self.shell:
             quoted = {name: shlex.quote(as_text(value, name)) for name, value in values.items()}
@@ -232,9 +243,8 @@ def as_text(value: Any, name: str) -> str:
     return text.replace("e", ".0e") if isinstance(value, float) and "e" in text and "." not in text else text
 
 
-def placeholders(run: RunSpec, folder: RunDir) -> dict[str, Any]:
+def placeholders(run: RunSpec, folder: RunDir, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Name -> value of every placeholder but {resume}; a tuple where tensors of a role have different numbers."""
-    recipe = run_recipe(run)
     shape, training = recipe["target"], recipe["training"]
     values: dict[str, Any] = {
         "lr": run.base_lr,
@@ -289,16 +299,16 @@ class ProgramSession:
     def train(self, run: RunSpec, folder: RunDir, control: LeaseControl) -> dict[str, Any]:
         trainer = self.trainer
         program.end_earlier(folder.process_path)
-        resumes = any(f"{{{RESUME}}}" in word for word in trainer.words())
-        again = resumes and folder.output.is_dir()
+        again = trainer.can_resume(folder.output)
         if not again:  # what an attempt that cannot go on left behind must not be taken for this one's
             shutil.rmtree(folder.output, ignore_errors=True)
             folder.write_metrics([])
         make_folder(folder.output)
-        write_json(folder.recipe_path, run_recipe(run), durable=False)
+        recipe = run_recipe(run)
+        write_json(folder.recipe_path, recipe, durable=False)
         config = run.row() | variant_tree(run.resolved.variant) | {"rules": role_records(run)}
         folder.write_rules(config)
-        arguments = trainer.arguments(run, folder, again)
+        arguments = trainer.arguments(run, folder, again, recipe)
         environment = program.visible_devices(self.device, os.environ)
         with folder.log_path.open("ab") as log:
             output = Lines(folder.log_path, offset=log.seek(0, os.SEEK_END))

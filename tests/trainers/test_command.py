@@ -463,6 +463,19 @@ def test_a_killed_worker_takes_its_program_along_and_nothing_is_lost(program: li
     assert run.status() == {"status": "done"}
 
 
+def test_a_program_that_was_killed_before_its_first_checkpoint_starts_anew(cli: Cli) -> None:
+    text = f"ls $1 > $1/found; test $# = 1 || touch $1/resumed; {ROW}; test -e mended"
+    overrides = [shell(text) + " '{resume}'", JSONL, "trainer.checkpoint='*.pt'"]
+    assert trained(cli, *overrides).status()["status"] == FAILED
+    assert trained(cli, *overrides).status()["status"] == FAILED
+    run = trained(cli, *overrides)
+    assert not (run.output / "resumed").exists()
+    (run.output / "last.pt").touch()
+    Path("mended").touch()
+    assert trained(cli, *overrides).status() == {"status": "done"}
+    assert (run.output / "resumed").exists()
+
+
 def test_rows_that_come_again_after_a_resumption_replace_the_old_ones(cli: Cli) -> None:
     """A checkpoint is older than the last row, and the program logs into the same file again."""
     text = f"test -e $1/again || {{ {rows_of([4.0, 3.5, 3.0])} touch $1/again; exit 1; }}\n" + (
