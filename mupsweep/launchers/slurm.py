@@ -235,29 +235,39 @@ class Slurm:
             (run for run in plan.load(sweep) if run.run_id in requested), key=lambda run: run.size, reverse=True
         )
         limit = self.max_array or max_array_size()
-        for size, runs in groupby(by_size, key=lambda run: run.size.name):
+        for size, group in groupby(by_size, key=lambda run: run.size.name):
+            runs = list(group)
+            program = runs[0].resolved.trainer.runs_program
             launcher = size_overrides.for_size(self, size)
             kind = "cuda" if launcher.kind_of_device == "cuda" else "cpu"
             lengths = {
                 run.run_id: run.cost.seconds(run.resolved.steps, kind) / launcher.devices_per_run for run in runs
             }
-            tasks = bundled(lengths, len(launcher.devices), 60 * launcher.minutes_per_task)
+            target = 60 * launcher.minutes_per_task
+            if not all(run.cost.known for run in runs):  # nobody knows how long a program takes: each run is a task
+                lengths = dict.fromkeys(lengths, target)
+            tasks = bundled(lengths, len(launcher.devices), target)
             for start in range(0, len(tasks), limit):
                 name = size if start == 0 else f"{size}-{start // limit + 1}"
                 piece = tasks[start : start + limit]
-                yield _write(sweep, name, launcher.array_text(Site.of(sweep), name, piece)), piece
+                yield _write(sweep, name, launcher.array_text(Site.of(sweep), name, piece, program)), piece
 
     def write_analysis(self, sweep: SweepDir) -> Path:
         """Write the script of the job after the arrays."""
         searches = from_tree(sweep.read_config(), to_read=True).sweep.search != GRID
         return _write(sweep, ANALYSIS, self.analysis_text(Site.of(sweep), searches))
 
-    def array_text(self, site: Site, name: str, tasks: Sequence[sbatch.Task]) -> str:
-        """Return the script of a job array; its text depends on the arguments alone."""
+    def array_text(self, site: Site, name: str, tasks: Sequence[sbatch.Task], program: bool = False) -> str:
+        """Return the script of a job array; its text depends on the arguments alone.
+
+        Args:
+            program: whether a program of the user's trains, which starts its processes on all nodes itself.
+        """
         throttle = f"%{self.throttle}" if self.throttle else ""
         devices_per_node = self.devices_per_run // self.nodes
-        # On several nodes Slurm starts every process; on one, rank 0 starts the others itself.
-        processes = devices_per_node if self.nodes > 1 else 1
+        # On several nodes Slurm starts every process of ours; on one, rank 0 starts the others itself.
+        spread = self.nodes > 1 and not program
+        processes = devices_per_node if spread else 1
         cpus = max(1, (self.cpus or self.threads * len(self.devices) * devices_per_node) // processes)
         resources = {
             "nodes": self.nodes if self.nodes > 1 else None,
@@ -281,13 +291,18 @@ class Slurm:
             "What is finished is skipped.",
         ]
         header = sbatch.header(comment, options, login=bool(self.modules))
-        return sbatch.array_script(header, self._preamble(), tasks, site.mupsweep("worker"), self._worker_options())
+        options = self._worker_options(spread)
+        return sbatch.array_script(header, self._preamble(), tasks, site.mupsweep("worker"), options)
 
-    def _worker_options(self) -> list[str]:
-        """Return the options of `mupsweep worker` in a task."""
+    def _worker_options(self, spread: bool) -> list[str]:
+        """Return the options of `mupsweep worker` in a task.
+
+        Args:
+            spread: whether Slurm starts a process on every device of every node.
+        """
         options = [word for device in self.devices for word in ("--device", device)]
         options += ["--threads", str(self.threads), *["--shard"] * self.shard]
-        if self.nodes > 1:
+        if spread:
             options += ["--nodes", str(self.nodes)]
         # One worker more than a run may cost: it trains the other runs before the deadly one.
         return [*options, "--restarts", str(MAX_WORKER_DEATHS), "--requeue", str(self.max_restarts)]

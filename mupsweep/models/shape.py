@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mupsweep.errors import ConfigError
 
@@ -37,7 +37,7 @@ class Size:
     context: int
     width_ratio: float = 1.0
     depth_ratio: float = 1.0
-    label: str | None = None
+    label: str | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:

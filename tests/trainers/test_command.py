@@ -496,3 +496,16 @@ def test_a_worker_that_starts_programs_imports_no_torch(program: list[str]) -> N
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.stdout, run.status()) == ("False\n", {"status": "done"}), done.stderr
+
+
+def test_a_job_of_several_nodes_starts_one_program_that_has_them_all(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = ["launcher=slurm", "launcher.nodes=2", "launcher.gpus=4", "launcher.devices_per_run=8"]
+    cluster += ["launcher.max_array=100", "sweep.log2_lrs=[-9,-8]", "launcher.cpus=32"]
+    words = ["srun", "--ntasks-per-node=1", "train", "{lr}"]
+    code, script, err = cli("run", *BASE, *ONE, command(*words), JSONL, *cluster, "--dry-run")
+    assert code == 0, err
+    for option in ("nodes=2", "ntasks-per-node=1", "cpus-per-task=32", "gres=gpu:4", "array=0-1"):
+        assert f"#SBATCH --{option}\n" in script
+    worker = next(line for line in script.splitlines() if "mupsweep worker" in line and "--device" in line)
+    assert "--device cuda:0,cuda:1,cuda:2,cuda:3 " in worker
+    assert "--nodes" not in worker
