@@ -23,6 +23,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -180,7 +181,7 @@ def golden(replay: Replay, k: int, count: int) -> None:
 
 
 def tpe(replay: Replay, k: int, count: int, seed: int) -> None:
-    import optuna
+    optuna = import_module("optuna")  # which nothing else needs
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=2))
