@@ -207,8 +207,13 @@ class Checkpointer:
             raise self._foreign(path)
         if saved.keys() - {"network", "optimizer"} != {f.name for f in fields(TrainState)}:
             raise RecordError(f"{path} is of another version of mupsweep: delete {path.parent} to start the run anew")
-        self.setup.network.load_state_dict(saved.pop("network"))
-        self.setup.optimizer.load_state_dict(saved.pop("optimizer"))
+        try:
+            self.setup.network.load_state_dict(saved.pop("network"))
+            self.setup.optimizer.load_state_dict(saved.pop("optimizer"))
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise self._foreign(path) from error
         return TrainState(**saved)
 
     def _foreign(self, path: Path) -> RecordError:

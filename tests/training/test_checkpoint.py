@@ -8,7 +8,9 @@ import json
 import os
 import shutil
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,3 +187,32 @@ def test_writing_a_checkpoint_takes_its_size_in_memory_once(tmp_path: Path) -> N
         assert size < tracemalloc.get_traced_memory()[1] < 1.6 * size  # a buffer grows by an eighth or so at a time
     finally:
         tracemalloc.stop()
+
+
+FOREIGN: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "an object of a class": lambda saved: Path("x"),
+    "a list": lambda saved: [1],
+    "a mapping": lambda saved: {"a": 1},
+    "weights of nothing": lambda saved: {**saved, "network": {}},
+    "weights that are none": lambda saved: {**saved, "network": 3},
+    "weights of another shape": lambda saved: {**saved, "network": {key: torch.ones(3) for key in saved["network"]}},
+    "an optimizer that is none": lambda saved: {**saved, "optimizer": 3},
+    "an optimizer of nothing": lambda saved: {**saved, "optimizer": {}},
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_a_checkpoint_of_something_else_is_named_and_nobody_is_told_to_unpickle_it(
+    content: Callable[[dict[str, Any]], Any], killed: Path
+) -> None:
+    path = checkpoint(killed)
+    saved = torch.load(io.BytesIO(path.read_bytes()[:-32]), weights_only=True)
+    buffer = io.BytesIO()
+    torch.save(content(saved), buffer)
+    path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+    before = files(killed)
+    expected = r"latest\.pt holds something else than a checkpoint: delete \S+/checkpoint to start the run anew$"
+    with pytest.raises(RecordError, match=expected) as caught:
+        Checkpointer(build(run(), CPU), RunDir(killed), is_main_process=True, interval=60.0)
+    assert "weights_only" not in str(caught.value)
+    assert files(killed) == before
