@@ -30,7 +30,8 @@ def write_chunks(path: Path, chunks: Iterable[bytes], durable: bool = True) -> N
         replace_file(path, chunks, durable)
     except OSError as error:
         raise RecordError(
-            f"cannot write {path}: {error.strerror}; free space or choose another folder with out=DIR"
+            f"cannot write {path}: {error.strerror}; free space or choose another folder with out=DIR, or with "
+            "--results DIR"
         ) from error
 
 
@@ -95,7 +96,7 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecordError(
-            f"cannot make the folder {path}: {error.strerror}; choose another one with out=DIR"
+            f"cannot make the folder {path}: {error.strerror}; choose another one with out=DIR, or with --results DIR"
         ) from error
 
 

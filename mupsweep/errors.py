@@ -9,6 +9,17 @@ class MupsweepError(Exception):
     exit_code = 2
 
 
+def reason(error: Exception) -> str:
+    """What an error of a library says, in one line; of a file, without its name, which the message around it holds."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())
+
+
+def visible(text: str) -> str:
+    """Text with its control characters spelled out, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 class ConfigError(MupsweepError):
     """A config, an override or a command-line argument that cannot be used."""
 

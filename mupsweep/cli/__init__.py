@@ -12,7 +12,7 @@ import typer
 
 from mupsweep import __version__
 from mupsweep.cli import cancel, check, data, plan, report, rules, run, status, sync, transfer, worker
-from mupsweep.errors import MupsweepError
+from mupsweep.errors import MupsweepError, visible
 from mupsweep.report.terminal import encoding
 
 app = typer.Typer(
@@ -95,7 +95,7 @@ def main() -> None:
             if sys.stdout is not None:
                 sys.stdout.flush()  # a failure of this write must still be reported
     except MupsweepError as error:
-        print(f"mupsweep: {error}", file=sys.stderr)
+        print(f"mupsweep: {visible(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,7 +9,7 @@ from typing import Any
 from mupsweep.analysis.labels import Label, label_of
 from mupsweep.analysis.run_result import RunResult
 from mupsweep.store import records
-from mupsweep.store.run_dir import FINISHED
+from mupsweep.store.run_dir import FINISHED, PENDING
 from mupsweep.store.sweep_dir import SweepDir
 
 # variant, width, depth, parameters -> "runs", as many of each state, and their tokens, flops and seconds
@@ -40,6 +40,8 @@ def read(sweeps: Sequence[SweepDir]) -> tuple[list[RunResult], list[RunCounts]]:
             folder = sweep.run(planned["run_id"])
             status = folder.status()
             summary = folder.summary() if status["status"] in FINISHED else None
+            if summary is None and status["status"] in FINISHED:
+                status = {"status": PENDING}  # its summary is damaged, so that it is trained again
             _enter(ledgers[-1], planned, status["status"], summary or status)
             if summary is None:
                 continue

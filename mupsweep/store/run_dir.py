@@ -15,7 +15,7 @@ import yaml
 from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.atomic_files import finite, read_json, write_json, write_text
 from mupsweep.documents import parse_json, parse_yaml
-from mupsweep.errors import RecordError
+from mupsweep.errors import RecordError, reason
 from mupsweep.store import lease, records
 from mupsweep.store.lease import Holder, Lease
 from mupsweep.store.records import FAILED as FAILED
@@ -118,7 +118,7 @@ class RunDir:
             if wrong := records.wrong_in(config, records.SIZE, records.CHANGE):
                 raise ValueError(wrong)
         except (OSError, ValueError) as error:
-            raise RecordError(f"{self.config_path} cannot be read ({' '.join(str(error).split())})") from error
+            raise RecordError(f"{self.config_path} cannot be read ({reason(error)})") from error
         return config
 
     @property

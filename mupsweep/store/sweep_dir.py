@@ -25,7 +25,7 @@ import yaml
 
 from mupsweep.atomic_files import make_folder, read_json, write_json, write_text
 from mupsweep.documents import parse_json, parse_yaml
-from mupsweep.errors import RecordError
+from mupsweep.errors import RecordError, reason
 from mupsweep.formatting import nearest
 from mupsweep.store import lease, records
 from mupsweep.store.lease import Lease
@@ -63,7 +63,7 @@ class SweepDir:
         if not sweep.plan_path.is_file():
             hint = "start one with mupsweep run"
             for folder in (sweep.path, sweep.path.parent, Path("sweeps")):
-                if existing := sorted(str(p.parent) for p in folder.glob("*/plan.jsonl")):
+                if existing := sorted(str(p.parent) for p in folder.glob("*/plan.jsonl") if p.is_file()):
                     hint = nearest(str(path), existing)
                     break
             raise RecordError(f"{path} is not a sweep (it has no plan.jsonl); {hint}")
@@ -173,7 +173,7 @@ class SweepDir:
                     raise ValueError(f"no {key}")
         except (OSError, ValueError) as error:
             raise RecordError(
-                f"{self.config_path} cannot be read ({' '.join(str(error).split())}): run the command that made the "
+                f"{self.config_path} cannot be read ({reason(error)}): run the command that made the "
                 "sweep again, it writes the file anew and keeps every finished run"
             ) from error
         return tree
@@ -194,8 +194,8 @@ class SweepDir:
             return rows
         except (OSError, ValueError) as error:
             raise RecordError(
-                f"{self.plan_path} is damaged ({error}): delete it and run the command that made the sweep again; "
-                "finished runs are kept"
+                f"{self.plan_path} is damaged ({reason(error)}): delete it and run the command that made the sweep "
+                "again; finished runs are kept"
             ) from error
 
     @contextlib.contextmanager

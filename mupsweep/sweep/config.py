@@ -182,11 +182,15 @@ class GridConfig:
                 f"({len(self.depth_ratios)}): give two lists of equal length, or sweep.pair=false for all combinations"
             )
         if self.name is not None and (
-            not self.name or set(self.name) & set("/\\\0\n") or self.name.startswith(".") or len(self.name) > 128
+            not self.name
+            or not self.name.isprintable()
+            or set(self.name) & set("/\\")
+            or self.name.startswith(".")
+            or len(self.name) > 128
         ):
             raise ConfigError(
                 f"sweep.name={self.name!r}: use a plain folder name of at most 128 characters, "
-                "without slashes or a leading dot"
+                "without slashes, control characters or a leading dot"
             )
 
     def of(self, optimizer: Mapping[str, Any]) -> GridConfig:
@@ -418,6 +422,7 @@ def _variant(sections: Mapping[str, Any]) -> Variant:
 def _folder(out: Any) -> str:
     """The folder that holds sweeps, as text: yaml reads a name of digits alone as a number."""
     require(out not in (None, "") and isinstance(out, str | int | float), "out", out, "a folder, such as out=sweeps")
+    require(str(out).isprintable(), "out", ascii(out), "a folder without control characters")
     return str(out)
 
 

@@ -7,11 +7,14 @@ that is done again in processes of its own.
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,11 +58,12 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def refused(outcome: Outcome, expected: tuple[str, ...]) -> None:
-    """Exit code 2 and one line on stderr that holds every part of `told`."""
+    """Exit code 2 and one line on stderr that holds every part of `expected`, and no control characters."""
     assert outcome.code == 2, outcome.err
     lines = outcome.err.splitlines()
     assert len(lines) == 1, outcome.err
     assert lines[0].startswith("mupsweep: ")
+    assert lines[0].isprintable()
     for part in expected:
         assert part in lines[0]
 
@@ -202,6 +206,11 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("sweep.name=a/b", ("sweep.name='a/b'", "plain folder name")),
     ("sweep.name=..", ("sweep.name='..'", "plain folder name")),
     ("sweep.name=", ("sweep.name=''", "plain folder name")),
+    ("sweep.name=a\x1b[31mb", ("sweep.name='a\\x1b[31mb'", "without slashes, control characters")),
+    ("out=a\x1b[31mb", ("out='a\\x1b[31mb'", "a folder without control characters")),
+    ("model=a\x1b[31mb", ("'a\\x1b[31mb'", "valid: ")),
+    ("model.depth=1000000", ("depth 1000000", "at most 4,096")),
+    ("launcher.slots_per_device=100000", ("launcher.slots_per_device=100000", "at most 1024")),
     ("optimizer.name=a/b", ("optimizer.name", "a/b")),
     ("optimizer.name=", ("optimizer.name=:", "letters, digits")),
     # code and data
@@ -245,6 +254,14 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     ("transfer smoke", ("smoke is not a sweep", "did you mean 'sweeps/smoke'?")),
     ("status sweeps/smoke/plan.jsonl", ("sweeps/smoke/plan.jsonl is not a sweep",)),
     ("status nowhere", ("nowhere is not a sweep", "valid: sweeps/smoke")),
+    ("status no\x1b[31mwhere", ("no\\x1b[31mwhere is not a sweep", "valid: sweeps/smoke")),
+    ("transfer --from no\x1b[31mwhere.csv", ("--from no\\x1b[31mwhere.csv cannot be read",)),
+    (
+        "transfer sweeps/smoke foo=1",
+        ("foo=1: expected sweep folders, analysis.KEY=VALUE, or a target as --to width=N",),
+    ),
+    ("transfer sweeps/smoke --to width=64 foo=1", ("--to foo=1", "depth=N")),
+    ("transfer sweeps/smoke analysis.foo=1", ("unknown key 'analysis.foo'", "valid: ")),
     ("report sweeps/smok", ("sweeps/smok is not a sweep", "smoke")),
     ("transfer sweeps/smok", ("sweeps/smok is not a sweep", "smoke")),
     ("worker sweeps/smok", ("sweeps/smok is not a sweep", "smoke")),
@@ -324,6 +341,65 @@ def test_a_summary_of_something_else_is_refused_in_one_line(
     run.write_status(DONE)
     message = (str(run.summary_path), "it has no run_id", "delete it and run the command")
     refused(cli(command, str(sweep.path)), message)
+
+
+IMPOSSIBLE = {"val_loss": [1e30, "abc", -1, True, [1]], "status": ["sleeping", 3, None], "width": [10**400, "wide"]}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in IMPOSSIBLE.items() for value in values])
+def test_a_summary_with_a_value_that_no_run_can_have_is_refused_in_one_line(
+    key: str, value: Any, cli: Callable[..., Outcome]
+) -> None:
+    sweep = SweepDir(Path("sweep"))
+    shutil.copytree(Path(__file__).parents[1] / "stored" / "sweep", sweep.path)
+    run = sweep.run("w8-d1-lr-4.00-s0-bffae01d")
+    run.summary_path.write_text(json.dumps(run.summary() | {key: value}))
+    for command in (["transfer", "sweep"], ["transfer", "sweep", "--to", "width=16"], ["report", "sweep"]):
+        refused(
+            cli(*command), (str(run.summary_path), f"{key}={value!r:.80} cannot be", "delete it and run the command")
+        )
+
+
+@pytest.mark.parametrize("run_id", ["../../x", "..", "a/b", ".hidden", "", "x\x1b[31m", None])
+def test_a_planned_run_whose_folder_would_lie_elsewhere_is_refused_and_nothing_is_written(
+    run_id: Any, cli: Callable[..., Outcome], sweep: SweepDir, tmp_path: Path
+) -> None:
+    first, *others = sweep.read_plan()
+    sweep.write_plan([{**first, "run_id": run_id}, *others])
+    before = tree(tmp_path)
+    folder = str(sweep.path)
+    for command in (["status", folder], ["report", folder], ["transfer", folder], ["cancel", folder]):
+        refused(cli(*command), ("plan.jsonl is damaged", f"run_id={run_id!r} cannot be", "delete it"))
+    assert tree(tmp_path) == before
+
+
+def test_a_worker_writes_nothing_outside_of_a_sweep_whose_plan_leads_there(sweep: SweepDir, tmp_path: Path) -> None:
+    sweep.write_plan([{**row, "run_id": "../../x"} for row in sweep.read_plan()])
+    refused(process("worker", str(sweep.path), "--device", "cpu"), ("plan.jsonl is damaged", "run_id='../../x' cannot"))
+    assert not list(tmp_path.rglob("x"))
+
+
+def test_a_plan_without_runs_says_how_to_go_on(cli: Callable[..., Outcome], sweep: SweepDir, tmp_path: Path) -> None:
+    sweep.write_plan([])
+    assert "no run is planned yet: go on with the mupsweep run" in cli("status", str(sweep.path)).out
+    for command in ("transfer", "report"):
+        outcome = cli(command, str(sweep.path))
+        assert outcome.code == 0, outcome.err
+        assert "no finished runs yet: go on with mupsweep run" in outcome.out
+    refused(cli("transfer", str(sweep.path), "--to", "width=64"), ("no finished runs", "mupsweep run first"))
+    assert plan.save(load([SMOKE]), "mupsweep run experiment=smoke")[1] == plan.load(sweep)
+    assert len(sweep.read_plan()) == 6
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_finished_run_without_its_summary_counts_as_one_to_train(content: str, cli: Callable[..., Outcome]) -> None:
+    shutil.copytree(Path(__file__).parents[1] / "stored" / "sweep", "sweeps/stored")
+    sweep = SweepDir(Path("sweeps/stored"))
+    words = shlex.split(sweep.config_path.read_text().splitlines()[0])[3:]
+    assert "2 of 4 runs to train" in cli("plan", *words).out
+    sweep.run("w8-d1-lr-4.00-s0-bffae01d").summary_path.write_text(content)
+    assert "3 of 4 runs to train" in cli("plan", *words).out
+    assert "3 of 4 runs not finished; what follows rests on the rest" in cli("transfer", "sweeps/stored").out
 
 
 CONFIG_DAMAGE = ["", "only words\n", "- a\n- b\n", "a: [1\n", "out: sweeps\n", "\x00", "variants: 3\nsweep: 4\n"]

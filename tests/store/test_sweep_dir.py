@@ -160,7 +160,22 @@ def test_json_holds_null_where_a_float_is_not_finite(run: RunDir) -> None:
     assert json.loads(run.metrics_path.read_text(), parse_constant=refuse) == wanted
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"status": "do', b"[]", b"null", b"\xff\xfe", b"{}", b'{"step": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b'{"status": "do',
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"{}",
+        b'{"step": 3}',
+        b'{"status": "sleeping"}',
+        b'{"status": ["done"]}',
+        b'{"status": "done", "error": 3}',
+    ],
+)
 def test_a_missing_or_damaged_status_reads_as_pending(run: RunDir, content: bytes) -> None:
     assert run.status() == {"status": PENDING}
     run.status_path.write_bytes(content)
@@ -508,6 +523,9 @@ def test_a_folder_that_is_no_sweep_is_refused_naming_the_sweeps_beside_it(sweep:
         f"valid: {tmp_path}/another, {tmp_path}/sweep"
     )
     assert SweepDir.open(sweep.path).path == sweep.path
+    (wrong / "plan.jsonl").mkdir(parents=True)
+    with pytest.raises(RecordError, match=f"did you mean '{tmp_path}/sweep'[?] valid: {tmp_path}/another, "):
+        SweepDir.open(wrong)
 
 
 def test_where_there_is_no_sweep_at_all_the_error_says_how_to_start_one(tmp_path: Path) -> None:

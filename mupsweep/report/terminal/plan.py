@@ -40,7 +40,8 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
     if searches and exists:
         runs = [*(run for run in load(sweep) if not run.validation), *next_round(config, sweep)]
     status = {r.run_id: sweep.run(r.run_id).status()["status"] if exists else PENDING for r in runs}
-    open_runs = [r for r in runs if status[r.run_id] not in (DONE, DIVERGED)]
+    open_runs = [r for r in runs if not exists or sweep.run(r.run_id).is_open()]
+    status |= {r.run_id: PENDING for r in open_runs if status[r.run_id] in (DONE, DIVERGED)}  # a damaged summary
     if as_json:
         device = _device(config.launcher_options)
         seconds = _seconds(open_runs, config.launcher_options, device)

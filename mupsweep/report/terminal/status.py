@@ -52,7 +52,9 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
         console.say(line)
     if line := _worker_line(sweep, states):
         console.say(line)
-    if states and not unfinished:
+    if not states:
+        console.say("no run is planned yet: go on with the mupsweep run that made the sweep")
+    elif not unfinished:
         console.say(f"all planned runs have ended; what they say: mupsweep transfer {quote(str(sweep.path))}")
     for row, folder, status in states:
         holder = folder.holder() if status["status"] == RUNNING else None
