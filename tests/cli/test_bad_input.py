@@ -353,7 +353,7 @@ def test_a_summary_with_a_value_that_no_run_can_have_is_refused_in_one_line(
     sweep = SweepDir(Path("sweep"))
     shutil.copytree(Path(__file__).parents[1] / "stored" / "sweep", sweep.path)
     run = sweep.run("w8-d1-lr-4.00-s0-bffae01d")
-    run.summary_path.write_text(json.dumps(run.summary() | {key: value}))
+    run.summary_path.write_text(json.dumps((run.summary() or {}) | {key: value}))
     for command in (["transfer", "sweep"], ["transfer", "sweep", "--to", "width=16"], ["report", "sweep"]):
         refused(
             cli(*command), (str(run.summary_path), f"{key}={value!r:.80} cannot be", "delete it and run the command")

@@ -994,6 +994,36 @@ def test_a_model_with_a_slash_in_its_name_has_a_file(
     ]
 
 
+@pytest.mark.parametrize("name", ["../../x", "..", "/etc/x", "a\x1b[31mb", ".hidden"])
+def test_a_cell_that_becomes_part_of_a_files_name_leads_nowhere(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    path = table(inner, [{**line, "model": name} for line in rows()])
+    base = ("--base", "model=llama", "--base", "optimizer=adamw", "--base", "parametrization=mup")
+    code, _, err = cli("transfer", "--from", path, "--to", "width=4096", *base)
+    assert code == 0, err
+    written = [file.relative_to(inner) for file in tmp_path.rglob("*") if file.is_file() and file != Path(path)]
+    assert len(written) == 1
+    assert len(written[0].parts) == 1
+    assert written[0].name.startswith("recipe-")
+    assert written[0].name.isprintable()
+
+
+def test_a_base_of_another_name_than_the_tables_gives_no_lr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = table(tmp_path, [{**line, "optimizer": "adamw"} for line in rows()])
+    base = ("--base", "model=llama", "--base", "optimizer=lion", "--base", "parametrization=mup")
+    code, _, err = cli("transfer", "--from", path, "--to", "width=4096", *base)
+    assert code == 2
+    assert "--base optimizer=lion is another optimizer than the table's" in err.splitlines()[-1]
+    assert not list(tmp_path.glob("recipe*"))
+
+
 def test_a_file_that_cannot_be_saved_is_refused(tmp_path: Path, cli: Callable[..., tuple[int, str, str]]) -> None:
     path = table(tmp_path, rows())
     code, out, err = cli("transfer", "--from", path, "--save", "none/saved.csv")
