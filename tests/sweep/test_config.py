@@ -71,12 +71,15 @@ def test_every_shipped_experiment_names_its_command_in_its_header(name: str) -> 
 def test_every_choice_of_every_group_composes_and_has_the_name_of_its_file(choice: str, local_text: str) -> None:
     group, name = choice.split("=")
     words = {"data=local": [local_text], "model": ["sweep.width_ratios=[1]"]}  # half a preset may be no whole model
+    words["trainer=command"] = ["trainer.command=train {lr} {width}", "trainer.metrics=log.jsonl"]
     sweep_config = load([*chosen.words(group, name), *words.get(choice, []), *words.get(group, [])])
     section = sweep_config.variants[0]
     if group in COMPARABLE:
         assert getattr(section, group)["name"] == name
     elif group == "data":
         assert section.data.name == name
+    elif group == "trainer":
+        assert section.trainer["name"] == name
     elif group in ("launcher", "tracker"):
         assert getattr(sweep_config, group)["name"] == name
     assert plan.plan(sweep_config)
