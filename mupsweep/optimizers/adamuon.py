@@ -50,6 +50,16 @@ class AdaMuon(ComposableOptimizer):
         require(self.ns_steps >= 1, "optimizer.ns_steps", self.ns_steps, "at least 1")
         require(self.entry_eps > 0, "optimizer.entry_eps", self.entry_eps, "a positive number")
 
+    def caveats(self, width: int) -> list[str]:
+        notes = super().caveats(width)
+        if not self.spectral_norm:
+            notes.append(
+                f"the optimum of {self.name} moves with the width: the RMS of its updates follows the rule, but they "
+                "line up less the wider the model, ||dW||_R of hidden matrices as width^-0.36 from width 32 to 128 "
+                "(Qiu et al. 2512.05620, section 3.2); optimizer.spectral_norm=true optimizer.lr_ratio=0.1 cures it"
+            )
+        return notes
+
     def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return ENTRYWISE
 

@@ -112,6 +112,15 @@ class ComposableOptimizer(Optimizer, Algorithm):
         eps = {"eps": Threshold(self.eps, self._blocked_law(dims))}
         return eps | {f"graft_{name}": threshold for name, threshold in grafted.items()}
 
+    def caveats(self, width: int) -> list[str]:
+        if self.block_size is None or self.block_size <= width:
+            return []
+        return [
+            f"optimizer.block_size={self.block_size} exceeds the base width {width}: up to width {self.block_size} the "
+            f"blocks of {self.name} are whole matrices that grow with the width, so they are no cure for updates that "
+            f"line up less in wider models; choose at most {width}"
+        ]
+
     def base_state_size(self, dims: Dims) -> int:
         """`state_size` of the algorithm alone, or of one block."""
         return self.moments * math.prod(dims)

@@ -111,6 +111,14 @@ class Optimizer(ABC):
         """The law of what weight decay is added to: the update, unless a subclass adds it further inside."""
         return self.update_law(dims)
 
+    def caveats(self, width: int) -> list[str]:
+        """What a user should know of its rule before training.
+
+        Args:
+            width: of the base shape.
+        """
+        return []
+
     def thresholds(self, dims: Dims | None = None) -> Mapping[str, Threshold]:
         """Every hyperparameter that is compared with gradients; always with "eps"."""
         return {"eps": Threshold(self.eps, self.update_law(dims))}

@@ -55,6 +55,16 @@ class Shampoo(Preconditioned):
         expected = "two fractions of at least 0, such as [1/4,1/4], not both 0"
         require(valid, "optimizer.exponents", list(self.exponents), expected)
 
+    def caveats(self, width: int) -> list[str]:
+        notes = super().caveats(width)
+        if sum(self.powers.values()) == 1 and not self.spectral_norm:
+            notes.append(
+                f"the optimum of {self.name} moves with the width: its updates line up otherwise in wider models than "
+                "its rule assumes, the change of features as width^+0.23 from width 32 to 256 (Qiu et al. "
+                "2512.05620, section 3.2); optimizer.spectral_norm=true optimizer.lr_ratio=0.1 cures it"
+            )
+        return notes
+
     @property
     def active(self) -> tuple[str, ...]:
         return tuple(self.powers)

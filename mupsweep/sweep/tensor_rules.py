@@ -144,6 +144,7 @@ def audit(resolved: ResolvedVariant) -> list[str]:
             notes.append(
                 f"{optimizer.name} gives its weights a norm of its own at the start: their init std has no effect"
             )
+        notes += optimizer.caveats(resolved.size(1.0, 1.0).width)
         published = symbolic(resolved.parametrization, law, Role.HIDDEN).lr
         strict = symbolic(resolved.parametrization, optimizer.measured_law(), Role.HIDDEN).lr
         if published != strict:

@@ -1,0 +1,43 @@
+"""What the audit of `mupsweep rules` says of optimizers whose rule does not keep the optimum where it is."""
+
+from __future__ import annotations
+
+import chosen
+import pytest
+
+from mupsweep.sweep import config
+from mupsweep.sweep.run_spec import resolve
+from mupsweep.sweep.tensor_rules import audit
+
+MOVES = "moves with the width"
+
+
+def notes(*overrides: str) -> list[str]:
+    return audit(resolve(config.load([*overrides]).variants[0]))
+
+
+@pytest.mark.parametrize("name", ["adamuon", "shampoo2"])
+def test_a_moving_optimum_is_said_with_the_option_that_cures_it(name: str) -> None:
+    (note,) = (note for note in notes(f"optimizer={name}") if MOVES in note)
+    assert note.startswith(f"the optimum of {name} {MOVES}: ")
+    cure = ["optimizer.spectral_norm=true", "optimizer.lr_ratio=0.1"]
+    assert f"; {' '.join(cure)} cures it" in note
+    assert not any(MOVES in note for note in notes(f"optimizer={name}", *cure))
+
+
+@pytest.mark.parametrize("name", [name for name in config.choices("optimizer") if name not in ("adamuon", "shampoo2")])
+def test_no_other_optimum_is_said_to_move(name: str) -> None:
+    assert not any(MOVES in note for note in notes(*chosen.words("optimizer", name)))
+
+
+@pytest.mark.parametrize(("block", "width", "warns"), [(512, 256, True), (256, 256, False), (128, 64, True)])
+def test_blocks_beyond_the_base_width_are_warned_of(block: int, width: int, warns: bool) -> None:
+    found = notes("optimizer=muon", f"optimizer.block_size={block}", f"model.width={width}")
+    expected = f"optimizer.block_size={block} exceeds the base width {width}: "
+    assert [note.startswith(expected) for note in found] == [True] * warns
+    assert all(note.endswith(f"choose at most {width}") for note in found)
+
+
+def test_shampoo2_as_it_stands_is_warned_of_its_blocks() -> None:
+    expected = "optimizer.block_size=512 exceeds the base width 256: "
+    assert any(note.startswith(expected) for note in notes("optimizer=shampoo2"))
