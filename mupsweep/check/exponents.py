@@ -19,7 +19,8 @@ from mupsweep.scaling import Parametrization, Role, RoleScaling
 
 WIDTH, DEPTH = "width", "depth"
 TOLERANCE = 0.1  # by which an interval may miss the expected exponent
-TOLERANCE_OF_ONE = 0.25  # for one tensor among several of its role, which is noisier; wrong rules err by 1/2
+TOLERANCE_OF_ONE = 0.25  # for one tensor among several of its role, which is noisier
+WRONG_RULE = 0.5  # by which wrong rules err: a wider interval cannot tell them from right ones
 ENOUGH = 3  # sizes of a ladder: two leave no interval
 SHARED_BLOCK = Fraction(-1)  # r_L^-1 a block is what adds up to the same change at every depth
 
@@ -86,6 +87,11 @@ class Row:
         return 0.0 if self.expected is None else abs(self.final_exponent.value - float(self.expected))
 
     @property
+    def too_wide(self) -> bool:
+        """Whether the interval cannot tell the expected exponent from one of a wrong rule."""
+        return self.expected is not None and self.final_exponent.high - self.final_exponent.low > WRONG_RULE
+
+    @property
     def first_deviation(self) -> float:
         """How far the first measured exponent is from the expected one, before one mistake leads to others."""
         return 0.0 if self.expected is None else abs(self.exponents[min(self.exponents)].value - float(self.expected))
@@ -119,15 +125,27 @@ class Coordinates:
                     violations += [row for row in members if row.violation > TOLERANCE_OF_ONE]
         return sorted(violations, key=lambda row: -row.first_deviation)
 
+    @cached_property
+    def inconclusive(self) -> list[Row]:
+        """The rows of roles that contradict nothing, by intervals too wide to contradict a wrong rule."""
+        off = {(row.axis, row.quantity, row.role) for row in self.violations}
+        rows = [row for axis in self.axes() for row in self.by_role(axis) if row.too_wide]
+        return [row for row in rows if (row.axis, row.quantity, row.role) not in off]
+
     @property
     def off(self) -> list[Row]:
         """`violations`, by the name that code outside this repository may use."""
         return self.violations
 
     @property
+    def failed(self) -> bool:
+        """Whether an exponent contradicts the expected one, or a size diverged where any is expected."""
+        return bool(self.violations) or bool(self.diverged and any(map(self.has_expectation, self.axes())))
+
+    @property
     def passed(self) -> bool:
-        """Whether no exponent contradicts the expected one, and no size diverged where any is expected."""
-        return not self.violations and not (self.diverged and any(map(self.has_expectation, self.axes())))
+        """Whether every exponent is the expected one as far as a wrong rule would show, and no size diverged."""
+        return not self.failed and not self.inconclusive
 
     def axes(self) -> list[str]:
         """The ladders, in order."""
@@ -155,6 +173,9 @@ class Coordinates:
     def causes(self) -> list[str]:
         """What the violations point at, one line per tensor or multiplier."""
         lines = [line for axis in self.axes() for line in self._causes(axis)]
+        if self.inconclusive:
+            described = "; ".join(describe(row) for row in self.inconclusive)
+            lines.append(f"inconclusive, add sizes or seeds: {described}")
         if self.diverged:
             lines.append(f"{', '.join(self.diverged)} diverged: give a lower LR as sweep.log2_lrs=[-10]")
         return lines
@@ -179,7 +200,9 @@ class Coordinates:
                 more = f"; {len(wrong) - 1} more of this role" if len(wrong) > 1 else ""
                 lines.append(f"{wrong[0].role}: {suspects[wrong[0].quantity]}: {describe(wrong[0])}{more}")
         updates = [row for row in self.rows if (row.axis, row.quantity) == (axis, UPDATE)]
-        if lines or all(row.expected is None for row in updates):
+        # an update that is not known leaves it open whether a multiplier or a tensor before it is to blame
+        unknown = any(row.axis == axis and row.quantity in suspects for row in self.inconclusive)
+        if lines or unknown or all(row.expected is None for row in updates):
             return lines or [describe(row) for row in violations]
         for name, suspect in MULTIPLIERS.items():
             if CHANGE + name in symptoms:
@@ -300,7 +323,7 @@ def kind_of_blocks(coordinates: Coordinates) -> str | None:
 
 def describe(row: Row) -> str:
     """One line: ||dW||_R of head.weight goes as width^+1.02 [0.98, 1.05], promised width^1."""
-    of = f" of {row.tensor}" if row.tensor else ""
+    of = f" of {row.tensor}" if row.tensor else "" if row.role is None else f" of {row.role.value} tensors"
     return f"{row.quantity}{of} goes as {row.axis}^{row.final_exponent}, promised {row.expected}"
 
 

@@ -42,7 +42,7 @@ def coordinates(
 
     What is measured are features, logits, attention logits, weights and updates. Without an experiment it takes small
     models (experiment=check), SP beside them, and finds an LR by itself. Exits with 1 where a promised exponent is
-    missed by more than 0.1 beyond its interval.
+    missed by more than 0.1 beyond its interval, or where an interval is too wide to tell.
 
     Example: mupsweep check coordinates optimizer=muon parametrization=mup,spectral
     """

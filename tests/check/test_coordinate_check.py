@@ -14,7 +14,7 @@ import torch
 
 from mupsweep.check import coordinate_check
 from mupsweep.check.exponents import DEPTH, TOLERANCE, WIDTH, Coordinates
-from mupsweep.check.measure import CHANGE, FEATURES, LOGITS, UPDATE, WEIGHT
+from mupsweep.check.measure import ATTENTION, CHANGE, FEATURES, LOGITS, UPDATE, WEIGHT
 from mupsweep.errors import ConfigError
 from mupsweep.models import Multipliers
 from mupsweep.models.shape import Size
@@ -61,7 +61,9 @@ def healthy(optimizer: str) -> dict[str, Coordinates]:
 @every_optimizer
 def test_what_the_rules_promise_is_measured(optimizer: str) -> None:
     made = healthy(optimizer)["spectral"]
-    assert made.passed, made.causes()
+    assert not made.failed, made.causes()
+    # with one seed alone, attention logits of a few widths may be all that is not known
+    assert {row.quantity for row in made.inconclusive} <= {CHANGE + ATTENTION}
     for axis in (WIDTH, DEPTH):
         assert made.has_expectation(axis)
         for quantity in (CHANGE + FEATURES, CHANGE + LOGITS):
@@ -83,7 +85,7 @@ def test_sp_grows_with_width_and_depth_and_promises_nothing(optimizer: str) -> N
 def test_both_kinds_of_blocks_are_flat_and_told_apart_by_their_updates() -> None:
     coordinates_by_name = checked("parametrization=depth_mup,spectral", *ALONG_DEPTH)
     for name, exponent in (("depth_mup", -0.5), ("spectral", 0.0)):
-        assert coordinates_by_name[name].passed, coordinates_by_name[name].causes()
+        assert not coordinates_by_name[name].failed, coordinates_by_name[name].causes()
         assert coordinates_by_name[name].row(DEPTH, UPDATE, Role.HIDDEN).final_exponent.value == pytest.approx(
             exponent, abs=TOLERANCE
         )

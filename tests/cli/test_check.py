@@ -18,6 +18,7 @@ from mupsweep.sweep import config, plan, tensor_rules
 from mupsweep.training import build
 
 SMALL = ("model.width=16", "sweep.depth_ratios=[1]", "sweep.seeds=[0]", "sweep.log2_lrs=[-9]", "parametrization=mup")
+KNOWN = (*SMALL, "sweep.seeds=[0,1,2]")  # with one seed the interval of attention logits is too wide to tell
 FOREIGN = ("optimizer=foreign", "optimizer.path=torch.optim.NAdam", "allow_imports=true")
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -42,7 +43,7 @@ def dropped_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_overrides_alone_check_coordinates_and_a_figure_is_drawn(cli: Cli, tmp_path: Path) -> None:
     figure = tmp_path / "check.svg"
-    code, out, _ = cli("check", *SMALL, "--figure", str(figure))
+    code, out, _ = cli("check", *KNOWN, "--figure", str(figure))
     assert code == 0
     assert "nanogpt/adamw/mup, base LR 2^-9" in out
     assert "nanogpt/adamw/sp," not in out  # stands beside, in a column
@@ -58,7 +59,7 @@ def test_overrides_alone_check_coordinates_and_a_figure_is_drawn(cli: Cli, tmp_p
 def test_the_outcome_is_kept_with_a_sweep_for_its_report(cli: Cli, tmp_path: Path) -> None:
     assert cli("check", *SMALL, "--into", "sweeps/none")[0] == 2
     sweep, _ = plan.save(config.load(["experiment=smoke", f"out={tmp_path}"]), "")
-    code, out, _ = cli("check", *SMALL, "--json", "--into", str(sweep.path))
+    code, out, _ = cli("check", *KNOWN, "--json", "--into", str(sweep.path))
     assert code == 0
     assert json.loads(sweep.check_path.read_text()) == json.loads(out)
     (label, mup), *_ = [pair for pair in coordinates.read(sweep) if pair[0][2] == "mup"]
@@ -66,6 +67,16 @@ def test_the_outcome_is_kept_with_a_sweep_for_its_report(cli: Cli, tmp_path: Pat
     lines = {line[2]: line for line in coordinates.table_rows([(label, mup)])}
     assert lines["change of features"][4:] == ("0", "ok")
     assert "13 of 13 promises kept" in coordinates.verdicts([(label, mup)])
+
+
+def test_an_interval_too_wide_to_tell_is_inconclusive_and_not_ok(cli: Cli) -> None:
+    code, out, _ = cli("check", *SMALL)
+    assert code == 1
+    (line,) = (line for line in out.splitlines() if line.startswith("change of attention logits "))
+    assert line.endswith("too wide"), line
+    assert "inconclusive, add sizes or seeds: change of attention logits goes as width^" in out
+    assert "INCONCLUSIVE: 1 of 13 intervals are wider than 0.5" in out
+    assert "passed: " not in out
 
 
 def test_a_check_that_diverges_everywhere_fails_whatever_the_search(cli: Cli) -> None:
@@ -93,7 +104,7 @@ def test_a_broken_rule_exits_with_1_and_names_the_tensor(cli: Cli, dropped_rule:
 
 
 def test_coordinates_as_json(cli: Cli, dropped_rule: None) -> None:
-    code, out, _ = cli("check", *SMALL, "--json")
+    code, out, _ = cli("check", *KNOWN, "--json")
     assert code == 1
     sp, mup = json.loads(out)["variants"]
     label = {"model", "optimizer", "parametrization"}

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mupsweep.atomic_files import make_folder, write_json
 from mupsweep.check import update_law
-from mupsweep.check.exponents import TOLERANCE, WEIGHT, Coordinates, Row, kind_of_blocks
+from mupsweep.check.exponents import TOLERANCE, WEIGHT, WRONG_RULE, Coordinates, Row, kind_of_blocks
 from mupsweep.check.measure import CHANGE, UPDATE
 from mupsweep.check.regression import Exponent, signed
 from mupsweep.check.update_law import Measured
@@ -82,16 +82,25 @@ def _coordinates_table(variant: Coordinates, sp: Coordinates | None, axis: str) 
         exponents = {c: e for c, e in row.exponents.items() if (row.quantity == WEIGHT) == (c == 0)}
         cells = [signed(exponents[c].value) if c in exponents else "" for c in counts]
         sp_cells = [sp_exponents.get((row.quantity, row.role), "")] if sp else []
-        violating = [r for r in variant.violations if _key(r) == _key(row)]
         table.add_row(
             row.quantity if row.role is None else f"{row.quantity} {row.role.value}",
             *cells,
             f"{signed(row.final_exponent.low)}..{signed(row.final_exponent.high)}",  # in 80 columns
             "" if row.expected is None else str(row.expected),
             *sp_cells,
-            "" if row.expected is None else f"off {violating[0].tensor}".strip() if violating else "ok",
+            _verdict(variant, row),
         )
     return table
+
+
+def _verdict(variant: Coordinates, row: Row) -> str:
+    """Whether the tensors of a role keep their promise, the one that misses it most, or that nothing can be told."""
+    if row.expected is None:
+        return ""
+    violating = [violation for violation in variant.violations if _key(violation) == _key(row)]
+    if violating:
+        return f"off {violating[0].tensor}".strip()
+    return "too wide" if row.too_wide else "ok"
 
 
 def _is_shown(row: Row) -> bool:
@@ -108,10 +117,15 @@ def _conclusion(variant: Coordinates) -> list[str]:
         if not variant.has_expectation(axis):
             lines.append(f"{variant.label[2]} promises nothing along the {axis}")
     lines += variant.causes()
-    if not variant.passed:
+    if variant.failed:
         missed_text = f"{len(missed)} of {len(judged)} promises are missed by more than {TOLERANCE:g}"
         return [*lines, f"FAILED: {missed_text if missed else 'some runs diverged'}"]
-    if judged:
+    if variant.inconclusive:
+        lines.append(
+            f"INCONCLUSIVE: {len(variant.inconclusive)} of {len(judged)} intervals are wider than {WRONG_RULE:g}, by "
+            "which wrong rules err: add sizes (sweep.width_ratios, sweep.depth_ratios) or sweep.seeds"
+        )
+    elif judged:
         lines.append(
             f"passed: {len(judged)} promises kept within {TOLERANCE:g}; only a sweep shows whether the LR transfers"
         )
@@ -126,7 +140,7 @@ def _document(variant: Coordinates) -> dict[str, Any]:
         "optimizer": optimizer,
         "parametrization": parametrization,
         "log2_lr": variant.log2_lr,
-        "passed": variant.passed,
+        "passed": None if variant.inconclusive and not variant.failed else variant.passed,
         "diverged": list(variant.diverged),
         "causes": variant.causes(),
         "roles": [_of_role(variant, row) for axis in variant.axes() for row in variant.by_role(axis)],
@@ -135,9 +149,13 @@ def _document(variant: Coordinates) -> dict[str, Any]:
 
 
 def _of_role(variant: Coordinates, row: Row) -> dict[str, Any]:
-    """The record of a role, as in the tables; `off` lists the tensors that violate its expected exponent."""
+    """The record of a role, as in the tables.
+
+    `off` lists the tensors that violate its expected exponent, `too_wide` says that its interval could not tell.
+    """
     off = [violation.tensor for violation in variant.violations if _key(violation) == _key(row)]
-    return {**_row(row), "judged": _interval(row.final_exponent), "shown": _is_shown(row), "off": off}
+    judged = {"judged": _interval(row.final_exponent), "too_wide": row.too_wide}
+    return {**_row(row), **judged, "shown": _is_shown(row), "off": off}
 
 
 def _row(row: Row) -> dict[str, Any]:
