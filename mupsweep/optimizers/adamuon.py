@@ -56,7 +56,8 @@ class AdaMuon(ComposableOptimizer):
             notes.append(
                 f"the optimum of {self.name} moves with the width: the RMS of its updates follows the rule, but they "
                 "line up less the wider the model, ||dW||_R of hidden matrices as width^-0.36 from width 32 to 128 "
-                "(Qiu et al. 2512.05620, section 3.2); optimizer.spectral_norm=true optimizer.lr_ratio=0.1 cures it"
+                "(Qiu et al. 2512.05620, section 3.2); optimizer.spectral_norm=true optimizer.lr_ratio=0.1 cures it "
+                "(-0.03)"
             )
         return notes
 
