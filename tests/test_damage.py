@@ -33,7 +33,7 @@ STRANGE = st.one_of(
         [None, True, 0, -1, 1e30, 1e308, 10**400, "", "abc", "../../x", "/etc/passwd", "x" * 3000, "\x1b[31m", "\n"]
     ),
     st.sampled_from([[], {}, [[]], {"kind": "os.path"}, "${oc.env:HOME}", "\u00b2", "1e5", "running", 2**63, 1e-300]),
-    st.floats(allow_nan=False, allow_infinity=False),
+    st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False),
     st.integers(),
     st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
 )

@@ -79,6 +79,8 @@ def registered(sweep: SweepDir) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
+        with contextlib.suppress(OSError):  # others still train
+            sweep.workers.rmdir()
 
 
 def living(sweep: SweepDir, running: Iterable[str]) -> list[Worker]:

@@ -41,6 +41,9 @@ def test_the_embedded_corpus_in_numbers(sotu: DataConfig) -> None:
         bytes=10_761_390,
         content_id=dataset.content_id,
         folder=str(cache.folder(sotu, dataset.content_id)),
+        disk_bytes=entry.disk_bytes,
+        path=entry.path,
+        cuts_documents=False,
     )
     assert cache.folder(sotu, dataset.content_id).name == f"sotu-gpt2-1024-{dataset.content_id[:12]}"
 

@@ -48,7 +48,7 @@ def valley(
                     diverged = beyond + 0.2 * seed > 0.8
                     rows.append(
                         {
-                            "run_id": f"{optimizer}-{parametrization}-w{width}-d{depth}-lr{log2_lr}-s{seed}",
+                            "run_id": re.sub(r"[^\w.+@-]", "_", f"{optimizer}-{parametrization}-w{width}-d{depth}-lr{log2_lr}-s{seed}"),
                             "model": model,
                             "parametrization": parametrization,
                             "optimizer": optimizer,
