@@ -404,7 +404,8 @@ def _variant(sections: Mapping[str, Any]) -> Variant:
             raise ConfigError(f"a variant of the config has no section '{key}'")
     for group in COMPARABLE:
         if not isinstance(sections[group].get("name"), str):
-            raise ConfigError(f"{group}.name={sections[group].get('name')}: expected a word, under which its results are listed")
+            name = sections[group].get("name")
+            raise ConfigError(f"{group}.name={name}: expected a word, under which its results are listed")
     data, training, change = sections["data"], sections["training"], sections.get("change")
     if change is not None:
         wrong = not isinstance(change, Mapping) or set(change) != {"hyperparameter", "value", "default"}

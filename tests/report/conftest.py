@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -48,7 +49,11 @@ def valley(
                     diverged = beyond + 0.2 * seed > 0.8
                     rows.append(
                         {
-                            "run_id": re.sub(r"[^\w.+@-]", "_", f"{optimizer}-{parametrization}-w{width}-d{depth}-lr{log2_lr}-s{seed}"),
+                            "run_id": re.sub(
+                                r"[^\w.+@-]",
+                                "_",
+                                f"{optimizer}-{parametrization}-w{width}-d{depth}-lr{log2_lr}-s{seed}",
+                            ).lstrip("_"),
                             "model": model,
                             "parametrization": parametrization,
                             "optimizer": optimizer,
