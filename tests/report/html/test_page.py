@@ -100,7 +100,7 @@ def test_what_a_config_says_is_escaped(
 ) -> None:
     evil = "<script>alert('x')</script>\"&"
     runs = rows(model=evil, optimizer=evil, widths=(32, 64)) + rows(widths=(32, 64))
-    sweep = save_sweep(runs)
+    sweep = save_sweep(rows(widths=(32, 64)))  # a plan refuses names with a slash, results of tables do not
     sweep.write_config({**sweep.read_config(), "sweep": {"name": evil}}, f"mupsweep run {evil}")
     text = write_html(sweep, analyse(results(runs)), [(evil, [rule])]).read_text()
     assert text.count("<script>") == 1
