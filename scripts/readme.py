@@ -64,6 +64,7 @@ def output(command: str, folder: Path) -> str:
     where = folder / ("finished" if "sweeps/demo" in command else "empty")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "COLUMNS": str(COLUMNS), "TERM": "dumb", "LC_ALL": "C.UTF-8"}
+    env.pop("LINES", None)  # with it rich takes COLUMNS, and readline leaves it to every program that pytest starts
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
     with tempfile.TemporaryFile("w+") as errors:

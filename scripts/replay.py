@@ -34,7 +34,7 @@ import numpy as np
 from judge import TABLES, Ladder, is_dense, is_inside, known_optimum, nats_lost, read, vertex
 
 from mupsweep.analysis.loss_curve import SizeRuns
-from mupsweep.sweep.lr_search import LRSearch, Size
+from mupsweep.sweep.lr_search import LRSearch, SearchedSize
 
 GRID = 39  # runs of a size: 13 LRs, 3 seeds
 WITHIN, HARMLESS = 0.25, 0.005
@@ -128,7 +128,7 @@ def ladders() -> Iterator[Ladder]:
 
 def mupsweep(replay: Replay, at_once: int) -> list[float]:
     while True:
-        sizes = tuple(Size(replay.trained(k), 4.0**size.position) for k, size in enumerate(replay.ladder.sizes))
+        sizes = tuple(SearchedSize(replay.trained(k), 4.0**size.position) for k, size in enumerate(replay.ladder.sizes))
         search = LRSearch(sizes, replay.limits, replay.limits, lattice=0.0)
         runs = search.next(at_once)
         if not runs:

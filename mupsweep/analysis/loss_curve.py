@@ -111,6 +111,18 @@ class SizeRuns:
         table = np.array([columns[key] for key in sorted(columns)]).T if columns else np.empty((len(lrs), 0))
         return cls(position, np.array(lrs), table, np.array([diverged[lr] for lr in lrs], dtype=np.intp))
 
+    def with_run(self, log2_lr: float, loss: float, seed: int) -> SizeRuns:
+        """These runs and one more, whose seed is a column of `losses` or a new one."""
+        cells = [
+            (x, y, column)
+            for x, row in zip(self.log2_lrs.tolist(), self.losses.tolist(), strict=True)
+            for column, y in enumerate(row)
+            if math.isfinite(y)
+        ]
+        lost = np.repeat(self.log2_lrs, self.diverged).tolist()
+        cells += [(x, math.nan, -1) for x in lost]
+        return SizeRuns.of(self.position, *zip(*cells, (log2_lr, loss, seed), strict=True))
+
     @cached_property
     def seeds(self) -> Indices:
         """(n,) finished runs at each LR."""

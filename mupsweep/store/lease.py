@@ -127,7 +127,7 @@ def living_owner(folder: Path) -> dict[str, Any] | None:
 def is_alive_here(owner: dict[str, Any]) -> bool:
     """Return whether a process of this machine, container and boot is the one that a claim or a record names."""
     pid = owner.get("pid")
-    alive = isinstance(pid, int) and pid > 0 and _is_here(owner)
+    alive = isinstance(pid, int) and pid > 0 and is_here(owner)
     return alive and process_start_time(int(owner["pid"])) == owner.get("born") is not None
 
 
@@ -156,13 +156,14 @@ def _claim_name(number: int) -> str:
     return f"{number:04d}.json"
 
 
-def owner_record() -> dict[str, Any]:
-    """Return what a claim of this process says of its owner."""
+def owner_record(pid: int | None = None) -> dict[str, Any]:
+    """Return what a claim of a process says of its owner; of this one by default."""
+    pid = os.getpid() if pid is None else pid
     return {
         "host": socket.gethostname(),
         "boot": _boot_id(),
-        "pid": os.getpid(),
-        "born": process_start_time(os.getpid()),
+        "pid": pid,
+        "born": process_start_time(pid),
         **slurm_queue.own_job(),
         "taken": time.time(),
     }
@@ -182,7 +183,7 @@ def is_expired(path: Path, clock: Callable[[Path], float] = lambda _: time.time(
         return clock(path.parent) - _last_heartbeat(path) > limit
     if owner.get("released"):
         return True
-    if _is_here(owner):
+    if is_here(owner):
         return process_start_time(int(owner["pid"])) != owner.get("born")
     return clock(path.parent) - _last_heartbeat(path) > LEASE_TIMEOUT
 
@@ -206,7 +207,7 @@ def _lost_its_job(path: Path) -> bool:
     """
     own_job = slurm_queue.own_job()
     owner = (_read_owner(path) or {}) if own_job["slurm_job"] is not None else {}
-    if _is_here(owner) or owner.get("slurm_job") is None:
+    if is_here(owner) or owner.get("slurm_job") is None:
         return False
     if owner.get("slurm_cluster") != own_job["slurm_cluster"] or path.stat().st_uid != os.getuid():
         return False  # squeue knows its own cluster only, and may hide other users' jobs
@@ -250,7 +251,7 @@ def _file_clock(folder: Path) -> float:
             probe.unlink()
 
 
-def _is_here(owner: dict[str, Any]) -> bool:
+def is_here(owner: dict[str, Any]) -> bool:
     """Return whether the owner's pid means something here: it is of this host, container and boot."""
     return (owner.get("host"), owner.get("boot")) == (socket.gethostname(), _boot_id())
 

@@ -20,6 +20,8 @@ from mupsweep.store import lease
 from mupsweep.store.records import is_owner
 from mupsweep.store.sweep_dir import SweepDir
 
+ATTEMPTS = 3  # to leave a record: the last worker that ends removes the folder, perhaps in between
+
 
 @dataclass(frozen=True)
 class Worker:
@@ -71,9 +73,11 @@ def registered(sweep: SweepDir) -> Iterator[None]:
     """Leave a record of this process with a sweep for the duration of the context, if the sweep may be written."""
     owner = lease.owner_record()
     path = sweep.workers / f"{owner['host']}-{owner['pid']}.json"
-    with contextlib.suppress(RecordError):
-        make_folder(sweep.workers)
-        write_json(path, owner, durable=False)
+    for _ in range(ATTEMPTS):
+        with contextlib.suppress(RecordError):
+            make_folder(sweep.workers)
+            write_json(path, owner, durable=False)
+            break
     try:
         yield
     finally:

@@ -18,8 +18,7 @@ from mupsweep.analysis.config import CurvePrior
 from mupsweep.analysis.labels import LARGEST_LOG2_LR
 from mupsweep.analysis.loss_curve import SizeRuns
 from mupsweep.errors import ConfigError
-from mupsweep.sweep.lr_search import Goal, LRSearch
-from mupsweep.sweep.lr_search import Size as SearchedSize
+from mupsweep.sweep.lr_search import Goal, LRSearch, SearchedSize
 
 
 @dataclass(frozen=True)

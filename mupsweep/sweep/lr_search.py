@@ -28,14 +28,14 @@ import numpy as np
 from mupsweep.analysis.config import CurvePrior, VerdictBounds
 from mupsweep.analysis.estimate import Array, Estimate
 from mupsweep.analysis.forecast import forecast, losses_at_target
-from mupsweep.analysis.loss_curve import CurveDraws, LadderPosterior, SizeRuns, bounded, fit_ladder
-from mupsweep.analysis.verdict import INCONCLUSIVE, judge
+from mupsweep.analysis.loss_curve import MIN_LRS, CurveDraws, LadderPosterior, SizeRuns, bounded, fit_ladder
+from mupsweep.analysis.verdict import judge
 
 LATTICE = 0.25  # octaves between the LRs of a sweep's search
 FIRST_STEP = 1.0  # octaves from the first LRs of the smallest size to their neighbours
 STEP = 0.75  # of the larger ones, whose first LR is a forecast
-ENOUGH_LRS, MOST_LRS = 3, 4  # of one size
-KNOWN = 0.7  # octaves: with ENOUGH_LRS, a size is known where an interval of 80 % is narrower
+MOST_LRS = 4  # of one size, and MIN_LRS at least
+KNOWN = 0.7  # octaves: with MIN_LRS, a size is known where an interval of 80 % is narrower
 QUANTILES_TO_TRAIN = (0.5, 0.1, 0.9)  # of the optimum, in the order in which they are tried
 FORESEEN = 1.1  # octaves: a size may begin before smaller ones are known if an interval of 80 % is narrower
 NEW_LR = 0.25  # octaves from every trained LR
@@ -46,7 +46,7 @@ EPS = 1e-6  # octaves by which two LRs count as equal
 
 
 @dataclass(frozen=True)
-class Size:
+class SearchedSize:
     """A size that a search may train.
 
     Attributes:
@@ -111,7 +111,7 @@ class LRSearch:
         max_runs: runs of one size, at most.
     """
 
-    sizes: tuple[Size, ...]
+    sizes: tuple[SearchedSize, ...]
     begin: tuple[float, float]
     limits: tuple[float, float]
     goal: Goal | None = None
@@ -140,7 +140,7 @@ class LRSearch:
         if all(log2_lr is None for log2_lr, _ in self.looks):
             return True  # beyond the optima of the sizes
         k = believing.proposals[0].size
-        if len(believing.sizes[k].runs.log2_lrs) >= ENOUGH_LRS:
+        if len(believing.sizes[k].runs.log2_lrs) >= MIN_LRS:
             return False
         if k == self.proposals[0].size:
             return True
@@ -153,7 +153,7 @@ class LRSearch:
         for k, (log2_lr, why) in enumerate(self.looks):
             if log2_lr is not None:
                 return [NextRun(k, log2_lr, seed, why) for seed in range(self.seeds)]
-        return next(self._towards_goal(), [])
+        return self._towards_goal()
 
     @cached_property
     def looks(self) -> list[tuple[float | None, str]]:
@@ -165,17 +165,21 @@ class LRSearch:
         return looks
 
     @cached_property
+    def trained(self) -> list[int]:
+        """The indices of the sizes that have runs, by rising position, as the posterior has them."""
+        with_runs = [k for k, size in enumerate(self.sizes) if len(size.runs.log2_lrs)]
+        return sorted(with_runs, key=lambda k: self.sizes[k].runs.position)
+
+    @cached_property
     def posterior(self) -> LadderPosterior | None:
         """Of all sizes that have runs; None without any."""
-        trained = [size.runs for size in self.sizes if len(size.runs.log2_lrs)]
-        return fit_ladder(trained, self.prior) if trained else None
+        return fit_ladder([self.sizes[k].runs for k in self.trained], self.prior) if self.trained else None
 
     def draws(self, k: int) -> CurveDraws | None:
         """Of a size's curve; None where no LR of it has a loss."""
-        if self.posterior is None:
+        if self.posterior is None or k not in self.trained:
             return None
-        pairs = zip(self.posterior.sizes, self.posterior.draws, strict=True)
-        return next((draws for runs, draws in pairs if runs is self.sizes[k].runs), None)
+        return self.posterior.draws[self.trained.index(k)]
 
     def expected(self, k: int) -> Array | None:
         """(draws,) where a size's optimum is, as far as any size says something of it."""
@@ -196,7 +200,8 @@ class LRSearch:
         sizes = list(self.sizes)
         for run in runs:
             size = sizes[run.size]
-            sizes[run.size] = replace(size, runs=_with_run(size.runs, run, self._expected_loss(run)))
+            runs_of_size = size.runs.with_run(run.log2_lr, self._expected_loss(run), run.repetition)
+            sizes[run.size] = replace(size, runs=runs_of_size)
         return replace(self, sizes=tuple(sizes))
 
     def _expected_loss(self, run: NextRun) -> float:
@@ -244,7 +249,7 @@ class LRSearch:
         assert draws is not None
         low, _, high = np.quantile(draws.optimum, sorted(QUANTILES_TO_TRAIN))
         known = f"known to +-{(high - low) / 2:.2f} octaves at 80 %"
-        if len(x) >= MOST_LRS or (len(x) >= ENOUGH_LRS and high - low < KNOWN):
+        if len(x) >= MOST_LRS or (len(x) >= MIN_LRS and high - low < KNOWN):
             return self._missing_end(k, step) or (None, known)
         fresh = self._fresh(k, draws.optimum)
         return (fresh[0], known) if fresh else (None, f"{known}, with all LRs around it")
@@ -275,19 +280,19 @@ class LRSearch:
 
     # ---- the goal
 
-    def _towards_goal(self) -> Iterator[list[NextRun]]:
-        """Runs that would decide the verdict, else those that tell most of the target."""
+    def _towards_goal(self) -> list[NextRun]:
+        """Runs that would decide the verdict, else those that tell most of the target for what they cost."""
         if self.goal is None or self.posterior is None or not self.posterior.fitted:
-            return
-        yield from self._deciding(self.posterior, self.goal)
+            return []
+        if deciding := self._deciding(self.posterior, self.goal):
+            return deciding
         known, lost = self._at_target(self.posterior, self.goal)
         if known:
-            return
+            return []
+        least = WORTH_IT * float(lost.mean(axis=0).min())
         chances = [(self._saved(lost, outcome), runs) for runs, outcome in self._candidates()]
-        regret = float(lost.mean(axis=0).min())
-        for saved, runs in sorted(chances, key=lambda pair: -pair[0] / self._cost(pair[1])):
-            if saved >= WORTH_IT * regret:
-                yield runs
+        worth_it = [(saved / self._cost(runs), runs) for saved, runs in chances if saved >= least]
+        return max(worth_it, key=lambda pair: pair[0], default=(0.0, []))[1]
 
     def goal_state(self) -> str:
         """What is known of the target, in words."""
@@ -297,21 +302,17 @@ class LRSearch:
         assert expected is not None
         return f"the LR of the target is 2^{expected.optimum:.2f}, expected to lose {expected.expected_regret:.4f} nats"
 
-    def _deciding(self, posterior: LadderPosterior, goal: Goal) -> Iterator[list[NextRun]]:
+    def _deciding(self, posterior: LadderPosterior, goal: Goal) -> list[NextRun]:
+        """The runs that would probably decide the verdict; none where it is decided, or not asked for."""
         if goal.bounds is None:
-            return
-        trained = [k for k, size in enumerate(self.sizes) if len(size.runs.log2_lrs)]
-        of_posterior = [next(k for k in trained if self.sizes[k].runs is runs) for runs in posterior.sizes]
-        verdict = judge(posterior, goal.bounds, lambda index: self.sizes[of_posterior[index]].cost)
-        if verdict.name != INCONCLUSIVE:
-            return
-        found = []
-        for runs in verdict.deciding_runs:
-            k = of_posterior[runs.size]
-            for log2_lr in dict.fromkeys(map(self._on, runs.log2_lrs)):
-                found += self._another(k, log2_lr, f"may decide the verdict: {verdict.reason}")
-        if found:
-            yield found
+            return []
+        verdict = judge(posterior, goal.bounds, lambda index: self.sizes[self.trained[index]].cost)
+        runs: list[NextRun] = []
+        for deciding in verdict.deciding_runs:
+            for log2_lr in dict.fromkeys(map(self._on, deciding.log2_lrs)):
+                why = f"may decide the verdict: {verdict.reason}"
+                runs += self._another(self.trained[deciding.size], log2_lr, why)
+        return runs
 
     def _at_target(self, posterior: LadderPosterior, goal: Goal) -> tuple[bool, Array]:
         """Whether the target is known well enough, and what each LR loses there (draws, LRs)."""
@@ -370,25 +371,9 @@ class LRSearch:
             choosing, judging = lost[folds != fold], lost[folds == fold]
             saved += judging[:, choosing.mean(axis=0).argmin()].mean() / 2
             edges = np.quantile(outcome, np.linspace(0, 1, SLICES + 1)[1:-1])
-            part, judged_part = (
-                np.searchsorted(edges, outcome[folds != fold]),
-                np.searchsorted(edges, outcome[folds == fold]),
-            )
+            slices = np.searchsorted(edges, outcome)
             for s in range(SLICES):
-                chosen, judged = choosing[part == s], judging[judged_part == s]
+                chosen, judged = choosing[slices[folds != fold] == s], judging[slices[folds == fold] == s]
                 if len(chosen) and len(judged):
                     saved -= judged[:, chosen.mean(axis=0).argmin()].sum() / len(judging) / 2
         return saved
-
-
-def _with_run(runs: SizeRuns, run: NextRun, loss: float) -> SizeRuns:
-    """The runs of a size and one more."""
-    cells = [
-        (float(x), float(y), seed)
-        for x, row in zip(runs.log2_lrs, runs.losses, strict=True)
-        for seed, y in enumerate(row)
-        if math.isfinite(y)
-    ]
-    cells += [(float(x), math.nan, -1) for x, n in zip(runs.log2_lrs, runs.diverged, strict=True) for _ in range(n)]
-    lrs, losses, seeds = zip(*cells, (run.log2_lr, loss, run.repetition), strict=True)
-    return SizeRuns.of(runs.position, lrs, losses, seeds)

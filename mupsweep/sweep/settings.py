@@ -7,6 +7,7 @@ from typing import Any
 
 from mupsweep.models.shape import Size
 from mupsweep.sweep import tensor_rules
+from mupsweep.sweep.config import variant_tree
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec
 
 SHAPE = ("width", "depth", "heads", "kv_heads", "head_dim", "ffn_width", "vocab_size", "context")
@@ -42,6 +43,11 @@ def settings(resolved: ResolvedVariant, size: Size, base_lr: float) -> dict[str,
         ],
         "tensors": [tensor_rules.rule_record(row) for row in tensor_rules.rules(resolved, size, base_lr)],
     }
+
+
+def run_config(run: RunSpec) -> dict[str, Any]:
+    """What the config.yaml of a run holds: the run, the sections of its variant, and the rules of its roles."""
+    return run.row() | variant_tree(run.resolved.variant) | {"rules": tensor_rules.role_records(run)}
 
 
 def run_recipe(run: RunSpec) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mupsweep.analysis.optimum import runs_of
 from mupsweep.analysis.run_result import RunResult
 from mupsweep.analysis.transfer import size_ratio
 from mupsweep.sweep.config import GridConfig
-from mupsweep.sweep.lr_search import Goal, LRSearch, Size
+from mupsweep.sweep.lr_search import Goal, LRSearch, SearchedSize
 
 MARGIN = 6.0  # octaves beyond log2_lrs that the search may go
 Ratios = tuple[float, float]  # of width and depth, target / base
@@ -66,7 +66,7 @@ def search_state(
     return states
 
 
-def _search(sizes: Sequence[Size], grid: GridConfig, analysis: AnalysisConfig) -> LRSearch:
+def _search(sizes: Sequence[SearchedSize], grid: GridConfig, analysis: AnalysisConfig) -> LRSearch:
     lowest, highest = min(grid.log2_lrs), max(grid.log2_lrs)
     largest = max(size.runs.position for size in sizes)
     goal = Goal(largest, grid.half_width, grid.regret, analysis.verdict if len(sizes) > 1 else None)
@@ -83,11 +83,11 @@ def _search(sizes: Sequence[Size], grid: GridConfig, analysis: AnalysisConfig) -
     )
 
 
-def _size(ratios: Ratios, curve: LossCurve | None) -> Size:
+def _size(ratios: Ratios, curve: LossCurve | None) -> SearchedSize:
     """A size with its runs; it costs in proportion to the FLOPs of the blocks' matrices."""
     position = math.log2(size_ratio("joint", *ratios))
     runs = SizeRuns.of(position, [], []) if curve is None else runs_of(curve, position)
-    return Size(runs, ratios[0] ** 2 * ratios[1])
+    return SearchedSize(runs, ratios[0] ** 2 * ratios[1])
 
 
 def _seed(curve: LossCurve | None, log2_lr: float, repetition: int, grid: GridConfig) -> int:

@@ -19,9 +19,7 @@ from mupsweep.atomic_files import make_folder, write_json
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.formatting import duration, nearest
 from mupsweep.store.run_dir import RUNNING, RunDir
-from mupsweep.sweep.config import variant_tree
-from mupsweep.sweep.settings import run_recipe
-from mupsweep.sweep.tensor_rules import role_records
+from mupsweep.sweep.settings import run_config, run_recipe
 from mupsweep.training import program, reported
 from mupsweep.training.divergence import diverged_at
 from mupsweep.training.program import Program
@@ -306,8 +304,7 @@ class ProgramSession:
         make_folder(folder.output)
         recipe = run_recipe(run)
         write_json(folder.recipe_path, recipe, durable=False)
-        config = run.row() | variant_tree(run.resolved.variant) | {"rules": role_records(run)}
-        folder.write_rules(config)
+        folder.write_rules(run_config(run))
         arguments = trainer.arguments(run, folder, again, recipe)
         environment = program.visible_devices(self.device, os.environ)
         with folder.log_path.open("ab") as log:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,8 @@ from typing import IO
 
 from mupsweep.atomic_files import read_json, write_json
 from mupsweep.errors import RecordError
-from mupsweep.store.lease import process_start_time
+from mupsweep.store.lease import is_here, owner_record, process_start_time
+from mupsweep.store.records import is_owner
 
 # Ends the group of a program whose worker was killed: the worker alone holds the other end of its standard input, and
 # writes a line there when the program has ended.
@@ -115,8 +115,7 @@ def started(
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        owner = {"host": socket.gethostname(), "pid": process.pid, "born": process_start_time(process.pid)}
-        write_json(record, owner, durable=False)
+        write_json(record, owner_record(process.pid), durable=False)
         yield program
     finally:
         program.stop()
@@ -130,13 +129,13 @@ def started(
 
 
 def end_earlier(record: Path) -> None:
-    """Kill the program of an earlier attempt, where its worker was killed and it still runs on this host."""
+    """Kill the program of an earlier attempt, where its worker was killed and it still runs on this machine."""
     owner = read_json(record)
-    if owner is None or owner.get("host") != socket.gethostname():
+    if owner is None or not is_owner(owner) or not is_here(owner):
         return
-    born = process_start_time(int(owner["pid"]))
+    born = process_start_time(owner["pid"])
     if born in (None, owner.get("born")):  # it, or what is left of its group; else another process has its pid
-        kill_group(int(owner["pid"]))
+        kill_group(owner["pid"])
     with contextlib.suppress(OSError):
         record.unlink()
 

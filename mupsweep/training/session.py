@@ -16,9 +16,8 @@ from mupsweep.formatting import si
 from mupsweep.store.run_dir import RunDir
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
-from mupsweep.sweep.config import variant_tree
 from mupsweep.sweep.run_spec import RunSpec
-from mupsweep.sweep.tensor_rules import role_records
+from mupsweep.sweep.settings import run_config
 from mupsweep.training.build import TrainingSetup, build, group_records
 from mupsweep.training.devices import choose_devices, choose_precision, configure, device_name, is_alive
 from mupsweep.training.distributed import SINGLE_PROCESS, DistributedContext, launch_ranks, torchrun_env
@@ -53,8 +52,7 @@ class TorchSession:
 
     def train(self, run: RunSpec, folder: RunDir, control: LeaseControl) -> dict[str, Any]:
         setup = build_for(self.ranks, run, self.device)
-        config = run.row() | variant_tree(run.resolved.variant) | {"rules": role_records(run)}
-        folder.write_rules(config, group_records(setup))
+        folder.write_rules(run_config(run), group_records(setup))
         return train(run, setup, self.datasets[run.resolved.digest], folder, self.device, control, self.ranks)
 
     def failure_message(self, error: Exception, run: RunSpec) -> str:

@@ -67,9 +67,11 @@ def test_it_installs_into_the_home_of_its_user_alone(shell: str, tmp_path: Path)
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_a_real_bash_completes(tmp_path: Path) -> None:
-    (tmp_path / "mupsweep").write_text(f"#!/bin/sh\nexec {sys.executable} -c 'from mupsweep.cli import main; main()'\n")
+    program = f"exec {sys.executable} -c 'from mupsweep.cli import main; main()' \"$@\""
+    (tmp_path / "mupsweep").write_text(f"#!/bin/sh\n{program}\n")
     (tmp_path / "mupsweep").chmod(0o755)
-    script = process([*PROGRAM, "--show-completion", "bash"])
+    # the option asks which shell has called it; after `exit` bash cannot hand its place to the program
+    script = process(["bash", "-c", f"{tmp_path}/mupsweep --show-completion; exit $?"])
     words = 'COMP_WORDS=(mupsweep run parametrization "=" sp_f); COMP_CWORD=4'
     ask = f"{words}; _mupsweep_completion mupsweep; echo ${{COMPREPLY[*]}}"
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"

@@ -40,7 +40,8 @@ def show_next_runs(
     runs = ask(search, count)
     optima = [] if runs else search.optima()
     if as_json:
-        print(json.dumps({"done": not runs, "runs": [asdict(run) for run in runs], **_as_json(optima)}))
+        content: dict[str, object] = {"done": not runs, "runs": [asdict(run) for run in runs]}
+        print(json.dumps(content if runs else {**content, "optima": [_optimum_record(one) for one in optima]}))
         return
     console = console_of()
     for note in known.notes:
@@ -133,20 +134,13 @@ def _number(source: str, row: str, meaning: str, text: str) -> float:
     return value
 
 
-def _as_json(optima: Sequence[Optimum]) -> dict[str, object]:
-    if not optima:
-        return {}
+def _optimum_record(optimum: Optimum) -> dict[str, object]:
     return {
-        "optima": [
-            {
-                "width": o.width,
-                "depth": o.depth,
-                "log2_lr_optimum": o.log2_lr,
-                "log2_lr_low": o.low,
-                "log2_lr_high": o.high,
-            }
-            for o in optima
-        ]
+        "width": optimum.width,
+        "depth": optimum.depth,
+        "log2_lr_optimum": optimum.log2_lr,
+        "log2_lr_low": optimum.low,
+        "log2_lr_high": optimum.high,
     }
 
 
