@@ -44,3 +44,27 @@ Results = Annotated[
     typer.Option("--results", metavar="DIR", help="Write tables, figures and recipes there, and nothing to the sweep."),
 ]
 Sweep = Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's folder.", autocompletion=complete_sweeps)]
+
+# of a table, which --from names
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="lr=NAME,...", help="With --from: what columns are called, as lr=optimizer.lr,val_loss=eval/loss."
+    ),
+]
+Unit = Annotated[
+    str | None, typer.Option(metavar="UNIT", help="With --from: of the losses, nats (default), bits or perplexity.")
+]
+Filters = Annotated[
+    list[str] | None,
+    typer.Option("--filter", metavar="NAME=VALUE", help="With --from: only these runs, as group=sweep-3."),
+]
+
+
+def refuse_without_table(command: str, options: dict[str, object]) -> None:
+    """Raise a ConfigError for the first of a table's options that has a value: there is no table."""
+    from mupsweep.errors import ConfigError
+
+    for option, value in options.items():
+        if value not in (None, []):
+            raise ConfigError(f"{option} is of a table: name it too, mupsweep {command} --from FILE {option} ...")

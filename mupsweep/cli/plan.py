@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mupsweep.cli.options import ConfigDir, Json, Overrides
+from mupsweep.cli.options import Columns, ConfigDir, Filters, Json, Overrides, Unit, refuse_without_table
 from mupsweep.report.terminal.plan import show_plan
 
 
@@ -39,16 +39,9 @@ def plan(
         list[str] | None,
         typer.Option(metavar="width=N", help="With --from: the target whose LR is wanted, --to width=8192 depth=32."),
     ] = None,
-    columns: Annotated[
-        list[str] | None, typer.Option(metavar="lr=NAME,...", help="With --from: what columns are called.")
-    ] = None,
-    unit: Annotated[
-        str | None, typer.Option(metavar="UNIT", help="With --from: of the losses, nats (default), bits or perplexity.")
-    ] = None,
-    filters: Annotated[
-        list[str] | None,
-        typer.Option("--filter", metavar="NAME=VALUE", help="With --from: only these runs, as optimizer=adamw."),
-    ] = None,
+    columns: Columns = None,
+    unit: Unit = None,
+    filters: Filters = None,
     json: Json = False,
 ) -> None:
     """Show what a sweep would train and what that costs, or which run of a table to train next; write nothing.
@@ -60,9 +53,7 @@ def plan(
     asked = {"--sizes": sizes, "--log2-lrs": log2_lrs, "--next": count, "--to": to, "--columns": columns}
     asked |= {"--unit": unit, "--filter": filters}
     if table is None:
-        for option, value in asked.items():
-            if value not in (None, []):
-                raise ConfigError(f"{option} is of a table: mupsweep plan --from FILE {option} ...")
+        refuse_without_table("plan", asked)
         from mupsweep.sweep.config import load
 
         show_plan(load(overrides or (), config_dir), as_json=json)

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from mupsweep.cli.options import AllowImports, Json, Results, Strict, complete_sweeps
+from mupsweep.cli.options import (
+    AllowImports,
+    Columns,
+    Filters,
+    Json,
+    Results,
+    Strict,
+    Unit,
+    complete_sweeps,
+    refuse_without_table,
+)
 from mupsweep.recipes import JSON, names
 
 TARGET = ("width", "depth", "tokens")  # what --to says
@@ -59,19 +69,9 @@ def transfer(
             "parametrization=NAME, for a whole recipe.",
         ),
     ] = None,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="lr=NAME,...", help="With --from: what columns are called, as lr=optimizer.lr,val_loss=eval/loss."
-        ),
-    ] = None,
-    unit: Annotated[
-        str | None, typer.Option(metavar="UNIT", help="With --from: of the losses, nats (default), bits or perplexity.")
-    ] = None,
-    filters: Annotated[
-        list[str] | None,
-        typer.Option("--filter", metavar="NAME=VALUE", help="With --from: only these runs, as group=sweep-3."),
-    ] = None,
+    columns: Columns = None,
+    unit: Unit = None,
+    filters: Filters = None,
     average: Annotated[
         int | None,
         typer.Option(metavar="N", help="With --from wandb: the mean of the last N logged losses, not the last one."),
@@ -100,10 +100,9 @@ def transfer(
 
     words = [*(sweeps or []), *(to or []), *(base or [])]
     named = [word for word in sweeps or [] if "=" not in word]
-    asked = {"--columns": columns, "--unit": unit, "--filter": filters, "--average": average, "--save": save}
-    for option, value in {**asked, "--base": base}.items():
-        if value not in (None, []) and table is None:
-            raise ConfigError(f"{option} is of a table: name it too, mupsweep transfer --from FILE {option} ...")
+    if table is None:
+        asked = {"--columns": columns, "--unit": unit, "--filter": filters, "--average": average, "--save": save}
+        refuse_without_table("transfer", {**asked, "--base": base})
     if named and table is not None:
         raise ConfigError(f"--from {table} is read without sweeps, not beside {named[0]}")
     folders = [SweepDir.open(word, allow_imports) for word in named]

@@ -36,6 +36,8 @@ def worker(
     from mupsweep.store.sweep_dir import SweepDir
 
     folder, names = SweepDir.open(sweep, allow_imports), run_ids or ()
+    if not folder.read_plan():
+        print(f"no run is planned in {folder.path} yet: go on with the mupsweep run that made the sweep")
     if len(device) > 1 or restarts or nodes > 1 or requeue:
         from mupsweep.launchers.task_pool import TaskPool
 

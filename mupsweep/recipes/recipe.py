@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mupsweep.analysis.config import AnalysisConfig
-from mupsweep.analysis.estimate import Estimate
+from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.optimum import Optimum
 from mupsweep.analysis.transfer import AXIS_UNIT, HORIZON, LadderResult, axis_to, judge_ladders, size_ratio
 from mupsweep.errors import RecordError
@@ -76,9 +76,8 @@ def recommend(ladder: LadderResult, axis: str | None, doublings: float) -> Recom
     beyond = 2 ** (doublings - largest)
     unit = AXIS_UNIT.get(ladder.axis, ladder.axis)
     where = f"; the target's {unit} is {beyond:.3g} times the largest measured" if beyond > 1 else ""
-    basis = (
-        f"{ladder.verdict}: the LR of the least expected loss, with the drift of {ladder.drift} octaves per doubling"
-    )
+    drift = "an unknown drift" if ladder.drift == UNKNOWN else f"the drift of {ladder.drift} octaves per doubling"
+    basis = f"{ladder.verdict}: the LR of the least expected loss, with {drift}"
     lost = [_place(o) for o in ladder.optima if o.curve.points and not any(point.losses for point in o.curve.points)]
     if lost:
         where += f"; every LR diverged at {' and '.join(lost)}, which it does not account for"

@@ -66,9 +66,11 @@ class RunDir:
         return records.readable_status(read_json(self.status_path))
 
     def state(self) -> dict[str, Any]:
-        """Return the status, with a run that its owner left as running when it died as pending."""
+        """Return the status; a run whose worker died, or whose summary is lost, is pending."""
         status = self.status()
-        return {"status": PENDING} if status["status"] == RUNNING and not self.is_claimed() else status
+        is_dead = status["status"] == RUNNING and not self.is_claimed()
+        is_lost = status["status"] in FINISHED and self.summary() is None
+        return {"status": PENDING} if is_dead or is_lost else status
 
     def is_open(self) -> bool:
         """Return whether the run still needs training: it has no result, or its summary is damaged."""

@@ -25,7 +25,9 @@ from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import from_tree, trainers_of
 from mupsweep.sweep.run_spec import RunSpec
+from mupsweep.sweep.settings import run_config
 from mupsweep.sweep.trainer import PlannedTrainer
+from mupsweep.sweep.twins import Twins
 from mupsweep.trackers.live import LiveTracker
 from mupsweep.training.signals import StopRequested, StopSignal
 
@@ -136,14 +138,22 @@ def run_main(
     Args:
         trainer: the section of the session's trainer, whose runs alone are trained; None for all runs.
     """
-    runs = select(plan.load(sweep), run_ids)
+    planned = plan.load(sweep)
+    runs = select(planned, run_ids)
     if trainer is not None:
         runs = [run for run in runs if run.resolved.variant.trainer == trainer]
+    twins, selected = Twins(planned), {run.run_id: place for place, run in enumerate(runs)}
     deferred: list[RunSpec] = []
     for run in chain(runs, deferred):
         folder = sweep.run(run.run_id)
         if folder.status()["status"] in (*FINISHED, FAILED):
             continue
+        alike = twins.of(run)
+        if record_twin(run, sweep, alike, tracker):
+            on_finished()
+            continue
+        if any(selected.get(twin.run_id, len(runs)) < selected[run.run_id] for twin in alike):
+            continue  # whoever trains the first twin records the others
         lease = folder.claim()
         if lease is None:
             continue
@@ -168,7 +178,39 @@ def run_main(
             lease.release()
         session.tidy()
         on_finished()
+        for twin in alike:
+            if record_twin(twin, sweep, [run], tracker):
+                on_finished()
     return True
+
+
+def record_twin(run: RunSpec, sweep: SweepDir, twins: Sequence[RunSpec], tracker: LiveTracker) -> bool:
+    """Record for a run what a twin's training came to, if a twin has ended and nobody trains the run itself.
+
+    Returns:
+        Whether it did.
+    """
+    ended = next((twin for twin in twins if sweep.run(twin.run_id).status()["status"] in (*FINISHED, FAILED)), None)
+    folder = sweep.run(run.run_id)
+    lease = folder.claim() if ended is not None else None
+    if ended is None or lease is None:
+        return False
+    try:
+        trained = sweep.run(ended.run_id)
+        summary, status = trained.summary(), trained.status()
+        if folder.status()["status"] in (*FINISHED, FAILED) or (status["status"] != FAILED and summary is None):
+            return False
+        with tracker.track(folder), log_to(folder):
+            log.info("the same training as %s, and not trained again", ended.run_id)
+            if status["status"] != FAILED:
+                folder.write_rules(run_config(run), trained.groups())
+                folder.write_metrics(trained.metrics())
+                folder.write_summary({**summary, "run_id": run.run_id, **run.label_columns(), "twin_of": ended.run_id})
+            folder.write_status(**status)
+            folder.remove_checkpoints()
+        return True
+    finally:
+        lease.release()
 
 
 def execute_run(run: RunSpec, folder: RunDir, session: Session, control: LeaseControl) -> None:

@@ -24,6 +24,7 @@ from mupsweep.sweep.launcher_options import LauncherOptions
 from mupsweep.sweep.plan import corpus_remarks, grid_remarks, is_begun, load, next_round, plan, sweep_dir
 from mupsweep.sweep.run_identity import digest_of, refuse_namesakes
 from mupsweep.sweep.run_spec import RunSpec, resolve
+from mupsweep.sweep.twins import distinct
 
 JSON_KEYS = (
     *("run_id", "width", "depth", "log2_lr", "seed", "parametrization", "optimizer", "model"),
@@ -42,21 +43,27 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
     status = {r.run_id: sweep.run(r.run_id).status()["status"] if exists else PENDING for r in runs}
     open_runs = [r for r in runs if not exists or sweep.run(r.run_id).is_open()]
     status |= {r.run_id: PENDING for r in open_runs if status[r.run_id] in (DONE, DIVERGED)}  # a damaged summary
+    open_ids = {r.run_id for r in open_runs}
+    paid = distinct(sorted(runs, key=lambda r: r.run_id in open_ids))  # a finished run spares its twins
+    to_train = [r for r in paid if r.run_id in open_ids]
     if as_json:
         device = _device(config.launcher_options)
-        seconds = _seconds(open_runs, config.launcher_options, device)
-        print(json.dumps(_document(runs, status, seconds, config.sweep.search)))
+        seconds = _seconds(to_train, config.launcher_options, device)
+        print(json.dumps(_document(runs, paid, status, seconds, config.sweep.search)))
         return
     console = console_of()
     console.show(_size_table(runs, status))
     for line in _grid_lines(runs):
         console.say(line)
-    if open_runs:
-        price = price_text(open_runs, config.launcher_options)
+    if to_train:
+        price = price_text(to_train, config.launcher_options)
+        spared = len(open_runs) - len(to_train)
         console.say(
-            f"{len(open_runs)} of {counted(len(runs), 'run')} to train, {price}; "
+            f"{len(to_train)} of {counted(len(runs), 'run')} to train, {price}; "
             "while it runs you see the measured time left"
         )
+        if spared:
+            console.say(f"{counted(spared, 'run')} need no training: at their size two parametrizations are the same")
     else:
         console.say(f"nothing to train: {counted(len(runs), 'run')} finished")
     if searches:
@@ -114,8 +121,10 @@ def _lanes(launcher: LauncherOptions, device: str) -> int:
     return launcher.slots_per_device or max(1, cores() // (launcher.threads * launcher.devices_per_run))
 
 
-def _document(runs: Sequence[RunSpec], status: Mapping[str, str], seconds: float | None, search: str) -> dict[str, Any]:
-    """What `mupsweep plan --json` prints."""
+def _document(
+    runs: Sequence[RunSpec], paid: Sequence[RunSpec], status: Mapping[str, str], seconds: float | None, search: str
+) -> dict[str, Any]:
+    """What `mupsweep plan --json` prints; `paid` are the runs that are trained, without their twins."""
     records = []
     for run in runs:
         row = run.row()
@@ -124,8 +133,8 @@ def _document(runs: Sequence[RunSpec], status: Mapping[str, str], seconds: float
         "runs": records,
         "totals": {
             "runs": len(runs),
-            "flops": sum(r.cost.flops for r in runs) if all(r.cost.known for r in runs) else None,
-            "tokens": sum(r.cost.tokens for r in runs),
+            "flops": sum(r.cost.flops for r in paid) if all(r.cost.known for r in paid) else None,
+            "tokens": sum(r.cost.tokens for r in paid),
             "seconds_estimate": seconds,
         },
         "search": search,

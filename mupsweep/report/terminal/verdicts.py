@@ -88,8 +88,8 @@ def advice_on(analysis: Analysis, sweep: SweepDir) -> Iterator[str]:
         )
     else:
         yield (
-            "no optimum is known at both ends, so there is no LR to hand over yet: the reasons above say where to add "
-            "LRs"
+            "no optimum is known at both ends yet: add LRs where the reasons above say, before you rely on an LR for a "
+            "larger model"
         )
 
 

@@ -114,7 +114,7 @@ def test_an_undecided_grid_is_told_to_search_and_a_search_is_not(tmp_path: Path,
     further = "further sizes, LRs or seeds: the same mupsweep run with longer lists trains only what is new"
     first, second = advice_on(edge, grid)
     assert "the same mupsweep run with sweep.search=adaptive" in first
-    assert second.startswith("no optimum is known at both ends, so there is no LR to hand over yet")
+    assert second.startswith("no optimum is known at both ends yet: add LRs")
     assert list(advice_on(edge, search)) == [further, second]
     assert list(advice_on(decided, grid)) == [
         further,
