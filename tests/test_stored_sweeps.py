@@ -1,7 +1,8 @@
 """Sweeps that an earlier version stored open, go on and are judged as before; what is written now looks as it did then.
 
 `stored/sweep` was written by version 0.1.0 (commit 2f39660): of its four runs one is done, one diverged, one stopped
-after 13 of 20 steps, one was never begun. `stored/run_ids.json` holds run ids of that version by overrides.
+after 13 of 20 steps, one was never begun. `stored/run_ids.json` holds run ids of that version by overrides; those of an
+optimizer that has another name today are spelled as they are now.
 """
 
 from __future__ import annotations

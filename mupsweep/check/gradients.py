@@ -1,4 +1,4 @@
-"""What update laws are measured on: rank-1 gradients, and those of a small language model in training."""
+"""What update laws are measured on: rank-1 gradients, repeated or fresh, and those of a language model in training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from mupsweep.sweep import config
 from mupsweep.sweep.run_spec import RunSpec
 
 SIDES = (32, 64, 128, 256)  # n_out and n_in of rank-1 gradients, every pair
-STEPS = 3  # with the same rank-1 gradient: some optimizers treat the first one differently
+STEPS = 3  # with rank-1 gradients: some optimizers treat the first one differently
+MANY_STEPS = 50  # until averages with betas of 0.95 are full
+FEW_SIDES = (32, 64, 128)  # where steps are many: a Newton-Schulz iteration costs the cube of a side
 MODEL = ("experiment=check", "optimizer=adamw", "parametrization=spectral", "sweep.seeds=[0]", "sweep.log2_lrs=[-9]")
 LADDERS = (("sweep.depth_ratios=[1]",), ("sweep.width_ratios=[1]", "sweep.depth_ratios=[2,4,8]"))
 TRAINED = 5  # steps of the model
@@ -47,20 +49,33 @@ class Gradients:
         return replace(self, grads=[grads * g for g in self.grads], weights=[weights * w for w in self.weights])
 
 
-def aligned(full_rank: bool = False) -> Iterator[Gradients]:
-    """Gradients u v^T with dense u and v, or orthogonal ones, smaller for larger shapes; Gaussian weights."""
-    for n_out, n_in in product(SIDES, SIDES):
+def aligned(
+    full_rank: bool = False, fresh: bool = False, steps: int = STEPS, sides: Sequence[int] = SIDES
+) -> Iterator[Gradients]:
+    """Gradients u v^T with dense u and v, or orthogonal ones, smaller for larger shapes; Gaussian weights.
+
+    Args:
+        fresh: whether every step has a gradient of its own, which no average of the steps before contains; else all
+            steps repeat one.
+    """
+    for n_out, n_in in product(sides, sides):
         generator = torch.Generator().manual_seed(n_out * SIDES[-1] + n_in)
-        if full_rank:
-            tall = torch.randn(max(n_out, n_in), min(n_out, n_in), generator=generator)
-            Q = torch.linalg.qr(tall).Q
-            grad = Q if n_out >= n_in else Q.mT
-        else:
-            u, v = (torch.randn(n, generator=generator) for n in (n_out, n_in))
-            grad = torch.outer(u / u.norm(), v / v.norm())
-        grad = grad * (n_out * n_in) ** -0.4
+        drawn = [_direction(n_out, n_in, full_rank, generator) * (n_out * n_in) ** -0.4]
         weights = torch.randn(n_out, n_in, generator=generator) * max(n_out, n_in) ** -0.5
-        yield Gradients([weights] * STEPS, [grad] * STEPS, group=Fraction(n_out, n_in))
+        for _ in range(steps - 1):
+            again = _direction(n_out, n_in, full_rank, generator) * (n_out * n_in) ** -0.4 if fresh else drawn[0]
+            drawn.append(again)
+        yield Gradients([weights] * steps, drawn, group=Fraction(n_out, n_in))
+
+
+def _direction(n_out: int, n_in: int, full_rank: bool, generator: torch.Generator) -> Tensor:
+    """A random matrix (n_out, n_in) of spectral norm 1: of rank 1, or with all singular values 1."""
+    if full_rank:
+        tall = torch.randn(max(n_out, n_in), min(n_out, n_in), generator=generator)
+        Q = torch.linalg.qr(tall).Q
+        return Q if n_out >= n_in else Q.mT
+    u, v = (torch.randn(n, generator=generator) for n in (n_out, n_in))
+    return torch.outer(u / u.norm(), v / v.norm())
 
 
 def realistic() -> Iterator[Gradients]:

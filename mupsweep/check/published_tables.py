@@ -60,12 +60,12 @@ ROWS = {
     "shampoo2,one_side": Row("optimizer=shampoo optimizer.exponents=[1/2,0]"),
     "shampoo2,out_side+blocks": Row("optimizer=shampoo optimizer.exponents=[1/2,1/2] optimizer.block_size=64", TALL),
     "shampoo2,in_side+blocks": Row("optimizer=shampoo optimizer.exponents=[1/2,1/2] optimizer.block_size=64", WIDE),
-    "soap": Row("optimizer=soap"),
-    "soap+blocks": Row("optimizer=soap optimizer.block_size=64"),
-    "soap,out_side": Row("optimizer=soap", TALL),
-    "soap,in_side": Row("optimizer=soap", WIDE),
-    "soap,out_side+blocks": Row("optimizer=soap optimizer.block_size=64", TALL),
-    "soap,in_side+blocks": Row("optimizer=soap optimizer.block_size=64", WIDE),
+    "soap": Row("optimizer=soap_published"),
+    "soap+blocks": Row("optimizer=soap_published optimizer.block_size=64"),
+    "soap,out_side": Row("optimizer=soap_published", TALL),
+    "soap,in_side": Row("optimizer=soap_published", WIDE),
+    "soap,out_side+blocks": Row("optimizer=soap_published optimizer.block_size=64", TALL),
+    "soap,in_side+blocks": Row("optimizer=soap_published optimizer.block_size=64", WIDE),
 }
 
 

@@ -1,15 +1,16 @@
 """The update law of an optimizer, measured: ||A||_2 = ||G||_2^degree n_out^x n_in^y ||W||^w at LR 1.
 
-Twice: on rank-1 gradients, which the scaling rules assume, and on the gradients of a small language model in training.
+On rank-1 gradients, which the scaling rules assume, and on the gradients of a small language model in training. A law
+is one only if it holds throughout: rank-1 gradients are repeated or fresh at every step, for a few steps and for many.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ FACTORS = (1 / 16, 16.0)  # by which gradients and weights are scaled for their 
 RESOLUTION = 0.05  # half an interval at least: orthogonalised updates have singular values of 0.7 to 1.2
 MISFIT = 0.1  # up to which n_out and n_in count as having an exponent each
 GRID = 4  # exponents of known optimizers are multiples of 1 / GRID
+CHANGE = 1 / GRID  # between intervals; fresh gradients line up less, values by up to 0.26 (Sophia after 50 steps)
 SHORT_STEP = 2.0**-10  # where weights are put back onto a sphere, only a short step is straight
 DEGREE, N_OUT, N_IN, BOTH, DEPTH, WEIGHT = "degree", "n_out", "n_in", "n_out and n_in", "depth", "weight norm"
 NORMS: dict[str, Callable[[Tensor], float]] = {"frobenius": lambda w: w.norm().item(), "spectral": spectral_norm}
@@ -45,7 +47,30 @@ THROUGH_MOMENTUM = (
     "through the momentum, which repeats it: a step subtracts {factor:.3g} * lr * weight_decay * W, so give "
     "{share:.3g} times the optimizer.weight_decay that you mean"
 )
-MANY_STEPS = 200  # until a momentum of 0.95 has gathered all but 1e-4 of a constant
+DECAY_STEPS = 200  # until a momentum of 0.95 has gathered all but 1e-4 of a constant
+
+
+class Condition(NamedTuple):
+    """Under which a law is measured on rank-1 gradients.
+
+    Attributes:
+        fresh: whether every step has a gradient of its own; else all steps repeat one.
+        steps: the last of which is measured.
+    """
+
+    fresh: bool
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{'fresh' if self.fresh else 'repeated'} gradients after {self.steps} steps"
+
+
+SHORT = Condition(fresh=False, steps=gradients.STEPS)  # what laws are declared for
+OTHERS = (
+    Condition(fresh=True, steps=gradients.STEPS),
+    Condition(fresh=False, steps=gradients.MANY_STEPS),
+    Condition(fresh=True, steps=gradients.MANY_STEPS),
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +94,7 @@ class Measured:
     Attributes:
         aligned: on rank-1 gradients (orthogonal ones where the law counts on full rank): what is judged and snapped.
         realistic: on the gradients of a model in training.
+        under: the exponents on rank-1 gradients by condition, `aligned` among them.
         declared: the exponents of the optimizer's own law, fitted in the same way; empty where it has none.
         snapped: `aligned` as fractions, None where an interval contains no multiple of 1 / GRID.
         weight_norm: which norm of the weight the update carries, if any.
@@ -78,6 +104,7 @@ class Measured:
     name: str
     aligned: Exponents
     realistic: Exponents
+    under: Mapping[Condition, Mapping[str, Exponent]]
     declared: dict[str, float]
     snapped: dict[str, Fraction | None]
     weight_norm: str | None
@@ -89,12 +116,28 @@ class Measured:
         return [k for k, v in self.declared.items() if self.aligned.by_name[k].away_from(v) > 0]
 
     @property
+    def changes(self) -> dict[str, tuple[Condition, Condition]]:
+        """Exponents that are no constants, with the two conditions under which they are furthest apart."""
+        changes = {}
+        for name in self.aligned.by_name:
+            ends = [(exponents[name].low, exponents[name].high, c) for c, exponents in self.under.items()]
+            (_, high, lowest), (low, _, highest) = min(ends, key=lambda e: e[1]), max(ends, key=lambda e: e[0])
+            if low - high > CHANGE:
+                changes[name] = lowest, highest
+        return changes
+
+    @property
+    def passed(self) -> bool:
+        """Whether there is a law, and it is the declared one."""
+        return not self.violations and not self.changes
+
+    @property
     def monomial(self) -> bool:
         """Whether n_out and n_in have an exponent each."""
         return self.aligned.misfit < MISFIT and None not in (self.snapped[N_OUT], self.snapped[N_IN])
 
     def keys(self) -> dict[str, Any] | None:
-        """The law as `optimizer.law` takes it; None where it is no such law.
+        """The law as `optimizer.law` takes it; None where it is no such law, or changes.
 
         Without an exponent for each axis, that of both is halved: where all matrices keep their aspect ratio, as hidden
         ones do along a ladder, the rule is the same.
@@ -103,7 +146,7 @@ class Measured:
         n_out, n_in = (self.snapped[k] for k in (N_OUT, N_IN))
         if not self.monomial:
             n_out = n_in = None if both is None else both / 2
-        if degree is None or n_out is None or n_in is None or weight not in (0, 1):
+        if self.changes or degree is None or n_out is None or n_in is None or weight not in (0, 1):
             return None
         norm = {"weight_norm": self.weight_norm} if weight else {}
         return {"degree": str(degree), "n_out": str(n_out), "n_in": str(n_in), **norm}
@@ -126,14 +169,23 @@ def laws(sweep_config: SweepConfig) -> Iterator[tuple[Variant, Optimizer, Measur
         optimizer: Optimizer = instantiate(variant.optimizer, "optimizer")
         declared = not (isinstance(optimizer, Foreign) and optimizer.law is None)
         declared_law = optimizer.measured_law() if declared else UpdateLaw()
-        aligned = list(gradients.aligned(full_rank=declared_law.full_rank and declared_law.weight_norm is not None))
-        yield variant, optimizer, measure(optimizer, aligned, real, declared)
+        full_rank = declared_law.full_rank and declared_law.weight_norm is not None
+        others = {c: list(gradients.aligned(full_rank, c.fresh, c.steps, gradients.FEW_SIDES)) for c in OTHERS}
+        yield variant, optimizer, measure(optimizer, list(gradients.aligned(full_rank)), real, declared, others)
 
 
 def measure(
-    optimizer: Optimizer, aligned: Sequence[Gradients], realistic: Sequence[Gradients], declared: bool
+    optimizer: Optimizer,
+    aligned: Sequence[Gradients],
+    realistic: Sequence[Gradients],
+    declared: bool,
+    others: Mapping[Condition, Sequence[Gradients]] | None = None,
 ) -> Measured:
-    """Measure the law of an optimizer on both kinds of gradients, and compare it with its own if `declared`."""
+    """Measure the law of an optimizer on all kinds of gradients, and compare it with its own if `declared`.
+
+    Args:
+        others: rank-1 gradients under other conditions than `aligned`.
+    """
     declared_law = optimizer.measured_law() if declared else None
     norm = declared_law.weight_norm if declared_law is not None else None
     measured = exponents(optimizer, aligned, norm or "frobenius", declared)
@@ -146,9 +198,13 @@ def measure(
         shape = _shape([_predicted(optimizer, g, of_shape=True) for g in aligned], aligned)
         exponents_of_shape = {k: e.value for k, e in shape.items()}
         predicted = {DEGREE: float(declared_law.degree), **exponents_of_shape, WEIGHT: float(norm is not None)}
+    under = {SHORT: measured.by_name}
+    for condition, points in (others or {}).items():
+        under[condition] = exponents(optimizer, points, norm or "frobenius", declared).by_name
     return Measured(
         name=optimizer.name,
         aligned=measured,
+        under=under,
         realistic=exponents(optimizer, realistic, norm or "frobenius", declared),
         declared=predicted,
         snapped={name: snap(e) for name, e in measured.by_name.items()},
@@ -167,7 +223,7 @@ def exponents(optimizer: Optimizer, points: Sequence[Gradients], norm: str, decl
     if not all(A.isfinite().all() and A.any() for A in updates):
         raise ConfigError(f"{optimizer.name}: a gradient gives an update of zero, inf or nan, which has no exponent")
     logs = [_log_norm(A) for A in updates]
-    some = [(i, f) for i in range(0, len(points), max(1, len(points) // 4)) for f in FACTORS]
+    some = [(i, f) for i in range(0, len(points), math.ceil(len(points) / 4)) for f in FACTORS]
 
     def by_scaling(scaled: Callable[[Gradients, float], Tensor]) -> Exponent:
         ratios = [(_log_norm(scaled(points[i], f)) - logs[i]) / math.log(f) for i, f in some]
@@ -227,7 +283,7 @@ def decay_of(optimizer: Optimizer) -> str:
             return description
     factors = []
     for coefficient in (weight_decay, weight_decay / 2):
-        before, after = _decayed(optimizer, lr, coefficient, MANY_STEPS)
+        before, after = _decayed(optimizer, lr, coefficient, DECAY_STEPS)
         factor = float((before - after).norm() / (lr * coefficient * before.norm()))
         if not torch.allclose(after, before * (1 - factor * lr * coefficient), rtol=1e-3, atol=1e-5):
             return INSIDE

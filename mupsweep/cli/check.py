@@ -59,8 +59,9 @@ def coordinates(
 def law(overrides: Overrides = None, config_dir: ConfigDir = None, json: Json = False) -> None:
     """Measure how large an optimizer's updates are, and print its LR rule.
 
-    Also of your own: optimizer=foreign optimizer.path=my_module.MyOptimizer allow_imports=true. Exits with 1 where an
-    optimizer of mupsweep does not do what it declares.
+    On fresh and on repeated gradients, after 3 and after 50 steps. Also of your own: optimizer=foreign
+    optimizer.path=my_module.MyOptimizer allow_imports=true. Exits with 1 where an optimizer of mupsweep does not do
+    what it declares, or where its law changes, so that no rule follows.
 
     Example: mupsweep check law optimizer=adamw,muon
     """

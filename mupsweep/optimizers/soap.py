@@ -50,6 +50,18 @@ class SOAP(Preconditioned):
         for axis in self.axes:
             one_of(axis, AXES, "optimizer.axes")
 
+    def caveats(self, width: int) -> list[str]:
+        notes = super().caveats(width)
+        if not self.composed:
+            notes.append(
+                f"the optimum of {self.name} moves with the width: its rule counts on a basis that holds the present "
+                "gradient, and that of the algorithm is made of earlier ones; on fresh gradients its updates grow as "
+                "Adam's, features change as width^+0.98 and ||dW||_R of hidden matrices as width^+0.76 from width 32 "
+                "to 256; optimizer.spectral_norm=true optimizer.lr_ratio=0.1 cures it (-0.02 and +0.01), which "
+                "optimizer=soap has, or an optimizer.block_size of at most the base width (+0.07 and -0.06)"
+            )
+        return notes
+
     @property
     def active(self) -> tuple[str, ...]:
         return self.axes

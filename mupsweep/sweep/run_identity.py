@@ -22,6 +22,9 @@ UNIDENTIFYING = {  # keys that change no number, but for micro_batch, which chan
     "training": ("checkpoint_minutes", "micro_batch"),
 }
 
+# Optimizers whose name a better form has today -> the name of what they were: a stored sweep goes on as the latter.
+RENAMED_OPTIMIZERS = {"soap": "soap_published"}
+
 
 def digest_of(variant: Variant) -> str:
     """The digest of everything that decides what the runs of a variant compute, the content of the corpus included."""
@@ -68,9 +71,15 @@ def refuse_namesakes(variants: Iterable[Variant], sweep: SweepDir) -> None:
         new, stored = _flat(_identifying(variant)), _flat(_identifying(namesake))
         keys = [k for k in new | stored if new.get(k) != stored.get(k)]
         differences = ", ".join(f"{k}={new.get(k)} (there: {stored.get(k)})" for k in keys[:3]) or "another corpus"
+        name = variant.optimizer["name"]
+        renamed = RENAMED_OPTIMIZERS.get(name) if any(k.startswith("optimizer.") for k in keys) else None
+        as_before = (
+            "" if renamed is None else (f"go on with what {name} was by optimizer={renamed} optimizer.name={name}, ")
+        )
         raise ConfigError(
             f"sweep {sweep.path} already holds {'/'.join(variant.label)} with other settings: {differences}; "
-            "choose another sweep.name, or give this choice a name of its own such as optimizer.name=adamw-2"
+            f"{as_before}choose another sweep.name, or give this choice a name of its own such as "
+            "optimizer.name=adamw-2"
         )
 
 

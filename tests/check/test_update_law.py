@@ -246,6 +246,66 @@ def test_the_measured_law_gives_the_published_rule() -> None:
     assert str(symbolic(rule, own, Role.HIDDEN).lr) == "r_n^-1"
 
 
+# Laws that change.
+
+
+def under_all_conditions(made: Optimizer, declared: bool) -> Measured:
+    others = {c: list(gradients.aligned(False, c.fresh, c.steps, gradients.FEW_SIDES)) for c in update_law.OTHERS}
+    return update_law.measure(made, aligned(), aligned()[:6], declared, others)
+
+
+@cache
+def radam() -> Measured:
+    return under_all_conditions(foreign_of_torch("RAdam"), declared=False)
+
+
+def foreign_of_torch(name: str) -> Optimizer:
+    return optimizer("optimizer=foreign", f"optimizer.path=torch.optim.{name}", "allow_imports=true")
+
+
+def by_condition(law: Measured, name: str) -> dict[tuple[bool, int], float]:
+    """(fresh, steps) -> exponent."""
+    return {tuple(condition): exponents[name].value for condition, exponents in law.under.items()}
+
+
+def test_a_law_that_changes_with_the_steps_is_refused() -> None:
+    """RAdam (1908.03265, Algorithm 2) is momentum without a denominator for its first five steps."""
+    degrees = {(False, 3): 1.0, (True, 3): 1.0, (False, 50): 0.0, (True, 50): 0.0}
+    assert by_condition(radam(), DEGREE) == pytest.approx(degrees, abs=TOLERANCE["exponent"])
+    assert {DEGREE, N_OUT, N_IN, BOTH} == set(radam().changes)
+    assert radam().snapped[DEGREE] == 1  # what its first steps alone would give: the rule of SGD
+    assert (radam().keys(), radam().law(), radam().passed) == (None, None, False)
+
+
+def test_a_law_that_changes_with_the_gradients_is_refused() -> None:
+    law = under_all_conditions(optimizer("optimizer=soap_published"), declared=True)
+    found = by_condition(law, BOTH)
+    assert found[False, 3] == pytest.approx(0, abs=0.05)  # what the published rule is for
+    assert found[True, 3] == pytest.approx(1, abs=0.05)  # the basis is that of earlier gradients
+    assert found[True, 50] == pytest.approx(0.84, abs=0.05)
+    assert law.violations == []
+    assert set(law.changes) == {N_OUT, N_IN, BOTH}
+    assert not law.passed
+
+
+@pytest.mark.parametrize("name", ["soap", "adamw", "sgd", "sophia"])
+def test_a_law_that_is_one_does_not_change(name: str) -> None:
+    law = under_all_conditions(optimizer(f"optimizer={name}"), declared=True)
+    assert law.changes == {}
+    assert law.passed
+    expected = {"soap": 0.0, "sgd": 0.0}.get(name, 1.0)
+    assert by_condition(law, BOTH)[False, 50] == pytest.approx(expected, abs=TOLERANCE["exponent"])
+
+
+def test_fresh_gradients_differ_at_every_step_and_repeated_ones_do_not() -> None:
+    fresh, repeated = (next(gradients.aligned(fresh=fresh, steps=4)) for fresh in (True, False))
+    assert len(fresh.grads) == len(repeated.grads) == 4
+    assert all(torch.equal(g, repeated.grads[0]) for g in repeated.grads)
+    assert torch.equal(fresh.grads[0], repeated.grads[0])
+    cosines = [float((g * fresh.grads[0]).sum() / g.norm() ** 2) for g in fresh.grads[1:]]
+    assert max(map(abs, cosines)) < 0.2
+
+
 def test_a_law_that_a_user_gives_is_compared_with_the_measured_one() -> None:
     right, wrong = ("{degree: 0, n_out: 1/2, n_in: 1/2}", "{degree: 0, n_out: 0, n_in: 0}")
     assert measured(foreign("Sign", f"optimizer.law={right}")).violations == []

@@ -123,9 +123,12 @@ def test_coordinates_as_json(cli: Cli, dropped_rule: None) -> None:
 def test_a_law_that_agrees_exits_with_0(cli: Cli) -> None:
     code, out, _ = cli("check", "law", "optimizer=adamw")
     assert code == 0
-    lines = {line.split("  ")[0]: line for line in out.splitlines()}
+    declared, by_condition = out.split("rank 1 after")
+    lines = {line.split("  ")[0]: line for line in declared.splitlines()}
     assert lines["degree"].endswith("+0.00  ok")
     assert lines["n_out and n_in"].endswith("+1.00  ok")
+    lines = {line.split("  ")[0]: line.split()[-5:] for line in by_condition.splitlines()}
+    assert lines["degree"] == ["+0.00"] * 4 + ["ok"]
     assert "LR under spectral: input 1, hidden r_n^-1, output 1, input_vector 1, hidden_vector 1" in out
     assert "weight decay: a step subtracts lr * weight_decay * W" in out
     assert "use it" not in out
@@ -150,6 +153,16 @@ def test_a_foreign_law_is_printed_as_the_override_that_uses_it(cli: Cli) -> None
     assert next(line for line in out.splitlines() if line.startswith("hidden ")).split()[4] == "r_n^-1"
 
 
+def test_a_law_that_changes_exits_with_1_and_gives_no_rule(cli: Cli) -> None:
+    code, out, _ = cli("check", "law", *(word.replace("NAdam", "RAdam") for word in FOREIGN))
+    assert code == 1
+    ends = "+0.00 on fresh gradients after 50 steps and +1.00 on fresh gradients after 3 steps"
+    assert f"changes: degree is {ends}: no rule fits both" in out
+    assert "no law follows from exponents that change: take another optimizer" in out
+    assert "use it" not in out
+    assert "LR under" not in out
+
+
 def test_laws_as_json(cli: Cli) -> None:
     code, out, _ = cli("check", "law", *FOREIGN, "--json")
     assert code == 0
@@ -158,7 +171,9 @@ def test_laws_as_json(cli: Cli) -> None:
     assert found["path"] == "torch.optim.NAdam"
     assert found["lr"]["hidden"] == "r_n^-1"
     assert set(found["exponents"]) == {"degree", "n_out", "n_in", "n_out and n_in", "depth", "weight norm"}
-    assert set(found["exponents"]["n_out"]) == {"rank_1", "real", "declared", "snapped", "off"}
+    assert set(found["exponents"]["n_out"]) == {"rank_1", "real", "declared", "snapped", "off", "under", "changes"}
+    conditions = [(condition["fresh"], condition["steps"]) for condition in found["exponents"]["degree"]["under"]]
+    assert conditions == [(False, 3), (True, 3), (False, 50), (True, 50)]
     assert found["exponents"]["depth"]["rank_1"] is None
     assert (found["agrees"], found["monomial"]) == (True, True)
 

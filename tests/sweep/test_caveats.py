@@ -16,7 +16,10 @@ def notes(*overrides: str) -> list[str]:
     return audit(resolve(config.load([*overrides]).variants[0]))
 
 
-@pytest.mark.parametrize("name", ["adamuon", "shampoo2"])
+MOVING = ["adamuon", "shampoo2", "soap_published"]
+
+
+@pytest.mark.parametrize("name", MOVING)
 def test_a_moving_optimum_is_said_with_the_option_that_cures_it(name: str) -> None:
     (note,) = (note for note in notes(f"optimizer={name}") if MOVES in note)
     assert note.startswith(f"the optimum of {name} {MOVES}: ")
@@ -25,9 +28,17 @@ def test_a_moving_optimum_is_said_with_the_option_that_cures_it(name: str) -> No
     assert not any(MOVES in note for note in notes(f"optimizer={name}", *cure))
 
 
-@pytest.mark.parametrize("name", [name for name in config.choices("optimizer") if name not in ("adamuon", "shampoo2")])
+@pytest.mark.parametrize("name", [name for name in config.choices("optimizer") if name not in MOVING])
 def test_no_other_optimum_is_said_to_move(name: str) -> None:
     assert not any(MOVES in note for note in notes(*chosen.words("optimizer", name)))
+
+
+def test_soap_is_the_form_that_keeps_its_optimum_and_the_published_one_says_how_far_it_grows() -> None:
+    assert not notes("optimizer=soap")
+    (note,) = notes("optimizer=soap_published")
+    assert "features change as width^+0.98 and ||dW||_R of hidden matrices as width^+0.76" in note
+    assert "cures it (-0.02 and +0.01), which optimizer=soap has" in note
+    assert not notes("optimizer=soap_published", "optimizer.block_size=32")  # Qiu et al.'s other cure
 
 
 @pytest.mark.parametrize(("block", "width", "warns"), [(512, 256, True), (256, 256, False), (128, 64, True)])

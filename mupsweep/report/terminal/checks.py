@@ -193,7 +193,7 @@ def show_laws(config: SweepConfig, as_json: bool) -> bool:
     else:
         for optimizer, parametrization, measured in laws:
             _print_law(optimizer, parametrization, measured, config.overrides)
-    return not any(measured.violations for _, _, measured in laws)
+    return all(measured.passed for _, _, measured in laws)
 
 
 def _print_law(
@@ -208,6 +208,12 @@ def _print_law(
         cells = ["", ""] if rank_1 is None else _cells(rank_1)
         verdict = "" if declared is None else "off" if name in measured.violations else "ok"
         table.add_row(name, *cells, *_cells(real), "" if declared is None else signed(declared), verdict)
+    console.show(table)
+    conditions = list(measured.under)
+    table = table_of("rank 1 after", *(f"{c.steps}, {'fresh' if c.fresh else 'repeated'}" for c in conditions), "")
+    for name in measured.aligned.by_name:
+        cells = [signed(measured.under[condition][name].value) for condition in conditions]
+        table.add_row(name, *cells, "changes" if name in measured.changes else "ok")
     console.show(table)
     lines = [*_remarks(measured), f"weight decay: {measured.weight_decay}"]
     rule = _rule(optimizer, measured)
@@ -230,6 +236,9 @@ def _remarks(measured: Measured) -> list[str]:
     for name in measured.violations:
         exponent, declared = measured.aligned.by_name[name], signed(measured.declared[name])
         lines.append(f"off: {name} is {exponent}, declared {declared}: its rule would be wrong")
+    for name, conditions in measured.changes.items():
+        ends = " and ".join(f"{signed(measured.under[c][name].value)} on {c}" for c in conditions)
+        lines.append(f"changes: {name} is {ends}: no rule fits both")
     # exponents whose intervals do not overlap
     apart = {}
     for name, rank_1 in measured.aligned.by_name.items():
@@ -268,6 +277,11 @@ def _lrs(
 def _next_steps(measured: Measured, overrides: Sequence[str]) -> list[str]:
     """How to use a law that is not declared: the override for it, or why none follows."""
     keys = measured.keys()
+    if measured.changes:
+        return [
+            "no law follows from exponents that change: take another optimizer, or give optimizer.law as it is for "
+            "most of the training, and confirm it with mupsweep check"
+        ]
     if keys is None:
         names = (
             tuple(measured.snapped) if measured.monomial else (update_law.DEGREE, update_law.BOTH, update_law.WEIGHT)
@@ -298,6 +312,12 @@ def _law_document(optimizer: Optimizer, parametrization: Parametrization, measur
                 "declared": measured.declared.get(name),
                 "snapped": None if measured.snapped.get(name) is None else str(measured.snapped[name]),
                 "off": name in measured.violations,
+                "under": [
+                    {"fresh": condition.fresh, "steps": condition.steps, **_interval(exponents[name])}
+                    for condition, exponents in measured.under.items()
+                    if name in exponents
+                ],
+                "changes": name in measured.changes,
             }
             for name, real in measured.realistic.by_name.items()
         },
@@ -309,5 +329,5 @@ def _law_document(optimizer: Optimizer, parametrization: Parametrization, measur
         "monomial": measured.monomial,
         "weight_decay": measured.weight_decay,
         "lr": None if rule is None else _lrs(optimizer, parametrization, measured, rule),
-        "agrees": not measured.violations,
+        "agrees": measured.passed,
     }
