@@ -316,6 +316,51 @@ def test_a_stored_checkpoint_resumes(continued: Path) -> None:
     assert not (run / "checkpoint").exists()
 
 
+# Optimizers whose names belong to better forms today.
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "key", "stored"),
+    [("lamb", "lamb_published", "weight_norm", "spectral"), ("soap", "soap_published", "spectral_norm", False)],
+)
+def test_a_stored_sweep_of_a_renamed_optimizer_goes_on_as_what_it_was(
+    name: str, published: str, key: str, stored: Any, cli: Cli
+) -> None:
+    """Its config.yaml holds every key under the old name, so it means what it did; its own command would not."""
+    of_sweep = ["experiment=smoke", "sweep.width_ratios=[2]", "training.steps=3", "sweep.name=old", "launcher=inline"]
+    now = [f"optimizer={published}", f"optimizer.name={name}"]
+    assert cli("run", *of_sweep, *now, "sweep.log2_lrs=[-7]")[0] == 0
+    sweep = Path("sweeps/old")
+    [variant] = yaml.safe_load((sweep / "config.yaml").read_text())["variants"]
+    assert (variant["optimizer"]["name"], variant["optimizer"][key]) == (name, stored)
+    (first,) = (sweep / "runs").iterdir()
+    lrs = {
+        tensor: (group["optimizer"], group["lr"])
+        for group in read(first / "groups.json")
+        for tensor in group["tensors"]
+    }
+    assert lrs["blocks.0.mlp.up.weight"] == (name, 2.0**-7)  # the published rules leave hidden LRs alone
+
+    # the old command is another optimizer today
+    code, _, err = cli("run", *of_sweep, f"optimizer={name}", "sweep.log2_lrs=[-8,-7]")
+    assert code == 2
+    assert f"go on with what {name} was by optimizer={published} optimizer.name={name}" in err
+    assert len(err.splitlines()) == 1
+
+    # a lost run is trained again from the sweep alone, to the same loss
+    loss = read(first / "summary.json")["val_loss"]
+    shutil.rmtree(first)
+    code, _, err = cli("worker", str(sweep), "--device", "cpu")
+    assert code == 0, err
+    assert read(first / "summary.json")["val_loss"] == loss
+
+    # and the sweep is extended, reported and handed over
+    assert cli("run", *of_sweep, *now, "sweep.log2_lrs=[-8,-7]")[0] == 0
+    assert len(list((sweep / "runs").iterdir())) == 2
+    [group] = read(sweep / "results" / "transfer.json")["groups"]
+    assert (group["optimizer"], [size["n_runs"] for size in group["sizes"]]) == (name, [2])
+
+
 # Files that are written now, beside those of the stored sweep.
 
 

@@ -49,7 +49,7 @@ ROWS = {
     "muon_kimi": Row("optimizer=muon_kimi"),
     "muon_bernstein": Row("optimizer=muon_bernstein"),
     "sso": Row("optimizer=sso"),
-    "lamb": Row("optimizer=lamb"),
+    "lamb": Row("optimizer=lamb_published"),
     "shampoo": Row("optimizer=shampoo"),
     "shampoo+blocks": Row("optimizer=shampoo optimizer.block_size=64"),
     "shampoo2": Row("optimizer=shampoo optimizer.exponents=[1/2,1/2]"),

@@ -23,7 +23,7 @@ UNIDENTIFYING = {  # keys that change no number, but for micro_batch, which chan
 }
 
 # Optimizers whose name a better form has today -> the name of what they were: a stored sweep goes on as the latter.
-RENAMED_OPTIMIZERS = {"soap": "soap_published"}
+RENAMED_OPTIMIZERS = {"lamb": "lamb_published", "soap": "soap_published"}
 
 
 def digest_of(variant: Variant) -> str:

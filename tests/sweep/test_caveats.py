@@ -16,21 +16,34 @@ def notes(*overrides: str) -> list[str]:
     return audit(resolve(config.load([*overrides]).variants[0]))
 
 
-MOVING = ["adamuon", "shampoo2", "soap_published"]
+SPECTRAL_NORM = ("optimizer.spectral_norm=true", "optimizer.lr_ratio=0.1")
+CURES = {
+    "adamuon": SPECTRAL_NORM,
+    "lamb_published": ("optimizer.weight_norm=frobenius",),
+    "shampoo2": SPECTRAL_NORM,
+    "soap_published": SPECTRAL_NORM,
+}
 
 
-@pytest.mark.parametrize("name", MOVING)
+@pytest.mark.parametrize("name", CURES)
 def test_a_moving_optimum_is_said_with_the_option_that_cures_it(name: str) -> None:
     (note,) = (note for note in notes(f"optimizer={name}") if MOVES in note)
     assert note.startswith(f"the optimum of {name} {MOVES}: ")
-    cure = ["optimizer.spectral_norm=true", "optimizer.lr_ratio=0.1"]
+    cure = CURES[name]
     assert f"; {' '.join(cure)} cures it" in note
     assert not any(MOVES in note for note in notes(f"optimizer={name}", *cure))
 
 
-@pytest.mark.parametrize("name", [name for name in config.choices("optimizer") if name not in MOVING])
+@pytest.mark.parametrize("name", [name for name in config.choices("optimizer") if name not in CURES])
 def test_no_other_optimum_is_said_to_move(name: str) -> None:
     assert not any(MOVES in note for note in notes(*chosen.words("optimizer", name)))
+
+
+def test_lamb_is_the_form_that_keeps_its_optimum_and_the_published_one_says_how_far_it_grows() -> None:
+    assert not notes("optimizer=lamb", "parametrization=mup")
+    note = notes("optimizer=lamb_published", "parametrization=mup")[0]
+    assert "features change as width^+0.46 and ||dW||_R of hidden matrices as width^+0.45" in note
+    assert note.endswith("(+0.02 and -0.02), which optimizer=lamb has")
 
 
 def test_soap_is_the_form_that_keeps_its_optimum_and_the_published_one_says_how_far_it_grows() -> None:
