@@ -43,6 +43,7 @@ from mupsweep.check.coordinate_check import STEPS
 from mupsweep.check.exponents import DEPTH, STABLE, STABLE_WIDTH, WIDTH, Coordinates, Point, family, fit
 from mupsweep.check.measure import Probe, measure
 from mupsweep.errors import ConfigError
+from mupsweep.models.inference import infer, without_wrappers
 from mupsweep.scaling import Role
 
 ModelFn = Callable[[int, int], tuple[nn.Module, Callable[[], object]]]
@@ -58,6 +59,7 @@ def coordinates(
     seeds: Sequence[int] = (0, 1, 2),
     at: Sequence[int] = STEPS,
     name: str = "model",
+    roles: Mapping[str, str] | None = None,
 ) -> Coordinates:
     """Fit how features, logits, attention logits, weights and updates go with the width and the depth of your model.
 
@@ -73,17 +75,18 @@ def coordinates(
         seeds: of which the geometric mean is fitted.
         at: step counts to measure after; the last one is judged.
         name: of the model.
+        roles: pattern of names -> role, where shapes cannot tell, as for `mupsweep.param_groups`.
 
     Returns:
         The exponents with 95 % intervals; `passed`, `violations` (the worst first) and `causes()` judge them.
 
     Raises:
-        ConfigError: a ladder of two sizes, none, or a tensor with more than two dimensions.
+        ConfigError: a ladder of two sizes, none, a tensor with more than two dimensions or of an unclear role.
     """
     ladders = {axis: sizes for axis, sizes in ((WIDTH, widths), (DEPTH, depths)) if len(sizes) > 1}
     if not ladders:
         raise ConfigError("coordinates: one width and one depth; give widths=[64,128,256,512] or depths=[2,4,8,16]")
-    roles = _roles(model_fn, widths, depths[0])
+    role_of = _roles(model_fn, widths, depths[0], roles)
     points = []
     for axis, sizes in ladders.items():
         for size in sizes:
@@ -92,29 +95,21 @@ def coordinates(
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
                     network, step = model_fn(width, depth)
-                    of_tensors = {n: roles.get(family(n), _grown(p, p)) for n, p in network.named_parameters()}
+                    of_tensors = {
+                        n: role_of.get(family(without_wrappers(n)), Role.HIDDEN if p.ndim > 1 else Role.HIDDEN_VECTOR)
+                        for n, p in network.named_parameters()
+                    }
                     subject = Probe(network, step, features(network), probe, of_tensors)
                     points.append(Point(axis, size, seed, measure(subject, at)))
     promised = {WIDTH: STABLE_WIDTH, DEPTH: STABLE}
-    return fit((name, "own", "own"), None, points, roles, promised)
+    return fit((name, "own", "own"), None, points, role_of, promised)
 
 
-def _roles(model_fn: ModelFn, widths: Sequence[int], depth: int) -> Mapping[str, Role]:
+def _roles(model_fn: ModelFn, widths: Sequence[int], depth: int, given: Mapping[str, str] | None) -> Mapping[str, Role]:
     """The role of every tensor, by family, from what grows between two widths."""
     with torch.random.fork_rng(devices=[]):
         (small, _), (big, _) = (model_fn(width, depth) for width in (min(widths), max(widths)))
-    embeddings = {f"{n}.weight" for n, module in small.named_modules() if isinstance(module, nn.Embedding)}
-    grown = dict(big.named_parameters())
-    roles = {}
     for name, p in small.named_parameters():
         if p.ndim > 2:
             raise ConfigError(f"{name} has shape {tuple(p.shape)}: only vectors and matrices can be checked")
-        roles[family(name)] = Role.INPUT if name in embeddings else _grown(p, grown[name])
-    return roles
-
-
-def _grown(small: torch.Tensor, big: torch.Tensor) -> Role:
-    """The role of a vector or a matrix (n_out, n_in); hidden where nothing tells."""
-    if small.ndim < 2:
-        return Role.HIDDEN_VECTOR
-    return Role.of_matrix(*(b > s for s, b in zip(small.shape, big.shape, strict=True)))
+    return {family(tensor.name): tensor.spec.role for tensor in infer(big, small, roles=given)}

@@ -76,12 +76,12 @@ def weight_norm(weight: Tensor, role: Role) -> float:
     of its own, and their norms are averaged (root mean square)."""
     if role is Role.HIDDEN:
         return rms_operator_norm(weight)
-    return rms_norm(weight) * (weight.shape[1] if role is Role.OUTPUT else 1)
+    return rms_norm(weight) * (weight.shape[1] if role in (Role.OUTPUT, Role.ROUTER) else 1)
 
 
 def update_norm(change: Tensor, role: Role) -> float:
     """||dW||_R; one-hot inputs meet one row of an embedding at a time, so there it is the RMS over rows."""
-    return rms_operator_norm(change) if role in (Role.HIDDEN, Role.OUTPUT) else rms_norm(change)
+    return rms_operator_norm(change) if role.is_matrix and role is not Role.INPUT else rms_norm(change)
 
 
 def observe(probe: Probe) -> dict[str, Tensor]:

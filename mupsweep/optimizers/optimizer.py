@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 Dims = tuple[int, int]  # (n_out, n_in) of a tensor
-ROLES = tuple(role.value for role in Role)
-MATRICES = tuple(role.value for role in Role if role.is_matrix)
+ROLES = tuple(role.value for role in Role if role is not Role.ROUTER)  # routers go to the optimizer of the head
+MATRICES = tuple(role for role in ROLES if Role(role).is_matrix)
 
 
 class Threshold(NamedTuple):

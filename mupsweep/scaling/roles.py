@@ -14,21 +14,17 @@ class Role(StrEnum):
     OUTPUT = "output"  # the head: only n_in grows
     INPUT_VECTOR = "input_vector"  # gains and biases outside the blocks
     HIDDEN_VECTOR = "hidden_vector"  # gains and biases inside a residual block
+    ROUTER = "router"  # logits of a fixed number of experts inside a residual block: only n_in grows
 
     @property
     def grows(self) -> tuple[bool, bool]:
         """(n_out grows, n_in grows)."""
-        return self is not Role.OUTPUT, self in (Role.HIDDEN, Role.OUTPUT)
+        return self not in (Role.OUTPUT, Role.ROUTER), self in (Role.HIDDEN, Role.OUTPUT, Role.ROUTER)
 
     @property
     def is_matrix(self) -> bool:
         """Whether tensors of this role have two dimensions; vectors are (n_out,) and count as n_in = 1."""
-        return self in (Role.INPUT, Role.HIDDEN, Role.OUTPUT)
-
-    @classmethod
-    def of_matrix(cls, n_out_grows: bool, n_in_grows: bool) -> Role:
-        """The role of a matrix whose dimensions grow so: the inverse of `grows`, and HIDDEN where nothing grows."""
-        return {(True, False): cls.INPUT, (False, True): cls.OUTPUT}.get((n_out_grows, n_in_grows), cls.HIDDEN)
+        return self in (Role.INPUT, Role.HIDDEN, Role.OUTPUT, Role.ROUTER)
 
 
 class Init(StrEnum):
@@ -62,7 +58,7 @@ class TensorSpec:
     init_std: float = 0.0
     decay: bool = True
     tied_to: str | None = None
-    repeats: int = 1
+    repeats: float = 1
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -73,7 +69,7 @@ class TensorSpec:
         return (columns, rows) if self.role is Role.INPUT else (rows, columns)
 
     @property
-    def acting_dims(self) -> tuple[int, int]:
+    def acting_dims(self) -> tuple[float, int]:
         """(n_out, n_in) with repeated rows counted as often as they are used: what grows with the width."""
         n_out, n_in = self.dims
         return n_out * self.repeats, n_in

@@ -24,7 +24,7 @@ def solve(
     role: Role,
     decay_rule: DecayRule,
     at: Any,
-    repeats: int = 1,
+    repeats: float = 1,
 ) -> Rule:
     """The absolute sizes that the spectral condition asks for, up to constants that cancel in a ratio.
 

@@ -59,7 +59,7 @@ def estimate(
     """
     table = list(tensors)
     parameters = sum(math.prod(t.shape) for t in table if t.tied_to is None)
-    multiplied = sum(math.prod(t.shape) for t in table if t.role in (Role.HIDDEN, Role.OUTPUT))
+    multiplied = sum(math.prod(t.shape) for t in table if t.role.is_matrix and t.role is not Role.INPUT)
     per_token = 6 * multiplied + 12 * size.depth * size.width * size.context
     tokens = steps * batch_size * size.context
     # the activations that a block keeps for its backward pass are about the inputs and outputs of its matrices

@@ -80,8 +80,12 @@ class ResolvedVariant:
         return replace(carried, weight_decay=weight_decay), lr_factor
 
     def optimizer_for(self, role: Role) -> ScaledOptimizer:
-        """The optimizer of the tensors of a role: the first that names it, and the last names every role."""
-        return next(scaled for scaled in self.optimizers if role in scaled.optimizer.roles)
+        """The optimizer of the tensors of a role: the first that names it, and the last names every role.
+
+        Routers, whose rule is published for Adam and SGD alone, go with the head.
+        """
+        named = Role.OUTPUT if role is Role.ROUTER else role
+        return next(scaled for scaled in self.optimizers if named in scaled.optimizer.roles)
 
     @property
     def training(self) -> TrainingConfig:

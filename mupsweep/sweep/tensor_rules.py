@@ -96,9 +96,15 @@ def rules(resolved: ResolvedVariant, size: Size, base_lr: float) -> tuple[Tensor
 
 
 def symbolic_rules(resolved: ResolvedVariant) -> dict[Role, TensorScaling]:
-    """The rule of every role, and the scale of every threshold beside eps, as monomials in (r_n, r_L)."""
+    """The rule of every role, and the scale of every threshold beside eps, as monomials in (r_n, r_L).
+
+    Of routers only where the model has some.
+    """
     scalings: dict[Role, TensorScaling] = {}
+    has_routers = any(spec.role is Role.ROUTER for spec in resolved.model.tensors(resolved.size(1.0, 1.0)))
     for role in Role:
+        if role is Role.ROUTER and not has_routers:
+            continue
 
         def solve(law: LawOfShape, role: Role = role) -> Rule:
             return symbolic(resolved.parametrization, law(None), role)
@@ -214,7 +220,8 @@ def tensor_rule(
     spec: TensorSpec, scaling: TensorScaling, resolved: ResolvedVariant, forward: Multipliers, base_lr: float
 ) -> TensorRule:
     """The numbers of one tensor at a base LR, from its ratios to the base shape and the forward constants."""
-    multiplier = {Role.OUTPUT: forward.output, Role.HIDDEN: forward.block, Role.HIDDEN_VECTOR: forward.block}
+    multiplier = {Role.OUTPUT: forward.output}
+    multiplier |= dict.fromkeys((Role.HIDDEN, Role.HIDDEN_VECTOR, Role.ROUTER), forward.block)
     (optimizer, lr_ratio), rule, thresholds = scaling.scaled, scaling.rule, scaling.absolute_thresholds(spec.dims)
     lr = base_lr * lr_ratio * rule.lr
     decay_rule = WEIGHT_DECAY_RULES[resolved.parametrization.weight_decay_rule]

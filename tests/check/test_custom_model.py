@@ -132,3 +132,20 @@ def test_a_single_size_and_a_tensor_of_three_axes_are_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"weight has shape \(8, 4, 3\): only vectors and matrices"):
         coordinates(convolution, probe=(torch.ones(1, 4, 9),), features=lambda net: net, widths=[8, 16, 32])
+
+
+def test_a_matrix_of_unclear_role_is_refused_until_it_is_named() -> None:
+    def model(width: int, depth: int) -> tuple[nn.Module, Callable[[], None]]:
+        net = Model(width, depth, mup=True)
+        for block in net.blocks:
+            block.probe = nn.Linear(width, 3, bias=False)
+        return net, lambda: None
+
+    def check(roles: dict[str, str] | None) -> Coordinates:
+        features = {"features": lambda net: net.blocks[-1]}
+        return coordinates(model, probe=(TOKENS,), widths=[16, 24, 32], at=(1,), seeds=(0,), roles=roles, **features)
+
+    with pytest.raises(ConfigError, match=r"probe\.weight .* no clear role.*'blocks\.\*\.probe\.weight'"):
+        check(None)
+    roles = {row.role for row in check({"blocks.*.probe.weight": "router"}).rows if "probe" in row.tensor}
+    assert roles == {Role.ROUTER}

@@ -153,7 +153,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_role_has_a_taker(name: str) -> None:
     taken = [role for part in parts(name) for role in part.roles]
-    assert set(taken) == set(Role)
+    assert set(taken) == set(Role) - {Role.ROUTER}  # routers go with the head
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import mupsweep
 from mupsweep.errors import ConfigError
@@ -18,6 +19,7 @@ from mupsweep.sweep import config, run_spec, tensor_rules
 
 EXACT = 1e-12  # relative, float64
 LR, DECAY = 0.01, 0.1
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 
 
 class Net(nn.Module):
@@ -76,10 +78,20 @@ def test_muadam_scales_what_its_documentation_says() -> None:
         assert (lr, decay) == pytest.approx((LR / ratio, DECAY * ratio), rel=EXACT), name
 
 
+LLAMA = ["model=llama", "model.qk_norm=gains", "model.head_dim=16", "model.width=64"]
+
+
 @pytest.mark.parametrize("parametrization", ["mup", "spectral", "depth_mup", "sp_per_layer"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon_kimi", "sgd", "sophia"])
-def test_our_own_networks_get_the_numbers_that_runs_train_with(optimizer: str, parametrization: str) -> None:
-    overrides = ["experiment=smoke", f"optimizer={optimizer}", f"parametrization={parametrization}"]
+@pytest.mark.parametrize(
+    "model",
+    [[], [*LLAMA, "model.kv_heads=2"], [*LLAMA, "model.kv_heads=2", "model.gqa_rule=fixed_kv_heads"]],
+    ids=["nanogpt", "llama", "fixed key-value heads"],
+)
+def test_our_own_networks_get_the_numbers_that_runs_train_with(
+    optimizer: str, parametrization: str, model: list[str]
+) -> None:
+    overrides = ["experiment=smoke", *model, f"optimizer={optimizer}", f"parametrization={parametrization}"]
     resolved = run_spec.resolve(config.load(overrides).variants[0])
     sizes = [resolved.size(1.0, 1.0), resolved.size(4.0, 2.0)]
     with torch.device("meta"):
@@ -154,6 +166,20 @@ def test_a_tied_head_is_taken_where_both_rules_agree_and_refused_where_not() -> 
     assert (len(group["params"]), group["lr"]) == (1, LR)
     with pytest.raises(ConfigError, match=r"embedding\.weight and head\.weight are one tensor, but their rules differ"):
         mupsweep.param_groups(tied(64), tied(16), lr=LR, parametrization="sp_per_layer")
+
+
+def test_a_tied_tensor_says_the_rules_of_all_its_names() -> None:
+    """GPT-2's logits are divided by the width, which the role of its embedding alone would not say."""
+    with torch.device("meta"):
+        model, base = (
+            GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=n, n_layer=1, n_head=2, **TOKENS))
+            for n in (64, 16)
+        )
+    groups = mupsweep.param_groups(model, base, lr=LR, no_decay=["lm_head.weight"], weight_decay=DECAY, details=True)
+    (tied_group,) = (group for group in groups if group["tied"])
+    assert tied_group["names"] == ["transformer.wte.weight"]
+    assert (tied_group["role"], tied_group["multiplier"], tied_group["weight_decay"]) == ("input", 1, 0)
+    assert tied_group["tied"] == {"lm_head.weight": {"role": "output", "init_std_ratio": 1, "multiplier": 1 / 4}}
 
 
 def test_a_role_can_be_given_by_name() -> None:

@@ -106,7 +106,7 @@ def symbols(rule: Rule) -> list[Monomial]:
 
 def test_dims_read_an_embedding_as_the_matrix_it_stands_for() -> None:
     assert spec(Role.INPUT, 256, 50_304).shape == (50_304, 256)
-    assert [spec(role, 256, 512).dims for role in Role] == [(256, 512)] * 3 + [(256, 1)] * 2
+    assert [spec(role, 256, 512).dims for role in Role] == [(256, 512)] * 3 + [(256, 1)] * 2 + [(256, 512)]
 
 
 @given(st.sampled_from(PARAMETRIZATIONS), some_law, some_role, st.integers(1, 200_000), st.integers(1, 200_000))

@@ -13,7 +13,7 @@ from mupsweep.scaling.roles import Role
 
 INITS = ("constant", "fan_in")
 ALIGNMENTS = ("full", "none")
-MATRICES_WITH_WIDE_INPUT = (Role.HIDDEN, Role.OUTPUT)
+MATRICES_WITH_WIDE_INPUT = (Role.HIDDEN, Role.OUTPUT, Role.ROUTER)
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class PerLayer:
         return Fraction(-1, 2)
 
     def role_scalings(self) -> dict[Role, RoleScaling | Rule]:
+        standard = R_N ** Fraction(1, 2)  # ||W||_R of std 1/sqrt(n_in) where only n_in grows
         update = ONE if self.alignment == "full" else R_N ** Fraction(1, 2)
         vector = RoleScaling(multiplier=ONE, weight=ONE, update=ONE, loss_share=ONE)
         return {
@@ -78,5 +79,6 @@ class PerLayer:
             Role.INPUT_VECTOR: vector,
             Role.HIDDEN_VECTOR: vector,
             Role.HIDDEN: RoleScaling(multiplier=ONE, weight=ONE, update=update, loss_share=ONE),
-            Role.OUTPUT: RoleScaling(multiplier=ONE, weight=R_N ** Fraction(1, 2), update=update, loss_share=ONE),
+            Role.OUTPUT: RoleScaling(multiplier=ONE, weight=standard, update=update, loss_share=ONE),
+            Role.ROUTER: RoleScaling(multiplier=ONE, weight=standard, update=update, loss_share=ONE),
         }

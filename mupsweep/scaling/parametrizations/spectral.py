@@ -63,4 +63,5 @@ class Spectral:
             Role.HIDDEN: hidden_like,
             Role.HIDDEN_VECTOR: hidden_like,
             Role.OUTPUT: output,
+            Role.ROUTER: hidden_like,
         }
