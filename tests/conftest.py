@@ -27,7 +27,6 @@ config.compose = compose_once
 
 
 LONGEST = (
-    "test_docs.py::test_a_document",
     "test_accelerator.py",
     "test_full_disk.py",
     "test_launchers.py",

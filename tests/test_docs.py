@@ -254,11 +254,16 @@ def desk(
         yield Desk(cli, monkeypatch, hub, wandb)
 
 
+def in_time(path: Path) -> Any:
+    """A document, as a slow case where its commands take long."""
+    return path if path.parent == ROOT else pytest.param(path, marks=pytest.mark.slow)
+
+
 WITH_COMMANDS = [path for path in readme.DOCUMENTS if any(p.kind != "text" for p in pieces(path.read_text()))]
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic V1 style")  # wandb's own
-@pytest.mark.parametrize("path", WITH_COMMANDS, ids=named)
+@pytest.mark.parametrize("path", [*map(in_time, WITH_COMMANDS)], ids=named)
 def test_a_document_can_be_followed_to_its_end(path: Path, desk: Desk) -> None:
     desk.read(path.read_text())
 

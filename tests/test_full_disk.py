@@ -61,7 +61,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> SweepDir:
     return SweepDir(out / "smoke")
 
 
-@pytest.mark.parametrize("launcher", [INLINE, LOCAL], ids=["inline", "local"])
+@pytest.mark.parametrize("launcher", [INLINE, pytest.param(LOCAL, marks=pytest.mark.slow)], ids=["inline", "local"])
 def test_a_full_disk_ends_in_one_line_and_the_sweep_goes_on_when_there_is_space(
     launcher: list[str], disk: Callable[[str], Path], undisturbed: SweepDir
 ) -> None:

@@ -221,9 +221,10 @@ def judge_ladder(
     """The verdict that follows from the curves of one ladder, over the LR or over another hyperparameter."""
     optima = optima_of(curves, posterior)
 
-    def cost(size: int) -> float:
-        """Of one run, in parameters of the blocks times tokens."""
-        return curves[size].width ** 2 * curves[size].depth * (curves[size].horizon or 1)
+    def cost(runs: verdict.Runs) -> float:
+        """In parameters of the blocks times tokens."""
+        size = curves[runs.size]
+        return size.width**2 * size.depth * (size.horizon or 1) * len(runs.log2_lrs)
 
     found = verdict.judge(posterior, bounds, cost, of)
     regrets = tuple(found.regrets.get(k, UNKNOWN).finite for k in range(len(curves)))

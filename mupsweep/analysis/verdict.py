@@ -7,6 +7,7 @@ base's LR is each draw's own optimum of the base.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -102,14 +103,14 @@ class _Evidence:
 def judge(
     ladder: LadderPosterior,
     bounds: VerdictBounds | None = None,
-    cost: Callable[[int], float] | None = None,
+    cost: Callable[[Runs], float] | None = None,
     of: str = "LR",
 ) -> Verdict:
     """The verdict of a ladder.
 
     Args:
-        cost: of one run of the size of an index, to choose the cheapest runs; by default it grows with the square of
-            the position.
+        cost: of some runs, to choose the cheapest; infinite where they are not to be had. By default that of a run
+            grows with the square of the size.
         of: what it is whose optimum is looked for.
     """
     bounds = bounds or VerdictBounds()
@@ -269,18 +270,21 @@ class _Candidate:
 
 
 def _deciding_runs(
-    judged: Sequence[_Judged], evidence: _Evidence, bounds: VerdictBounds, cost: Callable[[int], float] | None
+    judged: Sequence[_Judged], evidence: _Evidence, bounds: VerdictBounds, cost: Callable[[Runs], float] | None
 ) -> tuple[Runs, ...]:
     """The runs with the best chance to decide for what they cost.
 
     The draws are cut into slices by what the runs would show; the chance is the share of slices that have a verdict.
     """
-    candidates = list(_candidates(judged, evidence))
-    cost_of = {size.index: cost(size.index) if cost else 4.0**size.runs.position for size in judged}
-    chances, costs = [], []
-    for candidate in candidates:
-        chances.append(_chance_to_decide(candidate, evidence, bounds, last=len(judged) - 1))
-        costs.append(sum(cost_of[runs.size] * len(runs.log2_lrs) for runs in candidate.runs))
+    positions = {size.index: size.runs.position for size in judged}
+    cost = cost or (lambda runs: 4.0 ** positions[runs.size] * len(runs.log2_lrs))
+    candidates, chances, costs = [], [], []
+    for candidate in _candidates(judged, evidence):
+        price = sum(map(cost, candidate.runs))
+        if price < math.inf:
+            candidates.append(candidate)
+            chances.append(_chance_to_decide(candidate, evidence, bounds, last=len(judged) - 1))
+            costs.append(price)
     likely = [k for k, chance in enumerate(chances) if chance >= 0.5]
     if likely:
         return candidates[min(likely, key=lambda k: costs[k])].runs

@@ -29,7 +29,7 @@ from mupsweep.analysis.config import CurvePrior, VerdictBounds
 from mupsweep.analysis.estimate import Array, Estimate
 from mupsweep.analysis.forecast import forecast, losses_at_target
 from mupsweep.analysis.loss_curve import MIN_LRS, CurveDraws, LadderPosterior, SizeRuns, bounded, fit_ladder
-from mupsweep.analysis.verdict import judge
+from mupsweep.analysis.verdict import Runs, judge
 
 LATTICE = 0.25  # octaves between the LRs of a sweep's search
 FIRST_STEP = 1.0  # octaves from the first LRs of the smallest size to their neighbours
@@ -306,13 +306,19 @@ class LRSearch:
         """The runs that would probably decide the verdict; none where it is decided, or not asked for."""
         if goal.bounds is None:
             return []
-        verdict = judge(posterior, goal.bounds, lambda index: self.sizes[self.trained[index]].cost)
+        verdict = judge(posterior, goal.bounds, self._cost_of)
         runs: list[NextRun] = []
         for deciding in verdict.deciding_runs:
             for log2_lr in dict.fromkeys(map(self._on, deciding.log2_lrs)):
                 why = f"may decide the verdict: {verdict.reason}"
                 runs += self._another(self.trained[deciding.size], log2_lr, why)
         return runs
+
+    def _cost_of(self, runs: Runs) -> float:
+        """What some LRs of a size cost that may decide a verdict; infinite where one of them is not to be had."""
+        k = self.trained[runs.size]
+        more = [self._another(k, log2_lr, "") for log2_lr in dict.fromkeys(map(self._on, runs.log2_lrs))]
+        return sum(map(self._cost, more)) if all(more) else math.inf
 
     def _at_target(self, posterior: LadderPosterior, goal: Goal) -> tuple[bool, Array]:
         """Whether the target is known well enough, and what each LR loses there (draws, LRs)."""

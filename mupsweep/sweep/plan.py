@@ -26,6 +26,7 @@ from mupsweep.sweep.config import GRID, SweepConfig, default_lrs, from_tree, to_
 from mupsweep.sweep.cost import Cost
 from mupsweep.sweep.run_identity import digest_of, refuse_namesakes
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, check_batch_shares, check_size_overrides, resolve
+from mupsweep.sweep.twins import Twins
 
 if TYPE_CHECKING:
     from mupsweep.sweep.size_search import SearchState
@@ -77,10 +78,27 @@ def _search_round(
                 affordable += runs
                 remaining -= cost
         if affordable:
-            return affordable
+            return [*affordable, *_free_runs(affordable, resolved, {run.run_id for run in finished})]
     if grid.max_flops is not None and not finished:
         raise ConfigError(f"sweep.max_flops={grid.max_flops:g}: no size's first round costs so little; give more")
     return []
+
+
+def _free_runs(runs: Sequence[RunSpec], resolved: Sequence[ResolvedVariant], finished: set[str]) -> list[RunSpec]:
+    """The twins that some runs have in the other variants: what one of them shows costs the others nothing."""
+    if len(resolved) < 2:
+        return []
+    others = [
+        replace(other, reason=f"the same training as for {'/'.join(run.resolved.variant.names)}")
+        for run in runs
+        for one in resolved
+        if one is not run.resolved and one.variant.change is None
+        for other in _grid(one, [(run.size.width_ratio, run.size.depth_ratio)], [run.log2_lr], [run.seed])
+    ]
+    twins = Twins([*runs, *others])
+    planned = finished | {run.run_id for run in runs}
+    free = {twin.run_id: twin for run in runs for twin in twins.of(run)}
+    return [twin for run_id, twin in free.items() if run_id not in planned]
 
 
 def _runs_by_size(
@@ -159,8 +177,9 @@ def next_round(config: SweepConfig, sweep: SweepDir) -> list[RunSpec]:
     planned = {sweep.run(row["run_id"]): row.get("flops") for row in sweep.read_plan() if not row.get("validation")}
     if any(folder.is_open() for folder in planned):
         return []
-    summaries = ((folder.summary() or {}) | {"flops": flops} for folder, flops in planned.items())
-    return plan(config, map(RunResult.of, summaries))
+    summaries = [(folder.summary() or {}) | {"flops": flops} for folder, flops in planned.items()]
+    trained = [{**row, "flops": 0.0} if "twin_of" in row else row for row in summaries]
+    return plan(config, map(RunResult.of, trained))
 
 
 def validation_runs(

@@ -18,7 +18,8 @@ MOST_WRONG = 0.02
 CONFIDENT = 2.6  # standard errors of a share over the ladders of one test: 99 %
 
 
-@pytest.mark.parametrize("count", [24, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [24, 600])
 def test_intervals_and_verdicts_are_calibrated(count: int) -> None:
     rows = [row for _, row in calibrate.calibrate(count, processes=1 if count < 100 else 2)]
     for name, least in LEAST.items():

@@ -41,9 +41,10 @@ def dropped_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "rules", wrong)
 
 
-def test_overrides_alone_check_coordinates_and_a_figure_is_drawn(cli: Cli, tmp_path: Path) -> None:
+def test_overrides_alone_check_coordinates_draw_a_figure_and_are_kept_with_a_sweep(cli: Cli, tmp_path: Path) -> None:
     figure = tmp_path / "check.svg"
-    code, out, _ = cli("check", *KNOWN, "--figure", str(figure))
+    sweep, _ = plan.save(config.load(["experiment=smoke", f"out={tmp_path}"]), "")
+    code, out, _ = cli("check", *KNOWN, "--figure", str(figure), "--into", str(sweep.path))
     assert code == 0
     assert "nanogpt/adamw/mup, base LR 2^-9" in out
     assert "nanogpt/adamw/sp," not in out  # stands beside, in a column
@@ -54,19 +55,18 @@ def test_overrides_alone_check_coordinates_and_a_figure_is_drawn(cli: Cli, tmp_p
         assert line.endswith("ok"), line
     assert "passed: 13 promises kept within 0.1" in out
     assert figure.read_text().startswith("<?xml")
-
-
-def test_the_outcome_is_kept_with_a_sweep_for_its_report(cli: Cli, tmp_path: Path) -> None:
-    assert cli("check", *SMALL, "--into", "sweeps/none")[0] == 2
-    sweep, _ = plan.save(config.load(["experiment=smoke", f"out={tmp_path}"]), "")
-    code, out, _ = cli("check", *KNOWN, "--json", "--into", str(sweep.path))
-    assert code == 0
-    assert json.loads(sweep.check_path.read_text()) == json.loads(out)
     (label, mup), *_ = [pair for pair in coordinates.read(sweep) if pair[0][2] == "mup"]
     assert label == ("nanogpt", "adamw", "mup")
     lines = {line[2]: line for line in coordinates.table_rows([(label, mup)])}
     assert lines["change of features"][4:] == ("0", "ok")
     assert "13 of 13 promises kept" in coordinates.verdicts([(label, mup)])
+
+
+def test_an_outcome_is_kept_with_a_sweep_that_is_there_as_its_json(cli: Cli, tmp_path: Path) -> None:
+    assert cli("check", *SMALL, "--into", "sweeps/none")[0] == 2
+    sweep, _ = plan.save(config.load(["experiment=smoke", f"out={tmp_path}"]), "")
+    _, out, _ = cli("check", *SMALL, "--json", "--into", str(sweep.path))
+    assert json.loads(sweep.check_path.read_text()) == json.loads(out)
 
 
 def test_an_interval_too_wide_to_tell_is_inconclusive_and_not_ok(cli: Cli) -> None:
@@ -104,13 +104,13 @@ def test_a_broken_rule_exits_with_1_and_names_the_tensor(cli: Cli, dropped_rule:
 
 
 def test_coordinates_as_json(cli: Cli, dropped_rule: None) -> None:
-    code, out, _ = cli("check", *KNOWN, "--json")
+    code, out, _ = cli("check", *SMALL, "--json")
     assert code == 1
     sp, mup = json.loads(out)["variants"]
     label = {"model", "optimizer", "parametrization"}
     assert set(mup) == label | {"log2_lr", "passed", "diverged", "causes", "roles", "rows"}
     assert (sp["parametrization"], sp["passed"], mup["parametrization"], mup["passed"]) == ("sp", True, "mup", False)
-    assert len(mup["causes"]) == 1
+    assert mup["causes"][0].startswith("hidden: its LR or eps does not fit its updates: ")
     keys = {"axis", "quantity", "tensor", "role", "promised", "off", "sizes", "after"}
     assert all(set(row) == keys for row in mup["rows"])
     row = next(row for row in mup["rows"] if (row["quantity"], row["tensor"]) == ("||dW||_R", "head.weight"))

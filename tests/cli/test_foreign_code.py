@@ -53,7 +53,9 @@ def stored(place: str) -> SweepDir:
     return sweep
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, marks=() if place in ("foreign", "model") else pytest.mark.slow) for place in PLACES]
+)
 def test_no_command_on_a_stored_sweep_imports_the_code_that_it_names(place: str, planted: Path, cli: Cli) -> None:
     sweep = str(stored(place).path)
     for command in (["status", sweep], ["report", sweep]):

@@ -133,7 +133,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.glob("[!.]*/*")}
 
 
-@pytest.mark.parametrize("name", ["fineweb", "wikitext103"])
+@pytest.mark.parametrize("name", ["fineweb", pytest.param("wikitext103", marks=pytest.mark.slow)])
 def test_a_reader_that_is_killed_goes_on_in_another_process(
     name: str, hub: Hub, client: Client, other: Callable[..., Client], tmp_path: Path
 ) -> None:

@@ -140,7 +140,8 @@ def is_gone(pid: int) -> bool:
 
 
 @linux
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_when_one_rank_is_killed_the_others_end_and_a_new_worker_ends_with_the_same_bits(
     rank: int, pairs: dict[str, tuple[dict[str, object], bytes]]
 ) -> None:

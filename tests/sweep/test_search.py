@@ -139,3 +139,31 @@ def test_a_search_begins_with_the_lrs_of_each_optimizer() -> None:
     )
     lrs = {name: {run.log2_lr for run in first if run.resolved.optimizer.name == name} for name in ("adamw", "muon")}
     assert lrs == {"adamw": {-9, -8, -7}, "muon": {-5, -4, -3}}
+
+
+def test_what_one_variant_trains_at_the_base_the_other_has_too() -> None:
+    """One drifts and the other does not, so that they ask for other runs once the base is searched."""
+
+    def two(run: RunSpec) -> Row:
+        size, is_mup = run.size.width_ratio, run.resolved.variant.parametrization["name"] == "mup"
+        random = np.random.default_rng([round(size), round(-run.log2_lr * 8), run.seed, is_mup and size > 1])
+        distance = run.log2_lr + 6.8 + (0.25 if is_mup else 1.0) * math.log2(size)
+        loss = 2.0 - 0.1 * math.log2(size) + 0.03 * distance**2 + 0.005 * random.standard_normal()
+        return {
+            **run.label_columns(),
+            "run_id": run.run_id,
+            "status": "done",
+            "val_loss": loss,
+            "flops": run.cost.flops,
+        }
+
+    sizes = ["sweep.width_ratios=[1,2,4]", "parametrization=sp,mup"]
+    config = load(["experiment=smoke", "sweep.search=adaptive", "sweep.log2_lrs=[-10,-8,-6,-4]", *sizes])
+    rows = merged(rounds_of(config, two)).values()
+    trained = {
+        name: [{(r["log2_lr"], r["seed"]) for r in rows if (r["parametrization"], r["width_ratio"]) == (name, ratio)}
+               for ratio in (1.0, 4.0)]
+        for name in ("sp", "mup")
+    }  # fmt: skip
+    assert trained["sp"][0] == trained["mup"][0]
+    assert trained["sp"][1] != trained["mup"][1]

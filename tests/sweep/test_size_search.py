@@ -143,6 +143,12 @@ def test_a_verdict_that_is_open_asks_for_runs_at_the_sizes_that_it_is_about() ->
     assert len(either) > len(decided)
 
 
+def test_a_verdict_that_small_sizes_cannot_decide_any_more_asks_for_runs_at_larger_ones() -> None:
+    """At the smaller sizes every LR that may decide has all the seeds that it may have."""
+    rows = searched(replace(LADDER, half_width=4.0, max_seeds=2), drifting(-6.7, -0.25, noise=0.006))
+    assert sum(row["width_ratio"] == 4.0 for row in rows) > 5
+
+
 def test_its_proposals_do_not_depend_on_the_order_of_the_records() -> None:
     rows = searched(LADDER, drifting(-6.7, -0.5))[:8]
     assert proposals(rows, LADDER) == proposals(rows[::-1], LADDER)

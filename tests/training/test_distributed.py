@@ -109,7 +109,15 @@ def whole(pool: ProcessPoolExecutor, size: int, path: Path, *overrides: str) -> 
     return outcomes[0] | {"rows": RunDir(path).metrics(), "metrics": RunDir(path).metrics_path.read_bytes()}
 
 
-@pytest.mark.parametrize("overrides", [(), ("optimizer=muon",), ("optimizer=sophia",), ("training.clip=0.01",)])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param((), marks=pytest.mark.slow),
+        ("optimizer=muon",),
+        pytest.param(("optimizer=sophia",), marks=pytest.mark.slow),
+        ("training.clip=0.01",),
+    ],
+)
 def test_one_two_and_four_ranks_see_the_same_batches_and_end_at_the_same_loss(
     overrides: tuple[str, ...], pool: ProcessPoolExecutor, tmp_path: Path
 ) -> None:

@@ -108,7 +108,7 @@ def test_a_micro_batch_below_one_is_refused() -> None:
         TrainingConfig(steps=1, micro_batch=0)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sophia"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "muon", "sophia"])
 def test_running_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
     optimizer: str, data: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
