@@ -2,7 +2,9 @@
 
 The estimate of Gauss-Newton-Bartlett squares a gradient whose labels are drawn from the model's own predictions:
 h_hat = B g_hat * g_hat for a loss that is the mean over B tokens. `observe` is handed sqrt(B) g_hat, so no batch size
-appears here; in the authors' code (Liuhong99/Sophia) it is the argument `bs` of the step.
+appears here; in the authors' code (Liuhong99/Sophia) it is the argument `bs` of the step. There the curvature is that
+of a new batch and its gradient is clipped by norm; here it is that of the step's own batch and is not clipped, since
+one norm would clip sizes differently.
 """
 
 from __future__ import annotations
@@ -55,6 +57,15 @@ class Sophia(ComposableOptimizer):
     @property
     def curvature_every(self) -> int:
         return self.hessian_every
+
+    def caveats(self, width: int) -> list[str]:
+        return [
+            *super().caveats(width),
+            f"{self.name} clips most entries of small models, and a clipped entry is the sign of the momentum, "
+            "whatever its curvature: with optimizer.rho=0.04 100 to 90 % at width 32 in 280 steps, with 0.4 98 to "
+            "62 %, with 4 86 to 11 % (the paper asks for 50 to 90 %); the curvature is that of the step's own batch, "
+            "unclipped, where the authors take a new batch and clip it",
+        ]
 
     def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return ENTRYWISE

@@ -54,6 +54,12 @@ def test_soap_is_the_form_that_keeps_its_optimum_and_the_published_one_says_how_
     assert not notes("optimizer=soap_published", "optimizer.block_size=32")  # Qiu et al.'s other cure
 
 
+def test_sophia_says_how_much_it_clips_and_which_rho_clips_less() -> None:
+    (note,) = notes("optimizer=sophia")
+    assert note.startswith("sophia clips most entries of small models")
+    assert "with optimizer.rho=0.04 100 to 90 % at width 32 in 280 steps, with 0.4 98 to 62 %" in note
+
+
 @pytest.mark.parametrize(("block", "width", "warns"), [(512, 256, True), (256, 256, False), (128, 64, True)])
 def test_blocks_beyond_the_base_width_are_warned_of(block: int, width: int, warns: bool) -> None:
     found = notes("optimizer=muon", f"optimizer.block_size={block}", f"model.width={width}")
