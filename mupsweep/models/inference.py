@@ -90,7 +90,8 @@ def infer(
             role = _judge(name, network, growths)
             stacked = role is Role.HIDDEN and bool(FUSED.search(name)) and growth.out_ratio < growth.in_ratio
         base_shape = base.shapes[counterparts[name]]
-        spec, base_spec = (_spec(name, shape, role, growth) for shape in (network.shapes[name], base_shape))
+        shared = role is Role.HIDDEN and (growth.only_in or _shares_rows(name, growths))
+        spec, base_spec = (_spec(name, shape, role, growth, shared) for shape in (network.shapes[name], base_shape))
         fan_in_or_out = 1 if role.is_matrix and role is not Role.INPUT else 0  # the index in dims, (n_out, n_in)
         width_ratio = spec.dims[fan_in_or_out] / base_spec.dims[fan_in_or_out]
         depth_ratio = _depth_ratio(name, network, base)
@@ -150,7 +151,8 @@ class Network:
             if form.rest.count(".") >= (2 if is_chain else 1):
                 return True
             others = (form.alike.replace("#", number) for number in self.numbers[form.list_name] - {form.number})
-            if any(self.shapes.get(other) == self.shapes[name] for other in others):
+            same_shape = [other for other in others if self.shapes.get(other) == self.shapes[name]]
+            if any(type(self.owner(other)) is type(self.owner(name)) for other in same_shape):
                 return True
         return False
 
@@ -340,8 +342,12 @@ def _low_rank(name: str, network: Network, growths: Mapping[str, _Growth]) -> bo
     return False
 
 
-def _spec(name: str, shape: Shape, role: Role, growth: _Growth) -> TensorSpec:
-    """What the solver takes; further axes, such as those of a convolution's kernel, do not grow and cancel."""
+def _spec(name: str, shape: Shape, role: Role, growth: _Growth, shared: bool) -> TensorSpec:
+    """What the solver takes; further axes, such as those of a convolution's kernel, do not grow and cancel.
+
+    Args:
+        shared: whether ever more heads share the features that the tensor makes.
+    """
     axes = growth.axes
     if not role.is_matrix:
         return TensorSpec(name, (shape[axes[0]] if axes else 1,), role)
@@ -351,8 +357,7 @@ def _spec(name: str, shape: Shape, role: Role, growth: _Growth) -> TensorSpec:
         grown = axes[0] if axes else -1
         return TensorSpec(name, (math.prod(shape) // shape[grown], shape[grown]), role, init_std=1.0)
     n_out, n_in = shape[growth.n_out], shape[growth.n_in]
-    # Features that do not become more, but that ever more heads share, start as features of a square matrix would.
-    repeats = max(1.0, n_in / n_out) if role is Role.HIDDEN and growth.only_in else 1
+    repeats = max(1.0, n_in / n_out) if shared else 1  # such features start as those of a square matrix would
     return TensorSpec(name, (n_out, n_in), role, init_std=1.0, repeats=repeats)
 
 
@@ -364,7 +369,8 @@ def _parse_role(role: str) -> Role:
 
 
 def _unclear(name: str, network: Network, why: str) -> ConfigError:
-    pattern = ".".join("*" if part.isdecimal() else part for part in name.split("."))
+    first, *parts = name.split(".")
+    pattern = ".".join([first, *("*" if part.isdecimal() else part for part in parts)])
     return ConfigError(
         f"{name} {network.shapes[name]} has no clear role: {why}; say it with roles={{'{pattern}': 'hidden'}} (keys, "
         "values, low-rank latents; (n_out, n_in)), 'router', 'output' (its result is divided as the logits are) or "

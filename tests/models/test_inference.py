@@ -267,6 +267,15 @@ def test_routers_have_the_published_rule_for_a_fixed_number_of_experts() -> None
         assert numbers == pytest.approx([8.0**power for power in published[group["role"]]], rel=1e-12), name
 
 
+@pytest.mark.parametrize("kv_heads", [(4, 16), (4, 8), (4, 4), (2, 4)])
+def test_keys_start_at_their_size_whatever_number_of_queries_shares_them(kv_heads: tuple[int, int]) -> None:
+    heads = dict(zip((64, 256), kv_heads, strict=True))
+    base, model = on_meta(causal("Llama", heads.__getitem__, head_dim=16), 64, 256)
+    groups = mupsweep.param_groups(model, base, lr=1.0, details=True)
+    (group,) = (group for group in groups if "model.layers.0.self_attn.k_proj.weight" in group["names"])
+    assert (group["init_std_ratio"], group["lr"]) == pytest.approx((1 / 2, 1 / 4), rel=1e-12)
+
+
 class Attention(nn.Module):
     """Blocks that hold one matrix, beside what the models of the tests have."""
 
@@ -344,6 +353,8 @@ def test_the_last_layers_of_chains_read_out_and_lists_of_equal_ones_are_refused(
             "body.4.weight": "output",
             "heads.0.weight": "output",
         }
+        ends = [nn.Sequential(nn.Embedding(9, n), nn.Linear(n, n), nn.Linear(n, 9)) for n in (32, 16)]
+        assert [t.spec.role.value for t in infer(*ends) if "weight" in t.name] == ["input", "hidden", "output"]
         with pytest.raises(ConfigError, match=r"heads\.0\.weight .* no clear role.*'heads\.\*\.weight'"):
             infer(chain(32, 2), chain(16, 2))
 
