@@ -329,6 +329,25 @@ def test_what_shapes_cannot_tell_is_refused(
     assert said in refused(big, small)
 
 
+def test_a_single_block_is_a_block() -> None:
+    def net(width: int) -> nn.Module:
+        return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mystery": nn.Linear(width, 3)})])})
+
+    with torch.device("meta"), pytest.raises(ConfigError, match=r"layers\.0\.mystery\.weight .* no clear role"):
+        infer(net(128), net(64))
+
+
+def test_a_stack_of_experts_is_a_matrix_for_each() -> None:
+    class Experts(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(8, 3 * width, width))
+
+    with torch.device("meta"):
+        (tensor,) = infer(nn.ModuleList([Experts(128)]), nn.ModuleList([Experts(64)]))
+    assert (tensor.spec.role, tensor.spec.dims, tensor.base.dims) == (Role.HIDDEN, (384, 128), (192, 64))
+
+
 def test_a_list_of_more_experts_is_no_depth() -> None:
     def net(experts: int, width: int) -> nn.Module:
         layers = nn.ModuleList(
