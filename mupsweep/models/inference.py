@@ -88,7 +88,7 @@ def infer(
         stacked = False
         if role is None:
             role = _judge(name, network, growths)
-            stacked = role is Role.HIDDEN and bool(FUSED.search(name)) and growth.out_ratio < growth.in_ratio
+            stacked = len(growth.axes) == 2 and bool(FUSED.search(name)) and growth.out_ratio < growth.in_ratio
         base_shape = base.shapes[counterparts[name]]
         shared = role is Role.HIDDEN and (growth.only_in or _shares_rows(name, growths))
         spec, base_spec = (_spec(name, shape, role, growth, shared) for shape in (network.shapes[name], base_shape))

@@ -329,6 +329,13 @@ def test_what_shapes_cannot_tell_is_refused(
     assert said in refused(big, small)
 
 
+def test_a_low_rank_projection_is_not_taken_for_a_stack() -> None:
+    with torch.device("meta"):
+        model, base = (Attention(in_proj=(8, n), out_proj=(n, 8)) for n in (128, 64))
+        roles = {t.name: word(t) for t in infer(model, base) if t.name.startswith("layers.0")}
+    assert roles == {"layers.0.in_proj.weight": "hidden, shared", "layers.0.out_proj.weight": "hidden"}
+
+
 def test_a_single_block_is_a_block() -> None:
     def net(width: int) -> nn.Module:
         return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mystery": nn.Linear(width, 3)})])})
