@@ -365,9 +365,10 @@ def test_a_stored_sweep_of_a_renamed_optimizer_goes_on_as_what_it_was(
 
 
 def without_range(config: dict[str, Any]) -> dict[str, Any]:
-    """A variant without the range of LRs of its optimizer, which that version did not have."""
-    optimizer = {key: value for key, value in config["optimizer"].items() if key != "log2_lr_range"}
-    assert len(config["optimizer"]) == len(optimizer) + 1
+    """A variant without the keys of its optimizer that change no run and that version did not have."""
+    optimizer = {key: value for key, value in config["optimizer"].items() if key not in ("log2_lr_range", "group_lr")}
+    assert len(config["optimizer"]) == len(optimizer) + 2
+    assert config["optimizer"]["group_lr"] is None
     return {**config, "optimizer": optimizer}
 
 

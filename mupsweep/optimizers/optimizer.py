@@ -11,6 +11,7 @@ from mupsweep.analysis.labels import LARGEST_LOG2_LR
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
 from mupsweep.scaling import Role, UpdateLaw
+from mupsweep.scaling.group_lr import check_group_lr
 from mupsweep.schema import instantiate, require
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Optimizer(ABC):
         roles: of the tensors that it takes.
         rest: the optimizer (a section with a `kind`) of all other tensors.
         lr_ratio: base LR of `rest` / base LR of this optimizer.
+        group_lr: factors on the LR by role, branch or pattern of names, of all tensors, those of `rest` included
+            (mupsweep/scaling/group_lr.py).
         log2_lr_range: the octaves in which its best base LRs lie, as a rule; None where nothing is known of them. It
             makes the default grid and a warning, and changes no run.
     """
@@ -50,6 +53,7 @@ class Optimizer(ABC):
     roles: tuple[str, ...] = ROLES
     rest: dict[str, Any] | None = None
     lr_ratio: float = 1.0
+    group_lr: dict[str, Any] | None = None
     log2_lr_range: tuple[float, ...] | None = None
 
     supported_roles: ClassVar[tuple[str, ...]] = ROLES  # what the algorithm can take at all
@@ -60,6 +64,11 @@ class Optimizer(ABC):
         for key in ("weight_decay", "eps"):
             require(getattr(self, key) >= 0, f"optimizer.{key}", getattr(self, key), "at least 0")
         require(self.lr_ratio > 0, "optimizer.lr_ratio", self.lr_ratio, "a positive number")
+        check_group_lr(self.group_lr or {})
+        if (self.rest or {}).get("group_lr"):
+            raise ConfigError(
+                "optimizer.rest.group_lr: give the factors to optimizer.group_lr, which holds for every tensor"
+            )
         ends = self.log2_lr_range
         is_range = ends is None or (len(ends) == 2 and -LARGEST_LOG2_LR <= ends[0] < ends[1] <= LARGEST_LOG2_LR)
         require(is_range, "optimizer.log2_lr_range", list(ends or ()), "[LOWEST,HIGHEST] in octaves, or null")

@@ -25,6 +25,7 @@ from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
 from mupsweep.models.inference import InferredTensor, infer, without_wrappers
 from mupsweep.scaling import TensorSpec
+from mupsweep.scaling.group_lr import check_group_lr, check_matches, factor_of
 from mupsweep.sweep import config, run_spec, tensor_rules
 from mupsweep.sweep.run_spec import ResolvedVariant
 from mupsweep.sweep.tensor_rules import TensorScaling
@@ -46,6 +47,7 @@ def param_groups(
     no_decay: Sequence[str] = (),
     delta_model: nn.Module | None = None,
     roles: Mapping[str, str] | None = None,
+    group_lr: Mapping[str, float] | None = None,
     details: bool = False,
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer, with the LR, weight decay and eps of every tensor scaled from the base model.
@@ -66,6 +68,7 @@ def param_groups(
         no_decay: patterns of names without weight decay, such as "*.bias".
         delta_model: the base at another width, which tells what grows where `model` does not (at the base shape).
         roles: pattern of names -> role, where shapes cannot tell; the first that fits counts.
+        group_lr: factors on the LR by role or pattern of names, as `optimizer.group_lr` of a sweep.
         details: groups also say `names`, `role`, `init_std_ratio` (std at the start / std at the base) and `multiplier`
             (forward constant on the branch of the tensor, or on the logits / that of the base). The group of a tied
             tensor has the last three for each of its other names too, under `tied`.
@@ -84,6 +87,8 @@ def param_groups(
     overrides += [] if eps is None else [f"optimizer.eps={eps!r}"]
     resolved = run_spec.resolve(config.load(overrides).variants[0])
     tensors = infer(model, base_model, delta_model, roles)
+    check_group_lr(group_lr or {}, "group_lr")
+    check_matches(group_lr or {}, [tensor.spec for tensor in tensors], "group_lr")
     _check_patterns([*no_decay, *(roles or {})], [tensor.name for tensor in tensors])
     single_optimizer = len(resolved.optimizers) == 1
     if not (single_optimizer or roles or any(tensor.grows for tensor in tensors)):
@@ -93,7 +98,8 @@ def param_groups(
         )
     uses: dict[torch.Tensor, list[_Use]] = {}  # of every parameter, one for each of its names
     for tensor in tensors:
-        uses.setdefault(tensor.parameter, []).append(_Use(tensor, _scaling(resolved, tensor)))
+        scaling = _scaling(resolved, tensor).times(factor_of(group_lr or {}, tensor.spec))
+        uses.setdefault(tensor.parameter, []).append(_Use(tensor, scaling))
 
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}  # by what its members have in common
     for parameter, (use, *others) in uses.items():

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 COMPARABLE = ("model", "optimizer", "parametrization")  # groups that take several choices: optimizer=adamw,muon
-MAPPINGS = ("launcher.sizes", "sweep.axes", "sweep.log2_lrs")  # values that are mappings with keys of the user's
+MAPPINGS = (
+    "launcher.sizes",
+    "optimizer.group_lr",
+    "sweep.axes",
+    "sweep.log2_lrs",
+)  # values that are mappings with keys of the user's
 NESTED = ("optimizer.rest", "optimizer.graft")  # sections that another choice of the same group fills
 
 
@@ -60,7 +65,10 @@ def split_overrides(overrides: Sequence[str], config_dir: str | None) -> tuple[d
                     f"and values to compare as sweep.axes={{{key}:[a,b]}}"
                 )
             # Hydra merges mappings key by key; one of a command line replaces that of an experiment
-            others += [f"{key}=null", text] if key in MAPPINGS else [text]
+            if key.startswith("optimizer.group_lr."):
+                others.append(f"++{text}")  # a key of the user's, which no yaml has
+            else:
+                others += [f"{key}=null", text] if key in MAPPINGS else [text]
         else:
             names = _choices_in(override, text, config_dir)
             if key in COMPARABLE:

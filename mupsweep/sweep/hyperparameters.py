@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from mupsweep.analysis.labels import HyperparameterOverride
 from mupsweep.errors import ConfigError
+from mupsweep.scaling.group_lr import GROUPS
 from mupsweep.sweep.compose import nearest_key
 
+GROUP_LR = "optimizer.group_lr."  # followed by a role, a branch or a pattern of names
 SECTIONS = ("model", "optimizer", "parametrization", "training")
 NOT_TUNABLE = {  # keys that are no hyperparameters of the base -> the key that varies them instead, or None
     "model.width": "sweep.width_ratios",
@@ -46,7 +48,7 @@ def expand(variants: Sequence[Mapping[str, Any]], hyperparameters: Mapping[str, 
     expanded: list[dict[str, Any]] = []
     for variant in variants:
         expanded.append(dict(variant))
-        defaults = _numeric(variant)
+        defaults = _defaults(variant, hyperparameters)
         for key, values in hyperparameters.items():
             for value in values if key in defaults else ():
                 if value != defaults[key]:
@@ -63,7 +65,7 @@ def _check(key: str, values: Any, variants: Sequence[Mapping[str, Any]]) -> None
         raise ConfigError(
             f"{where} is no hyperparameter to tune" + (f"; {alternative} varies it" if alternative else "")
         )
-    tunable = {k for variant in variants for k in _numeric(variant)} - set(NOT_TUNABLE)
+    tunable = {k for variant in variants for k in _defaults(variant, [key])} - set(NOT_TUNABLE)
     if key not in tunable:
         raise ConfigError(f"{where} is no key with a number; {nearest_key(key, tunable)}")
     is_list = isinstance(values, list | tuple) and all(_is_number(v) and math.isfinite(v) for v in values)
@@ -71,12 +73,18 @@ def _check(key: str, values: Any, variants: Sequence[Mapping[str, Any]]) -> None
         raise ConfigError(f"{where}={values}: expected a list of different numbers, such as sweep.axes={{{key}:[1,2]}}")
 
 
+def _defaults(variant: Mapping[str, Any], hyperparameters: Iterable[str]) -> dict[str, float | None]:
+    """What can be varied, with its value in a variant; a group of tensors whose LR has no factor has the factor 1."""
+    groups = [*(GROUP_LR + group for group in GROUPS), *(k for k in hyperparameters if k.startswith(GROUP_LR))]
+    return dict.fromkeys(groups, 1.0) | _numeric(variant)
+
+
 def _numeric(variant: Mapping[str, Any]) -> dict[str, float | None]:
     """Dotted key -> value of every key that holds a number, or null, which may stand for a number."""
     numeric: dict[str, float | None] = {}
     for section in SECTIONS:
         for key, value in _nodes(variant[section], section):
-            if (value is None or _is_number(value)) and "log2_lr_range" not in key:
+            if (value is None or _is_number(value)) and "log2_lr_range" not in key and not key.endswith(".group_lr"):
                 numeric[key] = value
     return numeric
 
@@ -96,6 +104,10 @@ def _nodes(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 def _with(variant: Mapping[str, Any], key: str, value: float) -> dict[str, Any]:
     """A variant with one value replaced; a whole number stays whole where the key did not hold a float."""
     changed = copy.deepcopy(dict(variant))
+    if key.startswith(GROUP_LR):  # the names of tensors have dots
+        optimizer = changed["optimizer"]
+        optimizer["group_lr"] = {**(optimizer.get("group_lr") or {}), key.removeprefix(GROUP_LR): float(value)}
+        return changed
     *path, last = key.split(".")
     node: Any = changed
     for name in path:

@@ -11,6 +11,7 @@ from typing import Any
 from mupsweep.analysis.labels import Label
 from mupsweep.data import fingerprint
 from mupsweep.errors import ConfigError
+from mupsweep.scaling.group_lr import without_ones
 from mupsweep.schema import instantiate
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import Variant
@@ -51,6 +52,10 @@ def _identifying(variant: Variant) -> dict[str, Any]:
         tree["data"] = {"tokenizer": variant.data.tokenizer}
     if identity := trainer.identity():
         tree["trainer"] = dict(identity)
+    group_lr = without_ones(tree["optimizer"].get("group_lr"))
+    tree = _without(tree, "group_lr")  # that of no effect trains as before the key existed
+    if group_lr:
+        tree["optimizer"]["group_lr"] = group_lr
     return _without(tree, "log2_lr_range")  # of the optimizer and of those that it contains: where LRs are looked for
 
 

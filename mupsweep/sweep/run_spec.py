@@ -14,6 +14,7 @@ from mupsweep.models import Architecture
 from mupsweep.models.shape import Size
 from mupsweep.optimizers import Optimizer
 from mupsweep.scaling import WEIGHT_DECAY_RULES, Parametrization, Role
+from mupsweep.scaling.group_lr import check_matches
 from mupsweep.schema import instantiate
 from mupsweep.sweep.config import SweepConfig, TrainingConfig, Variant
 from mupsweep.sweep.cost import Cost, estimate
@@ -236,6 +237,7 @@ def resolve(
         launcher=launcher or LauncherOptions(),
         listed=listed,
     )
+    check_matches(resolved.optimizer.group_lr or {}, resolved.model.tensors(resolved.size(1.0, 1.0)))
     training, steps = resolved.training, resolved.steps
     warmup = training.warmup_steps(steps)
     if warmup >= steps:

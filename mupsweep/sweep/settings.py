@@ -6,22 +6,25 @@ from dataclasses import asdict
 from typing import Any
 
 from mupsweep.models.shape import Size
+from mupsweep.scaling.group_lr import without_ones
 from mupsweep.sweep import tensor_rules
 from mupsweep.sweep.config import variant_tree
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec
 
 SHAPE = ("width", "depth", "heads", "kv_heads", "head_dim", "ffn_width", "vocab_size", "context")
+NOT_EXPORTED = ("log2_lr_range", "group_lr")  # keys of an optimizer: its groups hold the LRs themselves
 SCHEDULE = ("batch_size", "schedule", "min_lr_frac", "decay_fraction", "precision")
 
 
 def settings(resolved: ResolvedVariant, size: Size, base_lr: float) -> dict[str, Any]:
     """Everything that a run of `resolved` at a size is trained with; all that an export to another trainer needs."""
     forward = tensor_rules.multipliers(resolved, size)
-    training = resolved.training
+    training, group_lr = resolved.training, without_ones(resolved.optimizer.group_lr)
     return {
         "target": {key: getattr(size, key) for key in SHAPE},
         "base": {key: getattr(resolved.size(1.0, 1.0), key) for key in SHAPE},
         "base_lr": base_lr,
+        **({"group_lr": group_lr} if group_lr else {}),
         "parameters": resolved.cost(size).parameters,
         "block_multiplier": forward.block,
         "output_multiplier": forward.output,
@@ -37,7 +40,7 @@ def settings(resolved: ResolvedVariant, size: Size, base_lr: float) -> dict[str,
         "optimizers": [
             {
                 "kind": f"{type(part.optimizer).__module__}.{type(part.optimizer).__qualname__}",
-                **{key: value for key, value in asdict(part.optimizer).items() if key != "log2_lr_range"},
+                **{key: value for key, value in asdict(part.optimizer).items() if key not in NOT_EXPORTED},
             }
             for part in resolved.optimizers
         ],

@@ -13,6 +13,7 @@ from mupsweep.models.shape import Size
 from mupsweep.optimizers import Optimizer
 from mupsweep.optimizers.optimizer import Dims
 from mupsweep.scaling import WEIGHT_DECAY_RULES, Init, Role, Rule, TensorSpec, UpdateLaw, numeric, symbolic
+from mupsweep.scaling.group_lr import factor_of, without_ones
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, ScaledOptimizer
 
 LawOfShape = Callable[[Dims | None], UpdateLaw]  # an optimizer's law for a tensor of (n_out, n_in), or in general
@@ -64,6 +65,10 @@ class TensorScaling(NamedTuple):
     rule: Rule
     thresholds: Mapping[str, Any]
 
+    def times(self, factor: float) -> TensorScaling:
+        """The scaling with another LR: the optimizer's base LR for this tensor, times a factor."""
+        return self._replace(scaled=self.scaled._replace(lr_ratio=self.scaled.lr_ratio * factor))
+
     def absolute_thresholds(self, dims: Dims) -> dict[str, float]:
         """The value of every hyperparameter that is compared with gradients, eps included, for a tensor of `dims`."""
         scales = {"eps": self.rule.eps, **self.thresholds}
@@ -91,6 +96,15 @@ def rules(resolved: ResolvedVariant, size: Size, base_lr: float) -> tuple[Tensor
     for spec in target:
         if spec.tied_to is not None:
             _check_tie(resolved, spec, scalings[spec.name], scalings[spec.tied_to])
+    if factors := resolved.optimizer.group_lr:
+        by_name = {spec.name: factor_of(factors, spec) for spec in target}
+        scalings = {name: scaling.times(by_name[name]) for name, scaling in scalings.items()}
+        for spec in target:
+            if spec.tied_to is not None and by_name[spec.name] != by_name[spec.tied_to]:
+                raise ConfigError(
+                    f"optimizer.group_lr: {spec.tied_to} and {spec.name} share storage, but their factors are "
+                    f"{by_name[spec.tied_to]:g} and {by_name[spec.name]:g}; give both one factor, or model.tied=false"
+                )
     forward = multipliers(resolved, size)
     return tuple(tensor_rule(spec, scalings[spec.name], resolved, forward, base_lr) for spec in target)
 
@@ -158,6 +172,9 @@ def audit(resolved: ResolvedVariant) -> list[str]:
                 f"the LR of {optimizer.name} follows the published rule, for hidden matrices {published}, "
                 f"but the law of its updates asks for {strict}"
             )
+    if group_lr := without_ones(resolved.optimizer.group_lr):
+        factors = ", ".join(f"{key} by {factor:g}" for key, factor in group_lr.items())
+        notes.append(f"optimizer.group_lr multiplies LRs at every size: {factors}")
     training = resolved.training
     if training.base_batch_size is not None:
         notes.append(

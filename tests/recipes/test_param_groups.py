@@ -221,3 +221,18 @@ def test_importing_the_package_imports_no_torch() -> None:
     code = "import sys, mupsweep; assert 'torch' not in sys.modules; print(mupsweep.param_groups.__module__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "mupsweep.recipes.param_groups", done.stderr
+
+
+def test_factors_of_groups_multiply_lrs_of_roles_and_patterns_alone() -> None:
+    def lrs(**keys: object) -> dict[str, float]:
+        groups = mupsweep.param_groups(Net(64), Net(16), lr=LR, details=True, **keys)  # pyright: ignore[reportArgumentType]
+        return {name: group["lr"] for group in groups for name in group["names"]}
+
+    plain, changed = lrs(), lrs(group_lr={"hidden": 2, "blocks.1.*": 3, "head.weight": 0.5})
+    expected = dict.fromkeys(plain, 1.0)
+    expected |= {"mix.weight": 2, "blocks.0.1.weight": 2, "blocks.0.3.weight": 2, "head.weight": 0.5}
+    expected |= {"blocks.1.0.weight": 3, "blocks.1.0.bias": 3, "blocks.1.1.bias": 3}
+    expected |= {"blocks.1.1.weight": 6, "blocks.1.3.weight": 6}
+    assert {name: changed[name] / plain[name] for name in plain} == pytest.approx(expected, rel=EXACT)
+    with pytest.raises(ConfigError, match=r"group_lr: no tensor of the model is 'blocks\.7'"):
+        lrs(group_lr={"blocks.7": 2})

@@ -130,3 +130,19 @@ def test_what_cannot_be_folded_is_said() -> None:
     assert "Lion cannot take them up" in limits[0]
     assert recipe["block_multiplier"] == 0.5
     assert folded(content(run(width_ratio=1, depth_ratio=1)))[1] == []
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "soap"])
+def test_lrs_of_groups_are_in_its_groups(optimizer: str) -> None:
+    words = [f"optimizer={optimizer}", "optimizer.group_lr={input:4,attention:0.5}"]
+    spec = run(*words)
+    _, snippet = exported("pytorch", spec)
+    theirs = build.build(spec, CPU).network
+    found = {p: keys["lr"] for p, keys in by_parameter(snippet["optimizers"](theirs), "lr").items()}
+    lrs = {name: found[p] for name, p in theirs.named_parameters()}
+    _, snippet = exported("pytorch", run(words[0]))
+    found = {p: keys["lr"] for p, keys in by_parameter(snippet["optimizers"](theirs), "lr").items()}
+    factors = {name: lrs[name] / found[p] for name, p in theirs.named_parameters()}
+    for name, factor in factors.items():
+        expected = 4.0 if "embedding" in name else 0.5 if ".attention." in name else 1.0
+        assert factor == pytest.approx(expected, rel=TOLERANCE["numbers"]), name
