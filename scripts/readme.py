@@ -32,6 +32,7 @@ from mupsweep.analysis.labels import DONE
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import load
+from mupsweep.sweep.run_spec import RunSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "mupsweep").rglob("*.md")), *sorted((ROOT / "configs").rglob("*.md"))]
@@ -101,17 +102,25 @@ def same(old: str, new: str, fitted: bool) -> bool:
     )
 
 
+def place_of(run: RunSpec) -> tuple[str, int, float, int]:
+    """What a line of the recorded losses is about."""
+    return run.resolved.variant.parametrization["name"], run.size.width, run.log2_lr, run.seed
+
+
 def demo(*overrides: str) -> SweepDir:
     """The sweep of `make demo` in ./sweeps, finished, with the recorded losses instead of training."""
-    sweep, runs = plan.save(load([*DEMO, *overrides]), f"mupsweep run {' '.join(DEMO)}")
     with LOSSES.open(newline="") as file:
         losses = {
             (row["parametrization"], int(row["width"]), float(row["log2_lr"]), int(row["seed"])): row
             for row in csv.DictReader(file)
         }
+    lrs, seeds = ({key[place] for key in losses} for place in (2, 3))
+    grid = load([*DEMO, *overrides, "sweep.search=grid", f"sweep.log2_lrs={[*lrs]}", f"sweep.seeds={[*seeds]}"])
+    searched = [run for run in plan.plan(grid) if place_of(run) in losses]
+    sweep, runs = plan.save(load([*DEMO, *overrides]), f"mupsweep run {' '.join(DEMO)}", new=searched)
     for run in runs:
         row = run.row()
-        lost = losses[row["parametrization"], row["width"], row["log2_lr"], row["seed"]]
+        lost = losses[place_of(run)]
         folder = sweep.run(run.run_id)
         folder.path.mkdir(parents=True, exist_ok=True)
         kept = ("run_id", "model", "parametrization", "optimizer", "width", "depth", "width_ratio", "depth_ratio")

@@ -149,14 +149,15 @@ def save(
     sweep = sweep_dir(config) if sweep is None else sweep
     with sweep.lock():
         stored = _stored_runs(sweep)
-        variants = {run.resolved.digest: run.resolved.variant for run in [*stored, *new]}
+        wanted = {digest_of(variant): variant for variant in config.variants}  # a search may come to some of them later
+        variants = {run.resolved.digest: run.resolved.variant for run in [*stored, *new]} | wanted
         try:
             refuse_namesakes(variants.values(), sweep)
         except ConfigError:
             if is_begun(sweep):
                 raise
             stored = []  # of a start that failed before anything was trained
-            variants = {run.resolved.digest: run.resolved.variant for run in new}
+            variants = wanted
         if stored and config.sweep.search != GRID:
             new = next_round(config, sweep)
         if config.sweep.search != GRID:

@@ -218,6 +218,17 @@ def test_every_variant_is_searched_on_its_own_and_interruptions_change_nothing(t
         assert ladder_optima("width", [curve])[0].log2_lr == pytest.approx(optimum[curve.parametrization], abs=0.25)
 
 
+def test_a_sweep_holds_the_variants_that_a_later_round_comes_to() -> None:
+    config = load([*SEARCH, "parametrization=mup", "sweep.axes={model.init_std:[0.04]}"])
+    sweep, runs = plan.save(config, "")
+    assert {run.resolved.variant.change for run in runs} == {None}
+    while all(run.resolved.variant.change is None for run in runs):
+        for run in runs:
+            trained(sweep, run, {"mup": -7.2})
+        sweep, runs = plan.save(config, "")
+    assert [run.run_id for run in plan.load(sweep)] == [run.run_id for run in runs]
+
+
 def test_plan_shows_the_first_round_and_says_that_more_follow(cli: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = cli("plan", *SEARCH)
     assert code == 0
