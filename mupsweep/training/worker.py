@@ -197,8 +197,8 @@ def record_twin(run: RunSpec, sweep: SweepDir, twins: Sequence[RunSpec], tracker
         return False
     try:
         trained = sweep.run(ended.run_id)
-        summary, status = trained.summary(), trained.status()
-        if folder.status()["status"] in (*FINISHED, FAILED) or (status["status"] != FAILED and summary is None):
+        summary, status = trained.summary() or {}, trained.status()
+        if folder.status()["status"] in (*FINISHED, FAILED) or (status["status"] != FAILED and not summary):
             return False
         with tracker.track(folder), log_to(folder):
             log.info("the same training as %s, and not trained again", ended.run_id)
