@@ -63,7 +63,7 @@ class Sophia(ComposableOptimizer):
             *super().caveats(width),
             f"{self.name} clips most entries of small models, and a clipped entry is the sign of the momentum, "
             "whatever its curvature: with optimizer.rho=0.04 100 to 90 % at width 32 in 280 steps, with 0.4 98 to "
-            "62 %, with 4 86 to 11 % (the paper asks for 50 to 90 %); the curvature is that of the step's own batch, "
+            "62 %, with 4 86 to 11 %; the curvature is that of the step's own batch, "
             "unclipped, where the authors take a new batch and clip it",
         ]
 

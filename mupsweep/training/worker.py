@@ -203,7 +203,10 @@ def record_twin(run: RunSpec, sweep: SweepDir, twins: Sequence[RunSpec], tracker
         with tracker.track(folder), log_to(folder):
             log.info("the same training as %s, and not trained again", ended.run_id)
             if status["status"] != FAILED:
-                folder.write_rules(run_config(run), trained.groups())
+                groups = None
+                with contextlib.suppress(OSError, ValueError):  # it is for readers, and no result rests on it
+                    groups = trained.groups()
+                folder.write_rules(run_config(run), groups)
                 folder.write_metrics(trained.metrics())
                 folder.write_summary({**summary, "run_id": run.run_id, **run.label_columns(), "twin_of": ended.run_id})
             folder.write_status(**status)

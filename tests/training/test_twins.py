@@ -85,6 +85,7 @@ def test_a_twin_that_a_killed_worker_left_open_is_recorded_without_training() ->
     sweep, runs = planned("parametrization=sp,mup")
     first, twin = pair(runs)
     assert execute(sweep, [first.run_id])
+    sweep.run(first.run_id).groups_path.write_text("{")  # which nothing rests on
     sweep.run(twin.run_id).status_path.unlink()
     sweep.run(twin.run_id).summary_path.unlink()
     assert execute(sweep, [twin.run_id])
