@@ -406,14 +406,12 @@ class LadderEvidence:
     Attributes:
         noises: (S,) sigma.
         shared: (T, S, A, B) posterior of trend, noise and typical sides, for optima that are nowhere more likely.
-        log_marginal_likelihood: for such optima; priors are learned by it.
     """
 
     sizes: tuple[SizeEvidence, ...]
     sides: tuple[SideGrid, SideGrid]
     noises: Array
     shared: Array
-    log_marginal_likelihood: float
 
     @classmethod
     def of(cls, sizes: Sequence[SizeRuns], prior: CurvePrior) -> LadderEvidence:
@@ -424,9 +422,8 @@ class LadderEvidence:
         for size, grid in zip(sizes, coarse.grids, strict=True):
             evidence.append(SizeEvidence.of(Observations.of(size, prior), size.position, grid, noises, coarse.sides))
             log_shared = log_shared + np.log(evidence[-1].given_shared) + evidence[-1].log_scale
-        top = float(log_shared.max())
-        weight = np.exp(log_shared - top)
-        return cls(tuple(evidence), coarse.sides, noises, weight / weight.sum(), top + math.log(weight.sum()))
+        weight = np.exp(log_shared - log_shared.max())
+        return cls(tuple(evidence), coarse.sides, noises, weight / weight.sum())
 
 
 def log_side_prior(sides: tuple[SideGrid, SideGrid], prior: CurvePrior) -> Array:

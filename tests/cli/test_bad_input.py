@@ -449,8 +449,10 @@ def test_the_advice_for_a_damaged_config_works(content: str, sweep: SweepDir) ->
 @pytest.mark.parametrize("content", PLAN_DAMAGE, ids=repr)
 def test_the_advice_for_a_damaged_plan_works_and_finished_runs_are_kept(content: str, sweep: SweepDir) -> None:
     before = plan.load(sweep)
-    sweep.run(before[0].run_id).path.mkdir(parents=True)
-    sweep.run(before[0].run_id).write_status(DONE)
+    folder = sweep.run(before[0].run_id)
+    folder.path.mkdir(parents=True)
+    folder.write_summary({"status": DONE, "val_loss": 2.0})
+    folder.write_status(DONE)
     sweep.plan_path.write_text(content)
     sweep.plan_path.unlink()
     assert plan.save(load([SMOKE]), "mupsweep run experiment=smoke")[1] == before
