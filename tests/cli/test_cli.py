@@ -175,6 +175,8 @@ def test_status_as_json_has_a_row_per_run_and_totals_per_state(cli: Callable[...
     for run, status in zip(runs, (DONE, DIVERGED, FAILED, RUNNING), strict=False):
         sweep.run(run.run_id).path.mkdir(parents=True)
         sweep.run(run.run_id).write_status(status, **({"error": "ouch"} if status == FAILED else {}))
+        if status in (DONE, DIVERGED):
+            sweep.run(run.run_id).write_summary({"status": status, "val_loss": 2.0 if status == DONE else None})
     code, out, _ = cli("status", "sweeps/smoke", "--json")
     assert code == 0
     document = json.loads(out)

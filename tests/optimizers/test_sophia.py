@@ -279,7 +279,8 @@ def test_the_clipped_share_of_entries_follows_rho(
 
     monkeypatch.setattr(Sophia, "direction", counted)
     words = ["experiment=demo", "model.depth=2", "optimizer=sophia", f"optimizer.rho={rho}", "parametrization=mup"]
-    grid = ["sweep.width_ratios=[1]", "sweep.log2_lrs=[-9]", "sweep.seeds=[0]", "training.batch_size=4"]
+    words += ["model.init_std=0.06", "training.batch_size=4"]
+    grid = ["sweep.search=grid", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-9]", "sweep.seeds=[0]"]
     (spec,) = plan.plan(config.load([*words, *grid]))
     setup, corpus = build(spec, CPU), data.prepare(spec.resolved.variant.data)
     for step in range(CLIPPED_STEPS):

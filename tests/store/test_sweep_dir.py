@@ -504,6 +504,7 @@ def test_a_run_whose_owner_died_is_pending_again_and_one_that_is_trained_is_runn
     process = holder(run)
     run.write_status(RUNNING, step=5, steps=30)
     assert sweep.state("run-0") == {"status": RUNNING, "step": 5, "steps": 30}
+    sweep.run("run-1").write_summary({"status": DIVERGED, "val_loss": None})
     sweep.run("run-1").write_status(DIVERGED)
     assert sweep.counts() == {RUNNING: 1, DIVERGED: 1, PENDING: 1}
     end(process)
