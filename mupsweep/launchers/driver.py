@@ -24,7 +24,7 @@ from mupsweep.report.terminal.plan import price_text
 from mupsweep.schema import instantiate
 from mupsweep.store import environment
 from mupsweep.store.results import read_runs
-from mupsweep.store.run_dir import FAILED, FINISHED, PENDING
+from mupsweep.store.run_dir import FAILED, PENDING
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import GRID, SweepConfig, from_tree
@@ -162,7 +162,7 @@ def train(launcher: Launcher, sweep: SweepDir, runs: Sequence[RunSpec]) -> bool:
     # A run that failed gets another try, and so does one that finished but has lost its summary.
     for run in runs:
         folder = sweep.run(run.run_id)
-        if folder.status()["status"] in (FAILED, *FINISHED) and not folder.is_claimed():
+        if folder.has_ended() and not folder.is_claimed():
             folder.write_status(PENDING, durable=False)
     return launcher.launch(sweep, [run.run_id for run in runs])
 

@@ -72,6 +72,10 @@ class RunDir:
         is_lost = status["status"] in FINISHED and self.summary() is None
         return {"status": PENDING} if is_dead or is_lost else status
 
+    def has_ended(self) -> bool:
+        """Return whether the run has a result or failed, so that no worker takes it."""
+        return self.status()["status"] in (*FINISHED, FAILED)
+
     def is_open(self) -> bool:
         """Return whether the run still needs training: it has no result, or its summary is damaged."""
         return self.status()["status"] not in FINISHED or self.summary() is None

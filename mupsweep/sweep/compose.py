@@ -19,12 +19,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 COMPARABLE = ("model", "optimizer", "parametrization")  # groups that take several choices: optimizer=adamw,muon
-MAPPINGS = (
-    "launcher.sizes",
-    "optimizer.group_lr",
-    "sweep.axes",
-    "sweep.log2_lrs",
-)  # values that are mappings with keys of the user's
+MAPPINGS = ("launcher.sizes", "optimizer.group_lr", "sweep.axes", "sweep.log2_lrs")  # whose keys are the user's
 NESTED = ("optimizer.rest", "optimizer.graft")  # sections that another choice of the same group fills
 
 

@@ -149,15 +149,17 @@ def save(
     sweep = sweep_dir(config) if sweep is None else sweep
     with sweep.lock():
         stored = _stored_runs(sweep)
-        wanted = {digest_of(variant): variant for variant in config.variants}  # a search may come to some of them later
-        variants = {run.resolved.digest: run.resolved.variant for run in [*stored, *new]} | wanted
+        planned = {run.resolved.digest: run.resolved.variant for run in [*stored, *new]}.values()
+        labels = {variant.label for variant in planned}
+        later = (variant for variant in config.variants if variant.label not in labels)  # to which a search may come
+        variants = [*planned, *later]
         try:
-            refuse_namesakes(variants.values(), sweep)
+            refuse_namesakes(variants, sweep)
         except ConfigError:
             if is_begun(sweep):
                 raise
             stored = []  # of a start that failed before anything was trained
-            variants = wanted
+            variants = list(config.variants)
         if stored and config.sweep.search != GRID:
             new = next_round(config, sweep)
         if config.sweep.search != GRID:
@@ -165,7 +167,7 @@ def save(
             new = [replace(run, round=number) for run in new]
         runs = {run.run_id: run for run in [*stored, *new]}
         ordered = _longest_first(runs.values())
-        sweep.write_config(to_tree(replace(config, variants=tuple(variants.values()))), header)
+        sweep.write_config(to_tree(replace(config, variants=tuple(variants))), header)
         sweep.write_plan(run.row() for run in ordered)
     return sweep, ordered
 

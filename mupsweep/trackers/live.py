@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from mupsweep import trackers
-from mupsweep.store.run_dir import FAILED, FINISHED, RunDir
+from mupsweep.store.run_dir import RunDir
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.trackers import RunLogger, Tracker, fingerprint
 
@@ -116,7 +116,7 @@ def sync_runs(tracker: Tracker, sweep: SweepDir, running: bool) -> int:
     synced, n_logged = tracker.held(sweep), 0
     for row in sweep.read_plan():
         run = sweep.run(row["run_id"])
-        if run.status()["status"] not in (*FINISHED, FAILED) and run.is_claimed() and not running:
+        if not run.has_ended() and run.is_claimed() and not running:
             continue
         if run.metrics_path.is_file() and synced.get(run.run_id) != fingerprint(run):
             tracked = TrackedRun(run)

@@ -20,7 +20,7 @@ from mupsweep.errors import MupsweepError, RecordError
 from mupsweep.formatting import nearest
 from mupsweep.schema import instantiate
 from mupsweep.store.lease import MAX_WORKER_DEATHS, Lease
-from mupsweep.store.run_dir import FAILED, FINISHED, PENDING, RUNNING, RunDir
+from mupsweep.store.run_dir import FAILED, PENDING, RUNNING, RunDir
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import from_tree, trainers_of
@@ -146,7 +146,7 @@ def run_main(
     deferred: list[RunSpec] = []
     for run in chain(runs, deferred):
         folder = sweep.run(run.run_id)
-        if folder.status()["status"] in (*FINISHED, FAILED):
+        if folder.has_ended():
             continue
         alike = twins.of(run)
         if record_twin(run, sweep, alike, tracker):
@@ -159,7 +159,7 @@ def run_main(
             continue
         try:
             # Another worker may have finished the run between the first check and the lease.
-            if folder.status()["status"] in (*FINISHED, FAILED):
+            if folder.has_ended():
                 continue
             if stop.signalled:
                 return False
@@ -190,25 +190,25 @@ def record_twin(run: RunSpec, sweep: SweepDir, twins: Sequence[RunSpec], tracker
     Returns:
         Whether it did.
     """
-    ended = next((twin for twin in twins if sweep.run(twin.run_id).status()["status"] in (*FINISHED, FAILED)), None)
     folder = sweep.run(run.run_id)
-    lease = folder.claim() if ended is not None else None
-    if ended is None or lease is None:
+    trained = next((other for twin in twins if (other := sweep.run(twin.run_id)).has_ended()), None)
+    lease = folder.claim() if trained is not None else None
+    if trained is None or lease is None:
         return False
     try:
-        trained = sweep.run(ended.run_id)
         summary, status = trained.summary() or {}, trained.status()
-        if folder.status()["status"] in (*FINISHED, FAILED) or (status["status"] != FAILED and not summary):
+        if folder.has_ended() or (status["status"] != FAILED and not summary):
             return False
         with tracker.track(folder), log_to(folder):
-            log.info("the same training as %s, and not trained again", ended.run_id)
+            log.info("the same training as %s, and not trained again", trained.run_id)
             if status["status"] != FAILED:
                 groups = None
                 with contextlib.suppress(OSError, ValueError):  # it is for readers, and no result rests on it
                     groups = trained.groups()
                 folder.write_rules(run_config(run), groups)
                 folder.write_metrics(trained.metrics())
-                folder.write_summary({**summary, "run_id": run.run_id, **run.label_columns(), "twin_of": ended.run_id})
+                own = {"run_id": run.run_id, **run.label_columns(), "twin_of": trained.run_id}
+                folder.write_summary(summary | own)
             folder.write_status(**status)
             folder.remove_checkpoints()
         return True

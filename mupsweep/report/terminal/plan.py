@@ -55,17 +55,17 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
     console.show(_size_table(runs, status))
     for line in _grid_lines(runs):
         console.say(line)
+    spared = len(open_runs) - len(to_train)
     if to_train:
         price = price_text(to_train, config.launcher_options)
-        spared = len(open_runs) - len(to_train)
         console.say(
             f"{len(to_train)} of {counted(len(runs), 'run')} to train, {price}; "
             "while it runs you see the measured time left"
         )
-        if spared:
-            console.say(f"{counted(spared, 'run')} need no training: at their size two parametrizations are the same")
     else:
-        console.say(f"nothing to train: {counted(len(runs), 'run')} finished")
+        console.say(f"nothing to train: {counted(len(runs) - spared, 'run')} finished")
+    if spared:
+        console.say(f"{counted(spared, 'run')} need no training: at their size two parametrizations are the same")
     if searches:
         console.say(_search_remark(config, runs, first=not exists))
     remarks = [*_device_remarks(config.launcher_options), *grid_remarks(runs), *corpus_remarks(runs)]
