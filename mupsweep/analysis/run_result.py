@@ -27,6 +27,7 @@ class RunResult:
         horizon: tokens of training; None where no run of the sweep has branches.
         hyperparameter, value, default: what differs from the default of the sweep, if anything does.
         validation: whether it validates an LR at a target, and is no part of a ladder.
+        parameters, batch_size: of the model, and sequences (or whatever a table counts) a step; None where not known.
         precision: of the arithmetic; no column of runs.csv.
     """
 
@@ -56,6 +57,8 @@ class RunResult:
     value: float | None = None
     default: float | None = None
     validation: bool = False
+    parameters: float | None = None
+    batch_size: int | None = None
     precision: str | None = None
 
     @classmethod

@@ -20,7 +20,7 @@ from mupsweep.cli.options import (
 )
 from mupsweep.recipes import JSON, names
 
-TARGET = ("width", "depth", "tokens")  # what --to says
+TARGET = ("width", "depth", "tokens", "batch_size", "parameters")  # what --to says
 
 
 def transfer(
@@ -39,6 +39,13 @@ def transfer(
             help="A target, e.g. --to width=4096 depth=32 tokens=2e9: print and write its recipe.",
         ),
     ] = None,
+    law: Annotated[
+        bool,
+        typer.Option(
+            "--law",
+            help="Fit one law of the LR over parameters, tokens and batch size; with --to, the LR from it.",
+        ),
+    ] = False,
     form: Annotated[
         str,
         typer.Option(
@@ -94,6 +101,7 @@ def transfer(
     """
     from mupsweep.errors import ConfigError
     from mupsweep.launchers.driver import DRIFTS_EXIT_CODE, train_target
+    from mupsweep.report import laws
     from mupsweep.report.generate import conclude_table, export, export_table, generate, read_target
     from mupsweep.store.sweep_dir import SweepDir
     from mupsweep.store.tables import TableOptions
@@ -112,6 +120,13 @@ def transfer(
     shape = [word for word in settings if not base or word.partition("=")[0] in TARGET]
     if form != JSON and not (shape or validate):
         raise ConfigError(f"--format {form} is of a recipe: name its target with --to width=N depth=N")
+    options = TableOptions.parse(columns or (), unit or "nats", filters or (), average)
+    of_base = [word for word in settings if word not in shape]
+    if law or any(word.startswith("batch_size=") for word in shape):
+        selection = laws.Selection(optimizer, parametrization, overrides, json, form, results)
+        refused = {"--validate": validate, "--strict": strict}
+        laws.answer(folders, table, options, shape, of_base, selection, save, refused)
+        return
     if table is not None:
         if validate:
             raise ConfigError(
@@ -120,9 +135,7 @@ def transfer(
             )
         if base and not shape:
             raise ConfigError("--base is of a recipe: name its target with --to width=N depth=N")
-        options = TableOptions.parse(columns or (), unit or "nats", filters or (), average)
         if shape:
-            of_base = [word for word in settings if word not in shape]
             verdicts = export_table(
                 table, options, shape, of_base, optimizer, parametrization, json, form, overrides, save, results
             )

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def generate(
             advice += [*look, *verdicts.advice_on(shown, sweeps[0])]
         verdicts.show_analysis(shown, list(zip((s.path for s in sweeps), counts, strict=True)), files, advice)
     if unwritten is not None:
-        _say_unwritten(unwritten, results)
+        say_unwritten(unwritten, results)
     _conclude_validation(sweeps[0], analysis, trials, as_json)
     return [group.verdict for group in shown.groups]
 
@@ -123,7 +123,7 @@ def conclude_table(
     """
     from mupsweep.report.terminal import verdicts
 
-    table = _read(source, options, save)
+    table = read_source(source, options, save)
     analysis = analyse(table.runs, analysis_config({}, overrides))
     files = [] if save is None else [save]
     if results is not None:
@@ -137,7 +137,7 @@ def conclude_table(
     return [group.verdict for group in shown.groups]
 
 
-def _read(source: str, options: TableOptions, save: Path | None) -> Table:
+def read_source(source: str, options: TableOptions, save: Path | None) -> Table:
     """The runs of a file or of a W&B project, written to `save` if it is given."""
     if save is not None and save.exists() and Path(source).exists() and save.samefile(source):
         raise ConfigError(f"--save {save} is the table itself, which it would replace: name another file")
@@ -162,7 +162,7 @@ def write_views(folder: Path, analysis: Analysis, style: str | None = None) -> l
     return files
 
 
-def _say_unwritten(error: RecordError, results: Path | None) -> None:
+def say_unwritten(error: RecordError, results: Path | None) -> None:
     """Say that a sweep which may only be read got no results, and where they can be written.
 
     Raises:
@@ -230,7 +230,7 @@ def export(
     contents, refused = _of_every_variant(groups, recipe_of)
     for line in refused:
         print(f"no recipe for {line}", file=sys.stderr)
-    _write_recipes(contents, results, sweeps[0].results, form, as_json, "tokens" in dims)
+    write_recipes(contents, results, sweeps[0].results, form, as_json, "tokens" in dims)
     return [content["verdict"] for content in contents]
 
 
@@ -271,15 +271,18 @@ def export_table(
         )
     if results is not None and not base:
         raise ConfigError("--results is for the recipes of a table, which need its base: add --base model=NAME ...")
-    table = _read(source, options, save)
+    table = read_source(source, options, save)
     groups = analyse(table.runs, analysis_config({}, overrides)).select(optimizer, parametrization).groups
-    contents, refused = _of_every_variant(
-        groups, lambda ladders: recipe.table_recipe(ladders, dims, _base_of(ladders, base) if base else None)
-    )
+
+    def recipe_of(ladders: Sequence[LadderResult]) -> dict[str, Any]:
+        resolved = base_of(ladders[0].label, recipe.base_shape(ladders), base) if base else None
+        return recipe.table_recipe(ladders, dims, resolved)
+
+    contents, refused = _of_every_variant(groups, recipe_of)
     for line in (*table.notes, *(f"no LR for {line}" for line in refused)):
         print(line, file=sys.stderr)
     if base:
-        _write_recipes(contents, results, Path(), form, as_json, "tokens" in dims)
+        write_recipes(contents, results, Path(), form, as_json, "tokens" in dims)
     elif as_json:
         print(json.dumps(contents, indent=2))
     else:
@@ -308,30 +311,32 @@ def _of_every_variant(
     return contents, refused
 
 
-def _base_of(ladders: Sequence[LadderResult], words: Sequence[str]) -> ResolvedVariant:
-    """The variant that --base describes, at the shape of the table's base."""
+def base_of(label: Sequence[str], shape: Mapping[str, int], words: Sequence[str]) -> ResolvedVariant:
+    """The variant that --base describes, at the shape of the table's base.
+
+    Args:
+        label: model, optimizer and parametrization in the table.
+    """
     lacking = [group for group in COMPARABLE if not any(word.startswith(f"{group}=") for word in words)]
     if lacking:
         raise ConfigError(f"--base {' '.join(words)} lacks {lacking[0]}=NAME: {', '.join(choices(lacking[0]))}")
-    shape = [f"model.{key}={value}" for key, value in recipe.base_shape(ladders).items()]
-    variant, *others = load([*words, *shape]).variants
+    variant, *others = load([*words, *(f"model.{key}={value}" for key, value in shape.items())]).variants
     if others:
         raise ConfigError(f"--base {' '.join(words)}: one base at a time, without several choices of a group")
-    for group, given, name in zip(COMPARABLE, ladders[0].label[:3], variant.names, strict=True):
+    for group, given, name in zip(COMPARABLE, label, variant.names, strict=True):
         if given in choices(group) and given != name:
-            raise RecordError(
-                f"{'/'.join(ladders[0].label)}: --base {group}={name} is another {group} than the table's"
-            )
+            raise RecordError(f"{'/'.join(label)}: --base {group}={name} is another {group} than the table's")
     return resolve(variant, digest="of a table")
 
 
-def _write_recipes(
+def write_recipes(
     contents: Sequence[dict[str, Any]],
     results: Path | None,
     own_folder: Path,
     form: str,
     as_json: bool,
     of_horizon: bool,
+    of_batch: bool = False,
 ) -> None:
     """Write recipes to a folder, in another form too, and print them.
 
@@ -342,6 +347,7 @@ def _write_recipes(
         form: of the file beside the JSON.
         as_json: whether they are printed as JSON.
         of_horizon: whether names of files say the horizon.
+        of_batch: whether they say the batch size.
     """
     from mupsweep.report.terminal import verdicts
 
@@ -350,7 +356,7 @@ def _write_recipes(
     folder = own_folder if results is None else results
     unwritten: RecordError | None = None
     for content, exported in zip(contents, exports, strict=True):
-        path = folder / f"{_file_name(content, several, of_horizon)}.json"
+        path = folder / f"{_file_name(content, several, of_horizon, of_batch)}.json"
         texts = {} if exported is None else {path.with_name(f"{path.stem}-{form}{exported.suffix}"): exported.text}
         files: list[Path] = []
         try:
@@ -366,21 +372,29 @@ def _write_recipes(
     if as_json:
         print(json.dumps(contents, indent=2))
     if unwritten is not None:
-        _say_unwritten(unwritten, results)
+        say_unwritten(unwritten, results)
 
 
-def _file_name(content: dict[str, Any], several_models: bool, of_horizon: bool) -> str:
-    """recipe-adamw-spectral-w4096-d32, with the model or the horizon where they tell recipes apart."""
+def _file_name(content: dict[str, Any], several_models: bool, of_horizon: bool, of_batch: bool) -> str:
+    """recipe-adamw-spectral-w4096-d32, with the model, horizon or batch size where they tell recipes apart."""
     size = content["target"]
     model = f"{content['model']}-" if several_models else ""
     horizon = f"-t{content['horizon']['tokens']}" if of_horizon else ""
+    batch = f"-b{content['training']['batch_size']}" if of_batch else ""
     variant = f"{model}{content['optimizer']}-{content['parametrization']}"
     variant = re.sub(r"[/\\\x00-\x1f]", "-", variant)  # a table may call a model org/name
-    return f"recipe-{variant}-w{size['width']}-d{size['depth']}{horizon}"
+    return f"recipe-{variant}-w{size['width']}-d{size['depth']}{horizon}{batch}"
 
 
-def read_target(words: Sequence[str]) -> dict[str, int]:
-    """width=4096 depth=32 tokens=2e9 -> {"width": 4096, "depth": 32, "tokens": 2000000000}."""
+SHAPE, BY_LAW = ("width", "depth", "tokens"), ("parameters", "batch_size")  # words of a target; the latter of a law
+
+
+def read_target(words: Sequence[str], of_law: bool = False) -> dict[str, int]:
+    """width=4096 depth=32 tokens=2e9 -> {"width": 4096, "depth": 32, "tokens": 2000000000}.
+
+    Args:
+        of_law: whether the LR comes from a law, which knows of BY_LAW too.
+    """
     dims = {}
     for word in words:
         key, _, text = word.partition("=")
@@ -388,11 +402,13 @@ def read_target(words: Sequence[str]) -> dict[str, int]:
             value = float(text) if text.isascii() and "_" not in text else 0.0
         except ValueError:
             value = 0.0
-        if key not in ("width", "depth", "tokens") or not 1 <= value <= LARGEST or not value.is_integer():
+        if key not in (*SHAPE, *BY_LAW) or not 1 <= value <= LARGEST or not value.is_integer():
             raise ConfigError(
                 f"--to {word}: expected width=N, depth=N and tokens=N, whole numbers, for example "
                 "--to width=4096 depth=32 tokens=2e9"
             )
+        if key in BY_LAW and not of_law:
+            raise ConfigError(f"--to {word}: only a law carries an LR there, mupsweep transfer ... --law --to {word}")
         if key in dims:
             raise ConfigError(f"--to {word}: {key}={dims[key]} is given too; one target a command")
         dims[key] = int(value)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mupsweep.analysis.labels import Label, label_of
+from mupsweep.analysis.labels import NAMES, Label, label_of
 from mupsweep.analysis.run_result import RunResult
+from mupsweep.errors import RecordError
 from mupsweep.store import records
 from mupsweep.store.run_dir import FINISHED, PENDING
 from mupsweep.store.sweep_dir import SweepDir
@@ -32,6 +34,7 @@ def read(sweeps: Sequence[SweepDir]) -> tuple[list[RunResult], list[RunCounts]]:
     for sweep in sweeps:
         ledgers.append({})
         plan = sweep.read_plan()
+        batch_sizes = _batch_sizes(sweep)
         namesakes = {
             label[:3] for row in plan if variants.setdefault(label := label_of(row), row["variant"]) != row["variant"]
         }
@@ -50,10 +53,22 @@ def read(sweeps: Sequence[SweepDir]) -> tuple[list[RunResult], list[RunCounts]]:
             if label_of(summary)[:3] in namesakes:
                 summary |= {"model": f"{summary['model']} ({sweep.name})"}
             summary["validation"] = planned.get("validation", False)
+            summary |= {"parameters": planned.get("parameters"), "batch_size": batch_sizes.get(label_of(planned))}
             runs += _with_branches(summary, planned)
     unique = {(run.model, run.run_id): run for run in runs}
     by_size = sorted(unique.values(), key=lambda run: (run.label, run.width, run.depth, run.log2_lr, run.seed))
     return by_size, ledgers
+
+
+def _batch_sizes(sweep: SweepDir) -> dict[Label, int]:
+    """Sequences a step of every variant; none where the config is damaged, since results can be read without it."""
+    sizes: dict[Label, int] = {}
+    with contextlib.suppress(RecordError):
+        for variant in sweep.read_config()["variants"]:
+            with contextlib.suppress(KeyError, TypeError):  # a section that is none
+                names = {name: variant[name]["name"] for name in NAMES}
+                sizes[label_of({**names, **(variant.get("change") or {})})] = int(variant["training"]["batch_size"])
+    return sizes
 
 
 def _enter(ledger: RunCounts, planned: Mapping[str, Any], status: str, record: Mapping[str, Any]) -> None:

@@ -34,6 +34,8 @@ from mupsweep.store.run_dir import RunDir, _plain
 log = logging.getLogger("mupsweep")
 FIGURES = "figures"  # the folder of figures in a folder of results
 
+LAW_FILE = "law.json"  # in a folder of results
+
 SECTIONS = {"variants": list, "sweep": dict, "launcher": dict, "tracker": dict}  # what a config.yaml cannot lack
 
 
@@ -120,6 +122,11 @@ class SweepDir:
     def check_path(self) -> Path:
         """The outcome of a coordinate check of this sweep's config, if one was kept."""
         return self.path / "results" / "check.json"
+
+    @property
+    def law_path(self) -> Path:
+        """The law over size, tokens and batch, if one was asked for."""
+        return self.results / LAW_FILE
 
     @property
     def figures(self) -> Path:

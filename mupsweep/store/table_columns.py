@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 
@@ -52,14 +52,25 @@ MEANINGS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "tokens": (
         ("trainingtokens", "traintokens", "totaltokens", "numtokens", "ntokens", "numtraintokens", "tokensseen"),
     ),
+    "parameters": (
+        (
+            *("nparameters", "numparameters", "parametercount", "modelparameters", "totalparameters"),
+            *("nonembeddingparameters", "nparams", "numparams", "paramcount", "modelparams", "totalparams"),
+        ),
+        ("params",),
+    ),
     "batch_size": (("globalbatchsize", "totalbatchsize", "trainingbatchsize", "trainbatchsize", "batch", "bs"),),
     "flops": (),
     "hyperparameter": (),
     "value": (),
     "default": (),
-    "validation": (),  # yes or no; a column of other content is none of ours
+    "validation": (),
 }
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
+_CONTENTS: Mapping[str, Callable[[str], bool]] = {  # a column of that name with other cells is none of ours
+    "validation": lambda cell: cell.casefold() in (*YES, *NO, ""),
+    "parameters": lambda cell: cell[:1].isdigit() or not cell,
+}
 _BY_LAST_PART = ("lr", "log2_lr", "width", "depth", "seed", "batch_size")  # trainer.optim.lr is an LR as well
 _WRAPPERS = ("config", "summary", "summary_metrics", "hparams", "args", "params", "metrics")  # of exported runs
 MOST_NAMED = 20  # columns in a message
@@ -171,7 +182,7 @@ def _candidates(cells: Cells, meaning: str, used: Set[int]) -> list[tuple[tuple[
     found = []
     for i, name in enumerate(cells.columns):
         fit = _fit(name, meaning)
-        is_other = meaning == "validation" and not {cell.casefold() for cell in cells.column(i)} <= {*YES, *NO, ""}
+        is_other = meaning in _CONTENTS and not all(map(_CONTENTS[meaning], cells.column(i)))
         if fit is not None and i not in used and not is_other:
             found.append(((not any(cells.column(i)), fit), i))
     return sorted(found, key=lambda candidate: (candidate[0], cells.columns[candidate[1]]))
@@ -195,8 +206,10 @@ def _fit(name: str, meaning: str) -> int | None:
 def _require(cells: Cells, index: Mapping[str, int], given: Mapping[str, str]) -> None:
     """Refuse a table without LR, loss or width."""
     needed = [("lr", "lr or log2_lr"), ("val_loss", "val_loss"), ("width", "width")]
+    stand_ins = {"lr": ("log2_lr",), "width": ("parameters",)}
     for meaning, name in needed:
-        if meaning in index or (meaning == "lr" and "log2_lr" in index) or (meaning == "width" and "width" in given):
+        is_left_out = meaning == "width" and "width" in given
+        if is_left_out or any(column in index for column in (meaning, *stand_ins.get(meaning, ()))):
             continue
         of_perplexity = [column for column in cells.columns if re.search("perplexity|ppl$", _plain(column))]
         if meaning == "val_loss" and of_perplexity:

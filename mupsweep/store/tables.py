@@ -211,8 +211,9 @@ class _Reader:
             return "no loss"
         if not (self._cell(record, "lr") or self._cell(record, "log2_lr")):
             return "no LR"
-        if "width" in self.columns.index and not self._cell(record, "width"):
-            return "no width"
+        size = "width" if "width" in self.columns.index else "parameters"
+        if size in self.columns.index and not self._cell(record, size):
+            return f"no {size}"
         outcome = self._outcome(record, is_lost)
         return {"record": record, **self._labels(record), **self._numbers(record), **outcome}
 
@@ -230,6 +231,10 @@ class _Reader:
         for key in ("width", "depth", "horizon", "tokens", "batch_size"):
             if self._cell(record, key):
                 numbers[key] = int(self._number(record, key, 1, whole=True))
+        if text := self._cell(record, "parameters"):
+            numbers["parameters"] = self._number(record, "parameters", 1 / LARGEST, whole=text[-1].isalpha())
+            if "width" not in self.columns.index:
+                numbers["width"] = int(self._number(record, "parameters", 1, whole=True))
         for key in ("width_ratio", "depth_ratio", "flops"):
             if self._cell(record, key):
                 numbers[key] = self._number(record, key, 1 / LARGEST)
@@ -374,7 +379,9 @@ def _assumed(columns: Columns) -> Iterator[str]:
     """What is taken for granted without a column."""
     if "parametrization" not in columns.index:
         yield f"no column parametrization: all runs are of one, called {DEFAULT_NAMES['parametrization']}"
-    if "width" not in columns.index:
+    if "width" not in columns.index and "parameters" in columns.index:
+        yield "no column width: sizes are told apart by their parameters, which are shown as widths"
+    elif "width" not in columns.index:
         yield "no column width: all runs are of one, shown as width 1"
 
 
@@ -401,7 +408,8 @@ def _values_by(rows: Iterable[Mapping[str, Any]], of: Sequence[str], key: str) -
 def _tell_batch_sizes_apart(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Batch sizes of one size are models of their own; one that grows with the size belongs to it."""
     for names, group in _by_names(rows).items():
-        values = _values_by(group, ("width", "depth", "horizon", "tokens"), "batch_size")
+        defaults = [row for row in group if not row.get("hyperparameter")]  # which may be the batch size
+        values = _values_by(defaults, ("width", "depth", "horizon", "tokens"), "batch_size")
         if any(len(found) > 1 for found in values.values()):
             for row in group:
                 if "batch_size" in row:
@@ -410,8 +418,6 @@ def _tell_batch_sizes_apart(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             yield f"{'/'.join(names)}: a ladder for every batch size, {', '.join(map(str, sizes))}"
         elif len(set().union(*values.values())) > 1:
             yield f"{'/'.join(names)}: the batch size changes along with the size"
-    for row in rows:
-        row.pop("batch_size", None)
 
 
 def _find_horizons(rows: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -562,7 +562,30 @@ def test_a_batch_size_that_grows_with_the_size_belongs_to_it(tmp_path: Path) -> 
     assert "model/optimizer/given: the batch size changes along with the size" in found.notes
 
 
+def test_batch_sizes_and_parameters_stay_with_their_runs(read: Callable[..., list[RunResult]]) -> None:
+    content = "n_params,bs,tokens,lr,loss\n" + "".join(
+        f"{n},{b},2.5B,{lr},3\n" for n in ("124M", "350e6") for b in (32, 64) for lr in (0.1, 0.2, 0.4)
+    )
+    found = {(run.parameters, run.batch_size, run.tokens, run.width) for run in read(content)}
+    assert found == {(n, b, 2_500_000_000, n) for n in (124e6, 350e6) for b in (32, 64)}
+
+
+def test_a_column_of_that_name_with_other_content_counts_no_parameters(read: Callable[..., list[RunResult]]) -> None:
+    content = f"{HEADING},params\n" + THREE.replace("\n", ",lr=1e-3\n")
+    assert {run.parameters for run in read(content)} == {None}
+
+
+def test_a_batch_size_that_is_tuned_makes_no_variants(read: Callable[..., list[RunResult]]) -> None:
+    content = f"{HEADING},batch_size,hyperparameter,value,default\n" + THREE.replace("\n", ",32,,,\n")
+    content += THREE.replace("\n", ",64,training.batch_size,64,32\n")
+    assert Counter((run.model, run.batch_size, run.value) for run in read(content)) == {
+        ("model", 32, None): 3,
+        ("model", 64, 64.0): 3,
+    }
+
+
 MESSY = {
+    "parameters": lambda: [{**line, "parameters": line["width"] ** 2, "batch_size": 32} for line in rows()],
     "plain": lambda: rows(model="m", optimizer="o", depth=4, seed=3),
     "ratios": lambda: rows(depth=4, depth_ratio=2.0),
     "repeats": lambda: rows() + rows() + [{**line, "val_loss": 3.9} for line in rows()],
@@ -855,7 +878,7 @@ def test_a_filter_that_nothing_passes_is_refused(refusal: Callable[..., str]) ->
             {"columns": ["lrs=x"]},
             "--columns lrs=x: expected MEANING=COLUMN, as lr=optimizer.lr,val_loss=eval/loss; did you mean 'lr'? "
             "valid: batch_size, default, depth, depth_ratio, flops, horizon, hyperparameter, log2_lr, lr, model, "
-            "optimizer, parametrization, seed, status, tokens, val_loss, validation, value, width, "
+            "optimizer, parameters, parametrization, seed, status, tokens, val_loss, validation, value, width, "
             "width_ratio",
         ),
         ({"columns": ["lr=a", "lr=b"]}, "--columns lr=b: lr=a is given too; name one of them"),

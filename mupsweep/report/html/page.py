@@ -61,7 +61,7 @@ def write(
     sections = [_header(sweep, analysis, counts)]
     if charts.groups:
         sections += [_verdicts(charts, analysis, sweep), _curves(charts), _drift(charts)]
-        sections += [_tuning(analysis), _training(charts, sweep, analysis)]
+        sections += [_law(sweep), _tuning(analysis), _training(charts, sweep, analysis)]
     else:
         sections.append("<p>No run has finished yet, so there is nothing to judge.</p>")
     sections += [_check(sweep), _rules(rules), _runs(counts), _provenance(sweep)]
@@ -228,6 +228,20 @@ def _ladders(charts: Charts, groups: Sequence[LadderResult]) -> str:
             )
     table = _table(SIZE_COLUMNS, rows)
     return f'<div class="keys">{charts.keys(groups)}</div><div class="panels">{figures}</div>{table}'
+
+
+def _law(sweep: SweepDir) -> str:
+    """The law over size, tokens and batch that was last asked for; empty where none was."""
+    laws = (read_json(sweep.law_path) or {}).get("laws")
+    parts = []
+    for law in laws if isinstance(laws, list) else ():
+        if isinstance(law, dict) and isinstance(law.get("sentences"), list):
+            items = "".join(f"<li>{explained(str(line))}</li>" for line in law["sentences"])
+            parts.append(f"<h3>{escape(str(law.get('name')))}</h3><ul>{items}</ul>")
+    if not parts:
+        return ""
+    note = "As the last mupsweep transfer --law found it, curve by curve; it is asked for again when runs are added."
+    return _title("One law over size, tokens and batch", note) + "\n".join(parts)
 
 
 def _tuning(analysis: Analysis) -> str:

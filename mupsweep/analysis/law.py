@@ -1,0 +1,453 @@
+"""The law of the best LR: one power law over size, tokens and batch, through the optima of all curves of a variant.
+
+A curve is loss against LR at one setting: N parameters, D tokens of training, a batch of B. With n, d and b the log2 of
+these above their means over the curves, the best LR of curve i is, in octaves,
+
+    log2 LR_i = a + c_N n_i + c_D d_i + c_B b_i + e b_i^2 + scatter_i + error_i,
+    scatter_i ~ Normal(0, tau^2),      error_i ~ Normal(0, s_i^2),
+
+a random-effects meta-regression (Berkey et al. 1995, doi 10.1002/sim.4780140406).
+
+- Curves: each is fitted alone (loss_curve.py); s_i is the standard deviation of its posterior. A best LR at an end of a
+  grid is no optimum: such curves are left out and counted.
+- Coefficients have flat priors and are integrated in closed form. That leaves the restricted likelihood of tau, which
+  is summed over on a grid under a half-Cauchy prior (Gelman 2006, doi 10.1214/06-BA117A). Draws are the answer.
+- Axes: what never varied has no exponent, nor has what varies along with the axes before it, as D = 20 N does. At a
+  target, what such an axis is off its course counts with an exponent that others published (ASSUMED).
+- Curvature: e is kept where its interval has no 0 in it; c_B is the exponent at the mean of b.
+- Forecast: all coefficients' uncertainty, which grows with distance, and the scatter. The largest size is held out and
+  forecast from the others, to see what such an interval is worth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from mupsweep.analysis.config import CurvePrior
+from mupsweep.analysis.estimate import QUANTILES, UNKNOWN, Array, Estimate
+from mupsweep.analysis.forecast import losses_at_target
+from mupsweep.analysis.labels import DONE
+from mupsweep.analysis.loss_curve import DRAWS, LadderPosterior, SizeRuns, fit_ladder
+from mupsweep.analysis.run_result import RunResult
+from mupsweep.errors import RecordError
+from mupsweep.formatting import counted
+
+AXES = ("parameters", "tokens", "batch_size")
+BATCH = AXES.index("batch_size")
+BATCH_KEY = "training.batch_size"  # the hyperparameter of a sweep that is an axis of its law
+SCATTERS = np.geomspace(0.01, 4.0, 60)  # octaves: grid of tau
+TYPICAL_SCATTER = 0.3  # octaves: scale of tau's prior
+OWN_COURSE = 0.1  # octaves, root mean square, by which an axis must leave the course of the axes before it
+MIN_BATCHES = 3  # of a size and horizon, to look for the best
+BLOCK = 12  # parameters of a block over width^2 (Kaplan et al. 2020, arXiv 2001.08361), where nobody counted them
+
+
+class Setting(NamedTuple):
+    """What a curve was trained at; None where nobody knows."""
+
+    parameters: float | None
+    tokens: float | None
+    batch_size: float | None
+
+
+class Variant(NamedTuple):
+    """Runs of which one law is asked."""
+
+    optimizer: str
+    parametrization: str
+    models: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        models = self.models[0] if len(self.models) == 1 else counted(len(self.models), "model")
+        return f"{models}/{self.optimizer}/{self.parametrization}"
+
+
+class Assumed(NamedTuple):
+    """An exponent that stands in for one that was not measured; `sd` is how far published ones differ."""
+
+    exponent: float
+    sd: float
+    source: str
+
+
+ASSUMED: Mapping[str, Assumed] = {
+    "parameters": Assumed(0.0, 0.1, "the parametrization, whose base LR is meant to fit every size"),
+    "tokens": Assumed(-0.16, 0.16, "between 0 at a fixed batch (arXiv 2503.04715) and -0.32 (arXiv 2409.19913)"),
+    "batch_size": Assumed(0.5, 0.15, "the square-root rule of Adam (arXiv 2205.10287)"),
+}
+UNSCALED = ("sp", "given")  # parametrizations that have no rule for the size, or none that is known
+OF_UNSCALED = Assumed(-0.7, 0.2, "Step Law (arXiv 2503.04715)")
+
+
+# ---- the curves
+
+
+@dataclass(frozen=True)
+class SettingCurve:
+    """The posterior of one setting's curve, from its own runs alone."""
+
+    setting: Setting
+    width: int
+    depth: int
+    posterior: LadderPosterior
+
+    @classmethod
+    def of(cls, setting: Setting, runs: Sequence[RunResult], prior: CurvePrior | None = None) -> SettingCurve:
+        losses = [run.val_loss if run.status == DONE and run.val_loss is not None else math.nan for run in runs]
+        size = SizeRuns.of(0.0, [run.log2_lr for run in runs], losses, [run.seed for run in runs])
+        return cls(setting, runs[0].width, runs[0].depth, fit_ladder([size], prior))
+
+    @cached_property
+    def is_inner(self) -> bool:
+        """Whether the best LR, and the middle of where the optimum may be, lie between two that were trained."""
+        return self.posterior.curves[0] is not None and self.posterior.optima[0].estimate.value is not None
+
+    @cached_property
+    def optimum(self) -> float:
+        """The mean of its log2 LR."""
+        return float(self.posterior.fitted[0][1].optimum.mean())
+
+    @cached_property
+    def sd(self) -> float:
+        """The standard deviation of the optimum."""
+        return float(self.posterior.fitted[0][1].optimum.std())
+
+    @cached_property
+    def loss(self) -> float:
+        """Nats at the optimum."""
+        return float(np.median(self.posterior.fitted[0][1].floor))
+
+
+def by_variant(results: Iterable[RunResult]) -> dict[Variant, dict[Setting, list[RunResult]]]:
+    """The runs of every setting of every variant.
+
+    Models are one where their names only tell settings apart, as gpt-124m and gpt-350m do, or a name for every batch.
+    """
+    by_rule: dict[tuple[str, str], list[RunResult]] = defaultdict(list)
+    for run in results:
+        if not run.validation and run.hyperparameter in (None, "", BATCH_KEY):
+            by_rule[run.optimizer, run.parametrization].append(run)
+    variants: dict[Variant, dict[Setting, list[RunResult]]] = {}
+    for rule, runs in sorted(by_rule.items()):
+        settings = _settings(runs)
+        models_at: dict[tuple[object, ...], set[str]] = defaultdict(set)
+        for run, setting in zip(runs, settings, strict=True):
+            models_at[run.width, run.depth, setting.tokens, setting.batch_size].add(_model(run))
+        models = tuple(sorted(set().union(*models_at.values())))
+        are_one = all(len(names) == 1 for names in models_at.values())
+        for names in [models] if are_one else [(name,) for name in models]:
+            by_setting: dict[Setting, list[RunResult]] = defaultdict(list)
+            for run, setting in zip(runs, settings, strict=True):
+                if _model(run) in names:
+                    by_setting[setting].append(run)
+            variants[Variant(*rule, names)] = {
+                setting: by_setting[setting] for setting in sorted(by_setting, key=_order)
+            }
+    return variants
+
+
+def _model(run: RunResult) -> str:
+    """The name of a run's model, without the batch size that a table's ladders are told apart by."""
+    return run.model.removesuffix(f" bs{run.batch_size}")
+
+
+def _order(setting: Setting) -> list[float]:
+    return [value or 0.0 for value in setting]
+
+
+def _settings(runs: Sequence[RunResult]) -> list[Setting]:
+    """The setting of every run; one that diverged was meant for the tokens of one that finished."""
+    are_counted = all(run.parameters for run in runs)
+    meant: dict[tuple[object, ...], set[int]] = defaultdict(set)
+    for run in runs:
+        if run.status == DONE and run.tokens:
+            meant[run.model, run.width, run.depth, run.parameters, run.batch_size].add(run.tokens)
+    settings = []
+    for run in runs:
+        lengths = meant[run.model, run.width, run.depth, run.parameters, run.batch_size]
+        tokens = run.horizon or min((n for n in lengths if n >= (run.tokens or 0)), default=run.tokens)
+        parameters = run.parameters if are_counted else BLOCK * run.width**2 * run.depth
+        settings.append(Setting(parameters, tokens, run.batch_size))
+    return settings
+
+
+# ---- the regression
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """Draws of the regression through the optima of some curves.
+
+    Attributes:
+        axes: that have an exponent.
+        missing: axis -> why it has none.
+        center: (3,) mean log2 of every axis of AXES; 0 where it is not known.
+        courses: axis without an exponent -> (1 + axes,) the line along which its values lie, where they are known.
+        coefficients: (1 + axes, draws) at the center; one more, of the squared batch, where the law is curved.
+        scatter: (draws,) tau.
+    """
+
+    axes: tuple[str, ...]
+    missing: Mapping[str, str]
+    center: Array
+    courses: Mapping[str, Array]
+    coefficients: Array
+    scatter: Array
+
+    @classmethod
+    def of(cls, settings: Sequence[Setting], optima: Array, sds: Array) -> PowerLaw | None:
+        """The law through some optima; None where there are too few for the axes that vary.
+
+        Args:
+            optima, sds: (n,) log2 LRs and their standard deviations.
+        """
+        values = log2_of(settings)
+        center = np.where(np.isnan(values).any(axis=0), 0.0, values.mean(axis=0))
+        values = values - center
+        axes, missing, courses = _axes(values)
+        x = _columns(values, axes)
+        if len(settings) <= x.shape[1]:
+            return None
+        law = cls(axes, missing, center, courses, *_regression(x, optima, sds))
+        batch = values[:, BATCH]
+        if "batch_size" not in axes or len(np.unique(batch)) < MIN_BATCHES or len(settings) <= x.shape[1] + 1:
+            return law
+        coefficients, scatter = _regression(np.column_stack([x, batch**2]), optima, sds)
+        low, _, high = np.quantile(coefficients[-1], QUANTILES)
+        return replace(law, coefficients=coefficients, scatter=scatter) if low > 0 or high < 0 else law
+
+    @property
+    def curvature(self) -> Estimate | None:
+        """Octaves per squared octave of batch; None where the law is straight."""
+        return Estimate.of(self.coefficients[-1]) if len(self.coefficients) > 1 + len(self.axes) else None
+
+    def exponent(self, axis: str) -> Estimate:
+        """The power of an axis, at the center of the batches where the law is curved; unknown where it has none."""
+        return Estimate.of(self.coefficients[1 + self.axes.index(axis)]) if axis in self.axes else UNKNOWN
+
+    def optima(self, settings: Sequence[Setting]) -> Array:
+        """(n, draws) log2 LR on the law, where every axis without an exponent keeps its course."""
+        values = log2_of(settings) - self.center
+        x = _columns(values, self.axes)
+        if self.curvature is not None:
+            x = np.column_stack([x, values[:, BATCH] ** 2])
+        return x @ self.coefficients
+
+    def off_course(self, axis: str, setting: Setting) -> float:
+        """Octaves by which an axis without an exponent is off its course; 0 where no course is known."""
+        if axis not in self.courses or getattr(setting, axis) is None:
+            return 0.0
+        values = log2_of([setting]) - self.center
+        return float(values[0, AXES.index(axis)] - _columns(values, self.axes)[0] @ self.courses[axis])
+
+
+def log2_of(settings: Sequence[Setting]) -> Array:
+    """(n, 3) of every axis of AXES; nan where it is not known."""
+    return np.log2([[np.nan if value is None else value for value in setting] for setting in settings])
+
+
+def _columns(values: Array, axes: Sequence[str]) -> Array:
+    """(n, 1 + axes) of the regression."""
+    return np.column_stack([np.ones(len(values)), *(values[:, AXES.index(axis)] for axis in axes)])
+
+
+def _axes(values: Array) -> tuple[tuple[str, ...], dict[str, str], dict[str, Array]]:
+    """The axes that vary on their own, why the others have no exponent, and the courses of these."""
+    axes: tuple[str, ...] = ()
+    missing: dict[str, str] = {}
+    courses: dict[str, Array] = {}
+    for axis, value in zip(AXES, values.T, strict=True):
+        if np.isnan(value).any():
+            missing[axis] = "is not known"
+            continue
+        x = _columns(values, axes)
+        course = np.linalg.lstsq(x, value, rcond=None)[0]
+        if math.sqrt(np.mean((value - x @ course) ** 2)) > OWN_COURSE:
+            axes = (*axes, axis)
+        else:
+            courses[axis] = course
+            has_varied = axes and value.std() > OWN_COURSE
+            missing[axis] = f"varied only along with {' and '.join(axes)}" if has_varied else "never varied"
+    return axes, missing, {axis: np.pad(line, (0, 1 + len(axes) - len(line))) for axis, line in courses.items()}
+
+
+def _regression(x: Array, optima: Array, sds: Array) -> tuple[Array, Array]:
+    """(columns, DRAWS) coefficients and (DRAWS,) scatters, drawn from their posterior.
+
+    Args:
+        x: (n, columns), n above columns.
+        optima, sds: (n,) of the curves.
+    """
+    log_evidence, means, roots = [], [], []
+    for scatter in SCATTERS:
+        weights = 1 / (scatter**2 + sds**2)
+        precision = (x.T * weights) @ x
+        mean = np.linalg.solve(precision, x.T @ (weights * optima))
+        rest = optima - x @ mean
+        restricted = 0.5 * (np.log(weights).sum() - np.linalg.slogdet(precision)[1] - (weights * rest**2).sum())
+        prior_of_cell = math.log(scatter) - math.log1p((scatter / TYPICAL_SCATTER) ** 2)
+        log_evidence.append(restricted + prior_of_cell)
+        means.append(mean)
+        roots.append(np.linalg.inv(np.linalg.cholesky(precision)).T)
+    evidence = np.exp(np.array(log_evidence) - max(log_evidence))
+    rng = np.random.default_rng(0)
+    which = rng.choice(len(SCATTERS), DRAWS, p=evidence / evidence.sum())
+    deviates = rng.standard_normal((DRAWS, x.shape[1], 1))
+    return (np.array(means)[which] + (np.array(roots)[which] @ deviates)[..., 0]).T, SCATTERS[which]
+
+
+# ---- the law of a variant
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The curves at the top of an axis, forecast from all others.
+
+    Attributes:
+        value: of the axis there.
+        octaves: root mean square of what the optima are off the forecast.
+        inside: how many of them lie in their interval, which has their own error in it.
+    """
+
+    axis: str
+    value: float
+    curves: int
+    octaves: float
+    inside: int
+
+
+@dataclass(frozen=True)
+class Law:
+    """What the optima of one variant follow.
+
+    Attributes:
+        curves: those with an optimum between their LRs.
+        left_out: how many others there are.
+        held_out: None where no axis can be fitted without its top.
+        best_batch: the law over parameters and tokens at the best batch of each pair of them; None where few are known.
+        best_batches: how many pairs have one.
+    """
+
+    variant: Variant
+    curves: tuple[SettingCurve, ...]
+    left_out: int
+    power: PowerLaw
+    held_out: HeldOut | None
+    best_batch: PowerLaw | None
+    best_batches: int
+
+    def values(self, axis: str) -> list[float]:
+        """What an axis was trained at, rising."""
+        return sorted({value for curve in self.curves if (value := getattr(curve.setting, axis)) is not None})
+
+    def assumed(self, axis: str) -> Assumed:
+        """What stands in for an exponent that was not measured."""
+        is_unscaled = axis == "parameters" and self.variant.parametrization in UNSCALED
+        return OF_UNSCALED if is_unscaled else ASSUMED[axis]
+
+    def forecast(self, setting: Setting) -> tuple[float, float, Estimate]:
+        """The log2 LR of the least expected loss at a setting, nats it is expected to lose, and where the optimum is.
+
+        The valley there is taken to be that of the nearest curve.
+        """
+        rng = np.random.default_rng(2)
+        draws = self.power.optima([setting])[0] + self.power.scatter * rng.standard_normal(DRAWS)
+        for axis in self.power.missing:
+            assumed = self.assumed(axis)
+            draws = draws + self.power.off_course(axis, setting) * rng.normal(assumed.exponent, assumed.sd, DRAWS)
+        apart = log2_of([curve.setting for curve in self.curves]) - log2_of([setting])
+        nearest = self.curves[int(np.nansum(np.abs(apart), axis=1).argmin())]
+        log2_lrs, lost = losses_at_target(nearest.posterior, 0.0, draws)
+        expected = lost.mean(axis=0)
+        best = int(expected.argmin())
+        return float(log2_lrs[best]), float(expected[best]), Estimate.of(draws)
+
+
+def fit_laws(results: Iterable[RunResult], prior: CurvePrior | None = None) -> tuple[list[Law], list[str]]:
+    """The law of every variant that has one, and why others have none.
+
+    Raises:
+        RecordError: none has.
+    """
+    laws: list[Law] = []
+    refused: list[str] = []
+    for variant, by_setting in by_variant(results).items():
+        try:
+            laws.append(_law(variant, [SettingCurve.of(*item, prior) for item in by_setting.items()]))
+        except RecordError as error:
+            refused.append(str(error))
+    if not laws:
+        raise RecordError("; ".join(refused) or "no finished runs, so there is no law: mupsweep run first")
+    return laws, refused
+
+
+def _law(variant: Variant, curves: Sequence[SettingCurve]) -> Law:
+    inner = tuple(curve for curve in curves if curve.is_inner)
+    power = _through(inner)
+    if len(curves) == 1 or (power is not None and not power.axes):
+        raise RecordError(
+            f"{variant.name}: every curve is of one size, horizon and batch size, so there is no law: train several, "
+            "or name the columns that tell them apart, --columns parameters=NAME,tokens=NAME,batch_size=NAME"
+        )
+    if power is None:
+        raise RecordError(
+            f"{variant.name}: of {counted(len(curves), 'curve')}, {len(inner)} "
+            f"{'has' if len(inner) == 1 else 'have'} the best LR between two others, too few for a law: train more "
+            "LRs, or more sizes, horizons or batch sizes"
+        )
+    best = _best_batches(inner)
+    at_best = _through(best)
+    if at_best is not None and not at_best.axes:
+        at_best = None
+    return Law(variant, inner, len(curves) - len(inner), power, _held_out(inner, power), at_best, len(best))
+
+
+def _through(curves: Sequence[SettingCurve]) -> PowerLaw | None:
+    """The law through the optima of some curves; None where there are too few."""
+    if not curves:
+        return None
+    optima, sds = np.array([[curve.optimum, curve.sd] for curve in curves]).T
+    return PowerLaw.of([curve.setting for curve in curves], optima, sds)
+
+
+def _held_out(curves: Sequence[SettingCurve], power: PowerLaw) -> HeldOut | None:
+    """The largest size, or else the longest training or the largest batch, if the others have a law over its axes."""
+    rng = np.random.default_rng(3)
+    for axis in power.axes:
+        top = max(getattr(curve.setting, axis) for curve in curves)
+        others = [curve for curve in curves if getattr(curve.setting, axis) < top]
+        law = _through(others)
+        if law is None or law.axes != power.axes:
+            continue
+        tops = [curve for curve in curves if getattr(curve.setting, axis) == top]
+        drawn = law.optima([curve.setting for curve in tops])
+        optima = np.array([curve.optimum for curve in tops])
+        sds = np.hypot(law.scatter, [[curve.sd] for curve in tops])
+        low, middle, high = np.quantile(drawn + sds * rng.standard_normal(drawn.shape), QUANTILES, axis=1)
+        errors, inside = optima - middle, (low <= optima) & (optima <= high)
+        return HeldOut(axis, top, len(tops), math.sqrt(np.mean(errors**2)), int(inside.sum()))
+    return None
+
+
+def _best_batches(curves: Sequence[SettingCurve]) -> list[SettingCurve]:
+    """The curve of the best batch of every size and horizon, where it lies between two others."""
+    by_pair: dict[tuple[float | None, float | None], list[SettingCurve]] = defaultdict(list)
+    for curve in curves:
+        if curve.setting.batch_size is not None:
+            by_pair[curve.setting[:2]].append(curve)
+    best = []
+    for members in by_pair.values():
+        members.sort(key=lambda curve: curve.setting.batch_size or 0)
+        losses = [curve.loss for curve in members]
+        k = losses.index(min(losses))
+        if 0 < k < len(members) - 1:
+            best.append(replace(members[k], setting=members[k].setting._replace(batch_size=None)))
+    return best
