@@ -8,8 +8,8 @@ these above their means over the curves, the best LR of curve i is, in octaves,
 
 a random-effects meta-regression (Berkey et al. 1995, doi 10.1002/sim.4780140406).
 
-- Curves: each is fitted alone (loss_curve.py); s_i is the standard deviation of its posterior. A best LR at an end of a
-  grid is no optimum: such curves are left out and counted.
+- Curves: each is fitted alone (setting_curve.py); s_i is the standard deviation of its posterior. A best LR at an end
+  of a grid is no optimum: such curves are left out and counted.
 - Coefficients have flat priors and are integrated in closed form. That leaves the restricted likelihood of tau, which
   is summed over on a grid under a half-Cauchy prior (Gelman 2006, doi 10.1214/06-BA117A). Draws are the answer.
 - Axes: what never varied has no exponent, nor has what varies along with the axes before it, as D = 20 N does. At a
@@ -25,49 +25,25 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from mupsweep.analysis.config import CurvePrior
 from mupsweep.analysis.estimate import QUANTILES, UNKNOWN, Array, Estimate
-from mupsweep.analysis.forecast import losses_at_target
-from mupsweep.analysis.labels import DONE
-from mupsweep.analysis.loss_curve import DRAWS, LadderPosterior, SizeRuns, fit_ladder
+from mupsweep.analysis.forecast import Forecast, losses_at_target
+from mupsweep.analysis.loss_curve import DRAWS
 from mupsweep.analysis.run_result import RunResult
+from mupsweep.analysis.setting_curve import Setting, SettingCurve, Variant, curves_of
 from mupsweep.errors import RecordError
 from mupsweep.formatting import counted
 
 AXES = ("parameters", "tokens", "batch_size")
 BATCH = AXES.index("batch_size")
-BATCH_KEY = "training.batch_size"  # the hyperparameter of a sweep that is an axis of its law
 SCATTERS = np.geomspace(0.01, 4.0, 60)  # octaves: grid of tau
 TYPICAL_SCATTER = 0.3  # octaves: scale of tau's prior
 OWN_COURSE = 0.1  # octaves, root mean square, by which an axis must leave the course of the axes before it
 MIN_BATCHES = 3  # of a size and horizon, to look for the best
-BLOCK = 12  # parameters of a block over width^2 (Kaplan et al. 2020, arXiv 2001.08361), where nobody counted them
-
-
-class Setting(NamedTuple):
-    """What a curve was trained at; None where nobody knows."""
-
-    parameters: float | None
-    tokens: float | None
-    batch_size: float | None
-
-
-class Variant(NamedTuple):
-    """Runs of which one law is asked."""
-
-    optimizer: str
-    parametrization: str
-    models: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        models = self.models[0] if len(self.models) == 1 else counted(len(self.models), "model")
-        return f"{models}/{self.optimizer}/{self.parametrization}"
 
 
 class Assumed(NamedTuple):
@@ -80,103 +56,11 @@ class Assumed(NamedTuple):
 
 ASSUMED: Mapping[str, Assumed] = {
     "parameters": Assumed(0.0, 0.1, "the parametrization, whose base LR is meant to fit every size"),
-    "tokens": Assumed(-0.16, 0.16, "between 0 at a fixed batch (arXiv 2503.04715) and -0.32 (arXiv 2409.19913)"),
+    "tokens": Assumed(-0.16, 0.16, "between 0 at a fixed batch (arXiv 2503.04715) and -0.32 (arXiv 2603.28743)"),
     "batch_size": Assumed(0.5, 0.15, "the square-root rule of Adam (arXiv 2205.10287)"),
 }
 UNSCALED = ("sp", "given")  # parametrizations that have no rule for the size, or none that is known
 OF_UNSCALED = Assumed(-0.7, 0.2, "Step Law (arXiv 2503.04715)")
-
-
-# ---- the curves
-
-
-@dataclass(frozen=True)
-class SettingCurve:
-    """The posterior of one setting's curve, from its own runs alone."""
-
-    setting: Setting
-    width: int
-    depth: int
-    posterior: LadderPosterior
-
-    @classmethod
-    def of(cls, setting: Setting, runs: Sequence[RunResult], prior: CurvePrior | None = None) -> SettingCurve:
-        losses = [run.val_loss if run.status == DONE and run.val_loss is not None else math.nan for run in runs]
-        size = SizeRuns.of(0.0, [run.log2_lr for run in runs], losses, [run.seed for run in runs])
-        return cls(setting, runs[0].width, runs[0].depth, fit_ladder([size], prior))
-
-    @cached_property
-    def is_inner(self) -> bool:
-        """Whether the best LR, and the middle of where the optimum may be, lie between two that were trained."""
-        return self.posterior.curves[0] is not None and self.posterior.optima[0].estimate.value is not None
-
-    @cached_property
-    def optimum(self) -> float:
-        """The mean of its log2 LR."""
-        return float(self.posterior.fitted[0][1].optimum.mean())
-
-    @cached_property
-    def sd(self) -> float:
-        """The standard deviation of the optimum."""
-        return float(self.posterior.fitted[0][1].optimum.std())
-
-    @cached_property
-    def loss(self) -> float:
-        """Nats at the optimum."""
-        return float(np.median(self.posterior.fitted[0][1].floor))
-
-
-def by_variant(results: Iterable[RunResult]) -> dict[Variant, dict[Setting, list[RunResult]]]:
-    """The runs of every setting of every variant.
-
-    Models are one where their names only tell settings apart, as gpt-124m and gpt-350m do, or a name for every batch.
-    """
-    by_rule: dict[tuple[str, str], list[RunResult]] = defaultdict(list)
-    for run in results:
-        if not run.validation and run.hyperparameter in (None, "", BATCH_KEY):
-            by_rule[run.optimizer, run.parametrization].append(run)
-    variants: dict[Variant, dict[Setting, list[RunResult]]] = {}
-    for rule, runs in sorted(by_rule.items()):
-        settings = _settings(runs)
-        models_at: dict[tuple[object, ...], set[str]] = defaultdict(set)
-        for run, setting in zip(runs, settings, strict=True):
-            models_at[run.width, run.depth, setting.tokens, setting.batch_size].add(_model(run))
-        models = tuple(sorted(set().union(*models_at.values())))
-        are_one = all(len(names) == 1 for names in models_at.values())
-        for names in [models] if are_one else [(name,) for name in models]:
-            by_setting: dict[Setting, list[RunResult]] = defaultdict(list)
-            for run, setting in zip(runs, settings, strict=True):
-                if _model(run) in names:
-                    by_setting[setting].append(run)
-            variants[Variant(*rule, names)] = {
-                setting: by_setting[setting] for setting in sorted(by_setting, key=_order)
-            }
-    return variants
-
-
-def _model(run: RunResult) -> str:
-    """The name of a run's model, without the batch size that a table's ladders are told apart by."""
-    return run.model.removesuffix(f" bs{run.batch_size}")
-
-
-def _order(setting: Setting) -> list[float]:
-    return [value or 0.0 for value in setting]
-
-
-def _settings(runs: Sequence[RunResult]) -> list[Setting]:
-    """The setting of every run; one that diverged was meant for the tokens of one that finished."""
-    are_counted = all(run.parameters for run in runs)
-    meant: dict[tuple[object, ...], set[int]] = defaultdict(set)
-    for run in runs:
-        if run.status == DONE and run.tokens:
-            meant[run.model, run.width, run.depth, run.parameters, run.batch_size].add(run.tokens)
-    settings = []
-    for run in runs:
-        lengths = meant[run.model, run.width, run.depth, run.parameters, run.batch_size]
-        tokens = run.horizon or min((n for n in lengths if n >= (run.tokens or 0)), default=run.tokens)
-        parameters = run.parameters if are_counted else BLOCK * run.width**2 * run.depth
-        settings.append(Setting(parameters, tokens, run.batch_size))
-    return settings
 
 
 # ---- the regression
@@ -353,11 +237,8 @@ class Law:
         is_unscaled = axis == "parameters" and self.variant.parametrization in UNSCALED
         return OF_UNSCALED if is_unscaled else ASSUMED[axis]
 
-    def forecast(self, setting: Setting) -> tuple[float, float, Estimate]:
-        """The log2 LR of the least expected loss at a setting, nats it is expected to lose, and where the optimum is.
-
-        The valley there is taken to be that of the nearest curve.
-        """
+    def forecast(self, setting: Setting) -> Forecast:
+        """The optimum at a setting, and the LR to use there if its valley is that of the nearest curve."""
         rng = np.random.default_rng(2)
         draws = self.power.optima([setting])[0] + self.power.scatter * rng.standard_normal(DRAWS)
         for axis in self.power.missing:
@@ -368,7 +249,7 @@ class Law:
         log2_lrs, lost = losses_at_target(nearest.posterior, 0.0, draws)
         expected = lost.mean(axis=0)
         best = int(expected.argmin())
-        return float(log2_lrs[best]), float(expected[best]), Estimate.of(draws)
+        return Forecast(float(log2_lrs[best]), float(expected[best]), Estimate.of(draws), draws)
 
 
 def fit_laws(results: Iterable[RunResult], prior: CurvePrior | None = None) -> tuple[list[Law], list[str]]:
@@ -379,9 +260,9 @@ def fit_laws(results: Iterable[RunResult], prior: CurvePrior | None = None) -> t
     """
     laws: list[Law] = []
     refused: list[str] = []
-    for variant, by_setting in by_variant(results).items():
+    for variant, curves in curves_of(results, prior).items():
         try:
-            laws.append(_law(variant, [SettingCurve.of(*item, prior) for item in by_setting.items()]))
+            laws.append(_law(variant, curves))
         except RecordError as error:
             refused.append(str(error))
     if not laws:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from mupsweep.analysis.estimate import Estimate
-from mupsweep.analysis.law import AXES, Law, PowerLaw, Setting
+from mupsweep.analysis.law import AXES, Law, PowerLaw
+from mupsweep.analysis.setting_curve import Setting
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import counted, si
 from mupsweep.sweep.run_spec import ResolvedVariant
@@ -140,7 +141,7 @@ def _parameters(law: Law, width: int, depth: int, resolved: ResolvedVariant | No
 
 
 def _record(law: Law, setting: Setting) -> dict[str, Any]:
-    log2_lr, expected_regret, optimum = law.forecast(setting)
+    forecast = law.forecast(setting)
     model = law.variant.models[0] if len(law.variant.models) == 1 else counted(len(law.variant.models), "model")
     tokens = law.values("tokens")
     return {
@@ -149,11 +150,11 @@ def _record(law: Law, setting: Setting) -> dict[str, Any]:
         "parametrization": law.variant.parametrization,
         "verdict": LAW,
         "basis": "; ".join(_basis(law, setting)),
-        "log2_lr": log2_lr,
-        "log2_lr_optimum": optimum.value,
-        "log2_lr_low": optimum.low,
-        "log2_lr_high": optimum.high,
-        "expected_regret": expected_regret,
+        "log2_lr": forecast.log2_lr,
+        "log2_lr_optimum": forecast.optimum.value,
+        "log2_lr_low": forecast.optimum.low,
+        "log2_lr_high": forecast.optimum.high,
+        "expected_regret": forecast.expected_regret,
         "horizon": {
             "tokens": setting.tokens,
             "measured_tokens": tokens[-1] if tokens else None,
@@ -172,6 +173,10 @@ def _basis(law: Law, setting: Setting) -> Iterator[str]:
             yield f"the target's {axis}: {value / trained[-1]:.3g} times the largest trained"
         elif value is not None and trained and value < trained[0]:
             yield f"the target's {axis}: {value / trained[0]:.3g} times the smallest trained"
+    batches = law.values("batch_size")
+    if law.power.curvature is not None and setting.batch_size is not None:
+        if not batches[0] <= setting.batch_size <= batches[-1]:
+            yield "the law's curve in batch_size goes on there, which no run shows"
     for axis, why in law.power.missing.items():
         off = law.power.off_course(axis, setting)
         if abs(off) > 0.01:

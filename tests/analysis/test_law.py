@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from mupsweep.analysis.estimate import Estimate
-from mupsweep.analysis.law import AXES, Law, PowerLaw, Setting, by_variant, fit_laws
+from mupsweep.analysis.law import AXES, Law, PowerLaw, fit_laws
 from mupsweep.analysis.run_result import RunResult
+from mupsweep.analysis.setting_curve import Setting, by_variant
 from mupsweep.errors import RecordError
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.store.tables import read_table
@@ -169,7 +170,9 @@ def test_a_diverged_run_belongs_to_the_training_it_was_meant_for() -> None:
     done = runs([Setting(2e8, 1000, 32), Setting(2e8, 4000, 32)])
     lost = runs([Setting(2e8, 600, 32)], lrs=[-4.0], status="diverged", val_loss=None)
     [by_setting] = by_variant([*done, *lost]).values()
-    assert {setting.tokens: sum(run.status == "diverged" for run in of) for setting, of in by_setting.items()} == {
+    assert {
+        setting.tokens: sum(run.status == "diverged" for run in of) for (setting, *_), of in by_setting.items()
+    } == {
         1000: 1,
         4000: 0,
     }
@@ -178,7 +181,13 @@ def test_a_diverged_run_belongs_to_the_training_it_was_meant_for() -> None:
 def test_sizes_without_a_count_are_told_by_their_shape() -> None:
     shaped = runs(GRID[:1], width=128, depth=4, parameters=None)
     [by_setting] = by_variant(shaped).values()
-    assert [setting.parameters for setting in by_setting] == [12 * 128**2 * 4]
+    assert [setting.parameters for setting, *_ in by_setting] == [12 * 128**2 * 4]
+
+
+def test_shapes_with_as_many_parameters_are_curves_of_their_own() -> None:
+    made = [*runs(GRID[:1], width=128, depth=4), *runs(GRID[:1], width=64, depth=16)]
+    [by_setting] = by_variant(made).values()
+    assert [place[1:] for place in by_setting] == [(128, 4), (64, 16)]
 
 
 def test_runs_of_another_hyperparameter_or_a_validation_are_no_part_of_it() -> None:
@@ -266,12 +275,10 @@ def test_step_laws_largest_size_is_forecast_from_the_others(steps_law: Law) -> N
 def test_the_law_hands_over_an_lr_whose_interval_grows_with_distance(steps_law: Law) -> None:
     near = steps_law.forecast(Setting(1e9, 5e10, 512))
     far = steps_law.forecast(Setting(1e11, 2e12, 4096))
-    assert near[2].value == pytest.approx(math.log2(1.79 * 1e9**-0.713 * 5e10**0.307), abs=0.3)  # the authors' law
-    assert near[2].value is not None
-    assert near[0] < near[2].value  # the right side is steep
-    assert 0 < near[1] < 0.01
-    widths = [forecast[2].high - forecast[2].low for forecast in (near, far)]  # type: ignore[operator]
-    assert widths[1] > 1.8 * widths[0]
+    assert near.optimum.value == pytest.approx(math.log2(1.79 * 1e9**-0.713 * 5e10**0.307), abs=0.3)  # the authors' law
+    assert near.log2_lr < np.median(near.draws)  # the right side is steep
+    assert 0 < near.expected_regret < 0.01
+    assert np.ptp(np.quantile(far.draws, [0.025, 0.975])) > 1.8 * np.ptp(np.quantile(near.draws, [0.025, 0.975]))
 
 
 # ---- the command
