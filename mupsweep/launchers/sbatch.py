@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mupsweep.errors import ConfigError
-from mupsweep.formatting import duration
+from mupsweep.formatting import counted, duration
 
 VALUE = re.compile(
     r"[\w.,:@+=/*&|()\[\]!%~^][\w.,:@+=/*&|()\[\]!%~^-]*", re.ASCII
@@ -60,6 +60,8 @@ def array_script(
     return "\n".join(
         [
             *header,
+            "# USR1, which Slurm sends near the time limit, is ignored until the supervisor below takes it.",
+            "trap '' USR1",
             "set -e",
             *setup,
             "",
@@ -132,5 +134,4 @@ def checked_line(line: str, key: str) -> str:
 
 def _summary(task: Task) -> str:
     """Return the comment beside a task: how many runs it has and how long it takes."""
-    count = len(task.run_ids)
-    return f"{count} run{'s' * (count > 1)}, roughly {duration(task.seconds)}"
+    return f"{counted(len(task.run_ids), 'run')}, roughly {duration(task.seconds)}"

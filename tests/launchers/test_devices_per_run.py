@@ -15,7 +15,8 @@ import pytest
 from command_line import mupsweep
 from forked import Forked
 from outcome import results
-from test_launchers import SMALL, busy, finish, owners, until
+from polling import until
+from test_launchers import SMALL, busy, finish, owners
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from mupsweep.analysis.labels import DONE

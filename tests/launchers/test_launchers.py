@@ -10,8 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -19,6 +17,7 @@ import pytest
 from command_line import mupsweep
 from forked import Forked
 from outcome import results
+from polling import DEADLINE, until
 
 from mupsweep import data
 from mupsweep.analysis.labels import DONE
@@ -37,7 +36,6 @@ from mupsweep.training import signals, worker
 TWO_SLOTS = ["launcher=local", "launcher.devices=cpu", "launcher.slots_per_device=2"]
 ONE_SLOT = ["launcher=local", "launcher.devices=cpu", "launcher.slots_per_device=1"]
 SMALL = ["experiment=smoke", "training.steps=60", "sweep.log2_lrs=[-9,-7]", "training.checkpoint_minutes=0"]
-DEADLINE = 240.0
 LAUNCHERS = choices("launcher")
 
 
@@ -45,18 +43,6 @@ def finish(process: Forked) -> tuple[int, str, str]:
     """(exit code, stdout, stderr)."""
     out, err = process.communicate(timeout=DEADLINE)
     return process.wait(), out, err
-
-
-def until(condition: Callable[[], bool], process: Forked) -> None:
-    """Wait until something is true, while the process lives."""
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        try:
-            process.wait(0.01)
-        except subprocess.TimeoutExpired:
-            continue
-        raise AssertionError(f"the process ended early: {process.communicate()}")
 
 
 def rows(run: RunDir) -> int:
@@ -369,10 +355,7 @@ def test_the_workers_of_a_killed_launcher_are_named_and_stopped_and_no_other_pro
     assert first.startswith(f"asked 1 worker to stop: pid {pid} on ")
     assert second == "each finishes its step, checkpoints and ends; go on with the command that made the sweep"
     assert third.startswith(f"trained on by pid {program.pid} on ")
-    deadline = time.monotonic() + DEADLINE
-    while lease.process_start_time(pid) == record["born"]:
-        assert time.monotonic() < deadline, "the worker goes on"
-        os.sched_yield()
+    until(lambda: lease.process_start_time(pid) != record["born"])
     assert (stranger.poll(), program.poll()) == (None, None)
     for process in (stranger, program):
         process.kill()

@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 from fake_slurm import Fake
 from hypothesis import given
 from hypothesis import strategies as st
+from polling import until
 
 from mupsweep.errors import ConfigError
 from mupsweep.launchers import sbatch
@@ -224,14 +224,16 @@ def start(tmp_path: Path) -> Iterator[Start]:
     started = []
     os.mkfifo(tmp_path / "clock")
 
-    def start(worker: str, restarts: int, gpus: int = 0, **environment: str) -> subprocess.Popen[bytes]:
+    def start(
+        worker: str, restarts: int, gpus: int = 0, setup: tuple[str, ...] = (), **environment: str
+    ) -> subprocess.Popen[bytes]:
         python = tmp_path / "python"
         python.write_text(PYTHON)
         (tmp_path / "worker.sh").write_text(WORKER + worker)
         python.chmod(0o755)
         (tmp_path / "plan.jsonl").touch()
         site = Site("s", tmp_path, tmp_path, tmp_path, str(python))
-        text = Slurm(gpus=gpus, max_restarts=restarts).array_text(site, "w64-d2", TASKS)
+        text = Slurm(gpus=gpus, max_restarts=restarts, setup=setup).array_text(site, "w64-d2", TASKS)
         task = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "7"}
         variables = {**os.environ, **task, **environment}
         started.append(subprocess.Popen(["bash", "-c", text], cwd=tmp_path, env=variables, start_new_session=True))
@@ -251,10 +253,7 @@ READY = "touch ready; while :; do read -t 1 _ <> clock || true; done"
 
 def ended(process: subprocess.Popen[bytes], tmp_path: Path, number: signal.Signals) -> int:
     """The exit code of a task that got a signal when its worker was ready."""
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "ready").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
+    until((tmp_path / "ready").exists, process)
     process.send_signal(number)
     return process.wait(30)
 
@@ -276,6 +275,17 @@ def test_a_task_that_was_restarted_often_enough_is_left_alone(start: Start, slur
 def test_a_cancelled_task_tells_its_workers_and_is_not_queued_again(start: Start, slurm: Fake, tmp_path: Path) -> None:
     assert ended(start(READY, restarts=2), tmp_path, signal.SIGTERM) != 0
     assert (tmp_path / "told").read_text() == "USR1\n"
+    assert slurm.calls("scontrol") == []
+
+
+def test_a_signal_before_the_supervisor_can_take_it_ends_no_task(start: Start, slurm: Fake, tmp_path: Path) -> None:
+    """In the shell that prepares the job, and as Python starts; workers are started with stop signals blocked."""
+    early = "import os, signal as s\nif not s.pthread_sigmask(s.SIG_BLOCK, []): os.kill(os.getpid(), s.SIGUSR1)\n"
+    (tmp_path / "sitecustomize.py").write_text(early)
+    paths = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    task = start("echo >> trained", restarts=2, setup=("kill -USR1 $$",), PYTHONPATH=paths)
+    assert task.wait(30) == 0
+    assert (tmp_path / "trained").read_text() == "\n"
     assert slurm.calls("scontrol") == []
 
 

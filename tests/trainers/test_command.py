@@ -9,13 +9,13 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from forked import Forked
+from polling import DEADLINE, until
 
 from mupsweep.errors import ConfigError
 from mupsweep.store.lease import process_start_time
@@ -27,7 +27,6 @@ from mupsweep.training.program import visible_devices
 
 Cli = Callable[..., tuple[int, str, str]]
 
-DEADLINE = 120.0
 ONE = ["sweep.width_ratios=[1]", "sweep.log2_lrs=[-8]"]
 BASE = ["trainer=command", "sweep.name=mine", "launcher=inline", "data.tokenizer=bytes"]
 # A bowl over log2 LR; a run goes on from its folder, logs every step, and waits at step 5 until it may go on.
@@ -81,18 +80,6 @@ def trained(cli: Cli, *overrides: str) -> RunDir:
     code, _, err = cli("worker", str(sweep.path), "--device", "cpu")
     assert code == 0, err
     return run
-
-
-def until(condition: Callable[[], bool], process: Forked) -> None:
-    """Wait until something is true, while the process lives."""
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        try:
-            process.wait(0.01)
-        except subprocess.TimeoutExpired:
-            continue
-        raise AssertionError(f"the process ended early: {process.communicate()}")
 
 
 def lines(path: Path) -> list[str]:
@@ -453,9 +440,7 @@ def test_a_killed_worker_takes_its_program_along_and_nothing_is_lost(program: li
     owner = json.loads(run.process_path.read_text())["pid"]
     os.kill(worker.pid, signal.SIGKILL)
     worker.wait(DEADLINE)
-    deadline = time.monotonic() + DEADLINE
-    while process_start_time(owner) is not None:  # its watch ends it
-        assert time.monotonic() < deadline
+    until(lambda: process_start_time(owner) is None)  # its watch ends it
     Path("go").touch()
     assert cli("worker", str(sweep.path), "--device", "cpu")[0] == 0
     assert lines(run.output / "starts") == ["0", "5"]

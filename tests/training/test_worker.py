@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from command_line import mupsweep
 from forked import Forked
 from outcome import results
+from polling import DEADLINE, until
 
 from mupsweep import data
 from mupsweep.analysis.labels import DIVERGED, DONE
@@ -34,7 +34,6 @@ from mupsweep.training.signals import StopSignal
 CPU = ["launcher=inline", "launcher.device=cpu"]
 LONG = ["experiment=smoke", *CPU, "training.steps=250", "sweep.width_ratios=[2]", "sweep.log2_lrs=[-7]"]
 MANY = ["experiment=smoke", *CPU, "training.steps=10", "sweep.log2_lrs=[-9,-7,-5]", "sweep.seeds=[0,1]"]
-DEADLINE = 120.0
 
 
 def planned(overrides: list[str], out: Path) -> SweepDir:
@@ -48,18 +47,6 @@ def work(sweep: SweepDir, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A worker in this process, to its end."""
     command = ("worker", str(sweep.path), "--device", "cpu", *arguments)
     return subprocess.CompletedProcess(command, *mupsweep(*command))
-
-
-def until(condition: Callable[[], bool], process: Forked) -> None:
-    """Wait until something is true, while the process lives."""
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        try:
-            process.wait(0.01)
-        except subprocess.TimeoutExpired:
-            continue
-        raise AssertionError(f"the process ended early: {process.communicate()}")
 
 
 def kill(process: Forked) -> None:
