@@ -40,3 +40,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def counted(number: int, noun: str) -> str:
     """A number with its noun in the singular or plural: 1 run, 2 runs."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def verb(number: int, plural: str) -> str:
+    """A verb in the singular or plural: 1 run needs, 2 runs need; 1 is, 2 are."""
+    return {"are": "is"}.get(plural, f"{plural}s") if number == 1 else plural

@@ -43,7 +43,7 @@ FIGURE = LOSSES.with_suffix(".svg")  # made from the losses too
 COLUMNS = 100  # of the terminal that blocks show, and the longest line of a block
 TOLERANCE = 0.03  # absolute, or relative where that is more
 NUMBER = re.compile(r"[+-]?\d+\.\d+(?:e[+-]\d+)?")  # with a fraction: counts and sizes are exact
-TIMED = re.compile(r"roughly [^;]* each", re.DOTALL)  # depends on the machine
+TIMED = re.compile(r"roughly [^;]*FLOP/s(?:\s+each)?", re.DOTALL)  # depends on the machine
 
 
 def generated(text: str, folder: Path) -> str:

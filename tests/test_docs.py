@@ -301,10 +301,11 @@ def test_outputs_are_the_same_up_to_fitted_digits_and_times() -> None:
     assert not readme.same("sp: drifts -0.09", "sp: transfers -0.09", fitted=True)
     assert not readme.same("LR 0.01", "LR 0.011", fitted=False)
     timed = (
-        "roughly 5s on 2 cpu worker(s) at 1FLOP/s each; b",
-        "roughly 9m 05s on 8 cuda\n  worker(s) at 2FLOP/s each; b",
+        "roughly 5s on 2 cpu workers at 1FLOP/s each; b",
+        "roughly 9m 05s on 8 cuda\n  workers at 2FLOP/s each; b",
     )
     assert readme.same(*timed, fitted=False)
+    assert readme.same(timed[0], "roughly 5s on 1 cpu worker at 1FLOP/s; b", fitted=False)
     assert not readme.same(timed[0], timed[1].removesuffix("b"), fitted=False)
 
 

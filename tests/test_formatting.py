@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mupsweep.formatting import counted, nearest
+from mupsweep.formatting import counted, nearest, verb
 
 NAMES = ("sp", "mup", "spectral", "depth_mup")
 
@@ -21,3 +21,5 @@ def test_a_valid_name_is_told_as_it_is_written() -> None:
 
 def test_one_is_no_plural() -> None:
     assert [counted(n, "run") for n in (0, 1, 2)] == ["0 runs", "1 run", "2 runs"]
+    assert [verb(n, "need") for n in (0, 1, 2)] == ["need", "needs", "need"]
+    assert [verb(n, "are") for n in (0, 1, 2)] == ["are", "is", "are"]

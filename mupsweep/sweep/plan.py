@@ -16,7 +16,7 @@ from mupsweep.analysis.labels import Label, label_of
 from mupsweep.analysis.run_result import RunResult
 from mupsweep.data import epochs_remark
 from mupsweep.errors import ConfigError, RecordError
-from mupsweep.formatting import counted
+from mupsweep.formatting import counted, verb
 from mupsweep.models.shape import Size
 from mupsweep.optimizers import Optimizer
 from mupsweep.schema import foreign_code
@@ -310,8 +310,8 @@ def grid_remarks(runs: Iterable[RunSpec]) -> list[str]:
         outside = [x for x in grids[name] if not low <= x <= high]
         if 2 * len(outside) > len(grids[name]):
             remarks.append(
-                f"{name}: {len(outside)} of {counted(len(grids[name]), 'LR')} lie outside of 2^{low:g} to 2^{high:g}, "
-                f"where its best LRs lie as a rule; {_grid_hint(name, optimizers, grids)}"
+                f"{name}: {len(outside)} of {counted(len(grids[name]), 'LR')} {verb(len(outside), 'lie')} outside of "
+                f"2^{low:g} to 2^{high:g}, where its best LRs lie as a rule; {_grid_hint(name, optimizers, grids)}"
             )
     return remarks
 

@@ -75,7 +75,7 @@ def test_an_interval_too_wide_to_tell_is_inconclusive_and_not_ok(cli: Cli) -> No
     (line,) = (line for line in out.splitlines() if line.startswith("change of attention logits "))
     assert line.endswith("too wide"), line
     assert "inconclusive, add sizes or seeds: change of attention logits goes as width^" in out
-    assert "INCONCLUSIVE: 1 of 13 intervals are wider than 0.5" in out
+    assert "INCONCLUSIVE: 1 of 13 intervals is wider than 0.5" in out
     assert "passed: " not in out
 
 

@@ -413,7 +413,7 @@ def test_a_missing_device_is_named_in_the_plan(
     monkeypatch.setattr("mupsweep.report.terminal.plan.accelerator", lambda: "cpu")
     code, out, _ = cli("plan", SMOKE, "launcher=local", "launcher.devices=[cuda:7]")
     assert code == 0
-    assert " on 1 cuda worker(s) at 100TFLOP/s each" in out
+    assert " on 1 cuda worker at 100TFLOP/s; " in out
     assert "note: launcher.devices names cuda, and this machine seems to have cpu alone: " in out
     assert "cuda" not in cli("plan", SMOKE, "launcher=local", "launcher.devices=[cpu]")[1]
 

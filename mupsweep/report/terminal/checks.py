@@ -16,6 +16,7 @@ from mupsweep.check.exponents import TOLERANCE, WEIGHT, WRONG_RULE, Coordinates,
 from mupsweep.check.measure import CHANGE, UPDATE
 from mupsweep.check.regression import Exponent, signed
 from mupsweep.check.update_law import Measured
+from mupsweep.formatting import counted, verb
 from mupsweep.optimizers import Optimizer
 from mupsweep.optimizers.foreign import Foreign
 from mupsweep.report.terminal.console import console_of, table_of
@@ -118,16 +119,20 @@ def _conclusion(variant: Coordinates) -> list[str]:
             lines.append(f"{variant.label[2]} promises nothing along the {axis}")
     lines += variant.causes()
     if variant.failed:
-        missed_text = f"{len(missed)} of {len(judged)} promises are missed by more than {TOLERANCE:g}"
+        promises = f"{len(missed)} of {counted(len(judged), 'promise')} {verb(len(missed), 'are')}"
+        missed_text = f"{promises} missed by more than {TOLERANCE:g}"
         return [*lines, f"FAILED: {missed_text if missed else 'some runs diverged'}"]
     if variant.inconclusive:
+        wide = len(variant.inconclusive)
         lines.append(
-            f"INCONCLUSIVE: {len(variant.inconclusive)} of {len(judged)} intervals are wider than {WRONG_RULE:g}, by "
-            "which wrong rules err: add sizes (sweep.width_ratios, sweep.depth_ratios) or sweep.seeds"
+            f"INCONCLUSIVE: {wide} of {counted(len(judged), 'interval')} {verb(wide, 'are')} wider than "
+            f"{WRONG_RULE:g}, by which wrong rules err: add sizes (sweep.width_ratios, sweep.depth_ratios) or "
+            "sweep.seeds"
         )
     elif judged:
         lines.append(
-            f"passed: {len(judged)} promises kept within {TOLERANCE:g}; only a sweep shows whether the LR transfers"
+            f"passed: {counted(len(judged), 'promise')} kept within {TOLERANCE:g}; only a sweep shows whether the LR "
+            "transfers"
         )
     return lines
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.errors import ConfigError, RecordError
-from mupsweep.formatting import counted, duration, si
+from mupsweep.formatting import counted, duration, si, verb
 from mupsweep.report.terminal.console import console_of, table_of
 from mupsweep.store.environment import accelerator, cores
 from mupsweep.store.run_dir import PENDING
@@ -65,7 +65,10 @@ def show_plan(config: SweepConfig, as_json: bool) -> None:
     else:
         console.say(f"nothing to train: {counted(len(runs) - spared, 'run')} finished")
     if spared:
-        console.say(f"{counted(spared, 'run')} need no training: at their size two parametrizations are the same")
+        at_size = "at its size" if spared == 1 else "at their size"
+        console.say(
+            f"{counted(spared, 'run')} {verb(spared, 'need')} no training: {at_size} two parametrizations are the same"
+        )
     if searches:
         console.say(_search_remark(config, runs, first=not exists))
     remarks = [*_device_remarks(config.launcher_options), *grid_remarks(runs), *corpus_remarks(runs)]
@@ -86,9 +89,11 @@ def price_text(runs: Sequence[RunSpec], launcher: LauncherOptions) -> str:
     if device == "cpu" and seconds > 3600:
         on_one_gpu = sum(run.cost.seconds(run.resolved.steps, "cuda") for run in runs)
         elsewhere = f", {duration(on_one_gpu)} on a GPU at {si(FLOPS_PER_SECOND['cuda'])}FLOP/s"
+    lanes = _lanes(launcher, device)
     return (
-        f"{si(sum(run.cost.flops for run in runs))}FLOPs, roughly {duration(seconds)} on {_lanes(launcher, device)} "
-        f"{device} worker(s) at {si(FLOPS_PER_SECOND[device])}FLOP/s each{elsewhere}"
+        f"{si(sum(run.cost.flops for run in runs))}FLOPs, roughly {duration(seconds)} on "
+        f"{counted(lanes, f'{device} worker')} at {si(FLOPS_PER_SECOND[device])}FLOP/s{' each' if lanes > 1 else ''}"
+        f"{elsewhere}"
     )
 
 
