@@ -176,10 +176,15 @@ def _check_patterns(patterns: Iterable[str], names: Sequence[str]) -> None:
 
 def _check_tie(use: _Use, other: _Use) -> None:
     """Refuse a tensor whose names call for different numbers."""
-    for key in ("lr", "weight_decay", "eps", "init_std"):
-        a, b = getattr(use.scaling.rule, key), getattr(other.scaling.rule, key)
-        if use.scaling.scaled != other.scaling.scaled or not math.isclose(a, b, rel_tol=1e-9):
-            raise ConfigError(
-                f"{use.tensor.name} and {other.tensor.name} are one tensor, but their rules differ ({key} x{a:g} and "
-                f"x{b:g}): untie them"
-            )
+    one, another = use.scaling, other.scaling
+    if one.scaled.optimizer != another.scaled.optimizer:
+        difference = f"{one.scaled.optimizer.name} and {another.scaled.optimizer.name}"
+    elif one.scaled.lr_ratio != another.scaled.lr_ratio:
+        difference = f"base LR x{one.scaled.lr_ratio:g} and x{another.scaled.lr_ratio:g}"
+    elif key := one.differing_key(another):
+        difference = f"{key} x{getattr(one.rule, key):g} and x{getattr(another.rule, key):g}"
+    else:
+        return
+    raise ConfigError(
+        f"{use.tensor.name} and {other.tensor.name} are one tensor, but their rules differ ({difference}): untie them"
+    )

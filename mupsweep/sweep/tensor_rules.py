@@ -74,6 +74,14 @@ class TensorScaling(NamedTuple):
         scales = {"eps": self.rule.eps, **self.thresholds}
         return {name: base.value * scales[name] for name, base in self.scaled.optimizer.thresholds(dims).items()}
 
+    def differing_key(self, other: TensorScaling) -> str | None:
+        """The first number of the rule in which two tensors differ that may share their storage; None if in none."""
+        keys = ("init_std", "lr", "weight_decay", "eps")
+        return next(
+            (key for key in keys if not math.isclose(getattr(self.rule, key), getattr(other.rule, key), rel_tol=1e-9)),
+            None,
+        )
+
 
 def rules(resolved: ResolvedVariant, size: Size, base_lr: float) -> tuple[TensorRule, ...]:
     """The rule of every tensor at `size`, in the order of the forward pass.
@@ -285,15 +293,13 @@ def _check_roles(resolved: ResolvedVariant) -> None:
 
 def _check_tie(resolved: ResolvedVariant, spec: TensorSpec, scaling: TensorScaling, tied: TensorScaling) -> None:
     """Refuse a tensor that shares its storage with one of another rule."""
-    for key in ("init_std", "lr", "weight_decay", "eps"):
-        a, b = getattr(scaling.rule, key), getattr(tied.rule, key)
-        if not math.isclose(a, b, rel_tol=1e-9):
-            raise ConfigError(
-                f"model.tied=true: {spec.tied_to} and {spec.name} share storage, but "
-                f"{resolved.parametrization.name} with {resolved.optimizer.name} wants {key} x{b:g} for the one "
-                f"and x{a:g} for the other; "
-                "use model.tied=false, or parametrization.output=multiplier if it is init"
-            )
+    if key := scaling.differing_key(tied):
+        raise ConfigError(
+            f"model.tied=true: {spec.tied_to} and {spec.name} share storage, but "
+            f"{resolved.parametrization.name} with {resolved.optimizer.name} wants {key} x{getattr(tied.rule, key):g} "
+            f"for the one and x{getattr(scaling.rule, key):g} for the other; "
+            "use model.tied=false, or parametrization.output=multiplier if it is init"
+        )
 
 
 def rule_record(row: TensorRule) -> dict[str, Any]:
