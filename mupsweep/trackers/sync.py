@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mupsweep import trackers
-from mupsweep.errors import ConfigError, RecordError
+from mupsweep.errors import MupsweepError, RecordError
 from mupsweep.formatting import counted
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.trackers.live import sync_runs
@@ -27,7 +27,7 @@ def sync(sweep: SweepDir, project: str | None = None, entity: str | None = None)
     try:
         n_pushed = sync_runs(tracker, sweep, running=not workers_push)
         address = "/".join(tracker.address())
-    except ConfigError:  # no login: the message says what to do
+    except MupsweepError:  # no login, damaged records: the message says what to do
         raise
     except Exception as error:
         raise RecordError(

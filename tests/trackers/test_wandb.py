@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import damaged_file, of_one_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from outcome import OF_THE_CLOCK
 from run_results import results
 from wandb_server import API_KEY, StoredRun, WandbServer
 
 from mupsweep.analysis.analysis import analyse
 from mupsweep.analysis.labels import DIVERGED, DONE
+from mupsweep.errors import RecordError
 from mupsweep.report.generate import generate
 from mupsweep.report.results_files import write_results
 from mupsweep.store.run_dir import RunDir
@@ -27,6 +32,7 @@ from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import load
 from mupsweep.trackers import live
+from mupsweep.trackers import wandb as wandb_tracker
 from mupsweep.trackers.wandb import StoredRun as StoredSummary
 from mupsweep.trackers.wandb import Wandb, client_folder, numbered, shut_down, summary, summary_id, wandb_id
 from mupsweep.training.worker import execute
@@ -34,7 +40,6 @@ from mupsweep.training.worker import execute
 SMALL = ["experiment=smoke", "sweep.width_ratios=[1,2]", "sweep.log2_lrs=[-9,-7]", "sweep.name=tracked"]
 ONLINE = ["tracker=wandb", "tracker.mode=online"]
 ONE = ["sweep.width_ratios=[1]", "sweep.log2_lrs=[-8]", "training.steps=60", *ONLINE]
-GIVES_UP = "tracker.init_timeout=4"  # the client tries an id of a deleted run again for so many seconds
 HELD = 20  # the step at which a test interferes
 
 
@@ -355,11 +360,18 @@ def test_no_key_reaches_the_records_and_no_environment_the_server(server: WandbS
     assert not uploaded & {"wandb-metadata.json", "requirements.txt", "output.log"}
 
 
+@pytest.fixture
+def short_first_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first attempt to open a run ends before the client asks a second time, which it does after 2 s."""
+    monkeypatch.setattr(wandb_tracker, "FIRST_INIT_TIMEOUT", 1.0)
+
+
 @of_the_clients_own
+@pytest.mark.usefixtures("short_first_attempt")
 def test_a_deleted_run_goes_on_under_another_id_and_the_others_as_before(
     server: WandbServer, caplog: pytest.LogCaptureFixture, cli: Callable[..., tuple[int, str, str]]
 ) -> None:
-    sweep = planned("sweep.width_ratios=[1]", "tracker=wandb", "tracker.mode=offline", GIVES_UP)
+    sweep = planned("sweep.width_ratios=[1]", "tracker=wandb", "tracker.mode=offline")
     assert execute(sweep)
     lost, kept = (wandb_id(sweep, row["run_id"]) for row in sweep.read_plan())
     server.deleted.add(lost)
@@ -369,14 +381,29 @@ def test_a_deleted_run_goes_on_under_another_id_and_the_others_as_before(
     (warning,) = [line for line in warnings_of(caplog) if "deleted" in line]
     assert lost in warning
     assert set(server.runs) == {f"{lost}-2", kept}
+    assert server.refused == [lost]  # asked once, and not until init_timeout ends
     assert len(server.runs[f"{lost}-2"].history) == len(server.runs[kept].history) == 30
     assert cli("sync", str(sweep.path))[1] == "0 of 2 runs pushed to lab/mupsweep, group tracked\n"
 
 
+@pytest.mark.usefixtures("short_first_attempt")
+def test_a_server_that_is_slow_to_open_a_run_is_asked_again(
+    server: WandbServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    sweep = planned(*ONE)
+    server.busy = 1
+    with caplog.at_level(logging.WARNING, logger="mupsweep"):
+        assert execute(sweep)
+    assert (server.busy, warnings_of(caplog)) == (0, [])
+    (run,) = server.runs.values()
+    assert len(run.history) == 60
+
+
+@pytest.mark.usefixtures("short_first_attempt")
 def test_a_run_that_was_deleted_is_pushed_while_it_trains(
     server: WandbServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sweep = planned(*ONE, GIVES_UP)
+    sweep = planned(*ONE)
     lost = wandb_id(sweep, sweep.read_plan()[0]["run_id"])
     server.deleted |= {lost, f"{lost}-2"}
     with caplog.at_level(logging.WARNING, logger="mupsweep"):
@@ -446,3 +473,41 @@ def test_without_a_login_one_line_says_what_to_do(
     code, _, err = cli("sync", str(sweep.path))
     assert (code, err) == (2, f"mupsweep: {told} (and WANDB_BASE_URL)\n")
     assert server.runs == {}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> SweepDir:
+    """A sweep that has nothing but results."""
+    sweep = SweepDir(tmp_path_factory.mktemp("whole"))
+    row = {"model": "nanogpt", "optimizer": "adamw", "parametrization": "sp", "depth": 4, "depth_ratio": 1.0, "seed": 0}
+    runs = [
+        {**row, "width": width, "width_ratio": width / 32, "log2_lr": x, "status": DONE, "val_loss": 3 + (x + 8) ** 2}
+        for width in (32, 64)
+        for x in (-9.0, -8.0, -7.0)
+    ]
+    write_results(sweep.results, analyse(results(runs)))
+    return sweep
+
+
+@pytest.mark.parametrize("name", summary.FILES)
+@given(draws=st.data())
+@settings(of_one_folder, max_examples=15)
+def test_damaged_results_are_logged_or_named_in_one_line(
+    whole: SweepDir, name: str, tmp_path: Path, draws: st.DataObject
+) -> None:
+    sweep = SweepDir(tmp_path / "sweep")
+    shutil.rmtree(sweep.path, ignore_errors=True)
+    shutil.copytree(whole.path, sweep.path)
+    (sweep.results / name).write_bytes(draws.draw(damaged_file(whole.results / name)))
+    refusals: list[str] = []
+    try:
+        with summary.of_whole_results(sweep):
+            summary.digest(sweep)
+            summary.tags(sweep)
+            summary.verdicts(sweep)
+            summary.content(sweep)
+    except RecordError as error:
+        refusals.append(str(error))
+    for refusal in refusals:
+        assert refusal.endswith(f": mupsweep report {sweep.path} writes them anew")
+        assert len(refusal.splitlines()) == 1

@@ -67,7 +67,8 @@ class StoredRun:
 class WandbServer(ThreadingHTTPServer):
     """`runs` and `views` by name; `broken` makes every answer an error, `silent` leaves every request unanswered.
 
-    An id in `deleted` is of a run that was deleted, which no later run can have.
+    An id in `deleted` is of a run that was deleted, which no later run can have; `refused` lists the attempts. The next
+    `busy` requests for a run get an error that passes.
     """
 
     daemon_threads = True
@@ -79,6 +80,8 @@ class WandbServer(ThreadingHTTPServer):
         self.artifacts: list[str] = []
         self.unknown: list[str] = []
         self.deleted: set[str] = set()
+        self.refused: list[str] = []
+        self.busy = 0
         self.lock = threading.Lock()
         self.broken = False
         self.silent = False
@@ -136,7 +139,7 @@ class WandbServer(ThreadingHTTPServer):
         return {"upsertBucket": {"bucket": fields | {"historyLineCount": len(run.lines)}, "inserted": new}}
 
     def gql_run_resume_status(self, given: dict[str, Any]) -> dict[str, Any]:
-        is_stored = given["name"] in self.runs
+        is_stored = given["name"] in self.runs and "config" in self.runs[given["name"]].fields
         if given["name"] in self.deleted:
             return {"model": None}
         run = self.run(given["name"])
@@ -303,7 +306,13 @@ class Handler(BaseHTTPRequestHandler):
             query = json.loads(body)
             operation = re.search(r"(?:query|mutation)\s+(\w+)", query["query"])
             name = (query.get("variables") or {}).get("name")
-            if operation and operation[1] == "UpsertBucket" and name in self.server.deleted:
+            opens = operation is not None and operation[1] == "UpsertBucket"
+            if opens and self.server.busy:
+                self.server.busy -= 1
+                self._send({"error": "busy"}, 503)
+                return
+            if opens and name in self.server.deleted:
+                self.server.refused.append(name)
                 message = f"run {name} was previously created and deleted; try a new run name"
                 errors = [{"message": message, "path": ["upsertBucket"], "extensions": {"code": "ERR"}}]
                 self._send({"data": {"upsertBucket": None}, "errors": errors}, 409)

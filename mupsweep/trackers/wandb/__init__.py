@@ -20,7 +20,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ PROJECT = "mupsweep"
 SUMMARY = "summary"  # the name and the job type of the run that summarises a sweep
 MAX_DELETED = 20  # runs of one name that may have been deleted on the server
 MAX_ID_LENGTH = 64  # characters that W&B allows
+FIRST_INIT_TIMEOUT = 4.0  # seconds of the first attempt to open a run, after which its id may turn out to be deleted
 MIRRORED = "mirrored"  # the key of a W&B run's summary that holds the fingerprint of its records
 COMPLETE = ("finished", "failed", "preempted")  # states of a W&B run of which every row arrived
 SHUTDOWN_TIMEOUT = 5.0  # seconds that an ending process waits for the client's service; every row has arrived by then
@@ -92,17 +93,20 @@ class Wandb:
     def analysed(self, sweep: SweepDir) -> None:
         from mupsweep.trackers.wandb import summary, workspace
 
-        content = summary.digest(sweep)
-        if content is None:
+        with summary.of_whole_results(sweep):
+            digest = summary.digest(sweep)
+        if digest is None:
             return
         stored = self.stored_runs(sweep)
         variants = sorted({row["variant"] for row in sweep.read_plan()})
         name = summary_id(sweep, variants, stored)
-        if name not in stored or stored[name].fingerprint != content:
+        if name not in stored or stored[name].fingerprint != digest:
+            with summary.of_whole_results(sweep):
+                tags, content, verdicts = summary.tags(sweep), summary.content(sweep), summary.verdicts(sweep)
             config = {"sweep": sweep.name, "variants": variants}
-            with Session(self, sweep, name, SUMMARY, SUMMARY, summary.tags(sweep), config) as session:
-                session.run.log(summary.content(sweep))
-                session.run.summary.update(summary.verdicts(sweep) | {MIRRORED: content})
+            with Session(self, sweep, name, SUMMARY, SUMMARY, tags, config) as session:
+                session.run.log(content)
+                session.run.summary.update(verdicts | {MIRRORED: digest})
         if self.workspace:
             workspace.save(sweep, *self.address())
 
@@ -170,46 +174,38 @@ class Session:
         require_login()
         start_service()
         self.folder = client_folder()
-        settings = wandb.Settings(
-            init_timeout=tracker.init_timeout,
-            finish_timeout=tracker.finish_timeout,
-            finish_timeout_raises=True,
-            silent=True,
-            console="off",
-            disable_code=True,
-            disable_git=True,
-            x_disable_meta=True,  # no user name, command line or machine
-            x_disable_stats=True,
-            x_save_requirements=False,
-        )
+
+        def open_run(numbered_id: str, init_timeout: float) -> Any:
+            settings = wandb.Settings(
+                init_timeout=init_timeout,
+                finish_timeout=tracker.finish_timeout,
+                finish_timeout_raises=True,
+                silent=True,
+                console="off",
+                disable_code=True,
+                disable_git=True,
+                x_disable_meta=True,  # no user name, command line or machine
+                x_disable_stats=True,
+                x_save_requirements=False,
+            )
+            return wandb.init(
+                project=tracker.project_name,
+                entity=tracker.entity,
+                id=numbered_id,
+                name=name if job_type == "train" else f"{sweep.name} {name}",
+                group=sweep.name,
+                job_type=job_type,
+                tags=[tag[:64] for tag in tags],
+                config=dict(config),
+                dir=self.folder,
+                mode="online",
+                resume="allow",
+                reinit="create_new",
+                settings=settings,
+            )
+
         try:
-            for numbered_id in numbered(run_id):
-                try:
-                    self.run = wandb.init(
-                        project=tracker.project_name,
-                        entity=tracker.entity,
-                        id=numbered_id,
-                        name=name if job_type == "train" else f"{sweep.name} {name}",
-                        group=sweep.name,
-                        job_type=job_type,
-                        tags=[tag[:64] for tag in tags],
-                        config=dict(config),
-                        dir=self.folder,
-                        mode="online",
-                        resume="allow",
-                        reinit="create_new",
-                        settings=settings,
-                    )
-                    break
-                except wandb.Error as error:
-                    if not was_deleted(error):
-                        raise
-                    log.warning(
-                        "the W&B run %s was deleted there, and W&B never takes its id again: it goes on under another",
-                        numbered_id,
-                    )
-            else:
-                raise ConfigError(f"W&B has deleted {MAX_DELETED} runs {run_id}: choose another project or sweep.name")
+            self.run = open_first_free(open_run, run_id, tracker.init_timeout)
         except BaseException:
             self._remove_files()
             raise
@@ -297,6 +293,42 @@ def numbered(run_id: str) -> Iterator[str]:
     yield run_id
     for number in range(2, MAX_DELETED + 1):
         yield f"{run_id[: MAX_ID_LENGTH - 3]}-{number}"
+
+
+def open_first_free(open_run: Callable[[str, float], Any], run_id: str, init_timeout: float) -> Any:
+    """Open a run under the first of its ids that was not deleted on the server, and return the client's run.
+
+    The client takes the refusal of a deleted id for a conflict that passes, and asks again until its timeout, which is
+    all that bounds this request alone. So the first attempt is short; where its failure has another reason, such as a
+    slow server, a second one has the rest of the time.
+
+    Args:
+        open_run: opens an id, within a number of seconds.
+        run_id: the run's first id.
+        init_timeout: seconds for each id.
+
+    Raises:
+        ConfigError: all ids of the run were deleted.
+    """
+    import wandb
+
+    longer = init_timeout - FIRST_INIT_TIMEOUT
+    attempts = [FIRST_INIT_TIMEOUT, longer] if longer > FIRST_INIT_TIMEOUT else [init_timeout]
+    for numbered_id in numbered(run_id):
+        for attempt, seconds in enumerate(attempts, 1):
+            try:
+                return open_run(numbered_id, seconds)
+            except wandb.Error as error:
+                if was_deleted(error):
+                    break
+                if attempt == len(attempts):
+                    raise
+                shut_down()  # the client's service takes the id for in use
+                start_service()
+        log.warning(
+            "the W&B run %s was deleted there, and W&B never takes its id again: it goes on under another", numbered_id
+        )
+    raise ConfigError(f"W&B has deleted {MAX_DELETED} runs {run_id}: choose another project or sweep.name")
 
 
 def was_deleted(error: BaseException) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mupsweep.analysis.labels import label_of
-from mupsweep.atomic_files import read_json
+from mupsweep.documents import parse_json
+from mupsweep.errors import RecordError, reason
 from mupsweep.store.sweep_dir import SweepDir
 
 FILES = ("runs.csv", "curves.csv", "transfer.json")
@@ -19,9 +21,25 @@ SIZE = ("width", "depth", "ratio", "n_runs", "n_diverged", "log2_lr_optimum", "l
 INTERVALS = {"drift": "octaves_per_doubling", "total_drift": "octaves", "regret": "nats"}  # and their units
 
 
+@contextlib.contextmanager
+def of_whole_results(sweep: SweepDir) -> Iterator[None]:
+    """Context in which the results are read.
+
+    Raises:
+        RecordError: they are damaged.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise RecordError(
+            f"the results in {sweep.results} are damaged ({type(error).__name__}: {reason(error)}): "
+            f"mupsweep report {sweep.path} writes them anew"
+        ) from error
+
+
 def digest(sweep: SweepDir) -> str | None:
     """Return a digest of the results; None before there are any."""
-    if read_json(sweep.results / "transfer.json") is None:
+    if not (sweep.results / "transfer.json").is_file():
         return None
     results = [(sweep.results / name).read_bytes() for name in FILES]
     names = "".join(figures(sweep)).encode()  # what they show follows from the results
@@ -150,7 +168,7 @@ def _read(sweep: SweepDir, name: str) -> list[dict[str, str]]:
 
 
 def _groups(sweep: SweepDir) -> list[dict[str, Any]]:
-    return (read_json(sweep.results / "transfer.json") or {"groups": []})["groups"]
+    return parse_json((sweep.results / "transfer.json").read_bytes())["groups"]
 
 
 def _label(row: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ def save(sweep: SweepDir, entity: str, project: str) -> str | None:
         ),
     )
     url = (read_json(urls_path) or {}).get(f"{entity}/{project}")
-    if url is not None:
+    if isinstance(url, str):
         try:
             existing = ws.Workspace.from_url(url)
             workspace._internal_name, workspace._internal_id = existing._internal_name, existing._internal_id
