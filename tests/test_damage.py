@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import shutil
 import signal
-from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
-import yaml
 from command_line import mupsweep
-from hypothesis import HealthCheck, given, settings
+from damage import CELLS, damaged_bytes, damaged_cells, damaged_file, of_one_folder
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 STORED = Path(__file__).with_name("stored") / "sweep"
@@ -20,6 +24,7 @@ RUN = "runs/w8-d1-lr-4.00-s0-bffae01d"
 RECORDS = [
     *("config.yaml", "plan.jsonl", "environment.json", "jobs/12.json"),
     *(f"{RUN}/{name}" for name in ("summary.json", "status.json", "metrics.jsonl", "claims/0000.json", "config.yaml")),
+    "results/check.json",
 ]
 TABLE = "model,width,lr,val_loss,seed,status\n" + "".join(
     f"gpt,{width},{lr},{3 + (i - 1.6) ** 2 / 10 + 9 / width},0,done\n"
@@ -27,70 +32,6 @@ TABLE = "model,width,lr,val_loss,seed,status\n" + "".join(
     for i, lr in enumerate((0.001, 0.002, 0.004, 0.008))
 )
 CPU_SECONDS = 60  # that a command may take before it counts as one that hangs
-
-STRANGE = st.one_of(
-    st.sampled_from(
-        [None, True, 0, -1, 1e30, 1e308, 10**400, "", "abc", "../../x", "/etc/passwd", "x" * 3000, "\x1b[31m", "\n"]
-    ),
-    st.sampled_from([[], {}, [[]], {"kind": "os.path"}, "${oc.env:HOME}", "\u00b2", "1e5", "running", 2**63, 1e-300]),
-    st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False),
-    st.integers(),
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
-)
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of every value in plain data."""
-    yield path
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield from places(item, (*path, key))
-
-
-@st.composite
-def damaged_data(draw: st.DrawFn, value: Any) -> Any:
-    """Plain data with one value replaced or left out, or a key more."""
-    copy = json.loads(json.dumps(value))
-    path = draw(st.sampled_from(list(places(copy))))
-    if not path:
-        return draw(STRANGE)
-    parent = copy
-    for key in path[:-1]:
-        parent = parent[key]
-    change = draw(st.sampled_from(["replace", "replace", "replace", "remove", "add"]))
-    if change == "remove":
-        del parent[path[-1]]
-    elif change == "add" and isinstance(parent, dict):
-        parent["unknown"] = draw(STRANGE)
-    else:
-        parent[path[-1]] = draw(STRANGE)
-    return copy
-
-
-@st.composite
-def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
-    """Bytes that were cut or flipped."""
-    if draw(st.booleans()):
-        return content[: draw(st.integers(0, len(content)))]
-    flipped = bytearray(content)
-    for place in draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
-        flipped[place] = draw(st.integers(0, 255))
-    return bytes(flipped)
-
-
-@st.composite
-def damaged_file(draw: st.DrawFn, path: Path) -> bytes:
-    """The content of a record, damaged as data or as bytes."""
-    content = path.read_bytes()
-    if draw(st.integers(0, 3)) == 0:
-        return draw(damaged_bytes(content))
-    if path.suffix == ".yaml":
-        return yaml.safe_dump(draw(damaged_data(yaml.safe_load(content)))).encode()
-    if path.suffix == ".json":
-        return json.dumps(draw(damaged_data(json.loads(content)))).encode()
-    lines = content.splitlines()
-    row = draw(st.integers(0, len(lines) - 1))
-    lines[row] = json.dumps(draw(damaged_data(json.loads(lines[row])))).encode()
-    return b"\n".join(lines) + b"\n"
 
 
 def hangs(*_: object) -> None:
@@ -123,6 +64,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "jobs").mkdir()
     job = {"job": "12", "script": "submit-w8-d1.sbatch", "tasks": [["w8-d1-lr-4.00-s0-bffae01d"]]}
     (folder / "jobs" / "12.json").write_text(json.dumps(job))
+    (folder / "results").mkdir()
+    interval = {"value": 0.0, "low": -0.1, "high": 0.1}
+    row = {"axis": "width", "quantity": "change of features", "role": None, "promised": "0", "sizes": [8, 16]}
+    row |= {"judged": interval, "after": {"2": {**interval, "values": [1.0, 1.5]}}, "shown": True, "off": ["head"]}
+    label = {"model": "nanogpt", "optimizer": "adamw", "parametrization": "sp"}
+    check = {"variants": [{**label, "passed": False, "causes": ["its eps"], "roles": [row]}]}
+    (folder / "results" / "check.json").write_text(json.dumps(check))
     return folder
 
 
@@ -138,7 +86,6 @@ def damage(whole: Path, data: st.DataObject, commands: list[list[str]]) -> None:
 
 STATUS = [["status", "sweep"], ["status", "sweep", "--runs"], ["status", "sweep", "--json"]]
 VERDICTS = [["transfer", "sweep", "sweep", "--json"], ["transfer", "sweep", "--to", "width=16"], ["report", "sweep"]]
-of_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @pytest.fixture
@@ -169,24 +116,12 @@ def test_every_command_on_a_damaged_sweep_gives_a_result_or_one_line(
     damage(whole, data, [*STATUS, *VERDICTS, *VERDICTS])
 
 
-CELLS = st.one_of(
-    st.sampled_from(
-        ["", "nan", "inf", "-1", "1e30", "abc", "3.5±0.01", "1e400", "\x1b[31m", "../../x", "2^-10", '"', "9" * 400]
-    ),
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=6),
-)
-
-
 @st.composite
 def damaged_table(draw: st.DrawFn) -> bytes:
     """A table as bytes that were damaged, or with some cells replaced."""
     if draw(st.integers(0, 3)) == 0:
         return draw(damaged_bytes(TABLE.encode()))
-    rows = [line.split(",") for line in TABLE.splitlines()]
-    for _ in range(draw(st.integers(1, 3))):
-        row = draw(st.integers(0, len(rows) - 1))
-        rows[row][draw(st.integers(0, len(rows[row]) - 1))] = draw(CELLS)
-    return "\n".join(",".join(row) for row in rows).encode()
+    return draw(damaged_cells(TABLE.encode()))
 
 
 def judge_table(content: bytes, as_jsonl: bool) -> None:
@@ -203,6 +138,94 @@ def judge_table(content: bytes, as_jsonl: bool) -> None:
 @settings(of_one_folder, max_examples=25)
 def test_a_damaged_table_gives_a_result_or_one_line(content: bytes, as_jsonl: bool) -> None:
     judge_table(content, as_jsonl)
+
+
+@st.composite
+def damaged_parquet(draw: st.DrawFn) -> bytes:
+    """A parquet table as bytes that were damaged, or with a column of another type, another name or none."""
+    names, *rows = (line.split(",") for line in TABLE.splitlines())
+    columns: dict[str, Any] = dict(zip(names, zip(*rows, strict=True), strict=True))
+    for name in ("width", "lr", "val_loss", "seed"):
+        columns[name] = [float(cell) for cell in columns[name]]
+    name = draw(st.sampled_from(names))
+    n = len(rows)
+    other: list[Any] = [
+        *(n * [value] for value in (None, True, -1, 2**62, 1e308, math.nan, math.inf, "abc", "\x1b[31m", b"\xff")),
+        *(n * [{"a": 1}], n * [[1]], n * [Decimal("1e30")], [1.0, *(n - 1) * [None]]),
+        pyarrow.array(n * [b"\xff"]).view(pyarrow.utf8()),  # no UTF-8
+        *(pyarrow.array(n * [2**62], kind) for kind in (pyarrow.timestamp("s"), pyarrow.timestamp("ns", "UTC"))),
+        pyarrow.array(n * [2**31 - 1], pyarrow.date32()),
+    ]
+    change = draw(st.integers(0, 4))
+    if change == 0:
+        columns["val_loss " if name == "model" else "model"] = columns.pop(name)
+    elif change < 4:
+        columns[name] = draw(st.sampled_from(other))
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+    return draw(damaged_bytes(buffer.getvalue())) if change == 4 else buffer.getvalue()
+
+
+@given(damaged_parquet())
+@settings(of_one_folder, max_examples=25)
+def test_a_damaged_parquet_table_gives_a_result_or_one_line(content: bytes) -> None:
+    Path("runs.parquet").write_bytes(content)
+    answers("transfer", "--from", "runs.parquet", "--to", "width=1024")
+
+
+SIZES = "width,depth,cost\n64,4,1\n128,4,8\n"
+
+
+ROWS_OF_SIZES = st.lists(CELLS, min_size=2, max_size=4).map(lambda cells: f"{SIZES}{','.join(cells)}".encode())
+
+
+@given(damaged_bytes(SIZES.encode()) | ROWS_OF_SIZES)
+@settings(of_one_folder, max_examples=25)
+def test_a_damaged_table_of_sizes_gives_a_result_or_one_line(content: bytes) -> None:
+    Path("runs.csv").write_text(TABLE)
+    Path("sizes.csv").write_bytes(content)
+    answers("plan", "--from", "runs.csv", "--sizes", "sizes.csv", "--log2-lrs=-14:-5")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text and the cache of its tokens, complete and as a process leaves it that is killed."""
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = (f"line {i} of a text that is short" for i in range(40))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    code, _, err = mupsweep("data", "prepare", *words_of(folder))
+    assert code == 0, err
+    (whole,) = (folder / "cache").glob("[!.]*")
+    partial = whole.with_name(f".{whole.name}.partial")
+    shutil.copytree(whole, partial)
+    header = json.loads((partial / "meta.json").read_text())
+    (partial / "meta.json").unlink()
+    (partial / "checkpoint.json").write_text(json.dumps({**header, "position": 40}))
+    return folder
+
+
+def words_of(folder: Path) -> list[str]:
+    """The words that name the corpus of a folder."""
+    data = (f"data.path={folder}/text.jsonl", f"data.cache={folder}/cache", "data.validation_fraction=0.2")
+    return ["data=local", "data.tokenizer=bytes", *data]
+
+
+@given(st.data())
+@settings(of_one_folder, max_examples=40)
+def test_a_damaged_corpus_gives_a_result_or_one_line(corpus: Path, data: st.DataObject) -> None:
+    folder = Path("damaged").absolute()
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(corpus, folder)
+    (whole,) = (folder / "cache").glob("[!.]*")
+    if data.draw(st.booleans()):
+        record = whole / data.draw(st.sampled_from(["meta.json", "meta.json", "train-00000.bin"]))
+    else:
+        shutil.rmtree(whole)
+        record = whole.with_name(f".{whole.name}.partial") / "checkpoint.json"
+    record.write_bytes(data.draw(damaged_file(record)))
+    command = data.draw(st.sampled_from([["list"], ["list", "--json"], ["verify"], ["prepare"]]))
+    answers("data", *command, *words_of(folder))
+    assert (folder / "text.jsonl").read_bytes() == (corpus / "text.jsonl").read_bytes()
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def epochs_remark(config: DataConfig, tokens: int) -> str | None:
         if not folder.exists():
             return None
         size = shards.meta(folder)["splits"]["train"]["tokens"]
-    if tokens <= size:
+    if tokens <= size or not size:  # of an empty corpus the training itself says what is wrong
         return None
     return (
         f"a run trains on {tokens:,} tokens, {tokens / size:.1f} times the {size:,} training tokens of "

@@ -123,7 +123,7 @@ def _partial_entry(partial: Path) -> Entry:
     """The entry of an incomplete corpus, from its checkpoint."""
     folder = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
     try:
-        checkpoint = json.loads((partial / CHECKPOINT).read_bytes())
+        checkpoint = shards.read_header(partial / CHECKPOINT)
     except (OSError, ValueError):
         checkpoint = {}
     return _entry(checkpoint, BUSY if _is_locked(folder) else PARTIAL, folder)
@@ -146,7 +146,7 @@ def _entry(meta: dict[str, Any], state: str, folder: Path) -> Entry:
         folder=str(folder),
         disk_bytes=_disk_bytes(partial(folder) if state in (BUSY, PARTIAL) else folder),
         path=meta.get("path", ""),
-        cuts_documents=meta.get("cuts_documents", False),
+        cuts_documents=meta.get("cuts_documents") is True,
     )
 
 

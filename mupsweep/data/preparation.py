@@ -73,7 +73,7 @@ def prepare(
         with cache.lock(target, lambda: say(f"waiting: another process prepares {target}")):
             if not target.exists():
                 if not (partial / "meta.json").is_file():
-                    corpus = _PartialCorpus.open(partial, say, shard_tokens)
+                    corpus = _PartialCorpus.open(partial, source, say, shard_tokens)
                     if not _write(corpus, source, config, content, say):
                         corpus = _PartialCorpus.new(partial, shard_tokens, cuts_documents=True)
                         _write(corpus, source, config, content, say)
@@ -106,7 +106,7 @@ class _PartialCorpus:
         self.folder = folder
         self.position = checkpoint["position"] if checkpoint else None
         self.writers = {split: SplitWriter(folder, split, shard_tokens, splits[split]) for split in SPLITS}
-        self.cuts_documents = checkpoint.get("cuts_documents", False) if checkpoint else cuts_documents
+        self.cuts_documents = checkpoint.get("cuts_documents") is True if checkpoint else cuts_documents
         self.hashed = False
         self._saved = time.monotonic()
 
@@ -119,16 +119,17 @@ class _PartialCorpus:
         return cls(folder, shard_tokens, cuts_documents=cuts_documents)
 
     @classmethod
-    def open(cls, folder: Path, say: Progress, shard_tokens: int) -> _PartialCorpus:
+    def open(cls, folder: Path, source: Source, say: Progress, shard_tokens: int) -> _PartialCorpus:
         """The corpus of an interrupted process, or a new one; the caller holds the corpus's lock."""
         try:
-            checkpoint = json.loads((folder / cache.CHECKPOINT).read_bytes())
+            checkpoint = shards.read_header(folder / cache.CHECKPOINT)
+            source.reader(checkpoint["position"])  # refuses one that cannot be
             resumed = cls(folder, shard_tokens, checkpoint)
             say(f"going on after {sum(w.documents for w in resumed.writers.values()):,} documents")
             return resumed
         except FileNotFoundError:
             pass  # no process began before, or it was stopped before its first checkpoint
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError):
             say(f"{folder} is damaged: beginning anew")
         return cls.new(folder, shard_tokens)
 

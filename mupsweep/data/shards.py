@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
+import re
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mupsweep.data.streams import HEADER_BYTES, MAGIC, VERSION, Segment, TokenStream, segment
+from mupsweep.documents import parse_json
 from mupsweep.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 SPLITS = ("train", "validation")
 SHARD_TOKENS = 100_000_000
+LARGEST_COUNT = 10**18  # of tokens, documents or bytes
+SHARD_NAME = re.compile(r"(train|validation)-[0-9]{5,}\.bin")
 
 
 def meta(folder: Path) -> dict[str, Any]:
@@ -34,14 +37,52 @@ def meta(folder: Path) -> dict[str, Any]:
         DataError: the file is missing or damaged.
     """
     try:
-        content = json.loads((folder / "meta.json").read_bytes())
-        assert content["format"] == FORMAT
-        assert set(content["splits"]) == set(SPLITS)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        return read_header(folder / "meta.json")
+    except (OSError, ValueError) as error:
         raise DataError(
             f"{folder} is no prepared corpus (meta.json is missing or damaged): {_prepare_again(folder)}"
         ) from error
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The content of a meta.json, or of the checkpoint of one; a disk or somebody else may have changed it.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: no corpus has such values. In particular a shard's name leads out of no folder.
+    """
+    content = parse_json(path.read_bytes())
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError("another format")
+    for key in ("name", "tokenizer", "content_id", "path"):
+        if not isinstance(text := content.get(key, ""), str) or not text.isprintable():
+            raise ValueError(f"{key}={text!r:.80}")
+    splits = content.get("splits")
+    if not isinstance(splits, dict) or set(splits) != set(SPLITS):
+        raise ValueError("no splits")
+    for split in splits.values():
+        if not isinstance(split, dict) or not isinstance(split.get("shards"), list):
+            raise ValueError("a split without shards")
+        if not all(_is_count(split.get(key)) for key in ("documents", "bytes", "tokens")):
+            raise ValueError("a split without counts")
+        if not all(map(_is_shard, split["shards"])):
+            raise ValueError("a shard without a name or a number of tokens")
     return content
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_COUNT
+
+
+def _is_shard(value: Any) -> bool:
+    """Whether a value describes a shard; one that is being written has no digest yet."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("file"), str)
+        and SHARD_NAME.fullmatch(value["file"]) is not None
+        and _is_count(value.get("tokens"))
+        and isinstance(value.get("sha256", ""), str)
+    )
 
 
 def streams(folder: Path) -> tuple[TokenStream, TokenStream]:
@@ -82,7 +123,7 @@ def verify(folder: Path) -> dict[str, Any]:
     content = meta(folder)
     segments(folder)
     shards = [shard for split in SPLITS for shard in content["splits"][split]["shards"]]
-    bad = [shard["file"] for shard in shards if sha256(folder / shard["file"]) != shard["sha256"]]
+    bad = [shard["file"] for shard in shards if sha256(folder / shard["file"]) != shard.get("sha256")]
     if bad:
         raise DataError(
             f"{folder}: damaged, the sha256 of {', '.join(bad)} differs from meta.json; {_prepare_again(folder)}"

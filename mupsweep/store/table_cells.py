@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mupsweep.documents import parse_json
 from mupsweep.errors import DataError
 
 FORMATS = "csv, tsv, xlsx, parquet, jsonl, or a paste of a table"
@@ -61,7 +62,10 @@ class Cells:
 
 def of_mappings(source: str, mappings: Iterable[tuple[str, Mapping[str, Any]]], kind: str = "row") -> Cells:
     """Named mappings as a table with a column for every key; keys of nested mappings are joined by dots."""
-    flat = [(name, dict(flattened(mapping))) for name, mapping in mappings]
+    try:
+        flat = [(name, dict(flattened(mapping))) for name, mapping in mappings]
+    except RecursionError as error:
+        raise DataError(f"--from {source} is nested too deep: expected one object a {kind}") from error
     columns = tuple(dict.fromkeys(key for _, row in flat for key in row))
     records = (Record(name, tuple(_text(row.get(column)) for column in columns)) for name, row in flat)
     return Cells(source, columns, tuple(records), kind)
@@ -138,7 +142,7 @@ def _parquet(source: str, content: bytes) -> Cells:
 
     try:
         rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # text and dates that are none
         message = str(error).partition("\n")[0]
         raise DataError(f"--from {source} is a damaged parquet file ({message}): fetch or export it again") from error
     return of_mappings(source, ((str(number), row) for number, row in enumerate(rows, 1)))
@@ -185,7 +189,7 @@ def _json_lines(source: str, text: str) -> Iterator[Any]:
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
-                yield json.loads(line)
+                yield parse_json(line)
             except ValueError as error:
                 raise DataError(
                     f"--from {source}, row {number}: no JSON ({error}); expected one object a line, or an array of them"

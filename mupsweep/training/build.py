@@ -27,12 +27,14 @@ class TrainingSetup:
     """A run ready to train.
 
     Attributes:
+        run_id: of the run, which its checkpoints name.
         groups: the parameter groups, as `parameter_groups` yields them.
         clip: the norm that gradients are clipped to; None where they are not clipped.
         reapply_fsdp: restores a sharded network after an error within a pass; None where weights are not sharded. In a
             sharded network the backward pass also sums the gradients over the ranks.
     """
 
+    run_id: str
     network: nn.Module
     optimizer: OptimizerSet
     groups: list[dict[str, Any]]
@@ -57,6 +59,7 @@ def build(run: RunSpec, device: torch.device) -> TrainingSetup:
             initialise(parameters[row.name], row, run.seed)
     groups = list(parameter_groups(run.resolved, rows))
     return TrainingSetup(
+        run.run_id,
         network,
         OptimizerSet([scaled.optimizer for scaled in run.resolved.optimizers], groups, parameters),
         groups,

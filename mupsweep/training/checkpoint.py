@@ -17,12 +17,22 @@ from torch import Tensor
 
 from mupsweep.atomic_files import write_bytes
 from mupsweep.errors import RecordError
+from mupsweep.store import records
 from mupsweep.store.run_dir import RUNNING, RunDir
 from mupsweep.training.build import TrainingSetup
 
 log = logging.getLogger("mupsweep")
 
 DIGEST_BYTES = hashlib.sha256().digest_size
+STATE: dict[str, records.Check] = {  # what the values of a TrainState can be
+    "step": records.is_count,
+    "losses": lambda value: isinstance(value, list) and all(type(loss) is float for loss in value),
+    "seconds": records.is_number,
+    "micro_batch": records.or_none(records.is_positive_count),
+    "horizon": records.is_count,
+    "branching": lambda value: isinstance(value, bool),
+    "branches": lambda value: isinstance(value, list) and all(isinstance(branch, dict) for branch in value),
+}
 STATUS_SECONDS = 0.5  # status.json is refreshed at most this often, for `mupsweep status` and the board
 
 
@@ -183,7 +193,7 @@ class Checkpointer:
         buffer = io.BytesIO()
         state = {"network": self.setup.network.state_dict(), "optimizer": self.setup.optimizer.state_dict()}
         if self.is_main_process:
-            torch.save({**state, **asdict(self.state)}, buffer)
+            torch.save({"run_id": self.setup.run_id, **state, **asdict(self.state)}, buffer)
         buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
         return buffer.getvalue()
 
@@ -205,11 +215,17 @@ class Checkpointer:
             raise self._foreign(path) from error
         if not isinstance(saved, dict) or not {"network", "optimizer"} <= saved.keys():
             raise self._foreign(path)
+        # Checkpoints of earlier versions do not name their run.
+        if saved.pop("run_id", self.setup.run_id) != self.setup.run_id:
+            raise self._foreign(path)
         if saved.keys() - {"network", "optimizer"} != {f.name for f in fields(TrainState)}:
             raise RecordError(f"{path} is of another version of mupsweep: delete {path.parent} to start the run anew")
+        network, optimizer = saved.pop("network"), saved.pop("optimizer")
+        if records.wrong_in(saved, STATE, {}) or len(saved["losses"]) != saved["step"]:
+            raise self._foreign(path)
         try:
-            self.setup.network.load_state_dict(saved.pop("network"))
-            self.setup.optimizer.load_state_dict(saved.pop("optimizer"))
+            self.setup.network.load_state_dict(network)
+            self.setup.optimizer.load_state_dict(optimizer)
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -217,8 +233,10 @@ class Checkpointer:
         return TrainState(**saved)
 
     def _foreign(self, path: Path) -> RecordError:
-        """The error of a file whose content is no checkpoint, though its digest is right: somebody else wrote it."""
-        return RecordError(f"{path} holds something else than a checkpoint: delete {path.parent} to start the run anew")
+        """The error of a file whose content is no checkpoint of this run, though its digest is right."""
+        return RecordError(
+            f"{path} holds something else than a checkpoint of this run: delete {path.parent} to start the run anew"
+        )
 
 
 def mean(values: list[float]) -> float:

@@ -46,7 +46,7 @@ def build_sharded(
             network.local_shard(row.name).copy_(full[network.shard_slice(row.name, ranks.rank)])
     groups = list(parameter_groups(run.resolved, rows))
     optimizer = ShardedOptimizer([scaled.optimizer for scaled in run.resolved.optimizers], groups, network)
-    return TrainingSetup(network, optimizer, groups, clip_norm(run.resolved), network.reapply_fsdp)
+    return TrainingSetup(run.run_id, network, optimizer, groups, clip_norm(run.resolved), network.reapply_fsdp)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
+import math
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from mupsweep.documents import parse_json
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
+from mupsweep.store.records import LARGEST_COUNT
 
 EVENTS = "tfevents"  # in the name of every TensorBoard event file
 RECORD_HEADER, RECORD_FOOTER = 12, 4  # bytes around a record of an event file: length with its CRC, CRC of the record
@@ -123,12 +125,12 @@ class RowReader:
             self.seen |= dict.fromkeys(map(str, row))
             loss, step = number(row, self.keys.loss), None
             if self.keys.step is not None:
-                step = number(row, self.keys.step)
+                step = step_of(number(row, self.keys.step))
             if loss is None or (step is None and self.keys.step is not None):
                 continue
             self.count += 1
             train_loss = number(row, self.keys.train_loss) if self.keys.train_loss else None
-            found.append(Reported(self.count if step is None else int(step), loss, train_loss))
+            found.append(Reported(self.count if step is None else step, loss, train_loss))
         return found
 
     def rows(self, lines: Lines, ended: bool) -> Iterator[Mapping[str, Any]]:
@@ -145,7 +147,7 @@ class RowReader:
                     yield dict(zip(self.header, cells, strict=True))
                 continue
             with contextlib.suppress(ValueError):
-                row = json.loads(line)
+                row = parse_json(line)
                 if isinstance(row, dict):
                     yield row
 
@@ -185,15 +187,17 @@ class EventReader:
         for path in files:
             for record in self.records(path):
                 event = self.parse(record)
+                if event is None or (step := step_of(event.step)) is None:
+                    continue
                 for value in event.summary.value:
                     self.seen[value.tag] = None
                     scalar = scalar_of(value)
                     if scalar is None:
                         continue
                     if value.tag == self.keys.train_loss:
-                        self.train_losses[event.step] = scalar
+                        self.train_losses[step] = scalar
                     if value.tag == self.keys.loss:
-                        found.append(Reported(event.step, scalar, self.train_losses.get(event.step)))
+                        found.append(Reported(step, scalar, self.train_losses.get(step)))
         return found
 
     def records(self, path: Path) -> Iterator[bytes]:
@@ -245,10 +249,10 @@ class OutputReader:
             self.last = line.strip() or self.last
             match = self.pattern.search(line)
             groups = {} if match is None else match.groupdict()
-            loss, step = number(groups, "loss"), number(groups, "step")
+            loss, step = number(groups, "loss"), step_of(number(groups, "step"))
             if loss is not None:
                 self.count += 1
-                found.append(Reported(self.count if step is None else int(step), loss, number(groups, "train_loss")))
+                found.append(Reported(self.count if step is None else step, loss, number(groups, "train_loss")))
         return found
 
     def position(self) -> int:
@@ -290,16 +294,26 @@ def number(row: Mapping[str, Any], key: str) -> float | None:
         return float(value)
     except (TypeError, ValueError):
         return None
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
+
+
+def step_of(value: float | None) -> int | None:
+    """The number of a step; None for what is none, such as nan."""
+    return int(value) if value is not None and 0 <= value <= LARGEST_COUNT else None
 
 
 def split_cells(line: str) -> list[str]:
     """The cells of a line of CSV, separated by tabs, semicolons or commas."""
     delimiter = "\t" if "\t" in line else ";" if ";" in line and "," not in line else ","
-    return next(csv.reader([line], delimiter=delimiter), [])
+    try:
+        return next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error:  # a cell of more than 131,072 characters
+        return []
 
 
 def event_parser() -> Callable[[bytes], Any]:
-    """What turns a record of an event file into an event.
+    """What turns a record of an event file into an event, or into None where the record is damaged.
 
     Raises:
         ConfigError: no package that knows the format is installed.
@@ -314,7 +328,15 @@ def event_parser() -> Callable[[bytes], Any]:
                 "trainer.metrics names no .jsonl or .csv, so it is read as TensorBoard events, which needs the package "
                 "tensorboardX or tensorboard: pip install tensorboardX"
             ) from error
-    return Event.FromString
+    from google.protobuf.message import DecodeError
+
+    def parse(record: bytes) -> Any:
+        try:
+            return Event.FromString(record)
+        except DecodeError:
+            return None
+
+    return parse
 
 
 def scalar_of(value: Any) -> float | None:

@@ -241,6 +241,8 @@ def execute_run(run: RunSpec, folder: RunDir, session: Session, control: LeaseCo
         except Exception as error:
             log.error("%s", error if isinstance(error, MupsweepError) else traceback.format_exc())
             message = session.failure_message(error, run)
+            if not isinstance(error, MupsweepError) and message == one_line(error) and folder.checkpoints[0].is_file():
+                message += f"; if it fails again, delete {folder.checkpoints[0].parent} to start the run anew"
             if control.lease.is_held():
                 folder.write_status(FAILED, error=message)
 

@@ -121,6 +121,8 @@ def test_what_cannot_be_meant_is_refused(
         ("width,depth,cost\n256,4,cheap\n", ["row 2", "cost is cheap"]),
         ("depth\n4\n", ["no column width"]),
         ("width,depth\n", ["no sizes"]),
+        ("", ["--sizes", "is empty"]),
+        ("width,depth\n1e200,4\n", ["width is 1e200", "at most 1e+30"]),
         ("width,depth\n256,4\n256,4\n", ["stands twice"]),
     ],
 )

@@ -8,6 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+from damage import damaged_file, of_one_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tensorboardX import SummaryWriter
 
 from mupsweep.training.reported import EventReader, Keys, Lines, OutputReader, Reader, Reported, reader_of
@@ -131,3 +134,31 @@ def test_a_reader_says_why_it_found_nothing(tmp_path: Path) -> None:
     assert complaint(OutputReader(Lines(tmp_path / "out"), re.compile("loss (?P<loss>.*)"))) == (
         "no line of its output has trainer.pattern=loss (?P<loss>.*); its last line was 'hello'"
     )
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Losses of ten steps in every format."""
+    folder = tmp_path_factory.mktemp("logs")
+    rows = [{"step": step, "val_loss": 3.0 + 1 / step} for step in range(1, 11)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "log.csv").write_text("step,val_loss\n" + "".join(f"{r['step']},{r['val_loss']}\n" for r in rows))
+    writer = SummaryWriter(logdir=str(folder / "tb"))
+    for row in rows:
+        writer.add_scalar("val_loss", row["val_loss"], row["step"])
+    writer.close()
+    (path,) = (folder / "tb").iterdir()
+    path.rename(folder / "events.tfevents")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "log.csv", "events.tfevents"])
+@given(draws=st.data())
+@settings(of_one_folder, max_examples=40)
+def test_of_a_damaged_log_the_rows_are_read_that_are_whole(
+    name: str, logs: Path, tmp_path: Path, draws: st.DataObject
+) -> None:
+    (tmp_path / name).write_bytes(draws.draw(damaged_file(logs / name)))
+    for row in reader_of(tmp_path, name, KEYS).read(ended=True):
+        assert 0 <= row.step <= 10**18
+        assert isinstance(row.loss, float)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import tracemalloc
@@ -14,13 +15,20 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import CPU, NEVER, Killed, Result, TrainControl, assert_same, attempt, checkpoint, run
+from damage import damaged_bytes, of_one_folder, places
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_trainer import CPU, NEVER, TOTAL, Killed, Result, TrainControl, assert_same, attempt, checkpoint, run
 
+from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.data import Dataset, prepare
 from mupsweep.errors import RecordError
 from mupsweep.store.run_dir import RUNNING, RunDir
 from mupsweep.training.build import build
-from mupsweep.training.checkpoint import Checkpointer, TrainState
+from mupsweep.training.checkpoint import DIGEST_BYTES, Checkpointer, TrainState
+from mupsweep.training.session import TorchSession
+from mupsweep.training.signals import StopSignal
+from mupsweep.training.worker import LeaseControl, execute_run
 
 OFTEN = "training.checkpoint_minutes=0"
 
@@ -156,7 +164,7 @@ def test_the_train_state_survives_its_checkpoint(tmp_path: Path) -> None:
     folder = RunDir(tmp_path)
     checkpointer = Checkpointer(build(run(), CPU), folder, is_main_process=True, interval=60.0)
     checkpointer.state = TrainState(
-        step=7, losses=[3.5, 3.25], micro_batch=2, horizon=1, branching=True, branches=[{"val_loss": 3.0}]
+        step=2, losses=[3.5, 3.25], micro_batch=2, horizon=1, branching=True, branches=[{"val_loss": 3.0}]
     )
     checkpointer.save()
     again = Checkpointer(build(run(), CPU), folder, is_main_process=True, interval=60.0).state
@@ -198,6 +206,9 @@ FOREIGN: dict[str, Callable[[dict[str, Any]], Any]] = {
     "weights of another shape": lambda saved: {**saved, "network": {key: torch.ones(3) for key in saved["network"]}},
     "an optimizer that is none": lambda saved: {**saved, "optimizer": 3},
     "an optimizer of nothing": lambda saved: {**saved, "optimizer": {}},
+    "a step that is none": lambda saved: {**saved, "step": "12"},
+    "losses of other steps": lambda saved: {**saved, "losses": saved["losses"][1:]},
+    "the checkpoint of another run": lambda saved: {**saved, "run_id": run("sweep.log2_lrs=[-5]").run_id},
 }
 
 
@@ -211,8 +222,67 @@ def test_a_checkpoint_of_something_else_is_named_and_nobody_is_told_to_unpickle_
     torch.save(content(saved), buffer)
     path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
     before = files(killed)
-    expected = r"latest\.pt holds something else than a checkpoint: delete \S+/checkpoint to start the run anew$"
+    expected = r"latest\.pt holds something else than a checkpoint of this run: delete \S+/checkpoint to start the run"
     with pytest.raises(RecordError, match=expected) as caught:
         Checkpointer(build(run(), CPU), RunDir(killed), is_main_process=True, interval=60.0)
     assert "weights_only" not in str(caught.value)
     assert files(killed) == before
+
+
+STRANGE = st.sampled_from(
+    [None, True, 0, -1, 3, 10**400, 1e30, math.nan, math.inf, "", "abc", [], {}, [[]], torch.ones(3), torch.tensor(0.0)]
+)
+
+
+@st.composite
+def damaged_checkpoint(draw: st.DrawFn, content: bytes) -> bytes:
+    """A checkpoint whose bytes were cut or flipped; or one with its digest, in which a value is another or missing."""
+    if draw(st.integers(0, 3)) == 0:
+        return draw(damaged_bytes(content))
+    saved = torch.load(io.BytesIO(content[:-DIGEST_BYTES]), weights_only=True)
+    saved = {**saved, "network": dict(saved["network"])}
+    # The values within are trusted, since the digest and the run's id stand for them.
+    *path, key = draw(st.sampled_from([place for place in places(saved) if 1 <= len(place) <= 2]))
+    parent = saved
+    for step in path:
+        parent = parent[step]
+    if isinstance(parent, dict) and draw(st.integers(0, 3)) == 0:
+        del parent[key]
+    else:
+        parent[key] = draw(STRANGE)
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    return buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
+
+
+@pytest.fixture(scope="module")
+def nearly_done(data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that died before its last step but one."""
+    path = tmp_path_factory.mktemp("nearly")
+    with pytest.raises(Killed):
+        attempt(run(OFTEN), data, path, TrainControl(kill=TOTAL - 2))
+    return path
+
+
+@given(draws=st.data())
+@settings(of_one_folder, max_examples=12)
+def test_a_run_with_a_damaged_checkpoint_ends_or_fails_in_one_line(
+    data: Dataset, nearly_done: Path, tmp_path: Path, draws: st.DataObject
+) -> None:
+    folder = RunDir(tmp_path / "run")
+    shutil.rmtree(folder.path, ignore_errors=True)
+    shutil.copytree(nearly_done, folder.path)
+    latest, previous = folder.checkpoints
+    latest.write_bytes(draws.draw(damaged_checkpoint(latest.read_bytes())))
+    if draws.draw(st.booleans()):
+        previous.unlink()
+    lease = folder.claim()
+    assert lease is not None
+    session = TorchSession(CPU, datasets={run().resolved.digest: data})
+    execute_run(run(), folder, session, LeaseControl(lease, StopSignal()))
+    status = folder.status()
+    if status["status"] not in (DONE, DIVERGED):
+        error = status["error"]
+        assert error.endswith(f"delete {folder.path}/checkpoint to start the run anew")
+        assert len(error.splitlines()) == 1
+        assert "weights_only" not in error

@@ -73,6 +73,9 @@ class Source(ABC):
         """A reader of the documents from `position` on; None is the beginning.
 
         This default reads the documents before the position again. A source that can seek overrides it.
+
+        Raises:
+            ValueError: this is no position of such a reader; a disk may have damaged where it was stored.
         """
         return _CountingReader(self, position or 0)
 
@@ -89,6 +92,8 @@ class _CountingReader(Reader):
     """A reader whose position is the number of documents that were yielded."""
 
     def __init__(self, source: Source, skip: int) -> None:
+        if type(skip) is not int or skip < 0:
+            raise ValueError(f"no number of documents: {skip!r:.80}")
         self._source, self._count = source, skip
 
     def __iter__(self) -> Iterator[Document]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mupsweep.data.config import DataConfig
@@ -126,6 +126,27 @@ class Hub(Source):
             return f"{problem}set the 40 digits that the set's history on the hub shows (asking failed: {error})"
 
 
+def _checked(position: Any, start: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A stored position.
+
+    Args:
+        start: the position of the first row, whose values have the types that every position's have.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(position, dict) or not position.keys() <= start.keys():
+        raise ValueError("no position of a data set")
+    for key, value in position.items():
+        if key == "state":
+            fits = value is None or isinstance(value, dict)
+        else:
+            fits = type(value) is type(start[key]) and (not isinstance(value, int) or value >= 0)
+        if not fits or (key == "unfinished" and not all(isinstance(row, str) for row in value)):
+            raise ValueError(f"no position of a data set: {key}={value!r:.80}")
+    return position
+
+
 class _HubReader(Reader):
     """Reads the rows of a data set with `datasets`, and can resume at any of them.
 
@@ -145,7 +166,7 @@ class _HubReader(Reader):
         resolve_commit(self._config, str(self._config.revision))  # fails fast, where the library retries for minutes
         self._columns: list[str] = []
         start = {"split": 0, "row": 0, "skipped": 0, "state": None, "done": 0, "unfinished": [], "library": ""}
-        self._position: dict[str, Any] = start | (position or {})
+        self._position: dict[str, Any] = start | _checked(position or {}, start)
         version = self._datasets.__version__
         if self._position["library"] != version:  # the format of a state may differ between versions
             self._position |= {"skipped": self._position["row"], "state": None, "done": 0, "library": version}

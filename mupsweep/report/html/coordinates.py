@@ -12,6 +12,7 @@ from mupsweep.analysis.estimate import Estimate
 from mupsweep.atomic_files import read_json
 from mupsweep.report.html.svg import Plot, minus, tip_of
 from mupsweep.report.names import variant_name, variant_order
+from mupsweep.store.records import LARGEST_NUMBER, Check, is_name, is_number, is_positive, is_text, or_none, wrong_in
 from mupsweep.store.sweep_dir import SweepDir
 
 NOTE = (
@@ -28,13 +29,48 @@ Label = tuple[str, str, str]
 def read(sweep: SweepDir) -> list[tuple[Label, Mapping[str, Any]]]:
     """The variants of the check that is stored with a sweep, sorted; empty where no check can be read."""
     variants = (read_json(sweep.check_path) or {}).get("variants")
-    if not isinstance(variants, list):
+    if not _is_list_of(lambda variant: wrong_in(variant, VARIANT, {}) is None)(variants):
         return []
-    labelled = []
-    for variant in variants:
-        if isinstance(variant, dict) and "roles" in variant:
-            labelled.append(((variant["model"], variant["optimizer"], variant["parametrization"]), variant))
+    labelled = [((v["model"], v["optimizer"], v["parametrization"]), v) for v in variants]
     return sorted(labelled, key=lambda pair: variant_order(pair[0]))
+
+
+def _is_list_of(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_after(value: Any) -> bool:
+    """Whether a value holds what was measured after some numbers of steps."""
+    if not isinstance(value, dict) or not all(step.isascii() and step.isdecimal() for step in value):
+        return False
+    measured = {"values": _is_list_of(or_none(is_number))}
+    return value != {} and all(wrong_in(row, measured, {}) is None for row in value.values())
+
+
+INTERVAL: dict[str, Check] = dict.fromkeys(("value", "low", "high"), or_none(is_number))
+ROW: dict[str, Check] = {
+    "axis": is_name,
+    "quantity": is_text,
+    "role": or_none(is_text),
+    "promised": or_none(is_text),
+    "off": _is_list_of(or_none(is_text)),
+    "shown": _is_flag,
+    "judged": lambda value: wrong_in(value, INTERVAL, {}) is None,
+    "sizes": lambda value: value != [] and _is_list_of(is_positive)(value),
+    "after": _is_after,
+}
+VARIANT: dict[str, Check] = {
+    "model": is_name,
+    "optimizer": is_name,
+    "parametrization": is_name,
+    "passed": or_none(_is_flag),
+    "causes": _is_list_of(is_text),
+    "roles": _is_list_of(lambda row: wrong_in(row, ROW, {}) is None),
+}
 
 
 def verdicts(variants: Sequence[tuple[Label, Mapping[str, Any]]]) -> str:
@@ -116,7 +152,7 @@ def _coordinates(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def _growth(row: Mapping[str, Any]) -> list[float]:
     """log2 of the values after the last step, over that of the first size; empty if one of them is not positive."""
     values = row["after"][max(row["after"], key=int)]["values"]
-    if not values or any(v is None or v <= 0 for v in values):
+    if not values or any(v is None or v < 1 / LARGEST_NUMBER for v in values):
         return []
     return [math.log2(v / values[0]) for v in values]
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from mupsweep.errors import ConfigError, DataError
 from mupsweep.formatting import counted, si
 from mupsweep.report.terminal.console import console_of
+from mupsweep.schema import LARGEST
 from mupsweep.store.table_cells import Cells, read_cells
 from mupsweep.store.table_columns import means
 from mupsweep.store.tables import Table, TableOptions, read_table
@@ -102,7 +103,10 @@ def read_sizes(source: str) -> list[Size]:
     Raises:
         DataError: naming the row and the column.
     """
-    cells = read_cells(source)
+    try:
+        cells = read_cells(source)
+    except DataError as error:
+        raise DataError(str(error).replace("--from", "--sizes")) from error
     places = {meaning: _place(cells, meaning) for meaning in ("width", "depth")}
     places["cost"] = next((i for i, name in enumerate(cells.columns) if name.strip().casefold() == "cost"), None)
     if places["width"] is None:
@@ -128,8 +132,9 @@ def _number(source: str, row: str, meaning: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value > 0 and (meaning == "cost" or value.is_integer())):
+    if not (1 / LARGEST <= value <= LARGEST and (meaning == "cost" or value.is_integer())):
         expected = "a number above 0" if meaning == "cost" else "a whole number above 0"
+        expected += f" and at most {LARGEST:g}"
         raise DataError(f"--sizes {source}, row {row}: {meaning} is {text or 'empty'}, expected {expected}")
     return value
 
