@@ -49,6 +49,11 @@ class Estimate:
         value, low, high = (None if end is None else -end for end in (self.value, self.high, self.low))
         return Estimate(value, low, high)
 
+    @property
+    def half_width(self) -> float | None:
+        """Half the width of the interval; None where it has an open end."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
     def __format__(self, spec: str) -> str:
         """The value and its interval, or the bound there is, each number by `spec` and none of them -0.00."""
         spec = (spec or "+.2f").replace(".", "z.")

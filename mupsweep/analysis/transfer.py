@@ -222,9 +222,7 @@ def judge_ladder(
     optima = optima_of(curves, posterior)
 
     def cost(runs: verdict.Runs) -> float:
-        """In parameters of the blocks times tokens."""
-        size = curves[runs.size]
-        return size.width**2 * size.depth * (size.horizon or 1) * len(runs.log2_lrs)
+        return training_work(curves[runs.size]) * len(runs.log2_lrs)
 
     found = verdict.judge(posterior, bounds, cost, of)
     regrets = tuple(found.regrets.get(k, UNKNOWN).finite for k in range(len(curves)))
@@ -247,6 +245,11 @@ def judge_ladder(
     own = UNKNOWN if base.log2_lr is None else ZERO
     regrets = tuple(own if o is base else regret for o, regret in zip(optima, regrets, strict=True))
     return replace(ladder, regrets=regrets, reasons=tuple(_reasons(ladder, found, of)))
+
+
+def training_work(curve: LossCurve) -> float:
+    """The cost of one run beside that of others: parameters of the blocks times tokens, up to a factor."""
+    return curve.width**2 * curve.depth * (curve.horizon or 1)
 
 
 def _reasons(ladder: LadderResult, found: verdict.Verdict, of: str) -> Iterable[str]:

@@ -58,6 +58,13 @@ def transfer(
     validate: Annotated[
         bool, typer.Option("--validate", help="Train the target at the transferred LR and around it; judge that LR.")
     ] = False,
+    enough: Annotated[
+        bool,
+        typer.Option(
+            "--enough",
+            help="Say the smallest part of the runs that had given the answer, and what as many again would buy.",
+        ),
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="With --validate: train without a question.")] = False,
     table: Annotated[
         str | None,
@@ -120,6 +127,7 @@ def transfer(
     shape = [word for word in settings if not base or word.partition("=")[0] in TARGET]
     if form != JSON and not (shape or validate):
         raise ConfigError(f"--format {form} is of a recipe: name its target with --to width=N depth=N")
+    _check_enough(enough, beside=bool(shape or validate or law))
     options = TableOptions.parse(columns or (), unit or "nats", filters or (), average)
     of_base = [word for word in settings if word not in shape]
     if law or any(word.startswith("batch_size=") for word in shape):
@@ -140,7 +148,9 @@ def transfer(
                 table, options, shape, of_base, optimizer, parametrization, json, form, overrides, save, results
             )
         else:
-            verdicts = conclude_table(table, options, json, optimizer, parametrization, save, overrides, results)
+            verdicts = conclude_table(
+                table, options, json, optimizer, parametrization, save, overrides, results, enough
+            )
     elif validate:
         if len(folders) != 1 or not to:
             raise ConfigError(
@@ -155,8 +165,18 @@ def transfer(
     elif shape:
         verdicts = export(folders, shape, optimizer, parametrization, json, form, overrides, results)
     else:
-        verdicts = generate(folders, json, optimizer, parametrization, overrides=overrides, results=results)
+        verdicts = generate(
+            folders, json, optimizer, parametrization, overrides=overrides, results=results, with_effort=enough
+        )
     raise typer.Exit(DRIFTS_EXIT_CODE if strict and "drifts" in verdicts else 0)
+
+
+def _check_enough(enough: bool, beside: bool) -> None:
+    """Refuse --enough beside an option that asks for something else than a verdict."""
+    from mupsweep.errors import ConfigError
+
+    if enough and beside:
+        raise ConfigError("--enough is of the verdict: leave --to, --validate and --law out")
 
 
 def _check_target(words: list[str]) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 
 from mupsweep import trackers
 from mupsweep.analysis.analysis import Analysis, analyse
+from mupsweep.analysis.enough import Enough, enough
 from mupsweep.analysis.transfer import LadderResult
 from mupsweep.atomic_files import make_folder, write_json, write_text
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.recipes import JSON, check, recipe, validation
 from mupsweep.recipes import export as export_format
-from mupsweep.report.results_files import save_runs, to_json, write_results
+from mupsweep.report.results_files import enough_to_json, save_runs, to_json, write_results
 from mupsweep.schema import LARGEST
 from mupsweep.store.results import read, read_runs
 from mupsweep.store.sweep_dir import FIGURES, SweepDir
@@ -44,6 +45,7 @@ def generate(
     overrides: Sequence[str] = (),
     trials: Sequence[validation.Trial] = (),
     results: Path | None = None,
+    with_effort: bool = False,
 ) -> list[str]:
     """Analyse some sweeps together, write the results of a single one, print the outcome, return the verdicts.
 
@@ -54,6 +56,7 @@ def generate(
         overrides: of the first sweep's `analysis`.
         trials: of the first sweep, whose targets have been trained.
         results: the folder to write to, also of several sweeps; None for the sweep's own.
+        with_effort: say the smallest part of every ladder that had given its answer, and what more would buy.
     """
     from mupsweep.report.terminal import verdicts
 
@@ -88,15 +91,16 @@ def generate(
         except RecordError as error:  # somebody else's folder, or a full disk: what it says can still be read
             unwritten = error
     shown = analysis.select(optimizer, parametrization) if analysis.groups else analysis
+    effort = _effort(shown) if with_effort else []
     if as_json:
-        print(json.dumps(to_json(shown), indent=2))
+        print(json.dumps(_with_effort(to_json(shown), effort), indent=2))
     else:
         counts = [sum(ledger.values(), Counter()) for ledger in ledgers]
         advice: list[str] = []
         if len(sweeps) == 1:
             look = [f"to look at it: open {file}" for file in files if file.suffix == ".html"]
             advice += [*look, *verdicts.advice_on(shown, sweeps[0])]
-        verdicts.show_analysis(shown, list(zip((s.path for s in sweeps), counts, strict=True)), files, advice)
+        verdicts.show_analysis(shown, list(zip((s.path for s in sweeps), counts, strict=True)), files, advice, effort)
     if unwritten is not None:
         say_unwritten(unwritten, results)
     _conclude_validation(sweeps[0], analysis, trials, as_json)
@@ -112,6 +116,7 @@ def conclude_table(
     save: Path | None = None,
     overrides: Sequence[str] = (),
     results: Path | None = None,
+    with_effort: bool = False,
 ) -> list[str]:
     """Analyse runs that were trained elsewhere, print the outcome, return the verdicts.
 
@@ -120,6 +125,7 @@ def conclude_table(
         save: write the runs there.
         overrides: of `analysis`.
         results: write tables and figures to this folder; nothing is written without it.
+        with_effort: say the smallest part of every ladder that had given its answer, and what more would buy.
     """
     from mupsweep.report.terminal import verdicts
 
@@ -129,12 +135,25 @@ def conclude_table(
     if results is not None:
         files += write_views(results, analysis)
     shown = analysis.select(optimizer, parametrization)
+    effort = _effort(shown) if with_effort else []
     if as_json:
-        print(json.dumps({**to_json(shown), "notes": list(table.notes)}, indent=2))
+        print(json.dumps({**_with_effort(to_json(shown), effort), "notes": list(table.notes)}, indent=2))
     else:
         shown = replace(shown, remarks=(*table.notes, *shown.remarks))
-        verdicts.show_analysis(shown, [], files)
+        verdicts.show_analysis(shown, [], files, effort=effort)
     return [group.verdict for group in shown.groups]
+
+
+def _effort(analysis: Analysis) -> list[tuple[LadderResult, Enough]]:
+    """What the answer of every ladder took."""
+    return [(group, enough(group, analysis.config)) for group in analysis.groups]
+
+
+def _with_effort(content: dict[str, Any], effort: Sequence[tuple[LadderResult, Enough]]) -> dict[str, Any]:
+    """The JSON of an analysis, `enough` in each of its groups where it was asked for."""
+    for group, (_, found) in zip(content["groups"], effort, strict=False):
+        group["enough"] = enough_to_json(found)
+    return content
 
 
 def read_source(source: str, options: TableOptions, save: Path | None) -> Table:

@@ -14,6 +14,7 @@ from mupsweep.analysis.analysis import Analysis
 from mupsweep.analysis.comparison import Comparison
 from mupsweep.analysis.config import VerdictBounds
 from mupsweep.analysis.curves import LossCurve
+from mupsweep.analysis.enough import Enough
 from mupsweep.analysis.estimate import CONFIDENCE, Estimate
 from mupsweep.analysis.labels import NAMES
 from mupsweep.analysis.run_result import CHANGE_COLUMNS, COLUMNS, RunResult
@@ -107,6 +108,32 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
         "remarks": list(analysis.remarks),
         "confidence": CONFIDENCE,
         "tolerance": _tolerance(analysis.config.verdict),
+    }
+
+
+def enough_to_json(found: Enough) -> dict[str, Any]:
+    """What a ladder's answer took, and what as much effort again would buy."""
+    part = found.part
+    return {
+        "runs": found.n_runs,
+        "part": None
+        if part is None
+        else {
+            "runs": part.n_runs,
+            "flops_share": part.share,
+            "seeds": part.seeds,
+            "lr_stride": part.stride,
+            "sizes": list(part.sizes),
+        },
+        "more": [
+            {
+                "what": more.what,
+                "optimum_half_width": more.optimum,
+                "total_drift_half_width": more.total_drift,
+                "decided": more.decided,
+            }
+            for more in found.more
+        ],
     }
 
 

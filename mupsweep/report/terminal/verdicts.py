@@ -12,6 +12,7 @@ from rich.table import Table
 
 from mupsweep.analysis.analysis import Analysis
 from mupsweep.analysis.comparison import Comparison
+from mupsweep.analysis.enough import Enough
 from mupsweep.analysis.estimate import CONFIDENCE, UNKNOWN, Estimate
 from mupsweep.analysis.labels import DIVERGED, DONE, NAMES
 from mupsweep.analysis.optimum import Optimum
@@ -31,8 +32,9 @@ def show_analysis(
     sweeps: Sequence[tuple[Path, Counter[str]]],
     files: Sequence[Path],
     advice: Iterable[str] = (),
+    effort: Iterable[tuple[LadderResult, Enough]] = (),
 ) -> None:
-    """Print curves, the optimum of every size, the verdicts, and advice on the next command."""
+    """Print curves, the optimum of every size, the verdicts, what they took, and advice on the next command."""
     console = console_of()
     for path, counts in sweeps:
         unfinished = counts["runs"] - counts[DONE] - counts[DIVERGED]
@@ -63,11 +65,46 @@ def show_analysis(
             console.say(item)
         else:
             console.show(item)
+    for group, found in effort:
+        console.say(f"{'/'.join(group.label)} in {group.axis}, enough?")
+        for line in enough_lines(group, found):
+            console.say(line, indent=2)
     console.say(f"in brackets and after ±: {CONFIDENCE:.0%} intervals")
     for file in files:
         console.say(f"wrote {file}")
     for line in advice:
         console.say(line)
+
+
+def enough_lines(group: LadderResult, found: Enough) -> Iterator[str]:
+    """The smallest part of a ladder that had given its answer, and what as much effort again would buy."""
+    part = found.part
+    if part is None:
+        yield "there is no answer yet that less could have given"
+    elif part.share == 1.0:
+        yield f"nothing less than these {counted(found.n_runs, 'run')} gives this answer whichever runs are taken"
+    else:
+        kept = [f"{part.seeds} of {counted(found.seeds, 'seed')}"] if part.seeds < found.seeds else []
+        kept += [f"every { ({2: 'second', 3: 'third'}[part.stride]) } LR"] if part.stride > 1 else []
+        if len(part.sizes) < found.sizes:
+            places = ", ".join(group.optima[k].curve.place(group.axis) for k in part.sizes)
+            kept.append(f"only {places}")
+        yield (
+            f"{part.n_runs} of {counted(found.n_runs, 'run')}, {part.share:.0%} of the FLOPs, had given this answer, "
+            f"whichever were taken: {', '.join(kept)}"
+        )
+    largest = group.optima[-1]
+    for more in found.more:
+        bought = [
+            f"{what} to ±{after:.2f} octaves{'' if before is None else f' from ±{before:.2f}'}"
+            for what, before, after in (
+                (f"the optimum at {largest.curve.place(group.axis)}", largest.estimate.half_width, more.optimum),
+                ("the total drift", group.total_drift.half_width, more.total_drift),
+            )
+            if after is not None
+        ]
+        decided = f"a verdict with a chance of {more.decided:.0%}" if group.verdict == INCONCLUSIVE else ""
+        yield f"{more.what} would bring {', '.join(filter(None, [*bought, decided])) or 'no bound that is missing now'}"
 
 
 def advice_on(analysis: Analysis, sweep: SweepDir) -> Iterator[str]:
