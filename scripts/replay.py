@@ -6,7 +6,8 @@ has and that is not known yet). Every ladder of three dense sizes or more is sea
     mupsweep   the product's search, one run at a time and four at a time
     random     random LRs
     golden     golden-section search
-    tpe        Optuna's sampler (pip install optuna), two random LRs first
+    tpe, gp    Optuna's samplers (pip install optuna), two random LRs first
+    carbs      cost-aware search (2306.08055; github.com/imbue-ai/carbs), two random LRs first; it takes seconds a run
 
 These search the first size over the whole range, the others within two octaves of the optimum of the size before, as
 people do by hand. They have no end of their own and are given 3 to 12 runs a size; their optimum is the vertex of the
@@ -180,11 +181,11 @@ def golden(replay: Replay, k: int, count: int) -> None:
             losses[1] = replay.train(k, places[1])
 
 
-def tpe(replay: Replay, k: int, count: int, seed: int) -> None:
+def by_optuna(replay: Replay, k: int, count: int, seed: int, sampler: str) -> None:
     optuna = import_module("optuna")  # which nothing else needs
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=2))
+    study = optuna.create_study(sampler=getattr(optuna.samplers, sampler)(seed=seed, n_startup_trials=2))
     low, high = window(replay, k)
 
     def objective(trial) -> float:
@@ -192,6 +193,37 @@ def tpe(replay: Replay, k: int, count: int, seed: int) -> None:
         return 10.0 if math.isnan(loss) else loss
 
     study.optimize(objective, n_trials=count)
+
+
+def by_carbs(replay: Replay, k: int, count: int, seed: int) -> None:
+    carbs = import_module("carbs")  # which nothing else needs
+
+    low, high = window(replay, k)
+    space = carbs.LinearSpace(scale=1.0, min=low, max=high)
+    params = carbs.CARBSParams(
+        better_direction_sign=-1,
+        is_wandb_logging_enabled=False,
+        is_saved_on_every_observation=False,
+        resample_frequency=0,
+        num_random_samples=2,
+        seed=seed,
+    )
+    search = carbs.CARBS(params, [carbs.Param(name="log2_lr", space=space, search_center=(low + high) / 2)])
+    for _ in range(count):
+        suggestion = search.suggest().suggestion
+        loss = replay.train(k, suggestion["log2_lr"])
+        failed = math.isnan(loss)
+        seen = carbs.ObservationInParam(input=suggestion, output=0.0 if failed else loss, cost=1.0, is_failure=failed)
+        search.observe(seen)
+
+
+DRAWING = {
+    "random": (random, SEEDS, RUNS),
+    "tpe": (partial(by_optuna, sampler="TPESampler"), SEEDS, RUNS),
+    "gp": (partial(by_optuna, sampler="GPSampler"), SEEDS, RUNS),
+    "carbs": (by_carbs, range(1), (4, 6)),  # seconds a run
+}
+PACKAGES = {"tpe": "optuna", "gp": "optuna", "carbs": "carbs"}
 
 
 def score(search: Callable[[Replay], list[float]], *, verbose: bool = False) -> Score:
@@ -209,16 +241,15 @@ def score(search: Callable[[Replay], list[float]], *, verbose: bool = False) -> 
 
 def rivals() -> Iterator[tuple[str, int, Score]]:
     """(name, runs a size, score) of every other search."""
-    drawing = {"random": random, "tpe": tpe}
-    if find_spec("optuna") is None:
-        print("tpe is left out: pip install optuna")
-        del drawing["tpe"]
     for count in RUNS:
         yield "golden", count, score(partial(by_hand, count=count, ask=golden))
-    for name, ask in drawing.items():
-        for count in RUNS:
+    for name, (ask, seeds, counts) in DRAWING.items():
+        if name in PACKAGES and find_spec(PACKAGES[name]) is None:
+            print(f"{name} is left out: there is no package {PACKAGES[name]}")
+            continue
+        for count in counts:
             total = Score()
-            for seed in SEEDS:
+            for seed in seeds:
                 one = score(partial(by_hand, count=count, ask=partial(ask, seed=seed)))
                 for key, values in vars(one).items():
                     getattr(total, key).extend(values)
