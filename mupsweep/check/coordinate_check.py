@@ -111,7 +111,7 @@ def subject(run: RunSpec, dataset: Dataset | None = None) -> Probe:
         trainer.clip(built)
         built.optimizer.step(1.0)
 
-    probe = torch.from_numpy(corpus.validation_batch(context, PROBE_SEQUENCES, 0))[:, :-1]
+    probe = torch.from_numpy(corpus.validation_batch(context, range(PROBE_SEQUENCES)))[:, :-1]
     roles = {t.name: t.role for t in run.resolved.model.tensors(run.size)}
     return Probe(built.network, step, built.network.get_submodule(f"blocks.{run.size.depth - 1}"), (probe,), roles)
 

@@ -20,7 +20,7 @@ Nothing here imports torch; importing this module, `vocab_size` and `fingerprint
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,8 @@ from mupsweep.errors import DataError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+EVEN = 16  # a multiple of the validation blocks that an evaluation reads
 
 __all__ = ["Dataset", "TokenStream", "epochs_remark", "fingerprint", "prepare", "vocab_size"]
 
@@ -128,28 +130,29 @@ class Dataset:
         total = self._blocks_of("train", self.train, context, batch_size)
         return self._checked(self.train.blocks(batch_blocks(total, batch_size, seed, step), context))
 
-    def validation_batches(self, context: int, batch_size: int) -> int:
-        """The number of whole validation batches, at least one.
+    def validation_blocks(self, context: int, tokens: int) -> list[int]:
+        """The blocks of about `tokens` validation tokens, evenly spaced over the whole split; all of a smaller one.
+
+        No batch size decides which they are. Their number is a multiple of EVEN, so that devices have equal shares,
+        unless the split has fewer blocks.
+        """
+        total = self.validation.n_blocks(context)
+        wanted = min(total, -(-tokens // (EVEN * context)) * EVEN)
+        count = wanted - wanted % EVEN or wanted
+        return [k * total // count for k in range(count)]
+
+    def first_validation_blocks(self, context: int, batch_size: int, batches: int) -> list[int]:
+        """The blocks of the first whole batches of the validation split.
 
         Raises:
             DataError: the validation split is smaller than one batch.
         """
-        return self._blocks_of("validation", self.validation, context, batch_size) // batch_size
+        total = self._blocks_of("validation", self.validation, context, batch_size)
+        return list(range(min(batches, total // batch_size) * batch_size))
 
-    def validation_batch(self, context: int, batch_size: int, index: int) -> NDArray[np.int64]:
-        """(batch_size, context + 1) tokens of validation batch `index`, in the order of the corpus for every run.
-
-        Raises:
-            DataError: there is no such batch.
-        """
-        batches = self.validation_batches(context, batch_size)
-        if not 0 <= index < batches:
-            raise DataError(
-                f"validation batch {index} of {batches}: {len(self.validation)} tokens hold no more at "
-                f"context {context} and batch size {batch_size}; lower training.eval_batches or raise "
-                "data.validation_fraction"
-            )
-        return self._checked(self.validation.blocks(range(index * batch_size, (index + 1) * batch_size), context))
+    def validation_batch(self, context: int, blocks: Iterable[int]) -> NDArray[np.int64]:
+        """(blocks, context + 1) tokens of some validation blocks; inputs are [:, :-1], targets [:, 1:]."""
+        return self._checked(self.validation.blocks(blocks, context))
 
     def byte_count(self, targets: NDArray[np.integer]) -> int:
         """Bytes of text that the target ids encode: bits per byte = summed nats / ln 2 / bytes."""

@@ -64,7 +64,8 @@ class TrainingConfig:
     clip: float | None = 1.0
     precision: str = "auto"
     compile: bool = False
-    eval_batches: int = 16
+    eval_tokens: int = 65536
+    eval_batches: int | None = None
     evals: int = 1
     checkpoint_minutes: float = 10.0
     divergence_patience: float = 0.1
@@ -90,7 +91,9 @@ class TrainingConfig:
         require(0 < self.decay_fraction <= 1, "training.decay_fraction", self.decay_fraction, "in (0, 1]")
         require(self.clip is None or self.clip > 0, "training.clip", self.clip, "positive or null")
         one_of(self.precision, PRECISIONS, "training.precision")
-        require(self.eval_batches > 0, "training.eval_batches", self.eval_batches, "positive")
+        require(self.eval_tokens > 0, "training.eval_tokens", self.eval_tokens, "positive")
+        batches = self.eval_batches
+        require(batches is None or batches > 0, "training.eval_batches", batches, "positive or null")
         require(self.evals > 0, "training.evals", self.evals, "positive")
         require(self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "at least 0")
         require(self.divergence_patience > 0, "training.divergence_patience", self.divergence_patience, "positive")

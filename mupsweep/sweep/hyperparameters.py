@@ -25,6 +25,7 @@ NOT_TUNABLE = {  # keys that are no hyperparameters of the base -> the key that 
     "training.steps": "training.branches",
     "training.tokens": "training.branches",
     "training.micro_batch": None,
+    "training.eval_tokens": None,
     "training.eval_batches": None,
     "training.evals": None,
     "training.checkpoint_minutes": None,

@@ -46,6 +46,8 @@ def _identifying(variant: Variant) -> dict[str, Any]:
             del tree[section][key]
     if not tree["training"]["branches"]:
         del tree["training"]["branches"]  # an empty list trains as before the key existed
+    # of the two only one decides what is read, and a sweep from before eval_tokens existed has the other
+    del tree["training"]["eval_batches" if variant.training.eval_batches is None else "eval_tokens"]
     if tree["model"].get("attention_multiplier") == 1:
         del tree["model"]["attention_multiplier"]  # a factor of 1 trains as before the key existed
     if trainer.runs_program:  # which reads a corpus of its own

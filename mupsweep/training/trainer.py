@@ -227,13 +227,19 @@ def evaluate(
     device: torch.device,
     micro_batcher: MicroBatcher,
 ) -> dict[str, float]:
-    """Mean loss over the fixed validation batches, in nats per token and in bits per byte of text."""
+    """Mean loss over the fixed validation blocks, in nats per token and in bits per byte of text."""
     training, context = run.resolved.training, run.size.context
-    n_batches = min(training.eval_batches, data.validation_batches(context, training.batch_size))
+    if training.eval_batches is None:
+        blocks = data.validation_blocks(context, training.eval_tokens)
+    else:
+        blocks = data.first_validation_blocks(context, training.batch_size, training.eval_batches)
     n_tokens, n_bytes = 0, 0
     nats = torch.zeros((), dtype=torch.float64)
-    for index in range(n_batches):
-        batch = data.validation_batch(context, training.batch_size, index)
+    for start in range(0, len(blocks), training.batch_size):
+        batch = data.validation_batch(context, blocks[start : start + training.batch_size])
+        batch = batch[: len(batch) - len(batch) % micro_batcher.ranks.size]  # every device has equally many
+        if not len(batch):
+            continue
         tokens = to_device(micro_batcher.ranks.local_shard(batch), device)
 
         def total_nats(tokens: Tensor = tokens) -> float:

@@ -159,7 +159,7 @@ def test_a_plan_as_json_has_exactly_the_documented_keys_and_writes_nothing(
 
 
 def test_a_plan_shows_the_lrs_themselves_beside_their_octaves(cli: Callable[..., tuple[int, str, str]]) -> None:
-    assert "base LRs: 3, 0.00195 to 0.0312 (2^-9 to 2^-5); seeds: 1" in cli("plan", SMOKE)[1]
+    assert "base LRs: 3, 0.00391 to 0.0312 (2^-8 to 2^-5); seeds: 1" in cli("plan", SMOKE)[1]
     assert "base LRs: 1, 0.00391 (2^-8); seeds: 2" in cli("plan", SMOKE, "sweep.log2_lrs=[-8]", "sweep.seeds=[0,1]")[1]
 
 

@@ -75,14 +75,35 @@ def test_batches_are_pinned(sotu: DataConfig) -> None:
     assert (dataset.train_batch(8, 2, 1, 0) != batch).any()
 
 
-def test_validation_batches_run_through_the_split_in_order(sotu: DataConfig) -> None:
+def test_the_first_validation_batches_run_through_the_split_in_order(sotu: DataConfig) -> None:
     dataset = data.prepare(sotu)
-    assert dataset.validation_batches(128, 16) == 136_330 // 128 // 16 == 66
-    both = np.concatenate([dataset.validation_batch(128, 16, i) for i in range(2)])
+    assert dataset.first_validation_blocks(128, 16, 2) == list(range(32))
+    assert len(dataset.first_validation_blocks(128, 16, 1000)) // 16 == 136_330 // 128 // 16 == 66
+    both = dataset.validation_batch(128, range(32))
     assert (both == dataset.validation.blocks(range(32), 128)).all()
     assert (both[:-1, -1] == both[1:, 0]).all()  # the last target is the next first input
-    with pytest.raises(DataError, match=r"validation batch 66 of 66: 136331 tokens .* lower training\.eval_batches"):
-        dataset.validation_batch(128, 16, 66)
+
+
+@pytest.mark.parametrize(
+    ("context", "tokens", "count"), [(128, 32_768, 256), (128, 1, 16), (128, 2_049, 32), (128, 10**9, 1056), (50, 0, 0)]
+)
+def test_validation_blocks_are_spaced_over_the_whole_split(
+    sotu: DataConfig, context: int, tokens: int, count: int
+) -> None:
+    """1,065 blocks of 128 tokens: whichever number is read, the gaps differ by one at most and reach to the end."""
+    dataset = data.prepare(sotu)
+    blocks = dataset.validation_blocks(context, tokens) if tokens else []
+    assert len(blocks) == count
+    if blocks:
+        gaps = set(np.diff([*blocks, 1065]).tolist())
+        assert blocks[0] == 0
+        assert max(gaps) - min(gaps) <= 1
+
+
+def test_a_split_of_few_blocks_is_read_whole(sotu: DataConfig) -> None:
+    dataset = data.prepare(sotu)
+    assert dataset.validation_blocks(136_330 // 5, 10**9) == [0, 1, 2, 3, 4]
+    assert dataset.validation_blocks(136_330 // 20, 1) == [k * 20 // 16 for k in range(16)]
 
 
 def test_the_bytes_of_tokens_are_those_of_their_text(sotu: DataConfig) -> None:
@@ -98,7 +119,7 @@ def test_a_corpus_smaller_than_a_batch_is_one_line(sotu: DataConfig) -> None:
     with pytest.raises(DataError, match=r"train split has 3735616 tokens, 3 blocks of context 1000000: one batch of 4"):
         dataset.train_batch(1_000_000, 4, 0, 0)
     with pytest.raises(DataError, match=r"validation split .* needs 204801; .* or raise data\.validation_fraction"):
-        dataset.validation_batches(1024, 200)
+        dataset.first_validation_blocks(1024, 200, 1)
 
 
 def test_small_shards_give_the_same_stream(sotu: DataConfig, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_values_arrive_in_their_types() -> None:
     assert sweep_config.sweep.width_ratios == (1.0, 2.0)
     assert [type(r) for r in sweep_config.sweep.width_ratios] == [float, float]
     assert [type(s) for s in sweep_config.sweep.seeds] == [int, int]
-    assert sweep_config.sweep.log2_lrs == (-9.0, -7.0, -5.0)
+    assert sweep_config.sweep.log2_lrs == (-8.0, -6.0, -5.0)
     assert (type(variant.training.min_lr_frac), type(variant.training.steps)) == (float, int)
     assert variant.training.clip is None
     assert variant.training.compile is False

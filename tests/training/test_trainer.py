@@ -456,15 +456,20 @@ def test_bf16_multiplies_in_bf16_over_fp32_weights(data: Dataset, tmp_path: Path
 
 
 @pytest.mark.parametrize("overrides", [(), ("data.tokenizer=gpt2-1024",), ("sweep.width_ratios=[2]",)], ids=str)
-def test_the_validation_loss_is_the_mean_over_the_fixed_batches(overrides: tuple[str, ...], tmp_path: Path) -> None:
-    spec = run("training.steps=5", "training.eval_batches=3", *overrides)
+@pytest.mark.parametrize("read", ["training.eval_tokens=1024", "training.eval_batches=3"])
+def test_the_validation_loss_is_the_mean_over_the_fixed_blocks(
+    read: str, overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    spec = run("training.steps=5", read, *overrides)
     data = prepare(spec.resolved.variant.data)
     setup, folder = build(spec, CPU), RunDir(tmp_path / "run")
     folder.path.mkdir()
     summary = train(spec, setup, data, folder, CPU, TrainControl())
     nats, n_tokens, text = 0.0, 0, ""
-    for i in range(3):
-        block = torch.from_numpy(data.validation_batch(32, 4, i))
+    total = data.validation.n_blocks(32)
+    blocks = [k * total // 32 for k in range(32)] if read == "training.eval_tokens=1024" else range(12)
+    for index in blocks:
+        block = torch.from_numpy(data.validation_batch(32, [index]))
         targets = block[:, 1:].flatten()
         with torch.no_grad():
             logits = setup.network(block[:, :-1]).flatten(0, 1).double()
@@ -472,7 +477,7 @@ def test_the_validation_loss_is_the_mean_over_the_fixed_batches(overrides: tuple
         n_tokens += targets.numel()
         for row in block[:, 1:].tolist():
             text += tokenizers.load(spec.resolved.variant.data.tokenizer).decode(row)
-    assert n_tokens == 3 * 4 * 32
+    assert n_tokens == len(blocks) * 32
     assert "\ufffd" not in text  # no character is cut at the end of a row
     assert summary["val_loss"] == pytest.approx(nats / n_tokens, rel=TOLERANCE["evaluation"])
     assert summary["val_bits_per_byte"] == pytest.approx(
@@ -482,15 +487,24 @@ def test_the_validation_loss_is_the_mean_over_the_fixed_batches(overrides: tuple
 
 def test_bits_per_byte_count_the_bytes_of_the_whole_validation_set(data: Dataset, tmp_path: Path) -> None:
     """A head of zeros costs log2(256) bits a token at any size and LR, and the end of text (0) has no bytes."""
-    targets = [data.validation_batch(32, 4, i)[:, 1:] for i in range(200)]
-    expected = 8 * sum(t.size for t in targets) / sum((t != 0).sum() for t in targets)
+    targets = data.validation_batch(32, data.validation_blocks(32, 10**9))[:, 1:]
+    expected = 8 * targets.size / (targets != 0).sum()
     assert expected > 8
-    zeros = ["model.head_init_std=0.0", "training.eval_batches=200", "training.steps=2", "training.warmup=1"]
+    zeros = ["model.head_init_std=0.0", "training.eval_tokens=1000000000", "training.steps=2", "training.warmup=1"]
     for i, other in enumerate(("sweep.log2_lrs=[-60]", "sweep.width_ratios=[2]")):
         spec = run(*zeros, "sweep.log2_lrs=[-61]", other)
         summary = attempt(spec, data, tmp_path / str(i)).summary
         assert summary["val_loss"] == pytest.approx(math.log(256), rel=TOLERANCE["evaluation"])
         assert summary["val_bits_per_byte"] == pytest.approx(expected, rel=TOLERANCE["evaluation"])
+
+
+def test_no_batch_size_decides_which_tokens_are_validated(data: Dataset, tmp_path: Path) -> None:
+    """Weights of step 0, which nothing has trained: the LR is 2^-60."""
+    losses = [
+        attempt(run("training.steps=2", "sweep.log2_lrs=[-60]", size), data, tmp_path / size).summary["val_loss"]
+        for size in ("training.batch_size=4", "training.batch_size=7")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE["evaluation"])
 
 
 @pytest.mark.parametrize(("rows", "steps"), [(200, list(range(1, 31))), (10, list(range(3, 31, 3)))])
