@@ -45,7 +45,7 @@ ROUNDING = 1e-5  # relative; float32 sums of one CPU beside those of another dif
 DIGEST_BYTES = 32  # at the end of a checkpoint
 
 RUN_IDS: dict[str, list[str]] = json.loads((STORED / "run_ids.json").read_text())
-SMOKE = ["sweep.width_ratios=[2]", "sweep.log2_lrs=[-7]", "experiment=smoke"]
+SMOKE = ["sweep.width_ratios=[2]", "sweep.log2_lrs=[-7]", "experiment=smoke", "training.eval_batches=4"]
 
 INTERVAL = {"low": "", "high": ""}
 NATS = {"nats": "", **INTERVAL}
@@ -235,7 +235,7 @@ def planned(cli: Cli, *overrides: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("group", ["optimizer", "parametrization", "model"])
 def test_the_choices_of_a_group_keep_their_run_ids(group: str, cli: Cli) -> None:
-    base = [word for word in SMOKE if group != "model" or not word.startswith("experiment=")]  # presets have own sizes
+    base = [*SMOKE[:2], "training.eval_batches=16"] if group == "model" else SMOKE  # models have sizes of their own
     stored = {
         key.partition("=")[2]: ids for key, ids in RUN_IDS.items() if key.startswith(f"{group}=") and " " not in key
     }
@@ -247,6 +247,15 @@ def test_the_choices_of_a_group_keep_their_run_ids(group: str, cli: Cli) -> None
 @pytest.mark.parametrize("overrides", [key for key in RUN_IDS if " " in key or "{" in key])
 def test_run_ids_of_other_overrides_stay_what_they_were(overrides: str, cli: Cli) -> None:
     assert sorted(run["run_id"] for run in planned(cli, *SMOKE, *overrides.split())) == RUN_IDS[overrides]
+
+
+def test_a_sweep_from_before_eval_tokens_says_how_it_goes_on(cli: Cli) -> None:
+    tiny = ["experiment=smoke", "sweep.width_ratios=[1]", "training.steps=2", "sweep.name=old", "launcher=inline"]
+    assert cli("run", *tiny, "training.eval_batches=3", "sweep.log2_lrs=[-7]")[0] == 0
+    code, _, err = cli("run", *tiny, "sweep.log2_lrs=[-8,-7]")
+    assert code == 2
+    assert "go on with its validation losses by training.eval_batches=3" in err
+    assert cli("run", *tiny, "training.eval_batches=3", "sweep.log2_lrs=[-8,-7]")[0] == 0
 
 
 # The stored sweep.
@@ -364,12 +373,14 @@ def test_a_stored_sweep_of_a_renamed_optimizer_goes_on_as_what_it_was(
 # Files that are written now, beside those of the stored sweep.
 
 
-def without_range(config: dict[str, Any]) -> dict[str, Any]:
-    """A variant without the keys of its optimizer that change no run and that version did not have."""
+def without_new_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """A variant without the keys that change no run and that version did not have."""
     optimizer = {key: value for key, value in config["optimizer"].items() if key not in ("log2_lr_range", "group_lr")}
     assert len(config["optimizer"]) == len(optimizer) + 2
     assert config["optimizer"]["group_lr"] is None
-    return {**config, "optimizer": optimizer}
+    training = {key: value for key, value in config["training"].items() if key != "eval_tokens"}
+    assert len(config["training"]) == len(training) + 1
+    return {**config, "optimizer": optimizer, "training": training}
 
 
 def test_a_sweep_writes_what_the_stored_one_holds(cli: Cli) -> None:
@@ -378,7 +389,7 @@ def test_a_sweep_writes_what_the_stored_one_holds(cli: Cli) -> None:
     assert (now / "plan.jsonl").read_bytes() == (then / "plan.jsonl").read_bytes()
     config = yaml.safe_load((now / "config.yaml").read_text())
     assert config.pop("analysis").keys() == {"verdict", "curve"}  # which that version did not have
-    assert [without_range(variant) for variant in config.pop("variants")] == (
+    assert [without_new_keys(variant) for variant in config.pop("variants")] == (
         stored := yaml.safe_load((then / "config.yaml").read_text())
     ).pop("variants")
     searching = {key: config["sweep"].pop(key) for key in ("regret", "at_once", "max_runs")}  # new, and another default
@@ -391,7 +402,7 @@ def test_a_sweep_writes_what_the_stored_one_holds(cli: Cli) -> None:
         for name in ("summary.json", "status.json"):
             assert list(read(new / name)) == list(read(old / name))
         assert [list(row) for row in lines(new / "metrics.jsonl")] == [list(r) for r in lines(old / "metrics.jsonl")]
-        config = without_range(yaml.safe_load((new / "config.yaml").read_text()))
+        config = without_new_keys(yaml.safe_load((new / "config.yaml").read_text()))
         assert config == yaml.safe_load((old / "config.yaml").read_text())
         assert read(new / "groups.json") == read(old / "groups.json")
         assert list(read(new / "claims" / "0000.json")) == list(read(old / "claims" / "0000.json")) == OWNER

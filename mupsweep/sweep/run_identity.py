@@ -83,6 +83,9 @@ def refuse_namesakes(variants: Iterable[Variant], sweep: SweepDir) -> None:
         as_before = (
             "" if renamed is None else (f"go on with what {name} was by optimizer={renamed} optimizer.name={name}, ")
         )
+        batches = stored.get("training.eval_batches")
+        if batches is not None and "training.eval_tokens" in new:
+            as_before += f"go on with its validation losses by training.eval_batches={batches}, "
         raise ConfigError(
             f"sweep {sweep.path} already holds {'/'.join(variant.label)} with other settings: {differences}; "
             f"{as_before}choose another sweep.name, or give this choice a name of its own such as "
