@@ -252,9 +252,14 @@ def test_run_ids_of_other_overrides_stay_what_they_were(overrides: str, cli: Cli
 def test_a_sweep_from_before_eval_tokens_says_how_it_goes_on(cli: Cli) -> None:
     tiny = ["experiment=smoke", "sweep.width_ratios=[1]", "training.steps=2", "sweep.name=old", "launcher=inline"]
     assert cli("run", *tiny, "training.eval_batches=3", "sweep.log2_lrs=[-7]")[0] == 0
-    code, _, err = cli("run", *tiny, "sweep.log2_lrs=[-8,-7]")
-    assert code == 2
-    assert "go on with its validation losses by training.eval_batches=3" in err
+    for other in ([], ["parametrization=sp"]):
+        code, _, err = cli("run", *tiny, "sweep.log2_lrs=[-8,-7]", *other)
+        assert code == 2
+        assert err == (
+            "mupsweep: sweep sweeps/old reads its validation losses by training.eval_batches=3, this command by "
+            "training.eval_tokens=4096, and the two do not compare: go on with training.eval_batches=3, or choose "
+            "another sweep.name\n"
+        )
     assert cli("run", *tiny, "training.eval_batches=3", "sweep.log2_lrs=[-8,-7]")[0] == 0
 
 

@@ -14,7 +14,7 @@ from mupsweep.errors import ConfigError
 from mupsweep.scaling.group_lr import without_ones
 from mupsweep.schema import instantiate
 from mupsweep.store.sweep_dir import SweepDir
-from mupsweep.sweep.config import Variant
+from mupsweep.sweep.config import TrainingConfig, Variant
 from mupsweep.sweep.trainer import PlannedTrainer
 
 HUB_KEYS = ("hub_id", "hub_config", "revision", "data_files", "split", "validation_split", "held_out", "rows")
@@ -69,7 +69,17 @@ def _without(tree: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def refuse_namesakes(variants: Iterable[Variant], sweep: SweepDir) -> None:
-    """Refuse two different variants with one label, which would be drawn as one curve."""
+    """Refuse two different variants with one label, which would be drawn as one curve.
+
+    And two that read their validation losses from different tokens, which do not compare.
+    """
+    variants = list(variants)
+    read = list(dict.fromkeys(_validation_key(variant.training) for variant in variants))
+    if len(read) > 1:
+        raise ConfigError(
+            f"sweep {sweep.path} reads its validation losses by {read[0]}, this command by {read[1]}, and the two do "
+            f"not compare: go on with {read[0]}, or choose another sweep.name"
+        )
     by_label: dict[Label, Variant] = {}
     for variant in variants:
         namesake = by_label.setdefault(variant.label, variant)
@@ -83,14 +93,17 @@ def refuse_namesakes(variants: Iterable[Variant], sweep: SweepDir) -> None:
         as_before = (
             "" if renamed is None else (f"go on with what {name} was by optimizer={renamed} optimizer.name={name}, ")
         )
-        batches = stored.get("training.eval_batches")
-        if batches is not None and "training.eval_tokens" in new:
-            as_before += f"go on with its validation losses by training.eval_batches={batches}, "
         raise ConfigError(
             f"sweep {sweep.path} already holds {'/'.join(variant.label)} with other settings: {differences}; "
             f"{as_before}choose another sweep.name, or give this choice a name of its own such as "
             "optimizer.name=adamw-2"
         )
+
+
+def _validation_key(training: TrainingConfig) -> str:
+    """The setting that says which tokens a validation loss is of."""
+    name = "eval_tokens" if training.eval_batches is None else "eval_batches"
+    return f"training.{name}={getattr(training, name)}"
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
