@@ -24,6 +24,18 @@ app = typer.Typer(
 )
 
 
+# zsh loads the file of a completion at the first Tab, which Typer's file does not answer: it defines a function only.
+ZSH_FIRST_TAB = """
+if [ "$funcstack[1]" = "_%(prog_name)s" ]; then
+  %(complete_func)s "$@"
+fi
+"""
+with contextlib.suppress(ImportError, AttributeError, KeyError):  # Typer names its scripts in no public way
+    from typer import _completion_shared
+
+    _completion_shared._completion_scripts["zsh"] += ZSH_FIRST_TAB
+
+
 def show_version(requested: bool) -> None:
     """Print the version and exit, where --version asks for it."""
     if requested:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -65,17 +66,61 @@ def test_it_installs_into_the_home_of_its_user_alone(shell: str, tmp_path: Path)
     assert f"complete_{shell}" in written
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home of somebody who has mupsweep on the path and has installed nothing yet."""
+    program = tmp_path / "bin" / "mupsweep"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'from mupsweep.cli import main; main()' \"$@\"\n")
+    program.chmod(0o755)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    for name in ("HOME", "ZDOTDIR"):
+        monkeypatch.setenv(name, str(home))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / ".config"))
+    return home
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_a_real_bash_completes(tmp_path: Path) -> None:
-    program = f"exec {sys.executable} -c 'from mupsweep.cli import main; main()' \"$@\""
-    (tmp_path / "mupsweep").write_text(f"#!/bin/sh\n{program}\n")
-    (tmp_path / "mupsweep").chmod(0o755)
+def test_a_real_bash_completes(home: Path) -> None:
     # the option asks which shell has called it; after `exit` bash cannot hand its place to the program
-    script = process(["bash", "-c", f"{tmp_path}/mupsweep --show-completion; exit $?"])
+    script = process(["bash", "-c", "mupsweep --show-completion; exit $?"])
     words = 'COMP_WORDS=(mupsweep run parametrization "=" sp_f); COMP_CWORD=4'
     ask = f"{words}; _mupsweep_completion mupsweep; echo ${{COMPREPLY[*]}}"
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    assert process(["bash", "-c", f"{script}\n{ask}"], PATH=path) == "sp_fan_in\n"
+    assert process(["bash", "-c", f"{script}\n{ask}"]) == "sp_fan_in\n"
+
+
+LINES = {
+    "mupsweep rul": "mupsweep rules",
+    "mupsweep run optimizer=adamw,muon_k": "mupsweep run optimizer=adamw,muon_kimi",
+    "mupsweep run optimizer=muon optimizer.ns": "mupsweep run optimizer=muon optimizer.ns_steps=",
+}
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+def test_a_real_fish_completes(home: Path) -> None:
+    process(["fish", "-c", "mupsweep --install-completion; true"])
+    for line, completed in LINES.items():
+        candidates = process(["fish", "-c", f"complete -C '{line}'"]).splitlines()
+        assert candidates[0].split("\t")[0] == completed.split()[-1]
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_a_real_zsh_completes_at_the_first_tab(home: Path) -> None:
+    process(["zsh", "-f", "-c", "mupsweep --install-completion; true"])
+    rc = home / ".zshrc"
+    leave = f"leave() {{ print -r -- \"$BUFFER\" > {home}/buffer; exit }}; zle -N leave; bindkey '^X' leave\n"
+    rc.write_text(rc.read_text().replace("; compinit\n", "; compinit -u\n") + leave)  # whoever owns zsh's folders
+    for line, completed in LINES.items():
+        terminal, typed = pty.openpty()
+        os.write(terminal, f"{line}\t\x18".encode())
+        streams = {"stdin": typed, "stdout": typed, "stderr": typed}
+        shell = subprocess.Popen(["zsh", "-i", "+m"], **streams, start_new_session=True)
+        assert shell.wait(60) == 0
+        os.close(typed)
+        os.close(terminal)
+        assert (home / "buffer").read_text().strip() == completed
 
 
 def test_it_imports_nothing_that_takes_long() -> None:
