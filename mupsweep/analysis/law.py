@@ -232,17 +232,27 @@ class Law:
         """What an axis was trained at, rising."""
         return sorted({value for curve in self.curves if (value := getattr(curve.setting, axis)) is not None})
 
-    def assumed(self, axis: str) -> Assumed:
-        """What stands in for an exponent that was not measured."""
+    def assumed(self, axis: str, rules: Mapping[str, str]) -> Assumed:
+        """What stands in for an exponent that was not measured.
+
+        Args:
+            rules: axis -> what carries LRs along it already, so that the base LR is meant to stay.
+        """
+        if axis in rules:
+            return Assumed(0.0, ASSUMED[axis].sd, f"beside {rules[axis]}, which carries the LR")
         is_unscaled = axis == "parameters" and self.variant.parametrization in UNSCALED
         return OF_UNSCALED if is_unscaled else ASSUMED[axis]
 
-    def forecast(self, setting: Setting) -> Forecast:
-        """The optimum at a setting, and the LR to use there if its valley is that of the nearest curve."""
+    def forecast(self, setting: Setting, rules: Mapping[str, str] | None = None) -> Forecast:
+        """The optimum at a setting, and the LR to use there if its valley is that of the nearest curve.
+
+        Args:
+            rules: as in `assumed`.
+        """
         rng = np.random.default_rng(2)
         draws = self.power.optima([setting])[0] + self.power.scatter * rng.standard_normal(DRAWS)
         for axis in self.power.missing:
-            assumed = self.assumed(axis)
+            assumed = self.assumed(axis, rules or {})
             draws = draws + self.power.off_course(axis, setting) * rng.normal(assumed.exponent, assumed.sd, DRAWS)
         apart = log2_of([curve.setting for curve in self.curves]) - log2_of([setting])
         nearest = self.curves[int(np.nansum(np.abs(apart), axis=1).argmin())]

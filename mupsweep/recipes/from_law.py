@@ -67,8 +67,6 @@ def law_recipe(law: Law, resolved: ResolvedVariant, target: Mapping[str, int]) -
     Raises:
         ConfigError: a target that is no multiple of the base shape.
     """
-    if "parameters" in target:
-        raise ConfigError(f"--to parameters={target['parameters']} is of a table: of a sweep, name width and depth")
     return _whole_recipe(law, resolved, target)
 
 
@@ -96,7 +94,7 @@ def table_law_recipe(law: Law, target: Mapping[str, int], resolved: ResolvedVari
             given[axis] = trained[0]
     if resolved is not None:
         lengths = {axis: int(value) for axis, value in given.items() if value is not None and axis != "parameters"}
-        return _whole_recipe(law, resolved, {**shape, **lengths})
+        return _whole_recipe(law, resolved, {**shape, **lengths, **target})
     found = _record(law, Setting(**given))
     return {**found, "target": {**target, **given}, "base_lr": 2.0 ** found["log2_lr"]}
 
@@ -109,16 +107,24 @@ def base_shape(law: Law) -> dict[str, int]:
 
 def _whole_recipe(law: Law, resolved: ResolvedVariant, target: Mapping[str, int]) -> dict[str, Any]:
     """A recipe with every tensor's numbers; what the target lacks is the base's."""
+    if "parameters" in target:
+        raise ConfigError(
+            f"--to parameters={target['parameters']} is of a table without --base: name width and depth of the target"
+        )
     model, training = resolved.model, resolved.training
     width, depth = target.get("width", model.width), target.get("depth", model.depth)
     batch_size = target.get("batch_size", training.batch_size)
     tokens = target.get("tokens", resolved.steps * training.batch_size * model.context)
-    training = replace(training, steps=None, tokens=tokens, batch_size=batch_size)
-    final = replace(resolved, variant=replace(resolved.variant, training=training))
+    final = replace(training, steps=None, tokens=tokens, batch_size=batch_size)
+    rules = {"batch_size": f"training.batch_rule={training.batch_rule}"} if training.base_batch_size else {}
+    rules |= {"tokens": f"training.horizon_exponent={training.horizon_exponent:g}"} if training.base_tokens else {}
     size = resolved.size(width / model.width, depth / model.depth)
     parameters = _parameters(law, width, depth, resolved)
-    found = _record(law, Setting(parameters, tokens, batch_size))
-    return {**found, **settings(final, size, 2.0 ** found["log2_lr"])}
+    found = _record(law, Setting(parameters, tokens, batch_size), rules)
+    if batch_size != training.batch_size and not training.base_batch_size:
+        found["basis"] += f"; betas and weight decay are those of a batch of {training.batch_size}"
+    trained = replace(resolved, variant=replace(resolved.variant, training=final))
+    return {**found, **settings(trained, size, 2.0 ** found["log2_lr"])}
 
 
 def _parameters(law: Law, width: int, depth: int, resolved: ResolvedVariant | None = None) -> float | None:
@@ -140,8 +146,9 @@ def _parameters(law: Law, width: int, depth: int, resolved: ResolvedVariant | No
     return largest.setting.parameters * width**2 * depth / (largest.width**2 * largest.depth)
 
 
-def _record(law: Law, setting: Setting) -> dict[str, Any]:
-    forecast = law.forecast(setting)
+def _record(law: Law, setting: Setting, rules: Mapping[str, str] | None = None) -> dict[str, Any]:
+    rules = rules or {}
+    forecast = law.forecast(setting, rules)
     model = law.variant.models[0] if len(law.variant.models) == 1 else counted(len(law.variant.models), "model")
     tokens = law.values("tokens")
     return {
@@ -149,7 +156,7 @@ def _record(law: Law, setting: Setting) -> dict[str, Any]:
         "optimizer": law.variant.optimizer,
         "parametrization": law.variant.parametrization,
         "verdict": LAW,
-        "basis": "; ".join(_basis(law, setting)),
+        "basis": "; ".join(_basis(law, setting, rules)),
         "log2_lr": forecast.log2_lr,
         "log2_lr_optimum": forecast.optimum.value,
         "log2_lr_low": forecast.optimum.low,
@@ -164,7 +171,7 @@ def _record(law: Law, setting: Setting) -> dict[str, Any]:
     }
 
 
-def _basis(law: Law, setting: Setting) -> Iterator[str]:
+def _basis(law: Law, setting: Setting, rules: Mapping[str, str]) -> Iterator[str]:
     """What the LR of a target rests on: the law, how far beyond its curves the target lies, and what is assumed."""
     yield f"law of {counted(len(law.curves), 'curve')}: {formula(law.power)}"
     for axis, value in setting._asdict().items():
@@ -180,7 +187,7 @@ def _basis(law: Law, setting: Setting) -> Iterator[str]:
     for axis, why in law.power.missing.items():
         off = law.power.off_course(axis, setting)
         if abs(off) > 0.01:
-            assumed = law.assumed(axis)
+            assumed = law.assumed(axis, rules)
             yield (
                 f"{axis} {why}: {off:+.2f} octaves are carried by the assumed {axis}^{assumed.exponent:g} "
                 f"± {assumed.sd:g}, {assumed.source}"

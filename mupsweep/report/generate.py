@@ -424,7 +424,7 @@ def read_target(words: Sequence[str], of_law: bool = False) -> dict[str, int]:
         if key not in (*SHAPE, *BY_LAW) or not 1 <= value <= LARGEST or not value.is_integer():
             raise ConfigError(
                 f"--to {word}: expected width=N, depth=N and tokens=N, whole numbers, for example "
-                "--to width=4096 depth=32 tokens=2e9"
+                "--to width=4096 depth=32 tokens=2e9; batch_size=N takes the LR from a law"
             )
         if key in BY_LAW and not of_law:
             raise ConfigError(f"--to {word}: only a law carries an LR there, mupsweep transfer ... --law --to {word}")

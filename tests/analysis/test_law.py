@@ -369,27 +369,33 @@ def test_a_table_without_widths_tells_sizes_by_their_parameters(cli: Cli, tmp_pa
     assert "no column width: sizes are told apart by their parameters, which are shown as widths" in answer["notes"]
 
 
-@pytest.fixture
-def sweep() -> SweepDir:
-    """A finished sweep under SP over three widths and batch sizes, whose optima follow TRUTH but for the tokens."""
-    words = [
-        "sweep.width_ratios=[1,2,4]",
-        "sweep.axes={training.batch_size:[8,32]}",
-        "parametrization=sp",
-        "model=llama",
-    ]
+def finished_sweep(*more: str) -> SweepDir:
+    """A finished sweep under SP over three widths, batch sizes and two horizons, whose optima follow TRUTH."""
+    axes = ["sweep.width_ratios=[1,2,4]", "sweep.axes={training.batch_size:[8,32]}", "sweep.seeds=[0]"]
     length = ["training.steps=null", "training.tokens=8192", "training.batch_size=16"]
-    overrides = ["experiment=smoke", "sweep.log2_lrs=[-12,-11,-10,-9,-8,-7,-6,-5]", "sweep.seeds=[0]", *words, *length]
-    sweep, planned = plan.save(config.load(overrides), "")
+    overrides = ["experiment=smoke", "model=llama", "parametrization=sp", "sweep.log2_lrs=[-12,-11,-10,-9,-8,-7,-6,-5]"]
+    sweep, planned = plan.save(config.load([*overrides, *axes, *length, *more]), "")
     for run in planned:
-        n, b = math.log2(run.cost.parameters / 1e4), math.log2(run.resolved.training.batch_size / 16)
-        u = run.log2_lr - (-8 - 0.6 * n + 0.3 * b)
-        outcome = {"status": "done", "val_loss": 3 + 0.02 * u * u, "tokens": run.cost.tokens}
+        training, ends = run.resolved.training, []
+        for _, end in training.horizons(run.resolved.steps):
+            tokens = end * training.batch_size * run.size.context
+            n, d, b = (math.log2(x) for x in (run.cost.parameters / 1e4, tokens / 8192, training.batch_size / 16))
+            u = run.log2_lr - (-8 - 0.6 * n + 0.1 * d + 0.3 * b)
+            ends.append({"horizon": tokens, "status": "done", "val_loss": 3 + 0.02 * u * u, "tokens": tokens})
+        *shorter, last = ends
+        if not shorter:
+            del last["horizon"]
         folder = sweep.run(run.run_id)
         folder.path.mkdir(parents=True, exist_ok=True)
-        folder.write_summary({"run_id": run.run_id, **run.label_columns(), **outcome, "device": "cpu"})
+        of_run = {"run_id": run.run_id, **run.label_columns(), **last, "branches": shorter, "device": "cpu"}
+        folder.write_summary(of_run)
         folder.write_status("done")
     return sweep
+
+
+@pytest.fixture
+def sweep() -> SweepDir:
+    return finished_sweep()
 
 
 def test_a_sweep_over_batch_sizes_has_a_law_and_a_recipe_from_it(cli: Cli, sweep: SweepDir) -> None:
@@ -405,14 +411,37 @@ def test_a_sweep_over_batch_sizes_has_a_law_and_a_recipe_from_it(cli: Cli, sweep
     assert code == 0
     assert recipe["training"]["batch_size"] == 64
     assert recipe["training"]["tokens"] == 16384
-    n, b = math.log2(recipe["parameters"] / 1e4), 2
-    assert recipe["log2_lr_optimum"] == pytest.approx(-8 - 0.6 * n + 0.3 * b - 0.16, abs=0.1)
+    n = math.log2(recipe["parameters"] / 1e4)
+    assert recipe["log2_lr_optimum"] == pytest.approx(-8 - 0.6 * n + 0.3 * 2 - 0.16, abs=0.1)
     assert "tokens never varied: +1.00 octaves are carried by the assumed tokens^-0.16" in recipe["basis"]
+    assert recipe["basis"].endswith("betas and weight decay are those of a batch of 16")
     named = "recipe-adamw-sp-w128-d2-t16384-b64"
     assert {path.name for path in sweep.results.iterdir()} == {"law.json", f"{named}.json", f"{named}-pytorch.py"}
     code, out, _ = cli("transfer", str(sweep.path), *target)
     assert code == 0
     assert "LR for 16.4k tokens of training in batches of 64" in out
+    code, _, err = cli("transfer", str(sweep.path), "--law", "--to", "parameters=1e6")
+    assert code == 2
+    assert "name width and depth of the target" in err
+
+
+def test_branches_of_a_sweep_are_its_horizons(cli: Cli) -> None:
+    sweep = finished_sweep("training.schedule=wsd", "training.branches=[0.25]")
+    law = json.loads(cli("transfer", str(sweep.path), "--law", "--json")[1])["law"]
+    assert law["curves"] == 18
+    assert law["exponents"]["tokens"]["value"] == pytest.approx(0.1, abs=0.05)
+    assert law["exponents"]["batch_size"]["value"] == pytest.approx(0.3, abs=0.05)
+
+
+def test_what_a_rule_carries_already_is_not_carried_twice(cli: Cli) -> None:
+    rules = ["training.batch_rule=sde", "training.base_batch_size=16", "sweep.axes=null"]
+    sweep = finished_sweep(*rules, "training.horizon_exponent=-0.32", "training.base_tokens=8192")
+    here, there = ("batch_size=16", "tokens=8192"), ("batch_size=32", "tokens=16384")
+    at = [json.loads(cli("transfer", str(sweep.path), "--to", *to, "--json")[1])[0] for to in (here, there)]
+    assert at[0]["log2_lr_optimum"] == pytest.approx(at[1]["log2_lr_optimum"], abs=0.02)
+    assert at[1]["log2_lr_high"] > at[0]["log2_lr_high"]
+    assert "^0 ± 0.15, beside training.batch_rule=sde, which carries the LR" in at[1]["basis"]
+    assert "^0 ± 0.16, beside training.horizon_exponent=-0.32, which carries the LR" in at[1]["basis"]
 
 
 def test_the_report_of_a_sweep_has_the_law_that_was_asked_for(cli: Cli, sweep: SweepDir) -> None:
