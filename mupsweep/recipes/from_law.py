@@ -180,10 +180,9 @@ def _basis(law: Law, setting: Setting, rules: Mapping[str, str]) -> Iterator[str
             yield f"the target's {axis}: {value / trained[-1]:.3g} times the largest trained"
         elif value is not None and trained and value < trained[0]:
             yield f"the target's {axis}: {value / trained[0]:.3g} times the smallest trained"
-    batches = law.values("batch_size")
-    if law.power.curvature is not None and setting.batch_size is not None:
-        if not batches[0] <= setting.batch_size <= batches[-1]:
-            yield "the law's curve in batch_size goes on there, which no run shows"
+    batches, batch_size = law.values("batch_size"), setting.batch_size
+    if law.power.curvature is not None and batch_size is not None and not batches[0] <= batch_size <= batches[-1]:
+        yield "the law's curve in batch_size goes on there, which no run shows"
     for axis, why in law.power.missing.items():
         off = law.power.off_course(axis, setting)
         if abs(off) > 0.01:
