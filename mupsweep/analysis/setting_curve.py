@@ -60,6 +60,11 @@ class SettingCurve:
         size = SizeRuns.of(0.0, [run.log2_lr for run in runs], losses, [run.seed for run in runs])
         return cls(setting, width, depth, fit_ladder([size], prior))
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether somebody counted the parameters."""
+        return self.setting.parameters != BLOCK * self.width**2 * self.depth
+
     @cached_property
     def is_inner(self) -> bool:
         """Whether the best LR, and the middle of where the optimum may be, lie between two that were trained."""

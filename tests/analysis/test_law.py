@@ -18,6 +18,7 @@ from mupsweep.analysis.law import AXES, Law, PowerLaw, fit_laws
 from mupsweep.analysis.run_result import RunResult
 from mupsweep.analysis.setting_curve import Setting, by_variant
 from mupsweep.errors import RecordError
+from mupsweep.report.html import page
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.store.tables import read_table
 from mupsweep.sweep import config, plan
@@ -138,14 +139,15 @@ def test_axes_that_do_not_vary_on_their_own_have_no_exponent() -> None:
 
 
 def test_a_law_is_found_from_runs_and_their_order_changes_nothing() -> None:
-    made = runs(GRID)
+    made = runs(GRID[::2])
     [law], _ = fit_laws(made)
-    assert [holds(law.power.exponent(axis), TRUTH[axis]) for axis in AXES] == [True] * 3
+    for axis, error in zip(AXES, (0.2, 0.25, 0.1), strict=True):
+        assert law.power.exponent(axis).value == pytest.approx(TRUTH[axis], abs=error)
     assert law.left_out == 0
     assert law.held_out is not None
-    assert (law.held_out.axis, law.held_out.curves) == ("parameters", 8)
+    assert (law.held_out.axis, law.held_out.curves) == ("parameters", 4)
     assert law.held_out.octaves < 0.6
-    assert law.held_out.inside >= 7
+    assert law.held_out.inside >= 3
     [again], _ = fit_laws(made[::-1])
     assert again.power.exponent("tokens") == law.power.exponent("tokens")
 
@@ -359,6 +361,14 @@ def test_a_size_without_a_count_is_scaled_from_the_largest(cli: Cli, table: str)
     assert content["target"]["parameters"] == pytest.approx(8e9, rel=1e-3)
 
 
+def test_a_table_without_a_count_says_what_stands_for_it(cli: Cli, tmp_path: Path) -> None:
+    keys = ("width", "depth", "log2_lr", "val_loss")
+    lines = [{key: getattr(run, key) for key in keys} for run in runs(GRID[::8])]
+    _, out, _ = cli("transfer", "--from", write(tmp_path / "shapes.csv", lines), "--law")
+    assert "no run has a count of parameters: 12 width^2 depth stands for it" in out
+    assert "tokens: is not known, so it has no exponent of its own" in out
+
+
 def test_a_table_without_widths_tells_sizes_by_their_parameters(cli: Cli, tmp_path: Path) -> None:
     keys = ("parameters", "tokens", "batch_size", "log2_lr", "val_loss")
     lines = [{key: getattr(run, key) for key in keys} for run in runs(GRID[:1] + GRID[8:9] + GRID[16:17])]
@@ -451,12 +461,11 @@ def test_the_report_of_a_sweep_has_the_law_that_was_asked_for(cli: Cli, sweep: S
     [law] = json.loads(sweep.law_path.read_text())["laws"]
     assert all(line in out for line in law["sentences"])
     assert cli("report", str(sweep.path))[0] == 0
-    page = (sweep.results / "report.html").read_text()
-    assert "<h2>One law over size, tokens and batch</h2>" in page
-    assert "twice the parameters" in page
+    report = (sweep.results / "report.html").read_text()
+    assert "<h2>One law over size, tokens and batch</h2>" in report
+    assert "twice the parameters" in report
     sweep.law_path.write_text('{"laws": [{"sentences": 3}]}')
-    assert cli("report", str(sweep.path))[0] == 0
-    assert "One law over" not in (sweep.results / "report.html").read_text()
+    assert page._law(sweep) == ""
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 from mupsweep.analysis.estimate import CONFIDENCE, Estimate
 from mupsweep.analysis.labels import NAMES
 from mupsweep.analysis.law import AXES, Law
+from mupsweep.analysis.setting_curve import BLOCK
 from mupsweep.formatting import counted, si
 from mupsweep.recipes.from_law import formula
 from mupsweep.report.terminal.console import console_of
@@ -33,6 +34,8 @@ def law_lines(law: Law) -> Iterator[str]:
     """What the law is, how well it holds, and what it does not know."""
     power, others = law.power, f", {counted(law.left_out, 'other')} without" if law.left_out else ""
     yield f"{formula(power)}, through {counted(len(law.curves), 'curve')} with the best LR between two others{others}"
+    if not any(curve.is_counted for curve in law.curves):
+        yield f"no run has a count of parameters: {BLOCK} width^2 depth stands for it"
     for axis in power.axes:
         values = law.values(axis)
         factor = _each(power.exponent(axis), lambda exponent: 2**exponent)
