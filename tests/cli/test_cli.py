@@ -291,7 +291,7 @@ def test_transfer_as_json_has_the_documented_keys_and_is_the_file(cli: Callable[
     assert header == (
         "run_id,model,parametrization,optimizer,width,depth,width_ratio,depth_ratio,log2_lr,seed,status,steps,tokens,"
         "train_loss,val_loss,val_bits_per_byte,diverged_at_step,seconds,tokens_per_second,device,"
-        "flops,horizon,hyperparameter,value,default,validation"
+        "flops,horizon,hyperparameter,value,default,validation,parameters,batch_size"
     )
     assert len(lines) == 20
     header, *lines = (sweep.results / "curves.csv").read_text().splitlines()
