@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
@@ -138,7 +139,7 @@ def match_columns(cells: Cells, given: Mapping[str, str]) -> Columns:
                 if one == two:
                     raise DataError(f"--from {cells.source} has two columns called {one}: rename one of them")
                 raise DataError(
-                    f"--from {cells.source}: is {meaning} in {one} or {two}? Choose with --columns {meaning}={one}"
+                    f"--from {cells.source}: is {meaning} in {one} or {two}? Choose with {_option(meaning, one)}"
                 )
         if others:
             names = ", ".join(sorted(cells.columns[i] for i in others))
@@ -215,14 +216,32 @@ def _require(cells: Cells, index: Mapping[str, int], given: Mapping[str, str]) -
         if meaning == "val_loss" and of_perplexity:
             raise DataError(
                 f"--from {cells.source} has no column val_loss: perplexities are read with "
-                f"--columns val_loss={of_perplexity[0]} --unit perplexity"
+                f"{_option(meaning, of_perplexity[0])} --unit perplexity"
+            )
+        if all(_is_number(column) for column in cells.columns):
+            raise DataError(
+                f"--from {cells.source} has no heading, its first row is numbers: put names above them, such as "
+                "width,lr,val_loss"
             )
         likely = _most_alike(meaning, [column for i, column in enumerate(cells.columns) if i not in index.values()])
         alone = "; where all runs are of one width, --columns width=" if meaning == "width" else ""
         raise DataError(
             f"--from {cells.source} has no column {name}: it has {_listed(cells.columns)}; "
-            f"--columns {meaning}={likely or 'NAME'} says which it is{alone}"
+            f"{_option(meaning, likely or 'NAME')} says which it is{alone}"
         )
+
+
+def _option(meaning: str, column: str) -> str:
+    """The option that names a column, as one types it in a shell."""
+    return f"--columns {shlex.quote(f'{meaning}={column}')}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.replace(",", "."))
+    except ValueError:
+        return False
+    return True
 
 
 def _most_alike(meaning: str, columns: Sequence[str]) -> str | None:

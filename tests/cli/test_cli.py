@@ -132,6 +132,13 @@ def test_rules_as_json_have_the_documented_keys(cli: Callable[..., tuple[int, st
     assert hidden["shape"] == [64, 64]
 
 
+def test_tensors_whose_numbers_differ_in_the_last_bit_share_a_line(cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = cli("rules", SMOKE, "model.width=64", "sweep.width_ratios=[15.625]")
+    lines = out.splitlines()
+    assert (code, len(lines)) == (0, len({*lines}))
+    assert sum(line.startswith("output ") for line in lines) == 2  # in symbols and in numbers
+
+
 def test_rules_of_several_variants_are_a_list(cli: Callable[..., tuple[int, str, str]]) -> None:
     _, out, _ = cli("rules", SMOKE, "parametrization=sp,mup", "--json")
     assert [document["parametrization"] for document in json.loads(out)] == ["sp", "mup"]
@@ -318,11 +325,12 @@ def test_a_sweep_with_a_failed_run_exits_with_1_and_names_its_log(cli: Callable[
     for run in runs:
         trained(sweep, run.run_id, 3.0)
     assert exit_code(sweep, Outcome(runs), drifts=False) == 0
-    sweep.run(runs[0].run_id).write_status(FAILED, error="ouch")
+    sweep.run(runs[0].run_id).write_status(FAILED, error="ouch\x1b[31m")
     assert exit_code(sweep, Outcome(runs), drifts=True) == 1
     assert exit_code(sweep, Outcome(runs, stopped=True), drifts=True) == 130
     code, out, _ = cli("status", str(sweep.path), "--json")
     assert (code, json.loads(out)["totals"]["failed"]) == (0, 1)
+    assert f"failed: {runs[0].run_id}: ouch\\x1b[31m (see " in cli("status", str(sweep.path))[1]
 
 
 def test_a_run_that_another_command_still_trains_is_not_called_finished() -> None:

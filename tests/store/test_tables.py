@@ -772,6 +772,12 @@ def test_two_columns_of_lrs_must_agree(refusal: Callable[..., str], read: Callab
     ("heading", "expected"),
     [
         ("a,width,loss", "no column lr or log2_lr: it has a, width, loss; --columns lr=NAME says which it is"),
+        ("128,0.001,3.5", "no heading, its first row is numbers: put names above them, such as width,lr,val_loss"),
+        (
+            "Learning Rate (peak),width,loss",
+            "no column lr or log2_lr: it has Learning Rate (peak), width, loss; --columns 'lr=Learning Rate (peak)' "
+            "says which it is",
+        ),
         ("lrate,width,loss", "no column lr or log2_lr: it has lrate, width, loss; --columns lr=NAME says which it is"),
         (
             "learning_rates,width,loss",

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from mupsweep.errors import visible
+
 PIPE_COLUMNS = 10_000  # width of a pipe, so that scripts read whole lines
 
 
@@ -26,9 +28,12 @@ class PipeConsole(Console):
         raise BrokenPipeError
 
     def say(self, line: str, indent: int = 0) -> None:
-        """Print a line of prose, wrapped with a hanging indent where a terminal is too narrow for it."""
+        """Print a line of prose, wrapped with a hanging indent where a terminal is too narrow for it.
+
+        Control characters are spelled out, since records that somebody else wrote are quoted.
+        """
         # an interval in brackets is not broken across lines
-        unbroken = re.sub(r"\[[^][]*]", lambda interval: interval[0].replace(" ", "\xa0"), line)
+        unbroken = re.sub(r"\[[^][]*]", lambda interval: interval[0].replace(" ", "\xa0"), visible(line))
         lines = wrap(
             unbroken,
             self.width,

@@ -91,7 +91,7 @@ def price_text(runs: Sequence[RunSpec], launcher: LauncherOptions) -> str:
         elsewhere = f", {duration(on_one_gpu)} on a GPU at {si(FLOPS_PER_SECOND['cuda'])}FLOP/s"
     lanes = _lanes(launcher, device)
     return (
-        f"{si(sum(run.cost.flops for run in runs))}FLOPs, roughly {duration(seconds)} on "
+        f"{si(sum(run.cost.flops for run in runs))}FLOPs, roughly {duration(max(seconds, 1.0))} on "
         f"{counted(lanes, f'{device} worker')} at {si(FLOPS_PER_SECOND[device])}FLOP/s{' each' if lanes > 1 else ''}"
         f"{elsewhere}"
     )

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from mupsweep.analysis.labels import DIVERGED, Label, label_of
+from mupsweep.errors import visible
 from mupsweep.formatting import counted
 from mupsweep.report.terminal.board import Board
 from mupsweep.store.run_dir import FAILED, PENDING, RUNNING
@@ -76,8 +77,10 @@ class Progress:
         else:
             detail = f"val_loss {summary['val_loss']:.4f}"
         parts = [run_id, status["status"], detail]
-        if summary:
-            parts += [f"{summary['seconds']:.1f}s", f"{summary['tokens_per_second']:,.0f} tok/s"]
+        if (seconds := summary.get("seconds")) is not None:
+            parts.append(f"{seconds:.1f}s")
+        if (speed := summary.get("tokens_per_second")) is not None:
+            parts.append(f"{speed:,.0f} tok/s")
         if variant := self._variant(self.board.label(run_id)):
             parts.insert(0, variant)
         if left := self.board.time_left():
@@ -108,7 +111,7 @@ class Progress:
         return variant_name(label, list(self.board.labels))
 
     def _print(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(visible(line), markup=False, soft_wrap=True)
 
 
 def watch(

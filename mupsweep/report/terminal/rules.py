@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,17 +118,16 @@ def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:
         "eps",
         *names,
     )
-    grouped: dict[tuple[Any, ...], list[TensorRule]] = defaultdict(list)
+    printed: dict[tuple[str, ...], None] = {}  # without repeats: equal numbers may differ in their last bit
     for row in rows:
         name = row.name if per_tensor else row.role.value
-        numbers = (row.init, row.init_std, row.multiplier, row.lr, row.weight_decay, row.eps)
-        grouped[name, row.shape, row.optimizer, *numbers].append(row)
-    for (name, shape, optimizer, *_), members in grouped.items():
-        rule = members[0]
-        std = f"{rule.init_std:.4g}" if rule.init.value == "normal" else rule.init.value
-        numbers = (rule.multiplier, rule.lr, rule.weight_decay, rule.decay_per_step, rule.eps)
-        thresholds = (f"{rule.thresholds[n]:.4g}" if n in rule.thresholds else "" for n in names)
-        table.add_row(name, "x".join(map(str, shape)), optimizer, std, *(f"{x:.4g}" for x in numbers), *thresholds)
+        std = f"{row.init_std:.4g}" if row.init.value == "normal" else row.init.value
+        numbers = (row.multiplier, row.lr, row.weight_decay, row.decay_per_step, row.eps)
+        thresholds = (f"{row.thresholds[n]:.4g}" if n in row.thresholds else "" for n in names)
+        cells = (name, "x".join(map(str, row.shape)), row.optimizer, std, *(f"{x:.4g}" for x in numbers), *thresholds)
+        printed[cells] = None
+    for cells in printed:
+        table.add_row(*cells)
     return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
@@ -142,14 +142,14 @@ def show_recipe(content: dict[str, Any], files: Sequence[Path], limits: Sequence
     for line in lr_lines(content):
         console.say(line)
     console.say(f"LR {content['horizon']['note']}")
-    roles: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-    keys = ("role", "optimizer", "init", "init_std", "multiplier", "lr", "weight_decay", "eps")
+    n_tensors: Counter[tuple[str, ...]] = Counter()  # by what is printed, since equal numbers differ in their last bit
     for row in content["tensors"]:
-        roles[tuple(row[k] for k in keys)].append(row["name"])
+        init_std = f"{row['init_std']:.4g}" if row["init"] == "normal" else row["init"]
+        numbers = (f"{row[key]:.4g}" for key in ("multiplier", "lr", "weight_decay", "eps"))
+        n_tensors[row["role"], row["optimizer"], init_std, *numbers] += 1
     table = table_of("role", "optimizer", "tensors", "init std", "multiplier", "LR", "weight decay", "eps")
-    for (role, optimizer, init, std, *numbers), names in roles.items():
-        init_std = f"{std:.4g}" if init == "normal" else init
-        table.add_row(role, optimizer, str(len(names)), init_std, *(f"{n:.4g}" for n in numbers))
+    for (role, optimizer, *cells), count in n_tensors.items():
+        table.add_row(role, optimizer, str(count), *cells)
     console.show(table)
     console.say(f"attention scale {content['attention_scale']:.4g}, gradient clipping {content['clip']}")
     for path in files:

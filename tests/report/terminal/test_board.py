@@ -200,11 +200,11 @@ def test_in_a_terminal_the_board_is_drawn_and_only_failures_are_told(planned: tu
     with Progress(sweep, console) as progress:
         finish(sweep, rows[:2])
         sweep.run(rows[2]["run_id"]).path.mkdir()
-        sweep.run(rows[2]["run_id"]).write_status(FAILED, error="ouch")
+        sweep.run(rows[2]["run_id"]).write_status(FAILED, error="ouch\x1b[31m")
         progress.refresh()
     printed = [line for line in console.file.getvalue().splitlines() if "/16] " in line]  # type: ignore[attr-defined]
     assert len(printed) == 1
-    assert f"{rows[2]['run_id']}  failed  ouch  (see " in printed[0]
+    assert f"{rows[2]['run_id']}  failed  ouch\\x1b[31m  (see " in printed[0]
 
 
 def test_a_line_of_a_pipe_says_the_variant_where_they_differ_and_the_time_left(
