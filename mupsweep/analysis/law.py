@@ -43,7 +43,7 @@ BATCH = AXES.index("batch_size")
 SCATTERS = np.geomspace(0.01, 4.0, 60)  # octaves: grid of tau
 TYPICAL_SCATTER = 0.3  # octaves: scale of tau's prior
 OWN_COURSE = 0.1  # octaves, root mean square, by which an axis must leave the course of the axes before it
-MIN_BATCHES = 3  # of a size and horizon, to look for the best
+MIN_BATCHES = 3  # batch sizes, below which the law is straight
 
 
 class Assumed(NamedTuple):
@@ -59,8 +59,12 @@ ASSUMED: Mapping[str, Assumed] = {
     "tokens": Assumed(-0.16, 0.16, "between 0 at a fixed batch (arXiv 2503.04715) and -0.32 (arXiv 2603.28743)"),
     "batch_size": Assumed(0.5, 0.15, "the square-root rule of Adam (arXiv 2205.10287)"),
 }
-UNSCALED = ("sp", "given")  # parametrizations that have no rule for the size, or none that is known
-OF_UNSCALED = Assumed(-0.7, 0.2, "Step Law (arXiv 2503.04715)")
+UNSCALED = {"parameters": Assumed(-0.7, 0.2, "Step Law (arXiv 2503.04715)")}
+ASSUMED_OF: Mapping[str, Mapping[str, Assumed]] = {  # name of a parametrization or optimizer -> where it differs
+    "sp": UNSCALED,
+    "given": UNSCALED,  # that of a table without a column
+    "sgd": {"batch_size": Assumed(1.0, 0.25, "the linear rule of SGD (arXiv 2512.22382)")},
+}
 
 
 # ---- the regression
@@ -240,8 +244,8 @@ class Law:
         """
         if axis in rules:
             return Assumed(0.0, ASSUMED[axis].sd, f"beside {rules[axis]}, which carries the LR")
-        is_unscaled = axis == "parameters" and self.variant.parametrization in UNSCALED
-        return OF_UNSCALED if is_unscaled else ASSUMED[axis]
+        of_names = {**ASSUMED_OF.get(self.variant.parametrization, {}), **ASSUMED_OF.get(self.variant.optimizer, {})}
+        return of_names.get(axis, ASSUMED[axis])
 
     def forecast(self, setting: Setting, rules: Mapping[str, str] | None = None) -> Forecast:
         """The optimum at a setting, and the LR to use there if its valley is that of the nearest curve.

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -353,6 +354,15 @@ def test_a_target_has_its_lr_from_the_law_and_says_what_was_assumed(cli: Cli, ta
     assert here["target"]["tokens"] == 1e10
     assert here["log2_lr_high"] - here["log2_lr_low"] < content["log2_lr_high"] - content["log2_lr_low"]
     assert "assumed" not in here["basis"]
+
+
+def test_what_is_assumed_depends_on_optimizer_and_parametrization() -> None:
+    made = runs(GRID[::8])
+    law = {name: fit_laws([replace(run, optimizer=name) for run in made])[0][0] for name in ("adamw", "sgd")}
+    assert law["adamw"].assumed("batch_size", {}).exponent == 0.5
+    assert law["sgd"].assumed("batch_size", {}).exponent == 1.0
+    [of_mup], _ = fit_laws([replace(run, parametrization="mup") for run in made])
+    assert [one.assumed("parameters", {}).exponent for one in (law["sgd"], of_mup)] == [-0.7, 0.0]
 
 
 def test_a_size_without_a_count_is_scaled_from_the_largest(cli: Cli, table: str) -> None:
