@@ -20,6 +20,7 @@ from mupsweep.analysis.run_result import RunResult
 from mupsweep.analysis.setting_curve import Setting, by_variant
 from mupsweep.errors import RecordError
 from mupsweep.report.html import page
+from mupsweep.report.terminal.law import law_lines
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.store.tables import read_table
 from mupsweep.sweep import config, plan
@@ -265,6 +266,16 @@ def test_step_laws_runs_follow_what_is_known_of_them(steps_law: Law) -> None:
         assert exponent.high is not None
         assert exponent.high - exponent.low < widest
     assert Estimate.of(power.scatter).value == pytest.approx(0.3, abs=0.1)  # 0.37 off the law with all runs
+
+
+def test_step_laws_best_batches_move_the_lr_as_its_authors_say(steps_law: Law) -> None:
+    """At 53 tokens per parameter N^-0.713 D^0.307 is N^-0.41; with all runs, curve by curve, N^(-0.89 + 0.22)."""
+    assert steps_law.best_batch is not None
+    assert steps_law.best_batch.axes == ("parameters",)
+    assert holds(steps_law.best_batch.exponent("parameters"), -0.41)
+    assert holds(steps_law.best_batch.exponent("parameters"), -0.67)
+    sentence = next(line for line in law_lines(steps_law) if line.startswith("at the best batch size"))
+    assert sentence.endswith("through 5 pairs, whose tokens varied only along with parameters")
 
 
 def test_step_laws_largest_size_is_forecast_from_the_others(steps_law: Law) -> None:

@@ -47,6 +47,8 @@ def law_lines(law: Law) -> Iterator[str]:
     yield f"single curves are {Estimate.of(power.scatter):.2f} octaves off the law"
     if law.best_batch is not None:
         pairs = f"through {counted(law.best_batches, 'pair')}"
+        if "tokens" in law.best_batch.missing:
+            pairs += f", whose tokens {law.best_batch.missing['tokens']}"
         yield f"at the best batch size of every pair of parameters and tokens: {formula(law.best_batch)}, {pairs}"
     if law.held_out is not None:
         held = law.held_out
