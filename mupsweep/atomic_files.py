@@ -15,8 +15,15 @@ from mupsweep.errors import RecordError
 
 
 def write_text(path: Path, text: str, durable: bool = True) -> None:
-    """Replace `path` by `text` in one step; with `durable`, wait until it is on the disk."""
-    write_bytes(path, text.encode(), durable)
+    """Replace `path` by `text` in one step; with `durable`, wait until it is on the disk.
+
+    A name of a file keeps its bytes that are no UTF-8; other surrogates, which json can hold, are spelled out.
+    """
+    try:
+        content = text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        content = text.encode(errors="backslashreplace")
+    write_bytes(path, content, durable)
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import shutil
 import signal
+import sys
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -246,6 +248,16 @@ def test_a_loss_with_its_error_is_refused_with_a_hint(loss: str) -> None:
     assert code == 2
     assert f"{loss!r}: expected a number" in err
     assert "an error is a column of its own" in err
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take no such name")
+def test_a_sweep_whose_folder_is_named_in_no_utf_8_has_a_report(whole: Path) -> None:
+    folder = os.fsdecode(b"sw\xf6ep of mine")
+    shutil.copytree(whole, folder)
+    code, out, err = mupsweep("report", folder)
+    assert (code, err) == (0, "")
+    assert "open 'sw\\udcf6ep of mine/results/report.html'" in out
+    assert b"sw\xf6ep of mine" in Path(folder, "results", "report.html").read_bytes()
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -130,7 +130,9 @@ def train_target(
     with _stdout_kept(as_json):
         outcome = train_rounds(launcher, sweep, _validation_rounds(sweep, trials))
         if outcome.submitted:
-            print(f"the same command goes on when the jobs have ended; see mupsweep status {sweep.path}")
+            print(
+                f"the same command goes on when the jobs have ended; see mupsweep status {shlex.quote(str(sweep.path))}"
+            )
             return 0
     verdicts = generate([sweep], as_json, optimizer, parametrization, trials=trials)
     return exit_code(sweep, outcome, strict and "drifts" in verdicts)
@@ -198,7 +200,8 @@ def exit_code(sweep: SweepDir, outcome: Outcome, drifts: bool) -> int:
         return 1
     if unfinished := len(open_runs(sweep, outcome.runs)):
         n_runs = counted(unfinished, "run")
-        print(f"another process still trains {n_runs}; see mupsweep status {sweep.path}", file=sys.stderr)
+        see = f"mupsweep status {shlex.quote(str(sweep.path))}"
+        print(f"another process still trains {n_runs}; see {see}", file=sys.stderr)
         return 1
     return DRIFTS_EXIT_CODE if drifts else 0
 

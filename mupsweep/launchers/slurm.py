@@ -220,7 +220,8 @@ class Slurm:
                 script = self.write_analysis(sweep)
                 after = submit(sweep, script, [], f"--dependency=afterany:{':'.join(arrays)}")
                 _print(f"submitted job {after}: the analysis when these have ended ({script})")
-        _print(f"follow with: mupsweep status {sweep.path}   stop with: mupsweep cancel {sweep.path}")
+        folder = shlex.quote(str(sweep.path))
+        _print(f"follow with: mupsweep status {folder}   stop with: mupsweep cancel {folder}")
         return True
 
     def preview(self, sweep: SweepDir, run_ids: Sequence[str]) -> None:

@@ -154,14 +154,14 @@ def differences(
         theirs: a tensor -> the numbers that the trainer gives it with the settings that are exported.
         remedies: what to do, by the key of the number.
     """
-    names_by_difference: dict[tuple[str, float, float], list[str]] = {}
+    names_by_difference: dict[tuple[str, str, str], list[str]] = {}  # as printed: equal numbers differ in a last bit
     for row in own(recipe):
         for key, value in theirs(row).items():
             if not math.isclose(value, row[key], rel_tol=1e-6, abs_tol=1e-30):
                 short = row["name"].split(".", 2)[-1] if row["name"].startswith("blocks.") else row["name"]
-                names_by_difference.setdefault((key, value, row[key]), []).append(short)
+                names_by_difference.setdefault((key, f"{value:.4g}", f"{row[key]:.4g}"), []).append(short)
     return [
-        f"{key.replace('_', ' ')} {right:.4g} of {', '.join(unique(names))}: it would be {wrong:.4g}; {remedies[key]}"
+        f"{key.replace('_', ' ')} {right} of {', '.join(unique(names))}: it would be {wrong}; {remedies[key]}"
         for (key, wrong, right), names in names_by_difference.items()
     ]
 

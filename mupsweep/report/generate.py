@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from mupsweep import trackers
@@ -98,7 +99,7 @@ def generate(
         counts = [sum(ledger.values(), Counter()) for ledger in ledgers]
         advice: list[str] = []
         if len(sweeps) == 1:
-            look = [f"to look at it: open {file}" for file in files if file.suffix == ".html"]
+            look = [f"to look at it: open {quote(str(file))}" for file in files if file.suffix == ".html"]
             advice += [*look, *verdicts.advice_on(shown, sweeps[0])]
         verdicts.show_analysis(shown, list(zip((s.path for s in sweeps), counts, strict=True)), files, advice, effort)
     if unwritten is not None:

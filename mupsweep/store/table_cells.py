@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import re
+import shlex
 import sys
 import zlib
 from collections import Counter
@@ -110,7 +111,9 @@ def _content(source: str) -> bytes:
     if re.match(r"\w+://", source):
         raise DataError(f"--from {source} is an address: curl -L -o runs.csv ADDRESS, then --from runs.csv")
     if Path(source).is_dir():
-        raise DataError(f"--from {source} is a folder: a sweep is judged without --from, mupsweep transfer {source}")
+        raise DataError(
+            f"--from {source} is a folder: a sweep is judged without --from, mupsweep transfer {shlex.quote(source)}"
+        )
     try:
         return Path(source).read_bytes()
     except (OSError, ValueError) as error:

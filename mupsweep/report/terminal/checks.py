@@ -65,7 +65,7 @@ def show_coordinates(
         for line in _conclusion(variant):
             console.say(line)
     if into is not None:
-        console.print(f"wrote {into.check_path}; mupsweep report {into.path} shows it")
+        console.print(f"wrote {into.check_path}; mupsweep report {shlex.quote(str(into.path))} shows it")
     return all(variant.passed for variant in variants)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from shlex import quote
 
 from mupsweep.errors import ConfigError, DataError
 from mupsweep.formatting import counted, si
@@ -55,7 +56,7 @@ def show_next_runs(
     for optimum in optima:
         console.say(_optimum_line(optimum), indent=2)
     console.say(f"done: no further run is worth its cost{'; ' + search.state() if target else ''}")
-    console.say(f"verdict and LR of a target: mupsweep transfer --from {table} --to width=N")
+    console.say(f"verdict and LR of a target: mupsweep transfer --from {quote(table)} --to width=N")
 
 
 def _search(
