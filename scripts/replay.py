@@ -1,7 +1,7 @@
-"""What a search for the best LRs costs, on public sweeps: `python scripts/replay.py [--figure FILE.svg]`.
+"""What a search for the best LRs costs, on dense sweeps: `python scripts/replay.py [--figure FILE.svg]`.
 
-A search says which run it wants, and a dense sweep of tests/tables says what that run gave (at the nearest LR that it
-has and that is not known yet). Every ladder of three dense sizes or more is searched by
+A search says which run it wants, and a dense sweep of tests/tables (public) or tests/tables/own says what that run gave
+(at the nearest LR that it has and that is not known yet). Every ladder of three dense sizes or more is searched by
 
     mupsweep   the product's search, one run at a time and four at a time
     random     random LRs
@@ -37,6 +37,7 @@ from judge import TABLES, Ladder, is_dense, is_inside, known_optimum, nats_lost,
 from mupsweep.analysis.loss_curve import SizeRuns
 from mupsweep.sweep.lr_search import LRSearch, SearchedSize
 
+OWN = TABLES / "own"
 GRID = 39  # runs of a size: 13 LRs, 3 seeds
 WITHIN, HARMLESS = 0.25, 0.005
 BARS = {"cost": 0.095, "near": 0.95, "harmless": 0.97}  # of mupsweep, one run at a time
@@ -116,8 +117,8 @@ def aim(size: SizeRuns) -> float:
 
 
 def ladders() -> Iterator[Ladder]:
-    """Every public ladder over sizes with three dense ones or more."""
-    for path in sorted(TABLES.glob("*.csv")):
+    """Every ladder over sizes with three dense ones or more, of public sweeps and of our own."""
+    for path in [*sorted(TABLES.glob("*.csv")), *sorted(OWN.glob("*.csv"))]:
         for ladder in read(path):
             dense = [size for size in ladder.curves if is_dense(size) and is_inside(size)]
             if len(dense) >= 3 and ladder.axis != "horizon":

@@ -41,6 +41,7 @@ def dropped_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "rules", wrong)
 
 
+@pytest.mark.slow
 def test_overrides_alone_check_coordinates_draw_a_figure_and_are_kept_with_a_sweep(cli: Cli, tmp_path: Path) -> None:
     figure = tmp_path / "check.svg"
     sweep, _ = plan.save(config.load(["experiment=smoke", f"out={tmp_path}"]), "")

@@ -86,7 +86,7 @@ def test_wikitext_is_articles_again_with_its_own_validation_split(client: Client
     [
         ["data=fineweb"],
         ["data=wikitext103"],
-        ["data=openwebtext", "data.held_out=nanogpt", "data.rows=60"],
+        pytest.param(["data=openwebtext", "data.held_out=nanogpt", "data.rows=60"], marks=pytest.mark.slow),
         [f"data.revision={digest('odd/json')}", "data=openwebtext", "data.hub_config=null", "data.hub_id=odd/json"],
         [f"data.revision={digest('odd/gaps')}", "data=openwebtext", "data.hub_config=null", "data.hub_id=odd/gaps"],
     ],
