@@ -125,7 +125,7 @@ def test_an_axis_of_factors_is_a_star_around_one() -> None:
         {"input": 2.0},
         {"blocks.*.mlp.up.weight": 4.0},
     ]
-    assert ids(axes)[0] in ids()
+    assert set(ids()) < set(ids(axes))
     around = config.load([*SMOKE, "optimizer.group_lr={input:2,mlp:3}", "sweep.axes={optimizer.group_lr.input:[1,4]}"])
     assert [variant.optimizer["group_lr"] for variant in around.variants] == [
         {"input": 2, "mlp": 3},
