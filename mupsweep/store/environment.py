@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import socket
@@ -19,6 +20,7 @@ PACKAGES = ("torch", "numpy", "scipy", "hydra-core", "omegaconf", "tiktoken", "p
 
 def describe() -> dict[str, Any]:
     """Return the content of environment.json."""
+    gpus = {"gpus": found} if (found := _gpus()) else {}
     return {
         "mupsweep": mupsweep.__version__,
         "git": _git(Path(mupsweep.__file__).parent),
@@ -28,6 +30,7 @@ def describe() -> dict[str, Any]:
         "processor": _processor(),
         "cores": cores(),
         "host": socket.gethostname(),
+        **gpus,
     }
 
 
@@ -78,6 +81,35 @@ def device_memory() -> float | None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     return None if done.returncode else float(done.stdout)
+
+
+GPU_SCRIPT = """
+import json, torch
+cuda = torch.cuda
+print(json.dumps({
+    "names": [cuda.get_device_name(i) for i in range(cuda.device_count())],
+    "cuda": torch.version.cuda,
+    "cudnn": torch.backends.cudnn.version(),
+    "nccl": ".".join(map(str, cuda.nccl.version())) if torch.distributed.is_nccl_available() else None,
+}))
+"""
+
+
+def _gpus() -> dict[str, Any] | None:
+    """Return the CUDA devices of this machine, the driver and the libraries; None where there seem to be none.
+
+    Processes of their own ask, since asking takes memory on the device and the import of torch takes seconds.
+    """
+    if accelerator() != "cuda":
+        return None
+    done = subprocess.run([sys.executable, "-c", GPU_SCRIPT], capture_output=True, text=True)
+    found = {} if done.returncode else json.loads(done.stdout)
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        driver = []
+    return {**found, "driver": driver[0] if driver else None}
 
 
 def _version(package: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def configure(threads: int, device: torch.device, shard: bool = False) -> None:
     """Set this process up so that its runs are reproducible, and fast or, where they are sharded, small in memory."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    set_kept_memory(MIN_KEPT_BYTES if shard else MAX_KEPT_BYTES)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # no dumps of gigabytes
+    if device.type == "cpu":
+        set_kept_memory(MIN_KEPT_BYTES if shard else MAX_KEPT_BYTES)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # used by pinned memory and capability checks
     torch.set_float32_matmul_precision("highest")  # the environment of some containers turns TF32 on
@@ -107,7 +110,9 @@ def configure(threads: int, device: torch.device, shard: bool = False) -> None:
         os.environ.setdefault(
             "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
         )  # cuBLAS repeats its bits only with a fixed workspace
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # switches that sum take numbers in the order of their arrival
+        # switches that sum take numbers in the order of their arrival
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        os.environ.setdefault("NCCL_COLLNET_ENABLE", "0")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -29,6 +29,8 @@ OUT_OF_MEMORY_TEXTS = (  # by which a RuntimeError that is no OutOfMemoryError m
     ": out of memory",  # CUDA and Triton, when they load a kernel while the allocator holds all memory
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # a handle that is made when no memory is left for it
+    "CUSOLVER_STATUS_NOT_INITIALIZED",
 )
 
 

@@ -131,6 +131,8 @@ def test_running_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
         ("Triton Error [CUDA]: out of memory", True),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
         ("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`.", True),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True),
+        ("cusolver error: CUSOLVER_STATUS_NOT_INITIALIZED, when calling `cusolverDnCreate(handle)`", True),
         ("CUDA error: an illegal memory access was encountered", False),
         ("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'", False),  # its group is broken
     ],

@@ -339,7 +339,7 @@ def test_a_run_that_another_worker_took_over_is_left_to_it(tmp_path: Path) -> No
     assert "another worker took this run over" in run.log_path.read_text()
 
 
-GPU_SETTINGS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0"}
+GPU_SETTINGS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_NVLS_ENABLE": "0", "NCCL_COLLNET_ENABLE": "0"}
 
 
 def test_a_gpu_is_set_to_repeat_its_bits_before_the_ranks_meet(
