@@ -126,7 +126,7 @@ class Hub(Source):
             return f"{problem}set the 40 digits that the set's history on the hub shows (asking failed: {error})"
 
 
-def _checked(position: Any, start: Mapping[str, Any]) -> Mapping[str, Any]:
+def _checked(position: Any, start: Mapping[str, Any]) -> dict[str, Any]:
     """A stored position.
 
     Args:
@@ -138,12 +138,11 @@ def _checked(position: Any, start: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(position, dict) or not position.keys() <= start.keys():
         raise ValueError("no position of a data set")
     for key, value in position.items():
-        if key == "state":
-            fits = value is None or isinstance(value, dict)
-        else:
-            fits = type(value) is type(start[key]) and (not isinstance(value, int) or value >= 0)
-        if not fits or (key == "unfinished" and not all(isinstance(row, str) for row in value)):
+        types = (dict, type(None)) if key == "state" else (type(start[key]),)
+        if type(value) not in types or (isinstance(value, int) and value < 0):
             raise ValueError(f"no position of a data set: {key}={value!r:.80}")
+    if not all(isinstance(row, str) for row in position.get("unfinished", ())):
+        raise ValueError("no position of a data set: unfinished")
     return position
 
 

@@ -29,7 +29,7 @@ Label = tuple[str, str, str]
 def read(sweep: SweepDir) -> list[tuple[Label, Mapping[str, Any]]]:
     """The variants of the check that is stored with a sweep, sorted; empty where no check can be read."""
     variants = (read_json(sweep.check_path) or {}).get("variants")
-    if not _is_list_of(lambda variant: wrong_in(variant, VARIANT, {}) is None)(variants):
+    if not isinstance(variants, list) or any(wrong_in(variant, VARIANT, {}) for variant in variants):
         return []
     labelled = [((v["model"], v["optimizer"], v["parametrization"]), v) for v in variants]
     return sorted(labelled, key=lambda pair: variant_order(pair[0]))
