@@ -271,8 +271,8 @@ def test_an_unforeseen_error_is_recorded_with_its_traceback_and_run_tries_again(
 ) -> None:
     sweep, ((code, err, status_of), (code_again, err_again, status_again)) = mended
     assert status_of == {
-        -9: {"status": DONE},
-        -7: {"status": DONE},
+        -8: {"status": DONE},
+        -6: {"status": DONE},
         -5: {"status": FAILED, "error": "ZeroDivisionError: brittle"},
     }
     broken = next(sweep.run(row["run_id"]) for row in sweep.read_plan() if row["log2_lr"] == -5)
@@ -283,7 +283,7 @@ def test_an_unforeseen_error_is_recorded_with_its_traceback_and_run_tries_again(
         f"1 run failed, the first is {broken.run_id} (see {broken.log_path}); run the same command to retry"
     )
     assert code == 1
-    assert status_again == {lr: {"status": DONE} for lr in (-9, -7, -5)}
+    assert status_again == {lr: {"status": DONE} for lr in (-8, -6, -5)}
     assert code_again == 0, err_again
     assert sorted(owners(sweep, run_id) for run_id in statuses(sweep)) == [1, 1, 2]
 
