@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mupsweep import data
-from mupsweep.data import cache
+from mupsweep.data import cache, shards
 from mupsweep.formatting import si
 from mupsweep.sweep.config import load
 
@@ -60,8 +60,8 @@ def test_a_prepared_corpus_is_listed_with_its_size_and_state(cli: Cli, texts: li
 def test_the_list_of_a_large_set_fits_into_80_columns(cli: Cli, tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "mupsweep" / ".wikitext103-gpt2-50256-0123456789ab.partial"
     folder.mkdir(parents=True)
-    sizes = {"tokens": 123_456_789_012, "documents": 123_456_789, "bytes": 999_456_789_012}
-    found = {"splits": {"train": sizes, "validation": sizes}, "name": "wikitext103", "tokenizer": "gpt2-50256"}
+    sizes = {"tokens": 123_456_789_012, "documents": 123_456_789, "bytes": 999_456_789_012, "shards": []}
+    found = {"format": shards.FORMAT, "splits": {"train": sizes, "validation": sizes}, "name": "wikitext103", "tokenizer": "gpt2-50256"}
     (folder / cache.CHECKPOINT).write_text(json.dumps({**found, "content_id": 64 * "f"}))
     table = cli("data", "list")[1].splitlines()[:2]
     assert max(map(len, table)) <= 80
