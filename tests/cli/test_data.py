@@ -61,8 +61,9 @@ def test_the_list_of_a_large_set_fits_into_80_columns(cli: Cli, tmp_path: Path) 
     folder = tmp_path / "cache" / "mupsweep" / ".wikitext103-gpt2-50256-0123456789ab.partial"
     folder.mkdir(parents=True)
     sizes = {"tokens": 123_456_789_012, "documents": 123_456_789, "bytes": 999_456_789_012, "shards": []}
-    found = {"format": shards.FORMAT, "splits": {"train": sizes, "validation": sizes}, "name": "wikitext103", "tokenizer": "gpt2-50256"}
-    (folder / cache.CHECKPOINT).write_text(json.dumps({**found, "content_id": 64 * "f"}))
+    found = {"name": "wikitext103", "tokenizer": "gpt2-50256", "content_id": 64 * "f"}
+    splits = {"train": sizes, "validation": sizes}
+    (folder / cache.CHECKPOINT).write_text(json.dumps({"format": shards.FORMAT, **found, "splits": splits}))
     table = cli("data", "list")[1].splitlines()[:2]
     assert max(map(len, table)) <= 80
     assert table[1].split() == ["wikitext103", "gpt2-50256", "247G", "247M", "2T", "ffffffffffff", "partial"]
