@@ -280,9 +280,9 @@ def draw(figure: Path, found: list[tuple[str, Score]]) -> None:
     near.set(ylabel="sizes within 0.25 octaves of the optimum, %", ylim=(0, 102))
     regret.set(ylabel="nats lost at the largest size", yscale="log")
     for axes in (near, regret):
-        axes.set(xlabel="FLOPs, % of 13 LRs with 3 seeds", xscale="log", xticks=[7, 10, 15, 20, 30])
+        axes.set(xlabel="FLOPs, % of 13 LRs with 3 seeds", xscale="log", xticks=[4, 7, 10, 15, 20, 30])
         axes.set_xticks([], minor=True)
-        axes.set_xticklabels(["7", "10", "15", "20", "30"])
+        axes.set_xticklabels(["4", "7", "10", "15", "20", "30"])
         axes.grid(alpha=0.3)
     near.legend(frameon=False, fontsize=8)
     canvas.savefig(figure, metadata={"Date": None})
