@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,13 @@ from hypothesis import strategies as st
 
 # the folder of a test is that of all its examples
 of_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+def undamaged_copy(of: Path, at: Path) -> None:
+    """Copy a folder, in place of what an earlier example of the test has left."""
+    shutil.rmtree(at, ignore_errors=True)
+    shutil.copytree(of, at)
+
 
 CELLS = st.one_of(
     st.sampled_from(

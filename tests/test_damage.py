@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from command_line import mupsweep
-from damage import CELLS, damaged_bytes, damaged_cells, damaged_file, of_one_folder
+from damage import CELLS, damaged_bytes, damaged_cells, damaged_file, of_one_folder, undamaged_copy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -80,8 +80,7 @@ def damage(whole: Path, data: st.DataObject, commands: list[list[str]]) -> None:
     """Damage one record of a sweep and run one of the commands on it."""
     record = data.draw(st.sampled_from(RECORDS))
     content = data.draw(damaged_file(whole / record))
-    shutil.rmtree("sweep", ignore_errors=True)
-    shutil.copytree(whole, "sweep")
+    undamaged_copy(whole, Path("sweep"))
     Path("sweep", record).write_bytes(content)
     answers(*data.draw(st.sampled_from(commands)))
 
@@ -216,8 +215,7 @@ def words_of(folder: Path) -> list[str]:
 @settings(of_one_folder, max_examples=40)
 def test_a_damaged_corpus_gives_a_result_or_one_line(corpus: Path, data: st.DataObject) -> None:
     folder = Path("damaged").absolute()
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(corpus, folder)
+    undamaged_copy(corpus, folder)
     (whole,) = (folder / "cache").glob("[!.]*")
     if data.draw(st.booleans()):
         record = whole / data.draw(st.sampled_from(["meta.json", "meta.json", "train-00000.bin"]))

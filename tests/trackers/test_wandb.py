@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damage import damaged_file, of_one_folder
+from damage import damaged_file, of_one_folder, undamaged_copy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from outcome import OF_THE_CLOCK
@@ -496,8 +495,7 @@ def test_damaged_results_are_logged_or_named_in_one_line(
     whole: SweepDir, name: str, tmp_path: Path, draws: st.DataObject
 ) -> None:
     sweep = SweepDir(tmp_path / "sweep")
-    shutil.rmtree(sweep.path, ignore_errors=True)
-    shutil.copytree(whole.path, sweep.path)
+    undamaged_copy(whole.path, sweep.path)
     (sweep.results / name).write_bytes(draws.draw(damaged_file(whole.results / name)))
     refusals: list[str] = []
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from damage import damaged_bytes, of_one_folder, places
+from damage import damaged_bytes, of_one_folder, places, undamaged_copy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trainer import CPU, NEVER, TOTAL, Killed, Result, TrainControl, assert_same, attempt, checkpoint, run
@@ -270,8 +270,7 @@ def test_a_run_with_a_damaged_checkpoint_ends_or_fails_in_one_line(
     data: Dataset, nearly_done: Path, tmp_path: Path, draws: st.DataObject
 ) -> None:
     folder = RunDir(tmp_path / "run")
-    shutil.rmtree(folder.path, ignore_errors=True)
-    shutil.copytree(nearly_done, folder.path)
+    undamaged_copy(nearly_done, folder.path)
     latest, previous = folder.checkpoints
     latest.write_bytes(draws.draw(damaged_checkpoint(latest.read_bytes())))
     if draws.draw(st.booleans()):
