@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 T = TypeVar("T")
+# Which code outside mupsweep may run: all (True), none (False), or what the command line names itself, as KEY=VALUE.
+Consent = bool | frozenset[str]
 LARGEST = 1e30  # a limit at which the FLOPs of so many parameters and tokens are still finite
 
 
@@ -139,7 +141,7 @@ def instantiate(section: Mapping[str, Any], where: str) -> Any:
     return to_dataclass(cls, {k: v for k, v in section.items() if k != "kind"}, where)
 
 
-def refuse_foreign_code(section: Mapping[str, Any], where: str, allowed: bool) -> None:
+def refuse_foreign_code(section: Mapping[str, Any], where: str, allowed: Consent) -> None:
     """Refuse a section that names code outside mupsweep, at any depth, unless the person at the command line allows it.
 
     Args:
@@ -147,33 +149,43 @@ def refuse_foreign_code(section: Mapping[str, Any], where: str, allowed: bool) -
         where: the section's name, for the message.
         allowed: what this command line says; a file that holds the section has no say.
     """
-    named = None if allowed else foreign_code(section, where)
-    if named is not None:
-        raise ConfigError(
-            f"{named} is code outside mupsweep: add allow_imports=true if you trust it (--allow-imports to a command "
-            "on a sweep)"
-        )
+    for code in foreign_code(section, where, to_train=True):
+        if not allows(allowed, code):
+            raise ConfigError(
+                f"{code} is code outside mupsweep: add allow_imports=true if you trust it (--allow-imports to a "
+                "command on a sweep)"
+            )
 
 
-def foreign_code(section: Any, where: str) -> str | None:
-    """The first key with its value that names code outside mupsweep, at any depth of a section; None without one.
+def allows(allowed: Consent, code: str) -> bool:
+    """Whether the person at the command line allows what `foreign_code` found."""
+    return allowed if isinstance(allowed, bool) else code in allowed
+
+
+def foreign_code(section: Any, where: str, to_train: bool = False) -> Iterator[str]:
+    """Every key with its value that names code outside mupsweep, at any depth of a section, as KEY=VALUE.
 
     Nothing outside mupsweep is imported. A class with further keys that name code has them in its attribute `imports`.
+
+    Args:
+        to_train: whether programs count that only training starts, which a class has in its attribute `starts`.
     """
     if isinstance(section, list | tuple):
-        return next((named for value in section if (named := foreign_code(value, where))), None)
+        for value in section:
+            yield from foreign_code(value, where, to_train)
     if not isinstance(section, Mapping):
-        return None
+        return
     for key, value in section.items():
-        if named := foreign_code(value, f"{where}.{key}"):
-            return named
+        yield from foreign_code(value, f"{where}.{key}", to_train)
     if "kind" not in section:
-        return None
-    ours = str(section["kind"]).startswith("mupsweep.")
-    for key in getattr(_class_of(section, where), "imports", ()) if ours else ("kind",):
+        return
+    keys: tuple[str, ...] = ("kind",)
+    if str(section["kind"]).startswith("mupsweep."):
+        cls = _class_of(section, where)
+        keys = (*getattr(cls, "imports", ()), *(getattr(cls, "starts", ()) if to_train else ()))
+    for key in keys:
         if section.get(key) is not None:
-            return f"{where}.{key}={section[key]}"
-    return None
+            yield f"{where}.{key}={section[key]}"
 
 
 def _class_of(section: Mapping[str, Any], where: str) -> Any:

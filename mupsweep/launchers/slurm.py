@@ -60,7 +60,7 @@ class Site:
     def of(cls, sweep: SweepDir) -> Site:
         """Return the paths for a sweep as this process sees them."""
         folder, logs = sweep.path.resolve(), sweep.logs.resolve()
-        return cls(sweep.name, folder, logs, Path.cwd(), sys.executable, sweep.allow_imports)
+        return cls(sweep.name, folder, logs, Path.cwd(), sys.executable, bool(sweep.allow_imports))
 
     def mupsweep(self, command: str, *options: str) -> tuple[str, ...]:
         """Return the argv of a mupsweep command on the sweep."""

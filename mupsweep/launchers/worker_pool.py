@@ -58,7 +58,7 @@ class WorkerPool:
         """Return the command line of a slot's worker."""
         command = [sys.executable, "-m", "mupsweep", "worker", str(self.sweep.path), *self.names]
         command += ["--device", self.slots[index], "--threads", str(self.threads), *["--shard"] * self.shard]
-        return command + ["--allow-imports"] * self.sweep.allow_imports
+        return command + ["--allow-imports"] * bool(self.sweep.allow_imports)
 
     def output(self, index: int) -> contextlib.AbstractContextManager[IO[Any] | None]:
         """Open what a slot's workers print to; None is where this process prints."""

@@ -27,6 +27,7 @@ from mupsweep.atomic_files import make_folder, read_json, write_json, write_text
 from mupsweep.documents import parse_json, parse_yaml
 from mupsweep.errors import RecordError, reason
 from mupsweep.formatting import nearest
+from mupsweep.schema import Consent
 from mupsweep.store import lease, records
 from mupsweep.store.lease import Lease
 from mupsweep.store.run_dir import RunDir, _plain
@@ -46,16 +47,16 @@ class SweepDir:
     Attributes:
         path: the folder.
         results_folder: where results are written; None for the sweep's own.
-        allow_imports: whether the person who started this command allows the code outside mupsweep that the sweep's
-            config names. It goes from command line to command line and is read from no file.
+        allow_imports: which of the code outside mupsweep that the sweep's config names the person allows who started
+            this command. It goes from command line to command line and is read from no file.
     """
 
     path: Path
     results_folder: Path | None = None
-    allow_imports: bool = False
+    allow_imports: Consent = False
 
     @classmethod
-    def open(cls, path: str | Path, allow_imports: bool = False) -> SweepDir:
+    def open(cls, path: str | Path, allow_imports: Consent = False) -> SweepDir:
         """Open the folder of an existing sweep.
 
         Raises:

@@ -20,6 +20,8 @@ from mupsweep.data.config import DataConfig
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
 from mupsweep.schema import (
+    Consent,
+    allows,
     boolean,
     foreign_code,
     instantiate,
@@ -44,6 +46,9 @@ GRID, ADAPTIVE = "grid", "adaptive"
 VARIANT_SECTIONS = (*COMPARABLE, "data", "training", "trainer")
 OWN_TRAINER = {"name": "mupsweep", "kind": "mupsweep.trainers.mupsweep.Mupsweep"}  # stored variants leave it out
 SHARED_SECTIONS = ("sweep", "analysis", "launcher", "tracker", "out", "allow_imports")
+# Code of the user's -> the words of a command line that name it, and with that allow it. Everything else that is
+# outside mupsweep needs allow_imports=true.
+NAMED_BY = {"model.path": ("model.path",), "trainer.command": ("trainer", "trainer.command")}
 
 
 @dataclass(frozen=True)
@@ -277,7 +282,7 @@ class SweepConfig:
     """A whole sweep: the variants to compare, the grid, the launcher that trains it and the tracker that logs it.
 
     Attributes:
-        allow_imports: whether the person who started this command allows code outside mupsweep.
+        allow_imports: which code outside mupsweep the person who started this command allows.
     """
 
     variants: tuple[Variant, ...]
@@ -285,7 +290,7 @@ class SweepConfig:
     launcher: dict[str, Any]
     tracker: dict[str, Any]
     out: str = "sweeps"
-    allow_imports: bool = False
+    allow_imports: Consent = False
     overrides: tuple[str, ...] = field(default=())
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
 
@@ -325,21 +330,33 @@ def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> SweepC
     shared = {key: trees[0][key] for key in SHARED_SECTIONS}
     # no yaml has a say: somebody else's experiment would allow somebody else's code
     on_command_line = any(word.partition("=")[0] == "allow_imports" for word in overrides)
-    allowed = boolean(shared["allow_imports"], "allow_imports") and on_command_line
+    allowed = (boolean(shared["allow_imports"], "allow_imports") and on_command_line) or _named_code(trees, overrides)
     config = from_tree({**shared, "variants": variants, "overrides": tuple(overrides)}, allowed)
     if config.sweep.axes is None:
         return config
     return from_tree({**to_tree(config), "variants": expand(variants, config.sweep.axes)}, allowed)
 
 
-def from_tree(tree: Mapping[str, Any], allow_imports: bool = False, to_read: bool = False) -> SweepConfig:
+def _named_code(trees: Iterable[Mapping[str, Any]], overrides: Iterable[str]) -> Consent:
+    """The code outside mupsweep that some trees have because the command line names it; False without any."""
+    words = {word.partition("=")[0] for word in overrides if "${" not in word}
+    named = set[str]()
+    for tree in trees:
+        for section in VARIANT_SECTIONS:
+            for code in foreign_code(tree[section], section, to_train=True):
+                if not words.isdisjoint(NAMED_BY.get(code.partition("=")[0], ())):
+                    named.add(code)
+    return frozenset(named) or False
+
+
+def from_tree(tree: Mapping[str, Any], allow_imports: Consent = False, to_read: bool = False) -> SweepConfig:
     """A SweepConfig from plain mappings, as `load` composes and `config.yaml` stores them.
 
     Args:
         tree: the sections; what it says of `allow_imports` has no effect, since a sweep may be somebody else's.
-        allow_imports: whether the person who started this command allows code outside mupsweep.
+        allow_imports: which code outside mupsweep the person who started this command allows.
         to_read: whether the sweep is only looked at: then a section that names code which is not allowed stays
-            unchecked instead of being refused.
+            unchecked instead of being refused, and programs that training would start are no matter.
     """
     keys = {f.name for f in fields(SweepConfig)}
     for key in tree:
@@ -359,9 +376,10 @@ def from_tree(tree: Mapping[str, Any], allow_imports: bool = False, to_read: boo
         analysis=analysis_config(tree),
     )
     for where, section in _sections(config):
-        if to_read and not allow_imports and foreign_code(section, where):
+        if not to_read:
+            refuse_foreign_code(section, where, allow_imports)
+        elif not all(allows(allow_imports, code) for code in foreign_code(section, where)):
             continue
-        refuse_foreign_code(section, where, allow_imports)
         if where != "data":  # a source needs the whole DataConfig, so its keys were checked there
             instantiate(section, where)
     if isinstance(config.sweep.log2_lrs, dict):
@@ -433,6 +451,7 @@ def _folder(out: Any) -> str:
 def to_tree(config: SweepConfig) -> dict[str, Any]:
     """The inverse of `from_tree`: plain mappings and lists, ready for yaml or json."""
     tree = {**asdict(config), "variants": tuple(variant_tree(variant) for variant in config.variants)}
+    tree["allow_imports"] = config.allow_imports is True  # which nothing reads
     if tree["sweep"]["sizes"] is None:
         del tree["sweep"]["sizes"]  # as before there was a list
     return tree

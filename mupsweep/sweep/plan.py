@@ -19,7 +19,7 @@ from mupsweep.errors import ConfigError, RecordError
 from mupsweep.formatting import counted, verb
 from mupsweep.models.shape import Size
 from mupsweep.optimizers import Optimizer
-from mupsweep.schema import foreign_code
+from mupsweep.schema import allows, foreign_code
 from mupsweep.store import workers
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import GRID, SweepConfig, default_lrs, from_tree, to_tree
@@ -278,10 +278,13 @@ def unreadable(sweep: SweepDir) -> dict[Label, str]:
 
 def _foreign_variants(config: SweepConfig) -> dict[Label, str]:
     """The variants that name code outside mupsweep without being allowed to, and what they name."""
-    if config.allow_imports:
-        return {}
-    named = {variant.label: foreign_code(asdict(variant), "config") for variant in config.variants}
-    return {label: code.removeprefix("config.") for label, code in named.items() if code is not None}
+    unreadable = {}
+    for variant in config.variants:
+        named = (code.removeprefix("config.") for code in foreign_code(asdict(variant), "config"))
+        refused = next((code for code in named if not allows(config.allow_imports, code)), None)
+        if refused is not None:
+            unreadable[variant.label] = refused
+    return unreadable
 
 
 def corpus_remarks(runs: Iterable[RunSpec]) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.atomic_files import make_folder, write_json
@@ -73,6 +73,8 @@ class Command:
     timeout: float | None = None
     silence: float | None = None
     grace: float = 30.0
+
+    starts: ClassVar[tuple[str, ...]] = ("command",)
 
     def __post_init__(self) -> None:
         is_list = isinstance(self.command, list | tuple)

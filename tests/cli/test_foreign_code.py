@@ -13,6 +13,8 @@ import yaml
 
 from mupsweep.launchers.slurm import Site, Slurm
 from mupsweep.store.sweep_dir import SweepDir
+from mupsweep.sweep import plan
+from mupsweep.sweep.config import load
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -110,3 +112,52 @@ def test_job_scripts_say_what_the_person_who_submitted_them_allowed(allowed: boo
     site = Site.of(SweepDir(Path("sweeps/x"), allow_imports=allowed))
     assert ("--allow-imports" in Slurm().analysis_text(site)) is allowed
     assert site.mupsweep("worker")[5:] == (("--allow-imports",) if allowed else ())
+
+
+@pytest.fixture
+def started() -> SweepDir:
+    """A sweep of one run whose program leaves a mark when it is started, as the person left it who made it."""
+    overrides = ["trainer=command", "trainer.command='touch started'", "trainer.metrics=log.jsonl"]
+    overrides += ["sweep.log2_lrs=[-7]", "sweep.width_ratios=[1]", "training.steps=2", "sweep.name=theirs"]
+    return plan.save(load(overrides), "")[0]
+
+
+@pytest.mark.parametrize("command", [["worker"], ["transfer", "--validate", "--yes", "--to", "width=512"]])
+def test_a_stored_program_is_started_only_where_the_command_line_allows_it(
+    command: list[str], started: SweepDir, cli: Cli
+) -> None:
+    code, _, err = cli(command[0], str(started.path), *command[1:])
+    assert code == 2
+    assert "trainer.command=touch started is code outside mupsweep" in err
+    assert "--allow-imports" in err
+    assert not Path("started").exists()
+    if command == ["worker"]:
+        assert cli("worker", str(started.path), "--device", "cpu", "--allow-imports")[0] == 0
+        assert Path("started").exists()
+
+
+def test_reading_a_sweep_of_programs_asks_for_nothing(started: SweepDir, cli: Cli) -> None:
+    for command in (["status"], ["report"]):
+        code, _, err = cli(command[0], str(started.path))
+        assert (code, "outside" in err) == (0, False), err
+
+
+def test_the_command_line_that_names_a_program_allows_this_one_alone(started: SweepDir, cli: Cli) -> None:
+    other = ["trainer=command", "trainer.command='touch mine'", "trainer.metrics=log.jsonl", "optimizer=muon"]
+    other += ["sweep.log2_lrs=[-7]", "sweep.width_ratios=[1]", "training.steps=2", "sweep.name=theirs"]
+    code, _, err = cli("run", *other, "launcher=inline")
+    assert code == 2
+    assert "trainer.command=touch started is code outside mupsweep" in err
+    assert not Path("started").exists()
+
+
+def test_a_program_that_only_an_experiment_names_is_refused(cli: Cli) -> None:
+    theirs = Path("theirs", "experiment", "theirs.yaml")
+    theirs.parent.mkdir(parents=True)
+    trainer = "{name: command, kind: mupsweep.trainers.command.Command, command: touch started, metrics: a.jsonl}"
+    theirs.write_text(f"# @package _global_\ntrainer: {trainer}\n")
+    words = ["plan", "experiment=theirs", "--config-dir", "theirs", "sweep.log2_lrs=[-7]", "sweep.width_ratios=[1]"]
+    code, _, err = cli(*words)
+    assert code == 2
+    assert "trainer.command=touch started is code outside mupsweep: add allow_imports=true" in err
+    assert cli(*words, "allow_imports=true")[0] == 0

@@ -77,7 +77,7 @@ def trained(cli: Cli, *overrides: str) -> RunDir:
     sweep, run = planned(*ONE, *overrides)
     if run.status()["status"] == FAILED:  # as `mupsweep run` does for another try
         run.write_status("pending")
-    code, _, err = cli("worker", str(sweep.path), "--device", "cpu")
+    code, _, err = cli("worker", str(sweep.path), "--device", "cpu", "--allow-imports")
     assert code == 0, err
     return run
 
@@ -399,7 +399,7 @@ def test_a_program_that_ignores_the_request_to_end_is_killed_with_all_that_it_st
 
 def at_step_five(sweep: SweepDir, run: RunDir) -> Forked:
     """A worker whose program waits at step 5, and has been seen to."""
-    worker = Forked("worker", str(sweep.path), "--device", "cpu")
+    worker = Forked("worker", str(sweep.path), "--device", "cpu", "--allow-imports")
     until(lambda: run.status().get("step") == 5, worker)
     return worker
 
@@ -415,7 +415,7 @@ def test_a_stopped_program_goes_on_from_its_folder(program: list[str], cli: Cli)
     assert run.status() == {"status": "pending"}
     assert process_start_time(owner) is None
     Path("go").touch()
-    assert cli("worker", str(sweep.path), "--device", "cpu")[0] == 0
+    assert cli("worker", str(sweep.path), "--device", "cpu", "--allow-imports")[0] == 0
     assert lines(run.output / "starts") == ["0", "5"]
     assert [row["step"] for row in run.metrics()] == list(range(1, 11))
     assert run.status() == {"status": "done"}
@@ -429,7 +429,7 @@ def test_a_program_without_a_way_to_go_on_starts_anew(program: list[str], cli: C
     worker.send_signal(signal.SIGINT)
     assert worker.wait(DEADLINE) == 130
     Path("go").touch()
-    assert cli("worker", str(sweep.path), "--device", "cpu")[0] == 0
+    assert cli("worker", str(sweep.path), "--device", "cpu", "--allow-imports")[0] == 0
     assert lines(run.output / "starts") == ["0"]
     assert [row["step"] for row in run.metrics()] == list(range(1, 11))
 
@@ -442,7 +442,7 @@ def test_a_killed_worker_takes_its_program_along_and_nothing_is_lost(program: li
     worker.wait(DEADLINE)
     until(lambda: process_start_time(owner) is None)  # its watch ends it
     Path("go").touch()
-    assert cli("worker", str(sweep.path), "--device", "cpu")[0] == 0
+    assert cli("worker", str(sweep.path), "--device", "cpu", "--allow-imports")[0] == 0
     assert lines(run.output / "starts") == ["0", "5"]
     assert [row["step"] for row in run.metrics()] == list(range(1, 11))
     assert run.status() == {"status": "done"}
@@ -477,7 +477,7 @@ def test_a_worker_that_starts_programs_imports_no_torch(program: list[str]) -> N
     sweep, run = planned(*program, *ONE)
     script = (
         "import sys; from mupsweep.training.worker import execute; from mupsweep.store.sweep_dir import SweepDir; "
-        f"execute(SweepDir.open({str(sweep.path)!r}), device='cpu'); print('torch' in sys.modules)"
+        f"execute(SweepDir.open({str(sweep.path)!r}, True), device='cpu'); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.stdout, run.status()) == ("False\n", {"status": "done"}), done.stderr
@@ -494,3 +494,4 @@ def test_a_job_of_several_nodes_starts_one_program_that_has_them_all(cli: Cli, m
     worker = next(line for line in script.splitlines() if "mupsweep worker" in line and "--device" in line)
     assert "--device cuda:0,cuda:1,cuda:2,cuda:3 " in worker
     assert "--nodes" not in worker
+    assert "--allow-imports" in worker
