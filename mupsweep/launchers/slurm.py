@@ -195,7 +195,7 @@ class Slurm:
 
     def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
         """Submit the runs that no queued or running job has, and the analysis after them; wait for neither."""
-        with sweep.lock() as lock:
+        with sweep.lock():
             recorded = sweep.read_jobs()
             queue = slurm_queue.of_sweep(recorded)
             if was_cancelled(recorded, queue):
@@ -211,7 +211,6 @@ class Slurm:
                 _print(f"{counted(queued, 'run')} in queued or running jobs")
             arrays = list(queue.arrays)
             for script, tasks in self.write_arrays(sweep, missing):
-                lock.heartbeat()  # a busy controller takes minutes for a job
                 arrays.append(submit(sweep, script, [task.run_ids for task in tasks]))
                 n_runs, longest = sum(len(task.run_ids) for task in tasks), max(task.seconds for task in tasks)
                 about = f"{counted(n_runs, 'run')} in {counted(len(tasks), 'task')} of roughly {duration(longest)}"

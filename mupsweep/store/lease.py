@@ -12,9 +12,10 @@ import json
 import os
 import re
 import socket
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from mupsweep.errors import RecordError
 from mupsweep.store import slurm_queue
 from mupsweep.store.records import is_owner
 
-HEARTBEAT_INTERVAL = 15.0  # seconds between heartbeats, unless a training step takes longer
+HEARTBEAT_INTERVAL = 15.0  # seconds between heartbeats
 # A damaged claim, or one whose Slurm job has ended, expires after this many seconds without a heartbeat.
 HEARTBEAT_GRACE = 2 * HEARTBEAT_INTERVAL
 LEASE_TIMEOUT = 600.0  # a claim of another host expires after this many seconds without a heartbeat
@@ -39,24 +40,33 @@ class Lease:
     Attributes:
         path: the claim file.
         owner: the content of the claim file: host, process and Slurm job of the owner.
-        last_renewal: monotonic time of the last heartbeat.
+        lost: whether a heartbeat found that another worker had taken the run over.
     """
 
     path: Path
     owner: dict[str, Any]
-    last_renewal: float = field(default_factory=time.monotonic)
+    lost: bool = False
 
-    def heartbeat(self) -> bool:
-        """Renew the lease if the last renewal is HEARTBEAT_INTERVAL ago; return whether it was renewed.
+    @contextlib.contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Give signs of life for the duration of the context.
 
-        Cheap enough to be called at every step.
+        They come from a thread, since a step, a compilation or an evaluation may take longer than LEASE_TIMEOUT.
         """
-        if time.monotonic() - self.last_renewal <= HEARTBEAT_INTERVAL:
-            return False
-        with contextlib.suppress(OSError):  # a file server may be unreachable for a moment
-            os.utime(self.path)
-        self.last_renewal = time.monotonic()
-        return True
+        ended = threading.Event()
+        thread = threading.Thread(target=self._renew, args=(ended,), daemon=True, name="heartbeat")
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _renew(self, ended: threading.Event) -> None:
+        while not self.lost and not ended.wait(HEARTBEAT_INTERVAL):
+            with contextlib.suppress(OSError):  # a file server may be unreachable for a moment
+                os.utime(self.path)
+            self.lost = not self.is_held()
 
     def is_held(self) -> bool:
         """Return False once another worker took the run over, for instance while this process was suspended."""

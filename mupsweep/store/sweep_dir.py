@@ -29,7 +29,6 @@ from mupsweep.errors import RecordError, reason
 from mupsweep.formatting import nearest
 from mupsweep.schema import Consent
 from mupsweep.store import lease, records
-from mupsweep.store.lease import Lease
 from mupsweep.store.run_dir import RunDir, _plain
 
 log = logging.getLogger("mupsweep")
@@ -207,7 +206,7 @@ class SweepDir:
             ) from error
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[Lease]:
+    def lock(self) -> Iterator[None]:
         """Hold the sweep while its plan is extended, so that no command loses the runs of another at the same time.
 
         The lock is a lease like that of a run, since many network file systems cannot lock.
@@ -218,7 +217,8 @@ class SweepDir:
             if 0.5 < pause < 1.0 and (holder := lease.holder(folder)):  # once, after a second
                 log.warning("waiting for %s, which plans this sweep", holder.name)
         try:
-            yield claim
+            with claim.renewed():  # a busy Slurm controller takes minutes for a job
+                yield
         finally:
             with contextlib.suppress(OSError):
                 if claim.is_held():

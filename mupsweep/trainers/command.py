@@ -343,7 +343,7 @@ class Followed:
         """
         next_read = 0.0
         while not process.wait(POLL_SECONDS):
-            control.heartbeat()
+            control.check_lease()
             if control.stop_requested():
                 process.stop()
                 raise StopRequested

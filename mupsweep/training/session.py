@@ -132,5 +132,5 @@ class ReplicaControl:
     def stop_requested(self) -> bool:
         return self.stop.signalled
 
-    def heartbeat(self) -> None:
+    def check_lease(self) -> None:
         pass

@@ -34,7 +34,9 @@ class TrainControl(Protocol):
 
     def stop_requested(self) -> bool: ...
 
-    def heartbeat(self) -> None: ...
+    def check_lease(self) -> None:
+        """Raise an error where another host took this process for dead and trains the run."""
+        ...
 
 
 def train(
@@ -78,7 +80,7 @@ def train(
             checkpointer.save()
         if signal == Signal.STOP:
             raise StopRequested
-        control.heartbeat()
+        control.check_lease()
 
         # Where the cooldown of a shorter horizon begins, keep the trunk: the run returns to it after the cooldown.
         if state.step == cooldown_start and horizon < total_steps and not state.branching:

@@ -167,9 +167,10 @@ def run_main(
             if lease.deaths() >= MAX_WORKER_DEATHS and run not in deferred:
                 deferred.append(run)
                 continue
-            session.prepare(run)
-            with tracker.track(folder):
-                execute_run(run, folder, session, LeaseControl(lease, stop))
+            with lease.renewed():
+                session.prepare(run)
+                with tracker.track(folder):
+                    execute_run(run, folder, session, LeaseControl(lease, stop))
         except StopRequested:
             if lease.is_held():
                 folder.write_status(PENDING)
@@ -229,7 +230,8 @@ def execute_run(run: RunSpec, folder: RunDir, session: Session, control: LeaseCo
             with session.running(run):
                 folder.write_status(RUNNING, durable=False, step=0, steps=run.resolved.steps)
                 summary = session.train(run, folder, control)
-                control.check()
+                if not control.lease.is_held():
+                    raise LeaseLost
                 folder.write_summary(summary)
                 folder.write_status(summary["status"])
                 folder.remove_checkpoints()
@@ -285,7 +287,7 @@ class LeaseLost(Exception):
 
 @dataclass(frozen=True)
 class LeaseControl:
-    """The control of a run on the process that holds its lease: renews the lease, and ends the run when it is lost."""
+    """The control of a run on the process that holds its lease: it ends the run when the lease is lost."""
 
     lease: Lease
     stop: StopSignal
@@ -293,13 +295,8 @@ class LeaseControl:
     def stop_requested(self) -> bool:
         return self.stop.signalled
 
-    def heartbeat(self) -> None:
-        if self.lease.heartbeat():
-            self.check()
-
-    def check(self) -> None:
-        """Raise LeaseLost where another host took this process for dead."""
-        if not self.lease.is_held():
+    def check_lease(self) -> None:
+        if self.lease.lost:
             raise LeaseLost
 
 

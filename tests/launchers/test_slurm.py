@@ -13,7 +13,7 @@ from fake_slurm import Fake
 
 from mupsweep.analysis.labels import DONE
 from mupsweep.atomic_files import make_folder
-from mupsweep.store import lease, slurm_queue
+from mupsweep.store import slurm_queue
 from mupsweep.store.run_dir import FAILED, PENDING, RUNNING
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
@@ -50,23 +50,6 @@ def test_a_sweep_is_an_array_per_size_in_pieces_that_the_cluster_takes_and_an_an
     assert code == 0
     assert len(slurm.calls("scontrol")) == 1  # asked once, and not where the config says it
     assert len(SweepDir.open("sweeps/wide").read_jobs()) == 3
-
-
-def test_submitting_gives_signs_of_life_so_that_no_other_command_submits_as_well(
-    slurm: Fake, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lease, "HEARTBEAT_INTERVAL", -1.0)
-    beaten: list[str] = []
-
-    def beat(claim: lease.Lease) -> bool:
-        beaten.append(claim.path.parent.name)
-        return heartbeat(claim)
-
-    heartbeat = lease.Lease.heartbeat
-    monkeypatch.setattr(lease.Lease, "heartbeat", beat)
-    assert cli("run", *SMOKE)[0] == 0
-    assert beaten == [".planning"] * 2  # an array per size
-    assert len(slurm.calls("sbatch")) == 3
 
 
 def test_a_stop_while_a_job_is_submitted_waits_until_the_job_is_recorded(

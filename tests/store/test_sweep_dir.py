@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from polling import until
 
 from mupsweep import atomic_files
 from mupsweep.analysis.labels import DIVERGED, DONE
@@ -351,14 +352,18 @@ def test_claim_10000_comes_after_9999(run: RunDir) -> None:
 def test_a_heartbeat_that_a_server_refuses_does_not_end_the_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     claim = run.claim()
     assert claim is not None
-    claim.last_renewal -= lease.LEASE_TIMEOUT
+    refused: list[Path] = []
 
     def refuse(path: Path) -> None:
+        refused.append(path)
         raise OSError(116, "Stale file handle")
 
     monkeypatch.setattr(os, "utime", refuse)
-    assert claim.heartbeat()
+    monkeypatch.setattr(lease, "HEARTBEAT_INTERVAL", 0.001)
+    with claim.renewed():
+        until(lambda: len(refused) > 1)
     assert claim.is_held()
+    assert not claim.lost
 
 
 def test_a_claim_from_before_a_reboot_is_judged_by_its_heartbeat(run: RunDir) -> None:
@@ -369,15 +374,28 @@ def test_a_claim_from_before_a_reboot_is_judged_by_its_heartbeat(run: RunDir) ->
     assert run.claim() is not None
 
 
-def test_a_heartbeat_keeps_a_claim_fresh_for_other_hosts(run: RunDir) -> None:
+def test_a_heartbeat_keeps_a_claim_fresh_for_other_hosts_while_its_owner_computes(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     claim = run.claim()
     assert claim is not None
     os.utime(claim.path, (0, 0))
-    claim.heartbeat()
-    assert claim.path.stat().st_mtime == 0  # too soon after the last one: nothing is written
-    claim.last_renewal -= lease.LEASE_TIMEOUT
-    claim.heartbeat()
-    assert claim.path.stat().st_mtime > 1e9
+    with claim.renewed():
+        pass
+    assert claim.path.stat().st_mtime == 0  # it ended before the first one: nothing is written
+    monkeypatch.setattr(lease, "HEARTBEAT_INTERVAL", 0.001)
+    with claim.renewed():
+        until(lambda: claim.path.stat().st_mtime > 1e9)
+
+
+def test_a_heartbeat_tells_an_owner_that_it_was_taken_over(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = run.claim()
+    assert claim is not None
+    os.utime(rewrite_claim(run, host="elsewhere"), (0, 0))
+    assert run.claim() is not None
+    monkeypatch.setattr(lease, "HEARTBEAT_INTERVAL", 0.001)
+    with claim.renewed():
+        until(lambda: claim.lost)
 
 
 def test_an_owner_that_was_taken_over_knows_it(run: RunDir) -> None:
@@ -488,6 +506,14 @@ def test_a_lock_that_is_let_go_while_others_look_at_it_is_left_for_the_next_look
             assert look(folder) is None
         assert not held.path.exists()
     assert lease.acquire(folder) is not None
+
+
+def test_a_lock_is_renewed_while_a_slow_scheduler_takes_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_INTERVAL", 0.001)
+    with SweepDir(tmp_path).lock():
+        (claim,) = (tmp_path / ".planning").glob("*.json")
+        os.utime(claim, (0, 0))
+        until(lambda: claim.stat().st_mtime > 1e9)
 
 
 def test_a_command_that_was_killed_while_it_planned_holds_nobody_up(tmp_path: Path) -> None:

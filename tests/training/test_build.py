@@ -77,7 +77,7 @@ class Undisturbed:
     def stop_requested(self) -> bool:
         return False
 
-    def heartbeat(self) -> None:
+    def check_lease(self) -> None:
         pass
 
 

@@ -97,7 +97,7 @@ class LeaseLost(TrainControl):
 
     folder: Path
 
-    def heartbeat(self) -> None:
+    def check_lease(self) -> None:
         if self.asked == 12:
             owner = json.loads((self.folder / "claims" / "0000.json").read_text())
             (self.folder / "claims" / "0001.json").write_text(json.dumps({**owner, "host": "elsewhere"}))

@@ -232,7 +232,7 @@ def leaving(ranks: DistributedContext, who: int, where: str, path: Path) -> str:
     forward, calls = setup.network.forward, []
 
     class Fails(TrainControl):
-        def heartbeat(self) -> None:
+        def check_lease(self) -> None:
             if ranks.rank == who and where == "between" and self.asked > 5:
                 raise ValueError("between steps")
 

@@ -76,7 +76,7 @@ class TrainControl:
         self.asked += 1
         return self.asked > self.stop
 
-    def heartbeat(self) -> None:
+    def check_lease(self) -> None:
         if self.asked > self.kill:
             raise Killed
 
