@@ -27,11 +27,15 @@ class LocalPool(WorkerPool):
         run_ids: the runs to train.
         deaths: how many workers each run has killed.
         idle_deaths: how many workers died in a row before they took a run.
+        retired: slots whose worker ended with an error, such as a GPU that is gone.
+        looks_again: whether a worker has to look for what such a slot has left.
     """
 
     run_ids: Sequence[str] = ()
     deaths: dict[str, int] = field(default_factory=dict)
     idle_deaths: int = 0
+    retired: set[int] = field(default_factory=set)
+    looks_again: bool = False
 
     def train(self, progress: Progress) -> bool:
         """Start the workers and wait for them; return False if they were stopped."""
@@ -66,17 +70,37 @@ class LocalPool(WorkerPool):
         """Return whether any worker still works, after replacing those that died.
 
         Raises:
-            RecordError: a worker ended with an error, or too many died before they took a run.
+            RecordError: every slot's worker ended with an error, or too many died before they took a run.
         """
-        codes = [worker.poll() for worker in self.workers]
-        for index, (worker, code) in enumerate(zip(self.workers, codes, strict=True)):
+        codes = {i: worker.poll() for i, worker in enumerate(self.workers) if i not in self.retired}
+        for index, code in codes.items():
             if code in (None, 0, STOPPED):
                 continue
-            self.idle_deaths = 0 if self.record_death(worker.pid, code) else self.idle_deaths + 1
-            if self.idle_deaths > MAX_WORKER_DEATHS * len(self.slots) or code > 0:
-                raise RecordError(f"a worker ended with {exit_reason(code)}: {self.log_tail(index)}")
-            self.spawn(index)
-        return any(code not in (0, STOPPED) for code in codes)
+            self.idle_deaths = 0 if self.record_death(self.workers[index].pid, code) else self.idle_deaths + 1
+            if self.idle_deaths > MAX_WORKER_DEATHS * len(self.slots):
+                raise RecordError(self.last_words(index, code))
+            if code > 0:
+                self.retire(index, code)
+            else:
+                self.spawn(index)
+        if self.looks_again and set(codes.values()) == {0}:
+            # The others may have passed the run that a retired slot has left.
+            self.looks_again = False
+            self.spawn(next(iter(codes)))
+            return True
+        return any(code not in (0, STOPPED) for code in codes.values())
+
+    def retire(self, index: int, code: int) -> None:
+        """Start no more workers on a slot.
+
+        Raises:
+            RecordError: it was the last slot.
+        """
+        self.retired.add(index)
+        if len(self.retired) == len(self.slots):
+            raise RecordError(self.last_words(index, code))
+        self.looks_again = True
+        print(f"{self.last_words(index, code)}; going on without {self.slots[index]}", file=sys.stderr)
 
     def record_death(self, pid: int, code: int) -> bool:
         """Count a worker's death against the run that it held and return whether it held one.
@@ -96,6 +120,10 @@ class LocalPool(WorkerPool):
                 reason = f"its worker died {MAX_WORKER_DEATHS} times ({exit_reason(code)}){hint}"
                 folder.write_status(FAILED, error=reason)
         return held_a_run
+
+    def last_words(self, index: int, code: int) -> str:
+        """Return how a slot's worker ended, and what it said."""
+        return f"a worker ended with {exit_reason(code)}: {self.log_tail(index)}"
 
     def log_path(self, index: int) -> Path:
         """Return where the workers of a slot print to."""

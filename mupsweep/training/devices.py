@@ -43,10 +43,14 @@ def choose_devices(device: str, processes: int = 1) -> list[torch.device]:
     Args:
         device: a torch device, "auto", or several separated by commas.
         processes: the number of ranks that were started on this machine; for several ranks a device without an index
-            stands for as many devices.
+            stands for as many devices. Where each of them was given a GPU of its own and sees no other, as by
+            Slurm's --gpus-per-task, that GPU is cuda:0 to each.
     """
     names = [name.strip() for name in device.split(",") if name.strip()] or [device]
     first = choose_device(names[0])
+    n_gpus = torch.cuda.device_count()
+    if processes > 1 and first.type == "cuda" and n_gpus == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return [first] * processes
     if processes > 1 and device in ("auto", first.type):
         names = [f"{first.type}:{i}" if first.type == "cuda" else first.type for i in range(processes)]
     if processes > 1 and len(names) != processes:
@@ -56,7 +60,6 @@ def choose_devices(device: str, processes: int = 1) -> list[torch.device]:
         )
     devices = [first, *(_parse_device(name) for name in names[1:])]
     indices = [d.index or 0 for d in devices if d.type != "cpu"]
-    n_gpus = torch.cuda.device_count()
     for other in devices[1:]:
         if other.type != first.type or first.type not in ("cpu", "cuda") or (other.index or 0) >= max(1, n_gpus):
             raise ConfigError(f"device {device}: a run takes several CUDA devices that are there, or several cpu")

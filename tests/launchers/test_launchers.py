@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -226,6 +227,33 @@ def test_two_workers_give_the_same_bits_as_one_process(inline: dict[str, tuple[d
     lines = [line for line in out.splitlines() if line.startswith("[")]
     assert [line.split("]")[0] for line in lines] == [f"[{i}/4" for i in range(1, 5)]
     assert all(" done  val_loss " in line for line in lines)
+
+
+@pytest.mark.usefixtures("_forked_workers")
+def test_a_device_that_is_gone_is_left_and_the_others_train_everything(
+    inline: dict[str, tuple[dict[str, object], bytes]],
+) -> None:
+    code, _, err = mupsweep("run", *SMALL, "launcher=local", "launcher.devices=[gone,cpu]", ONE_SLOT[-1])
+    assert code == 0, err
+    said = r"^a worker ended with exit code 2: mupsweep: device gone is not .*; going on without gone$"
+    said = r"^a worker ended with exit code 2: mupsweep: device gone is not .*; going on without gone$"
+    assert re.search(said, err, re.MULTILINE)
+    assert results(SweepDir.open("sweeps/smoke")) == inline
+
+
+def test_the_run_that_a_lost_device_leaves_last_is_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    def ending(command: Sequence[str], environment: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+        started.append(command[command.index("--device") + 1])
+        return begin(["sh", "-c", "exit 2" if started[-1] == "a" else "exit 0"], environment, output)
+
+    begin = signals.start
+    monkeypatch.setattr(signals, "start", ending)
+    monkeypatch.setattr(local_pool, "POLL_SECONDS", 0.0)
+    sweep, runs = plan.save(load(SMALL), "")
+    assert Local(devices=["a", "b", "c"]).launch(sweep, [run.run_id for run in runs])
+    assert started == ["a", "b", "c", "b"]
 
 
 def test_a_killed_worker_is_replaced_and_the_sweep_ends_with_the_same_bits(

@@ -342,6 +342,17 @@ def test_no_rank_takes_memory_on_the_device_of_another(monkeypatch: pytest.Monke
     assert str(choose_device("cuda")) == "cuda:0"
 
 
+def test_a_process_that_was_given_one_gpu_of_several_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # as Slurm's --gpus-per-task sets it for each process of a run
+    for device in ("cuda:0,cuda:1", "cuda", "auto"):
+        assert [str(d) for d in choose_devices(device, 2)] == ["cuda:0", "cuda:0"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # two processes of a machine with one GPU
+    with pytest.raises(ConfigError, match=r"^device cuda: a run takes several CUDA devices that are there"):
+        choose_devices("cuda", 2)
+
+
 @pytest.mark.parametrize("device", ["cpu,cuda:0", "cpu,gpu7", "meta,meta"])
 def test_devices_that_cannot_train_one_run_together_are_refused(device: str) -> None:
     with pytest.raises(ConfigError, match=rf"^device ({device}|gpu7|meta)[: ]"):
