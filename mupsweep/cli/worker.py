@@ -21,6 +21,7 @@ def worker(
     ] = ["auto"],  # noqa: B006, typer copies it
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1, max=MOST_THREADS)] = 1,
     shard: Annotated[bool, typer.Option("--shard", help="Divide weights and optimizer state among them.")] = False,
+    workers: Annotated[int, typer.Option(help="Workers that share a GPU's memory.", min=1)] = 1,
     allow_imports: AllowImports = False,
     restarts: Annotated[int, typer.Option(help="Replacements of a worker that a signal kills.", min=0)] = 0,
     nodes: Annotated[int, typer.Option(help="Slurm nodes per run, by srun.", min=1)] = 1,
@@ -32,7 +33,7 @@ def worker(
 
     Example: mupsweep worker sweeps/demo --device cuda:1
     """
-    from mupsweep.store import workers
+    from mupsweep.store import workers as records
     from mupsweep.store.sweep_dir import SweepDir
 
     folder, names = SweepDir.open(sweep, allow_imports), run_ids or ()
@@ -43,7 +44,7 @@ def worker(
 
         pool = TaskPool(folder, device, names, threads, shard, restarts=restarts, nodes=nodes, requeue=requeue)
         raise typer.Exit(pool.supervise())
-    with workers.registered(folder):
+    with records.registered(folder):
         from mupsweep.training.worker import execute  # imports torch, which takes a while
 
-        raise typer.Exit(0 if execute(folder, names, device[0], threads, shard=shard) else 130)
+        raise typer.Exit(0 if execute(folder, names, device[0], threads, shard=shard, workers=workers) else 130)

@@ -113,11 +113,12 @@ class Local:
 
         # The narrowest group that has the memory is taken, or the widest where none has.
         needed = {width: max(variant.least_memory(size, width) for variant in variants) for width in widths}
+        memory /= launcher.slots_per_device or 1
         width = next((width for width in widths if needed[width] <= USABLE_MEMORY * memory), widths[-1])
         if width == 1:
             return launcher
         print(
-            f"{size.name}: roughly {si(needed[1])}B at least and {si(memory)}B on a device: {width} share each run",
+            f"{size.name}: roughly {si(needed[1])}B at least and {si(memory)}B of a device: {width} share each run",
             file=sys.stderr,
         )
         return replace(launcher, devices_per_run=width, shard=True)

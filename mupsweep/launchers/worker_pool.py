@@ -57,7 +57,10 @@ class WorkerPool:
     def command(self, index: int) -> list[str]:
         """Return the command line of a slot's worker."""
         command = [sys.executable, "-m", "mupsweep", "worker", str(self.sweep.path), *self.names]
-        command += ["--device", self.slots[index], "--threads", str(self.threads), *["--shard"] * self.shard]
+        device, workers = self.slots[index], self.slots.count(self.slots[index])
+        command += ["--device", device, "--threads", str(self.threads), *["--shard"] * self.shard]
+        if workers > 1 and device.startswith("cuda"):
+            command += ["--workers", str(workers)]
         return command + ["--allow-imports"] * bool(self.sweep.allow_imports)
 
     def output(self, index: int) -> contextlib.AbstractContextManager[IO[Any] | None]:

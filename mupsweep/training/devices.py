@@ -13,6 +13,7 @@ import torch
 
 from mupsweep.errors import ConfigError
 
+SHARED_MEMORY = 0.95  # the part of a GPU's memory that its workers share; contexts of CUDA take the rest
 MIN_KEPT_BYTES, MAX_KEPT_BYTES = 2**20, 2**31 - 1  # thresholds for `set_kept_memory`
 
 
@@ -96,8 +97,13 @@ def choose_device(device: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def configure(threads: int, device: torch.device, shard: bool = False) -> None:
-    """Set this process up so that its runs are reproducible, and fast or, where they are sharded, small in memory."""
+def configure(threads: int, device: torch.device, shard: bool = False, workers: int = 1) -> None:
+    """Set this process up so that its runs are reproducible, and fast or, where they are sharded, small in memory.
+
+    Args:
+        threads: CPU threads of this process.
+        workers: how many workers share the device, each of which may take an equal part of its memory.
+    """
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # no dumps of gigabytes
@@ -105,6 +111,8 @@ def configure(threads: int, device: torch.device, shard: bool = False) -> None:
         set_kept_memory(MIN_KEPT_BYTES if shard else MAX_KEPT_BYTES)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # used by pinned memory and capability checks
+        if workers > 1:  # else what one takes first would halve the micro-batches of another
+            torch.cuda.set_per_process_memory_fraction(SHARED_MEMORY / workers, device)
     torch.set_float32_matmul_precision("highest")  # the environment of some containers turns TF32 on
     # a product split along its sums would add the parts in bf16, and whether cuBLAS splits it depends on the width
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

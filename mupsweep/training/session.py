@@ -70,9 +70,11 @@ def work(sweep: SweepDir, slot: Slot, stop: StopSignal, take_runs: Callable[[Ses
     env = torchrun_env()
     devices = choose_devices(slot.device, int(env.get("LOCAL_WORLD_SIZE", 1)))
     own_device = devices[int(env.get("LOCAL_RANK", 0))]
-    configure(slot.threads, own_device, slot.shard)  # before the process group forms: NCCL picks algorithms for good
+    # Before the process group forms, since NCCL picks its algorithms for good.
+    configure(slot.threads, own_device, slot.shard, slot.workers)
     arguments = [str(sweep.path), *slot.run_ids, "--device", slot.device, "--threads", str(slot.threads)]
-    arguments += ["--shard"] * slot.shard + ["--allow-imports"] * bool(sweep.allow_imports)
+    arguments += ["--workers", str(slot.workers), *["--shard"] * slot.shard]
+    arguments += ["--allow-imports"] * bool(sweep.allow_imports)
     with launch_ranks(devices, [sys.executable, "-m", "mupsweep", "worker", *arguments], slot.shard) as ranks:
         if not ranks.is_main_process:
             return run_replica(sweep, own_device, stop, ranks)

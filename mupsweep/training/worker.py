@@ -79,12 +79,14 @@ class Slot:
         device: a torch device, "auto", or several separated by commas, which train every run together.
         threads: CPU threads of every process.
         shard: whether several devices divide weights, gradients and optimizer state.
+        workers: how many workers share the device, each of which may take an equal part of its memory.
     """
 
     run_ids: Sequence[str] = ()
     device: str = "auto"
     threads: int = 1
     shard: bool = False
+    workers: int = 1
 
 
 def execute(
@@ -95,6 +97,7 @@ def execute(
     on_finished: Callable[[], None] = lambda: None,
     shard: bool = False,
     stop: StopSignal | None = None,
+    workers: int = 1,
 ) -> bool:
     """Train the pending runs of a sweep that no other worker holds a lease of, the longest first.
 
@@ -106,12 +109,13 @@ def execute(
         on_finished: called after every run.
         shard: divide weights, gradients and optimizer state among several devices.
         stop: the flag that asks for an end; None installs one that stop signals set.
+        workers: how many workers share the device, each of which may take an equal part of its memory.
 
     Returns:
         False if it was asked to stop before every run was taken.
     """
     stop = stop or StopSignal.install()
-    slot = Slot(run_ids, device, threads, shard)
+    slot = Slot(run_ids, device, threads, shard, workers)
     for section in trainers_of(from_tree(sweep.read_config(), sweep.allow_imports)):
 
         def take_runs(session: Session, section: dict[str, Any] = section) -> bool:

@@ -204,7 +204,7 @@ def test_small_devices_share_large_runs_and_train_small_ones_alone() -> None:
     sweep = SweepDir(Path("sweeps/smoke"))
     found = {row["run_id"]: (row["width"], sweep.run(row["run_id"]).summary()["devices"]) for row in sweep.read_plan()}
     assert sorted(found.values()) == [(16, 1), (32, 2)]
-    assert re.search(r"^w32-d2: roughly \S+B at least and \S+B on a device: 2 share each run$", err, re.MULTILINE)
+    assert re.search(r"^w32-d2: roughly \S+B at least and \S+B of a device: 2 share each run$", err, re.MULTILINE)
 
 
 def test_processes_that_torchrun_starts_on_two_machines_train_together(

@@ -26,6 +26,7 @@ from mupsweep.errors import ConfigError, RecordError
 from mupsweep.launchers import local_pool
 from mupsweep.launchers.inline import Inline
 from mupsweep.launchers.local import Local
+from mupsweep.launchers.worker_pool import WorkerPool
 from mupsweep.schema import instantiate
 from mupsweep.store import lease
 from mupsweep.store.run_dir import FAILED, RUNNING, RunDir
@@ -173,6 +174,17 @@ def test_every_launcher_refuses_an_unknown_key_naming_the_valid_ones(name: str) 
 )
 def test_slots_are_devices_times_workers_per_device(made: Local, slots: list[str]) -> None:
     assert made.slots() == slots
+
+
+def test_workers_that_share_a_gpu_are_told_how_many_they_are(tmp_path: Path) -> None:
+    def told(*slots: str) -> list[str]:
+        pool = WorkerPool(SweepDir(tmp_path), slots)
+        commands = [pool.command(index) for index in range(len(slots))]
+        return [" ".join(command[command.index("--threads") + 2 :]) for command in commands]
+
+    assert told("cuda:0", "cuda:0", "cuda:1") == ["--workers 2", "--workers 2", ""]
+    assert told("cuda:0,cuda:1", "cuda:0,cuda:1", "cuda:0,cuda:1") == ["--workers 3"] * 3
+    assert told("cpu", "cpu") == ["", ""]
 
 
 def test_a_cpu_has_a_slot_per_core_over_the_threads() -> None:

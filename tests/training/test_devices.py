@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -37,19 +38,36 @@ def test_a_process_that_trains_leaves_no_core_dump() -> None:
     assert done.stdout == "0\n"
 
 
-def test_glibcs_thresholds_are_for_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an accelerator the host holds batches and checkpoints, whose blocks should go back."""
-    kept: list[int] = []
-    monkeypatch.setattr(devices, "set_kept_memory", kept.append)
+@pytest.fixture
+def _settings_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Settings of this process that training on an accelerator changes are put back."""
     monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
     for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_NVLS_ENABLE", "NCCL_COLLNET_ENABLE"):
         monkeypatch.setenv(name, "as it was")
     deterministic = torch.are_deterministic_algorithms_enabled()
-    try:
-        configure(torch.get_num_threads(), torch.device("cpu"))
-        configure(torch.get_num_threads(), torch.device("cpu"), shard=True)
-        configure(torch.get_num_threads(), torch.device("mps"))
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("_settings_kept")
+def test_workers_of_one_gpu_take_equal_parts_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[tuple[float, str]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append((share, str(device)))
+    )
+    configure(torch.get_num_threads(), torch.device("cuda:1"))
+    configure(torch.get_num_threads(), torch.device("cuda:1"), workers=4)
+    assert shares == [(0.95 / 4, "cuda:1")]
+
+
+@pytest.mark.usefixtures("_settings_kept")
+def test_glibcs_thresholds_are_for_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator the host holds batches and checkpoints, whose blocks should go back."""
+    kept: list[int] = []
+    monkeypatch.setattr(devices, "set_kept_memory", kept.append)
+    configure(torch.get_num_threads(), torch.device("cpu"))
+    configure(torch.get_num_threads(), torch.device("cpu"), shard=True)
+    configure(torch.get_num_threads(), torch.device("mps"))
     assert kept == [devices.MAX_KEPT_BYTES, devices.MIN_KEPT_BYTES]
