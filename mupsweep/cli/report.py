@@ -13,9 +13,7 @@ def report(
     sweep: Sweep,
     next_round: Annotated[
         bool,
-        typer.Option(
-            "--next-round", help="With sweep.search=adaptive: train what it wants next; Slurm's jobs call it."
-        ),
+        typer.Option("--next-round", help="Submit what is left, or what a search wants next; Slurm's jobs call it."),
     ] = False,
     figures: Annotated[
         str | None,

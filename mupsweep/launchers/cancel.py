@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from mupsweep.formatting import counted
-from mupsweep.launchers import slurm
+from mupsweep.launchers import slurm_jobs
 from mupsweep.store import workers
 from mupsweep.store.run_dir import RUNNING
 from mupsweep.store.sweep_dir import SweepDir
@@ -15,7 +15,7 @@ def cancel_training(sweep: SweepDir) -> None:
     """Cancel the Slurm jobs of a sweep and stop its workers on this machine, whether their launcher lives or not."""
     jobs = sweep.read_jobs()
     if jobs:
-        slurm.cancel(sweep)
+        slurm_jobs.cancel(sweep)
     job_ids = {str(job["job"]) for job in jobs}
     running = [row["run_id"] for row in sweep.read_plan() if sweep.state(row["run_id"])["status"] == RUNNING]
     outside = [w for w in workers.living(sweep, running) if (w.slurm_job or "").partition("_")[0] not in job_ids]

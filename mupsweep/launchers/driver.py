@@ -86,13 +86,17 @@ def preview(config: SweepConfig, command: str) -> None:
 
 
 def continue_sweep(sweep: SweepDir) -> None:
-    """Train the next round of a search by the sweep's launcher, where its last round is finished and one follows."""
+    """Submit what was left of a round for want of room in the queue, or the next round of a search if one follows."""
     config = from_tree(sweep.read_config(), sweep.allow_imports)
+    unfinished = open_runs(sweep, _of_sweep(plan.load(sweep)))
+    submitted = {run_id for job in sweep.read_jobs() for task in job["tasks"] for run_id in task}
+    if waiting := [run for run in unfinished if run.run_id not in submitted]:
+        train_rounds(instantiate(config.launcher, "launcher"), sweep, [waiting])
+        return
     if config.sweep.search == GRID:
         return
-    planned = [row["run_id"] for row in sweep.read_plan() if not row.get("validation")]
-    if unfinished := sum(sweep.run(run_id).is_open() for run_id in planned):
-        n_runs = counted(unfinished, "run")
+    if unfinished:
+        n_runs = counted(len(unfinished), "run")
         print(f"the search stops here: {n_runs} not finished; the command that made the sweep goes on")
         return
     _, runs = plan.save(config, "mupsweep run " + shlex.join(config.overrides), sweep)

@@ -1,16 +1,17 @@
 """A Slurm cluster: job arrays that train bundles of runs, and a job after them that analyses the sweep.
 
-Slurm is the scheduler. This module writes job scripts that a person can read and submit again, hands them to sbatch and
-records the job ids. The scripts call `mupsweep worker` and `mupsweep report`, so no process of ours has to stay alive.
+Slurm is the scheduler. This module says which runs share a task and writes job scripts that a person can read and
+submit again; `slurm_jobs` hands them to sbatch. The scripts call `mupsweep worker` and `mupsweep report`, so no process
+of ours has to stay alive.
 """
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import math
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,18 +22,16 @@ from typing import Any
 from mupsweep.atomic_files import make_folder, write_text
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import counted, duration
-from mupsweep.launchers import check_counts, sbatch, size_overrides
+from mupsweep.launchers import check_counts, sbatch, size_overrides, slurm_jobs
 from mupsweep.store import slurm_queue
 from mupsweep.store.lease import MAX_WORKER_DEATHS
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import GRID, from_tree
-from mupsweep.training.signals import defer_signals
 
-CALL_TIMEOUT = 120.0  # seconds that one call of Slurm's commands may take
+CORES_PER_GPU = 4  # one launches kernels, one runs the backward pass, the others compile; memory often comes by core
 ANALYSIS = "report"  # the command of the job after the arrays
 NEXT_ROUND = ("--next-round",)  # the option by which it goes on with a search
-DEFAULT_MAX_ARRAY = 1001  # MaxArraySize where Slurm's administrator chose none
 TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d):([0-5]\d)", re.ASCII)
 
 
@@ -79,7 +78,7 @@ class Slurm:
         gpus: GPUs per task and node; each has a worker of its own, or each group of `devices_per_run`.
         nodes: nodes per task; several train one run together.
         gres: sbatch's --gres, where gpu:N is not what the cluster wants.
-        cpus: CPUs per task and node; None is one per thread of each worker.
+        cpus: CPUs per task and node; None is one per thread of each worker, and at least CORES_PER_GPU for a GPU.
         workers: workers per task; None is one per GPU or group of GPUs, or one.
         devices_per_run: how many GPUs, or CPU processes, train a run together, each its share of every batch.
         shard: whether those devices divide the weights, gradients and optimizer state of the run.
@@ -88,6 +87,8 @@ class Slurm:
         minutes_per_task: shorter runs are bundled until a task takes about so long.
         throttle: tasks of one array that may run at once.
         max_array: tasks per array; None asks the cluster.
+        max_submitted: tasks and analysis jobs of the sweep that may be in the queue at once. When its tasks have ended,
+            the analysis submits more of the rest. None is no limit.
         signal_seconds: how long before the time limit the workers are signalled to checkpoint.
         max_restarts: how often a task goes on in a new job after its time limit.
         modules: arguments of `module load`, in the job's login shell.
@@ -116,6 +117,7 @@ class Slurm:
     minutes_per_task: float = 30.0
     throttle: int | None = None
     max_array: int | None = None
+    max_submitted: int | None = None
     signal_seconds: int = 120
     max_restarts: int = 100
     modules: tuple[str, ...] = ()
@@ -128,6 +130,7 @@ class Slurm:
         check_counts(self, "cpus", "nodes", "workers", "devices_per_run", "threads", "throttle", "max_array")
         check_counts(self, "signal_seconds")
         check_counts(self, "gpus", "max_restarts", least=0)
+        check_counts(self, "max_submitted", least=3)  # the analysis that submits, a task, and the analysis after it
         if self.minutes_per_task <= 0:
             raise ConfigError(f"launcher.minutes_per_task={self.minutes_per_task:g}: expected more than 0")
         for key in ("partition", "account", "qos", "constraint", "mem", "gres", "device"):
@@ -194,47 +197,86 @@ class Slurm:
         return tuple(",".join(names[i : i + width]) for i in range(0, len(names), width))
 
     def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
-        """Submit the runs that no queued or running job has, and the analysis after them; wait for neither."""
+        """Submit the runs that no queued or running job has, and the analysis after them; wait for neither.
+
+        Raises:
+            ConfigError: Slurm refuses a job; those that it has taken stay, with an analysis.
+        """
         with sweep.lock():
             recorded = sweep.read_jobs()
             queue = slurm_queue.of_sweep(recorded)
-            if was_cancelled(recorded, queue):
+            if slurm_jobs.was_cancelled(recorded, queue):
                 _print("this job was cancelled: it submits nothing")
                 return False
             missing = [run_id for run_id in run_ids if run_id not in queue.runs]
-            submitted: set[str] = set()
-            for row in recorded:
-                submitted.update(*row["tasks"])
+            submitted = {run_id for row in recorded for task in row["tasks"] for run_id in task}
             if unfinished := len(submitted.intersection(missing)):
                 _print(f"jobs ended without finishing {counted(unfinished, 'run')}; what they said is in {sweep.logs}")
             if queued := len(run_ids) - len(missing):
                 _print(f"{counted(queued, 'run')} in queued or running jobs")
             arrays = list(queue.arrays)
-            for script, tasks in self.write_arrays(sweep, missing):
-                arrays.append(submit(sweep, script, [task.run_ids for task in tasks]))
-                n_runs, longest = sum(len(task.run_ids) for task in tasks), max(task.seconds for task in tasks)
-                about = f"{counted(n_runs, 'run')} in {counted(len(tasks), 'task')} of roughly {duration(longest)}"
-                _print(f"submitted job {arrays[-1]}: {about} ({script})")
+            try:
+                waiting = self._submit_arrays(sweep, missing, self._room(queue), arrays)
+            except ConfigError:
+                if arrays:
+                    with contextlib.suppress(ConfigError):  # the queue may be full for this job too
+                        self._submit_analysis(sweep, arrays)
+                raise
+            if waiting:
+                n_runs = counted(len(waiting), "run")
+                _print(f"launcher.max_submitted={self.max_submitted}: {n_runs} left for the analysis to submit")
             if missing or not queue.analysis:
-                script = self.write_analysis(sweep)
-                after = submit(sweep, script, [], f"--dependency=afterany:{':'.join(arrays)}")
-                _print(f"submitted job {after}: the analysis when these have ended ({script})")
+                self._submit_analysis(sweep, arrays, goes_on=bool(waiting))
         folder = shlex.quote(str(sweep.path))
         _print(f"follow with: mupsweep status {folder}   stop with: mupsweep cancel {folder}")
         return True
+
+    def _room(self, queue: slurm_queue.Queue) -> int | None:
+        """Return how many tasks may be submitted beside those in the queue; None is no limit."""
+        if self.max_submitted is None:
+            return None
+        tasks = {job.job_id for job in queue.runs.values()}
+        return max(0, self.max_submitted - len(tasks) - len(queue.analysis) - 1)
+
+    def _submit_arrays(self, sweep: SweepDir, run_ids: Sequence[str], room: int | None, arrays: list[str]) -> list[str]:
+        """Submit the arrays of some runs, adding their ids to `arrays`; return the runs for which there is no room."""
+        waiting = set(run_ids)
+        for script, tasks in self.write_arrays(sweep, run_ids, room):
+            arrays.append(slurm_jobs.submit(sweep, script, [task.run_ids for task in tasks]))
+            waiting.difference_update(run_id for task in tasks for run_id in task.run_ids)
+            n_runs, longest = sum(len(task.run_ids) for task in tasks), max(task.seconds for task in tasks)
+            about = f"{counted(n_runs, 'run')} in {counted(len(tasks), 'task')} of roughly {duration(longest)}"
+            _print(f"submitted job {arrays[-1]}: {about} ({script})")
+        return [run_id for run_id in run_ids if run_id in waiting]
+
+    def _submit_analysis(self, sweep: SweepDir, arrays: Sequence[str], goes_on: bool = False) -> None:
+        """Submit the analysis after some arrays.
+
+        Args:
+            goes_on: whether it has runs left to submit.
+        """
+        script = self.write_analysis(sweep, goes_on)
+        after = slurm_jobs.submit(sweep, script, [], f"--dependency=afterany:{':'.join(arrays)}")
+        _print(f"submitted job {after}: the analysis when these have ended ({script})")
 
     def preview(self, sweep: SweepDir, run_ids: Sequence[str]) -> None:
         """Write and print the scripts of these runs, and submit nothing."""
         for script in [*(script for script, _ in self.write_arrays(sweep, run_ids)), self.write_analysis(sweep)]:
             print(f"==> {script} <==\n{script.read_bytes().decode()}")
 
-    def write_arrays(self, sweep: SweepDir, run_ids: Sequence[str]) -> Iterator[tuple[Path, list[sbatch.Task]]]:
-        """Write the scripts of every size, the largest first, each an array that the cluster takes; yield its tasks."""
+    def write_arrays(
+        self, sweep: SweepDir, run_ids: Sequence[str], room: int | None = None
+    ) -> Iterator[tuple[Path, list[sbatch.Task]]]:
+        """Write the scripts of every size, the largest first, each an array that the cluster takes; yield its tasks.
+
+        Args:
+            room: the most tasks of all arrays together; None is no limit.
+        """
         requested = set(run_ids)
         by_size = sorted(
             (run for run in plan.load(sweep) if run.run_id in requested), key=lambda run: run.size, reverse=True
         )
-        limit = self.max_array or max_array_size()
+        limit = self.max_array or slurm_jobs.max_array_size()
         for size, group in groupby(by_size, key=lambda run: run.size.name):
             runs = list(group)
             program = runs[0].resolved.trainer.runs_program
@@ -247,15 +289,22 @@ class Slurm:
             if not all(run.cost.known for run in runs):  # nobody knows how long a program takes: each run is a task
                 lengths = dict.fromkeys(lengths, target)
             tasks = bundled(lengths, len(launcher.devices), target)
+            if room is not None:
+                tasks = tasks[:room]
+                room -= len(tasks)
             for start in range(0, len(tasks), limit):
                 name = size if start == 0 else f"{size}-{start // limit + 1}"
                 piece = tasks[start : start + limit]
                 yield _write(sweep, name, launcher.array_text(Site.of(sweep), name, piece, program)), piece
 
-    def write_analysis(self, sweep: SweepDir) -> Path:
-        """Write the script of the job after the arrays."""
-        searches = from_tree(sweep.read_config(), to_read=True).sweep.search != GRID
-        return _write(sweep, ANALYSIS, self.analysis_text(Site.of(sweep), searches))
+    def write_analysis(self, sweep: SweepDir, goes_on: bool = False) -> Path:
+        """Write the script of the job after the arrays.
+
+        Args:
+            goes_on: whether it has runs left to submit, as in a search it always may.
+        """
+        goes_on = goes_on or from_tree(sweep.read_config(), to_read=True).sweep.search != GRID
+        return _write(sweep, ANALYSIS, self.analysis_text(Site.of(sweep), goes_on))
 
     def array_text(self, site: Site, name: str, tasks: Sequence[sbatch.Task], program: bool = False) -> str:
         """Return the script of a job array; its text depends on the arguments alone.
@@ -268,7 +317,8 @@ class Slurm:
         # On several nodes Slurm starts every process of ours; on one, rank 0 starts the others itself.
         spread = self.nodes > 1 and not program
         processes = devices_per_node if spread else 1
-        cpus = max(1, (self.cpus or self.threads * len(self.devices) * devices_per_node) // processes)
+        per_device = max(self.threads, CORES_PER_GPU) if self.kind_of_device == "cuda" else self.threads
+        cpus = max(1, (self.cpus or per_device * len(self.devices) * devices_per_node) // processes)
         resources = {
             "nodes": self.nodes if self.nodes > 1 else None,
             "ntasks-per-node": processes if self.nodes > 1 else None,
@@ -307,15 +357,16 @@ class Slurm:
         # One worker more than a run may cost: it trains the other runs before the deadly one.
         return [*options, "--restarts", str(MAX_WORKER_DEATHS), "--requeue", str(self.max_restarts)]
 
-    def analysis_text(self, site: Site, searches: bool = False) -> str:
+    def analysis_text(self, site: Site, goes_on: bool = False) -> str:
         """Return the script of the job after the arrays; its text depends on the arguments alone.
 
-        In a search the job submits the next round: arrays, and itself after them.
+        Args:
+            goes_on: whether the job submits more arrays, and itself after them.
         """
         options = [*self._shared_options(site, ANALYSIS, "%x-%j.out"), "--ntasks=1", *self.analysis_options]
         comment = ["Analyses the sweep as it is; submitted to start after the arrays with --dependency=afterany:JOBS"]
         header = sbatch.header(comment, options, login=bool(self.modules))
-        return sbatch.analysis_script(header, self._preamble(), site.mupsweep("report", *NEXT_ROUND * searches))
+        return sbatch.analysis_script(header, self._preamble(), site.mupsweep("report", *NEXT_ROUND * goes_on))
 
     def _shared_options(self, site: Site, name: str, log: str) -> Iterator[str]:
         """Yield the options that arrays and the analysis have in common."""
@@ -350,87 +401,6 @@ def bundled(lengths: Mapping[str, float], workers: int, target: float) -> list[s
         sbatch.Task(tuple(members), max(total / workers, *(lengths[run_id] for run_id in members)))
         for total, _, members in bundles
     ]
-
-
-def submit(sweep: SweepDir, script: Path, tasks: Sequence[Sequence[str]], *options: str) -> str:
-    """Hand a script to sbatch and record the job's id.
-
-    Raises:
-        ConfigError: sbatch is missing or refuses the script.
-    """
-    hint = "; change launcher.* and run the same command again"
-    with defer_signals():  # a Ctrl-C would leave a job without a record
-        job = call("sbatch", "--parsable", *options, str(script), hint=hint)
-        job = job.strip().partition(";")[0]  # a federation adds its cluster
-        sweep.write_job(job, script, tasks)
-    return job
-
-
-def requeue(limit: int) -> None:
-    """Queue the job of this process again, or its task of an array, unless Slurm has restarted it `limit` times.
-
-    Raises:
-        ConfigError: Slurm does not queue it.
-    """
-    job = slurm_queue.own_job()
-    if job["slurm_job"] is not None and int(job["slurm_restarts"] or 0) < limit:
-        call("scontrol", "requeue", job["slurm_job"])
-
-
-def was_cancelled(jobs: Sequence[Mapping[str, Any]], queue: slurm_queue.Queue) -> bool:
-    """Return whether this process is an analysis of the sweep that was cancelled; it must not submit any more."""
-    own_job = slurm_queue.own_job()["slurm_job"]
-    running = {job.job_id for job in queue.analysis if job.state == "RUNNING"}
-    return own_job in {job["job"] for job in jobs} - running
-
-
-def cancel(sweep: SweepDir) -> None:
-    """Cancel the queued and running jobs of a sweep, and so the next rounds of a search; what they trained is kept."""
-    with sweep.lock():  # an analysis that is submitting finishes first, or finds that it was cancelled
-        queue = slurm_queue.of_sweep(sweep.read_jobs())
-        jobs = [*(job.job_id for job in queue.analysis), *queue.arrays]  # the analysis first, or it would start
-        if jobs:
-            call("scancel", "--quiet", *jobs)
-    if jobs:
-        n_runs = counted(len(queue.runs), "run")
-        _print(f"cancelled jobs {', '.join(jobs)} with {n_runs}; those in progress checkpoint and end")
-        _print("go on with the command that made the sweep")
-    else:
-        _print(f"no Slurm job of {sweep.path} is queued or running")
-
-
-def max_array_size() -> int:
-    """Return how many tasks the cluster takes in one array."""
-    try:
-        settings = call("scontrol", "show", "config")
-    except ConfigError:
-        return DEFAULT_MAX_ARRAY
-    setting = re.search(r"^MaxArraySize\s*=\s*(\d+)", settings, re.MULTILINE)
-    limit = int(setting[1]) if setting else DEFAULT_MAX_ARRAY
-    if limit == 0:
-        raise ConfigError("this cluster takes no job arrays (MaxArraySize=0): in a job of your own use launcher=local")
-    return limit
-
-
-def call(*command: str, hint: str = "") -> str:
-    """Run one of Slurm's commands and return what it prints.
-
-    Raises:
-        ConfigError: the command is missing, fails or does not answer.
-    """
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CALL_TIMEOUT, env=slurm_queue.outside())
-    except OSError as error:
-        raise ConfigError(
-            f"cannot run {command[0]} ({error.strerror}): launcher=slurm works on a machine that submits to a Slurm "
-            "cluster; elsewhere use launcher=local"
-        ) from error
-    except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"{shlex.join(command)} did not answer within {CALL_TIMEOUT:.0f}s; try again") from error
-    if done.returncode:
-        reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise ConfigError(f"{shlex.join(command)} failed: {reason}{hint}")
-    return done.stdout
 
 
 def _write(sweep: SweepDir, name: str, text: str) -> Path:

@@ -45,7 +45,9 @@ class TaskPool(WorkerPool):
         stop = StopSignal.install()
         code = self.train(stop)
         if signal.SIGUSR1 in stop.received:
-            from mupsweep.launchers.slurm import requeue  # late: until signals are handled, one of them ends the task
+            from mupsweep.launchers.slurm_jobs import (
+                requeue,  # late: until signals are handled, one of them ends the task
+            )
 
             requeue(self.requeue)
         return code

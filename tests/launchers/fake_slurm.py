@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 FAKES = {
-    # every call is a line of `calls`; sbatch numbers jobs from 100 and can be told to fail from some number on
+    # every call is a line of `calls`; sbatch numbers jobs from 100 and can be told to fail from some number on,
+    # or to refuse a script as it does where the queue is full
     "sbatch": """
         id=$((100 + $(grep -c ^sbatch "$FAKE/calls")))
         [ "$id" -lt "$(cat "$FAKE/sbatch-fails-from" 2>/dev/null || echo 999)" ] ||
             { echo "sbatch: error: Invalid qos specification" >&2; exit 1; }
+        [ ! -e "$FAKE/sbatch-refuses" ] || [[ "$*" != *"$(cat "$FAKE/sbatch-refuses")"* ]] ||
+            { echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1; }
         [ ! -e "$FAKE/sbatch-interrupts" ] || kill -INT "$PPID"
         env | grep ^SLURM_ | sort > "$FAKE/environment"
         echo "sbatch $*" >> "$FAKE/calls"; echo "$id;cluster"

@@ -141,6 +141,56 @@ def test_a_refused_array_keeps_what_was_submitted_before_it(
     ]
 
 
+def test_a_full_queue_leaves_an_analysis_for_what_it_took_and_names_the_key(
+    slurm: Fake, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    slurm.write("sbatch-refuses", "w16-d2")
+    code, _, err = cli("run", *SMOKE)
+    assert code == 2
+    *_, last = err.splitlines()
+    assert last == (
+        "mupsweep: sbatch --parsable sweeps/smoke/submit-w16-d2.sbatch failed: sbatch: error: "
+        "QOSMaxSubmitJobPerUserLimit; keep fewer in the queue by launcher.max_submitted=N and run the same command "
+        "again"
+    )
+    assert slurm.calls("sbatch") == [
+        "--parsable sweeps/smoke/submit-w32-d2.sbatch",
+        "--parsable --dependency=afterany:100 sweeps/smoke/submit-report.sbatch",
+    ]
+
+
+def test_no_more_than_max_submitted_are_in_the_queue_and_the_analysis_submits_the_rest(
+    slurm: Fake, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [*SMOKE, "launcher.minutes_per_task=0.0001", "launcher.max_submitted=5"]
+    code, _, err = cli("run", *few)
+    assert code == 0, err
+    sweep = SweepDir.open("sweeps/smoke")
+    assert "launcher.max_submitted=5: 2 runs left for the analysis to submit" in err
+    assert [len(job["tasks"]) for job in sweep.read_jobs()] == [3, 1, 0]  # six runs, a task each
+    assert sweep.script("report").read_text().endswith(" --next-round\n")
+
+    # In the analysis, which is in the queue itself.
+    for job in sweep.read_jobs():
+        for (run_id,) in job["tasks"]:
+            make_folder(sweep.run(run_id).path)
+            sweep.run(run_id).write_status(FAILED, error="out of memory")
+    slurm.queue("102|RUNNING|None")
+    monkeypatch.setenv("SLURM_JOB_ID", "102")
+    code, _, err = cli("report", "sweeps/smoke", "--next-round")
+    assert code == 0, err
+    *_, array, analysis = sweep.read_jobs()
+    submitted = [run_id for job in sweep.read_jobs() for task in job["tasks"] for run_id in task]
+    assert sorted(submitted) == sorted(row["run_id"] for row in sweep.read_plan())  # what failed is not tried again
+    assert (len(array["tasks"]), analysis["tasks"]) == (2, [])
+    assert not sweep.script("report").read_text().endswith(" --next-round\n")
+
+    monkeypatch.setenv("SLURM_JOB_ID", analysis["job"])
+    slurm.queue(f"{analysis['job']}|RUNNING|None")
+    assert cli("report", "sweeps/smoke", "--next-round")[0] == 0
+    assert len(slurm.calls("sbatch")) == 5
+
+
 def test_a_dry_run_writes_the_scripts_and_submits_nothing(
     slurm: Fake, cli: Callable[..., tuple[int, str, str]]
 ) -> None:

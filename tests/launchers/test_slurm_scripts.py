@@ -62,6 +62,21 @@ def test_the_scripts_are_these() -> None:
     assert full.analysis_text(SITE) == (GOLDEN / "report.sbatch").read_text()
 
 
+@pytest.mark.parametrize(
+    ("launcher", "cpus"),
+    [
+        (Slurm(), 4),
+        (Slurm(gpus=2), 8),
+        (Slurm(gpus=2, threads=6), 12),
+        (Slurm(gpus=4, nodes=2, devices_per_run=8), 4),  # of each of a node's four processes
+        (Slurm(gpus=4, cpus=7), 7),
+        (Slurm(gpus=0, workers=3, threads=2), 6),
+    ],
+)
+def test_a_gpu_gets_cores_to_feed_it(launcher: Slurm, cpus: int) -> None:
+    assert f"\n#SBATCH --cpus-per-task={cpus}\n" in launcher.array_text(SITE, "w64-d2", TASKS)
+
+
 def executed(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """What a script does on this machine."""
     return subprocess.run(
