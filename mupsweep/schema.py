@@ -6,10 +6,11 @@ A section with a `kind` names its class; its other keys are the fields of that d
 from __future__ import annotations
 
 import importlib
+import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mupsweep.errors import ConfigError
@@ -27,9 +28,24 @@ LARGEST = 1e30  # a limit at which the FLOPs of so many parameters and tokens ar
 def to_dataclass(cls: type[T], section: Mapping[str, Any], where: str) -> T:
     """An instance of the dataclass `cls` from a mapping: unknown keys refused, values converted to their types.
 
+    Variants have most of their sections in common, and equal sections of a frozen class are converted once.
+
     Raises:
         ConfigError: naming the key, the offending value and the expected ones.
     """
+    if cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        return _converted_once(cls, pickle.dumps(section), where)
+    return _converted(cls, section, where)
+
+
+@lru_cache(maxsize=256)
+def _converted_once(cls: type[T], pickled: bytes, where: str) -> T:
+    """What `_converted` returns for a section that is given by its bytes, which can be compared at once."""
+    return _converted(cls, pickle.loads(pickled), where)
+
+
+def _converted(cls: type[T], section: Mapping[str, Any], where: str) -> T:
+    """The work of `to_dataclass`."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
