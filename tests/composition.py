@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import pickle
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -12,15 +16,26 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mupsweep.atomic_files import write_bytes
 from mupsweep.errors import ConfigError
 from mupsweep.sweep import config
 
+FOLDER = "MUPSWEEP_TESTS_COMPOSED"  # environment variable: where the processes of a test session share trees
 compose = config.compose
 
 
 @cache
 def compose_groups(*groups: str) -> DictConfig:
-    """The tree of the choices of groups, its interpolations unresolved."""
+    """The tree of the choices of groups, its interpolations unresolved; processes of one test session share it."""
+    path = Path(os.environ[FOLDER], hashlib.sha256("\n".join(groups).encode()).hexdigest())
+    if path.exists():
+        return pickle.loads(path.read_bytes())
+    tree = _composed_by_hydra(*groups)
+    write_bytes(path, pickle.dumps(tree), durable=False)
+    return tree
+
+
+def _composed_by_hydra(*groups: str) -> DictConfig:
     with hydra.initialize_config_dir(str(config.config_root().resolve()), version_base="1.3"):
         return hydra.compose("mupsweep", list(groups))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import composition
 import pytest
 from command_line import mupsweep
-from composition import compose_once
 from hypothesis import settings
 
 from mupsweep.sweep import config
@@ -23,7 +24,7 @@ os.environ["LC_ALL"] = "C.UTF-8"
 settings.register_profile("mupsweep", deadline=None, derandomize=True)
 settings.load_profile("mupsweep")
 
-config.compose = compose_once
+config.compose = composition.compose_once
 
 
 LONGEST = (
@@ -32,6 +33,14 @@ LONGEST = (
     "test_launchers.py",
     "test_fsdp.py",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The process that starts the others gives all of them a folder for composed configs."""
+    if composition.FOLDER not in os.environ:
+        folder = tempfile.TemporaryDirectory()
+        os.environ[composition.FOLDER] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 @pytest.hookimpl(tryfirst=True)
