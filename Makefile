@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test test-avx2 test-slow test-slurm chaos lint check bench docs judge clean
+.PHONY: help setup demo smoke test test-avx2 test-slow test-slurm chaos lint style types documented check bench docs judge clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -41,11 +41,17 @@ MINUTES ?= 10
 chaos: $(READY) ## kill, stop and damage whatever trains for MINUTES=10; the results must be those of an undisturbed sweep
 	$(BIN)/python scripts/chaos.py --minutes $(MINUTES)
 
-lint: $(READY) ## ruff, pyright, import layers, generated documentation
+lint: types style documented ## ruff, pyright, import layers, generated documentation
+
+style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+types: $(READY)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+documented: $(READY)
 	$(BIN)/python scripts/readme.py --check
 
 check: lint test ## everything that must be green before a commit
