@@ -17,4 +17,4 @@ def words(group: str, name: str) -> list[str]:
 
 def imports_foreign_code(group: str, name: str) -> bool:
     """Whether it names code that imports what it likes."""
-    return "allow_imports=true" in words(group, name)
+    return "allow_imports=true" in words(group, name) or f"{group}={name}" in ("model=own", "model=huggingface")

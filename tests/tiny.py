@@ -13,7 +13,7 @@ from mupsweep.models.shape import Size
 from mupsweep.sweep import config, run_spec
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec
 
-MODELS = config.choices("model")
+MODELS = [name for name in config.choices("model") if name not in ("own", "huggingface")]  # which need code
 # The yamls that name a class; presets inherit theirs.
 ARCHITECTURES = [name for name in MODELS if "\nkind:" in (config.config_root() / "model" / f"{name}.yaml").read_text()]
 

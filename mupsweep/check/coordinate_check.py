@@ -9,10 +9,12 @@ import torch
 
 from mupsweep import data
 from mupsweep.check.exponents import DEPTH, WIDTH, Coordinates, Point, expected_exponents, family, fit
-from mupsweep.check.measure import CHANGE, LOGITS, Probe, Values, measure
+from mupsweep.check.measure import CHANGE, LOGITS, Matrix, Probe, Values, measure
 from mupsweep.data import Dataset
 from mupsweep.errors import ConfigError
+from mupsweep.scaling.solve import folded_constant
 from mupsweep.sweep import config
+from mupsweep.sweep.compose import choices, compose
 from mupsweep.sweep.config import GRID, GridConfig, SweepConfig, Variant
 from mupsweep.sweep.plan import plan
 from mupsweep.sweep.run_spec import RunSpec
@@ -24,17 +26,29 @@ PROBE_SEQUENCES = 4
 LOWEST, HIGHEST = -16, 6  # log2 of the LRs that are tried
 MOVED = 0.5  # RMS change of the logits that makes an LR large enough to measure with
 CPU = torch.device("cpu")
+OWN = {"mupsweep.models.own.Own", "mupsweep.models.huggingface.HuggingFace"}  # without the keys of experiment=check
 
 
 def load(overrides: Sequence[str], config_dir: str | None) -> SweepConfig:
     """The config of a check: that of `experiment=check` where no other is named, SP beside what is asked for."""
     overrides = list(overrides)
     if not any(override.startswith("experiment=") for override in overrides):
-        overrides.append("experiment=check")
+        models = [override for override in overrides if override.startswith("model=")]
+        kinds = [
+            compose([f"model={name}"], config_dir)["model"]["kind"]
+            for name in _names(models)
+            if name in choices("model", config_dir)
+        ]
+        overrides.append("experiment=check_own" if {*kinds} & OWN else "experiment=check")
     asked = [override for override in overrides if override.startswith("parametrization=")]
-    names = (asked or ["parametrization=spectral"])[-1].partition("=")[2].split(",")
+    names = _names(asked) or ["spectral"]
     others = [override for override in overrides if override not in asked]
     return config.load([*others, "parametrization=" + ",".join(dict.fromkeys(["sp", *names]))], config_dir)
+
+
+def _names(overrides: Sequence[str]) -> list[str]:
+    """The choices of a group that the last of some overrides names."""
+    return overrides[-1].partition("=")[2].split(",") if overrides else []
 
 
 def check(sweep_config: SweepConfig) -> Iterator[Coordinates]:
@@ -113,7 +127,22 @@ def subject(run: RunSpec, dataset: Dataset | None = None) -> Probe:
 
     probe = torch.from_numpy(corpus.validation_batch(context, range(PROBE_SEQUENCES)))[:, :-1]
     roles = {t.name: t.role for t in run.resolved.model.tensors(run.size)}
-    return Probe(built.network, step, built.network.get_submodule(f"blocks.{run.size.depth - 1}"), (probe,), roles)
+    features = built.network.get_submodule(run.resolved.model.features(run.size))
+    return Probe(built.network, step, features, (probe,), roles, _matrices(run))
+
+
+def _matrices(run: RunSpec) -> dict[str, Matrix]:
+    """How the tensors of a model of somebody else's code are (n_out, n_in), without the constants they took up."""
+    if not run.resolved.model.inferred:
+        return {}
+    matrices = {}
+    for spec in run.resolved.model.tensors(run.size):
+        constant = 1.0
+        if spec.fold is not None:
+            monomial = folded_constant(run.resolved.parametrization, spec.role, spec.fold)
+            constant = monomial.at(run.size.width_ratio, run.size.depth_ratio)
+        matrices[spec.name] = Matrix(spec.dims, len(spec.shape) == 2 and spec.shape != spec.dims, constant)
+    return matrices
 
 
 def suitable_log2_lr(variant: Variant) -> float:

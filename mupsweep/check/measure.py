@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,30 @@ Values = dict[tuple[str, str], float]  # (quantity, tensor or "") -> size
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """How a stored tensor acts.
+
+    Attributes:
+        dims: (n_out, n_in).
+        transposed: whether it is stored (n_in, n_out).
+        constant: the forward constant that it has taken up, which the weight of the rules stands behind.
+    """
+
+    dims: tuple[int, int]
+    transposed: bool
+    constant: float
+
+    def of(self, stored: Tensor, role: Role) -> Tensor:
+        """The weight of the rules."""
+        weight = stored / self.constant
+        if not role.is_matrix or role is Role.INPUT or stored.ndim < 2:
+            return weight
+        return (
+            weight.mT if self.transposed else weight if stored.ndim == 2 else weight.reshape(*self.dims, -1).flatten(1)
+        )
+
+
+@dataclass(frozen=True)
 class Probe:
     """A network and what is measured on it.
 
@@ -33,6 +57,7 @@ class Probe:
         features: the part of the network whose output is the features, such as its last block.
         inputs: arguments of the network, the probe batch.
         roles: of every tensor, by name.
+        matrices: of the tensors that are stored otherwise than they act.
     """
 
     network: nn.Module
@@ -40,6 +65,11 @@ class Probe:
     features: nn.Module
     inputs: tuple[Any, ...]
     roles: Mapping[str, Role]
+    matrices: Mapping[str, Matrix] = field(default_factory=dict)
+
+    def weight(self, name: str, stored: Tensor) -> Tensor:
+        """A tensor, or a change of it, as the rules speak of it."""
+        return self.matrices[name].of(stored, self.roles[name]) if name in self.matrices else stored
 
 
 def measure(probe: Probe, at: Sequence[int]) -> dict[int, Values]:
@@ -53,7 +83,9 @@ def measure(probe: Probe, at: Sequence[int]) -> dict[int, Values]:
     first = observe(probe)
     initial = {name: p.detach().clone() for name, p in weights.items()}
     values_at = {0: {(c, ""): rms_norm(h) for c, h in first.items()}}
-    values_at[0] |= {(WEIGHT, name): weight_norm(w, probe.roles[name]) for name, w in initial.items()}
+    values_at[0] |= {
+        (WEIGHT, name): weight_norm(probe.weight(name, w), probe.roles[name]) for name, w in initial.items()
+    }
     for count in range(1, max(at) + 1):
         probe.step()
         if count not in at:
@@ -65,8 +97,8 @@ def measure(probe: Probe, at: Sequence[int]) -> dict[int, Values]:
         for name, h in current.items():
             values[name, ""], values[CHANGE + name, ""] = rms_norm(h), rms_norm(h - first[name])
         for name, w in weights.items():
-            values[WEIGHT, name] = weight_norm(w, probe.roles[name])
-            values[UPDATE, name] = update_norm(w.detach() - initial[name], probe.roles[name])
+            values[WEIGHT, name] = weight_norm(probe.weight(name, w), probe.roles[name])
+            values[UPDATE, name] = update_norm(probe.weight(name, w.detach() - initial[name]), probe.roles[name])
         values_at[count] = values
     return values_at
 

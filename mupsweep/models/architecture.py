@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mupsweep.errors import ConfigError
 from mupsweep.models.shape import BaseShape, Size
@@ -36,12 +36,64 @@ class Multipliers:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture(ABC):
-    """The keys that all decoder models share; a subclass adds its own.
+    """What all models share; a subclass adds keys of its own.
 
     Attributes:
         name: the model's name in curves and reports.
         width, depth: features per token and number of blocks at the base shape.
         context: tokens per sequence.
+    """
+
+    name: str
+    width: int = 256
+    depth: int = 4
+    context: int = 1024
+
+    inferred: ClassVar[bool] = False  # whether roles are read off shapes; else `tensors` declares them
+
+    @property
+    @abstractmethod
+    def base(self) -> BaseShape:
+        """The base shape: ratio 1 of width and depth."""
+
+    @abstractmethod
+    def multipliers(self, size: Size, block: float, output: float, attention_power: float) -> Multipliers:
+        """Forward constants at `size`, given the rules' ratios and the power of d_head in the attention scale."""
+
+    @abstractmethod
+    def tensors(self, size: Size) -> Iterable[TensorSpec]:
+        """Every tensor of the model at `size`, in the order of the forward pass."""
+
+    @abstractmethod
+    def network(self, size: Size, multipliers: Multipliers) -> nn.Module:
+        """The network, uninitialised, on the current torch device; its parameters are exactly `tensors(size)`."""
+
+    def features(self, size: Size) -> str:
+        """The path of the module whose output is the features that the head reads."""
+        return f"blocks.{size.depth - 1}"
+
+    def content(self) -> dict[str, Any]:
+        """What decides the network beside the keys of its section: of code, the digest of its text."""
+        return {}
+
+    def check(self, size: Size, vocab_size: int) -> None:  # noqa: B027, what this repository declares needs no check
+        """Refuse, before anything is trained, a network that cannot be trained.
+
+        Args:
+            size: the base shape.
+            vocab_size: how many different tokens the corpus may have.
+        """
+
+    def remarks(self, size: Size) -> list[str]:
+        """Notes on the model that a user should read before training."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderArchitecture(Architecture):
+    """The keys that the decoders of this folder share.
+
+    Attributes:
         head_dim: features per head, fixed along a ladder; `heads` fixes the number of heads instead.
         ffn_ratio: MLP width / width.
         projections: "split" keeps query, key and value, and a gated MLP's two inputs, as matrices of their own; "fused"
@@ -53,13 +105,9 @@ class Architecture(ABC):
         attention_scale: "parametrization" follows the rule; "standard" (1/sqrt(d)) and "mup" (1/d) force one.
     """
 
-    name: str
-    width: int = 256
-    depth: int = 4
     head_dim: int = 64
     heads: int | None = None
     ffn_ratio: float = 4.0
-    context: int = 1024
     projections: str = "split"
     tied: bool = False
     init_std: float = 0.02
@@ -82,7 +130,6 @@ class Architecture(ABC):
 
     @property
     def base(self) -> BaseShape:
-        """The base shape: ratio 1 of width and depth."""
         return BaseShape(self.width, self.depth, self.head_dim, self.heads, self.ffn_ratio, self.context)
 
     def multipliers(self, size: Size, block: float, output: float, attention_power: float) -> Multipliers:
@@ -120,10 +167,7 @@ class Architecture(ABC):
             tied_to=embedding if self.tied else None,
         )
 
-    @abstractmethod
-    def tensors(self, size: Size) -> Iterator[TensorSpec]:
-        """Every tensor of the model at `size`, in the order of the forward pass."""
-
-    @abstractmethod
-    def network(self, size: Size, multipliers: Multipliers) -> nn.Module:
-        """The network, uninitialised, on the current torch device; its state dict has exactly `tensors(size)`."""
+    def remarks(self, size: Size) -> list[str]:
+        if self.attention_scale == "parametrization":
+            return []
+        return [f"attention scale {self.attention_scale} is forced by model.attention_scale"]

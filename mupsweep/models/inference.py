@@ -12,7 +12,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,6 +28,7 @@ Shape = tuple[int, ...]
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 QUERY_OF = {"k": "q", "v": "q", "kv": "q", "key": "query", "value": "query", "wk": "wq", "wv": "wq"}  # parts of names
+QUERIES = frozenset(QUERY_OF.values())
 FUSED = re.compile(r"qkv|query_key_value|c_attn|in_proj")  # projections of several things, stacked
 PER_CHANNEL = re.compile(r"bias|^A_log$")  # raw parameters whose entries act on a channel each, whatever their shape
 
@@ -43,8 +44,6 @@ class InferredTensor:
             rest.
         depth_ratio: how many times more blocks the network has around it than the base.
         grows: whether one of its dimensions does.
-        stacked: whether rows that grow with the width and rows that do not are stacked in it, as in a fused projection
-            of many queries and a fixed number of keys.
     """
 
     name: str
@@ -54,7 +53,6 @@ class InferredTensor:
     width_ratio: float
     depth_ratio: float
     grows: bool
-    stacked: bool
 
 
 def infer(
@@ -85,18 +83,19 @@ def infer(
     for name, parameter in network.parameters.items():
         growth = growths[name]
         role = next((role for pattern, role in given.items() if fnmatchcase(name, pattern)), None)
-        stacked = False
+        stacked = False  # as a fused projection of many queries and a fixed number of keys is
         if role is None:
             role = _judge(name, network, growths)
             stacked = len(growth.axes) == 2 and bool(FUSED.search(name)) and growth.out_ratio < growth.in_ratio
         base_shape = base.shapes[counterparts[name]]
         shared = role is Role.HIDDEN and (growth.only_in or _shares_rows(name, growths))
-        spec, base_spec = (_spec(name, shape, role, growth, shared) for shape in (network.shapes[name], base_shape))
+        shapes = network.shapes[name], base_shape
+        spec, base_spec = (replace(_spec(name, shape, role, growth, shared), stacked=stacked) for shape in shapes)
         fan_in_or_out = 1 if role.is_matrix and role is not Role.INPUT else 0  # the index in dims, (n_out, n_in)
         width_ratio = spec.dims[fan_in_or_out] / base_spec.dims[fan_in_or_out]
         depth_ratio = _depth_ratio(name, network, base)
         grows = bool(growth.axes)
-        tensors.append(InferredTensor(name, parameter, spec, base_spec, width_ratio, depth_ratio, grows, stacked))
+        tensors.append(InferredTensor(name, parameter, spec, base_spec, width_ratio, depth_ratio, grows))
     if len(factors := {tensor.depth_ratio for tensor in tensors} - {1.0}) > 1:
         raise ConfigError(
             f"numbered blocks grow by different factors ({', '.join(f'{r:g}' for r in sorted(factors))}): scale the "
@@ -123,7 +122,7 @@ class Network:
             if name in self.parameters:
                 raise ConfigError(f"{wrapped} and another parameter are both {name} without wrappers: rename one")
             self.parameters[name], self.shapes[name] = parameter, tuple(parameter.shape)
-            for form in _forms(name):
+            for form in forms_of(name):
                 self.numbers[form.list_name].add(form.number)
                 self.first.setdefault(form.alike, name)
         # Wrappers come before what they wrap, whose name without wrappers is the same.
@@ -146,7 +145,7 @@ class Network:
 
     def in_block(self, name: str) -> bool:
         """Whether a matrix is part of what a numbered list repeats, rather than one layer of a chain."""
-        for form in _forms(name):
+        for form in forms_of(name):
             is_chain = type(self.modules[form.path]).__name__ == "Sequential"
             if form.rest.count(".") >= (2 if is_chain else 1):
                 return True
@@ -182,7 +181,8 @@ class _Form(NamedTuple):
     alike: str
 
 
-def _forms(name: str) -> Iterator[_Form]:
+def forms_of(name: str) -> Iterator[_Form]:
+    """Every form of a name, one for each of its numbers."""
     parts = name.split(".")
     for i, part in enumerate(parts):
         if part.isdecimal():
@@ -195,7 +195,7 @@ def _counterparts(network: Network, base: Network) -> dict[str, str]:
     """Per name of the network, its name in the base or that of its like there."""
     counterparts = {}
     for name in network.shapes:
-        alike = (base.first[form.alike] for form in _forms(name) if form.alike in base.first)
+        alike = (base.first[form.alike] for form in forms_of(name) if form.alike in base.first)
         like = name if name in base.shapes else next(alike, None)
         if like is None:
             raise ConfigError(f"{name} has no counterpart in the base model; {nearest(name, base.shapes)}")
@@ -206,7 +206,7 @@ def _counterparts(network: Network, base: Network) -> dict[str, str]:
             )
         counterparts[name] = like
     unused = base.shapes.keys() - counterparts.values()
-    unused -= {name for name in unused if any(form.alike in network.first for form in _forms(name))}
+    unused -= {name for name in unused if any(form.alike in network.first for form in forms_of(name))}
     if unused:
         raise ConfigError(f"{min(unused)} of the base model has no counterpart in the model")
     return counterparts
@@ -215,7 +215,7 @@ def _counterparts(network: Network, base: Network) -> dict[str, str]:
 def _depth_ratio(name: str, network: Network, base: Network) -> float:
     """How many times longer the numbered lists are that a tensor stands in."""
     ratio = 1.0
-    for form in _forms(name):
+    for form in forms_of(name):
         here, there = len(network.numbers[form.list_name]), len(base.numbers[form.list_name])
         if here != there and "expert" in form.list_name.rpartition(".")[2]:
             raise _more_experts(name)

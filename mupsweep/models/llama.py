@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mupsweep.errors import ConfigError
-from mupsweep.models.architecture import Architecture, Multipliers
+from mupsweep.models.architecture import DecoderArchitecture, Multipliers
 from mupsweep.models.shape import GQA_RULES, BaseShape, Size
 from mupsweep.scaling import Init, Role, TensorSpec
 from mupsweep.schema import one_of
@@ -20,7 +20,7 @@ QK_NORMS = ("none", "plain", "gains")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Llama(Architecture):
+class Llama(DecoderArchitecture):
     """Pre-norm decoder with rotary positions, RMSNorm and a SwiGLU MLP.
 
     Attributes:

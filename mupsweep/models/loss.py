@@ -96,11 +96,17 @@ def sample_labels(features: Tensor, weight: Tensor, draws: Tensor, scale: float 
         h, w = features.to(dtype), weight.to(dtype)
         for start in range(0, len(draws), rows):
             chunk = slice(start, start + rows)
-            cumulative = _logits(h[chunk], w, scale).softmax(dim=1).mul_(DRAWS).long().cumsum(dim=1)
-            thresholds = draws[chunk, None] * cumulative[:, -1:] // DRAWS
-            sampled = torch.searchsorted(cumulative, thresholds, right=True).squeeze(1)
-            labels[chunk] = sampled.clamp_(max=len(weight) - 1)  # logits that are not finite must not index outside
+            labels[chunk] = labels_of(_logits(h[chunk], w, scale), draws[chunk])
     return labels
+
+
+@torch.no_grad()
+def labels_of(logits: Tensor, draws: Tensor) -> Tensor:
+    """Labels (tokens,) sampled from softmax(logits) as `sample_labels` does it; logits (tokens, vocabulary) in fp32."""
+    cumulative = logits.softmax(dim=1).mul_(DRAWS).long().cumsum(dim=1)
+    thresholds = draws[:, None] * cumulative[:, -1:] // DRAWS
+    sampled = torch.searchsorted(cumulative, thresholds, right=True).squeeze(1)
+    return sampled.clamp_(max=logits.shape[1] - 1)  # logits that are not finite must not index outside
 
 
 def _logits(features: Tensor, weight: Tensor, scale: float) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mupsweep.models.architecture import Architecture, Multipliers
+from mupsweep.models.architecture import DecoderArchitecture, Multipliers
 from mupsweep.models.shape import Size
 from mupsweep.scaling import Init, Role, TensorSpec
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NanoGPT(Architecture):
+class NanoGPT(DecoderArchitecture):
     """Pre-norm decoder with learned positions, LayerNorm and a GELU MLP.
 
     Attributes:

@@ -18,6 +18,8 @@ from mupsweep.formatting import nearest
 from mupsweep.recipes import formats
 
 JSON = "json"  # the recipe itself
+ANY_MODEL = "pytorch"  # the format that knows no names of tensors
+OWN_MODELS = ("mupsweep.models.own.Own", "mupsweep.models.huggingface.HuggingFace")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ def check(name: str) -> None:
 def export(name: str, recipe: Mapping[str, Any]) -> Export:
     """A recipe (see `mupsweep.recipes.recipe.target_recipe`) in a format other than JSON."""
     check(name)
+    if name != ANY_MODEL and recipe["architecture"]["kind"] in OWN_MODELS:
+        raise ConfigError(
+            f"--format {name} is for the decoders of mupsweep, whose tensors it renames: --format {ANY_MODEL} takes "
+            f"the names of {recipe['model']}"
+        )
     form = importlib.import_module(f"{formats.__name__}.{name}")
     text, limits = form.render(recipe)
     return Export("\n".join([*_header(name, recipe, limits), text]), form.SUFFIX, tuple(limits))

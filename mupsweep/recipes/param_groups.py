@@ -15,19 +15,15 @@ Example: a network tuned at width 64 with Adam, trained at width 256.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
 from mupsweep.models.inference import InferredTensor, infer, without_wrappers
-from mupsweep.scaling import TensorSpec
 from mupsweep.scaling.group_lr import check_group_lr, check_matches, factor_of
 from mupsweep.sweep import config, run_spec, tensor_rules
-from mupsweep.sweep.run_spec import ResolvedVariant
 from mupsweep.sweep.tensor_rules import TensorScaling
 
 if TYPE_CHECKING:
@@ -98,7 +94,9 @@ def param_groups(
         )
     uses: dict[torch.Tensor, list[_Use]] = {}  # of every parameter, one for each of its names
     for tensor in tensors:
-        scaling = _scaling(resolved, tensor).times(factor_of(group_lr or {}, tensor.spec))
+        scaling = tensor_rules.scale_tensor(
+            resolved, tensor.width_ratio, tensor.depth_ratio, tensor.spec, tensor.base
+        ).times(factor_of(group_lr or {}, tensor.spec))
         uses.setdefault(tensor.parameter, []).append(_Use(tensor, scaling))
 
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}  # by what its members have in common
@@ -140,32 +138,6 @@ class _Use(NamedTuple):
         """What a group cannot do for the tensor and the model has to."""
         rule = self.scaling.rule
         return {"role": self.tensor.spec.role.value, "init_std_ratio": rule.init_std, "multiplier": rule.multiplier}
-
-
-def _scaling(resolved: ResolvedVariant, tensor: InferredTensor) -> TensorScaling:
-    """The rule of a tensor; of one that stacks rows of two kinds, the one that both have in common.
-
-    Raises:
-        ConfigError: rows that grow with the width want other numbers than those stacked on them that do not.
-    """
-
-    def scaled(spec: TensorSpec, base: TensorSpec) -> TensorScaling:
-        return tensor_rules.scale_tensor(resolved, tensor.width_ratio, tensor.depth_ratio, spec, base)
-
-    if not tensor.stacked:
-        return scaled(tensor.spec, tensor.base)
-    rows, sizes = tensor.base.dims[0], (tensor.spec.dims[1], tensor.base.dims[1])
-    growing = scaled(*(replace(tensor.spec, shape=(n_in, n_in)) for n_in in sizes))
-    fixed = scaled(*(replace(tensor.spec, shape=(rows, n_in), repeats=max(1.0, n_in / rows)) for n_in in sizes))
-    for key in ("lr", "weight_decay", "init_std"):  # the smaller eps, that of growing rows, is below both gradients
-        a, b = getattr(growing.rule, key), getattr(fixed.rule, key)
-        if not math.isclose(a, b, rel_tol=1e-9):
-            raise ConfigError(
-                f"{tensor.name}: rows that grow with the width and rows that do not are stacked in it, and "
-                f"{growing.scaled.optimizer.name} wants {key} x{a:g} for the ones and x{b:g} for the others: split it, "
-                f"or take it for one matrix with roles={{'{tensor.name}': 'hidden'}}"
-            )
-    return growing
 
 
 def _check_patterns(patterns: Iterable[str], names: Sequence[str]) -> None:

@@ -84,7 +84,8 @@ def groups(recipe: ResolvedVariant, rename: Callable[[str], str] = str) -> list[
 def starts(recipe: ResolvedVariant, rename: Callable[[str], str] = str) -> dict[str, float | str]:
     """Pattern of names -> the standard deviation that tensors start with, or "ones" or "zeros"."""
     return {
-        pattern(rename(row["name"])): row["init_std"] if row["init"] == "normal" else row["init"] for row in own(recipe)
+        pattern(rename(row["name"])): row["init_std"] if row["init"] in ("normal", "own") else row["init"]
+        for row in own(recipe)
     }
 
 

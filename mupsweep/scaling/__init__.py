@@ -8,11 +8,12 @@ from mupsweep.scaling.decay import WEIGHT_DECAY_RULES
 from mupsweep.scaling.laws import UpdateLaw
 from mupsweep.scaling.monomial import Monomial
 from mupsweep.scaling.parametrizations.parametrization import Parametrization, RoleScaling, Rule
-from mupsweep.scaling.roles import Init, Role, TensorSpec
+from mupsweep.scaling.roles import Fold, Init, Role, TensorSpec
 from mupsweep.scaling.solve import numeric, symbolic
 
 __all__ = [
     "WEIGHT_DECAY_RULES",
+    "Fold",
     "Init",
     "Monomial",
     "Parametrization",

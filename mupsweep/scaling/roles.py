@@ -28,11 +28,20 @@ class Role(StrEnum):
 
 
 class Init(StrEnum):
-    """How a tensor starts. NORMAL's standard deviation is the model's init_std times the rule's ratio."""
+    """How a tensor starts. The standard deviation of NORMAL and OWN is the model's init_std times the rule's ratio."""
 
     NORMAL = "normal"
     ZEROS = "zeros"
     ONES = "ones"
+    OWN = "own"  # as the model's own code draws it, scaled
+    FIXED = "fixed"  # as the model's own code sets it, the same under every seed
+
+
+class Fold(StrEnum):
+    """Which forward constant a tensor takes up, because the network does not have it."""
+
+    MULTIPLIER = "multiplier"  # that of its role: on the logits, or on its branch
+    ATTENTION = "attention"  # what the scale of attention logits lacks where heads widen with the model
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,10 @@ class TensorSpec:
         tied_to: the name of the tensor whose storage this one shares.
         repeats: how often the forward pass uses every row: keys that several query heads share, a gain that all heads
             share. What it acts on grows as n_out * repeats.
+        as_matrix: (n_out, n_in), where the stored shape does not say it: of a matrix stored (n_in, n_out), of a
+            convolution's kernel, of a gain with several dimensions.
+        stacked: whether rows that grow with the width and rows that do not are stacked in it.
+        fold: the forward constant behind it that its own numbers take up; None where the network has it.
     """
 
     name: str
@@ -59,10 +72,15 @@ class TensorSpec:
     decay: bool = True
     tied_to: str | None = None
     repeats: float = 1
+    as_matrix: tuple[int, int] | None = None
+    stacked: bool = False
+    fold: Fold | None = None
 
     @property
     def dims(self) -> tuple[int, int]:
         """(n_out, n_in), with n_in = 1 for a vector."""
+        if self.as_matrix is not None:
+            return self.as_matrix
         if len(self.shape) == 1:
             return self.shape[0], 1
         rows, columns = self.shape

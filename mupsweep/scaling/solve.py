@@ -6,15 +6,16 @@ with come from the same lines.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from fractions import Fraction
 from typing import Any
 
+from mupsweep.errors import ConfigError
 from mupsweep.scaling.decay import WEIGHT_DECAY_RULES, DecayRule
 from mupsweep.scaling.laws import UpdateLaw
 from mupsweep.scaling.monomial import ONE, R_N, Monomial, maximum, sqrt
 from mupsweep.scaling.parametrizations.parametrization import Parametrization, RoleScaling, Rule
-from mupsweep.scaling.roles import Role, TensorSpec
+from mupsweep.scaling.roles import Fold, Role, TensorSpec
 
 
 def solve(
@@ -61,14 +62,23 @@ def solve(
     return Rule(multiplier=at(scaling.multiplier), init_std=std, lr=lr, weight_decay=decay, eps=eps)
 
 
-def symbolic(parametrization: Parametrization, law: UpdateLaw, role: Role) -> Rule:
-    """The rule of a role as monomials in (r_n, r_L), for tensors whose growing dimensions all grow as r_n."""
+def symbolic(parametrization: Parametrization, law: UpdateLaw, role: Role, fold: Fold | None = None) -> Rule:
+    """The rule of a role as monomials in (r_n, r_L), for tensors whose growing dimensions all grow as r_n.
+
+    Args:
+        fold: the forward constant that every tensor of the role takes up.
+    """
     scaling, decay_rule = parametrization.role_scalings()[role], WEIGHT_DECAY_RULES[parametrization.weight_decay_rule]
     if isinstance(scaling, Rule):
         return _fixed(scaling, decay_rule, at=lambda m: m)
     grows_out, grows_in = role.grows
     dims = (R_N if grows_out else ONE, R_N if grows_in else ONE)
-    return solve(scaling, law, dims, role, decay_rule, at=lambda m: m)
+    rule = solve(scaling, law, dims, role, decay_rule, at=lambda m: m)
+    if fold is None:
+        return rule
+    scaling = folded(scaling, folded_constant(parametrization, role, fold), fold)
+    taken = solve(scaling, law, dims, role, decay_rule, at=lambda m: m)
+    return replace(taken, weight_decay=rule.weight_decay * rule.lr / taken.lr)
 
 
 def numeric(
@@ -88,7 +98,9 @@ def numeric(
     scaling = parametrization.role_scalings()[target.role]
     decay_rule = WEIGHT_DECAY_RULES[parametrization.weight_decay_rule]
 
-    def absolute(spec: TensorSpec, law: UpdateLaw, width_ratio: float, depth_ratio: float) -> Rule:
+    def absolute(
+        scaling: RoleScaling | Rule, spec: TensorSpec, law: UpdateLaw, width_ratio: float, depth_ratio: float
+    ) -> Rule:
         def at(monomial: Monomial) -> float:
             return monomial.at(width_ratio, depth_ratio)
 
@@ -98,8 +110,39 @@ def numeric(
         return solve(scaling, law, dims, spec.role, decay_rule, at, spec.repeats)
 
     assert base_law is None or base_law.degree == law.degree
-    big, small = absolute(target, law, r_n, r_L), absolute(base, base_law or law, 1.0, 1.0)
-    return Rule(**{f.name: getattr(big, f.name) / getattr(small, f.name) for f in fields(Rule)})
+    big, small = absolute(scaling, target, law, r_n, r_L), absolute(scaling, base, base_law or law, 1.0, 1.0)
+    rule = Rule(**{f.name: getattr(big, f.name) / getattr(small, f.name) for f in fields(Rule)})
+    if target.fold is None:
+        return rule
+    constant = folded_constant(parametrization, target.role, target.fold)
+    if isinstance(scaling, Rule):
+        if constant == ONE:
+            return rule
+        raise ConfigError(
+            f"{target.name}: {parametrization.name} gives no rule for an update of another size, so its numbers cannot "
+            f"take up a forward constant of {constant}"
+        )
+    taken = absolute(folded(scaling, constant, target.fold), target, law, r_n, r_L)
+    ratios = {f.name: getattr(taken, f.name) / getattr(small, f.name) for f in fields(Rule)}
+    # the shrinkage of a step, lr * weight_decay, is that of the tensor behind its constant
+    return Rule(**{**ratios, "weight_decay": rule.weight_decay * rule.lr / ratios["lr"]})
+
+
+def folded_constant(parametrization: Parametrization, role: Role, fold: Fold) -> Monomial:
+    """The forward constant that a tensor of a role takes up."""
+    if fold is Fold.MULTIPLIER:
+        return parametrization.role_scalings()[role].multiplier
+    return R_N ** (parametrization.attention_power + Fraction(1, 2))  # d_head grows as the width
+
+
+def folded(scaling: RoleScaling, constant: Monomial, fold: Fold) -> RoleScaling:
+    """The scaling of V = constant * W, which stands without the constant where W stood behind it.
+
+    V and its updates are as many times as large, and a step of V changes the loss by what one of W did. So the solver
+    gives the LR and eps of V for any law.
+    """
+    multiplier = ONE if fold is Fold.MULTIPLIER else scaling.multiplier
+    return replace(scaling, multiplier=multiplier, weight=scaling.weight * constant, update=scaling.update * constant)
 
 
 def _fixed(rule: Rule, decay_rule: DecayRule, at: Any) -> Rule:

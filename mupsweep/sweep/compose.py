@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 COMPARABLE = ("model", "optimizer", "parametrization")  # groups that take several choices: optimizer=adamw,muon
-MAPPINGS = ("launcher.sizes", "optimizer.group_lr", "sweep.axes", "sweep.log2_lrs")  # whose keys are the user's
+MAPPINGS = (  # whose keys are the user's
+    *("launcher.sizes", "optimizer.group_lr", "sweep.axes", "sweep.log2_lrs"),
+    *("model.options", "model.roles", "model.fields", "model.scaled", "model.settings"),
+)
 NESTED = ("optimizer.rest", "optimizer.graft")  # sections that another choice of the same group fills
 
 

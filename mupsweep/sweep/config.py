@@ -19,6 +19,7 @@ from mupsweep.analysis.labels import LARGEST_LOG2_LR, HyperparameterOverride, La
 from mupsweep.data.config import DataConfig
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
+from mupsweep.models.huggingface import with_config
 from mupsweep.schema import (
     Consent,
     allows,
@@ -322,6 +323,8 @@ def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> SweepC
                 f"a yaml sets '{key}', which is no section; {nearest(key, (*VARIANT_SECTIONS, *SHARED_SECTIONS))}; "
                 "an experiment begins with the line # @package _global_"
             )
+    for tree in trees:
+        tree["model"] = with_config(tree["model"])
     if trees[0]["sweep"].get("sizes") is not None:
         refuse_ratios(overrides)
         for tree in trees:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from mupsweep.analysis.labels import Label, label_of
 from mupsweep.analysis.run_result import RunResult
 from mupsweep.data import epochs_remark
+from mupsweep.data.tokenizers import vocab_size
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.formatting import counted, verb
 from mupsweep.models.shape import Size
@@ -22,10 +23,11 @@ from mupsweep.optimizers import Optimizer
 from mupsweep.schema import allows, foreign_code
 from mupsweep.store import workers
 from mupsweep.store.sweep_dir import SweepDir
-from mupsweep.sweep.config import GRID, SweepConfig, default_lrs, from_tree, to_tree
+from mupsweep.sweep.config import GRID, GridConfig, SweepConfig, default_lrs, from_tree, to_tree
 from mupsweep.sweep.cost import Cost
 from mupsweep.sweep.run_identity import digest_of, refuse_namesakes
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, check_batch_shares, check_size_overrides, resolve
+from mupsweep.sweep.tensor_rules import rules
 from mupsweep.sweep.twins import Twins
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def plan(config: SweepConfig, finished: Iterable[RunResult] = ()) -> list[RunSpe
     check_size_overrides(resolved, config)
     seeds = grid.seeds if grid.search == GRID else (*grid.seeds, *range(grid.max_seeds))
     for one in resolved:
+        check_model(one, grid)
         one.trainer.check(_grid(one, grid.ratios, grid.of(one.variant.optimizer).log2_lrs, seeds))
     if grid.search != GRID:
         return _longest_first(_search_round(resolved, config, list(finished)))
@@ -52,6 +55,19 @@ def plan(config: SweepConfig, finished: Iterable[RunResult] = ()) -> list[RunSpe
     for one in resolved:
         runs += _grid(one, grid.ratios, grid.of(one.variant.optimizer).log2_lrs, grid.seeds)
     return _longest_first(runs)
+
+
+def check_model(resolved: ResolvedVariant, grid: GridConfig) -> None:
+    """Refuse a model of somebody else's code that cannot be trained, or not at some size of the grid.
+
+    A program builds a network of its own, so only what the rules need is checked for it.
+    """
+    if not resolved.model.inferred:
+        return
+    if not resolved.trainer.runs_program:
+        resolved.model.check(resolved.size(1.0, 1.0), vocab_size(resolved.variant.data.tokenizer))
+    for ratios in grid.ratios:
+        rules(resolved, resolved.size(*ratios), 1.0)
 
 
 def _search_round(

@@ -50,6 +50,7 @@ def _identifying(variant: Variant) -> dict[str, Any]:
     del tree["training"]["eval_batches" if variant.training.eval_batches is None else "eval_tokens"]
     if tree["model"].get("attention_multiplier") == 1:
         del tree["model"]["attention_multiplier"]  # a factor of 1 trains as before the key existed
+    tree["model"] |= instantiate(variant.model, "model").content()
     if trainer.runs_program:  # which reads a corpus of its own
         tree["data"] = {"tokenizer": variant.data.tokenizer}
     if identity := trainer.identity():

@@ -237,7 +237,8 @@ def resolve(
         launcher=launcher or LauncherOptions(),
         listed=listed,
     )
-    check_matches(resolved.optimizer.group_lr or {}, resolved.model.tensors(resolved.size(1.0, 1.0)))
+    if resolved.optimizer.group_lr:
+        check_matches(resolved.optimizer.group_lr, resolved.model.tensors(resolved.size(1.0, 1.0)))
     training, steps = resolved.training, resolved.steps
     warmup = training.warmup_steps(steps)
     if warmup >= steps:
@@ -264,6 +265,11 @@ def check_batch_shares(resolved: ResolvedVariant, launcher: LauncherOptions) -> 
     batch_size = resolved.training.batch_size
     for where, options in launcher.sections():
         devices = options.devices_per_run
+        if options.shard and resolved.model.inferred:
+            raise ConfigError(
+                f"{where}.shard=true divides the models of mupsweep only, not {resolved.model.name}, which is whole on "
+                f"every device: set {where}.shard=false"
+            )
         if batch_size % devices:
             raise ConfigError(
                 f"training.batch_size={batch_size} cannot be divided among {where}.devices_per_run={devices}: "

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from mupsweep.errors import ConfigError
 from mupsweep.models import Multipliers
+from mupsweep.models.inference import forms_of
 from mupsweep.models.shape import Size
 from mupsweep.optimizers import Optimizer
 from mupsweep.optimizers.optimizer import Dims
-from mupsweep.scaling import WEIGHT_DECAY_RULES, Init, Role, Rule, TensorSpec, UpdateLaw, numeric, symbolic
+from mupsweep.scaling import WEIGHT_DECAY_RULES, Fold, Init, Role, Rule, TensorSpec, UpdateLaw, numeric, symbolic
 from mupsweep.scaling.group_lr import factor_of, without_ones
+from mupsweep.scaling.solve import folded_constant
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, ScaledOptimizer
 
+BUILD_IT_IN = "have the model take it, as an argument of build (configs/model/README.md)"
 LawOfShape = Callable[[Dims | None], UpdateLaw]  # an optimizer's law for a tensor of (n_out, n_in), or in general
 
 
@@ -89,14 +93,21 @@ def rules(resolved: ResolvedVariant, size: Size, base_lr: float) -> tuple[Tensor
     Raises:
         ConfigError: a role that its shape contradicts, or a tie whose two rules disagree, naming the tensor.
     """
-    _check_roles(resolved)
+    if not resolved.model.inferred:
+        _check_roles(resolved)
     base = {spec.name: spec for spec in resolved.model.tensors(resolved.size(1.0, 1.0))}
     target = list(resolved.model.tensors(size))
+    first_alike: dict[str, TensorSpec] = {}  # a name with one number as # -> the first tensor of the base like it
+    for spec in base.values():
+        for form in forms_of(spec.name):
+            first_alike.setdefault(form.alike, spec)
     scalings: dict[str, TensorScaling] = {}
     alike: dict[tuple[TensorSpec, TensorSpec], TensorScaling] = {}  # the tensors of one kind of all blocks
     for spec in target:
         # blocks beyond the base depth have the shapes of the base's first block
-        base_spec = base.get(spec.name) or base[_first_block(spec.name)]
+        base_spec = base.get(spec.name) or next(
+            first_alike[form.alike] for form in forms_of(spec.name) if form.alike in first_alike
+        )
         kind = replace(spec, name=""), replace(base_spec, name="")
         if kind not in alike:
             alike[kind] = scale_tensor(resolved, size.width_ratio, size.depth_ratio, spec, base_spec)
@@ -123,13 +134,16 @@ def symbolic_rules(resolved: ResolvedVariant) -> dict[Role, TensorScaling]:
     Of routers only where the model has some.
     """
     scalings: dict[Role, TensorScaling] = {}
-    has_routers = any(spec.role is Role.ROUTER for spec in resolved.model.tensors(resolved.size(1.0, 1.0)))
+    folds: dict[Role, set[Fold | None]] = defaultdict(set)
+    for spec in resolved.model.tensors(resolved.size(1.0, 1.0)):
+        folds[spec.role].add(spec.fold)
     for role in Role:
-        if role is Role.ROUTER and not has_routers:
+        if role is Role.ROUTER and not folds[role]:
             continue
+        fold = next(iter(folds[role])) if len(folds[role]) == 1 else None  # else tensors of the role differ
 
-        def solve(law: LawOfShape, role: Role = role) -> Rule:
-            return symbolic(resolved.parametrization, law(None), role)
+        def solve(law: LawOfShape, role: Role = role, fold: Fold | None = fold) -> Rule:
+            return symbolic(resolved.parametrization, law(None), role, fold)
 
         scaled = resolved.optimizer_for(role)
         scalings[role] = TensorScaling(scaled, *_optimizer_rule(scaled.optimizer, solve))
@@ -195,15 +209,44 @@ def audit(resolved: ResolvedVariant) -> list[str]:
         )
     if training.schedule == "constant" and training.min_lr_frac != 1:
         notes.append("training.min_lr_frac has no effect: the schedule is constant")
-    if resolved.model.attention_scale != "parametrization":
-        notes.append(f"attention scale {resolved.model.attention_scale} is forced by model.attention_scale")
-    return notes
+    return notes + resolved.model.remarks(resolved.size(1.0, 1.0))
 
 
 def scale_tensor(
     resolved: ResolvedVariant, width_ratio: float, depth_ratio: float, spec: TensorSpec, base: TensorSpec
 ) -> TensorScaling:
-    """Everything that one tensor is trained with, relative to the tensor `base` of the base shape."""
+    """Everything that one tensor is trained with, relative to the tensor `base` of the base shape.
+
+    Of a tensor that stacks rows of two kinds, what both have in common.
+
+    Raises:
+        ConfigError: rows that grow with the width want other numbers than those stacked on them that do not; or no rule
+            leads from the base's tensor to this one.
+    """
+
+    def scaled(spec: TensorSpec, base: TensorSpec) -> TensorScaling:
+        return _scale_matrix(resolved, width_ratio, depth_ratio, spec, base)
+
+    if not spec.stacked:
+        return scaled(spec, base)
+    rows, sizes = base.dims[0], (spec.dims[1], base.dims[1])
+    growing = scaled(*(replace(spec, as_matrix=(n_in, n_in)) for n_in in sizes))
+    fixed = scaled(*(replace(spec, as_matrix=(rows, n_in), repeats=max(1.0, n_in / rows)) for n_in in sizes))
+    for key in ("lr", "weight_decay", "init_std"):  # the smaller eps, that of growing rows, is below both gradients
+        a, b = getattr(growing.rule, key), getattr(fixed.rule, key)
+        if not math.isclose(a, b, rel_tol=1e-9):
+            raise ConfigError(
+                f"{spec.name}: rows that grow with the width and rows that do not are stacked in it, and "
+                f"{growing.scaled.optimizer.name} wants {key} x{a:g} for the ones and x{b:g} for the others: split it, "
+                f"or take it for one matrix with roles={{'{spec.name}': 'hidden'}}"
+            )
+    return growing
+
+
+def _scale_matrix(
+    resolved: ResolvedVariant, width_ratio: float, depth_ratio: float, spec: TensorSpec, base: TensorSpec
+) -> TensorScaling:
+    """The scaling of a tensor whose rows are all of one kind."""
     scaled = resolved.optimizer_for(spec.role)
     optimizer = scaled.optimizer
     by_its_norm = optimizer.divides_by_weight or optimizer.update_law(spec.dims).weight_norm is not None
@@ -211,6 +254,14 @@ def scale_tensor(
         raise ConfigError(
             f"{spec.name} starts at zero, and {optimizer.name} moves a weight in proportion to its norm: it would "
             "never leave zero; give it an init std above 0"
+        )
+
+    if spec.fold is not None:
+        _check_fold(resolved, optimizer, width_ratio, depth_ratio, spec)
+    if len(spec.shape) > 2 and optimizer.oriented and spec.role.is_matrix:
+        raise ConfigError(
+            f"{spec.name} has {len(spec.shape)} dimensions {spec.shape}, and {optimizer.name} takes matrices: leave it "
+            "to another optimizer, with a role in model.roles that optimizer.roles does not name"
         )
 
     def solve(law: LawOfShape) -> Rule:
@@ -223,6 +274,23 @@ def scale_tensor(
         return numeric(resolved.parametrization, laws[0], spec, base, width_ratio, depth_ratio, base_law=laws[1])
 
     return TensorScaling(scaled, *_optimizer_rule(optimizer, solve))
+
+
+def _check_fold(
+    resolved: ResolvedVariant, optimizer: Optimizer, width_ratio: float, depth_ratio: float, spec: TensorSpec
+) -> None:
+    """Refuse a tensor that would have to take up a forward constant and cannot under its optimizer."""
+    assert spec.fold is not None
+    constant = folded_constant(resolved.parametrization, spec.role, spec.fold).at(width_ratio, depth_ratio)
+    if constant == 1:
+        return
+    where = f"{spec.name} would have to take up the forward constant {constant:.6g}, which the model does not have"
+    if optimizer.rescales_init:
+        raise ConfigError(f"{where}, and {optimizer.name} gives its weights a norm of its own: {BUILD_IT_IN}")
+    if optimizer.update_law(spec.dims) != optimizer.measured_law(spec.dims):
+        raise ConfigError(
+            f"{where}, and the published rule of {optimizer.name} is not the law of its updates: {BUILD_IT_IN}"
+        )
 
 
 def _optimizer_rule(optimizer: Optimizer, solve: Callable[[LawOfShape], Rule]) -> tuple[Rule, dict[str, Any]]:
@@ -258,7 +326,7 @@ def tensor_rule(
         optimizer=optimizer.name,
         init=spec.init,
         init_std=spec.init_std * rule.init_std,
-        multiplier=multiplier.get(spec.role, 1.0),
+        multiplier=1.0 if spec.fold is Fold.MULTIPLIER else multiplier.get(spec.role, 1.0),
         lr=lr,
         weight_decay=decay * rule.weight_decay,
         decay_per_step=lr * decay * rule.weight_decay,
@@ -271,12 +339,6 @@ def tensor_rule(
         eps_ratio=rule.eps,
         tied_to=spec.tied_to,
     )
-
-
-def _first_block(name: str) -> str:
-    """The name of a block's tensor in the first block."""
-    head, _, tail = name.split(".", 2)
-    return f"{head}.0.{tail}"
 
 
 def _check_roles(resolved: ResolvedVariant) -> None:

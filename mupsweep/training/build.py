@@ -7,11 +7,12 @@ optimizers from exactly those rules, so what `mupsweep rules` prints is what a r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mupsweep.errors import ConfigError
+from mupsweep.models.inferred import InferredArchitecture
 from mupsweep.optimizers.optimizer_set import OptimizerSet
 from mupsweep.scaling import Init, Role
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec
@@ -48,16 +49,21 @@ def build(run: RunSpec, device: torch.device) -> TrainingSetup:
     Initial values depend on (seed, tensor name, shape) alone and are drawn on the CPU, so that every device starts from
     the same numbers.
     """
-    network, rows = meta_model(run)
-    network.to_empty(device=device)
-    for row in rows:  # `to_empty` unties weights: it gives every module a parameter of its own
-        if row.tied_to is not None:
-            _tie(network, row.name, row.tied_to)
+    rows: tuple[TensorRule, ...]
+    if isinstance(run.resolved.model, InferredArchitecture):
+        network, rows = drawn_model(run, run.resolved.model)
+        network.to(device)
+    else:
+        network, rows = meta_model(run)
+        network.to_empty(device=device)
+        for row in rows:  # `to_empty` unties weights: it gives every module a parameter of its own
+            if row.tied_to is not None:
+                _tie(network, row.name, row.tied_to)
+        for row in rows:
+            if row.tied_to is None:
+                initialise(network.get_parameter(row.name), row, run.seed)
     parameters = dict(network.named_parameters())
-    for row in rows:
-        if row.tied_to is None:
-            initialise(parameters[row.name], row, run.seed)
-    groups = list(parameter_groups(run.resolved, rows))
+    groups = list(parameter_groups(run.resolved, rows, stored_in_out(run)))
     return TrainingSetup(
         run.run_id,
         network,
@@ -76,6 +82,31 @@ def meta_model(run: RunSpec) -> tuple[nn.Module, tuple[TensorRule, ...]]:
         network = run.resolved.model.network(run.size, multipliers(run.resolved, run.size))
     _check_shapes(network, rows)
     return network, rows
+
+
+def drawn_model(run: RunSpec, model: InferredArchitecture) -> tuple[nn.Module, tuple[TensorRule, ...]]:
+    """Return the network as its own code draws it under the run's seed, scaled by the rules, and the rules.
+
+    At the base shape it stays as it is drawn, bit for bit.
+    """
+    from mupsweep.models.observation import rescale
+
+    rows = rules(run.resolved, run.size, run.base_lr)
+    network = model.drawn(run.size, multipliers(run.resolved, run.size), run.seed)
+    _check_shapes(network, rows)
+    if (run.size.width_ratio, run.size.depth_ratio) != (1.0, 1.0):
+        specs = {spec.name: spec for spec in model.tensors(run.size)}
+        own = [row for row in rows if row.tied_to is None]
+        stds = {row.name: row.init_std for row in own if row.init is Init.OWN}
+        is_set = [row for row in own if row.init in (Init.ONES, Init.FIXED) and specs[row.name].fold is not None]
+        rescale(network, stds, {row.name: row.init_std / specs[row.name].init_std for row in is_set})
+    return network, rows
+
+
+def stored_in_out(run: RunSpec) -> frozenset[str]:
+    """The matrices that a model stores (n_in, n_out), beside embeddings, as transformers' Conv1D does."""
+    specs = run.resolved.model.tensors(run.size) if run.resolved.model.inferred else ()
+    return frozenset(t.name for t in specs if len(t.shape) == 2 and t.dims == t.shape[::-1] != t.shape)
 
 
 def initialise(parameter: torch.Tensor, row: TensorRule, seed: int) -> None:
@@ -104,13 +135,19 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def parameter_groups(resolved: ResolvedVariant, rows: tuple[TensorRule, ...]) -> Iterator[dict[str, Any]]:
-    """Yield the parameter groups: the tensors of one optimizer that share all hyperparameters."""
+def parameter_groups(
+    resolved: ResolvedVariant, rows: tuple[TensorRule, ...], in_out: Collection[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Yield the parameter groups: the tensors of one optimizer that share all hyperparameters.
+
+    Args:
+        in_out: the tensors that are stored (n_in, n_out), beside embeddings.
+    """
     grouped: dict[tuple[Any, ...], list[TensorRule]] = {}
     for row in rows:
         if row.tied_to is None:
             part = resolved.optimizers.index(resolved.optimizer_for(row.role))
-            transposed = row.role is Role.INPUT and resolved.optimizers[part].optimizer.oriented
+            transposed = (row.role is Role.INPUT or row.name in in_out) and resolved.optimizers[part].optimizer.oriented
             key = (part, transposed, row.lr, row.weight_decay, row.eps, *row.thresholds.items())
             grouped.setdefault(key, []).append(row)
     for (part, transposed, *_), members in grouped.items():
@@ -132,7 +169,7 @@ def _tie(network: nn.Module, name: str, other: str) -> None:
 def _check_shapes(network: nn.Module, rows: tuple[TensorRule, ...]) -> None:
     """Raise ConfigError unless the network has exactly the declared tensors."""
     declared = {row.name: tuple(row.shape) for row in rows}
-    actual = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    actual = {name: tuple(tensor.shape) for name, tensor in network.named_parameters(remove_duplicate=False)}
     for name in declared.keys() | actual.keys():
         if declared.get(name) != actual.get(name):
             raise ConfigError(

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import chosen
+import own_model
 import pytest
 import yaml
 from composition import compose, compose_once
@@ -73,6 +74,8 @@ def test_every_choice_of_every_group_composes_and_has_the_name_of_its_file(choic
     group, name = choice.split("=")
     words = {"data=local": [local_text], "model": ["sweep.width_ratios=[1]"]}  # half a preset may be no whole model
     words["trainer=command"] = ["trainer.command=train {lr} {width}", "trainer.metrics=log.jsonl"]
+    Path("my_module.py").write_text(own_model.MODEL)  # of the example of model=own
+    Path("config.json").write_text(json.dumps(own_model.LLAMA))  # of model=huggingface
     sweep_config = load([*chosen.words(group, name), *words.get(choice, []), *words.get(group, [])])
     section = sweep_config.variants[0]
     if group in COMPARABLE:

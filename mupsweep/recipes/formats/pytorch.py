@@ -19,7 +19,7 @@ OUTPUT_MULTIPLIER = {output!r}  # on the logits
 ATTENTION_SCALE = {attention!r}  # on query . key
 CLIP_NORM = {clip!r}  # of the gradients of all parameters together; None: do not clip
 TRAINING = {training}
-# pattern of names -> standard deviation of a tensor at the start, or "ones" or "zeros"
+# pattern of names -> standard deviation of a tensor at the start, or "ones", "zeros" or "fixed"
 INIT = {init}
 # weight_decay is coupled, as in torch: a step subtracts lr * weight_decay * W. The schedule multiplies every lr.
 GROUPS = {groups}
@@ -46,6 +46,8 @@ def initialise(model, rename=lambda name: name):
     """Draw the start of every parameter."""
     for name, parameter in model.named_parameters():
         (start,) = [start for pattern, start in INIT.items() if re.search(pattern, rename(name))]
+        if start == "fixed":
+            continue  # as the model sets it, whatever the seed
         if start in ("ones", "zeros"):
             parameter.fill_(start == "ones")
         else:

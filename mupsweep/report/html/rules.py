@@ -18,7 +18,7 @@ def table_rows(tensors: Iterable[TensorRule]) -> list[tuple[str, ...]]:
     """Rows of the table: tensors that are treated alike share one, and layers are written as *."""
     rows: dict[tuple[str, ...], dict[str, None]] = defaultdict(dict)
     for t in tensors:
-        std = f"{t.init_std:.4g}" if t.init.value == "normal" else t.init.value
+        std = f"{t.init_std:.4g}" if t.init.value in ("normal", "own") else t.init.value
         numbers = (t.multiplier, t.lr, t.lr_ratio, t.weight_decay_ratio, t.eps_ratio)
         shape = " × ".join(map(str, t.shape))
         name = re.sub(r"\.\d+\.", ".*.", t.name) + (f" = {t.tied_to}" if t.tied_to else "")

@@ -121,7 +121,7 @@ def _rule_table(rows: Sequence[TensorRule], per_tensor: bool) -> Table:
     printed: dict[tuple[str, ...], None] = {}  # without repeats: equal numbers may differ in their last bit
     for row in rows:
         name = row.name if per_tensor else row.role.value
-        std = f"{row.init_std:.4g}" if row.init.value == "normal" else row.init.value
+        std = f"{row.init_std:.4g}" if row.init.value in ("normal", "own") else row.init.value
         numbers = (row.multiplier, row.lr, row.weight_decay, row.decay_per_step, row.eps)
         thresholds = (f"{row.thresholds[n]:.4g}" if n in row.thresholds else "" for n in names)
         cells = (name, "x".join(map(str, row.shape)), row.optimizer, std, *(f"{x:.4g}" for x in numbers), *thresholds)

@@ -144,7 +144,7 @@ def show_recipe(content: dict[str, Any], files: Sequence[Path], limits: Sequence
     console.say(f"LR {content['horizon']['note']}")
     n_tensors: Counter[tuple[str, ...]] = Counter()  # by what is printed, since equal numbers differ in their last bit
     for row in content["tensors"]:
-        init_std = f"{row['init_std']:.4g}" if row["init"] == "normal" else row["init"]
+        init_std = f"{row['init_std']:.4g}" if row["init"] in ("normal", "own") else row["init"]
         numbers = (f"{row[key]:.4g}" for key in ("multiplier", "lr", "weight_decay", "eps"))
         n_tensors[row["role"], row["optimizer"], init_std, *numbers] += 1
     table = table_of("role", "optimizer", "tensors", "init std", "multiplier", "LR", "weight decay", "eps")
