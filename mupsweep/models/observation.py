@@ -147,6 +147,7 @@ def _start(tensors: list[tuple[Tensor, ...]]) -> Start:
 
 
 def root_mean_square(values: Tensor) -> float:
+    """The root of the mean square of all entries."""
     return values.detach().double().square().mean().sqrt().item()
 
 

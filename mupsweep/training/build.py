@@ -7,7 +7,7 @@ optimizers from exactly those rules, so what `mupsweep rules` prints is what a r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +80,7 @@ def meta_model(run: RunSpec) -> tuple[nn.Module, tuple[TensorRule, ...]]:
     rows = rules(run.resolved, run.size, run.base_lr)
     with torch.device("meta"):
         network = run.resolved.model.network(run.size, multipliers(run.resolved, run.size))
-    _check_shapes(network, rows)
+    _check_shapes(network.state_dict().items(), rows)
     return network, rows
 
 
@@ -93,7 +93,7 @@ def drawn_model(run: RunSpec, model: InferredArchitecture) -> tuple[nn.Module, t
 
     rows = rules(run.resolved, run.size, run.base_lr)
     network = model.drawn(run.size, multipliers(run.resolved, run.size), run.seed)
-    _check_shapes(network, rows)
+    _check_shapes(network.named_parameters(remove_duplicate=False), rows)  # constant buffers are its own affair
     if (run.size.width_ratio, run.size.depth_ratio) != (1.0, 1.0):
         specs = {spec.name: spec for spec in model.tensors(run.size)}
         own = [row for row in rows if row.tied_to is None]
@@ -166,10 +166,10 @@ def _tie(network: nn.Module, name: str, other: str) -> None:
     setattr(network.get_submodule(module), leaf, network.get_parameter(other))
 
 
-def _check_shapes(network: nn.Module, rows: tuple[TensorRule, ...]) -> None:
-    """Raise ConfigError unless the network has exactly the declared tensors."""
+def _check_shapes(tensors: Iterable[tuple[str, torch.Tensor]], rows: tuple[TensorRule, ...]) -> None:
+    """Raise ConfigError unless a network has exactly the declared tensors."""
     declared = {row.name: tuple(row.shape) for row in rows}
-    actual = {name: tuple(tensor.shape) for name, tensor in network.named_parameters(remove_duplicate=False)}
+    actual = {name: tuple(tensor.shape) for name, tensor in tensors}
     for name in declared.keys() | actual.keys():
         if declared.get(name) != actual.get(name):
             raise ConfigError(
