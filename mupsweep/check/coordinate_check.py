@@ -120,7 +120,9 @@ def subject(run: RunSpec, dataset: Dataset | None = None) -> Probe:
         count = next(taken)
         batch = torch.from_numpy(corpus.train_batch(context, training.batch_size, run.seed, count))
         if built.optimizer.curvature_due(count):
-            trainer.observe_curvature(built.network, built, batch[:, :-1], run.seed, count, training.precision)
+            new = built.optimizer.observes_new_batch
+            observed = torch.from_numpy(trainer.curvature_batch(corpus, run, count)) if new else batch
+            trainer.observe_curvature(built.network, built, observed[:, :-1], run.seed, count, training.precision)
         built.network(batch[:, :-1], batch[:, 1:]).backward()
         trainer.clip(built)
         built.optimizer.step(1.0)

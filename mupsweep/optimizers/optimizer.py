@@ -98,6 +98,11 @@ class Optimizer(ABC):
         return None
 
     @property
+    def observes_new_batch(self) -> bool:
+        """Whether these gradients are those of a batch of their own, and not of the step's."""
+        return False
+
+    @property
     def oriented(self) -> bool:
         """Whether it matters which axis is n_out; embeddings are stored (n_in, n_out)."""
         return set(self.supported_roles) <= set(MATRICES)

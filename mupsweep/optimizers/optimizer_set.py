@@ -19,6 +19,7 @@ class OptimizerSet:
     ) -> None:
         self.members: list[torch.optim.Optimizer] = []
         self.curvature_every: list[int | None] = []
+        self.observes_new_batch = any(part.observes_new_batch for part in parts)
         for index, part in enumerate(parts):
             own_groups = [
                 {

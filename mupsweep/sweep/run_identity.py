@@ -23,8 +23,12 @@ UNIDENTIFYING = {  # keys that change no number, but for micro_batch, which chan
     "training": ("checkpoint_minutes", "micro_batch"),
 }
 
-# Optimizers whose name a better form has today -> the name of what they were: a stored sweep goes on as the latter.
-RENAMED_OPTIMIZERS = {"lamb": "lamb_published", "soap": "soap_published"}
+# Optimizers that are another today -> the words by which a stored sweep goes on with what they were.
+AS_BEFORE = {
+    "lamb": "optimizer=lamb_published optimizer.name=lamb",
+    "soap": "optimizer=soap_published optimizer.name=soap",
+    "sophia": "optimizer.curvature_batch=step",
+}
 
 
 def digest_of(variant: Variant) -> str:
@@ -59,14 +63,21 @@ def _identifying(variant: Variant) -> dict[str, Any]:
     tree = _without(tree, "group_lr")  # that of no effect trains as before the key existed
     if group_lr:
         tree["optimizer"]["group_lr"] = group_lr
+    tree = _without(tree, "curvature_batch", "step")  # as before the key existed
     return _without(tree, "log2_lr_range")  # of the optimizer and of those that it contains: where LRs are looked for
 
 
-def _without(tree: dict[str, Any], name: str) -> dict[str, Any]:
-    """A nested mapping without a key, at any depth."""
-    pruned = {key: _without(value, name) if isinstance(value, dict) else value for key, value in tree.items()}
-    pruned.pop(name, None)
-    return pruned
+def _without(tree: dict[str, Any], name: str, only: Any = None) -> dict[str, Any]:
+    """A nested mapping without a key, at any depth.
+
+    Args:
+        only: the value with which the key is left out; None for any.
+    """
+    return {
+        key: _without(value, name, only) if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if key != name or only not in (None, value)
+    }
 
 
 def refuse_namesakes(variants: Iterable[Variant], sweep: SweepDir) -> None:
@@ -90,10 +101,8 @@ def refuse_namesakes(variants: Iterable[Variant], sweep: SweepDir) -> None:
         keys = [k for k in new | stored if new.get(k) != stored.get(k)]
         differences = ", ".join(f"{k}={new.get(k)} (there: {stored.get(k)})" for k in keys[:3]) or "another corpus"
         name = variant.optimizer["name"]
-        renamed = RENAMED_OPTIMIZERS.get(name) if any(k.startswith("optimizer.") for k in keys) else None
-        as_before = (
-            "" if renamed is None else (f"go on with what {name} was by optimizer={renamed} optimizer.name={name}, ")
-        )
+        words = AS_BEFORE.get(name) if any(k.startswith("optimizer.") for k in keys) else None
+        as_before = "" if words is None else f"go on with what {name} was by {words}, "
         raise ConfigError(
             f"sweep {sweep.path} already holds {'/'.join(variant.label)} with other settings: {differences}; "
             f"{as_before}choose another sweep.name, or give this choice a name of its own such as "

@@ -210,6 +210,7 @@ class ShardedOptimizer(OptimizerSet):
 
     def __init__(self, parts: Sequence[Optimizer], groups: Sequence[dict[str, Any]], network: ShardedNetwork) -> None:
         self.groups, self.network, self.ranks = groups, network, network.ranks
+        self.observes_new_batch = any(part.observes_new_batch for part in parts)
         self.curvature_every = [parts[group["part"]].curvature_every for group in groups]
         self.owner_rounds = assign_owners(groups, network.shapes, self.ranks.size)
         self.parameters: dict[Bucket, dict[str, nn.Parameter]] = {}

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mupsweep.analysis.labels import DIVERGED, DONE
@@ -92,7 +94,10 @@ def train(
 
         # Second-order optimizers observe the curvature now and then, before the gradient that they use it for.
         if setup.optimizer.curvature_due(state.step):
-            observe_curvature(network, setup, tokens[:, :-1], run.seed, state.step, precision, micro_batcher)
+            observed = tokens
+            if setup.optimizer.observes_new_batch:
+                observed = to_device(ranks.local_shard(curvature_batch(data, run, state.step)), device)
+            observe_curvature(network, setup, observed[:, :-1], run.seed, state.step, precision, micro_batcher)
 
         # Forward and backward. The loss stays on the device: to read it here would make every step wait for it.
         loss_of = partial(mean_loss, network, precision)
@@ -181,6 +186,14 @@ def lr_factor(step: int, total: int, training: TrainingConfig, end: int | None =
     progress = min(1.0, max(0.0, (step - start) / max(1, end - start)))
     decay = 0.5 * (1 + math.cos(math.pi * progress)) if training.schedule == "cosine" else 1 - progress
     return training.min_lr_frac + (1 - training.min_lr_frac) * decay
+
+
+def curvature_batch(data: Dataset, run: RunSpec, step: int) -> NDArray[np.int64]:
+    """The tokens for an observation of the curvature that sees another batch than the step's gradient.
+
+    They come in an order of their own, that of a seed which no run has.
+    """
+    return data.train_batch(run.size.context, run.resolved.training.batch_size, ~run.seed, step)
 
 
 def observe_curvature(

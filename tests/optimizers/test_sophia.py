@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,10 +21,14 @@ from mupsweep.models.loss import DRAWS, sample_labels
 from mupsweep.models.nanogpt import NanoGPT
 from mupsweep.optimizers.sophia import Sophia
 from mupsweep.scaling import Role
+from mupsweep.store.run_dir import RunDir
 from mupsweep.sweep import config, plan, run_spec
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.sweep.tensor_rules import rules
+from mupsweep.training import trainer
 from mupsweep.training.build import TrainingSetup, build, generator
+from mupsweep.training.session import ReplicaControl
+from mupsweep.training.signals import StopSignal
 from mupsweep.training.trainer import clip, observe_curvature
 
 CLIPPED_STEPS = 60
@@ -196,6 +201,31 @@ def test_in_a_hybrid_only_sophia_observes_and_every_gradient_is_forgotten() -> N
     assert all(h.max() > 0 for h in curvature.values())
 
 
+@pytest.mark.parametrize("batch", ["new", "step"])
+def test_an_observation_sees_a_batch_of_its_own_or_that_of_its_step(
+    batch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, Tensor] = {}
+    observe = trainer.observe_curvature
+
+    def noted(network: nn.Module, setup: TrainingSetup, inputs: Tensor, seed: int, step: int, *rest: Any) -> None:
+        seen[step] = inputs
+        observe(network, setup, inputs, seed, step, *rest)
+
+    monkeypatch.setattr(trainer, "observe_curvature", noted)
+    spec = run(f"optimizer.curvature_batch={batch}", "optimizer.hessian_every=2", "training.steps=4")
+    corpus, training = data.prepare(spec.resolved.variant.data), spec.resolved.training
+    trainer.train(spec, build(spec, CPU), corpus, RunDir(tmp_path), CPU, ReplicaControl(StopSignal()))
+    assert sorted(seen) == [0, 2]
+    for step, inputs in seen.items():
+        trained_on, own = (
+            torch.from_numpy(corpus.train_batch(spec.size.context, training.batch_size, seed, step))[:, :-1]
+            for seed in (spec.seed, ~spec.seed)
+        )
+        assert not torch.equal(trained_on, own)
+        assert torch.equal(inputs, own if batch == "new" else trained_on)
+
+
 # The rule of rho.
 
 
@@ -245,6 +275,7 @@ def test_clipping_by_norm_is_on_for_the_steps() -> None:
         ({"rho": 0.0}, "optimizer.rho=0.0: expected a positive number"),
         ({"eps": 0.0}, "optimizer.eps=0.0: expected above 0"),
         ({"hessian_every": 0}, "optimizer.hessian_every=0: expected at least 1"),
+        ({"curvature_batch": "own"}, "optimizer.curvature_batch=own"),
         ({"rho_rule": "gradients"}, "optimizer.rho_rule=gradients.*gradient"),
     ],
 )
