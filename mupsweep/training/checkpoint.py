@@ -24,6 +24,7 @@ from mupsweep.training.build import TrainingSetup
 log = logging.getLogger("mupsweep")
 
 DIGEST_BYTES = hashlib.sha256().digest_size
+PIECE = 2**24  # bytes that are read at once, since a checkpoint may fill half of the memory that a job is given
 STATE: dict[str, records.Check] = {  # what the values of a TrainState can be
     "step": records.is_count,
     "losses": lambda value: isinstance(value, list) and all(type(loss) is float for loss in value),
@@ -199,16 +200,12 @@ class Checkpointer:
 
     def _load(self, path: Path) -> TrainState | None:
         """Load a checkpoint's weights and optimizer state into the run and return its TrainState; None if damaged."""
-        try:
-            stored = path.read_bytes()
-        except OSError:  # a bad disk
+        if not _is_whole(path):
             return None
-        content, digest = stored[:-DIGEST_BYTES], stored[-DIGEST_BYTES:]
-        del stored  # two copies of a checkpoint may exceed the memory that a job is given
-        if hashlib.sha256(content).digest() != digest:
-            return None
+        # What goes to another device is mapped and not read: the processes of a machine share the pages of the file.
+        mapped = next(self.setup.network.parameters()).device.type != "cpu"
         try:
-            saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except (pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -242,6 +239,20 @@ class Checkpointer:
 def mean(values: list[float]) -> float:
     """The arithmetic mean."""
     return sum(values) / len(values)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint file ends with the digest of all that comes before."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            remaining = os.fstat(file.fileno()).st_size - DIGEST_BYTES
+            while remaining > 0 and (piece := file.read(min(remaining, PIECE))):
+                digest.update(piece)
+                remaining -= len(piece)
+            return digest.digest() == file.read()
+    except OSError:  # a bad disk
+        return False
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -24,6 +24,7 @@ from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.data import Dataset, prepare
 from mupsweep.errors import RecordError
 from mupsweep.store.run_dir import RUNNING, RunDir
+from mupsweep.training import checkpoint as checkpoint_files
 from mupsweep.training.build import build
 from mupsweep.training.checkpoint import DIGEST_BYTES, Checkpointer, TrainState
 from mupsweep.training.session import TorchSession
@@ -195,6 +196,27 @@ def test_writing_a_checkpoint_takes_its_size_in_memory_once(tmp_path: Path) -> N
         assert size < tracemalloc.get_traced_memory()[1] < 1.6 * size  # a buffer grows by an eighth or so at a time
     finally:
         tracemalloc.stop()
+
+
+def test_reading_a_checkpoint_takes_no_copy_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_files, "PIECE", 2**20)
+    wide = run("model.width=256")
+    Checkpointer(build(wide, CPU), RunDir(tmp_path), True, NEVER).save()
+    setup = build(wide, CPU)
+    tracemalloc.start()  # it sees bytes of Python, and no tensors
+    try:
+        Checkpointer(setup, RunDir(tmp_path), True, NEVER)
+        assert tracemalloc.get_traced_memory()[1] < 3 * 2**20 < 0.5 * checkpoint(tmp_path).stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_checkpoint_that_is_mapped_as_for_an_accelerator_resumes_the_same(
+    data: Dataset, straight: Result, killed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **options: load(path, **{**options, "mmap": True}))
+    assert_same(attempt(run(), data, killed), straight)
 
 
 FOREIGN: dict[str, Callable[[dict[str, Any]], Any]] = {
