@@ -22,7 +22,7 @@ from mupsweep.analysis.tuning import GapAfterTuning, Tuning, gaps_after_tuning, 
 from mupsweep.analysis.tuning import remarks as remarks_on_gaps
 from mupsweep.analysis.verdict import TRANSFERS
 from mupsweep.errors import ConfigError
-from mupsweep.formatting import nearest
+from mupsweep.formatting import counted, nearest
 
 
 @dataclass(frozen=True)
@@ -165,3 +165,8 @@ def _mixed_hardware(runs: Sequence[RunResult]) -> Iterable[str]:
         names = sorted(value for value in values if value is not None)
         if len(names) > 1:
             yield f"the runs differ in {setting} ({', '.join(names)}), which shifts losses a little"
+    if halved := sum(run.micro_batch is not None for run in runs):
+        yield (
+            f"{counted(halved, 'run')} ran out of memory and went on in smaller micro-batches, which rounds sums "
+            "otherwise; training.micro_batch makes them equal for all runs"
+        )

@@ -29,6 +29,7 @@ class RunResult:
         validation: whether it validates an LR at a target, and is no part of a ladder.
         parameters, batch_size: of the model, and sequences (or whatever a table counts) a step; None where not known.
         precision: of the arithmetic; no column of runs.csv.
+        micro_batch: the largest that fitted after memory ran out, None where it never did; no column of runs.csv.
     """
 
     run_id: str
@@ -60,6 +61,7 @@ class RunResult:
     parameters: float | None = None
     batch_size: int | None = None
     precision: str | None = None
+    micro_batch: int | None = None
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> RunResult:
@@ -96,4 +98,4 @@ class RunResult:
 _FIELDS = {field.name for field in fields(RunResult)}
 REQUIRED = tuple(field.name for field in fields(RunResult) if field.default is MISSING)
 CHANGE_COLUMNS = tuple(field.name for field in fields(HyperparameterOverride))
-COLUMNS = tuple(field.name for field in fields(RunResult) if field.name != "precision")  # of runs.csv
+COLUMNS = tuple(f.name for f in fields(RunResult) if f.name not in ("precision", "micro_batch"))  # of runs.csv

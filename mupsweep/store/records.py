@@ -152,6 +152,7 @@ SUMMARY_OPTIONS: dict[str, Check] = {
     "device": or_none(is_text),
     "flops": or_none(is_number),
     "precision": or_none(is_text),
+    "micro_batch": or_none(is_positive_count),
     "branches": lambda value: isinstance(value, list) and all(wrong_in_branch(branch) is None for branch in value),
 }
 METRICS: dict[str, Check] = {"step": is_count}

@@ -314,6 +314,7 @@ def summarise(
         "device": device_name(device),
         "devices": n_devices,
         "precision": precision,
+        **({} if state.micro_batch is None else {"micro_batch": state.micro_batch}),
     }
 
 

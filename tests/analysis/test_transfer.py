@@ -300,6 +300,19 @@ def test_a_size_that_stands_for_a_missing_base_is_named() -> None:
     assert "nothing is known at the base: width 64 stands for it" in group.reasons
 
 
+def test_runs_that_do_not_quite_compare_are_named() -> None:
+    alike = runs_of({32: -6.0})
+    assert analyse(results(alike)).remarks == ()
+    apart = [
+        dict(row, precision="fp32" if k else "bf16", micro_batch=2 if k < 3 else None) for k, row in enumerate(alike)
+    ]
+    assert analyse(results(apart)).remarks == (
+        "the runs differ in precision (bf16, fp32), which shifts losses a little",
+        "3 runs ran out of memory and went on in smaller micro-batches, which rounds sums otherwise; "
+        "training.micro_batch makes them equal for all runs",
+    )
+
+
 def test_a_lowest_loss_is_told_only_where_the_interval_says_so() -> None:
     """SP ends a thousandth lower, its seeds differ by ten times that."""
     close = [*rows(drift=-1.0, parametrization="sp", floor=2.499, noise=0.02), *rows(drift=0.0, noise=0.005)]

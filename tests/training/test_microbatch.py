@@ -117,6 +117,7 @@ def test_running_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
         forced = attempt(
             run(f"optimizer={optimizer}"), data, tmp_path / "forced", edit=lambda setup: small(setup, fits=2)
         )
+    assert forced.summary.pop("micro_batch") == 2
     assert_same(asked, forced)
     assert [r.message for r in caplog.records if "memory" in r.message] == [
         "out of memory (OutOfMemoryError: CUDA out of memory. Tried to allocate 4 sequences.): "
