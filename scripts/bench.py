@@ -4,7 +4,7 @@
     start      milliseconds of `mupsweep --help` and `mupsweep rules`, against `python -c pass`
     runner     seconds a run costs beyond its training steps, in a sweep of 40 short runs
     scale      what 100,000 runs cost to plan, to look at and to analyse; claims of 64 workers (bench_scale.py)
-    data       tokens/s of preparing a corpus, against a loop over tiktoken (bench_data.py)
+    data       tokens/s of preparing a corpus, against a loop over tiktoken and tokenizers' batch call (bench_data.py)
     loss       the head and its loss at a large vocabulary, speed and memory against torch's (bench_loss.py)
     analysis   seconds for the posterior of five sizes of twelve LRs, and of ten sizes as a multiple of it
     optimizers an optimizer's step as a share of a training step, and against pytorch-optimizer's (bench_optimizers.py)

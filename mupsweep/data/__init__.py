@@ -8,7 +8,8 @@ state and no shuffle buffer, so resuming needs only a step number. `byte_count` 
 compare across vocabularies.
 
     sources/        where documents come from, one file per source; local.py also reads ready token files
-    tokenizers.py   bytes, gpt2 and gpt2 truncated to V tokens
+    tokenizers.py   bytes, gpt2 and gpt2 truncated to V tokens, tiktoken's encodings
+    tokenizer_json.py  tokenizers of Hugging Face's tokenizers: the target's own
     preparation.py  documents -> shards: in parallel, once, resumable after an interruption
     shards.py       the prepared corpus on disk: its format and digests
     cache.py        the folder of prepared corpora: its entries, and the lock of a corpus that is being prepared
@@ -22,6 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mupsweep.data import cache, preparation, shards, sources, tokenizers
@@ -54,10 +57,11 @@ def prepare(config: DataConfig, progress: Callable[[str], None] | None = None) -
     content = cache.content_id(config, source.fingerprint())
     ready = source.ready_tokens()
     if ready is not None:
-        train, validation = TokenStream(ready.train), TokenStream(ready.validation)
+        folder, (train, validation) = None, (TokenStream(ready.train), TokenStream(ready.validation))
     else:
-        train, validation = shards.streams(preparation.prepare(source, config, content, progress))
-    return Dataset(content, config.tokenizer, size, train, validation)
+        folder = preparation.prepare(source, config, content, progress)
+        train, validation = shards.streams(folder)
+    return Dataset(content, config.tokenizer, size, train, validation, folder, config.end_of_text)
 
 
 def fingerprint(config: DataConfig) -> str:
@@ -102,6 +106,8 @@ class Dataset:
         vocab_size: number of ids.
         train: the training tokens.
         validation: the validation tokens.
+        folder: of the shards; None where token files are read as they are.
+        end_of_text: `data.end_of_text`.
     """
 
     content_id: str
@@ -109,6 +115,8 @@ class Dataset:
     vocab_size: int
     train: TokenStream
     validation: TokenStream
+    folder: Path | None = None
+    end_of_text: str | None = None
 
     def require(self, context: int, batch_size: int) -> None:
         """Refuse a corpus that is too small for a batch.
@@ -156,7 +164,13 @@ class Dataset:
 
     def byte_count(self, targets: NDArray[np.integer]) -> int:
         """Bytes of text that the target ids encode: bits per byte = summed nats / ln 2 / bytes."""
-        return int(tokenizers.load(self.tokenizer).byte_lengths[targets].sum())
+        return round(float(self._byte_lengths[targets].sum()))
+
+    @cached_property
+    def _byte_lengths(self) -> NDArray[np.number]:
+        """(vocab_size,) bytes of text per id: stored with the shards, which then need no tokenizer, or from it."""
+        stored = None if self.folder is None else shards.byte_lengths(self.folder, self.vocab_size)
+        return tokenizers.load(self.tokenizer, self.end_of_text).byte_lengths if stored is None else stored
 
     def _blocks_of(self, split: str, stream: TokenStream, context: int, batch_size: int) -> int:
         """The number of blocks of a split, which must be at least one batch of them."""
@@ -172,10 +186,10 @@ class Dataset:
 
     def _checked(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
         """The batch, after a check that its ids are in the vocabulary."""
-        largest = int(batch.max())
-        if largest >= self.vocab_size:  # token files are only sampled when they are opened
+        smallest, largest = int(batch.min()), int(batch.max())
+        if smallest < 0 or largest >= self.vocab_size:  # token files are only sampled when they are opened
             raise DataError(
-                f"the corpus holds token {largest}, but data.tokenizer={self.tokenizer} ends at "
+                f"the corpus holds token {min(smallest, 0) or largest}, but data.tokenizer={self.tokenizer} ends at "
                 f"{self.vocab_size - 1}: set data.tokenizer to the one that wrote the file"
             )
         return batch

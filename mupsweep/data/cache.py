@@ -1,6 +1,7 @@
 """The cache of prepared corpora: their folders, and the lock by which one process writes each of them.
 
-    <cache>/FOLDER/            shards (see shards.py); FOLDER is <name>-<tokenizer>-<12 digits of the content id>
+    <cache>/FOLDER/            shards (see shards.py); FOLDER is <name>-<tokenizer>-<12 digits of the content id>, where
+                               a tokenizer of one's own is called by the name of its file
     <cache>/.FOLDER.partial/   a corpus that is being prepared, or whose preparation was interrupted
     <cache>/.FOLDER.lock       locked while the corpus is being prepared
 
@@ -58,7 +59,7 @@ def content_id(config: DataConfig, fingerprint: str) -> str:
     parts = [
         shards.FORMAT,
         fingerprint,
-        tokenizers.digest(config.tokenizer),
+        tokenizers.digest(config.tokenizer, config.end_of_text),
         config.validation_fraction,
         config.max_tokens,
     ]
@@ -76,7 +77,7 @@ def root(config: DataConfig) -> Path:
 def folder(config: DataConfig, content: str) -> Path:
     """The folder of the corpus with the content id `content`, whether it is prepared yet or not."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", config.name).lstrip(".")
-    return root(config) / f"{name}-{config.tokenizer}-{content[:12]}"
+    return root(config) / f"{name}-{Path(config.tokenizer).name}-{content[:12]}"
 
 
 def partial(folder: Path) -> Path:
@@ -131,7 +132,7 @@ def _partial_entry(partial: Path) -> Entry:
 
 def _entry(meta: dict[str, Any], state: str, folder: Path) -> Entry:
     """An Entry from a corpus's meta data; what these lack comes from the folder's name."""
-    match = re.fullmatch(r"(.+)-(bytes|gpt2(?:-\d+)?)-([0-9a-f]{12})", folder.name)
+    match = re.fullmatch(r"(.+)-(bytes|gpt2(?:-\d+)?|[co]\w+_base|.*\.json)-([0-9a-f]{12})", folder.name)
     name, tokenizer, content = match.groups() if match else (folder.name, "", "")
     splits = meta.get("splits", {split: {} for split in shards.SPLITS})
     return Entry(

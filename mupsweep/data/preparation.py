@@ -32,6 +32,7 @@ from mupsweep.data import cache, shards, tokenizers
 from mupsweep.data.config import DataConfig
 from mupsweep.data.shards import SPLITS, SplitWriter
 from mupsweep.data.sources import Document
+from mupsweep.data.streams import UINT16, token_dtype
 from mupsweep.errors import DataError
 from mupsweep.formatting import counted
 
@@ -64,6 +65,7 @@ def prepare(
         DataError: an error of the source, a split without documents, or a cache that cannot be written.
     """
     say = progress or (lambda text: None)
+    dtype = token_dtype(tokenizers.vocab_size(config.tokenizer))
     target = cache.folder(config, content)
     if (target / "meta.json").is_file():
         return target
@@ -73,9 +75,9 @@ def prepare(
         with cache.lock(target, lambda: say(f"waiting: another process prepares {target}")):
             if not target.exists():
                 if not (partial / "meta.json").is_file():
-                    corpus = _PartialCorpus.open(partial, source, say, shard_tokens)
+                    corpus = _PartialCorpus.open(partial, source, say, shard_tokens, dtype)
                     if not _write(corpus, source, config, content, say):
-                        corpus = _PartialCorpus.new(partial, shard_tokens, cuts_documents=True)
+                        corpus = _PartialCorpus.new(partial, shard_tokens, dtype, cuts_documents=True)
                         _write(corpus, source, config, content, say)
                 # the checkpoint, and temporary files of a process that was killed while it wrote
                 for leftover in (*partial.glob(f"{Path(cache.CHECKPOINT).stem}.*"), *partial.glob(".*.tmp")):
@@ -91,6 +93,7 @@ class _PartialCorpus:
     """A corpus that is being written into a hidden folder: its shards, and the checkpoint to resume from.
 
     Attributes:
+        dtype: the type of its tokens.
         cuts_documents: whether every document is cut in two, one part for each split.
         hashed: whether the hash of some document decided its split.
     """
@@ -99,39 +102,41 @@ class _PartialCorpus:
         self,
         folder: Path,
         shard_tokens: int,
+        dtype: str,
         checkpoint: dict[str, Any] | None = None,
         cuts_documents: bool = False,
     ) -> None:
         splits = checkpoint["splits"] if checkpoint else dict.fromkeys(SPLITS)
         self.folder = folder
+        self.dtype = dtype
         self.position = checkpoint["position"] if checkpoint else None
-        self.writers = {split: SplitWriter(folder, split, shard_tokens, splits[split]) for split in SPLITS}
+        self.writers = {split: SplitWriter(folder, split, shard_tokens, splits[split], dtype) for split in SPLITS}
         self.cuts_documents = checkpoint.get("cuts_documents") is True if checkpoint else cuts_documents
         self.hashed = False
         self._saved = time.monotonic()
 
     @classmethod
-    def new(cls, folder: Path, shard_tokens: int, cuts_documents: bool = False) -> _PartialCorpus:
+    def new(cls, folder: Path, shard_tokens: int, dtype: str, cuts_documents: bool = False) -> _PartialCorpus:
         """An empty corpus, in place of whatever is in the folder."""
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()
-        return cls(folder, shard_tokens, cuts_documents=cuts_documents)
+        return cls(folder, shard_tokens, dtype, cuts_documents=cuts_documents)
 
     @classmethod
-    def open(cls, folder: Path, source: Source, say: Progress, shard_tokens: int) -> _PartialCorpus:
+    def open(cls, folder: Path, source: Source, say: Progress, shard_tokens: int, dtype: str) -> _PartialCorpus:
         """The corpus of an interrupted process, or a new one; the caller holds the corpus's lock."""
         try:
             checkpoint = shards.read_header(folder / cache.CHECKPOINT)
             source.reader(checkpoint["position"])  # refuses one that cannot be
-            resumed = cls(folder, shard_tokens, checkpoint)
+            resumed = cls(folder, shard_tokens, dtype, checkpoint)
             say(f"going on after {sum(w.documents for w in resumed.writers.values()):,} documents")
             return resumed
         except FileNotFoundError:
             pass  # no process began before, or it was stopped before its first checkpoint
         except (ValueError, KeyError):
             say(f"{folder} is damaged: beginning anew")
-        return cls.new(folder, shard_tokens)
+        return cls.new(folder, shard_tokens, dtype)
 
     def save(self, header: dict[str, Any], position: Any) -> None:
         """Write a checkpoint of what is on the disk, unless the last one is recent."""
@@ -155,7 +160,7 @@ def _write(corpus: _PartialCorpus, source: Source, config: DataConfig, content: 
     Returns:
         False where nothing is kept, since a split is empty that has something once documents are cut in two.
     """
-    tokenizer = tokenizers.load(config.tokenizer)
+    tokenizer = tokenizers.load(config.tokenizer, config.end_of_text)
     header = {
         "format": shards.FORMAT,
         "name": config.name,
@@ -165,6 +170,7 @@ def _write(corpus: _PartialCorpus, source: Source, config: DataConfig, content: 
         "fingerprint": source.fingerprint(),
         "tokenizer": tokenizer.name,
         "tokenizer_digest": tokenizer.digest,
+        **({"dtype": corpus.dtype} if corpus.dtype != UINT16 else {}),
         "validation_fraction": config.validation_fraction,
         "max_tokens": config.max_tokens,
         **({"cuts_documents": True} if corpus.cuts_documents else {}),
@@ -188,7 +194,8 @@ def _write(corpus: _PartialCorpus, source: Source, config: DataConfig, content: 
             )
             return False
         _refuse_empty(config, corpus)
-        _write_json(corpus.folder / "meta.json", {**header, "splits": splits})
+        digest = shards.write_byte_lengths(corpus.folder, tokenizer.byte_lengths, splits["validation"], corpus.dtype)
+        _write_json(corpus.folder / "meta.json", {**header, "splits": splits, "byte_lengths_sha256": digest})
     except BaseException:
         corpus.abandon()
         raise
@@ -202,7 +209,7 @@ class _Encoded(NamedTuple):
 
     split: str
     size: int
-    tokens: NDArray[np.uint16]
+    tokens: NDArray[np.integer]
 
 
 def _add(
@@ -239,7 +246,8 @@ def _encoded(
 ) -> Generator[tuple[list[_Encoded], Any], None, None]:
     """Batches of encoded documents, in order, each with the position of the reader after it.
 
-    Threads suffice, since tiktoken and hashlib release the interpreter's lock. Only a few batches are in flight.
+    Threads suffice, since tiktoken, tokenizers and hashlib release the interpreter's lock. Only a few batches are in
+    flight.
     """
 
     def encode(documents: list[Document]) -> list[_Encoded]:

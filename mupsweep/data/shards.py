@@ -1,7 +1,8 @@
 """Token shards: the prepared form of a corpus on disk.
 
-train-00000.bin ...       at most 100 M tokens each, in llm.c's format (see streams.py)
-validation-00000.bin ...
+train-00000.bin ...       at most 100 M tokens each, in llm.c's format (see streams.py): uint16, or uint32 where the
+validation-00000.bin ...  vocabulary has 65,536 ids or more
+byte-lengths.npy          (vocabulary,) float64: bytes of text that an id stands for
 meta.json                 the source and tokenizer of the corpus, and the number of tokens and sha256 of every shard
 """
 
@@ -9,15 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import re
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mupsweep.data.streams import HEADER_BYTES, MAGIC, VERSION, Segment, TokenStream, segment
+from mupsweep.atomic_files import replace_file
+from mupsweep.data.streams import HEADER_BYTES, LLM_C, UINT16, Segment, TokenStream, item_bytes, segment
 from mupsweep.documents import parse_json
-from mupsweep.errors import DataError
+from mupsweep.errors import DataError, reason
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +31,7 @@ SPLITS = ("train", "validation")
 SHARD_TOKENS = 100_000_000
 LARGEST_COUNT = 10**18  # of tokens, documents or bytes
 SHARD_NAME = re.compile(r"(train|validation)-[0-9]{5,}\.bin")
+BYTE_LENGTHS = "byte-lengths.npy"
 
 
 def meta(folder: Path) -> dict[str, Any]:
@@ -57,6 +61,8 @@ def read_header(path: Path) -> dict[str, Any]:
     for key in ("name", "tokenizer", "content_id", "path"):
         if not isinstance(text := content.get(key, ""), str) or not text.isprintable():
             raise ValueError(f"{key}={text!r:.80}")
+    if content.get("dtype", UINT16) not in LLM_C:
+        raise ValueError("an unknown type of tokens")
     splits = content.get("splits")
     if not isinstance(splits, dict) or set(splits) != set(SPLITS):
         raise ValueError("no splits")
@@ -101,13 +107,14 @@ def segments(folder: Path) -> tuple[list[Segment], list[Segment]]:
     Raises:
         DataError: a missing or damaged shard.
     """
-    splits = meta(folder)["splits"]
+    content = meta(folder)
+    splits, token_bytes = content["splits"], item_bytes(content.get("dtype", UINT16))
     by_split: dict[str, list[Segment]] = {split: [] for split in SPLITS}
     for split in SPLITS:
         for shard in splits[split]["shards"]:
             path = folder / shard["file"]
             size = path.stat().st_size if path.is_file() else 0
-            expected = HEADER_BYTES + 2 * shard["tokens"]
+            expected = HEADER_BYTES + token_bytes * shard["tokens"]
             if size != expected:
                 raise DataError(f"{path} is damaged: {size} bytes instead of {expected}; {_prepare_again(folder)}")
             by_split[split].append(segment(path))
@@ -124,6 +131,9 @@ def verify(folder: Path) -> dict[str, Any]:
     segments(folder)
     shards = [shard for split in SPLITS for shard in content["splits"][split]["shards"]]
     bad = [shard["file"] for shard in shards if sha256(folder / shard["file"]) != shard.get("sha256")]
+    lengths, digest = folder / BYTE_LENGTHS, content.get("byte_lengths_sha256")
+    if digest is not None and (not lengths.is_file() or sha256(lengths) != digest):
+        bad.append(lengths.name)
     if bad:
         raise DataError(
             f"{folder}: damaged, the sha256 of {', '.join(bad)} differs from meta.json; {_prepare_again(folder)}"
@@ -131,21 +141,68 @@ def verify(folder: Path) -> dict[str, Any]:
     return content
 
 
+def write_byte_lengths(folder: Path, lengths: NDArray[np.int64], validation: dict[str, Any], dtype: str) -> str:
+    """Write the bytes of text per id, such that those of the validation split's tokens add up to its text.
+
+    They do so by themselves for a tokenizer of bytes. Others add a space before a document or normalize its text, and
+    their lengths are stretched evenly.
+
+    Args:
+        lengths: (vocabulary,) bytes that each id decodes to.
+        validation: the split's entry in meta.json.
+
+    Returns:
+        The sha256 of the file.
+    """
+    import numpy as np
+
+    total = 0
+    for shard in validation["shards"]:
+        tokens = Segment(folder / shard["file"], HEADER_BYTES, shard["tokens"], dtype).open()
+        total += sum(int(lengths[tokens[i : i + (1 << 20)]].sum()) for i in range(0, len(tokens), 1 << 20))
+    content = io.BytesIO()
+    np.save(content, lengths * (validation["bytes"] / total if total else 1.0))
+    replace_file(folder / BYTE_LENGTHS, [content.getvalue()])
+    return hashlib.sha256(content.getvalue()).hexdigest()
+
+
+def byte_lengths(folder: Path, vocab_size: int) -> NDArray[np.float64] | None:
+    """(vocab_size,) bytes of text per id; None for a corpus from before they were stored.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    import numpy as np
+
+    path = folder / BYTE_LENGTHS
+    if not path.is_file():
+        return None
+    try:
+        lengths = np.load(path)
+        if lengths.shape != (vocab_size,) or lengths.dtype != np.float64:
+            raise ValueError("another shape")
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is damaged ({reason(error)}): {_prepare_again(folder)}") from error
+    return lengths
+
+
 class SplitWriter:
     """Writes the shards of one split, from the beginning or from the `state` of an interrupted process."""
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int, state: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, split: str, shard_tokens: int, state: dict[str, Any] | None = None, dtype: str = UINT16
+    ) -> None:
         """
         Raises:
             ValueError: the files in the folder contradict `state`.
         """
-        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
+        self._folder, self._split, self._shard_tokens, self._dtype = folder, split, shard_tokens, dtype
         self._file: BinaryIO | None = None
         state = state or {"documents": 0, "bytes": 0, "tokens": 0, "shards": []}
         self.documents, self.bytes, self.tokens = state["documents"], state["bytes"], state["tokens"]
         self._shards: list[dict[str, Any]] = state["shards"]
         for shard in self._shards:
-            path, size = folder / shard["file"], HEADER_BYTES + 2 * shard["tokens"]
+            path, size = folder / shard["file"], HEADER_BYTES + item_bytes(dtype) * shard["tokens"]
             if not path.is_file() or path.stat().st_size < size:
                 raise ValueError(f"{path} is shorter than it was")
             if "sha256" not in shard:
@@ -158,7 +215,7 @@ class SplitWriter:
             if path.name not in {shard["file"] for shard in self._shards}:
                 path.unlink()  # begun after the checkpoint that holds the state
 
-    def add(self, tokens: NDArray[np.uint16], documents: int, size: int) -> None:
+    def add(self, tokens: NDArray[np.integer], documents: int, size: int) -> None:
         """Append documents.
 
         Args:
@@ -177,7 +234,7 @@ class SplitWriter:
             shard = self._shards[-1]
             room = self._shard_tokens - shard["tokens"]
             part, tokens = tokens[:room], tokens[room:]
-            self._file.write(part.astype("<u2", copy=False).data)
+            self._file.write(part.astype(self._dtype, copy=False).data)
             shard["tokens"] += len(part)
             self.tokens += len(part)
             if shard["tokens"] == self._shard_tokens:
@@ -212,7 +269,7 @@ class SplitWriter:
         if self._file is None:
             return
         self._file.seek(0)
-        self._file.write(struct.pack("<3i", MAGIC, VERSION, self._shards[-1]["tokens"]))
+        self._file.write(struct.pack("<3i", *LLM_C[self._dtype], self._shards[-1]["tokens"]))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

@@ -15,7 +15,7 @@ from typing import Any
 
 import mupsweep
 
-PACKAGES = ("torch", "numpy", "scipy", "hydra-core", "omegaconf", "tiktoken", "pyarrow", "wandb")
+PACKAGES = ("torch", "numpy", "scipy", "hydra-core", "omegaconf", "tiktoken", "tokenizers", "pyarrow", "wandb")
 
 
 def describe() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 from mupsweep.analysis.config import AnalysisConfig
 from mupsweep.analysis.labels import LARGEST_LOG2_LR, HyperparameterOverride, Label
 from mupsweep.data.config import DataConfig
+from mupsweep.data.tokenizers import is_file, vocab_size
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
 from mupsweep.models.huggingface import with_config
@@ -422,7 +423,12 @@ def analysis_config(tree: Mapping[str, Any], overrides: Iterable[str] = ()) -> A
 
 
 def _variant(sections: Mapping[str, Any]) -> Variant:
-    """A Variant from its sections as plain mappings."""
+    """A Variant from its sections as plain mappings.
+
+    Raises:
+        ConfigError: a section that is missing or no section.
+        DataError: a tokenizer.json that is none, unless its number of ids is stored.
+    """
     for key in (*COMPARABLE, "data", "training"):
         if not isinstance(sections, Mapping) or not isinstance(sections.get(key), Mapping):
             raise ConfigError(f"a variant of the config has no section '{key}'")
@@ -435,9 +441,12 @@ def _variant(sections: Mapping[str, Any]) -> Variant:
         wrong = not isinstance(change, Mapping) or set(change) != {"hyperparameter", "value", "default"}
         if wrong or not isinstance(change["hyperparameter"], str) or not isinstance(change["value"], int | float):
             raise ConfigError(f"change={change!r:.80}: expected hyperparameter, value and default")
+    data = to_dataclass(DataConfig, with_whole_numbers(DataConfig, data), "data")
+    if is_file(data.tokenizer) and data.vocab_size is None:
+        data = replace(data, vocab_size=vocab_size(data.tokenizer))
     return Variant(
         **{group: dict(sections[group]) for group in COMPARABLE},
-        data=to_dataclass(DataConfig, with_whole_numbers(DataConfig, data), "data"),
+        data=data,
         training=to_dataclass(TrainingConfig, with_whole_numbers(TrainingConfig, training), "training"),
         trainer=dict(sections.get("trainer", OWN_TRAINER)),
         change=None if change is None else HyperparameterOverride(**change),
@@ -465,6 +474,9 @@ def variant_tree(variant: Variant) -> dict[str, Any]:
     tree = asdict(variant)
     if tree["trainer"] == OWN_TRAINER:
         del tree["trainer"]
+    for key in ("end_of_text", "vocab_size"):
+        if tree["data"][key] is None:  # as before there were other tokenizers
+            del tree["data"][key]
     return tree
 
 

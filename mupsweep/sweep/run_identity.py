@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mupsweep.analysis.labels import Label
-from mupsweep.data import fingerprint
+from mupsweep.data import fingerprint, tokenizers
 from mupsweep.errors import ConfigError
 from mupsweep.scaling.group_lr import without_ones
 from mupsweep.schema import instantiate
@@ -19,7 +19,8 @@ from mupsweep.sweep.trainer import PlannedTrainer
 
 HUB_KEYS = ("hub_id", "hub_config", "revision", "data_files", "split", "validation_split", "held_out", "rows")
 UNIDENTIFYING = {  # keys that change no number, but for micro_batch, which changes the order and rounding of sums
-    "data": ("path", "cache", "kind", *HUB_KEYS),  # the content of the corpus is in the identity itself
+    # the content of the corpus, its end of text included, is in the identity itself
+    "data": ("path", "cache", "kind", "end_of_text", "vocab_size", *HUB_KEYS),
     "training": ("checkpoint_minutes", "micro_batch"),
 }
 
@@ -48,6 +49,7 @@ def _identifying(variant: Variant) -> dict[str, Any]:
     for section, keys in UNIDENTIFYING.items():
         for key in keys:
             del tree[section][key]
+    tree["data"]["tokenizer"] = tokenizers.identity(variant.data.tokenizer)
     if not tree["training"]["branches"]:
         del tree["training"]["branches"]  # an empty list trains as before the key existed
     # of the two only one decides what is read, and a sweep from before eval_tokens existed has the other
@@ -56,7 +58,7 @@ def _identifying(variant: Variant) -> dict[str, Any]:
         del tree["model"]["attention_multiplier"]  # a factor of 1 trains as before the key existed
     tree["model"] |= instantiate(variant.model, "model").content()
     if trainer.runs_program:  # which reads a corpus of its own
-        tree["data"] = {"tokenizer": variant.data.tokenizer}
+        tree["data"] = {"tokenizer": tree["data"]["tokenizer"]}
     if identity := trainer.identity():
         tree["trainer"] = dict(identity)
     group_lr = without_ones(tree["optimizer"].get("group_lr"))

@@ -104,7 +104,8 @@ class ResolvedVariant:
 
     def size(self, width_ratio: float, depth_ratio: float) -> Size:
         """The shape at the given ratios to the base, with a padded vocabulary."""
-        padded = -(-vocab_size(self.variant.data.tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        data = self.variant.data
+        padded = -(-(data.vocab_size or vocab_size(data.tokenizer)) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         size = self.model.base.scaled(width_ratio, depth_ratio, padded)
         entry = self._listed(size)
         return size if entry is None else replace(size, label=entry.name)

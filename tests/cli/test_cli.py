@@ -26,7 +26,7 @@ from mupsweep.sweep.config import load
 DRAWN = 0.15  # octaves: two sizes of five LRs an octave apart tell no more
 
 SMOKE = "experiment=smoke"
-HEAVY = ("torch", "wandb", "matplotlib", "transformers", "scipy", "pyarrow", "tiktoken")
+HEAVY = ("torch", "wandb", "matplotlib", "transformers", "scipy", "pyarrow", "tiktoken", "tokenizers")
 LADDER = ["experiment=smoke", "sweep.width_ratios=[1,2]", "sweep.log2_lrs=[-10,-9,-8,-7,-6]", "sweep.seeds=[0,1]"]
 
 

@@ -130,7 +130,7 @@ def expected(probe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     assert lines(out) == [last_line()], error
     files = contents(folder)
     names = [name.split("/")[1] for name in sorted(files)]
-    assert names == ["meta.json", *(f"train-0000{i}.bin" for i in range(5)), "validation-00000.bin"]
+    assert names == ["byte-lengths.npy", "meta.json", *(f"train-0000{i}.bin" for i in range(5)), "validation-00000.bin"]
     return files
 
 

@@ -51,6 +51,14 @@ def write_tokens(path: Path, tokens: np.ndarray, header: bool = False) -> None:
     path.write_bytes(head + tokens.astype("<u2").tobytes())
 
 
+def index(dtype: int, lengths: list[int]) -> bytes:
+    """Megatron-LM's index of sequences of the given lengths, each a document."""
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, dtype, len(lengths), len(lengths) + 1)
+    offsets = np.cumsum([0, *lengths[:-1]]) * (2 if dtype == 8 else 4)
+    documents = np.arange(len(lengths) + 1)
+    return head + b"".join([np.int32(lengths).tobytes(), np.int64(offsets).tobytes(), np.int64(documents).tobytes()])
+
+
 def test_the_embedded_corpus() -> None:
     documents = list(Sotu(DataConfig()).documents())
     assert len(documents) == 233
@@ -172,6 +180,47 @@ def test_an_id_that_the_sample_missed_is_an_error_when_read(tmp_path: Path) -> N
         dataset.train_batch(7_000_000, 1, seed=0, step=0)
 
 
+@pytest.mark.parametrize(("dtype", "code"), [("<u2", 8), ("<i4", 4)])
+def test_megatrons_files_are_read_as_they_are(dtype: str, code: int, tmp_path: Path) -> None:
+    tokens = np.arange(1000, dtype=dtype)
+    (tmp_path / "mine_text_document.bin").write_bytes(tokens.tobytes())
+    (tmp_path / "mine_text_document.idx").write_bytes(index(code, [400, 1, 599]))
+    for path in (tmp_path, tmp_path / "mine_text_document.bin"):
+        dataset = data.prepare(local(path, tokenizer="gpt2", validation_fraction=0.1))
+        assert dataset.train.blocks([0], 899)[0].tolist() == list(range(900))
+        assert dataset.validation.blocks([0], 99)[0].tolist() == list(range(900, 1000))
+
+
+def test_a_uint16_index_changes_no_identity_and_an_int32_one_does(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(bytes(64))
+    bare = Local(local(path)).fingerprint()
+    (tmp_path / "a.idx").write_bytes(index(8, [32]))
+    assert Local(local(path)).fingerprint() == bare
+    (tmp_path / "a.idx").write_bytes(index(4, [16]))
+    assert Local(local(path)).fingerprint() != bare
+
+
+def test_tokens_of_llama_3_are_read_as_llm_c_writes_them(tmp_path: Path) -> None:
+    tokens = np.array([128_000, 9906, 1917, 128_001] * 250, dtype="<u4")
+    head = struct.pack("<3i", 20240801, 7, len(tokens)).ljust(1024, b"\0")
+    for split in ("train", "val"):
+        (tmp_path / f"tinyshakespeare_{split}.bin").write_bytes(head + tokens.tobytes())
+    dataset = data.prepare(local(tmp_path, tokenizer="o200k_base"))  # which has more ids
+    assert (len(dataset.train), len(dataset.validation)) == (1000, 1000)
+    assert dataset.validation.blocks([1], 4).tolist() == [[128_000, 9906, 1917, 128_001, 128_000]]
+    assert "holds token 128001, but data.tokenizer=cl100k_base ends at 100276" in one_line(
+        local(tmp_path, tokenizer="cl100k_base")
+    )
+
+
+def test_a_file_without_a_header_cannot_be_of_a_large_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "mine.bin").write_bytes(np.arange(500, dtype="<u4").tobytes())
+    assert "mine.bin has neither llm.c's header nor Megatron's index mine.idx beside it" in one_line(
+        local(tmp_path, tokenizer="cl100k_base")
+    )
+
+
 BAD = {
     "none": (None, {}, "data=local needs data.path=FILE_OR_FOLDER with .txt .jsonl"),
     "missing": ("nowhere", {}, "nowhere does not exist: give a file or a folder with .txt"),
@@ -232,7 +281,36 @@ BAD = {
         {"a.bin": struct.pack("<3i", 20240520, 2, 0)},
         "llm.c's header in version 2: only version 1",
     ),
-    "uint32": ("a.bin", {"a.bin": struct.pack("<3i", 20240801, 7, 0)}, "holds Llama 3 tokens in uint32 (llm.c): only"),
+    "version of uint32": (
+        "a.bin",
+        {"a.bin": struct.pack("<3i", 20240801, 1, 0)},
+        "llm.c's header in version 1: only version 7",
+    ),
+    "cut uint32": (
+        "a.bin",
+        {"a.bin": struct.pack("<3i", 20240801, 7, 9).ljust(1024 + 4 * 8, b"\0")},
+        "1056 bytes, but its header promises 1060",
+    ),
+    "uint32 without a header": (
+        "a.bin",
+        {"a.bin": np.arange(500, dtype="<u4").tobytes()},
+        "has no header, so its tokens are uint16, but every second one is 0, as of wider tokens: write uint16, llm.c's",
+    ),
+    "no index": ("a.bin", {"a.bin": b"abcd", "a.idx": b"MMIDIDX"}, "a.idx is no index of Megatron-LM, version 1: move"),
+    "another index": ("a.bin", {"a.bin": b"abcd", "a.idx": b"TNTIDX\0\0".ljust(99)}, "is no index of Megatron-LM"),
+    "floats": ("a.bin", {"a.bin": bytes(64), "a.idx": index(7, [16])}, "type 7: valid are [1, 3, 4, 5, 8]"),
+    "cut index": (
+        "a.bin",
+        {"a.bin": bytes(64), "a.idx": index(4, [16])[:-1]},
+        "a.idx is damaged: 61 bytes, but it pro",
+    ),
+    "cut indexed": ("a.bin", {"a.bin": bytes(63), "a.idx": index(4, [9, 7])}, "63 bytes, but a.idx promises 64"),
+    "negative": (
+        "a.bin",
+        {"a.bin": np.array([3, -1], dtype="<i4").tobytes(), "a.idx": index(4, [2])},
+        "holds token -1, but data.tokenizer=gpt2-1024 ends at 1023",
+    ),
+    "index alone": ("a.idx", {"a.idx": index(4, [2])}, "a.idx is of no known kind: valid are .txt .jsonl"),
     "cut bin": (
         "a.bin",
         {"a.bin": struct.pack("<3i", 20240520, 1, 9)},

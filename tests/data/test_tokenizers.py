@@ -136,7 +136,10 @@ def test_digests_tell_tokenizers_apart_and_are_pinned() -> None:
 
 @pytest.mark.parametrize("name", ["gtp2", "gpt2-256", "gpt2-50257", "gpt2-0512", "gpt2-", "", "byte"])
 def test_unknown_names_name_the_valid_ones(name: str) -> None:
-    with pytest.raises(DataError, match=r"^data\.tokenizer=.*bytes, gpt2, gpt2-1024, gpt2-4096, or gpt2-V for any V"):
+    with pytest.raises(
+        DataError,
+        match=r"^data\.tokenizer=.*bytes, cl100k_base, gpt2, gpt2-1024, gpt2-4096, o200k_base, gpt2-V for any V",
+    ):
         tokenizers.vocab_size(name)
 
 

@@ -3,7 +3,8 @@
     .txt                            one document per file; a single file is cut in two, its end is the validation split
     .jsonl .jsonl.gz .jsonl.xz      one document per line, under the key data.text_column
     .parquet                        one document per row, in the column data.text_column
-    .bin                            uint16 tokens: nanoGPT's (no header) or llm.c's (header of 1024 bytes)
+    .bin                            tokens: nanoGPT's (uint16 without a header), llm.c's (a header of 1024 bytes, uint16
+                                    or uint32), Megatron-LM's (beside its .idx)
 
 A folder is read whole, in the order of the relative names. It must hold files of one of the four kinds; files of other
 kinds are ignored. Token files keep a split that their names declare (nanoGPT's train.bin and val.bin, llm.c's *_train_*
@@ -19,13 +20,14 @@ import lzma
 import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mupsweep.data import tokenizers
 from mupsweep.data.config import DataConfig
 from mupsweep.data.sources import ReadyTokens, Source
-from mupsweep.data.streams import Segment, segment
+from mupsweep.data.streams import LLM_C, UINT16, UINT32, Segment, item_bytes, megatron_index, segment
 from mupsweep.errors import DataError
 
 FORMATS = {
@@ -36,6 +38,7 @@ FORMATS = {
     ".parquet": "parquet",
     ".bin": "bin",
 }
+ENOUGH = 64  # tokens of which every second one is 0 by no accident
 CHUNKS, CHUNK_BYTES = 64, 64 * 1024  # the sample of a file that the fingerprint and the check of ids read
 
 
@@ -74,6 +77,9 @@ class Local(Source):
                         hasher.update(handle.read(CHUNK_BYTES))
             except OSError as error:
                 raise DataError(f"{path} cannot be read: {error.strerror}") from error
+            index = megatron_index(path) if self._format == "bin" else None
+            if index is not None and index.dtype != UINT16:  # uint16 is what it would be read as without the index
+                hasher.update(index.dtype.encode())
         return hasher.hexdigest()
 
     def describe(self) -> dict[str, Any]:
@@ -117,9 +123,10 @@ class Local(Source):
         """
         if self._format != "bin":
             return None
-        segments = [segment(path) for path in self._files]
+        size = tokenizers.vocab_size(self.config.tokenizer)
+        segments = [segment(path, size) for path in self._files]
         for token_file in segments:
-            self._check_ids(token_file)
+            self._check_ids(token_file, size)
         validation = [s for s in segments if re.search(r"(^|[^a-z])val(idation)?([^a-z]|$)", s.path.stem.lower())]
         train = [s for s in segments if s not in validation]
         if not validation:
@@ -134,18 +141,28 @@ class Local(Source):
         limit = self.config.max_tokens
         return ReadyTokens(tuple(train if limit is None else _window(train, 0, limit)), tuple(validation))
 
-    def _check_ids(self, token_file: Segment) -> None:
+    def _check_ids(self, token_file: Segment, vocab_size: int) -> None:
         """Refuse ids beyond the vocabulary in a sample of the file; batches are checked again as they are read."""
         import numpy as np
 
-        size = tokenizers.vocab_size(self.config.tokenizer)
+        width = item_bytes(token_file.dtype)
         tokens = token_file.open()
-        offsets = [offset // 2 for offset in _sample_offsets(2 * token_file.tokens)]
-        largest = max((int(np.max(tokens[o : o + CHUNK_BYTES // 2])) for o in offsets), default=0)
-        if largest >= size:
+        starts = [offset // (2 * width) * 2 for offset in _sample_offsets(width * len(tokens))]
+        chunks = [tokens[start : start + CHUNK_BYTES // width] for start in starts]
+        headerless = token_file.offset == 0 and token_file.dtype == UINT16
+        even, odd = (any(np.any(chunk[first::2]) for chunk in chunks) for first in (0, 1))
+        if headerless and len(tokens) >= ENOUGH and even and not odd:
             raise DataError(
-                f"{token_file.path} holds token {largest}, but data.tokenizer={self.config.tokenizer} ends at "
-                f"{size - 1}: set data.tokenizer to the one that wrote the file, gpt2 for nanoGPT and llm.c"
+                f"{token_file.path} has no header, so its tokens are uint16, but every second one is 0, as of wider "
+                f"tokens: write uint16, llm.c's header of magic {LLM_C[UINT32][0]} before uint32, or Megatron's .idx"
+            )
+        smallest = min((int(np.min(chunk)) for chunk in chunks), default=0)
+        largest = max((int(np.max(chunk)) for chunk in chunks), default=0)
+        if smallest < 0 or largest >= vocab_size:
+            raise DataError(
+                f"{token_file.path} holds token {min(smallest, 0) or largest}, but "
+                f"data.tokenizer={self.config.tokenizer} ends at {vocab_size - 1}: set data.tokenizer to the one that "
+                "wrote the file, gpt2 for nanoGPT and llm.c"
             )
 
 
@@ -189,7 +206,7 @@ def _window(segments: list[Segment], start: int, stop: int) -> list[Segment]:
     for s in segments:
         first, last = max(start - begin, 0), min(stop - begin, s.tokens)
         if first < last:
-            window.append(Segment(s.path, s.offset + 2 * first, last - first))
+            window.append(replace(s, offset=s.offset + item_bytes(s.dtype) * first, tokens=last - first))
         begin += s.tokens
     return window
 
