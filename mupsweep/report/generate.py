@@ -424,8 +424,8 @@ def read_target(words: Sequence[str], of_law: bool = False) -> dict[str, int]:
             value = 0.0
         if key not in (*SHAPE, *BY_LAW) or not 1 <= value <= LARGEST or not value.is_integer():
             raise ConfigError(
-                f"--to {word}: expected width=N, depth=N and tokens=N, whole numbers, for example "
-                "--to width=4096 depth=32 tokens=2e9; batch_size=N takes the LR from a law"
+                f"--to {word}: expected whole numbers of {', '.join(SHAPE)} and, with --law, "
+                f"{' and '.join(BY_LAW)}, for example --to width=4096 depth=32 tokens=2e9"
             )
         if key in BY_LAW and not of_law:
             raise ConfigError(f"--to {word}: only a law carries an LR there, mupsweep transfer ... --law --to {word}")

@@ -84,19 +84,6 @@ class Lease:
             write_json(self.path, {**self.owner, "released": True}, durable=False)
 
 
-@dataclass(frozen=True)
-class Holder:
-    """The living owner of a run, for views.
-
-    Attributes:
-        name: its pid and host.
-        seconds_since_heartbeat: age of its last sign of life.
-    """
-
-    name: str
-    seconds_since_heartbeat: float
-
-
 def acquire(folder: Path) -> Lease | None:
     """Acquire the lease of a run by the next number in its folder of claims; None where the newest owner lives."""
     last = newest(folder)
@@ -115,22 +102,18 @@ def is_owned_by(path: Path, pid: int) -> bool:
     return (owner.get("host"), owner.get("boot"), owner.get("pid")) == (socket.gethostname(), _boot_id(), pid)
 
 
-def holder(folder: Path) -> Holder | None:
-    """Return who holds the newest lease in a folder of claims; None where nobody alive does."""
-    path = newest(folder)
-    with contextlib.suppress(FileNotFoundError):  # a lock that is released at this moment
-        if path is not None and not is_expired(path):
-            owner = _read_owner(path) or {}
-            return Holder(f"pid {owner.get('pid')} on {owner.get('host')}", time.time() - path.stat().st_mtime)
-    return None
+def holder(folder: Path) -> str | None:
+    """Return the pid and host of who holds the newest lease in a folder of claims; None where nobody alive does."""
+    owner = living_owner(folder)
+    return None if owner is None else f"pid {owner.get('pid')} on {owner.get('host')}"
 
 
 def living_owner(folder: Path) -> dict[str, Any] | None:
     """Return what the newest lease in a folder of claims says of its owner; None where nobody alive holds it."""
     path = newest(folder)
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError):  # a lock that is released at this moment
         if path is not None and not is_expired(path):
-            return _read_owner(path)
+            return _read_owner(path) or {}
     return None
 
 

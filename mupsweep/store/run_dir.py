@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,13 @@ from mupsweep.atomic_files import finite, read_json, write_json, write_text
 from mupsweep.documents import parse_json, parse_yaml
 from mupsweep.errors import RecordError, reason
 from mupsweep.store import lease, records
-from mupsweep.store.lease import Holder, Lease
+from mupsweep.store.lease import Lease
 from mupsweep.store.records import FAILED as FAILED
 from mupsweep.store.records import PENDING as PENDING
 from mupsweep.store.records import RUNNING as RUNNING
 
 FINISHED = (DONE, DIVERGED)  # these are results: such a run is not trained again
+METRICS_ROWS = 200  # of metrics.jsonl, which a run aims at, whatever its length
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,13 @@ class RunDir:
     def status(self) -> dict[str, Any]:
         """Read status.json; a run without one, or with a damaged one, is pending."""
         return records.readable_status(read_json(self.status_path))
+
+    def seconds_since_status(self) -> float:
+        """Return how long ago the status was written; 0 where there is none."""
+        try:
+            return time.time() - self.status_path.stat().st_mtime
+        except OSError:
+            return 0.0
 
     def state(self) -> dict[str, Any]:
         """Return the status; a run whose worker died, or whose summary is lost, is pending."""
@@ -208,7 +217,7 @@ class RunDir:
         newest = lease.newest(self.claims)
         return newest is not None and not lease.is_expired(newest)
 
-    def holder(self) -> Holder | None:
+    def holder(self) -> str | None:
         """Return who trains this run; None where nobody alive does."""
         return lease.holder(self.claims)
 

@@ -215,7 +215,7 @@ class SweepDir:
         while (claim := lease.acquire(folder)) is None:
             time.sleep(pause := min(2 * pause, 1.0))
             if 0.5 < pause < 1.0 and (holder := lease.holder(folder)):  # once, after a second
-                log.warning("waiting for %s, which plans this sweep", holder.name)
+                log.warning("waiting for %s, which plans this sweep", holder)
         try:
             with claim.renewed():  # a busy Slurm controller takes minutes for a job
                 yield

@@ -231,7 +231,7 @@ def nearest_key(key: str, keys: Collection[str]) -> str:
     elsewhere = [k for k in keys if k.endswith(f".{name}")]
     if len(elsewhere) == 1:
         return f"did you mean '{elsewhere[0]}'?"
-    siblings = [k for k in keys if k.split(".")[0] == key.split(".")[0]]
+    siblings = [k for k in keys if "." in k and k.split(".")[0] == key.split(".")[0]]
     return nearest(key, siblings or sorted({k.split(".")[0] for k in keys}))
 
 

@@ -16,7 +16,7 @@ from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.data import Dataset
 from mupsweep.errors import RecordError
 from mupsweep.models.loss import DRAWS
-from mupsweep.store.run_dir import RunDir
+from mupsweep.store.run_dir import METRICS_ROWS, RunDir
 from mupsweep.sweep.config import TrainingConfig
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.training.build import TrainingSetup, generator
@@ -27,7 +27,6 @@ from mupsweep.training.divergence import diverged_at
 from mupsweep.training.microbatch import MicroBatcher
 from mupsweep.training.signals import StopRequested
 
-METRICS_ROWS = 200  # the number of rows of metrics.jsonl that a run aims at, whatever its length
 RECOMPILE_LIMIT = 64  # graphs of a compiled network; beyond it torch would run eagerly, which gives other bits
 
 

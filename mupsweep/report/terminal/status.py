@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from mupsweep.formatting import counted
 from mupsweep.report.terminal.board import flops_done, flops_per_second, left_text
 from mupsweep.report.terminal.console import console_of, table_of
 from mupsweep.store import slurm_queue
-from mupsweep.store.run_dir import FAILED, FINISHED, PENDING, RUNNING, RunDir
+from mupsweep.store.run_dir import FAILED, FINISHED, METRICS_ROWS, PENDING, RUNNING, RunDir
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.store.workers import living
 from mupsweep.sweep.config import GRID, SweepConfig, from_tree
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 STATES = (DONE, DIVERGED, RUNNING, PENDING, FAILED)
 RunState = tuple[dict[str, Any], RunDir, dict[str, Any]]  # line of the plan, folder, status
 MAX_WORKERS = 8  # processes that are named
-SILENT_SECONDS = 300.0  # a worker renews its lease every half minute, unless a step takes longer
+SILENT_SECONDS = 300.0  # without a row of metrics, or three times as long as rows take where that is more
 
 
 def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
@@ -57,15 +57,16 @@ def show_status(sweep: SweepDir, per_run: bool, as_json: bool) -> None:
     elif not unfinished:
         console.say(f"all planned runs have ended; what they say: mupsweep transfer {quote(str(sweep.path))}")
     for row, folder, status in states:
-        holder = folder.holder() if status["status"] == RUNNING else None
-        if holder is not None and holder.seconds_since_heartbeat > SILENT_SECONDS:
+        silence = folder.seconds_since_status() if status["status"] == RUNNING else 0.0
+        if silence > max(SILENT_SECONDS, 3 * seconds_per_row(row, status)) and (holder := folder.holder()):
             console.say(
-                f"silent for {holder.seconds_since_heartbeat / 60:.0f} min: {row['run_id']}: its worker "
-                f"({holder.name}) lives but has not finished a step; if that goes on, kill it and "
-                "run the same command again"
+                f"silent for {silence / 60:.0f} min: {row['run_id']}: its worker ({holder}) lives but shows no "
+                "progress; if that goes on, kill it and run the same command again"
             )
         if status["status"] == FAILED:
             console.say(f"failed: {row['run_id']}: {status.get('error', '')} (see {folder.log_path})")
+    if counts[FAILED]:
+        console.say("the command that made the sweep tries failed runs again")
 
 
 def _worker_line(sweep: SweepDir, states: Iterable[RunState]) -> str | None:
@@ -92,6 +93,12 @@ def time_left(states: Iterable[RunState]) -> str | None:
             remaining -= flops_done(row, status)
             speed += flops_per_second(row, status)
     return left_text(remaining / speed, last_round) if speed else None
+
+
+def seconds_per_row(row: Mapping[str, Any], status: Mapping[str, Any]) -> float:
+    """How long a running run takes from one row of its metrics to the next; 0 while its speed is not measured."""
+    speed = status.get("tokens_per_second")
+    return row["tokens"] / min(METRICS_ROWS, status["steps"]) / speed if speed and row.get("tokens") else 0.0
 
 
 def _run_table(states: Sequence[RunState], queue: slurm_queue.Queue) -> Table:

@@ -1,4 +1,4 @@
-"""A worker that hangs is seen: it lives, but gives no sign of life."""
+"""A worker that hangs is seen: it lives, but its run shows no progress."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from mupsweep.store.run_dir import RUNNING
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import load
 
+CASES = [(0, 0, False), (4, 0, False), (12, 0, True), (12, 5, False)]
 
-@pytest.mark.parametrize(("minutes", "reported"), [(0, False), (4, False), (12, True)])
-def test_a_worker_without_a_sign_of_life_is_named_with_its_silence(
-    minutes: int, reported: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+
+@pytest.mark.parametrize(("minutes", "row_minutes", "reported"), CASES)
+def test_a_worker_without_progress_is_named_with_its_silence(
+    minutes: int, row_minutes: int, reported: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep, runs = plan.save(load(["experiment=smoke", f"out={tmp_path}"]), "")
-    folder = sweep.run(runs[0].run_id)
+    folder, cost, steps = sweep.run(runs[0].run_id), runs[0].cost, runs[0].resolved.steps
     claim = folder.claim()
     assert claim is not None
-    folder.write_status(RUNNING)
-    os.utime(claim.path, (time.time() - 60 * minutes - 1,) * 2)
+    speed = {"tokens_per_second": cost.tokens / steps / row_minutes / 60} if row_minutes else {}
+    folder.write_status(RUNNING, step=1, steps=steps, **speed)
+    os.utime(folder.status_path, (time.time() - 60 * minutes - 1,) * 2)
     show_status(sweep, per_run=False, as_json=False)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("silent")]
     assert len(lines) == reported
