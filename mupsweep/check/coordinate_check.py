@@ -12,6 +12,7 @@ from mupsweep.check.exponents import DEPTH, WIDTH, Coordinates, Point, expected_
 from mupsweep.check.measure import CHANGE, LOGITS, Matrix, Probe, Values, measure
 from mupsweep.data import Dataset
 from mupsweep.errors import ConfigError
+from mupsweep.scaling import Role
 from mupsweep.scaling.solve import folded_constant
 from mupsweep.sweep import config
 from mupsweep.sweep.compose import choices, compose
@@ -130,7 +131,11 @@ def subject(run: RunSpec, dataset: Dataset | None = None) -> Probe:
     probe = torch.from_numpy(corpus.validation_batch(context, range(PROBE_SEQUENCES)))[:, :-1]
     roles = {t.name: t.role for t in run.resolved.model.tensors(run.size)}
     features = built.network.get_submodule(run.resolved.model.features(run.size))
-    return Probe(built.network, step, features, (probe,), roles, _matrices(run))
+    routers = [name.rpartition(".")[0] for name, role in roles.items() if role is Role.ROUTER]
+    if run.resolved.model.inferred:
+        routers = []  # what such a module returns is its author's choice
+    modules = tuple(built.network.get_submodule(name) for name in routers)
+    return Probe(built.network, step, features, (probe,), roles, _matrices(run), modules)
 
 
 def _matrices(run: RunSpec) -> dict[str, Matrix]:

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from mupsweep.check.norms import rms_norm, rms_operator_norm
 from mupsweep.scaling import Role
 
-FEATURES, LOGITS, ATTENTION = "features", "logits", "attention logits"
-COORDINATES = (FEATURES, LOGITS, ATTENTION)
+FEATURES, LOGITS, ATTENTION, ROUTING = "features", "logits", "attention logits", "router logits"
+COORDINATES = (FEATURES, LOGITS, ATTENTION, ROUTING)
 CHANGE = "change of "
 WEIGHT, UPDATE = "||W||_R", "||dW||_R"
 
@@ -58,6 +58,7 @@ class Probe:
         inputs: arguments of the network, the probe batch.
         roles: of every tensor, by name.
         matrices: of the tensors that are stored otherwise than they act.
+        routers: the parts of the network that return the logits of experts.
     """
 
     network: nn.Module
@@ -66,6 +67,7 @@ class Probe:
     inputs: tuple[Any, ...]
     roles: Mapping[str, Role]
     matrices: Mapping[str, Matrix] = field(default_factory=dict)
+    routers: tuple[nn.Module, ...] = ()
 
     def weight(self, name: str, stored: Tensor) -> Tensor:
         """A tensor, or a change of it, as the rules speak of it."""
@@ -76,8 +78,8 @@ def measure(probe: Probe, at: Sequence[int]) -> dict[int, Values]:
     """Take steps and measure after each count of `at` (ascending); 0 stands for the start.
 
     Returns:
-        per step count: RMS norms of features, logits and attention logits, and of their changes since the start; the
-        norm of every weight and of its change. Step counts after which one of them is inf or nan are left out.
+        per step count: RMS norms of features, logits, attention logits, router logits, and of their changes since the
+        start; the norm of every weight and of its change. Step counts after which one is inf or nan are left out.
     """
     weights = dict(probe.network.named_parameters())
     first = observe(probe)
@@ -118,25 +120,28 @@ def update_norm(change: Tensor, role: Role) -> float:
 
 def observe(probe: Probe) -> dict[str, Tensor]:
     """The coordinates on the probe batch; attention logits where the network calls torch's attention."""
-    with torch.no_grad(), recorded(probe.features) as features, AttentionLogits() as attention:
+    features, routers = recorded(probe.features), recorded(*probe.routers)
+    with torch.no_grad(), features as hidden, routers as routing, AttentionLogits() as attention:
         logits = probe.network(*probe.inputs)
-    coordinates = {FEATURES: features[-1], LOGITS: logits.float()}
-    return coordinates | ({ATTENTION: torch.cat(attention.seen)} if attention.seen else {})
+    coordinates = {FEATURES: hidden[-1], LOGITS: logits.float()}
+    coordinates |= {ATTENTION: torch.cat(attention.seen)} if attention.seen else {}
+    return coordinates | ({ROUTING: torch.cat([h.flatten() for h in routing])} if routing else {})
 
 
 @contextmanager
-def recorded(module: nn.Module) -> Iterator[list[Tensor]]:
-    """The outputs of a module, call by call; of several outputs the first."""
+def recorded(*modules: nn.Module) -> Iterator[list[Tensor]]:
+    """The outputs of modules, call by call; of several outputs the first."""
     outputs: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         outputs.append((output[0] if isinstance(output, tuple) else output).float())
 
-    hook = module.register_forward_hook(keep)
+    hooks = [module.register_forward_hook(keep) for module in modules]
     try:
         yield outputs
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 class AttentionLogits(TorchFunctionMode):

@@ -40,9 +40,9 @@ def coordinates(
 ) -> None:
     """Fit what grows with width and depth, and compare with what is promised.
 
-    What is measured are features, logits, attention logits, weights and updates. Without an experiment it takes small
-    models (experiment=check), SP beside them, and finds an LR by itself. Exits with 1 where a promised exponent is
-    missed by more than 0.1 beyond its interval, or where an interval is too wide to tell.
+    What is measured are features, logits, attention and router logits, weights and updates. Without an experiment it
+    takes small models (experiment=check), SP beside them, and finds an LR by itself. Exits with 1 where a promised
+    exponent is missed by more than 0.1 beyond its interval, or where an interval is too wide to tell.
 
     Example: mupsweep check coordinates optimizer=muon parametrization=mup,spectral
     """

@@ -49,6 +49,7 @@ class Architecture(ABC):
     depth: int = 4
     context: int = 1024
 
+    compiles: ClassVar[bool] = True  # whether torch.compile meets the same shapes in every batch
     inferred: ClassVar[bool] = False  # whether roles are read off shapes; else `tensors` declares them
 
     @property

@@ -1,11 +1,13 @@
 """The modules that models are built from; the table of tensors declares their shapes.
 
-B: batch, T: tokens, C: width, H: heads, K: heads of keys and values, D: head_dim.
+B: batch, T: tokens, C: width, H: heads, K: heads of keys and values, D: head_dim; of experts: E: all of them, K: those
+of a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -176,6 +178,74 @@ class SwiGLU(Projections):
         return self.down(F.silu(gate) * up)
 
 
+class Router(Affine):
+    """The logit of every expert, (..., E), in fp32 at least: bf16 would round different logits to ties."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token through the `per_token` experts of its largest router logits, weighed, and through shared experts.
+
+    No token is dropped: an expert computes as many as chose it. Sorting and its inverse are permutations, so that the
+    backward pass adds up in a fixed order on every device. An expert that no token chose has a gradient of zeros, so
+    that all ranks of a distributed run reduce the same tensors.
+    """
+
+    def __init__(
+        self, table: Table, name: str, experts: int, per_token: int, shared: int, weights_sum_to_one: bool
+    ) -> None:
+        super().__init__()
+        self.per_token, self.weights_sum_to_one = per_token, weights_sum_to_one
+        self.router = Router(table, f"{name}.router")
+        self.experts = nn.ModuleList(GeluMLP(table, f"{name}.experts.{i}") for i in range(experts))
+        self.shared_experts = nn.ModuleList(GeluMLP(table, f"{name}.shared_experts.{i}") for i in range(shared))
+        self.balance_loss: Tensor | None = None  # of the last forward pass, for `MoEDecoder`
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        logits = self.router(x)
+        chosen_logits, chosen = logits.topk(self.per_token, dim=-1)  # (B, T, K)
+        if self.weights_sum_to_one:
+            weights, affinity = chosen_logits.softmax(dim=-1), logits.softmax(dim=-1)
+        else:
+            weights, affinity = chosen_logits.sigmoid(), logits.sigmoid()
+            affinity = affinity / affinity.sum(dim=-1, keepdim=True)
+        self.balance_loss = balance_loss(affinity, chosen)
+
+        # Every token once per expert that it chose, the tokens of the first expert first.
+        order = chosen.flatten().argsort(stable=True)
+        counts = (chosen.flatten() == torch.arange(len(self.experts), device=x.device)[:, None]).sum(dim=1).tolist()
+        tokens = x[:, :, None].expand(B, T, self.per_token, C).reshape(-1, C).index_select(0, order)
+        outputs = [expert(rows) for expert, rows in zip(self.experts, tokens.split(counts), strict=True)]
+
+        # Back in the order of the tokens, weighed and added up.
+        y = torch.cat(outputs).index_select(0, order.argsort()).view(B, T, self.per_token, C)
+        y = (weights.to(y.dtype)[..., None] * y).sum(dim=2)
+        for expert in self.shared_experts:
+            y = y + expert(x)
+        return y
+
+
+def balance_loss(affinity: Tensor, chosen: Tensor) -> Tensor:
+    """The load-balancing loss of Fedus et al. 2101.03961 for each sequence by itself, the mean over sequences.
+
+    It is 1 where experts are used evenly, and more where those that are chosen often also have large affinities. Per
+    sequence (DeepSeek V3, 2412.19437, equations 17 to 20) it depends on no micro-batch and no rank.
+
+    Args:
+        affinity: (B, T, E), adding up to 1 over the experts.
+        chosen: (B, T, K) numbers of experts.
+    """
+    n_experts, per_token = affinity.shape[-1], chosen.shape[-1]
+    uses = F.one_hot(chosen, n_experts).sum(dim=2).to(affinity.dtype)  # (B, T, E)
+    return n_experts / per_token * (uses.mean(dim=1) * affinity.mean(dim=1)).sum(dim=-1).mean()
+
+
 class Block(nn.Module):
     """x + m * attention(norm(x)), then x + m * mlp(norm(x)), m the block multiplier."""
 
@@ -243,3 +313,29 @@ class Decoder(nn.Module):
             targets = sample_labels(features, weight, draws.flatten(), self.multiplier)
         assert targets is not None
         return linear_cross_entropy(features, weight, targets.flatten(), self.multiplier)
+
+
+class MoEDecoder(Decoder):
+    """A decoder with a mixture of experts in every block, whose loss also has the gradient of their balance loss.
+
+    The value of the loss is that of the cross-entropy alone, in nats. Blocks share the balance loss as they share the
+    change of features, so that both parts of a router's gradient go with the depth alike.
+    """
+
+    def __init__(self, *args: Any, balance: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.balance = balance
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
+        result = super().forward(tokens, targets, draws)
+        balance = torch.stack(list(self._take_balance_losses())).mean()
+        if targets is None:  # with draws, curvature is that of the cross-entropy
+            return result
+        return result + self.balance * (balance - balance.detach())
+
+    def _take_balance_losses(self) -> Iterator[Tensor]:
+        """Those of all blocks, which keep no graph of them."""
+        for module in self.modules():
+            if isinstance(module, MixtureOfExperts) and module.balance_loss is not None:
+                yield module.balance_loss
+                module.balance_loss = None

@@ -185,3 +185,9 @@ def need_model(recipe: ResolvedVariant, trainer: str, wanted: str, others: str) 
             f"{trainer} builds no {recipe['model']} model ({recipe['architecture']['kind'].rpartition('.')[2]}), only "
             f"{wanted}: use --format {others}"
         )
+
+
+def refuse_experts(recipe: ResolvedVariant, name: str) -> None:
+    """Refuse a mixture of experts for a format that writes dense models only."""
+    if any(row["role"] == "router" for row in recipe["tensors"]):
+        raise ConfigError(f"--format {name} writes models without experts, unlike the sweep's: use --format pytorch")

@@ -62,6 +62,7 @@ class TensorSpec:
             convolution's kernel, of a gain with several dimensions.
         stacked: whether rows that grow with the width and rows that do not are stacked in it.
         fold: the forward constant behind it that its own numbers take up; None where the network has it.
+        active: the share of the tokens that it computes, below 1 of an expert.
     """
 
     name: str
@@ -75,6 +76,7 @@ class TensorSpec:
     as_matrix: tuple[int, int] | None = None
     stacked: bool = False
     fold: Fold | None = None
+    active: float = 1.0
 
     @property
     def dims(self) -> tuple[int, int]:

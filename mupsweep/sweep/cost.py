@@ -24,6 +24,7 @@ class Cost:
         memory: bytes of weights, gradients, optimizer state and the activations of a step on each device, all in fp32.
         known: whether it is that of the run. Otherwise a program of the user's trains, and the cost is that of the
             model whose tensors the config declares: good for an order of the runs, and nothing to show.
+        active_parameters: number of parameters that compute one token, where experts leave some out; None: all of them.
     """
 
     parameters: int
@@ -31,6 +32,7 @@ class Cost:
     flops: float
     memory: float
     known: bool = True
+    active_parameters: int | None = None
 
     def seconds(self, steps: int, device: str) -> float:
         """A rough wall-clock estimate on one CPU thread or one accelerator."""
@@ -51,7 +53,7 @@ def estimate(
 
     FLOPs per token are 6 per weight that multiplies activations plus 12 * depth * width * context for attention scores
     and values (Chowdhery et al. 2204.02311, appendix B; causality not discounted), which grouped queries share without
-    saving any of these. Embedding look-ups are free.
+    saving any of these. Embedding look-ups are free. An expert's weights count for the tokens that it computes.
 
     Args:
         state: how many numbers the optimizer keeps between steps.
@@ -59,12 +61,19 @@ def estimate(
     """
     table = list(tensors)
     parameters = sum(math.prod(t.shape) for t in table if t.tied_to is None)
-    multiplied = sum(math.prod(t.shape) for t in table if t.role.is_matrix and t.role is not Role.INPUT)
+    active = round(sum(t.active * math.prod(t.shape) for t in table if t.tied_to is None))
+    multiplied = sum(t.active * math.prod(t.shape) for t in table if t.role.is_matrix and t.role is not Role.INPUT)
     per_token = 6 * multiplied + 12 * size.depth * size.width * size.context
     tokens = steps * batch_size * size.context
     # the activations that a block keeps for its backward pass are about the inputs and outputs of its matrices
     sequences = -(-batch_size // devices)
     tokens_at_once = min(sequences, micro_batch or sequences) * size.context
-    activations = tokens_at_once * sum(sum(t.shape) for t in table if t.role is Role.HIDDEN)
+    activations = tokens_at_once * sum(t.active * sum(t.shape) for t in table if t.role is Role.HIDDEN)
     persistent = (2 * parameters + state) / (devices if shard else 1)  # weights, gradients and optimizer state
-    return Cost(parameters, tokens, float(per_token) * tokens, 4.0 * (persistent + activations))
+    return Cost(
+        parameters,
+        tokens,
+        float(per_token) * tokens,
+        4.0 * (persistent + activations),
+        active_parameters=active if active < parameters else None,
+    )

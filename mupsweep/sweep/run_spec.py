@@ -125,7 +125,8 @@ class ResolvedVariant:
         entry = self._listed(size)
         if entry is None or entry.parameters is None:
             return replace(cost, known=False)
-        return replace(cost, parameters=entry.parameters, flops=6.0 * entry.parameters * cost.tokens)
+        flops = 6.0 * entry.parameters * cost.tokens
+        return replace(cost, parameters=entry.parameters, flops=flops, active_parameters=None)
 
     def _declared_cost(self, size: Size) -> Cost:
         """The cost by the table of tensors that the model declares."""
@@ -188,6 +189,7 @@ class RunSpec:
             **self.label_columns(),
             **({"size": self.size.label} if self.size.label else {}),
             **({"parameters": self.cost.parameters} if self.cost.known else {}),
+            **({"active_parameters": active} if self.cost.known and (active := self.cost.active_parameters) else {}),
             "tokens": self.cost.tokens,
             **({"flops": self.cost.flops} if self.cost.known else {}),
             **({"validation": True} if self.validation else {}),
@@ -241,6 +243,11 @@ def resolve(
     if resolved.optimizer.group_lr:
         check_matches(resolved.optimizer.group_lr, resolved.model.tensors(resolved.size(1.0, 1.0)))
     training, steps = resolved.training, resolved.steps
+    if training.compile and not resolved.model.compiles:
+        raise ConfigError(
+            f"training.compile=true: the shapes within model={resolved.model.name} change with every batch, and torch "
+            "would compile it anew each time; set training.compile=false"
+        )
     warmup = training.warmup_steps(steps)
     if warmup >= steps:
         raise ConfigError(

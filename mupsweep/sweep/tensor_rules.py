@@ -209,6 +209,13 @@ def audit(resolved: ResolvedVariant) -> list[str]:
         )
     if training.schedule == "constant" and training.min_lr_frac != 1:
         notes.append("training.min_lr_frac has no effect: the schedule is constant")
+    if any(spec.role is Role.ROUTER for spec in resolved.model.tensors(resolved.size(1.0, 1.0))):
+        router = resolved.optimizer_for(Role.ROUTER).optimizer.name
+        notes.append(
+            "up and down of every expert, routed or shared, are hidden matrices; the router of a fixed number of "
+            f"experts has a rule of its own (2601.20205; 2605.14200) under {router}, the optimizer of the head; what "
+            "was measured: mupsweep/models/ROLES.md"
+        )
     return notes + resolved.model.remarks(resolved.size(1.0, 1.0))
 
 

@@ -113,7 +113,7 @@ class ShardedNetwork(nn.Module):
         # autocast would keep its copies of weights until the backward pass; a policy gathers full weights in its dtype
         # and frees them after use
         matrices = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for unit in _units(network):
+        for unit in units(network):
             fully_shard(unit, mesh=self.mesh, mp_policy=matrices)
         fully_shard(network, mesh=self.mesh)
         for name, storage in self.storage.items():
@@ -346,17 +346,18 @@ class CheckedReduceScatter(CheckedAllGather):
         return scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
-def _units(network: nn.Module) -> list[nn.Module]:
+def units(network: nn.Module) -> list[nn.Module]:
     """Return the modules that FSDP gathers and frees one by one: the children of blocks that hold matrices.
 
-    All other tensors belong to the root module, whose tensors stay gathered throughout the pass.
+    All other tensors belong to the root module, whose tensors stay gathered throughout the pass. A list within a unit,
+    such as that of a mixture's experts, is part of it.
     """
-    units = []
+    found: list[nn.Module] = []
     for stack in network.modules():
-        if isinstance(stack, nn.ModuleList):
+        if isinstance(stack, nn.ModuleList) and not any(stack in unit.modules() for unit in found):
             children = (child for block in stack for child in block.children())
-            units += [child for child in children if any(p.ndim > 1 for p in child.parameters())]
-    return units
+            found += [child for child in children if any(p.ndim > 1 for p in child.parameters())]
+    return found
 
 
 def free_full_tensors(parameters: Mapping[str, nn.Parameter]) -> None:

@@ -23,6 +23,8 @@ TOLERANCE = {
     "compiled fp32": 1e-5,  # of the loss, and of gradients relative to the largest
     "compiled bf16": 2e-2,
 }
+# float64; of other models 0. How many rows a product has changes its rounding, and later tokens choose experts too.
+FUTURE = {"moe": 1e-12}
 RATIOS = [(1.0, 1.0), (2.0, 1.0), (1.0, 2.0), (2.0, 2.0)]
 CPU = torch.device("cpu")
 FUSED = {"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")}
@@ -30,6 +32,7 @@ FUSED = {"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")}
 EVERYTHING: dict[str, dict[str, object]] = {
     "nanogpt": {"bias": True},
     "llama": {"kv_heads": 1, "qk_norm": "gains"},
+    "moe": {"experts": 3, "shared_experts": 1},
 }
 
 
@@ -74,7 +77,7 @@ def test_roles_grow_as_declared(name: str) -> None:
 def test_what_lies_inside_a_block_has_a_hidden_role(name: str) -> None:
     resolved = resolve(f"model={name}")
     for t in resolved.model.tensors(resolved.size(1.0, 1.0)):
-        assert (t.role in (Role.HIDDEN, Role.HIDDEN_VECTOR)) == t.name.startswith("blocks."), t.name
+        assert (t.role in (Role.HIDDEN, Role.HIDDEN_VECTOR, Role.ROUTER)) == t.name.startswith("blocks."), t.name
         assert t.decay == t.role.is_matrix, t.name
 
 
@@ -200,7 +203,7 @@ def test_no_token_sees_the_future_and_every_token_sees_the_past(name: str) -> No
         other[0, changed] = (ids[0, changed] + 1) % model.size.vocab_size
         with torch.no_grad():
             moved = (net(ids) - net(other)).abs().amax(dim=(0, 2))
-        assert (moved[:changed] == 0).all()
+        assert (moved[:changed] <= FUTURE.get(name, 0.0)).all()
         assert (moved[changed:] > 1e-9).all()
 
 
@@ -242,7 +245,7 @@ def test_bf16_autocast_computes_the_same_to_its_precision(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of its own parts
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "moe"])  # which is refused
 def test_a_compiled_network_has_the_loss_and_gradients_of_the_plain_one(name: str, precision: str) -> None:
     spec = everything(name)
     net = network(spec.resolved.model, spec.size)

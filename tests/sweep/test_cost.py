@@ -26,6 +26,7 @@ CASES = [
     ["model=llama"],
     ["model=llama", "model.kv_heads=2", "model.qk_norm=gains"],
     ["model=llama", "model.kv_heads=1", "model.projections=fused", "model.norm_gains=false"],
+    ["model=moe", "model.experts=4", "model.shared_experts=1"],
 ]
 RATIOS = [(1.0, 1.0), (2.0, 1.0), (1.0, 2.0), (3.0, 2.0)]
 TOLERANCE = {
@@ -105,6 +106,17 @@ def test_memory_is_near_what_the_backward_pass_keeps(case: list[str]) -> None:
 
     (few, few_estimated), (many, many_estimated) = kept(1.0), kept(3.0)
     assert many_estimated - few_estimated == pytest.approx(many - few, rel=TOLERANCE["memory"])
+
+
+def test_a_token_computes_with_the_experts_that_it_chooses() -> None:
+    """Mixtral's sums: of the experts' parameters the share k / E is active, of all others everything."""
+    resolved = resolve("model=moe", "model.experts=8", "model.experts_per_token=2", "model.shared_experts=1")
+    cost, dense = resolved.cost(resolved.size(2.0, 1.0)), resolve().cost(resolve().size(2.0, 1.0))
+    router, expert = 2 * 8 * 64, 2 * 8 * 64 * 64
+    assert cost.parameters == dense.parameters + router + 8 * expert
+    assert cost.active_parameters == dense.parameters + router + 2 * expert
+    assert cost.flops == dense.flops + 6 * (router + 2 * expert) * cost.tokens
+    assert dense.active_parameters is None
 
 
 def test_gpt2_costs_what_nanogpts_formula_says() -> None:

@@ -25,9 +25,9 @@ from mupsweep.store.run_dir import RunDir
 from mupsweep.sweep.config import load
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.sweep.tensor_rules import rules
-from mupsweep.training.build import TrainingSetup, build, parameter_groups
+from mupsweep.training.build import TrainingSetup, build, meta_model, parameter_groups
 from mupsweep.training.distributed import DistributedContext, PeerFailed, StopRequested
-from mupsweep.training.fsdp import ShardedNetwork, assign_owners
+from mupsweep.training.fsdp import ShardedNetwork, assign_owners, units
 from mupsweep.training.session import build_for
 from mupsweep.training.trainer import train
 
@@ -91,6 +91,7 @@ def whole(pool: ProcessPoolExecutor, size: int, path: Path, *overrides: str, sha
         ("optimizer=muon", "optimizer.hyperball=true", "optimizer.weight_decay=0"),
         ("training.precision=bf16", "model=llama", "training.micro_batch=1"),
         pytest.param(("training.compile=true",), marks=pytest.mark.slow),
+        pytest.param(("model=moe", "model.experts=4", "training.micro_batch=1"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
@@ -109,6 +110,15 @@ def test_a_sharded_run_has_the_losses_of_a_whole_one_and_a_share_of_its_state(
         assert sharded["rows"][0]["grad_norm"] == pytest.approx(norm, rel=TOLERANCE["first gradient norm"])
     assert sum(sharded["states"]) == expected["states"][0] == expected["states"][1] > 0
     assert max(sharded["states"]) < TOLERANCE["share"] * sum(sharded["states"]) / 2
+
+
+def test_a_mixture_is_gathered_with_all_its_experts() -> None:
+    """Experts stand in a list of their own, which no unit of its own may take from the block's."""
+    network, _ = meta_model(run("model=moe"))
+    expected = [
+        module for block in network.get_submodule("blocks").children() for module in (block.attention, block.mlp)
+    ]
+    assert units(network) == expected
 
 
 def test_one_two_and_four_sharded_ranks_end_at_the_same_loss(pool: ProcessPoolExecutor, tmp_path: Path) -> None:

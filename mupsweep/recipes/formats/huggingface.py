@@ -12,7 +12,7 @@ from typing import Any
 
 from mupsweep.errors import ConfigError
 from mupsweep.recipes.formats import pytorch
-from mupsweep.recipes.tensors import folded, kinds
+from mupsweep.recipes.tensors import folded, kinds, refuse_experts
 
 SUFFIX = ".py"
 GRANITE = {  # transformers -> ours
@@ -74,6 +74,7 @@ def make_model():
 
 def render(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The snippet: the PyTorch one for transformers' names, the model's config and the Trainer's arguments."""
+    refuse_experts(recipe, "huggingface")
     limits: list[str] = []
     if recipe["architecture"]["kind"].endswith(".Llama"):
         names, model = GRANITE, _granite(recipe)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mupsweep.recipes.tensors import LAST_OF_BRANCH, differences, named, only_adamw, own, ratios
+from mupsweep.recipes.tensors import LAST_OF_BRANCH, differences, named, only_adamw, own, ratios, refuse_experts
 
 SUFFIX = ".sh"
 STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
@@ -27,6 +27,7 @@ REMEDIES = {
 
 def render(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The arguments as a bash array, and what they lack."""
+    refuse_experts(recipe, "megatron")
     arguments, limits = _model(recipe) | _training(recipe), _limits(recipe)
     if only_adamw(recipe):
         more, lacking = _muP(recipe)

@@ -133,7 +133,8 @@ def _document(
     records = []
     for run in runs:
         row = run.row()
-        records.append({**{key: row.get(key) for key in JSON_KEYS}, "status": status[run.run_id]})
+        active = {key: row[key] for key in ("active_parameters",) if key in row}  # of a mixture of experts
+        records.append({**{key: row.get(key) for key in JSON_KEYS}, **active, "status": status[run.run_id]})
     return {
         "runs": records,
         "totals": {
@@ -152,13 +153,14 @@ def _size_table(runs: Sequence[RunSpec], status: Mapping[str, str]) -> Table:
     for (label, size), members in _by_size(runs).items():
         cost = members[0].cost
         done = sum(status[r.run_id] in (DONE, DIVERGED) for r in members)
+        active = f" ({si(cost.active_parameters)} active)" if cost.active_parameters else ""
         table.add_row(
             "/".join(label),
             str(size.width),
             str(size.depth),
             str(len(members)),
             str(done),
-            si(cost.parameters) if cost.known else "",
+            si(cost.parameters) + active if cost.known else "",
             si(cost.tokens),
             si(cost.flops) if cost.known else "",
             "" if members[0].resolved.trainer.runs_program else si(cost.memory) + "B",
