@@ -1,8 +1,8 @@
 """Exports: a recipe as the settings of another trainer, as far as that trainer can express them.
 
-One format is one file under `formats/`, found by its name: SUFFIX, and render(recipe) -> (text, limits). A format reads
-the recipe's JSON and nothing else. Every part of the rule that the trainer cannot express is one line of `limits`,
-which also says what to do.
+One format is one file under `formats/`, found by its name: SUFFIX, MADE_FOR (the trainer's version or commit), and
+render(recipe) -> (text, limits). A format reads the recipe's JSON and nothing else. Every part of the rule that the
+trainer cannot express is one line of `limits`, which also says what to do, or it is refused with the reason.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def export(name: str, recipe: Mapping[str, Any]) -> Export:
         )
     form = importlib.import_module(f"{formats.__name__}.{name}")
     text, limits = form.render(recipe)
-    return Export("\n".join([*_header(name, recipe, limits), text]), form.SUFFIX, tuple(limits))
+    return Export("\n".join([*_header(form.MADE_FOR, recipe, limits), text]), form.SUFFIX, tuple(limits))
 
 
-def _header(name: str, recipe: Mapping[str, Any], limits: list[str]) -> list[str]:
+def _header(made_for: str, recipe: Mapping[str, Any], limits: list[str]) -> list[str]:
     """Comment lines: what this is, what the LR rests on, and what the file does not say."""
     from mupsweep.analysis.estimate import Estimate  # which needs scipy
 
@@ -67,9 +67,10 @@ def _header(name: str, recipe: Mapping[str, Any], limits: list[str]) -> list[str
     optimum = Estimate(*(recipe[key] for key in ("log2_lr_optimum", "log2_lr_low", "log2_lr_high")))
     lines = [
         f"{recipe['model']}/{recipe['optimizer']}/{recipe['parametrization']} at width {target['width']}, "
-        f"depth {target['depth']}, for {name}; base LR {recipe['base_lr']:.4g}, log2 {recipe['log2_lr']:+.2f}; "
+        f"depth {target['depth']}; base LR {recipe['base_lr']:.4g}, log2 {recipe['log2_lr']:+.2f}; "
         f"the optimum there: log2 {optimum}; {recipe['basis']}",
         f"LR {recipe['horizon']['note']}",
+        f"made for {made_for}",
         *(f"NOT HERE: {limit}" for limit in limits),
     ]
     return [f"# {line}" for line in lines]

@@ -104,39 +104,57 @@ def unique(items: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(items))
 
 
-def folded(recipe: ResolvedVariant) -> tuple[ResolvedVariant, list[str]]:
-    """The same training without multipliers in the forward pass, for models that have none, and what is lost by it."""
-    factors = {"block": recipe["block_multiplier"], "output": recipe["output_multiplier"]}
-    if set(factors.values()) == {1.0}:
-        return recipe, []
-    if any(row["tied_to"] for row in recipe["tensors"]) and factors["output"] != 1:
-        return recipe, [
-            f"the logits' multiplier {factors['output']:.6g}: a tied head cannot take it up, so multiply the logits"
-        ]
-    strange = unique(k or n for n, k in kinds(recipe).items() if k not in FOLDED)
-    if strange:
-        return recipe, [
-            f"multipliers {factors['block']:.6g} on every branch and {factors['output']:.6g} on the logits: "
-            f"{', '.join(strange)} cannot take them up, so put them into the model"
-        ]
-    rows = [_fold(row, kinds(recipe)[row["optimizer"]], factors) for row in recipe["tensors"]]
+def folded(
+    recipe: ResolvedVariant, constants: tuple[str, ...] = ("block", "output")
+) -> tuple[ResolvedVariant, list[str]]:
+    """The training of a recipe without multipliers in the forward pass, for models that have none, and what is lost.
+
+    Args:
+        constants: which multipliers the model lacks: "block", on every branch, and "output", on the logits.
+    """
+    factors = {name: recipe[f"{name}_multiplier"] for name in constants}
     limits = []
-    if recipe["clip"] is not None:
+    if any(row["tied_to"] for row in recipe["tensors"]) and factors.get("output", 1.0) != 1:
         limits = [
+            f"the logits' multiplier {factors.pop('output'):.6g}: a tied head cannot take it up, so multiply the logits"
+        ]
+    factors = {name: factor for name, factor in factors.items() if factor != 1}
+    if not factors:
+        return recipe, limits
+    places = {"block": "on every branch", "output": "on the logits"}
+    stated = " and ".join(f"{factor:.6g} {places[name]}" for name, factor in factors.items())
+    taking = {row["optimizer"] for row in own(recipe) if _constant_behind(row) in factors}
+    strange = unique(k or n for n, k in kinds(recipe).items() if n in taking and k not in FOLDED)
+    if strange:
+        unfolded = f"multipliers {stated}: {', '.join(strange)} cannot take them up, so put them into the model"
+        return recipe, [*limits, unfolded]
+    rows = [_fold(row, kinds(recipe)[row["optimizer"]], factors) for row in recipe["tensors"]]
+    if recipe["clip"] is not None:
+        limits.append(
             f"clipping as it was swept (norm {recipe['clip']:g}): multipliers are folded into the weights, whose "
             "gradients are larger by as much; set the norm so high that it meets only spikes, or put the multipliers "
-            f"({factors['block']:.6g} on every branch, {factors['output']:.6g} on the logits) into the model"
-        ]
-    return {**recipe, "tensors": rows, "block_multiplier": 1.0, "output_multiplier": 1.0}, limits
+            f"({stated}) into the model"
+        )
+    return {**recipe, "tensors": rows, **{f"{name}_multiplier": 1.0 for name in factors}}, limits
+
+
+def _constant_behind(row: Row) -> str:
+    """The constant behind which a tensor is the last one, "block" or "output", or "" where it is behind none."""
+    if row["role"] == "output":
+        return "output"
+    return "block" if any(name in row["name"] for name in LAST_OF_BRANCH) else ""
 
 
 def _fold(row: Row, kind: str, factors: Mapping[str, float]) -> Row:
     """A tensor that takes up the constant behind it, where it is the last one before it."""
-    last = "output" if row["role"] == "output" else "block" if any(s in row["name"] for s in LAST_OF_BRANCH) else ""
-    a = factors.get(last, 1.0)
-    lr, eps = FOLDED[kind]
-    changed = {"init_std": row["init_std"] * a, "lr": row["lr"] * a**lr, "eps": row["eps"] * a**eps}
-    return {**row, **changed, "weight_decay": row["weight_decay"] / a**lr, "multiplier": 1.0}
+    place = "output" if row["role"] == "output" else "block" if row["name"].startswith("blocks.") else ""
+    changed = {"multiplier": row["multiplier"] / factors.get(place, 1.0)}
+    a = factors.get(_constant_behind(row), 1.0)
+    if a != 1:
+        lr, eps = FOLDED[kind]
+        changed |= {"init_std": row["init_std"] * a, "lr": row["lr"] * a**lr, "eps": row["eps"] * a**eps}
+        changed |= {"weight_decay": row["weight_decay"] / a**lr}
+    return {**row, **changed}
 
 
 def _check_partition(names: Iterable[str], groups: list[dict[str, Any]]) -> None:

@@ -124,7 +124,14 @@ def test_folded_multipliers_train_the_same_function(optimizer: str) -> None:
 
 def test_what_cannot_be_folded_is_said() -> None:
     tied, clipped, lion = run("model.tied=true"), run(), run("optimizer=lion")
-    assert "a tied head cannot take it up" in folded(content(tied))[1][0]
+    recipe, limits = folded(content(tied))
+    assert "a tied head cannot take it up" in limits[0]
+    assert (recipe["block_multiplier"], recipe["output_multiplier"]) == (
+        1.0,
+        0.25,
+    )  # the branches are folded all the same
+    stds = {row["name"]: row["init_std"] for row in recipe["tensors"]}
+    assert stds["blocks.0.mlp.down.weight"] == pytest.approx(stds["blocks.0.attention.query.weight"] / 2, rel=1e-12)
     assert "clipping as it was swept (norm 1)" in folded(content(clipped))[1][0]
     recipe, limits = folded(content(lion))
     assert "Lion cannot take them up" in limits[0]

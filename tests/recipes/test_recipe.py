@@ -177,7 +177,7 @@ def test_horizons_are_no_sizes_and_alone_they_are_one() -> None:
 
 @pytest.mark.parametrize("form", recipes.names())
 def test_every_format_is_written_beside_the_json(form: str, cli: Cli) -> None:
-    sweep = ladder("model=llama") if form in ("torchtitan", "huggingface") else ladder()
+    sweep = ladder("model=llama") if form in ("torchtitan", "huggingface", "olmo") else ladder()
     code, out, err = cli("transfer", str(sweep.path), "--to", "width=64", "depth=4", "--format", form)
     assert code == 0, err
     written = sorted(p.name for p in sweep.results.iterdir() if p.name.startswith("recipe-"))

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-import dataclasses
+import importlib
+import json
 import re
 import sys
-import types
+from pathlib import Path
 from typing import Any
 
 import pytest
+import stand_ins
 import torch
 import transformers
 from exported import by_parameter, content, exported, run
 
 from mupsweep import recipes
+from mupsweep.data import prepare
 from mupsweep.errors import ConfigError
+from mupsweep.recipes.formats import olmo, torchtitan
 from mupsweep.recipes.tensors import folded
+from mupsweep.store.run_dir import RunDir
 from mupsweep.sweep import tensor_rules
 from mupsweep.training import build
-from mupsweep.training.trainer import lr_factor
+from mupsweep.training.trainer import lr_factor, train
 
-TOLERANCE = {"numbers": 1e-9, "logits": 1e-5}  # relative; relative to the largest, fp32
+TOLERANCE = {"numbers": 1e-9, "logits": 1e-5, "losses": 1e-4}  # relative; of the largest, fp32; nats
 CPU = torch.device("cpu")
 PARTS = ("lr ", "weight decay ", "eps ", "init std ", "multiplier ")  # how a limit begins that names a wrong number
+
+
+class Uninterrupted:
+    """The control of a run that nothing stops."""
+
+    def stop_requested(self) -> bool:
+        return False
+
+    def heartbeat(self) -> None:
+        pass
 
 
 def numbers_off(limits: tuple[str, ...]) -> list[str]:
@@ -30,34 +45,36 @@ def numbers_off(limits: tuple[str, ...]) -> list[str]:
 
 
 def test_the_formats_are_found_by_their_files() -> None:
-    assert recipes.names() == ["huggingface", "json", "megatron", "nanogpt", "pytorch", "torchtitan"]
+    assert recipes.names() == ["huggingface", "json", "megatron", "nanogpt", "olmo", "pytorch", "torchtitan"]
     with pytest.raises(ConfigError, match="--format nanogtp: did you mean 'nanogpt'"):
         recipes.export("nanogtp", {})
 
 
 @pytest.mark.parametrize("name", recipes.names())
-def test_every_limit_stands_at_the_top_of_the_file_too(name: str) -> None:
+def test_the_version_and_every_limit_stand_at_the_top_of_the_file_too(name: str) -> None:
     if name == recipes.JSON:
         return
-    export = recipes.export(name, content(run("model=llama" if name == "torchtitan" else "model.bias=true")))
+    export = recipes.export(name, content(run("model=llama" if name in ("torchtitan", "olmo") else "model.bias=true")))
     for limit in export.limits:
         assert f"# NOT HERE: {limit}\n" in export.text
+    made_for = importlib.import_module(f"mupsweep.recipes.formats.{name}").MADE_FOR
+    assert f"# made for {made_for}" in export.text.splitlines()[:3]
 
 
 # --- nanoGPT ---
 
-# EleutherAI/nanoGPT-mup, branch completep: the fields of GPTConfig, and the settings of train.py
+# EleutherAI/nanoGPT-mup, branch completep at commit 6f8bc3b: the fields of GPTConfig, and the settings of train.py
 KNOWN = """n_layer n_head n_embd block_size bias dropout init_std mup_enabled mup_width_multiplier mup_input_alpha
 mup_output_alpha mup_disable_attention_scaling depth_alpha_enabled depth_multiplier depth_alpha_exp batch_size
 gradient_accumulation_steps max_iters lr_decay_iters warmup_iters decay_lr grad_clip learning_rate min_lr weight_decay
-beta1 beta2"""
+beta1 beta2 adam_eps"""
 
 
 @pytest.mark.parametrize("parametrization", ["mup", "spectral", "depth_mup", "sp"])
 def test_nanogpt_expresses_these_rules_of_adamw_whole(parametrization: str) -> None:
     spec = run(f"parametrization={parametrization}", "optimizer.weight_decay=0.1", "model.tied=true")
     export, settings = exported("nanogpt", spec)
-    assert numbers_off(export.limits) == []
+    assert {limit.split()[0] for limit in numbers_off(export.limits)} <= {"eps"}
     assert not any("tie" in limit for limit in export.limits)
     keys = {key for key in settings if not key.startswith("__")}
     assert keys == set(KNOWN.split())
@@ -144,62 +161,94 @@ def test_megatron_has_no_rule_for_depth_decay_or_other_optimizers() -> None:
 # --- torchtitan ---
 
 
-@dataclasses.dataclass(kw_only=True)
-class ParamGroupConfig:
-    """The fields of torchtitan's."""
-
-    pattern: str
-    optimizer_name: str
-    optimizer_kwargs: dict[str, Any]
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configs of torchtitan and OLMo-core, in the place of the packages."""
+    for name, module in stand_ins.importable().items():
+        monkeypatch.setitem(sys.modules, name, module)
 
 
-def titan(*overrides: str, monkeypatch: pytest.MonkeyPatch) -> tuple[recipes.Export, dict[str, Any]]:
-    """The export, run with the shape of torchtitan's classes in the place of torchtitan."""
-    module: Any = types.ModuleType("torchtitan.components.optimizer")
-    module.ParamGroupConfig = ParamGroupConfig
-    module.OptimizersContainer = types.SimpleNamespace(Config=lambda param_groups: param_groups)
-    for name in ("torchtitan", "torchtitan.components"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return exported("torchtitan", run("model=llama", *overrides))
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon_kimi"])
-def test_torchtitan_gets_every_tensor_of_its_llama_with_folded_numbers(
-    optimizer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    export, space = titan(f"optimizer={optimizer}", "optimizer.weight_decay=0.1", monkeypatch=monkeypatch)
+@pytest.mark.usefixtures("trainers")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon_bernstein"])
+def test_torchtitan_gets_every_tensor_of_its_llama(optimizer: str) -> None:
     spec = run("model=llama", f"optimizer={optimizer}", "optimizer.weight_decay=0.1")
-    theirs = {  # names in torchtitan's llama3
-        "blocks.1.attention.output.weight": "layers.1.attention.wo.weight",
-        "blocks.3.mlp.gate.weight": "layers.3.feed_forward.w1.weight",
-        "blocks.0.mlp.down.weight": "layers.0.feed_forward.w2.weight",
-        "blocks.0.mlp_norm.weight": "layers.0.ffn_norm.weight",
-        "token_embedding.weight": "tok_embeddings.weight",
-        "norm.weight": "norm.weight",
-        "head.weight": "output.weight",
-    }
-    rows = {row["name"]: row for row in folded(content(spec))[0]["tensors"]}
-    for ours, name in theirs.items():
-        (group,) = [g for g in space["PARAM_GROUPS"] if re.search(g.pattern, name)]
-        row = rows[ours]
-        assert group.optimizer_name == {"adamw": "AdamW"}.get(row["optimizer"], "Muon")
-        assert group.optimizer_kwargs["lr"] == pytest.approx(row["lr"], rel=TOLERANCE["numbers"]), name
-        assert group.optimizer_kwargs["weight_decay"] == pytest.approx(row["weight_decay"], rel=TOLERANCE["numbers"])
-        getattr(torch.optim, group.optimizer_name)([{"params": [torch.zeros(2, 2)], **group.optimizer_kwargs}])
-        (start,) = [start for pattern, start in space["INIT"].items() if re.search(pattern, name)]
-        assert start == ("ones" if "norm" in name else pytest.approx(row["init_std"], rel=TOLERANCE["numbers"]))
-    head = rows["head.weight"]
-    assert head["lr"] == pytest.approx(spec.base_lr / 4, rel=1e-9) or optimizer != "adamw"  # 1/4 on the logits
-    assert any("init_weights" in line for line in export.limits)
-    assert any("clipping as it was swept" in line for line in export.limits)
+    export, space = exported("torchtitan", spec)
+    rows = {torchtitan.rename(row["name"]): row for row in content(spec)["tensors"]}
+    assert rows.keys() == set(stand_ins.llama3_names(4))
+    for wrapped in (False, True):
+        found = stand_ins.torchtitan_groups(stand_ins.llama3_names(4, wrapped), space["PARAM_GROUPS"])
+        assert len(found) == len(rows)
+        for name, group in found.items():
+            row = rows[name.replace("_checkpoint_wrapped_module.", "")]
+            assert group.optimizer_name == ("AdamW" if row["optimizer"] == "adamw" else "DistMuon")
+            for key in ("lr", "weight_decay"):
+                assert group.optimizer_kwargs[key] == pytest.approx(row[key], rel=TOLERANCE["numbers"]), name
+    muon = [group for group in space["PARAM_GROUPS"] if group.optimizer_name == "DistMuon"]
+    if optimizer == "adamw":
+        assert export.limits == ()
+        assert muon == []
+    else:  # one group, without the kernels that it lacks; and every matrix has an owner
+        (group,) = muon
+        assert group.optimizer_kwargs["adjust_lr_fn"] == "spectral_unclamped"
+        assert not group.optimizer_kwargs["fused"]
+        keywords = space["OPTIMIZER"].optimizer_factory_kwargs_by_name["DistMuon"]
+        matrices = {name for name, row in rows.items() if row["optimizer"] == "muon_bernstein"}
+        assert keywords["compute_sharding_by_fqn"].keys() == matrices
+        assert sorted(name for bucket in keywords["bucket_configs"] for name in bucket.patterns) == sorted(matrices)
+        assert {limit.split(" of ")[0].split()[0] for limit in export.limits} == {"eps"}
+    model = space["model"](stand_ins.config("RoPE", "dim theta scaling")(), stand_ins.config("Flex", "")())
+    assert (space["BLOCK_MULTIPLIER"], space["OUTPUT_MULTIPLIER"], len(model.layers)) == (0.5, 0.25, 4)
+    draw = model.layers[3].attention.wo.param_init["weight"]
+    assert draw.keywords["std"] == rows["layers.3.attention.wo.weight"]["init_std"]
 
 
-def test_torchtitan_has_no_gpt2_and_few_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchtitan_refuses_what_it_would_raise_at() -> None:
     with pytest.raises(ConfigError, match="torchtitan builds no nanogpt model"):
         recipes.export("torchtitan", content(run()))
-    export, _ = titan("optimizer=lion", monkeypatch=monkeypatch)
-    assert any("lion: torchtitan's container takes AdamW, Muon" in line for line in export.limits)
+    for words, why in [
+        (("optimizer=lion",), "lion: torchtitan's optimizers are Adam, AdamW and DistMuon; sweep with adamw, muon_"),
+        (
+            ("optimizer=muon",),
+            r"DistMuon takes one LR and weight decay .* \(LRs 0.009021, 0.01562, 0.01632\); sweep with ",
+        ),
+        (("model.projections=fused",), "sweep with model.projections=split"),
+    ]:
+        with pytest.raises(ConfigError, match=why):
+            recipes.export("torchtitan", content(run("model=llama", *words)))
+
+
+# --- OLMo-core ---
+
+
+@pytest.mark.usefixtures("trainers")
+def test_olmo_gets_every_tensor_its_branches_and_a_head_that_took_up_the_logits_multiplier() -> None:
+    spec = run("model=llama", "optimizer.weight_decay=0.1")
+    export, space = exported("olmo", spec)
+    rows = {olmo.rename(row["name"]): row for row in folded(content(spec), ("output",))[0]["tensors"]}
+    names = stand_ins.olmo_names(4)
+    found = stand_ins.olmo_groups(names, space["OPTIM"].group_overrides)
+    assert found.keys() == rows.keys() == set(names)
+    for name, override in found.items():
+        expected = {key: rows[name][key] for key in ("lr", "weight_decay", "eps")}
+        assert override.opts == pytest.approx(expected, rel=TOLERANCE["numbers"]), name
+    assert rows["lm_head.w_out.weight"]["lr"] == pytest.approx(spec.base_lr / 4, rel=TOLERANCE["numbers"])
+    assert space["MODEL"].block.attention_residual_alpha == space["MODEL"].block.feed_forward_residual_alpha == 0.5
+    assert [limit.split(" (")[0] for limit in export.limits] == ["clipping as it was swept"]
+    assert "put the multipliers (0.25 on the logits) into the model" in export.limits[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("optimizer=muon",), "the sweep trains with muon and adamw, and of OLMo-core's optimizers only AdamW"),
+        (("model.projections=fused",), "sweep with model.projections=split"),
+        (("model.rope_theta=10000.5",), "rotary base is a whole number, unlike model.rope_theta=10000.5"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_olmo_refuses_what_its_config_cannot_hold(overrides: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        recipes.export("olmo", content(run("model=llama", *overrides)))
 
 
 # --- Hugging Face ---
@@ -254,25 +303,53 @@ def test_what_gpt2_lacks_is_told_with_what_to_sweep_instead(overrides: tuple[str
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "linear", "constant"])
-def test_the_trainers_schedule_is_ours(schedule: str) -> None:
+def test_the_exported_schedule_is_ours(schedule: str) -> None:
     spec = run("model=llama", f"training.schedule={schedule}", "training.steps=40")
-    export, space = exported("huggingface", spec)
-    found = space["TRAINING_ARGUMENTS"]
-    assert found.keys() <= {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    _, space = exported("huggingface", spec)
     member = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler = transformers.get_scheduler(
-        found["lr_scheduler_type"], member, found["warmup_steps"], found["max_steps"], found["lr_scheduler_kwargs"]
-    )
-    factors = []
-    for _ in range(found["max_steps"]):
-        factors.append(scheduler.get_last_lr()[0])
+    scheduler = space["schedule"](member)
+    for step in range(40):
+        assert scheduler.get_last_lr() == pytest.approx([lr_factor(step, 40, spec.resolved.training)], rel=1e-12)
         member.step()
         scheduler.step()
-    after = found["warmup_steps"]  # in warm-up the Trainer is a step behind: its first has LR 0
-    if schedule == "linear":
-        assert "the floor of the schedule, 0.1 of the peak" in export.limits[0]
-        return
-    ours = [lr_factor(step, 40, spec.resolved.training) for step in range(40)]
-    if schedule == "constant":
-        ours = [1.0] * 40
-    assert factors[after:] == pytest.approx(ours[after:], rel=TOLERANCE["numbers"])
+
+
+def test_ten_steps_of_the_trainer_have_our_losses(tmp_path: Path) -> None:
+    """Equal starts and batches; muP with its multipliers, weight decay, warm-up, decay and clipping."""
+    spec = run(
+        "model=llama", "optimizer.weight_decay=0.1", "training.steps=10", "training.clip=0.5", "training.eval_batches=1"
+    )
+    data = prepare(spec.resolved.variant.data)
+    batches = [data.train_batch(32, 4, spec.seed, step) for step in range(10)]
+    setup = build.build(spec, CPU)
+    _, space = exported("huggingface", spec)
+    theirs = space["make_model"]()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p.copy_(setup.network.get_parameter(space["rename"](name)))
+    found: list[float] = []
+
+    class Recorded(transformers.Trainer):
+        def training_step(self, *args: Any, **keywords: Any) -> torch.Tensor:
+            loss = super().training_step(*args, **keywords)
+            found.append(float(loss))
+            return loss
+
+    rows: Any = [{"input_ids": row, "labels": row} for batch in batches for row in torch.as_tensor(batch).long()]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        **space["TRAINING_ARGUMENTS"],
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        train_sampling_strategy="sequential",
+    )
+    (optimizer,) = space["optimizers"](theirs, space["rename"])
+    Recorded(theirs, arguments, train_dataset=rows, optimizers=(optimizer, space["schedule"](optimizer))).train()
+
+    train(spec, setup, data, RunDir(tmp_path), CPU, Uninterrupted())
+    ours = [json.loads(line)["train_loss"] for line in RunDir(tmp_path).metrics_path.read_text().splitlines()]
+    assert len(ours) == len(found) == 10
+    assert found[0] - found[-1] > 0.3  # it learns
+    assert found == pytest.approx(ours, abs=TOLERANCE["losses"])

@@ -1,7 +1,8 @@
-"""Hugging Face Trainer: the model's config, the optimizer with its groups, and the arguments of the schedule.
+"""Hugging Face Trainer: the model's config, the optimizer with its groups, and the schedule.
 
 Llama becomes transformers' Granite, which is Llama with the multipliers of muP; GPT-2 has none, so they are folded into
-the weights behind them. The groups reach the Trainer as `optimizers`: its own know one LR and two weight decays.
+the weights behind them. Groups and schedule reach the Trainer as `optimizers`: its own optimizer knows one LR and two
+weight decays, and its own warm-up is a step behind ours, with an LR of 0 at the first step.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from mupsweep.recipes.formats import pytorch
 from mupsweep.recipes.tensors import folded, kinds, refuse_experts
 
 SUFFIX = ".py"
+MADE_FOR = "transformers 5.23"
 GRANITE = {  # transformers -> ours
     "model.embed_tokens.": "token_embedding.",
     "model.layers.": "blocks.",
@@ -41,7 +43,6 @@ GPT2 = {
     "mlp.c_proj.": "mlp.down.",
     "lm_head.": "head.",
 }
-SCHEDULERS = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
 
 BODY = '''
 
@@ -67,8 +68,9 @@ def make_model():
     return model
 
 
+# (optimizer,) = optimizers(model, rename)
 # Trainer(model=model, args=TrainingArguments(output_dir=..., **TRAINING_ARGUMENTS),
-#         optimizers=(*optimizers(model, rename), None), ...)
+#         optimizers=(optimizer, schedule(optimizer)), ...)
 '''
 
 
@@ -88,11 +90,15 @@ def render(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
             "the second optimizer: the Trainer steps one; give it a torch.optim.Optimizer of yours that steps every "
             "member of optimizers(model, rename)"
         )
-    arguments, lacking = _arguments(recipe)
+    arguments = {
+        "max_steps": recipe["training"]["steps"],
+        "per_device_train_batch_size": recipe["training"]["batch_size"],
+        "max_grad_norm": recipe["clip"] or 0.0,
+    }
     text = body + BODY.format(
         names=pytorch.literal(names), model=pytorch.literal(model), arguments=pytorch.literal(arguments)
     )
-    return text, [*limits, *lacking]
+    return text, limits
 
 
 def _granite(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,25 +159,3 @@ def _gpt2(recipe: Mapping[str, Any]) -> dict[str, Any]:
         "attn_pdrop": 0.0,
         "tie_word_embeddings": architecture["tied"],
     }
-
-
-def _arguments(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """TrainingArguments, and what of the schedule they cannot say."""
-    training, limits = recipe["training"], []
-    schedule, floor = training["schedule"], training["min_lr_frac"]
-    arguments = {
-        "max_steps": training["steps"],
-        "per_device_train_batch_size": training["batch_size"],
-        "warmup_steps": training["warmup_steps"],
-        "lr_scheduler_type": SCHEDULERS.get(schedule, "warmup_stable_decay"),
-        "lr_scheduler_kwargs": {},
-        "max_grad_norm": recipe["clip"] or 0.0,
-    }
-    if schedule == "cosine":
-        arguments["lr_scheduler_kwargs"] = {"min_lr_rate": floor}
-    elif schedule == "wsd":
-        decay = round(training["decay_fraction"] * training["steps"])
-        arguments["lr_scheduler_kwargs"] = {"num_decay_steps": decay, "min_lr_ratio": floor, "decay_type": "linear"}
-    elif schedule == "linear" and floor:
-        limits.append(f"the floor of the schedule, {floor:g} of the peak: the Trainer's linear schedule ends at 0")
-    return arguments, limits

@@ -1,8 +1,9 @@
 """Megatron-LM: arguments of pretrain_gpt.py, with its muP (--use-mup, NVIDIA/Megatron-LM pull request 3058).
 
-For Adam it divides LR and eps of every matrix but the embedding by the width multiplier, hidden init stds by its root
-(projections back into the stream also by sqrt(2 L)), and scales logits and attention. An explicit --decoupled-lr keeps
-the LR of embedding and head. It knows no rule for depth, and leaves weight decay as it is.
+For Adam it divides LR and eps of every matrix but embeddings and head by the width multiplier, hidden init stds by its
+root (projections back into the stream also by sqrt(2 L)), and scales logits and attention. It knows no rule for depth,
+and leaves weight decay as it is. An explicit --decoupled-lr keeps the LR of the head in versions that scale it. Its
+warm-up is a step behind the sweep's, with an LR of 0 at the first step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from mupsweep.recipes.tensors import LAST_OF_BRANCH, differences, named, only_adamw, own, ratios, refuse_experts
 
 SUFFIX = ".sh"
+MADE_FOR = "Megatron-LM at commit d98e8a6 (2026-08-22)"
 STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 REMEDIES = {
     "lr": "Megatron has no argument for it: give a ParamGroupOverride in config_overrides",
@@ -47,7 +49,7 @@ def render(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
 
 def _muP(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:  # noqa: N802
     """Arguments of LR, decay and init; and where Megatron's rule differs from the recipe's."""
-    embedding, hidden = named(recipe, "token_embedding.weight"), named(recipe, "mlp.up.weight")
+    embedding, hidden = named(recipe, "token_embedding.weight"), named(recipe, "attention.output.weight")
     (adamw,) = recipe["optimizers"]
     m = ratios(recipe)[0] if hidden["lr_ratio"] != 1 or hidden["init_var_ratio"] != 1 else 1.0
     minimum = recipe["training"]["min_lr_frac"]
@@ -77,10 +79,9 @@ def _muP(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:  # noqa
 
     def theirs(row: Mapping[str, Any]) -> dict[str, float]:
         matrix, vector = row["role"] == "hidden", row["role"].endswith("vector")
-        scaled = m if row["role"] in ("hidden", "output") else 1.0
         numbers = {
             "lr": base["lr"] / (m if matrix else 1.0),
-            "eps": base["eps"] / scaled,
+            "eps": base["eps"] / (m if matrix else 1.0),
             "weight_decay": 0.0 if vector else base["weight_decay"],
         }
         if row["init"] == "normal":
@@ -122,6 +123,8 @@ def _model(recipe: Mapping[str, Any]) -> dict[str, Any]:
         arguments["--untie-embeddings-and-output-weights"] = None
     if not any(row["name"].endswith("mlp.up.bias") for row in own(recipe)):
         arguments["--disable-bias-linear"] = None
+    if architecture.get("qk_norm", "none") != "none":
+        arguments["--qk-layernorm"] = None
     if "rope_theta" in architecture:
         arguments |= {
             "--swiglu": None,
@@ -154,6 +157,9 @@ def _limits(recipe: Mapping[str, Any]) -> list[str]:
     architecture, limits = recipe["architecture"], []
     if architecture.get("qk_norm", "none") == "plain" or architecture.get("norm_gains") is False:
         limits.append("norms without gains: Megatron's always have them; freeze them at 1")
-    elif architecture.get("qk_norm", "none") != "none":
-        limits.append("the norm of queries and keys: add --qk-layernorm, and give its gains the numbers of the recipe")
+    if architecture.get("bias") is False:
+        limits.append("norms without biases: Megatron's LayerNorm always has them; freeze them at 0")
+        limits.append(
+            "GELU in GPT-2's tanh form: Megatron has it only with biases; set activation_func in TransformerConfig"
+        )
     return limits

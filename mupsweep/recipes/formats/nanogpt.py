@@ -1,7 +1,8 @@
 """nanoGPT: a config file for EleutherAI/nanoGPT-mup, branch completep; its model.py says which tensor gets what.
 
 That fork has the width rule (mup_*) and the depth rule (depth_*) of AdamW: hidden LR 1/m_d * m_L^(a-1), hidden init std
-1/sqrt(m_d), weight decay m_d, eps 1/m_d (* m_L^-a inside blocks), branches m_L^-a, logits 1/m_d. It ties the head.
+1/sqrt(m_d), weight decay m_d, branches m_L^-a, logits 1/m_d, and one eps for all tensors, adam_eps / m_d * m_L^-a. It
+ties the head. Its warm-up is a step behind the sweep's, with an LR of 0 at the first step.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any
 from mupsweep.recipes.tensors import differences, named, need_model, only_adamw, ratios
 
 SUFFIX = ".py"
+MADE_FOR = "EleutherAI/nanoGPT-mup, branch completep, at commit 6f8bc3b (2025-05-09)"
+MULTIPLIERS = ("mup_width_multiplier", "depth_multiplier", "depth_alpha_exp")
 REMEDIES = {
     "lr": "scale it in configure_optimizers",
     "weight_decay": "set it in configure_optimizers",
-    "eps": "set it in configure_optimizers",
+    "eps": "it has one eps for all tensors, and one as small as this has no effect",
     "init_std": "set it in GPT.__init__",
     "multiplier": "multiply there in GPT.forward or Block.forward",
 }
@@ -29,12 +32,11 @@ def render(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
     if only_adamw(recipe):
         (adamw,) = recipe["optimizers"]
         embedding = named(recipe, "token_embedding.weight")
-        eps = embedding["eps"] * settings["mup_width_multiplier"]
-        limits += [
-            *differences(recipe, lambda row: _theirs(row, settings, embedding, eps), REMEDIES),
-            f"adam_eps={eps:.6g}, an argument of GPT.configure_optimizers",
-        ]
+        eps = named(recipe, "mlp.up.weight")["eps"]
+        limits += differences(recipe, lambda row: _theirs(row, settings, embedding, eps), REMEDIES)
+        m_d, m_L, a = (settings[key] for key in MULTIPLIERS)
         settings |= {
+            "adam_eps": eps * m_d * m_L**a,
             "learning_rate": embedding["lr"],
             "min_lr": embedding["lr"] * recipe["training"]["min_lr_frac"],
             "weight_decay": embedding["weight_decay"],
@@ -85,11 +87,11 @@ def _model(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def _theirs(row: Mapping[str, Any], settings: Mapping[str, Any], embedding: Mapping[str, Any], eps: float) -> Any:
     """What that model.py gives a tensor."""
-    m_d, m_L, a = (settings[k] for k in ("mup_width_multiplier", "depth_multiplier", "depth_alpha_exp"))
+    m_d, m_L, a = (settings[key] for key in MULTIPLIERS)
     inside, matrix = row["role"].startswith("hidden"), row["role"] == "hidden"
     numbers = {
         "lr": embedding["lr"] * (m_L ** (a - 1) if inside else 1.0) / (m_d if matrix else 1.0),
-        "eps": eps / m_d * (m_L**-a if inside else 1.0),
+        "eps": eps,
         "weight_decay": 0.0 if row["role"].endswith("vector") else embedding["weight_decay"] * (m_d if matrix else 1.0),
     }
     if row["init"] == "normal":

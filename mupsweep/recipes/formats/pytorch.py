@@ -9,8 +9,10 @@ from typing import Any
 from mupsweep.recipes.tensors import groups, starts, torch_class
 
 SUFFIX = ".py"
+MADE_FOR = "torch 2.13"
 
-BODY = '''import re
+BODY = '''import math
+import re
 
 import torch
 
@@ -21,7 +23,7 @@ CLIP_NORM = {clip!r}  # of the gradients of all parameters together; None: do no
 TRAINING = {training}
 # pattern of names -> standard deviation of a tensor at the start, or "ones", "zeros" or "fixed"
 INIT = {init}
-# weight_decay is coupled, as in torch: a step subtracts lr * weight_decay * W. The schedule multiplies every lr.
+# weight_decay is coupled, as in torch: a step subtracts lr * weight_decay * W. schedule() multiplies every lr.
 GROUPS = {groups}
 OPTIMIZERS = {{{optimizers}}}
 
@@ -39,6 +41,22 @@ def optimizers(model, rename=lambda name: name):
     if left:
         raise ValueError(f"no pattern fits {{sorted(left)}}: give optimizers() a rename for your names")
     return [make(members[name]) for name, make in OPTIMIZERS.items() if members[name]]
+
+
+def schedule(optimizer):
+    """The sweep's warm-up and decay, as a factor on every LR of an optimizer; call its step() after the optimizer's."""
+    steps, warmup, floor = TRAINING["steps"], TRAINING["warmup_steps"], TRAINING["min_lr_frac"]
+    decays = {{"wsd": round(TRAINING["decay_fraction"] * steps), "constant": 0}}
+    decay = decays.get(TRAINING["schedule"], steps - warmup)
+
+    def factor(step):
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, max(0.0, (step - steps + decay) / max(1, decay)))
+        left = 0.5 * (1 + math.cos(math.pi * progress)) if TRAINING["schedule"] == "cosine" else 1 - progress
+        return floor + (1 - floor) * left
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 @torch.no_grad()
