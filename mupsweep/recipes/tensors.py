@@ -196,12 +196,17 @@ def named(recipe: ResolvedVariant, ending: str) -> Row:
     return next(row for row in recipe["tensors"] if row["name"].endswith(ending))
 
 
-def need_model(recipe: ResolvedVariant, trainer: str, wanted: str, others: str) -> None:
-    """Refuse a model that the trainer does not build."""
-    if not recipe["architecture"]["kind"].endswith(f".{wanted}"):
+def need_model(recipe: ResolvedVariant, trainer: str, wanted: tuple[str, ...], others: str) -> None:
+    """Refuse a model that the trainer does not build, or that its format has no names for.
+
+    Args:
+        wanted: classes of models.
+        others: the formats to use instead.
+    """
+    kind = recipe["architecture"]["kind"].rpartition(".")[2]
+    if kind not in wanted:
         raise ConfigError(
-            f"{trainer} builds no {recipe['model']} model ({recipe['architecture']['kind'].rpartition('.')[2]}), only "
-            f"{wanted}: use --format {others}"
+            f"{trainer} builds no {recipe['model']} model ({kind}), only {' and '.join(wanted)}: use --format {others}"
         )
 
 

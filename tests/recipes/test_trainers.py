@@ -36,7 +36,7 @@ class Uninterrupted:
     def stop_requested(self) -> bool:
         return False
 
-    def heartbeat(self) -> None:
+    def check_lease(self) -> None:
         pass
 
 
@@ -84,6 +84,14 @@ def test_nanogpt_expresses_these_rules_of_adamw_whole(parametrization: str) -> N
     assert settings["mup_width_multiplier"] == (4.0 if scaled else 1.0)
     depth = {"spectral": (2.0, 1.0), "depth_mup": (2.0, 0.5)}.get(parametrization, (1.0, 1.0))
     assert (settings["depth_multiplier"], settings["depth_alpha_exp"]) == pytest.approx(depth, rel=TOLERANCE["numbers"])
+
+
+@pytest.mark.parametrize("name", ["nanogpt", "olmo", "torchtitan"])
+def test_a_model_without_names_in_a_format_is_refused(name: str) -> None:
+    recipe = content(run())
+    recipe["architecture"]["kind"] = "mine.Experts"
+    with pytest.raises(ConfigError, match=r"builds no nanogpt model \(Experts\), only .*: use --format .*pytorch"):
+        recipes.export(name, recipe)
 
 
 def test_nanogpt_names_the_numbers_that_it_would_get_wrong() -> None:

@@ -27,7 +27,7 @@ REMEDIES = {
 
 def render(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The config, and what it lacks."""
-    need_model(recipe, "nanoGPT", "NanoGPT", "huggingface, torchtitan, megatron or pytorch")
+    need_model(recipe, "nanoGPT", ("NanoGPT",), "huggingface, torchtitan, olmo, megatron or pytorch")
     settings, limits = _model(recipe), _limits(recipe)
     if only_adamw(recipe):
         (adamw,) = recipe["optimizers"]

@@ -111,7 +111,7 @@ def rename(name: str) -> str:
 
 def render(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The module, and what it lacks."""
-    need_model(recipe, "OLMo-core", "Llama", "nanogpt, huggingface, megatron or pytorch")
+    need_model(recipe, "OLMo-core", ("Llama",), "nanogpt, huggingface, megatron, torchtitan or pytorch")
     target, architecture, training = recipe["target"], recipe["architecture"], recipe["training"]
     if not only_adamw(recipe):
         names = " and ".join(optimizer["name"] for optimizer in recipe["optimizers"])

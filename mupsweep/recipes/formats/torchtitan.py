@@ -210,7 +210,7 @@ def rename(name: str) -> str:
 
 def render(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The module, and what it lacks."""
-    need_model(recipe, "torchtitan", "Llama", "nanogpt, huggingface, megatron, olmo or pytorch")
+    need_model(recipe, "torchtitan", ("Llama",), "nanogpt, huggingface, megatron, olmo or pytorch")
     target, architecture, training = recipe["target"], recipe["architecture"], recipe["training"]
     if architecture["projections"] == "fused":
         raise ConfigError(
