@@ -128,7 +128,7 @@ class HuggingFace(InferredArchitecture):
         try:
             return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         except ValueError as error:
-            if "sdpa" not in str(error):
+            if "scaled_dot_product_attention" not in str(error):
                 raise
             return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
@@ -170,7 +170,10 @@ class HuggingFace(InferredArchitecture):
             return "hold head_dim fixed (model.heads=null), or name the field that holds it in model.fields"
         if constant == BLOCK:
             return "choose parametrization=mup, which leaves depth as it is, or name the field in model.fields"
-        return "untie the head ('model.settings={tie_word_embeddings:false}'), or name the field in model.fields"
+        return (
+            "untie the head where it is tied ('model.settings={tie_word_embeddings:false}'), choose "
+            "parametrization.output=init, or name the field in model.fields"
+        )
 
     @property
     def _values(self) -> dict[str, Any]:

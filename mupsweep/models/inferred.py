@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -194,7 +195,9 @@ class Known:
         try:
             inferred = infer(network, self.base, self.wide, self.model.roles)
         except ConfigError as error:
-            raise ConfigError(f"{self.model.where}: {str(error).replace('roles={', 'model.roles={')}") from error
+            text = str(error).replace("delta_model and base_model", "its networks at two widths")
+            text = re.sub(r"roles=\{'([^']*)': '(\w+)'\}", r"'model.roles={\1:\2}'", text)
+            raise ConfigError(f"{self.model.where}: {text}") from error
         unknown = [p for p in self.model.roles or () if not any(fnmatchcase(t.name, p) for t in inferred)]
         if unknown:
             raise ConfigError(f"model.roles: the pattern {unknown[0]!r} fits no tensor, such as {inferred[0].name}")
@@ -232,7 +235,7 @@ class Known:
         if role is Role.OUTPUT and OUTPUT not in self.model.takes and not self._is_tied(name):
             return Fold.MULTIPLIER
         inside = role in (Role.HIDDEN, Role.HIDDEN_VECTOR)
-        if inside and BLOCK not in self.model.takes and self._ends_branch(module):
+        if inside and BLOCK not in self.model.takes and (self._ends_branch(module) or self._ends_branch(name)):
             return Fold.MULTIPLIER
         lacks_power = self.attention.lacks_power and ATTENTION not in self.model.takes
         if inside and lacks_power and QUERIES & {*module.rpartition(".")[2].split("_")}:

@@ -25,7 +25,8 @@ from mupsweep.scaling import Fold, Init, Role
 if TYPE_CHECKING:
     from mupsweep.models.inferred import InferredArchitecture, Known
 
-SEEDS = (0, 1)  # under which the base is drawn, to tell what is random and how large it is
+DRAWS = (2, 8)  # of the base, at least two to tell what is random, and more where tensors are small
+ENOUGH_ENTRIES = 4096  # of a family, which make its root mean square right to a hundredth
 FEW_TOKENS = 8  # of a sequence, where only structure is looked at
 SAME = 1e-4  # relative difference of sums in another order
 
@@ -129,11 +130,20 @@ def drawn(model: InferredArchitecture, size: Size, seed: int = 0) -> nn.Module:
 
 def starts(model: InferredArchitecture, size: Size) -> dict[str, Start]:
     """How the tensors of every family start."""
-    networks = [dict(drawn(model, size, seed).named_parameters(remove_duplicate=False)) for seed in SEEDS]
-    members: dict[str, list[tuple[Tensor, ...]]] = defaultdict(list)
-    for name in networks[0]:
-        members[family(name)].append(tuple(network[name].detach() for network in networks))
-    return {name: _start(tensors) for name, tensors in members.items()}
+    networks: list[dict[str, Tensor]] = []
+    members: dict[str, list[str]] = defaultdict(list)
+    for seed in range(DRAWS[1]):
+        networks.append({n: p.detach() for n, p in drawn(model, size, seed).named_parameters(remove_duplicate=False)})
+        if seed == 0:
+            for name in networks[0]:
+                members[family(name)].append(name)
+        elif seed + 1 >= DRAWS[0]:
+            is_random = (names for names in members.values() if not torch.equal(*(n[names[0]] for n in networks[:2])))
+            entries = (sum(networks[0][name].numel() for name in names) for names in is_random)
+            if min(entries, default=ENOUGH_ENTRIES) * len(networks) >= ENOUGH_ENTRIES:
+                break
+    draws = {name: [tuple(n[member] for n in networks) for member in names] for name, names in members.items()}
+    return {name: _start(tensors) for name, tensors in draws.items()}
 
 
 def _start(tensors: list[tuple[Tensor, ...]]) -> Start:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -84,7 +83,7 @@ class Own(InferredArchitecture):
         }
         return f"give the function an argument {constant}, or {others[constant]} (configs/model/README.md)"
 
-    @cached_property
+    @property
     def _build(self) -> Any:
         with importable_folder():
             function = import_object(str(self.path).replace(":", "."), "model.path", "your function of width and depth")
@@ -92,7 +91,7 @@ class Own(InferredArchitecture):
             raise ConfigError(f"{self.where} is no function: name one of width and depth, as my_module:build")
         return function
 
-    @cached_property
+    @property
     def _parameters(self) -> dict[str, inspect.Parameter]:
         """What the function takes by name, beside width and depth."""
         try:

@@ -275,6 +275,7 @@ def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:
             by_digest[digest] = resolve(variants[label_of(row)], config.launcher_options, digest, config.sweep.listed)
         if digest not in by_digest:
             where = {variant.data.path or variant.data.name for variant in config.variants}
+            where |= {str(variant.model["path"]) for variant in config.variants if "path" in variant.model}
             raise RecordError(
                 f"{sweep.path} was planned on another text than {', '.join(sorted(where))} holds now, or its "
                 "config.yaml was edited: choose another sweep.name, or bring the old text back"

@@ -239,13 +239,16 @@ def scale_tensor(
     rows, sizes = base.dims[0], (spec.dims[1], base.dims[1])
     growing = scaled(*(replace(spec, as_matrix=(n_in, n_in)) for n_in in sizes))
     fixed = scaled(*(replace(spec, as_matrix=(rows, n_in), repeats=max(1.0, n_in / rows)) for n_in in sizes))
+    settled = (
+        f"'model.roles={{{spec.name}:hidden}}'" if resolved.model.inferred else f"roles={{'{spec.name}': 'hidden'}}"
+    )
     for key in ("lr", "weight_decay", "init_std"):  # the smaller eps, that of growing rows, is below both gradients
         a, b = getattr(growing.rule, key), getattr(fixed.rule, key)
         if not math.isclose(a, b, rel_tol=1e-9):
             raise ConfigError(
                 f"{spec.name}: rows that grow with the width and rows that do not are stacked in it, and "
                 f"{growing.scaled.optimizer.name} wants {key} x{a:g} for the ones and x{b:g} for the others: split it, "
-                f"or take it for one matrix with roles={{'{spec.name}': 'hidden'}}"
+                f"or take it for one matrix with {settled}"
             )
     return growing
 
@@ -363,11 +366,14 @@ def _check_roles(resolved: ResolvedVariant) -> None:
 def _check_tie(resolved: ResolvedVariant, spec: TensorSpec, scaling: TensorScaling, tied: TensorScaling) -> None:
     """Refuse a tensor that shares its storage with one of another rule."""
     if key := scaling.differing_key(tied):
+        cause, remedy = "model.tied=true: ", "use model.tied=false"
+        if resolved.model.inferred:
+            cause, remedy = "", "untie them in the model"
         raise ConfigError(
-            f"model.tied=true: {spec.tied_to} and {spec.name} share storage, but "
+            f"{cause}{spec.tied_to} and {spec.name} share storage, but "
             f"{resolved.parametrization.name} with {resolved.optimizer.name} wants {key} x{getattr(tied.rule, key):g} "
             f"for the one and x{getattr(scaling.rule, key):g} for the other; "
-            "use model.tied=false, or parametrization.output=multiplier if it is init"
+            f"{remedy}, or parametrization.output=multiplier if it is init"
         )
 
 

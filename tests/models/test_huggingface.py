@@ -155,7 +155,7 @@ def test_constants_that_a_config_has_are_set_there() -> None:
         (
             {**LLAMA, "tie_word_embeddings": True},
             [],
-            r"untie the head \('model\.settings=\{tie_word_embeddings:false\}'\)",
+            r"untie the head where it is tied \('model\.settings=\{tie_word_embeddings:false\}'\)",
         ),
     ],
     ids=lambda value: "",
