@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -29,14 +30,14 @@ RATIOS = [(1.0, 1.0), (2.0, 1.0), (1.0, 2.0), (2.0, 2.0)]
 CPU = torch.device("cpu")
 FUSED = {"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")}
 # An architecture with everything that a key of its yaml can add.
-EVERYTHING: dict[str, dict[str, object]] = {
+EVERYTHING: dict[str, dict[str, Any]] = {
     "nanogpt": {"bias": True},
     "llama": {"kv_heads": 1, "qk_norm": "gains"},
     "moe": {"experts": 3, "shared_experts": 1},
 }
 
 
-def everything(name: str, optimizer: str = "adamw", **keys: object) -> RunSpec:
+def everything(name: str, optimizer: str = "adamw", **keys: Any) -> RunSpec:
     return tiny(name, optimizer, **EVERYTHING.get(name, {}), **keys)
 
 
