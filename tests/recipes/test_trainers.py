@@ -149,6 +149,7 @@ def test_megatron_has_no_rule_for_depth_decay_or_other_optimizers() -> None:
     muon = recipes.export("megatron", content(run("optimizer=muon")))
     assert "--lr" not in arguments(muon.text)
     assert any("Megatron's muP rule is Adam's" in line for line in muon.limits)
+    assert any("the warm-up: it starts with an LR of 0" in line for line in muon.limits)
     inits = recipes.export("megatron", content(run("parametrization=mup", "parametrization.output=init"))).limits
     assert any(line.startswith("multiplier 1 of head.weight: it would be 0.25") for line in inits)
     assert any(line.startswith("init std 0.005 of head.weight: it would be 0.02") for line in inits)

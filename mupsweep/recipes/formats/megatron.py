@@ -162,4 +162,8 @@ def _limits(recipe: Mapping[str, Any]) -> list[str]:
         limits.append(
             "GELU in GPT-2's tanh form: Megatron has it only with biases; set activation_func in TransformerConfig"
         )
+    if recipe["training"]["warmup_steps"]:
+        limits.append(
+            "the warm-up: it starts with an LR of 0, a step behind the sweep's; change OptimizerParamScheduler"
+        )
     return limits

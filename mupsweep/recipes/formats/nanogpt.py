@@ -110,6 +110,8 @@ def _limits(recipe: Mapping[str, Any]) -> list[str]:
         )
     if not math.isclose(recipe["attention_scale"], target["head_dim"] ** -0.5):
         limits.append(f"the attention scale {recipe['attention_scale']:.6g}: set it in CausalSelfAttention.forward")
+    if recipe["training"]["warmup_steps"]:
+        limits.append("the warm-up: it starts with an LR of 0, a step behind the sweep's; change get_lr in train.py")
     if recipe["training"]["schedule"] not in ("cosine", "constant"):
         limits.append(f"the schedule {recipe['training']['schedule']}: change get_lr in train.py")
     if target["ffn_width"] != 4 * target["width"]:
