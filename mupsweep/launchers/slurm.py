@@ -226,7 +226,8 @@ class Slurm:
                 n_runs = counted(len(waiting), "run")
                 _print(f"launcher.max_submitted={self.max_submitted}: {n_runs} left for the analysis to submit")
             if missing or not queue.analysis:
-                self._submit_analysis(sweep, arrays, goes_on=bool(waiting))
+                # Where analyses have filled the queue, the new one follows them.
+                self._submit_analysis(sweep, arrays or [job.job_id for job in queue.analysis], goes_on=bool(waiting))
         folder = shlex.quote(str(sweep.path))
         _print(f"follow with: mupsweep status {folder}   stop with: mupsweep cancel {folder}")
         return True
@@ -249,14 +250,14 @@ class Slurm:
             _print(f"submitted job {arrays[-1]}: {about} ({script})")
         return [run_id for run_id in run_ids if run_id in waiting]
 
-    def _submit_analysis(self, sweep: SweepDir, arrays: Sequence[str], goes_on: bool = False) -> None:
-        """Submit the analysis after some arrays.
+    def _submit_analysis(self, sweep: SweepDir, jobs: Sequence[str], goes_on: bool = False) -> None:
+        """Submit the analysis after some jobs.
 
         Args:
             goes_on: whether it has runs left to submit.
         """
         script = self.write_analysis(sweep, goes_on)
-        after = slurm_jobs.submit(sweep, script, [], f"--dependency=afterany:{':'.join(arrays)}")
+        after = slurm_jobs.submit(sweep, script, [], f"--dependency=afterany:{':'.join(jobs)}")
         _print(f"submitted job {after}: the analysis when these have ended ({script})")
 
     def preview(self, sweep: SweepDir, run_ids: Sequence[str]) -> None:

@@ -191,6 +191,19 @@ def test_no_more_than_max_submitted_are_in_the_queue_and_the_analysis_submits_th
     assert len(slurm.calls("sbatch")) == 5
 
 
+def test_where_analyses_have_filled_the_queue_another_follows_them(
+    slurm: Fake, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    sweep, _ = plan.save(load([*SMOKE, "launcher.max_submitted=3"]), "")
+    for job in ("7", "8"):
+        sweep.write_job(job, sweep.script("report"), [])
+    slurm.queue("7|PENDING|Dependency", "8|PENDING|Dependency")
+    code, _, err = cli("run", *SMOKE, "launcher.max_submitted=3")
+    assert code == 0, err
+    assert "launcher.max_submitted=3: 6 runs left for the analysis to submit" in err
+    assert slurm.calls("sbatch") == ["--parsable --dependency=afterany:7:8 sweeps/smoke/submit-report.sbatch"]
+
+
 def test_a_dry_run_writes_the_scripts_and_submits_nothing(
     slurm: Fake, cli: Callable[..., tuple[int, str, str]]
 ) -> None:
