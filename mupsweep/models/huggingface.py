@@ -29,14 +29,15 @@ FIELDS = {
     "context": ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"),
     "vocab_size": ("vocab_size",),
 }
+# What configs of mixtures call their routed experts, and those that compute a token.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "moe_top_k", "num_selected_experts")
 NEEDED = ("width", "depth")
 CONSTANTS = (OUTPUT, BLOCK, ATTENTION)
 SCALED_BY = ("width", "depth", "heads")
 # Keys of a file that name other code, or how weights of somebody else's are stored.
 LEFT_OUT = ("auto_map", "quantization_config", "torch_dtype", "dtype", "architectures", "transformers_version")
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id")
-
-
 KIND = "mupsweep.models.huggingface.HuggingFace"
 
 
@@ -161,6 +162,15 @@ class HuggingFace(InferredArchitecture):
             own = self._number(name, f"model.fields.{constant}")
             values[name] = own / value if divides else own * value
         return {**values, **dict.fromkeys(TOKENS), "use_cache": False}
+
+    def active(self, name: str) -> float:
+        if ".experts." not in name:
+            return 1.0
+        experts, chosen = (
+            next((value for name in names if isinstance(value := self._values.get(name), int) and value > 0), 1)
+            for names in (EXPERTS, EXPERTS_PER_TOKEN)
+        )
+        return min(1.0, chosen / experts)
 
     def read(self, output: Any) -> Any:
         return output[0] if isinstance(output, tuple) else getattr(output, "logits", output)

@@ -81,6 +81,10 @@ class InferredArchitecture(Architecture):
     def remedy(self, constant: str) -> str:
         """What a user can do where a constant can be taken up by nothing."""
 
+    def active(self, name: str) -> float:
+        """The share of the tokens that a tensor computes, below 1 of an expert."""
+        return 1.0
+
     @property
     def base(self) -> BaseShape:
         return BaseShape(self.width, self.depth, self.head_dim, self.heads, 4.0, self.context)
@@ -227,6 +231,7 @@ class Known:
             as_matrix=tensor.spec.dims,
             stacked=tensor.spec.stacked,
             fold=self._fold(name, role),
+            active=self.model.active(name),
         )
 
     def _fold(self, name: str, role: Role) -> Fold | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,17 @@ def test_the_fields_of_the_shape_keep_their_proportions() -> None:
     assert fields(wide_heads, "num_attention_heads", "num_key_value_heads") == [4, 2]
     named = runs(LLAMA | {"inner_size": 10}, "model.scaled={inner_size:heads}")[2.0, 1.0]
     assert fields(named, "inner_size") == [20]
+
+
+def test_a_token_costs_the_experts_that_compute_it() -> None:
+    mixtral = {**LLAMA, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    run = runs(mixtral)[2.0, 1.0]
+    experts = sum(math.prod(t.shape) for t in run.resolved.model.tensors(run.size) if ".experts." in t.name)
+    assert experts == 2 * 8 * 3 * 64 * fields(run, "intermediate_size")[0]  # blocks, experts, matrices, width
+    assert run.cost.active_parameters == run.cost.parameters - 0.75 * experts
+    dense = runs({**mixtral, "num_experts_per_tok": 8})[2.0, 1.0]
+    assert dense.cost.active_parameters is None
+    assert dense.cost.flops - run.cost.flops == pytest.approx(6 * 0.75 * experts * run.cost.tokens, rel=1e-12)
 
 
 def test_roles_are_those_of_the_table_of_models() -> None:
