@@ -165,6 +165,7 @@ def test_when_one_rank_is_killed_the_others_end_and_a_new_worker_ends_with_the_s
     assert owners(sweep) == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_forked_workers")
 def test_a_sharded_sweep_has_the_losses_of_a_whole_one(pairs: dict[str, tuple[dict[str, object], bytes]]) -> None:
     rarely = "training.checkpoint_minutes=10"

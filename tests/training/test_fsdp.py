@@ -264,7 +264,9 @@ def test_an_error_of_one_rank_ends_the_run_on_all_of_them_and_the_next_one_is_tr
     assert endings[1 - who] == f"rank {who}: ValueError: {where}; then done"
 
 
-@pytest.mark.parametrize(("who", "where"), [(0, "memory forward"), (1, "memory backward")])
+@pytest.mark.parametrize(
+    ("who", "where"), [(0, "memory forward"), pytest.param(1, "memory backward", marks=pytest.mark.slow)]
+)
 def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_of_all(
     who: int, where: str, pool: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
