@@ -98,7 +98,8 @@ def time_left(states: Iterable[RunState]) -> str | None:
 def seconds_per_row(row: Mapping[str, Any], status: Mapping[str, Any]) -> float:
     """How long a running run takes from one row of its metrics to the next; 0 while its speed is not measured."""
     speed = status.get("tokens_per_second")
-    return row["tokens"] / min(METRICS_ROWS, status["steps"]) / speed if speed and row.get("tokens") else 0.0
+    rows = max(1, min(METRICS_ROWS, status.get("steps", METRICS_ROWS)))
+    return row["tokens"] / rows / speed if speed and row.get("tokens") else 0.0
 
 
 def _run_table(states: Sequence[RunState], queue: slurm_queue.Queue) -> Table:

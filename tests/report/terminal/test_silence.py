@@ -35,3 +35,16 @@ def test_a_worker_without_progress_is_named_with_its_silence(
     claim.release()
     show_status(sweep, per_run=False, as_json=False)
     assert "silent" not in capsys.readouterr().out
+
+
+def test_the_status_of_a_run_without_its_number_of_steps_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep, runs = plan.save(load(["experiment=smoke", f"out={tmp_path}"]), "")
+    folder = sweep.run(runs[0].run_id)
+    claim = folder.claim()
+    assert claim is not None
+    for damaged in ({}, {"steps": 0}):
+        folder.write_status(RUNNING, tokens_per_second=100.0, **damaged)
+        show_status(sweep, per_run=False, as_json=False)
+        assert "running 1" in capsys.readouterr().out
