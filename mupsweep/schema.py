@@ -165,17 +165,19 @@ def refuse_foreign_code(section: Mapping[str, Any], where: str, allowed: Consent
         where: the section's name, for the message.
         allowed: what this command line says; a file that holds the section has no say.
     """
-    for code in foreign_code(section, where, to_train=True):
-        if not allows(allowed, code):
-            raise ConfigError(
-                f"{code} is code outside mupsweep: add allow_imports=true if you trust it (--allow-imports to a "
-                "command on a sweep)"
-            )
+    code = refused_code(section, where, allowed, to_train=True)
+    if code is not None:
+        raise ConfigError(
+            f"{code} is code outside mupsweep: add allow_imports=true if you trust it (--allow-imports to a "
+            "command on a sweep)"
+        )
 
 
-def allows(allowed: Consent, code: str) -> bool:
-    """Whether the person at the command line allows what `foreign_code` found."""
-    return allowed if isinstance(allowed, bool) else code in allowed
+def refused_code(section: Any, where: str, allowed: Consent, to_train: bool = False) -> str | None:
+    """The first of what `foreign_code` finds that the person at the command line does not allow; None where all is."""
+    if isinstance(allowed, bool):
+        return None if allowed else next(foreign_code(section, where, to_train), None)
+    return next((code for code in foreign_code(section, where, to_train) if code not in allowed), None)
 
 
 def foreign_code(section: Any, where: str, to_train: bool = False) -> Iterator[str]:

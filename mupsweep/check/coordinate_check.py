@@ -27,7 +27,6 @@ PROBE_SEQUENCES = 4
 LOWEST, HIGHEST = -16, 6  # log2 of the LRs that are tried
 MOVED = 0.5  # RMS change of the logits that makes an LR large enough to measure with
 CPU = torch.device("cpu")
-OWN = {"mupsweep.models.own.Own", "mupsweep.models.huggingface.HuggingFace"}  # without the keys of experiment=check
 
 
 def load(overrides: Sequence[str], config_dir: str | None) -> SweepConfig:
@@ -35,12 +34,13 @@ def load(overrides: Sequence[str], config_dir: str | None) -> SweepConfig:
     overrides = list(overrides)
     if not any(override.startswith("experiment=") for override in overrides):
         models = [override for override in overrides if override.startswith("model=")]
-        kinds = [
-            compose([f"model={name}"], config_dir)["model"]["kind"]
+        sections = [
+            compose([f"model={name}"], config_dir)["model"]
             for name in _names(models)
             if name in choices("model", config_dir)
         ]
-        overrides.append("experiment=check_own" if {*kinds} & OWN else "experiment=check")
+        draws_itself = any("init_std" not in section for section in sections)  # which experiment=check sets
+        overrides.append("experiment=check_own" if draws_itself else "experiment=check")
     asked = [override for override in overrides if override.startswith("parametrization=")]
     names = _names(asked) or ["spectral"]
     others = [override for override in overrides if override not in asked]

@@ -22,7 +22,7 @@ from mupsweep.recipes import validation
 from mupsweep.report.generate import generate
 from mupsweep.report.terminal.plan import price_text
 from mupsweep.schema import instantiate
-from mupsweep.store import environment
+from mupsweep.store import environment, slurm_queue
 from mupsweep.store.results import read_runs
 from mupsweep.store.run_dir import FAILED, PENDING
 from mupsweep.store.sweep_dir import SweepDir
@@ -88,10 +88,11 @@ def preview(config: SweepConfig, command: str) -> None:
 def continue_sweep(sweep: SweepDir) -> None:
     """Submit what was left of a round for want of room in the queue, or the next round of a search if one follows."""
     config = from_tree(sweep.read_config(), sweep.allow_imports)
-    unfinished = open_runs(sweep, _of_sweep(plan.load(sweep)))
-    submitted = {run_id for job in sweep.read_jobs() for task in job["tasks"] for run_id in task}
-    if waiting := [run for run in unfinished if run.run_id not in submitted]:
-        train_rounds(instantiate(config.launcher, "launcher"), sweep, [waiting])
+    planned = [row["run_id"] for row in sweep.read_plan() if not row.get("validation")]
+    unfinished = {run_id for run_id in planned if sweep.run(run_id).is_open()}
+    if waiting := unfinished - slurm_queue.submitted_runs(sweep.read_jobs()):
+        runs = [run for run in plan.load(sweep) if run.run_id in waiting]
+        train_rounds(instantiate(config.launcher, "launcher"), sweep, [runs])
         return
     if config.sweep.search == GRID:
         return

@@ -209,8 +209,7 @@ class Slurm:
                 _print("this job was cancelled: it submits nothing")
                 return False
             missing = [run_id for run_id in run_ids if run_id not in queue.runs]
-            submitted = {run_id for row in recorded for task in row["tasks"] for run_id in task}
-            if unfinished := len(submitted.intersection(missing)):
+            if unfinished := len(slurm_queue.submitted_runs(recorded).intersection(missing)):
                 _print(f"jobs ended without finishing {counted(unfinished, 'run')}; what they said is in {sweep.logs}")
             if queued := len(run_ids) - len(missing):
                 _print(f"{counted(queued, 'run')} in queued or running jobs")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -17,6 +16,7 @@ from typing import IO, Any
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.training import signals
 from mupsweep.training.signals import defer_signals
+from mupsweep.training.slot import Slot
 
 POLL_SECONDS = 0.3
 STOPPED = 130  # exit code of a worker that a signal asked to stop
@@ -56,12 +56,9 @@ class WorkerPool:
 
     def command(self, index: int) -> list[str]:
         """Return the command line of a slot's worker."""
-        command = [sys.executable, "-m", "mupsweep", "worker", str(self.sweep.path), *self.names]
-        device, workers = self.slots[index], self.slots.count(self.slots[index])
-        command += ["--device", device, "--threads", str(self.threads), *["--shard"] * self.shard]
-        if workers > 1 and device.startswith("cuda"):
-            command += ["--workers", str(workers)]
-        return command + ["--allow-imports"] * bool(self.sweep.allow_imports)
+        device = self.slots[index]
+        workers = self.slots.count(device) if device.startswith("cuda") else 1
+        return Slot(self.names, device, self.threads, self.shard, workers).command(self.sweep)
 
     def output(self, index: int) -> contextlib.AbstractContextManager[IO[Any] | None]:
         """Open what a slot's workers print to; None is where this process prints."""

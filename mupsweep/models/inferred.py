@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     from mupsweep.models.observation import Attention, Start
 
 BLOCK, OUTPUT, ATTENTION = "block_multiplier", "output_multiplier", "attention_multiplier"
-# The last matrix of a residual branch, as GPT-2, Llama, GPT-NeoX, OPT, Phi, MPT, torch and Mamba call it.
-BRANCH_ENDS = (
-    *("*.o_proj", "*.out_proj", "*.c_proj", "*.down_proj", "*.dense", "*.dense_4h_to_h", "*.fc2", "*.fc_out"),
-    *("*.wo", "*.w2", "*.linear2", "*.attention.output", "*.mlp.down", "*.attn.proj", "*.mlp.proj", "*.out"),
-)
 OTHER_WIDTHS = (2.0, 3.0, 0.5)  # ratios to the base, one of which tells what grows
 
 
@@ -44,7 +39,7 @@ class InferredArchitecture(Architecture):
     head_dim: int = 64
     heads: int | None = None
     roles: dict[str, Any] | None = None
-    branch_ends: tuple[str, ...] = BRANCH_ENDS
+    branch_ends: tuple[str, ...] = ()
 
     inferred = True
 

@@ -99,6 +99,13 @@ def pattern(name: str) -> str:
     return "^" + r"\.".join(r"\d+" if part.isdecimal() else part for part in name.split(".")) + "$"
 
 
+def with_names_of(names: Mapping[str, str], name: str) -> str:
+    """A tensor's name with every part that `names` has replaced by the trainer's."""
+    for ours, theirs in names.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
 def unique(items: Iterable[Any]) -> list[Any]:
     """Each once, in order."""
     return list(dict.fromkeys(items))

@@ -89,6 +89,11 @@ def of_sweep(rows: Iterable[Mapping[str, Any]]) -> Queue:
     return Queue(runs, analysis, arrays)
 
 
+def submitted_runs(rows: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Return the runs that some recorded jobs were submitted for, whether those have ended or not."""
+    return {run_id for row in rows for task in row["tasks"] for run_id in task}
+
+
 def ask(job_ids: Sequence[str]) -> dict[str, Job]:
     """Return those of the named jobs, and of the tasks of the named arrays, that are queued or running.
 

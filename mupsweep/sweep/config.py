@@ -23,12 +23,12 @@ from mupsweep.formatting import nearest
 from mupsweep.models.huggingface import with_config
 from mupsweep.schema import (
     Consent,
-    allows,
     boolean,
     foreign_code,
     instantiate,
     one_of,
     refuse_foreign_code,
+    refused_code,
     require,
     to_dataclass,
     with_whole_numbers,
@@ -382,7 +382,7 @@ def from_tree(tree: Mapping[str, Any], allow_imports: Consent = False, to_read: 
     for where, section in _sections(config):
         if not to_read:
             refuse_foreign_code(section, where, allow_imports)
-        elif not all(allows(allow_imports, code) for code in foreign_code(section, where)):
+        elif refused_code(section, where, allow_imports):
             continue
         if where != "data":  # a source needs the whole DataConfig, so its keys were checked there
             instantiate(section, where)

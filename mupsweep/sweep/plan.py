@@ -20,7 +20,7 @@ from mupsweep.errors import ConfigError, RecordError
 from mupsweep.formatting import counted, verb
 from mupsweep.models.shape import Size
 from mupsweep.optimizers import Optimizer
-from mupsweep.schema import allows, foreign_code
+from mupsweep.schema import refused_code
 from mupsweep.store import workers
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import GRID, GridConfig, SweepConfig, default_lrs, from_tree, to_tree
@@ -297,10 +297,9 @@ def _foreign_variants(config: SweepConfig) -> dict[Label, str]:
     """The variants that name code outside mupsweep without being allowed to, and what they name."""
     unreadable = {}
     for variant in config.variants:
-        named = (code.removeprefix("config.") for code in foreign_code(asdict(variant), "config"))
-        refused = next((code for code in named if not allows(config.allow_imports, code)), None)
+        refused = refused_code(asdict(variant), "config", config.allow_imports)
         if refused is not None:
-            unreadable[variant.label] = refused
+            unreadable[variant.label] = refused.removeprefix("config.")
     return unreadable
 
 

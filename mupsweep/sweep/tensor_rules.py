@@ -98,9 +98,10 @@ def rules(resolved: ResolvedVariant, size: Size, base_lr: float) -> tuple[Tensor
     base = {spec.name: spec for spec in resolved.model.tensors(resolved.size(1.0, 1.0))}
     target = list(resolved.model.tensors(size))
     first_alike: dict[str, TensorSpec] = {}  # a name with one number as # -> the first tensor of the base like it
-    for spec in base.values():
-        for form in forms_of(spec.name):
-            first_alike.setdefault(form.alike, spec)
+    if any(spec.name not in base for spec in target):
+        for spec in base.values():
+            for form in forms_of(spec.name):
+                first_alike.setdefault(form.alike, spec)
     scalings: dict[str, TensorScaling] = {}
     alike: dict[tuple[TensorSpec, TensorSpec], TensorScaling] = {}  # the tensors of one kind of all blocks
     for spec in target:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from mupsweep.store.sweep_dir import SweepDir
     from mupsweep.sweep.run_spec import RunSpec
     from mupsweep.training.signals import StopSignal
-    from mupsweep.training.worker import LeaseControl, Session, Slot
+    from mupsweep.training.slot import Slot
+    from mupsweep.training.worker import LeaseControl, Session
 
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([A-Za-z_][\w.]*)\}")
 RESUME = "resume"

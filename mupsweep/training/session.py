@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +22,9 @@ from mupsweep.training.devices import choose_devices, choose_precision, configur
 from mupsweep.training.distributed import SINGLE_PROCESS, DistributedContext, launch_ranks, torchrun_env
 from mupsweep.training.microbatch import free_memory, is_out_of_memory
 from mupsweep.training.signals import StopSignal
+from mupsweep.training.slot import Slot
 from mupsweep.training.trainer import train
-from mupsweep.training.worker import LeaseControl, Session, Slot, one_line
+from mupsweep.training.worker import LeaseControl, Session, one_line
 
 
 @dataclass
@@ -72,10 +72,7 @@ def work(sweep: SweepDir, slot: Slot, stop: StopSignal, take_runs: Callable[[Ses
     own_device = devices[int(env.get("LOCAL_RANK", 0))]
     # Before the process group forms, since NCCL picks its algorithms for good.
     configure(slot.threads, own_device, slot.shard, slot.workers)
-    arguments = [str(sweep.path), *slot.run_ids, "--device", slot.device, "--threads", str(slot.threads)]
-    arguments += ["--workers", str(slot.workers), *["--shard"] * slot.shard]
-    arguments += ["--allow-imports"] * bool(sweep.allow_imports)
-    with launch_ranks(devices, [sys.executable, "-m", "mupsweep", "worker", *arguments], slot.shard) as ranks:
+    with launch_ranks(devices, slot.command(sweep), slot.shard) as ranks:
         if not ranks.is_main_process:
             return run_replica(sweep, own_device, stop, ranks)
         return take_runs(TorchSession(own_device, ranks))

@@ -30,6 +30,7 @@ from mupsweep.sweep.trainer import PlannedTrainer
 from mupsweep.sweep.twins import Twins
 from mupsweep.trackers.live import LiveTracker
 from mupsweep.training.signals import StopRequested, StopSignal
+from mupsweep.training.slot import Slot
 
 log = logging.getLogger("mupsweep")
 
@@ -68,25 +69,6 @@ class Trainer(PlannedTrainer, Protocol):
     def work(self, sweep: SweepDir, slot: Slot, stop: StopSignal, take_runs: Callable[[Session], bool]) -> bool:
         """Open a session on the devices of a slot and have it take runs; return False if asked to stop."""
         ...
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a worker trains.
-
-    Attributes:
-        run_ids: the runs to train, or names of sizes whose runs to train; all runs where empty.
-        device: a torch device, "auto", or several separated by commas, which train every run together.
-        threads: CPU threads of every process.
-        shard: whether several devices divide weights, gradients and optimizer state.
-        workers: how many workers share the device, each of which may take an equal part of its memory.
-    """
-
-    run_ids: Sequence[str] = ()
-    device: str = "auto"
-    threads: int = 1
-    shard: bool = False
-    workers: int = 1
 
 
 def execute(

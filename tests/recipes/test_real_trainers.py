@@ -45,6 +45,13 @@ def interleaved(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     return heads.transpose(1, 2).reshape(rows.shape)
 
 
+def check_start(name: str, parameter: torch.Tensor, row: Any) -> None:
+    """Hold a tensor that a trainer has drawn against the start that the recipe gives it."""
+    expected = row["init_std"] if row["init"] == "normal" else 0.0
+    error = expected / (2 * parameter.numel()) ** 0.5
+    assert float(parameter.std(correction=0)) == pytest.approx(expected, abs=TOLERANCE["std"] * error), name
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -87,11 +94,8 @@ def test_torchtitan_builds_our_llama_with_every_number(overrides: tuple[str, ...
     ours = build.build(spec, CPU).network
     with torch.no_grad():
         for name, p in parameters.items():
-            row = rows[name]
-            expected = row["init_std"] if row["init"] == "normal" else 0.0
-            error = expected / (2 * p.numel()) ** 0.5
-            assert float(p.std(correction=0)) == pytest.approx(expected, abs=TOLERANCE["std"] * error), name
-            weight = ours.get_parameter(row["name"])
+            check_start(name, p, rows[name])
+            weight = ours.get_parameter(rows[name]["name"])
             p.copy_(
                 interleaved(weight, recipe["target"]["head_dim"])
                 if name.endswith(("wq.weight", "wk.weight"))
@@ -150,9 +154,7 @@ def test_olmo_core_builds_our_llama_with_every_number(overrides: tuple[str, ...]
     with torch.no_grad():
         for name, p in parameters.items():
             row = rows[name]
-            expected = row["init_std"] if row["init"] == "normal" else 0.0
-            error = expected / (2 * p.numel()) ** 0.5
-            assert float(p.std(correction=0)) == pytest.approx(expected, abs=TOLERANCE["std"] * error), name
+            check_start(name, p, row)
             folded_in = recipe["output_multiplier"] != content(spec)["output_multiplier"] and row["role"] == "output"
             p.copy_(ours.get_parameter(row["name"]) * (content(spec)["output_multiplier"] if folded_in else 1.0))
         expected = ours(IDS)

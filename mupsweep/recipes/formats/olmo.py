@@ -13,7 +13,7 @@ from typing import Any
 
 from mupsweep.errors import ConfigError
 from mupsweep.recipes.formats.pytorch import literal
-from mupsweep.recipes.tensors import folded, groups, need_model, only_adamw, starts
+from mupsweep.recipes.tensors import folded, groups, need_model, only_adamw, starts, with_names_of
 
 SUFFIX = ".py"
 MADE_FOR = "OLMo-core at commit fa6c501 (2026-06-22), and its release 3.0.0"
@@ -102,11 +102,7 @@ def initialise(model):
 
 def rename(name: str) -> str:
     """A tensor's name in OLMo-core's Transformer."""
-    if name == "norm.weight":
-        return "lm_head.norm.weight"
-    for ours, theirs in NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
+    return "lm_head.norm.weight" if name == "norm.weight" else with_names_of(NAMES, name)
 
 
 def render(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -15,7 +15,7 @@ from typing import Any
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.muon import convert
 from mupsweep.recipes.formats.pytorch import literal
-from mupsweep.recipes.tensors import differences, groups, kind, kinds, need_model, own, torch_class
+from mupsweep.recipes.tensors import differences, groups, kind, kinds, need_model, own, torch_class, with_names_of
 
 SUFFIX = ".py"
 MADE_FOR = "torchtitan at commit b5bcd76 (2026-08-21), and its release 0.3.0"
@@ -203,9 +203,7 @@ OPTIMIZER.optimizer_factory_kwargs_by_name = {{
 
 def rename(name: str) -> str:
     """A tensor's name in torchtitan's llama3."""
-    for ours, theirs in NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
+    return with_names_of(NAMES, name)
 
 
 def render(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
