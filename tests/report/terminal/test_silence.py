@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,8 @@ def test_the_status_of_a_run_without_its_number_of_steps_is_shown(
     folder = sweep.run(runs[0].run_id)
     claim = folder.claim()
     assert claim is not None
-    for damaged in ({}, {"steps": 0}):
+    cases: list[dict[str, Any]] = [{}, {"steps": 0}]
+    for damaged in cases:
         folder.write_status(RUNNING, tokens_per_second=100.0, **damaged)
         show_status(sweep, per_run=False, as_json=False)
         assert "running 1" in capsys.readouterr().out
