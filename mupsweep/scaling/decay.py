@@ -7,8 +7,10 @@ holds it in the ratio ||dW||_R / ||W||_R that the parametrization promises, so t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from mupsweep.scaling.monomial import ONE, R_N, Monomial
+from mupsweep.scaling.roles import Role
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,13 @@ class DecayRule:
             1 / steps (a run).
         scaled: whether the shrinkage keeps the promised ratio of update to weight; else the coefficient is constant.
         falls: how the shrinkage changes with the size on top of that.
+        roles: of the tensors that decay; those of others do not.
     """
 
     unit: str
     scaled: bool = True
     falls: Monomial = ONE
+    roles: frozenset[Role] = frozenset(Role)
 
     def coefficient(self, weight_decay: float, base_lr: float, steps: int) -> float:
         """The coupled coefficient at the base shape: a step subtracts lr * coefficient * W."""
@@ -48,6 +52,9 @@ WEIGHT_DECAY_RULES = {
     "inverse_width": DecayRule("step", falls=R_N**-1),
     # a run shrinks by weight_decay at every LR, size and length: a fixed AdamW timescale (2405.13698)
     "timescale": DecayRule("run"),
+    # the coefficient of hidden matrices rises as sqrt(r_n) while their LR falls as 1 / r_n, and nothing else decays:
+    # AdamW's steady state has a top singular value of sqrt(lr / coefficient) r_n^(3/4) (Fan et al. 2510.15262)
+    "sqrt_width": DecayRule("lr", falls=R_N ** Fraction(-1, 2), roles=frozenset({Role.HIDDEN})),
     # the coefficient that torch takes, constant: the shrinkage follows each tensor's LR
     "unscaled": DecayRule("lr", scaled=False),
 }

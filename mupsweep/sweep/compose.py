@@ -41,9 +41,14 @@ def config_root() -> Path:
     raise ConfigError(f"configs/mupsweep.yaml is in neither {package} nor {package.parent}: install mupsweep again")
 
 
+def _groups() -> list[str]:
+    """The names of the config groups."""
+    return sorted(p.name for p in config_root().iterdir() if p.is_dir())
+
+
 def split_overrides(overrides: Sequence[str], config_dir: str | None) -> tuple[dict[str, list[str]], list[str]]:
     """Overrides -> ({comparable group: choices}, all other overrides), with the names in them checked."""
-    groups = sorted(p.name for p in config_root().iterdir() if p.is_dir())
+    groups = _groups()
     comparable: dict[str, list[str]] = {}
     others: list[str] = []
     for text in overrides:
@@ -151,7 +156,8 @@ def compose(overrides: list[str], config_dir: str | None) -> dict[str, Any]:
             for override in overrides:
                 key = override.split("=")[0]
                 if keys and "@" not in key and not _is_group(override) and key not in keys:
-                    raise ConfigError(f"unknown key '{key}'; {nearest_key(key, keys)}") from error
+                    valid = [*keys, *_groups()]  # not every group is a section: experiment is none
+                    raise ConfigError(f"unknown key '{key}'; {nearest_key(key, valid)}") from error
             message = " ".join(str(error).split())
             if "Error merging override" in message:
                 message += ": it replaces a list, so write one, as [1,2]"

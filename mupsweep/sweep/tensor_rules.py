@@ -195,6 +195,13 @@ def audit(resolved: ResolvedVariant) -> list[str]:
                 f"the LR of {optimizer.name} follows the published rule, for hidden matrices {published}, "
                 f"but the law of its updates asks for {strict}"
             )
+    hidden = symbolic_rules(resolved)[Role.HIDDEN]
+    if resolved.parametrization.weight_decay_rule == "sqrt_width" and hidden.rule.lr.width != -1:
+        notes.append(
+            "weight_decay_rule=sqrt_width was observed where AdamW's LR of hidden matrices falls as 1 / r_n "
+            f"(2510.15262), and that of {hidden.scaled.optimizer.name} goes as {hidden.rule.lr}: "
+            "coupled_constant and independent are for every optimizer"
+        )
     if group_lr := without_ones(resolved.optimizer.group_lr):
         factors = ", ".join(f"{key} by {factor:g}" for key, factor in group_lr.items())
         notes.append(f"optimizer.group_lr multiplies LRs at every size: {factors}")
@@ -329,7 +336,8 @@ def tensor_rule(
     (optimizer, lr_ratio), rule, thresholds = scaling.scaled, scaling.rule, scaling.absolute_thresholds(spec.dims)
     lr = base_lr * lr_ratio * rule.lr
     decay_rule = WEIGHT_DECAY_RULES[resolved.parametrization.weight_decay_rule]
-    decay = decay_rule.coefficient(optimizer.weight_decay, base_lr * lr_ratio, resolved.steps) if spec.decay else 0.0
+    decays = spec.decay and spec.role in decay_rule.roles
+    decay = decay_rule.coefficient(optimizer.weight_decay, base_lr * lr_ratio, resolved.steps) if decays else 0.0
     return TensorRule(
         name=spec.name,
         role=spec.role,

@@ -83,6 +83,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("parametrization=µp", ("'µp'", "did you mean 'mup'?")),
     ("parametrization=sp,μP", ("'sp,μP'", "did you mean 'mup'?")),
     ("model=null", ("no model named", "valid: ")),
+    ("experimnt=smoke", ("'experimnt'", "did you mean 'experiment'?")),
     ("experiment=smok", ("'smok'", "did you mean 'smoke'?")),
     ("experiment=None", ("None", "smoke")),
     ("launcher=lcoal", ("'lcoal'", "did you mean 'local'?")),

@@ -24,7 +24,7 @@ from mupsweep.scaling import (
     symbolic,
 )
 from mupsweep.scaling.laws import ENTRYWISE, GRADIENT, entries, jordan, match_rms_adamw, one, spectral_ratio
-from mupsweep.scaling.monomial import ONE, R_N, Monomial
+from mupsweep.scaling.monomial import ONE, R_N, Monomial, sqrt
 from mupsweep.scaling.parametrizations.parametrization import OUTPUT_FORMS
 from mupsweep.scaling.parametrizations.sp import Standard
 from mupsweep.scaling.parametrizations.spectral import Spectral
@@ -226,8 +226,9 @@ def test_weight_decay_rules(a: Fraction, output: str, law: UpdateLaw, role: Role
     for name in ("coupled_constant", "independent", "timescale"):
         assert rules[name].lr * rules[name].weight_decay == scaling.update / scaling.weight
     assert rules["inverse_width"].weight_decay == rules["independent"].weight_decay / R_N
+    assert rules["sqrt_width"].weight_decay == rules["coupled_constant"].weight_decay / sqrt(R_N)
     assert rules["unscaled"].weight_decay == ONE
-    assert len(rules) == 5
+    assert len(rules) == 6
 
 
 @pytest.mark.parametrize("rule", WEIGHT_DECAY_RULES)
