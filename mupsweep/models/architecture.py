@@ -99,6 +99,7 @@ class DecoderArchitecture(Architecture):
         ffn_ratio: MLP width / width.
         projections: "split" keeps query, key and value, and a gated MLP's two inputs, as matrices of their own; "fused"
             stacks them into one tensor each.
+        norms: whether there are norm layers before every branch and the head; False leaves out their tensors too.
         tied: whether the head shares the token embedding.
         init_std: standard deviation of every matrix at the base shape; `head_init_std` overrides the head's (0: zeros).
         block_multiplier, output_multiplier, attention_multiplier: forward constants at the base shape, tunable at small
@@ -110,6 +111,7 @@ class DecoderArchitecture(Architecture):
     heads: int | None = None
     ffn_ratio: float = 4.0
     projections: str = "split"
+    norms: bool = True
     tied: bool = False
     init_std: float = 0.02
     head_init_std: float | None = None

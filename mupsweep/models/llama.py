@@ -29,7 +29,7 @@ class Llama(DecoderArchitecture):
         gqa_rule: what is held fixed at other widths, "fixed_ratio" (heads / kv_heads) or "fixed_kv_heads".
         rope_theta: base of the rotary positions' frequencies.
         norm_gains: whether RMSNorms have trainable gains.
-        qk_norm: RMSNorm of queries and keys per head: "none", "plain" or with trainable "gains".
+        qk_norm: RMSNorm of queries and keys per head, whatever `norms` says: "none", "plain" or with trainable "gains".
     """
 
     ffn_ratio: float = 8 / 3
@@ -67,7 +67,7 @@ class Llama(DecoderArchitecture):
                 f"width {size.width} has {size.head_dim} features per head, and rotary positions turn them in pairs: "
                 "choose an even model.head_dim, or fewer model.heads"
             )
-        n, ffn = size.width, size.ffn_width
+        n, ffn, gains = size.width, size.ffn_width, self.norms and self.norm_gains
         n_kv, group = size.kv_heads * size.head_dim, size.heads // size.kv_heads
 
         def gain(name: str, rows: int, role: Role, repeats: int = 1) -> TensorSpec:
@@ -79,7 +79,7 @@ class Llama(DecoderArchitecture):
         yield TensorSpec("token_embedding.weight", (size.vocab_size, n), Role.INPUT, init_std=self.init_std)
         for i in range(size.depth):
             attention, mlp = f"blocks.{i}.attention", f"blocks.{i}.mlp"
-            if self.norm_gains:
+            if gains:
                 yield gain(f"{attention}_norm", n, Role.HIDDEN_VECTOR)
             for name, rows in self.projected("qkv", query=n, key=n_kv, value=n_kv).items():
                 yield matrix(f"{attention}.{name}", rows, n, repeats=group if name in ("key", "value") else 1)
@@ -87,18 +87,21 @@ class Llama(DecoderArchitecture):
                 yield gain(f"{attention}.query_norm", size.head_dim, Role.HIDDEN_VECTOR, repeats=size.heads)
                 yield gain(f"{attention}.key_norm", size.head_dim, Role.HIDDEN_VECTOR, repeats=size.heads)
             yield matrix(f"{attention}.output", n, n)
-            if self.norm_gains:
+            if gains:
                 yield gain(f"{mlp}_norm", n, Role.HIDDEN_VECTOR)
             for name, rows in self.projected("gate_up", gate=ffn, up=ffn).items():
                 yield matrix(f"{mlp}.{name}", rows, n)
             yield matrix(f"{mlp}.down", n, ffn)
-        if self.norm_gains:
+        if gains:
             yield gain("norm", n, Role.INPUT_VECTOR)
         yield self.head(size, embedding="token_embedding.weight")
 
     def network(self, size: Size, multipliers: Multipliers) -> nn.Module:
+        from torch import nn
+
         from mupsweep.models.layers import Attention, Decoder, RMSNorm, SwiGLU
 
+        norm = RMSNorm if self.norms else nn.Identity
         table = {t.name: t for t in self.tensors(size)}
         attention = partial(Attention, size=size, scale=multipliers.attention, qk_norm=self.qk_norm != "none")
-        return Decoder(table, size, multipliers, RMSNorm, attention, SwiGLU, rope_theta=self.rope_theta)
+        return Decoder(table, size, multipliers, norm, attention, SwiGLU, rope_theta=self.rope_theta)

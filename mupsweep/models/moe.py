@@ -77,8 +77,11 @@ class MoE(NanoGPT):
                 yield replace(tensor, name=f"{block}.mlp.shared_experts.{i}.{leaf}")
 
     def network(self, size: Size, multipliers: Multipliers) -> nn.Module:
+        from torch import nn
+
         from mupsweep.models.layers import Attention, LayerNorm, MixtureOfExperts, MoEDecoder
 
+        norm = LayerNorm if self.norms else nn.Identity
         attention = partial(Attention, size=size, scale=multipliers.attention)
         mlp = partial(
             MixtureOfExperts,
@@ -88,4 +91,4 @@ class MoE(NanoGPT):
             weights_sum_to_one=self.router_activation == SOFTMAX,
         )
         table = {t.name: t for t in self.tensors(size)}
-        return MoEDecoder(table, size, multipliers, LayerNorm, attention, mlp, balance=self.balance)
+        return MoEDecoder(table, size, multipliers, norm, attention, mlp, balance=self.balance)

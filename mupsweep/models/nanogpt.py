@@ -29,6 +29,8 @@ class NanoGPT(DecoderArchitecture):
         n, ffn, std = size.width, size.ffn_width, self.init_std
 
         def norm(name: str, role: Role) -> Iterator[TensorSpec]:
+            if not self.norms:
+                return
             yield TensorSpec(f"{name}.weight", (n,), role, Init.ONES, decay=False)
             if self.bias:
                 yield TensorSpec(f"{name}.bias", (n,), role, Init.ZEROS, decay=False)
@@ -52,7 +54,10 @@ class NanoGPT(DecoderArchitecture):
         yield self.head(size, embedding="token_embedding.weight")
 
     def network(self, size: Size, multipliers: Multipliers) -> nn.Module:
+        from torch import nn
+
         from mupsweep.models.layers import Attention, Decoder, GeluMLP, LayerNorm
 
+        norm = LayerNorm if self.norms else nn.Identity
         attention = partial(Attention, size=size, scale=multipliers.attention)
-        return Decoder({t.name: t for t in self.tensors(size)}, size, multipliers, LayerNorm, attention, GeluMLP)
+        return Decoder({t.name: t for t in self.tensors(size)}, size, multipliers, norm, attention, GeluMLP)

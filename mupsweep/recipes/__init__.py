@@ -54,6 +54,10 @@ def export(name: str, recipe: Mapping[str, Any]) -> Export:
             f"--format {name} is for the decoders of mupsweep, whose tensors it renames: --format {ANY_MODEL} takes "
             f"the names of {recipe['model']}"
         )
+    if name != ANY_MODEL and not recipe["architecture"].get("norms", True):
+        raise ConfigError(
+            f"--format {name} writes models with norm layers, and model.norms=false: use --format {ANY_MODEL}"
+        )
     form = importlib.import_module(f"{formats.__name__}.{name}")
     text, limits = form.render(recipe)
     return Export("\n".join([*_header(form.MADE_FOR, recipe, limits), text]), form.SUFFIX, tuple(limits))

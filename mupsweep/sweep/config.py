@@ -47,6 +47,10 @@ ADAMW_RANGE = (-11.0, -5.0)  # where LRs are looked for if an optimizer's yaml d
 GRID, ADAPTIVE = "grid", "adaptive"
 VARIANT_SECTIONS = (*COMPARABLE, "data", "training", "trainer")
 OWN_TRAINER = {"name": "mupsweep", "kind": "mupsweep.trainers.mupsweep.Mupsweep"}  # stored variants leave it out
+LATER_KEYS: dict[str, dict[str, Any]] = {  # with a default that changes nothing: stored variants hold other values only
+    "model": {"norms": True},
+    "data": {"end_of_text": None, "vocab_size": None},
+}
 SHARED_SECTIONS = ("sweep", "analysis", "launcher", "tracker", "out", "allow_imports")
 # Code of the user's -> the words of a command line that name it, and with that allow it. Everything else that is
 # outside mupsweep needs allow_imports=true.
@@ -471,12 +475,17 @@ def to_tree(config: SweepConfig) -> dict[str, Any]:
 
 def variant_tree(variant: Variant) -> dict[str, Any]:
     """A variant as plain mappings; mupsweep's own trainer is left out, as before there were others."""
-    tree = asdict(variant)
+    tree = without_defaults(asdict(variant))
     if tree["trainer"] == OWN_TRAINER:
         del tree["trainer"]
-    for key in ("end_of_text", "vocab_size"):
-        if tree["data"][key] is None:  # as before there were other tokenizers
-            del tree["data"][key]
+    return tree
+
+
+def without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """A variant's tree without the keys of LATER_KEYS at their defaults, as it was before they existed."""
+    for section, defaults in LATER_KEYS.items():
+        kept = {key: value for key, value in tree[section].items() if key not in defaults or value != defaults[key]}
+        tree[section] = kept
     return tree
 
 

@@ -14,7 +14,7 @@ from mupsweep.errors import ConfigError
 from mupsweep.scaling.group_lr import without_ones
 from mupsweep.schema import instantiate
 from mupsweep.store.sweep_dir import SweepDir
-from mupsweep.sweep.config import TrainingConfig, Variant
+from mupsweep.sweep.config import TrainingConfig, Variant, without_defaults
 from mupsweep.sweep.trainer import PlannedTrainer
 
 HUB_KEYS = ("hub_id", "hub_config", "revision", "data_files", "split", "validation_split", "held_out", "rows")
@@ -43,12 +43,12 @@ def digest_of(variant: Variant) -> str:
 
 def _identifying(variant: Variant) -> dict[str, Any]:
     """The sections of a variant without the keys that have no effect on its numbers."""
-    tree = asdict(variant)
+    tree = without_defaults(asdict(variant))
     del tree["change"]  # it only names a difference that the other keys hold
     trainer: PlannedTrainer = instantiate(tree.pop("trainer"), "trainer")
     for section, keys in UNIDENTIFYING.items():
         for key in keys:
-            del tree[section][key]
+            tree[section].pop(key, None)
     tree["data"]["tokenizer"] = tokenizers.identity(variant.data.tokenizer)
     if not tree["training"]["branches"]:
         del tree["training"]["branches"]  # an empty list trains as before the key existed

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from tiny import ARCHITECTURES, MODELS, network, resolve, scaled, tiny, tokens
-from torch import Tensor
+from torch import Tensor, nn
 
 from mupsweep.scaling import Role
-from mupsweep.sweep import tensor_rules
+from mupsweep.sweep import run_spec, tensor_rules
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.training import build
 from mupsweep.training.devices import autocast
@@ -46,6 +46,29 @@ def test_a_model_has_the_name_of_its_file_and_a_key_for_every_field(name: str) -
     resolved = resolve(f"model={name}")
     assert resolved.model.name == name
     assert {f.name for f in fields(resolved.model)} | {"kind"} == set(resolved.variant.model)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_model_without_norms_is_its_other_modules_alone(name: str) -> None:
+    keys: dict[str, Any] = EVERYTHING[name] | ({"bias": False} if name == "nanogpt" else {})
+    normed, plain = tiny(name, **keys), tiny(name, **keys, norms=False)
+    net, without = network(normed.resolved.model, normed.size, std=0.1), network(plain.resolved.model, plain.size)
+    norms = ("norm.", "attention_norm.", "mlp_norm.")
+    kept = {k: v for k, v in net.state_dict().items() if not f"{k.split('.')[-2]}.".startswith(norms)}
+    assert len(net.state_dict()) - len(kept) == 2 * normed.size.depth + 1
+    without.load_state_dict(kept)
+    ids = tokens(plain.size)
+    for module in list(net.modules()):
+        for child in {"norm", "attention_norm", "mlp_norm"} & dict(module.named_children()).keys():
+            setattr(module, child, nn.Identity())
+    with torch.no_grad():
+        assert torch.equal(without(ids), net(ids))
+
+
+def test_norms_are_no_part_of_a_runs_identity_unless_they_are_left_out() -> None:
+    with_norms, without = (resolve("data.tokenizer=bytes", *words) for words in ((), ("model.norms=false",)))
+    older = {key: value for key, value in with_norms.variant.model.items() if key != "norms"}
+    assert run_spec.resolve(replace(with_norms.variant, model=older)).digest == with_norms.digest != without.digest
 
 
 @pytest.mark.parametrize("ratios", RATIOS, ids=str)

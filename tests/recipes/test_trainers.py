@@ -50,6 +50,13 @@ def test_the_formats_are_found_by_their_files() -> None:
         recipes.export("nanogtp", {})
 
 
+def test_a_model_without_norms_has_only_a_format_for_any_model() -> None:
+    settings = content(run("model.bias=true", "model.norms=false"))
+    with pytest.raises(ConfigError, match=r"^--format megatron .*model\.norms=false: use --format pytorch$"):
+        recipes.export("megatron", settings)
+    assert "_norm" not in recipes.export("pytorch", settings).text
+
+
 @pytest.mark.parametrize("name", recipes.names())
 def test_the_version_and_every_limit_stand_at_the_top_of_the_file_too(name: str) -> None:
     if name == recipes.JSON:
