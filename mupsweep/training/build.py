@@ -43,22 +43,58 @@ class TrainingSetup:
     reapply_fsdp: Callable[[], None] | None = None
 
 
-def build(run: RunSpec, device: torch.device) -> TrainingSetup:
+class Builder:
+    """Builds the runs of a process on a device; consecutive runs of one model and size share a network.
+
+    torch.compile then traces it once, and not for every LR. All values are written anew, so that a run has the same
+    bits whatever was trained before it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.key: tuple[Any, ...] | None = None  # what decides the kept network, and how it is compiled
+        self.network: nn.Module | None = None
+
+    def build(self, run: RunSpec) -> TrainingSetup:
+        """Build a run, in the network of the last one where it is of the same model and size."""
+        training = run.resolved.training
+        constants = multipliers(run.resolved, run.size)
+        key = (run.resolved.model, run.size, constants, training.precision, training.compile)
+        if key != self.key:
+            self.forget()  # first, since there may not be memory for both
+        setup = build(run, self.device, self.network)
+        if not isinstance(run.resolved.model, InferredArchitecture):  # code of others may keep more than its tensors
+            self.key, self.network = key, setup.network
+        return setup
+
+    def forget(self) -> None:
+        """Build the next run from nothing."""
+        self.key = self.network = None
+
+
+def build(run: RunSpec, device: torch.device, network: nn.Module | None = None) -> TrainingSetup:
     """Build the initialised network and its optimizers.
 
     Initial values depend on (seed, tensor name, shape) alone and are drawn on the CPU, so that every device starts from
     the same numbers.
+
+    Args:
+        network: of an earlier run of the same model and size on the device, to be used again; None makes one.
     """
     rows: tuple[TensorRule, ...]
     if isinstance(run.resolved.model, InferredArchitecture):
         network, rows = drawn_model(run, run.resolved.model)
         network.to(device)
     else:
-        network, rows = meta_model(run)
-        network.to_empty(device=device)
-        for row in rows:  # `to_empty` unties weights: it gives every module a parameter of its own
-            if row.tied_to is not None:
-                _tie(network, row.name, row.tied_to)
+        if network is None:
+            network, rows = meta_model(run)
+            network.to_empty(device=device)
+            for row in rows:  # `to_empty` unties weights: it gives every module a parameter of its own
+                if row.tied_to is not None:
+                    _tie(network, row.name, row.tied_to)
+        else:
+            rows = rules(run.resolved, run.size, run.base_lr)
+            network.zero_grad(set_to_none=True)
         for row in rows:
             if row.tied_to is None:
                 initialise(network.get_parameter(row.name), row, run.seed)

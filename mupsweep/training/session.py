@@ -17,7 +17,7 @@ from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.sweep.settings import run_config
-from mupsweep.training.build import TrainingSetup, build, group_records
+from mupsweep.training.build import Builder, TrainingSetup, group_records
 from mupsweep.training.devices import choose_devices, choose_precision, configure, device_name, is_alive
 from mupsweep.training.distributed import SINGLE_PROCESS, DistributedContext, launch_ranks, torchrun_env
 from mupsweep.training.microbatch import free_memory, is_out_of_memory
@@ -39,6 +39,9 @@ class TorchSession:
     ranks: DistributedContext = field(default_factory=lambda: SINGLE_PROCESS)
     datasets: dict[str, Dataset] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.builder = Builder(self.device)
+
     def prepare(self, run: RunSpec) -> None:
         if run.resolved.digest not in self.datasets:
             self.datasets[run.resolved.digest] = prepare(run.resolved.variant.data)
@@ -51,13 +54,14 @@ class TorchSession:
             yield
 
     def train(self, run: RunSpec, folder: RunDir, control: LeaseControl) -> dict[str, Any]:
-        setup = build_for(self.ranks, run, self.device)
+        setup = build_for(self.ranks, run, self.builder)
         folder.write_rules(run_config(run), group_records(setup))
         return train(run, setup, self.datasets[run.resolved.digest], folder, self.device, control, self.ranks)
 
     def failure_message(self, error: Exception, run: RunSpec) -> str:
         if not is_alive(self.device):
             os.abort()  # every later run of this process would fail too; the launcher starts another worker
+        self.builder.forget()
         return failure_message(error, run, self.device)
 
     def tidy(self) -> None:
@@ -81,6 +85,7 @@ def work(sweep: SweepDir, slot: Slot, stop: StopSignal, take_runs: Callable[[Ses
 def run_replica(sweep: SweepDir, device: torch.device, stop: StopSignal, ranks: DistributedContext) -> bool:
     """Train the runs that rank 0 starts, as another rank: it writes nothing, and rank 0 records its failures."""
     runs: dict[str, RunSpec] = {}
+    builder = Builder(device)
     while run_id := ranks.wait_for_run_id():
         try:
             with ranks.collective_run():
@@ -88,24 +93,25 @@ def run_replica(sweep: SweepDir, device: torch.device, stop: StopSignal, ranks: 
                 runs = runs or {run.run_id: run for run in plan.load(sweep)}
                 run = runs[run_id]
                 data = prepare(run.resolved.variant.data)
-                setup = build_for(ranks, run, device)
+                setup = build_for(ranks, run, builder)
                 train(run, setup, data, sweep.run(run_id), device, ReplicaControl(stop), ranks)
         except Exception:  # `collective_run` has announced it to rank 0
             if not is_alive(device):
                 os.abort()
+            builder.forget()
         if device.type != "cpu":
             free_memory()
     return True
 
 
-def build_for(ranks: DistributedContext, run: RunSpec, device: torch.device) -> TrainingSetup:
+def build_for(ranks: DistributedContext, run: RunSpec, builder: Builder) -> TrainingSetup:
     """Build the network and its optimizers, in full or this rank's shards of them."""
     if not ranks.shard:
-        return build(run, device)
+        return builder.build(run)
     from mupsweep.training.fsdp import build_sharded  # late, since importing FSDP takes a while
 
-    bf16 = choose_precision(run.resolved.training.precision, device) == "bf16"
-    return build_sharded(run, device, ranks, torch.bfloat16 if bf16 else None)
+    bf16 = choose_precision(run.resolved.training.precision, builder.device) == "bf16"
+    return build_sharded(run, builder.device, ranks, torch.bfloat16 if bf16 else None)
 
 
 def failure_message(error: Exception, run: RunSpec, device: torch.device) -> str:

@@ -146,11 +146,13 @@ def local_signal(control: TrainControl, checkpointer: Checkpointer) -> Signal:
     return Signal.SAVE if checkpointer.due() else Signal.OK
 
 
-def compiled(network: nn.Module) -> Callable[..., Tensor]:
-    """The network wrapped by torch.compile, one graph per shape."""
-    torch._dynamo.reset()  # graphs that runs of other sizes left in this process
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    return torch.compile(network, dynamic=False)
+def compiled(network: nn.Module) -> nn.Module:
+    """Have torch.compile run a network, one graph per shape; one that an earlier run compiled keeps its graphs."""
+    if network._compiled_call_impl is None:
+        torch._dynamo.reset()  # graphs that runs of other sizes left in this process
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        network.compile(dynamic=False)
+    return network
 
 
 def metrics_row(

@@ -25,7 +25,7 @@ from mupsweep.store.run_dir import RunDir
 from mupsweep.sweep.config import load
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.sweep.tensor_rules import rules
-from mupsweep.training.build import TrainingSetup, build, meta_model, parameter_groups
+from mupsweep.training.build import Builder, TrainingSetup, build, meta_model, parameter_groups
 from mupsweep.training.distributed import DistributedContext, PeerFailed, StopRequested
 from mupsweep.training.fsdp import ShardedNetwork, assign_owners, units
 from mupsweep.training.session import build_for
@@ -54,7 +54,7 @@ def trained(ranks: DistributedContext, spec: RunSpec, path: Path, shard: bool, s
     ranks.shard = shard
     folder, control, summary = RunDir(path), TrainControl(stop=stops.get(ranks.rank, 10**9)), None
     path.mkdir(exist_ok=True)
-    setup = build_for(ranks, spec, CPU)
+    setup = build_for(ranks, spec, Builder(CPU))
     with contextlib.suppress(StopRequested), ranks.collective_run():
         summary = train(spec, setup, corpus(), folder, CPU, control, ranks)
     return {
@@ -134,7 +134,7 @@ def test_one_two_and_four_sharded_ranks_end_at_the_same_loss(pool: ProcessPoolEx
 def started(ranks: DistributedContext, *overrides: str) -> dict[str, Tensor]:
     """The rows that a rank holds at the start."""
     ranks.shard = True
-    network = build_for(ranks, run(*overrides), CPU).network
+    network = build_for(ranks, run(*overrides), Builder(CPU)).network
     assert isinstance(network, ShardedNetwork)
     return {name: network.local_shard(name).clone() for name in network.shapes}
 

@@ -19,7 +19,7 @@ from mupsweep.errors import ConfigError
 from mupsweep.store.run_dir import FAILED, RunDir
 from mupsweep.sweep.config import TrainingConfig
 from mupsweep.sweep.run_spec import RunSpec
-from mupsweep.training import session
+from mupsweep.training import build as building
 from mupsweep.training.build import TrainingSetup, build
 from mupsweep.training.microbatch import MicroBatcher, free_memory, is_out_of_memory
 from mupsweep.training.session import TorchSession
@@ -198,7 +198,7 @@ def broken(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
     statuses: dict[str, object] = {}
     for fits in (0, 1):
         spec = replace(run(), run_id=f"fits-{fits}")
-        monkeypatch.setattr(session, "build", lambda *a, fits=fits: small(build(*a), fits))
+        monkeypatch.setattr(building, "build", lambda *a, fits=fits: small(build(*a), fits))
         folder = RunDir(tmp_path / spec.run_id)
         lease = folder.claim()
         assert lease is not None

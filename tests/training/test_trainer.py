@@ -28,7 +28,7 @@ from mupsweep.sweep.config import TrainingConfig
 from mupsweep.sweep.plan import plan
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.training import trainer as loop
-from mupsweep.training.build import build
+from mupsweep.training.build import Builder, build
 from mupsweep.training.devices import choose_precision
 from mupsweep.training.session import TorchSession
 from mupsweep.training.signals import StopSignal
@@ -427,7 +427,12 @@ def test_every_shape_of_a_run_is_compiled_however_often_memory_runs_out(monkeypa
     """A resumed run has only compiled the last of them, and must not differ from one that compiled all."""
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    network = compiled(torch.nn.Linear(4, 1))
+
+    class Network(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight)
+
+    network = compiled(Network(4, 1))
     for rows in (64, 32, 16, 8, 4, 2):
         network(torch.ones(rows, 4)).sum().backward()
         with torch.no_grad():
@@ -578,20 +583,78 @@ def test_the_first_losses_are_those_of_the_first_batches(data: Dataset, tmp_path
         assert row["train_loss"] == pytest.approx(expected.item(), rel=TOLERANCE["evaluation"])
 
 
+# Several runs of one worker.
+
+
+def assert_ends_as_alone(spec: RunSpec, after: RunSpec, data: Dataset, path: Path) -> None:
+    """A run of a worker ends as the run alone, bit for bit, in the network of the run before it."""
+    session, outcomes = TorchSession(CPU), []
+    executed(after, data, path, session=session)
+    network = session.builder.network
+    for folder in (executed(spec, data, path, session=session), executed(spec, data, path / "alone")):
+        summary = folder.summary()
+        assert summary is not None, folder.status()
+        outcomes.append((folder.metrics_path.read_bytes(), {k: v for k, v in summary.items() if k not in CLOCK}))
+    assert outcomes[0] == outcomes[1]
+    assert session.builder.network is network is not None
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("optimizer=sso", "optimizer.weight_decay=0"),  # which rescales initial values
+        ("model.tied=true", "optimizer=sophia"),  # with observations of the curvature
+        ("model=moe",),
+    ],
+    ids=str,
+)
+def test_a_run_after_another_in_its_network_has_the_bits_of_the_run_alone(
+    overrides: tuple[str, ...], data: Dataset, tmp_path: Path
+) -> None:
+    short = ("training.steps=8", "model.depth=1", *overrides)
+    before, spec = run(*short, "sweep.log2_lrs=[-5]", "sweep.seeds=[1]"), run(*short, "sweep.log2_lrs=[-7]")
+    assert_ends_as_alone(spec, before, data, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns of its own parts
+def test_runs_of_one_size_are_compiled_once(data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    short = ("training.compile=true", "training.steps=4", "training.eval_tokens=128", "model.depth=1")
+    assert_ends_as_alone(run(*short, "sweep.log2_lrs=[-7]"), run(*short), data, tmp_path)
+    assert counter.frame_count == 4  # training and evaluation of both runs of the worker, and of the run alone
+
+
+def test_a_run_that_failed_leaves_the_next_one_no_network(data: Dataset, tmp_path: Path) -> None:
+    session = TorchSession(CPU)
+    failed = executed(run("training.batch_size=10000000"), data, tmp_path, session=session)
+    assert failed.status()["status"] == "failed"
+    assert session.builder.network is None
+
+
+def test_a_network_of_another_size_or_rule_is_not_used_again() -> None:
+    builder = Builder(CPU)
+    first = builder.build(run()).network
+    assert builder.build(run("sweep.log2_lrs=[-9]")).network is first
+    for overrides in (("sweep.width_ratios=[2]",), ("sweep.depth_ratios=[2]",), ("model.output_multiplier=2",)):
+        assert builder.build(run(*overrides)).network is not first
+        first = builder.build(run()).network
+
+
 # Records of a run.
 
 
-def executed(spec: RunSpec, data: Dataset, path: Path, stop: StopSignal | None = None) -> RunDir:
+def executed(
+    spec: RunSpec, data: Dataset, path: Path, stop: StopSignal | None = None, session: TorchSession | None = None
+) -> RunDir:
     folder = RunDir(path / spec.run_id)
     lease = folder.claim()
     assert lease is not None
+    session = session or TorchSession(CPU)
+    session.datasets[spec.resolved.digest] = data
     try:
-        execute_run(
-            spec,
-            folder,
-            TorchSession(CPU, datasets={spec.resolved.digest: data}),
-            LeaseControl(lease, stop or StopSignal()),
-        )
+        execute_run(spec, folder, session, LeaseControl(lease, stop or StopSignal()))
     finally:
         lease.release()
     return folder
