@@ -68,6 +68,9 @@ class UpdateLaw:
 GRADIENT = UpdateLaw(degree=Fraction(1), eps_power=None)
 ENTRYWISE = UpdateLaw(blocks=entries)
 
+# Laws by name, for a rule that is wrong on purpose (`parametrization.update_law_of`); muon without a shape factor.
+NAMED_LAWS = {"adamw": ENTRYWISE, "muon": UpdateLaw(full_rank=True), "sgd": GRADIENT}
+
 
 def spectral_ratio(n_out: Any, n_in: Any) -> Any:
     """sqrt(n_out / n_in): the update that already has RMS operator norm 1 (Bernstein's Muon, SSO, Muon++)."""

@@ -16,6 +16,7 @@ from mupsweep.optimizers import Optimizer
 from mupsweep.optimizers.optimizer import Dims
 from mupsweep.scaling import WEIGHT_DECAY_RULES, Fold, Init, Role, Rule, TensorSpec, UpdateLaw, numeric, symbolic
 from mupsweep.scaling.group_lr import factor_of, without_ones
+from mupsweep.scaling.parametrizations.parametrization import forced_law
 from mupsweep.scaling.solve import folded_constant
 from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, ScaledOptimizer
 
@@ -147,7 +148,7 @@ def symbolic_rules(resolved: ResolvedVariant) -> dict[Role, TensorScaling]:
             return symbolic(resolved.parametrization, law(None), role, fold)
 
         scaled = resolved.optimizer_for(role)
-        scalings[role] = TensorScaling(scaled, *_optimizer_rule(scaled.optimizer, solve))
+        scalings[role] = TensorScaling(scaled, *_optimizer_rule(resolved, scaled.optimizer, solve))
     return scalings
 
 
@@ -188,6 +189,8 @@ def audit(resolved: ResolvedVariant) -> list[str]:
                 f"{optimizer.name} gives its weights a norm of its own at the start: their init std has no effect"
             )
         notes += optimizer.caveats(resolved.size(1.0, 1.0).width)
+        if wrong := wrong_rule(resolved, optimizer):
+            notes.append(wrong)
         published = symbolic(resolved.parametrization, law, Role.HIDDEN).lr
         strict = symbolic(resolved.parametrization, optimizer.measured_law(), Role.HIDDEN).lr
         if published != strict:
@@ -225,6 +228,22 @@ def audit(resolved: ResolvedVariant) -> list[str]:
             "was measured: mupsweep/models/ROLES.md"
         )
     return notes + resolved.model.remarks(resolved.size(1.0, 1.0))
+
+
+def wrong_rule(resolved: ResolvedVariant, optimizer: Optimizer) -> str | None:
+    """A note where the parametrization forces a law on an optimizer that gives it other LRs than its own."""
+    forced = forced_law(resolved.parametrization)
+    for role in map(Role, optimizer.roles if forced else ()):
+        assert forced is not None
+        wrong, own = (symbolic(resolved.parametrization, law, role).lr for law in (forced, optimizer.update_law()))
+        if wrong != own:
+            name = resolved.variant.parametrization["update_law_of"]
+            return (
+                f"WRONG RULE, as parametrization.update_law_of={name} asks: LRs of {optimizer.name} scale as if it "
+                f"were {name}, those of {role} tensors as {wrong}, where its own updates ask for {own}; expect no "
+                "transfer"
+            )
+    return None
 
 
 def scale_tensor(
@@ -291,7 +310,7 @@ def _scale_matrix(
             )
         return numeric(resolved.parametrization, laws[0], spec, base, width_ratio, depth_ratio, base_law=laws[1])
 
-    return TensorScaling(scaled, *_optimizer_rule(optimizer, solve))
+    return TensorScaling(scaled, *_optimizer_rule(resolved, optimizer, solve))
 
 
 def _check_fold(
@@ -305,17 +324,18 @@ def _check_fold(
     where = f"{spec.name} would have to take up the forward constant {constant:.6g}, which the model does not have"
     if optimizer.rescales_init:
         raise ConfigError(f"{where}, and {optimizer.name} gives its weights a norm of its own: {BUILD_IT_IN}")
-    if optimizer.update_law(spec.dims) != optimizer.measured_law(spec.dims):
-        raise ConfigError(
-            f"{where}, and the published rule of {optimizer.name} is not the law of its updates: {BUILD_IT_IN}"
-        )
+    if (forced_law(resolved.parametrization) or optimizer.update_law(spec.dims)) != optimizer.measured_law(spec.dims):
+        raise ConfigError(f"{where}, and the rule of {optimizer.name} is not the law of its updates: {BUILD_IT_IN}")
 
 
-def _optimizer_rule(optimizer: Optimizer, solve: Callable[[LawOfShape], Rule]) -> tuple[Rule, dict[str, Any]]:
+def _optimizer_rule(
+    resolved: ResolvedVariant, optimizer: Optimizer, solve: Callable[[LawOfShape], Rule]
+) -> tuple[Rule, dict[str, Any]]:
     """The rule of an optimizer, and the scale of every threshold beside eps.
 
     LR and init follow from the law of the update, weight decay from the law of what it is added to, and every threshold
-    from a law of its own.
+    from a law of its own. Where the parametrization forces a law, LR and weight decay follow that one, and with it the
+    shrinkage per step is still what the decay rule says.
 
     Args:
         solve: the rule under one law, which is given as a function of a tensor's (n_out, n_in).
@@ -323,8 +343,11 @@ def _optimizer_rule(optimizer: Optimizer, solve: Callable[[LawOfShape], Rule]) -
     scales = {}
     for name in optimizer.thresholds():
         scales[name] = solve(lambda dims, name=name: optimizer.thresholds(dims)[name].law).eps
-    decay = solve(optimizer.decay_law).weight_decay
-    return replace(solve(optimizer.update_law), weight_decay=decay, eps=scales.pop("eps")), scales
+    forced = forced_law(resolved.parametrization)
+    update_law: LawOfShape = optimizer.update_law if forced is None else lambda dims: forced
+    decay_law: LawOfShape = optimizer.decay_law if forced is None else update_law
+    decay = solve(decay_law).weight_decay
+    return replace(solve(update_law), weight_decay=decay, eps=scales.pop("eps")), scales
 
 
 def tensor_rule(

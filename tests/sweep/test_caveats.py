@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import chosen
 import pytest
 
+from mupsweep.errors import ConfigError
 from mupsweep.sweep import config
 from mupsweep.sweep.run_spec import resolve
-from mupsweep.sweep.tensor_rules import audit
+from mupsweep.sweep.tensor_rules import audit, rules
 
 MOVES = "moves with the width"
 
@@ -71,3 +74,36 @@ def test_blocks_beyond_the_base_width_are_warned_of(block: int, width: int, warn
 def test_shampoo2_as_it_stands_is_warned_of_its_blocks() -> None:
     expected = "optimizer.block_size=512 exceeds the base width 256: "
     assert any(note.startswith(expected) for note in notes("optimizer=shampoo2"))
+
+
+def test_adams_rule_on_muon_is_adams_and_is_called_wrong() -> None:
+    """LRs of hidden matrices fall as 1/r_n (Qiu et al. 2512.05620), and a step still shrinks by as much."""
+    words = ["data.tokenizer=bytes", "optimizer=muon_jordan", "optimizer.weight_decay=0.1"]
+    own, wrong, adam = (
+        resolve(config.load([*words, f"parametrization={name}", *more]).variants[0])
+        for name, more in (("mup", []), ("mup_adamw_rule", []), ("mup", ["optimizer=adamw", "optimizer.lr_ratio=0.1"]))
+    )
+    size = own.size(4.0, 1.0)
+    of_muon, of_wrong, of_adam = ({row.name: row for row in rules(one, size, 2.0**-6)} for one in (own, wrong, adam))
+    for name, row in of_wrong.items():
+        assert row.lr_ratio == pytest.approx(of_adam[name].lr_ratio, rel=1e-12), name
+        assert row.decay_per_step == pytest.approx(of_muon[name].decay_per_step, rel=1e-12), name
+        assert (row.init_std, row.multiplier, row.eps) == (
+            (mine := of_muon[name]).init_std,
+            mine.multiplier,
+            mine.eps,
+        ), name
+    up = "blocks.0.mlp.up.weight"
+    assert (of_muon[up].lr_ratio, of_wrong[up].lr_ratio) == pytest.approx((1.0, 1 / 4), rel=1e-12)
+    (note,) = audit(wrong)
+    assert note.startswith("WRONG RULE, as parametrization.update_law_of=adamw asks: LRs of muon_jordan scale as if")
+    assert "those of hidden tensors as r_n^-1, where its own updates ask for 1; expect no transfer" in note
+    assert audit(own) == audit(adam) == notes("optimizer=adamw", "parametrization=mup_adamw_rule") == []
+
+
+def test_a_law_of_no_name_is_refused_and_none_leaves_runs_as_they_were() -> None:
+    with pytest.raises(ConfigError, match=r"parametrization\.update_law_of=adam \(mup\): did you mean 'adamw'"):
+        notes("parametrization=mup", "parametrization.update_law_of=adam")
+    variant = config.load(["data.tokenizer=bytes", "parametrization=mup"]).variants[0]
+    older = {key: value for key, value in variant.parametrization.items() if key != "update_law_of"}
+    assert resolve(replace(variant, parametrization=older)).digest == resolve(variant).digest

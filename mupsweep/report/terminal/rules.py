@@ -13,7 +13,7 @@ from mupsweep.report.terminal.console import console_of, table_of
 from mupsweep.scaling import WEIGHT_DECAY_RULES, Role
 from mupsweep.sweep.config import SweepConfig
 from mupsweep.sweep.run_spec import ResolvedVariant, resolve
-from mupsweep.sweep.tensor_rules import TensorRule, audit, multipliers, rule_record, rules, symbolic_rules
+from mupsweep.sweep.tensor_rules import TensorRule, audit, multipliers, rule_record, rules, symbolic_rules, wrong_rule
 
 RULE_KEYS = ("multiplier", "init_std", "lr", "weight_decay", "eps")
 
@@ -97,12 +97,15 @@ def _symbol_table(resolved: ResolvedVariant) -> Table:
     names = sorted({name for scaling in scalings.values() for name in scaling.thresholds})
     table = table_of("role", "optimizer", "multiplier", "init std", "LR", "weight decay", "eps", *names)
     decay_rule = WEIGHT_DECAY_RULES[resolved.parametrization.weight_decay_rule]
+    forced = resolved.variant.parametrization.get("update_law_of")
     for role, scaling in scalings.items():
         monomials = [getattr(scaling.rule, key) for key in RULE_KEYS]
         if role not in decay_rule.roles:
             monomials[RULE_KEYS.index("weight_decay")] = 0
         monomials += [scaling.thresholds.get(name, "") for name in names]
-        table.add_row(role.value, scaling.scaled.optimizer.name, *map(str, monomials))
+        optimizer = scaling.scaled.optimizer
+        note = f" (WRONG: {forced}'s rule)" if wrong_rule(resolved, optimizer) else ""
+        table.add_row(role.value, optimizer.name + note, *map(str, monomials))
     return table
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
 from mupsweep.scaling.decay import WEIGHT_DECAY_RULES
+from mupsweep.scaling.laws import NAMED_LAWS, UpdateLaw
 from mupsweep.scaling.monomial import Monomial
 from mupsweep.scaling.roles import Role
 
@@ -64,11 +65,20 @@ class Parametrization(Protocol):
         ...
 
 
-def check_options(name: str, weight_decay_rule: str, output: str = OUTPUT_FORMS[0]) -> None:
+def forced_law(parametrization: Parametrization) -> UpdateLaw | None:
+    """The law that takes the place of every optimizer's own, which makes a wrong rule; None as a rule."""
+    name = getattr(parametrization, "update_law_of", None)  # a key that a parametrization need not have
+    return None if name is None else NAMED_LAWS[name]
+
+
+def check_options(
+    name: str, weight_decay_rule: str, output: str = OUTPUT_FORMS[0], update_law_of: str | None = None
+) -> None:
     """Refuse an option that no parametrization knows."""
     for key, value, known in (
         ("output", output, OUTPUT_FORMS),
         ("weight_decay_rule", weight_decay_rule, WEIGHT_DECAY_RULES),
+        ("update_law_of", update_law_of, NAMED_LAWS),
     ):
-        if value not in known:
+        if value is not None and value not in known:
             raise ConfigError(f"parametrization.{key}={value} ({name}): {nearest(value, known)}")

@@ -24,15 +24,18 @@ class Spectral:
         depth_exponent: a in the block multiplier r_L^-a, a number or a fraction such as "1/2"; None leaves depth as SP.
         output: "multiplier" (logits * 1/r_n, head variance constant) or "init" (head variance 1/r_n^2, no multiplier).
         weight_decay_rule: a key of `WEIGHT_DECAY_RULES`.
+        update_law_of: the optimizer (a key of `NAMED_LAWS`) by whose law every optimizer's LR and weight decay scale,
+            a wrong rule for any other; None for each by its own.
     """
 
     name: str
     depth_exponent: str | None = "1"
     output: str = "multiplier"
     weight_decay_rule: str = "coupled_constant"
+    update_law_of: str | None = None
 
     def __post_init__(self) -> None:
-        check_options(self.name, self.weight_decay_rule, self.output)
+        check_options(self.name, self.weight_decay_rule, self.output, self.update_law_of)
         if self.depth_exponent is not None:
             try:
                 exponent = Fraction(self.depth_exponent)
