@@ -4,6 +4,9 @@ Every value of `sweep.axes` has LRs of its own, and what is compared are the los
 a size is the minimum of these over the log2 of the value, found and judged along the ladder as the optimal LR is. All
 numbers are quantiles of draws (see optimum), those of different variants independent of one another. The best of some
 values is chosen by its loss, which flatters it by as much as noise can tell them apart.
+
+The best LR moves with the value, along the ridge of the pair. A line through the optimal LRs of the best value and of
+its neighbours, over the log2 of the value, has the ridge's slope there and the LR of the pair's optimum.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -28,7 +31,29 @@ from mupsweep.analysis.verdict import INCONCLUSIVE, TRANSFERS
 from mupsweep.formatting import counted
 
 DECAYS = ("beta", "momentum")  # in the last words of keys whose octaves are those of 1 - value
+SHARPEST = 0.01  # octaves squared: the least variance of an optimal LR that a line is weighted by
 NEGLIGIBLE_NATS = 0.0005  # nats: a gap below the last printed digit is none to close
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """The best LRs around the best value of a hyperparameter, as draws.
+
+    Attributes:
+        slopes: (draws,) octaves of the best LR per octave of the value.
+        log2_lrs: (draws,) the best LR at the best value; None where the values do not bracket it.
+    """
+
+    slopes: Array
+    log2_lrs: Array | None
+
+    @property
+    def slope(self) -> Estimate:
+        return Estimate.of(self.slopes)
+
+    @property
+    def log2_lr(self) -> Estimate:
+        return UNKNOWN if self.log2_lrs is None else Estimate.of(self.log2_lrs)
 
 
 @dataclass(frozen=True)
@@ -44,6 +69,8 @@ class SizeTuning:
         minimum: the best value between those trained; its value is None where these do not bracket it.
         unbounded: values whose best LR lies beyond those trained, and that end below the best value already.
         edge: "lowest" or "highest" where the best value is that of those trained: a better one may lie beyond it.
+        optima: of the LR, by value, as far as it was trained here.
+        ridge: None with fewer than two values whose best LR is known around the best.
     """
 
     width: int
@@ -57,6 +84,8 @@ class SizeTuning:
     minimum: Estimate
     unbounded: tuple[float | None, ...] = ()
     edge: str | None = None
+    optima: Mapping[float | None, Optimum] = field(default_factory=dict)
+    ridge: Ridge | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +107,14 @@ class Tuning:
     total_drift: Estimate
     verdict: str
     reasons: tuple[str, ...]
+
+    @property
+    def lr_drift(self) -> Estimate:
+        """Octaves by which the LR of the pair's optimum moves from the first size to the last."""
+        ends = [at.ridge.log2_lrs for at in (self.sizes[0], self.sizes[-1]) if at.ridge is not None]
+        if len(self.sizes) < 2 or len(ends) < 2 or ends[0] is None or ends[1] is None:
+            return UNKNOWN
+        return Estimate.of(shuffled(ends[1]) - ends[0])
 
 
 @dataclass(frozen=True)
@@ -209,6 +246,8 @@ def _tuning(
                 minimum=_value(key, minimum),
                 unbounded=tuple(value for value, points in edges.items() if any(p.mean < bar for p in points)),
                 edge=_edge(best, losses),
+                optima={value: at[size] for value, at in by_value.items() if size in at},
+                ridge=_ridge(key, best, {value: by_value[value][size] for value in losses}, minimum),
             )
         )
     verdict, reasons = best_values.verdict, best_values.reasons
@@ -245,7 +284,7 @@ def _over_values(
     for size in sizes:
         points: dict[float, Array] = {}
         for value in by_value:
-            place = _place(key, value)
+            place = place_of(key, value)
             if place is not None and value in drawn[size]:
                 points[place] = drawn[size][value]
         losses = tuple(Point(place, {0: float(np.median(points[place]))}, 0) for place in sorted(points))
@@ -258,6 +297,27 @@ def _over_values(
     unknown = [f"{o.curve.place(group.axis)}: {o.reason}" for o in optima if o.reason is not None]
     reasons = unknown if unknown and ladder.verdict == INCONCLUSIVE else [ladder.reasons[0], *unknown]
     return replace(ladder, optima=optima, reasons=tuple(reasons))
+
+
+def _ridge(key: str, best: float | None, optima: Mapping[float | None, Optimum], minimum: Optimum) -> Ridge | None:
+    """The line through the optimal LRs of the best value and its neighbours, each as good as its draws are narrow."""
+    places = {value: place for value in optima if (place := place_of(key, value)) is not None}
+    row = sorted(places, key=places.__getitem__)
+    if best not in places or len(row) < 2:
+        return None
+    at = row.index(best)
+    around = row[max(at - 1, 0) : at + 2]
+    draws = [optima[value].draws for value in around]
+    log2_lrs = np.array([shuffled(one.optimum, 2 + i) for i, one in enumerate(draws) if one is not None])
+    x = np.array([places[value] for value in around])
+    weights = 1 / np.maximum(log2_lrs.var(axis=1), SHARPEST)
+    weights /= weights.sum()
+    middle, height = weights @ x, weights @ log2_lrs
+    away = x - middle
+    slopes = (weights * away) @ log2_lrs / (weights @ away**2)
+    if minimum.draws is None or minimum.log2_lr is None:
+        return Ridge(slopes, None)
+    return Ridge(slopes, height + slopes * (minimum.draws.optimum - middle))
 
 
 def _reason(key: str, optimum: Optimum) -> str | None:
@@ -308,14 +368,14 @@ def _edge(best: float | None, values: Iterable[float | None]) -> str | None:
     return "lowest" if best == min(trained) else "highest" if best == max(trained) else None
 
 
-def _place(key: str, value: float | None) -> float | None:
-    """Octaves; None for a value that has none, such as 0."""
+def place_of(key: str, value: float | None) -> float | None:
+    """Where a value lies on its log scale, in octaves; None for a value that has no place, such as 0."""
     positive = 1 - value if value is not None and _decays(key) else value
     return None if positive is None or positive <= 0 else -math.log2(positive) if _decays(key) else math.log2(positive)
 
 
 def _at(key: str, place: float) -> float:
-    """The inverse of `_place`."""
+    """The inverse of `place_of`."""
     return 1 - 2.0**-place if _decays(key) else 2.0**place
 
 

@@ -193,10 +193,16 @@ def _tuning(analysis: Analysis) -> dict[str, Any]:
                         "minimum": _interval("value", at.minimum),
                         "unbounded": list(at.unbounded),
                         "edge": at.edge,
+                        "ridge": at.ridge
+                        and {
+                            "slope": _interval("octaves_per_octave", at.ridge.slope),
+                            "log2_lr": _interval("log2_lr", at.ridge.log2_lr),
+                        },
                     }
                     for at in one.sizes
                 ],
                 "total_drift": _interval("octaves", one.total_drift),
+                "lr_drift": _interval("octaves", one.lr_drift),
                 "verdict": one.verdict,
                 "reasons": list(one.reasons),
             }

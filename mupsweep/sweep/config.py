@@ -151,7 +151,8 @@ class GridConfig:
     list has the LRs of its own range (`log2_lr_range`); `of` gives the grid of one optimizer.
 
     With `search=adaptive` runs are chosen round by round (mupsweep/sweep/lr_search.py), beginning amid `log2_lrs`.
-    `axes` lists the values of other hyperparameters, which vary one at a time (mupsweep/sweep/hyperparameters.py).
+    `axes` lists the values of other hyperparameters, which vary one at a time (mupsweep/sweep/hyperparameters.py); the
+    best value of those in `joint` is searched together with the LR at every size (mupsweep/sweep/joint_search.py).
     """
 
     name: str | None = None
@@ -167,6 +168,7 @@ class GridConfig:
     max_seeds: int = 3
     max_runs: int = 12
     axes: Any = None  # a mapping; `expand` checks its keys, which depend on the variants
+    joint: tuple[str, ...] = ()
     max_flops: float | None = None
     sizes: Any = None  # a list of mappings, in place of ratios
 
@@ -184,6 +186,14 @@ class GridConfig:
         require(self.axes is None or isinstance(self.axes, dict), "sweep.axes", self.axes, "{optimizer.lr_ratio:[1,2]}")
         if self.max_flops is not None and self.search != ADAPTIVE:
             raise ConfigError("sweep.max_flops limits a search, and a grid trains all of itself: sweep.search=adaptive")
+        for key in self.joint:
+            if key not in (self.axes or {}):
+                raise ConfigError(f"sweep.joint: {key} has no values; list them as sweep.axes={{{key}:[1,2]}}")
+            if self.search != ADAPTIVE:
+                raise ConfigError(
+                    f"sweep.joint=[{key}] says how a search goes on, and a grid trains every value: "
+                    "sweep.search=adaptive"
+                )
         object.__setattr__(self, "log2_lrs", _log2_lrs(self.log2_lrs))
         for key in ("width_ratios", "depth_ratios", "seeds"):
             values = getattr(self, key)
@@ -471,6 +481,8 @@ def to_tree(config: SweepConfig) -> dict[str, Any]:
     tree["allow_imports"] = config.allow_imports is True  # which nothing reads
     if tree["sweep"]["sizes"] is None:
         del tree["sweep"]["sizes"]  # as before there was a list
+    if not tree["sweep"]["joint"]:
+        del tree["sweep"]["joint"]  # as before there were such searches
     return tree
 
 

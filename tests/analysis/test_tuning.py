@@ -9,11 +9,11 @@ import pytest
 from run_results import results
 
 from mupsweep.analysis.analysis import analyse
-from mupsweep.analysis.estimate import Estimate
+from mupsweep.analysis.estimate import UNKNOWN, Estimate
 from mupsweep.analysis.tuning import Tuning, remarks
 from mupsweep.analysis.verdict import DRIFTS, INCONCLUSIVE, TRANSFERS
 from mupsweep.report.results_files import to_json
-from mupsweep.report.terminal.tuning import tuning_line
+from mupsweep.report.terminal.tuning import ridge_line, tuning_line
 
 LRS = np.arange(-10.0, -4.9, 0.5)
 RATIO, STD, BETA = "optimizer.lr_ratio", "model.init_std", "optimizer.betas.1"
@@ -82,8 +82,12 @@ def test_a_best_value_is_found_between_those_trained_with_what_it_gains() -> Non
         assert covers(at.minimum, 3.0, within=0.7)
         gain = 0.01 * (np.log2(3) ** 2 - np.log2(4 / 3) ** 2)
         assert covers(at.gain, float(gain), within=0.002)
+        assert at.ridge is not None
+        assert covers(at.ridge.slope, 0.25, within=0.2)  # as `rows` has it
+        assert covers(at.ridge.log2_lr, -7.4, within=0.2)
     assert one.verdict == TRANSFERS
     assert covers(one.total_drift, 0.0, within=0.5)
+    assert covers(one.lr_drift, 0.0, within=0.3)
 
 
 def test_a_best_value_that_moves_with_width_drifts() -> None:
@@ -103,6 +107,9 @@ def test_a_best_value_at_the_end_of_its_list_is_a_bound() -> None:
     one = of(analyse(results(rows(best={RATIO: 32.0}))).tunings, RATIO)
     assert [at.best for at in one.sizes] == [8.0, 8.0, 8.0]
     assert one.sizes[0].minimum.value is None
+    assert one.sizes[0].ridge is not None
+    assert one.sizes[0].ridge.log2_lr == UNKNOWN
+    assert ridge_line(one) == ""
     assert "the best value is the highest, 8: add values beyond it" in " ".join(one.reasons)
     assert [at.edge for at in one.sizes] == ["highest"] * 3
     assert one.verdict == INCONCLUSIVE  # that the base's best value costs nothing later is so of those trained only
@@ -111,7 +118,16 @@ def test_a_best_value_at_the_end_of_its_list_is_a_bound() -> None:
 
 def test_the_best_value_is_told_with_the_minimum_between_those_trained() -> None:
     one = of(analyse(results(rows(best={RATIO: 3.0}))).tunings, RATIO)
-    assert f"best {one.sizes[0].best:g} (minimum {one.sizes[0].minimum:.3g}) at 32x4" in tuning_line(one)
+    first, last = one.sizes[0], one.sizes[-1]
+    assert f"best {first.best:g} (minimum {first.minimum:.3g}) at 32x4" in tuning_line(one)
+    assert first.ridge is not None
+    assert last.ridge is not None
+    assert ridge_line(one) == (
+        f"adamw/mup, LR and {RATIO} together: 2^{first.ridge.log2_lr:.2f} with {first.minimum:.3g} at 32x4, "
+        f"{first.ridge.slope:+.2f} octaves of LR per octave of it; 2^{last.ridge.log2_lr:.2f} with {last.minimum:.3g} "
+        f"at 128x4, {last.ridge.slope:+.2f} octaves of LR per octave of it; from the first to the last the LR moves by "
+        f"{one.lr_drift}, the value by {one.total_drift} octaves"
+    )
 
 
 def test_a_size_without_an_optimum_is_no_lack_of_larger_sizes() -> None:
@@ -204,3 +220,6 @@ def test_changed_runs_are_no_part_of_the_verdict_on_the_lr() -> None:
     assert with_["groups"] == without["groups"]
     assert set(with_) - set(without) == {"tuning", "closings", "tuning_remarks"}
     assert [one["hyperparameter"] for one in with_["tuning"]] == [STD, BETA, RATIO]
+    ridge = with_["tuning"][2]["sizes"][0]["ridge"]
+    assert ridge["slope"]["octaves_per_octave"] == pytest.approx(0.25, abs=0.1)
+    assert ridge["log2_lr"]["log2_lr"] == pytest.approx(-7.4, abs=0.1)

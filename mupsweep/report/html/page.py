@@ -19,7 +19,7 @@ from mupsweep.analysis.transfer import LadderResult, diverges
 from mupsweep.analysis.verdict import DRIFTS, INCONCLUSIVE, TRANSFERS
 from mupsweep.atomic_files import make_folder, read_json, write_text
 from mupsweep.formatting import counted, duration, si
-from mupsweep.report.html import coordinates
+from mupsweep.report.html import coordinates, pairs
 from mupsweep.report.html import rules as rules_table
 from mupsweep.report.html.charts import Charts, drawn_seeds, estimate_text, size_id
 from mupsweep.report.html.words import definitions, explained
@@ -251,7 +251,9 @@ def _tuning(analysis: Analysis) -> str:
         return ""
     items = "".join(f"<li>{explained(line)}</li>" for line in lines)
     tables = "".join(_table(head, rows, "words") for head, rows in gaps)
-    return _title("Other hyperparameters", "Each value at its own best rate.") + f"<ul>{items}</ul>{tables}"
+    pictures = pairs.panels(analysis.tunings)
+    note = f"Each value at its own best rate. {pairs.NOTE}" if pictures else "Each value at its own best rate."
+    return _title("Other hyperparameters", note) + f"<ul>{items}</ul>{tables}{pictures}"
 
 
 def _training(charts: Charts, sweep: SweepDir, analysis: Analysis) -> str:

@@ -30,7 +30,8 @@ def tuning_summary(analysis: Analysis) -> tuple[list[str], list[GapTable]]:
     closed = analysis.gaps_after_tuning
     kinds = dict.fromkeys((c.before[-1].of, c.before[-1].axis) for c in closed)
     gaps = [gap_table([c for c in closed if (c.before[-1].of, c.before[-1].axis) == kind]) for kind in kinds]
-    return [*map(tuning_line, analysis.tunings), *analysis.tuning_remarks], gaps
+    lines = [line for tuning in analysis.tunings for line in (tuning_line(tuning), ridge_line(tuning)) if line]
+    return [*lines, *analysis.tuning_remarks], gaps
 
 
 def tuning_line(tuning: Tuning) -> str:
@@ -45,6 +46,27 @@ def tuning_line(tuning: Tuning) -> str:
     reason = f" ({tuning.reasons[0]})" if tuning.reasons else ""
     name = f"{'/'.join(tuning.names[1:])}, {tuning.hyperparameter} in {tuning.axis}"
     return f"{name}: best {best}, {gain}; {tuning.verdict}{reason}"
+
+
+def ridge_line(tuning: Tuning) -> str:
+    """The pair of LR and value that is best at the base and at the largest size, and how the one moves with the other.
+
+    Empty where no size has a best value between those trained.
+    """
+    known = [(size, size.ridge) for size in tuning.sizes if size.ridge is not None and size.ridge.log2_lr != UNKNOWN]
+    if not known:
+        return ""
+    pairs = [
+        f"2^{ridge.log2_lr:.2f} with {size.minimum:.3g} at {size.width}x{size.depth}, "
+        f"{ridge.slope:+.2f} octaves of LR per octave of it"
+        for size, ridge in (known if len(known) == 1 else (known[0], known[-1]))
+    ]
+    drifts = ""
+    if tuning.lr_drift != UNKNOWN:
+        drifts = (
+            f"; from the first to the last the LR moves by {tuning.lr_drift}, the value by {tuning.total_drift} octaves"
+        )
+    return f"{'/'.join(tuning.names[1:])}, LR and {tuning.hyperparameter} together: {'; '.join(pairs)}{drifts}"
 
 
 def _minimum_text(size: SizeTuning) -> str:
