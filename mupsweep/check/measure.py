@@ -12,8 +12,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mupsweep.check.norms import rms_norm, rms_operator_norm
 from mupsweep.scaling import Role
+from mupsweep.training.norms import rms_norm, rms_operator_norm
 
 FEATURES, LOGITS, ATTENTION, ROUTING = "features", "logits", "attention logits", "router logits"
 COORDINATES = (FEATURES, LOGITS, ATTENTION, ROUTING)

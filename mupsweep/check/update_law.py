@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from mupsweep.check import gradients
 from mupsweep.check.coordinate_check import use_threads
 from mupsweep.check.gradients import Gradients
-from mupsweep.check.norms import spectral_norm, stable_rank
 from mupsweep.check.regression import Exponent, regress
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers import Optimizer
@@ -27,6 +26,7 @@ from mupsweep.optimizers.foreign import Foreign, Power
 from mupsweep.scaling import UpdateLaw
 from mupsweep.schema import instantiate
 from mupsweep.sweep.config import SweepConfig, Variant
+from mupsweep.training.norms import spectral_norm, stable_rank
 
 FACTORS = (1 / 16, 16.0)  # by which gradients and weights are scaled for their exponents
 RESOLUTION = 0.05  # half an interval at least: orthogonalised updates have singular values of 0.7 to 1.2

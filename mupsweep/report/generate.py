@@ -21,7 +21,9 @@ from mupsweep.atomic_files import make_folder, write_json, write_text
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.recipes import JSON, check, recipe, validation
 from mupsweep.recipes import export as export_format
-from mupsweep.report.results_files import enough_to_json, save_runs, to_json, write_results
+from mupsweep.report import norms
+from mupsweep.report.best_runs import best_runs
+from mupsweep.report.results_files import enough_to_json, save_runs, to_json, write_norms, write_results
 from mupsweep.schema import LARGEST
 from mupsweep.store.results import read, read_runs
 from mupsweep.store.sweep_dir import FIGURES, SweepDir
@@ -83,6 +85,7 @@ def generate(
     if len(sweeps) == 1 or results is not None:
         try:
             files += write_views(sweeps[0].results, analysis, figures)
+            files += write_norm_views(sweeps, analysis, figures)
             if len(sweeps) == 1 and analysis.curves:
                 from mupsweep.report.html import page
 
@@ -180,6 +183,28 @@ def write_views(folder: Path, analysis: Analysis, style: str | None = None) -> l
             files += curves.draw(analysis, figures / style, style)
         files = [figures, *files]
     return files
+
+
+def write_norm_views(sweeps: Sequence[SweepDir], analysis: Analysis, style: str | None = None) -> list[Path]:
+    """Write norms.csv and its figures to the results of the first sweep, if any tracked norms; return the table."""
+    tracking = [sweep for sweep in sweeps if norms.are_tracked(sweep)]
+    if not tracking:
+        return []
+    runs = [*analysis.runs, *analysis.changed]
+    path = write_norms(sweeps[0].results, (row for sweep in tracking for row in norms.read_norms(sweep, runs)))
+    courses = {}
+    for key, run in best_runs(analysis).items():
+        course = [row for sweep in tracking for row in norms.read_norms(sweep, [run])]
+        if course:
+            courses[key] = course
+    if courses:
+        from mupsweep.report.figures import norms as norm_figures
+
+        figures = sweeps[0].figures
+        norm_figures.draw(courses, figures)
+        if style is not None:
+            norm_figures.draw(courses, figures / style, style)
+    return [path]
 
 
 def say_unwritten(error: RecordError, results: Path | None) -> None:

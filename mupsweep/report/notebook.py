@@ -38,6 +38,8 @@ from mupsweep.analysis.run_result import COLUMNS, RunResult
 from mupsweep.analysis.transfer import LadderResult
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import counted
+from mupsweep.report.norms import COLUMNS as NORM_COLUMNS
+from mupsweep.report.norms import NormRow, read_norms
 from mupsweep.report.results_files import curve_table, to_json
 from mupsweep.store.results import read_runs
 from mupsweep.store.sweep_dir import SweepDir
@@ -78,6 +80,14 @@ class Sweep:
     def metrics(self, run: RunResult | str) -> list[dict[str, Any]]:
         """What a run logged while it was trained, by step; also of a run that is not finished."""
         return self.folder.run(run if isinstance(run, str) else run.run_id).metrics()
+
+    def norms(self) -> list[NormRow]:
+        """||W||_R and relative update of every matrix, of the finished runs that tracked them."""
+        return list(read_norms(self.folder, self.runs))
+
+    def norms_frame(self) -> DataFrame:
+        """A line per matrix and step, as in results/norms.csv."""
+        return _frame([asdict(row) for row in self.norms()], NORM_COLUMNS)
 
     def runs_frame(self) -> DataFrame:
         """A line per finished run, as in results/runs.csv."""

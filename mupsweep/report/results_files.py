@@ -21,6 +21,8 @@ from mupsweep.analysis.run_result import CHANGE_COLUMNS, COLUMNS, RunResult
 from mupsweep.analysis.transfer import LadderResult, Validation
 from mupsweep.atomic_files import make_folder, replace_file, write_chunks, write_json
 from mupsweep.errors import RecordError
+from mupsweep.report.norms import COLUMNS as NORM_COLUMNS
+from mupsweep.report.norms import NormRow
 
 
 def write_results(folder: Path, analysis: Analysis) -> None:
@@ -29,6 +31,13 @@ def write_results(folder: Path, analysis: Analysis) -> None:
     write_chunks(folder / "runs.csv", _runs_csv([*analysis.runs, *analysis.changed]))
     write_chunks(folder / "curves.csv", _curve_csv([*analysis.curves, *analysis.changed_curves]))
     write_json(folder / "transfer.json", to_json(analysis))
+
+
+def write_norms(folder: Path, rows: Iterable[NormRow]) -> Path:
+    """Write norms.csv, the norms of matrices that runs recorded, to a folder of results."""
+    path = folder / "norms.csv"
+    write_chunks(path, _csv(NORM_COLUMNS, map(attrgetter(*NORM_COLUMNS), rows)))
+    return path
 
 
 def save_runs(path: Path, runs: Iterable[RunResult]) -> None:

@@ -50,6 +50,7 @@ OWN_TRAINER = {"name": "mupsweep", "kind": "mupsweep.trainers.mupsweep.Mupsweep"
 LATER_KEYS: dict[str, dict[str, Any]] = {  # with a default that changes nothing: stored variants hold other values only
     "model": {"norms": True},
     "parametrization": {"update_law_of": None},
+    "training": {"norm_points": 0},
     "data": {"end_of_text": None, "vocab_size": None},
 }
 SHARED_SECTIONS = ("sweep", "analysis", "launcher", "tracker", "out", "allow_imports")
@@ -86,6 +87,7 @@ class TrainingConfig:
     horizon_exponent: float = 0.0
     base_tokens: int | None = None
     branches: tuple[float, ...] = ()
+    norm_points: int = 0
 
     def __post_init__(self) -> None:
         lengths = [length for length in (self.steps, self.tokens) if length is not None]
@@ -109,6 +111,7 @@ class TrainingConfig:
         require(self.evals > 0, "training.evals", self.evals, "positive")
         require(self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "at least 0")
         require(self.divergence_patience > 0, "training.divergence_patience", self.divergence_patience, "positive")
+        require(self.norm_points >= 0, "training.norm_points", self.norm_points, "at least 0, which is off")
         one_of(self.batch_rule, BATCH_RULES, "training.batch_rule")
         rising = [0.0, *self.branches, 1.0]
         require(
@@ -137,6 +140,11 @@ class TrainingConfig:
         """(first step of the decay, last step) of every branch and of the run itself, the shortest first."""
         ends = [*(round(share * total) for share in self.branches), total]
         return tuple((end - round(self.decay_fraction * end), end) for end in ends)
+
+    def norm_steps(self, total: int) -> frozenset[int]:
+        """The steps after which norms of matrices are measured: the first, and `norm_points` evenly spaced ones."""
+        points = (max(1, round(total * (i + 1) / self.norm_points)) for i in range(self.norm_points))
+        return frozenset((1, *points)) if self.norm_points else frozenset()
 
     def warmup_steps(self, total: int) -> int:
         """Steps of linear warm-up: `warmup` itself, or that fraction of `total` where it is below 1."""

@@ -29,6 +29,7 @@ NOT_TUNABLE = {  # keys that are no hyperparameters of the base -> the key that 
     "training.eval_batches": None,
     "training.evals": None,
     "training.checkpoint_minutes": None,
+    "training.norm_points": None,
 }
 
 

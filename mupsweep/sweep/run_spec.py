@@ -248,6 +248,11 @@ def resolve(
             f"training.compile=true: the shapes within model={resolved.model.name} change with every batch, and torch "
             "would compile it anew each time; set training.compile=false"
         )
+    if training.norm_points and resolved.trainer.runs_program:
+        raise ConfigError(
+            f"training.norm_points={training.norm_points}: the weights of a program are its own; set it to 0 with "
+            f"trainer={resolved.trainer.name}"
+        )
     warmup = training.warmup_steps(steps)
     if warmup >= steps:
         raise ConfigError(
@@ -277,6 +282,11 @@ def check_batch_shares(resolved: ResolvedVariant, launcher: LauncherOptions) -> 
             raise ConfigError(
                 f"{where}.shard=true divides the models of mupsweep only, not {resolved.model.name}, which is whole on "
                 f"every device: set {where}.shard=false"
+            )
+        if devices > 1 and resolved.training.norm_points:
+            raise ConfigError(
+                f"training.norm_points measures runs on one device, and {where}.devices_per_run={devices}: set one of "
+                "them back"
             )
         if batch_size % devices:
             raise ConfigError(

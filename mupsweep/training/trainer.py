@@ -25,6 +25,7 @@ from mupsweep.training.devices import autocast, choose_precision, device_name
 from mupsweep.training.distributed import SINGLE_PROCESS, DistributedContext, Signal
 from mupsweep.training.divergence import diverged_at
 from mupsweep.training.microbatch import MicroBatcher
+from mupsweep.training.norm_tracker import NormTracker
 from mupsweep.training.signals import StopRequested
 
 RECOMPILE_LIMIT = 64  # graphs of a compiled network; beyond it torch would run eagerly, which gives other bits
@@ -59,6 +60,7 @@ def train(
     tokens_per_step = training.batch_size * context
     log_interval = max(1, total_steps // METRICS_ROWS)
     eval_steps = {round(total_steps * (i + 1) / training.evals) for i in range(training.evals)}
+    norm_tracker = NormTracker(run, setup)
     horizons = training.horizons(total_steps)  # (first step of the cooldown, last step); the run's own is the last
     precision = choose_precision(training.precision, device)
     network = compiled(setup.network) if training.compile else setup.network
@@ -104,7 +106,8 @@ def train(
         checkpointer.pending_losses.append(loss)
         state.micro_batch = micro_batcher.oom_micro_batch  # a resumed run must not run out of memory once more
 
-        # Update the weights.
+        # Update the weights, of which the tracker keeps a copy where their change is to be measured.
+        norm_tracker.before_step(state)
         grad_norm = clip(setup)
         lr_multiplier = lr_factor(state.step, total_steps, training, horizon)
         setup.optimizer.step(lr_multiplier)
@@ -114,11 +117,13 @@ def train(
         # Most steps end here: only logged steps read the losses and look for divergence.
         at_horizon = state.step == horizon
         evaluates = at_horizon or (state.step in eval_steps and not state.branching)
-        if not evaluates and state.step % log_interval != 0:
+        logs = evaluates or state.step % log_interval == 0
+        if not logs and not norm_tracker.due:
             continue
         checkpointer.read_losses()
         row = metrics_row(state, log_interval, tokens_per_step, run.base_lr * lr_multiplier, grad_norm)
-        bad_step = diverged_at(state.losses, training.divergence_patience, total_steps)
+        bad_step = diverged_at(state.losses, training.divergence_patience, total_steps) if logs else None
+        row |= norm_tracker.after_step()
         if evaluates and bad_step is None:
             row |= evaluate(network, data, run, precision, device, micro_batcher)
             if not math.isfinite(row["val_loss"]):

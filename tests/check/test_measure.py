@@ -22,8 +22,8 @@ from mupsweep.check.measure import (
     update_norm,
     weight_norm,
 )
-from mupsweep.check.norms import rms_norm, rms_operator_norm
 from mupsweep.scaling import Role
+from mupsweep.training.norms import rms_norm, rms_operator_norm
 
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mupsweep.check import gradients, update_law
 from mupsweep.check.gradients import Gradients
-from mupsweep.check.norms import spectral_norm, stable_rank
 from mupsweep.check.update_law import BOTH, DEGREE, N_IN, N_OUT, WEIGHT, Measured
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers import Optimizer
@@ -25,6 +24,7 @@ from mupsweep.scaling import Role, UpdateLaw, symbolic
 from mupsweep.scaling.laws import match_rms_adamw
 from mupsweep.schema import instantiate
 from mupsweep.sweep import config
+from mupsweep.training.norms import spectral_norm, stable_rank
 
 TOLERANCE = {"exponent": 0.02}
 HALF = Fraction(1, 2)

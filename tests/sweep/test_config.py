@@ -17,7 +17,7 @@ from mupsweep.analysis.config import AnalysisConfig
 from mupsweep.errors import ConfigError
 from mupsweep.sweep import plan, run_spec
 from mupsweep.sweep.compose import nearest_key
-from mupsweep.sweep.config import COMPARABLE, GRID, choices, config_root, from_tree, load, to_tree
+from mupsweep.sweep.config import COMPARABLE, GRID, choices, config_root, from_tree, load, to_tree, variant_tree
 
 GROUPS = sorted(p.name for p in config_root().iterdir() if p.is_dir())
 EXPERIMENTS = choices("experiment")
@@ -325,7 +325,7 @@ def test_every_optimizer_says_where_its_lrs_lie(name: str) -> None:
 
 def test_the_plan_warns_of_a_grid_that_lies_mostly_outside_of_an_optimizers_range() -> None:
     def remarks(*words: str) -> list[str]:
-        return plan.grid_remarks(plan.plan(load(["experiment=smoke", *words])))
+        return plan.grid_remarks(plan.plan.plan(load(["experiment=smoke", *words])))
 
     words = "optimizer=adamw,muon", "sweep.log2_lrs=[-11,-10,-9,-8,-7,-6,-5]"
     assert remarks(*words) == [
@@ -338,3 +338,21 @@ def test_the_plan_warns_of_a_grid_that_lies_mostly_outside_of_an_optimizers_rang
     ]
     assert remarks("optimizer=adamw,muon", "sweep.log2_lrs=[-8,-7,-6,-5]") == []  # half of Muon's
     assert remarks("optimizer=adamw,muon", "sweep.log2_lrs=null") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["training.norm_points=-1"], r"training\.norm_points=-1: expected at least 0, which is off"),
+        (["training.norm_points=2", "launcher.devices_per_run=2"], r"measures runs on one device.*devices_per_run=2"),
+    ],
+)
+def test_norms_that_cannot_be_measured_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan.plan(load(["experiment=smoke", *words]))
+
+
+def test_untracked_norms_are_no_part_of_a_runs_identity() -> None:
+    (plain, tracked) = (plan.plan(load(["experiment=smoke", f"training.norm_points={n}"]))[0] for n in (0, 5))
+    assert "norm_points" not in variant_tree(plain.resolved.variant)["training"]
+    assert plain.run_id != tracked.run_id

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from mupsweep.data import Dataset, prepare, tokenizers
+from mupsweep.store.matrix_norms import in_row
 from mupsweep.store.run_dir import RunDir
 from mupsweep.sweep import config
 from mupsweep.sweep.config import TrainingConfig
@@ -30,6 +31,7 @@ from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.training import trainer as loop
 from mupsweep.training.build import Builder, build
 from mupsweep.training.devices import choose_precision
+from mupsweep.training.norm_tracker import matrix_norm
 from mupsweep.training.session import TorchSession
 from mupsweep.training.signals import StopSignal
 from mupsweep.training.trainer import StopRequested, compiled, diverged_at, lr_factor, train
@@ -39,6 +41,7 @@ TOLERANCE = {
     "schedule": 1e-12,
     "evaluation": 2e-6,  # relative: fp32 losses against float64 sums
     "gradient norm": 1e-5,  # relative, fp32
+    "norm": 1e-6,  # relative: singular values of fp32 numbers in float64
     "bf16": 0.02,  # relative, of a loss after 30 steps
 }
 CPU = torch.device("cpu")
@@ -728,3 +731,57 @@ def test_a_run_that_cannot_be_trained_is_failed_with_its_reason(data: Dataset, t
     assert "batch of 10000000" in status["error"]
     assert folder.summary() is None
     assert "batch of 10000000" in folder.log_path.read_text()
+
+
+# Norms of matrices.
+
+
+def test_norms_are_measured_after_the_first_step_and_at_even_points_and_change_no_bit(
+    data: Dataset, tmp_path: Path
+) -> None:
+    plain = attempt(run(), data, tmp_path / "plain")
+    tracked = attempt(run("training.norm_points=3"), data, tmp_path / "tracked")
+    for name, weight in plain.weights.items():
+        assert torch.equal(weight, tracked.weights[name]), name
+    assert plain.summary["val_loss"] == tracked.summary["val_loss"]
+    norms = {row["step"]: in_row(row) for row in tracked.rows if in_row(row)}
+    assert list(norms) == [1, 10, 20, 30]
+    bare = [{key: value for key, value in row.items() if "/" not in key} for row in tracked.rows]
+    assert bare == plain.rows
+    roles = {spec.name: spec.role for spec in run().resolved.model.tensors(run().size) if spec.role.is_matrix}
+    assert [(norm.tensor, norm.role) for norm in norms[30]] == list(roles.items())
+    for norm in norms[30]:
+        expected = size_of(plain.weights[norm.tensor].double(), norm.role)
+        assert norm.norm == pytest.approx(expected, rel=TOLERANCE["norm"]), norm.tensor
+
+
+def size_of(weight: Tensor, role: str) -> float:
+    """||W||_R by torch's own singular values; of an embedding the RMS of its entries."""
+    if role == "input":
+        return weight.square().mean().sqrt().item()
+    n_out, n_in = weight.shape
+    return math.sqrt(n_in / n_out) * torch.linalg.matrix_norm(weight, 2).item()
+
+
+def test_the_relative_update_is_that_of_the_step(data: Dataset, tmp_path: Path) -> None:
+    spec = run("training.norm_points=1", "training.steps=1", "training.warmup=0")
+    start = {name: weight.clone() for name, weight in build(spec, CPU).network.state_dict().items()}
+    ended = attempt(spec, data, tmp_path / "run")
+    for norm in in_row(ended.rows[0]):
+        before, after = start[norm.tensor].double(), ended.weights[norm.tensor].double()
+        expected = size_of(after - before, norm.role) / size_of(before, norm.role)
+        assert norm.relative_update == pytest.approx(expected, rel=TOLERANCE["norm"]), norm.tensor
+
+
+def test_norms_of_a_resumed_run_are_those_of_an_uninterrupted_one(data: Dataset, tmp_path: Path) -> None:
+    spec = run("training.norm_points=3")
+    whole = attempt(spec, data, tmp_path / "whole")
+    with pytest.raises(StopRequested):
+        attempt(spec, data, tmp_path / "stopped", TrainControl(stop=15))
+    assert_same(attempt(spec, data, tmp_path / "stopped"), whole)
+
+
+def test_norms_of_a_weight_that_is_zero_or_not_finite_are_none() -> None:
+    head = next(spec for spec in run().resolved.model.tensors(run().size) if spec.role == "output")
+    assert matrix_norm(torch.zeros(head.shape), head) == 0.0
+    assert matrix_norm(torch.full(head.shape, math.nan), head) is None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -12,14 +13,18 @@ from typing import Any
 import mupsweep
 from mupsweep.analysis.analysis import Analysis
 from mupsweep.analysis.estimate import CONFIDENCE
-from mupsweep.analysis.labels import DIVERGED, DONE, Label
-from mupsweep.analysis.optimum import Optimum
-from mupsweep.analysis.run_result import RunResult, Size
+from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.analysis.transfer import LadderResult, diverges
 from mupsweep.analysis.verdict import DRIFTS, INCONCLUSIVE, TRANSFERS
 from mupsweep.atomic_files import make_folder, read_json, write_text
 from mupsweep.formatting import counted, duration, si
+<<<<<<< HEAD
 from mupsweep.report.html import coordinates, pairs
+=======
+from mupsweep.report import norms
+from mupsweep.report.best_runs import best_runs
+from mupsweep.report.html import coordinates
+>>>>>>> e5bd337 (training.norm_points tracks the norm and the relative update of every matrix through training)
 from mupsweep.report.html import rules as rules_table
 from mupsweep.report.html.charts import Charts, drawn_seeds, estimate_text, size_id
 from mupsweep.report.html.words import definitions, explained
@@ -61,7 +66,7 @@ def write(
     sections = [_header(sweep, analysis, counts)]
     if charts.groups:
         sections += [_verdicts(charts, analysis, sweep), _curves(charts), _drift(charts)]
-        sections += [_law(sweep), _tuning(analysis), _training(charts, sweep, analysis)]
+        sections += [_law(sweep), _tuning(analysis), _training(charts, sweep, analysis), _norms(sweep)]
     else:
         sections.append("<p>No run has finished yet, so there is nothing to judge.</p>")
     sections += [_check(sweep), _rules(rules), _runs(counts), _provenance(sweep)]
@@ -258,20 +263,11 @@ def _tuning(analysis: Analysis) -> str:
 
 def _training(charts: Charts, sweep: SweepDir, analysis: Analysis) -> str:
     """Loss by step of the run nearest to each size's best LR, one seed."""
-    runs: dict[tuple[Label, Size], list[RunResult]] = defaultdict(list)
-    for run in analysis.runs:
-        if run.status == DONE:
-            runs[run.label, run.size].append(run)
+    nearest = best_runs(analysis)
     panels = []
     for group in charts.groups:
-        logged = []
-        for optimum in group.optima:
-            best, size = _best(optimum), optimum.curve.size
-            candidates = runs[group.label, size]
-            if best is not None and candidates:
-                distances = [(abs(run.log2_lr - best), run.seed) for run in candidates]
-                nearest = candidates[distances.index(min(distances))]
-                logged.append((size, nearest, sweep.run(nearest.run_id).metrics()))
+        found = [(size, nearest.get((group.label, size))) for size in (o.curve.size for o in group.optima)]
+        logged = [(size, run, sweep.run(run.run_id).metrics()) for size, run in found if run is not None]
         chart = charts.training(logged)
         if chart:
             panels.append(_figure(charts, group, chart, _axis(charts, group)))
@@ -284,11 +280,21 @@ def _training(charts: Charts, sweep: SweepDir, analysis: Analysis) -> str:
     return _title("Training curves", note) + f'<div class="panels">{"".join(panels)}</div>'
 
 
-def _best(optimum: Optimum) -> float | None:
-    """The fitted best LR, or else the best one that was trained, or None."""
-    if optimum.log2_lr is not None:
-        return optimum.log2_lr
-    return min(optimum.curve.usable, key=lambda p: p.mean).log2_lr if optimum.curve.usable else None
+def _norms(sweep: SweepDir) -> str:
+    """The figures of tracked norms; empty where no run tracked any."""
+    paths = [path for name in norms.FIGURES if (path := sweep.figures / f"{name}.svg").is_file()]
+    if not paths:
+        return ""
+    images = "".join(
+        f'<figure><img alt="{path.stem} through training" style="max-width:100%" '
+        f'src="data:image/svg+xml;base64,{b64encode(path.read_bytes()).decode()}"></figure>'
+        for path in paths
+    )
+    note = (
+        "The run nearest to each size's best rate. A line is the geometric mean over the matrices of a role; of "
+        "embeddings it is the RMS of entries. norms.csv has every matrix of every run."
+    )
+    return _title("Norms through training", note) + images
 
 
 def _by_axis(charts: Charts, draw: Callable[[Charts, Sequence[LadderResult]], str]) -> str:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mupsweep.check import norms
+from mupsweep.training import norms
 
 TOLERANCE = {
     "exact": 1e-7,  # relative: the root of an eigenvalue in float64
