@@ -18,13 +18,9 @@ from mupsweep.analysis.transfer import LadderResult, diverges
 from mupsweep.analysis.verdict import DRIFTS, INCONCLUSIVE, TRANSFERS
 from mupsweep.atomic_files import make_folder, read_json, write_text
 from mupsweep.formatting import counted, duration, si
-<<<<<<< HEAD
-from mupsweep.report.html import coordinates, pairs
-=======
 from mupsweep.report import norms
 from mupsweep.report.best_runs import best_runs
-from mupsweep.report.html import coordinates
->>>>>>> e5bd337 (training.norm_points tracks the norm and the relative update of every matrix through training)
+from mupsweep.report.html import coordinates, pairs
 from mupsweep.report.html import rules as rules_table
 from mupsweep.report.html.charts import Charts, drawn_seeds, estimate_text, size_id
 from mupsweep.report.html.words import definitions, explained
