@@ -36,8 +36,8 @@ class AdamW(ComposableOptimizer):
     def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return ENTRYWISE
 
-    def at_batch_ratio(self, ratio: float) -> tuple[Optimizer, float]:
-        return sde_rule(self, ratio)
+    def sde_rule(self, ratio: float) -> tuple[Optimizer, float]:
+        return adam_sde_rule(self, ratio)
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         import torch
@@ -62,7 +62,7 @@ def adam_direction(grads: Tensor, m: Tensor, v: Tensor, betas: tuple[float, floa
     return m_hat.div_(v_hat.sqrt_().add_(now.thresholds["eps"]))
 
 
-def sde_rule(optimizer: Any, ratio: float) -> tuple[Any, float]:
+def adam_sde_rule(optimizer: Any, ratio: float) -> tuple[Any, float]:
     """For the Adam family: lr * sqrt(k), 1 - beta -> k (1 - beta), eps / sqrt(k) (Complete(d)P, 2512.22382)."""
     if max(ratio * (1 - beta) for beta in optimizer.betas) >= 1:
         raise ConfigError(

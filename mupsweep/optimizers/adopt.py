@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mupsweep.optimizers.adamw import sde_rule
+from mupsweep.optimizers.adamw import adam_sde_rule
 from mupsweep.optimizers.algorithm import StepContext
 from mupsweep.optimizers.composed import ComposableOptimizer
 from mupsweep.optimizers.optimizer import Dims, Optimizer, check_decays
@@ -44,10 +44,10 @@ class ADOPT(ComposableOptimizer):
     def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return ENTRYWISE
 
-    def at_batch_ratio(self, ratio: float) -> tuple[Optimizer, float]:
+    def sde_rule(self, ratio: float) -> tuple[Optimizer, float]:
         """Adam's SDE rule: where noise dominates, v of the steps before is that of this one, and both the first step
         and the clipping, which only bites early, vanish in the limit of many small steps."""
-        return sde_rule(self, ratio)
+        return adam_sde_rule(self, ratio)
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         return {"m": weights.new_zeros(weights.shape), "v": weights.new_zeros(weights.shape)}

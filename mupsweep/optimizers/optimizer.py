@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from mupsweep.analysis.labels import LARGEST_LOG2_LR
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Dims = tuple[int, int]  # (n_out, n_in) of a tensor
 ROLES = tuple(role.value for role in Role if role is not Role.ROUTER)  # routers go to the optimizer of the head
+BATCH_RULES = ("sde", "sqrt")  # how LR, averages and eps go from one batch size to another
 MATRICES = tuple(role for role in ROLES if Role(role).is_matrix)
 
 
@@ -137,16 +138,40 @@ class Optimizer(ABC):
         """Every hyperparameter that is compared with gradients; always with "eps"."""
         return {"eps": Threshold(self.eps, self.update_law(dims))}
 
-    def at_batch_ratio(self, ratio: float) -> tuple[Optimizer, float]:
+    def at_batch_ratio(self, ratio: float, rule: str) -> tuple[Optimizer, float]:
         """This optimizer at `ratio` times the base batch, and the factor of its LR.
 
+        Args:
+            rule: a name of BATCH_RULES.
+
         Raises:
-            ConfigError: no rule is published for it.
+            ConfigError: the rule says nothing of this optimizer, or not at this ratio.
         """
+        return {"sde": self.sde_rule, "sqrt": self.sqrt_rule}[rule](ratio)
+
+    def sde_rule(self, ratio: float) -> tuple[Optimizer, float]:
+        """What keeps the stochastic differential equation of training; an optimizer with a published one overrides."""
+        grows = self.update_law().degree != 0
+        remedy = "tune the LR at the batch size of the target" if grows else "use training.batch_rule=sqrt"
         raise ConfigError(
-            f"training.batch_rule=sde has no rule for {self.name}: tune the LR at the batch size of the target, "
-            "or set training.batch_rule=none"
+            f"training.batch_rule=sde has no rule for {self.name}: {remedy}, or set training.batch_rule=none"
         )
+
+    def sqrt_rule(self, ratio: float) -> tuple[Optimizer, float]:
+        """LR times sqrt(ratio) at averages over as many steps, for a step whose size no gradient decides.
+
+        The bound of methods with a linear minimisation oracle (normalised SGD, signSGD, Muon; 2603.15958) has its LR in
+        D B / (LR tokens) + C LR / (1 - momentum), which is lowest at sqrt(B / tokens) for a fixed momentum. SignSGD's
+        SDE (2411.15958) agrees where noise dominates. Gradients are then as noise, and eps follows them.
+        """
+        if self.update_law().degree != 0:
+            raise ConfigError(
+                f"training.batch_rule=sqrt is for steps that do not grow with the gradient, and {self.name}'s do: tune "
+                "the LR at the target's batch size, or set training.batch_rule=none; sgd has training.batch_rule=sde"
+            )
+        law = self.thresholds()["eps"].law
+        power = (law.eps_power or 0) * law.eps_degree
+        return replace(self, eps=self.eps * ratio ** (-power / 2)), ratio**0.5
 
     @abstractmethod
     def state_size(self, dims: Dims) -> int:

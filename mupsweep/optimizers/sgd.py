@@ -41,7 +41,7 @@ class SGD(ComposableOptimizer):
     def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return GRADIENT
 
-    def at_batch_ratio(self, ratio: float) -> tuple[Optimizer, float]:
+    def sde_rule(self, ratio: float) -> tuple[Optimizer, float]:
         """The linear rule: the noise of the gradient falls as 1/k, so k times the LR keeps the SDE (2512.22382)."""
         return self, ratio
 

@@ -117,7 +117,9 @@ def _whole_recipe(law: Law, resolved: ResolvedVariant, target: Mapping[str, int]
     tokens = target.get("tokens", resolved.steps * training.batch_size * model.context)
     final = replace(training, steps=None, tokens=tokens, batch_size=batch_size)
     rules = {"batch_size": f"training.batch_rule={training.batch_rule}"} if training.base_batch_size else {}
-    rules |= {"tokens": f"training.horizon_exponent={training.horizon_exponent:g}"} if training.base_tokens else {}
+    if training.base_tokens:
+        exponent = f"training.horizon_exponent={training.horizon_exponent:g}"
+        rules["tokens"] = rules["batch_size"] if training.batch_rule_has_tokens else exponent
     size = resolved.size(width / model.width, depth / model.depth)
     parameters = _parameters(law, width, depth, resolved)
     found = _record(law, Setting(parameters, tokens, batch_size), rules)

@@ -128,7 +128,10 @@ def target_recipe(
     final = resolved if "tokens" not in target else replace(resolved, variant=_trained_on(resolved, target["tokens"]))
     if resolved.training.base_tokens is not None:  # the parts of the recipe carry the LR themselves
         measured, wanted = _tokens(resolved), _tokens(final)
-        note = f"carried from {measured:,} to {wanted:,} tokens by {_power(resolved.training.horizon_exponent)}"
+        training = resolved.training
+        by_rule = f"training.batch_rule={training.batch_rule}"
+        rule = by_rule if training.batch_rule_has_tokens else _power(training.horizon_exponent)
+        note = f"carried from {measured:,} to {wanted:,} tokens by {rule}"
         factor = final.optimizers[0].lr_ratio / resolved.optimizers[0].lr_ratio
         horizon = {"tokens": wanted, "measured_tokens": measured, "lr_factor": factor, "note": note}
     else:

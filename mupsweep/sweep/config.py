@@ -21,6 +21,7 @@ from mupsweep.data.tokenizers import is_file, vocab_size
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import nearest
 from mupsweep.models.huggingface import with_config
+from mupsweep.optimizers.optimizer import BATCH_RULES
 from mupsweep.schema import (
     Consent,
     boolean,
@@ -42,7 +43,6 @@ from mupsweep.sweep.sizes import ListedSize, base_shape, parse_sizes, refuse_rat
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 PRECISIONS = ("auto", "fp32", "bf16")
-BATCH_RULES = ("none", "sde")
 ADAMW_RANGE = (-11.0, -5.0)  # where LRs are looked for if an optimizer's yaml does not say
 GRID, ADAPTIVE = "grid", "adaptive"
 VARIANT_SECTIONS = (*COMPARABLE, "data", "training", "trainer")
@@ -112,7 +112,7 @@ class TrainingConfig:
         require(self.checkpoint_minutes >= 0, "training.checkpoint_minutes", self.checkpoint_minutes, "at least 0")
         require(self.divergence_patience > 0, "training.divergence_patience", self.divergence_patience, "positive")
         require(self.norm_points >= 0, "training.norm_points", self.norm_points, "at least 0, which is off")
-        one_of(self.batch_rule, BATCH_RULES, "training.batch_rule")
+        one_of(self.batch_rule, ("none", *BATCH_RULES), "training.batch_rule")
         rising = [0.0, *self.branches, 1.0]
         require(
             all(a < b for a, b in itertools.pairwise(rising)) and (self.schedule == "wsd" or not self.branches),
@@ -121,13 +121,18 @@ class TrainingConfig:
             "rising fractions of the run, between 0 and 1, with training.schedule=wsd",
         )
         for key, used, other in (
-            ("base_batch_size", self.batch_rule != "none", "batch_rule=sde"),
+            ("base_batch_size", self.batch_rule != "none", f"batch_rule={'|'.join(BATCH_RULES)}"),
             ("base_tokens", self.horizon_exponent != 0, "horizon_exponent=NUMBER"),
         ):
             value = getattr(self, key)
             require(value is None or value > 0, f"training.{key}", value, "positive or null")
-            if used != (value is not None):
+            if used != (value is not None) and not (key == "base_tokens" and self.batch_rule_has_tokens):
                 raise ConfigError(f"training.{key} and training.{other} go together: give both or neither")
+
+    @property
+    def batch_rule_has_tokens(self) -> bool:
+        """Whether the batch rule carries LRs to other tokens too; else the horizon's exponent does, if anything."""
+        return self.batch_rule != "none" and self.base_tokens is not None and self.horizon_exponent == 0
 
     def total_steps(self, context: int) -> int:
         """Optimizer steps of a run whose sequences are `context` tokens long."""

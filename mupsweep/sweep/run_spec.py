@@ -61,21 +61,39 @@ class ResolvedVariant:
         """The optimizer, that of its `rest` and so on, until every role has one."""
         training = self.training
         lr_ratio = 1.0
-        if training.base_tokens is not None:
-            tokens = self.steps * training.batch_size * self.model.context
-            lr_ratio = (tokens / training.base_tokens) ** training.horizon_exponent
+        if training.horizon_exponent:
+            lr_ratio = self.token_ratio**training.horizon_exponent
         scaled = []
         for optimizer in self.optimizer.members():
             batch_factor = 1.0
-            if training.base_batch_size is not None:
-                optimizer, batch_factor = self._at_batch_size(optimizer, training.batch_size / training.base_batch_size)
+            if self.batch_ratio is not None:
+                optimizer, batch_factor = self._at_batch_size(optimizer, self.batch_ratio)
             scaled.append(ScaledOptimizer(optimizer, lr_ratio * batch_factor))
             lr_ratio *= optimizer.lr_ratio
         return tuple(scaled)
 
+    @property
+    def token_ratio(self) -> float:
+        """Training tokens over those that the base LRs are meant for."""
+        assert self.training.base_tokens is not None
+        return self.steps * self.training.batch_size * self.model.context / self.training.base_tokens
+
+    @property
+    def batch_ratio(self) -> float | None:
+        """How many times the base's batch the batch rule is given, None without a rule.
+
+        Where tokens are the rule's matter too, n times the tokens are as 1/n of the batch: both make a run of n times
+        the steps.
+        """
+        training = self.training
+        if training.base_batch_size is None:
+            return None
+        ratio = training.batch_size / training.base_batch_size
+        return ratio / self.token_ratio if training.batch_rule_has_tokens else ratio
+
     def _at_batch_size(self, optimizer: Optimizer, ratio: float) -> tuple[Optimizer, float]:
         """An optimizer at `ratio` times the base batch, its weight decay included, and the factor of its LR."""
-        carried, lr_factor = optimizer.at_batch_ratio(ratio)
+        carried, lr_factor = optimizer.at_batch_ratio(ratio, self.training.batch_rule)
         decay_rule = WEIGHT_DECAY_RULES[self.parametrization.weight_decay_rule]
         weight_decay = optimizer.weight_decay * decay_rule.at_batch_ratio(ratio, lr_factor)
         return replace(carried, weight_decay=weight_decay), lr_factor

@@ -210,11 +210,15 @@ def audit(resolved: ResolvedVariant) -> list[str]:
         notes.append(f"optimizer.group_lr multiplies LRs at every size: {factors}")
     training = resolved.training
     if training.base_batch_size is not None:
+        source = {"sde": "Complete(d)P, 2512.22382", "sqrt": "LMO methods, 2603.15958"}[training.batch_rule]
+        averages = "betas, " if training.batch_rule == "sde" else ""
+        tokens = f" and {training.base_tokens} tokens" if training.batch_rule_has_tokens else ""
         notes.append(
-            f"batch rule sde is on: LRs, betas, eps and weight decay are those of batch {training.base_batch_size} "
-            f"carried to {training.batch_size} (Complete(d)P, 2512.22382)"
+            f"batch rule {training.batch_rule} is on: LRs, {averages}eps and weight decay are those of batch "
+            f"{training.base_batch_size}{tokens} carried to batch {training.batch_size}"
+            f"{' and the tokens of this run' if tokens else ''} ({source})"
         )
-    if training.base_tokens is not None:
+    if training.horizon_exponent:
         notes.append(
             f"horizon rule is on: LRs are multiplied by (tokens / {training.base_tokens})^{training.horizon_exponent:g}"
         )

@@ -145,8 +145,9 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("parametrization=sp parametrization.weight_decay_rule=wd", ("parametrization.weight_decay_rule=wd", "coupled")),
     ("training.batch_rule=sde", ("training.base_batch_size", "both or neither")),
     ("training.base_tokens=1000", ("training.base_tokens", "horizon_exponent")),
-    ("training.batch_rule=linear", ("training.batch_rule=linear", "sde")),
-    ("optimizer=muon training.batch_rule=sde training.base_batch_size=4", ("training.batch_rule=sde", "muon")),
+    ("training.batch_rule=linear", ("training.batch_rule=linear", "sde", "sqrt")),
+    ("optimizer=muon training.batch_rule=sde training.base_batch_size=4", ("rule=sde", "muon", "batch_rule=sqrt")),
+    ("optimizer=sgd training.batch_rule=sqrt training.base_batch_size=4", ("sgd", "training.batch_rule=sde")),
     (
         "training.batch_rule=sde training.base_batch_size=1 training.batch_size=64",
         ("training.batch_rule=sde", "base_batch_size"),

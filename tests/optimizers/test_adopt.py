@@ -92,13 +92,13 @@ def test_a_gradient_after_silence_moves_an_entry_by_the_clip_at_most(step: int) 
 
 
 def test_the_sde_rule_is_adams() -> None:
-    scaled, factor = adopt(betas=(0.9, 0.99), eps=1e-6).at_batch_ratio(4.0)
+    scaled, factor = adopt(betas=(0.9, 0.99), eps=1e-6).at_batch_ratio(4.0, "sde")
     assert isinstance(scaled, ADOPT)
     assert factor == 2.0
     assert scaled.betas == pytest.approx((0.6, 0.96))
     assert scaled.eps == 5e-7
     with pytest.raises(ConfigError, match=r"training.batch_rule=sde.*betas=\[0.9, 0.99\]"):
-        adopt(betas=(0.9, 0.99)).at_batch_ratio(11.0)
+        adopt(betas=(0.9, 0.99)).at_batch_ratio(11.0, "sde")
 
 
 @pytest.mark.parametrize(
