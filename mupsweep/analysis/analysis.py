@@ -14,7 +14,7 @@ from mupsweep.analysis.comparison import Comparison, Flops, comparisons
 from mupsweep.analysis.config import AnalysisConfig
 from mupsweep.analysis.curves import LossCurve, collect
 from mupsweep.analysis.estimate import QUANTILES
-from mupsweep.analysis.labels import Label
+from mupsweep.analysis.labels import DONE, Label
 from mupsweep.analysis.optimum import Optimum, shuffled
 from mupsweep.analysis.run_result import RunResult
 from mupsweep.analysis.transfer import HORIZON, LadderResult, axis_to, judge_ladders, ladders
@@ -22,7 +22,7 @@ from mupsweep.analysis.tuning import GapAfterTuning, Tuning, gaps_after_tuning, 
 from mupsweep.analysis.tuning import remarks as remarks_on_gaps
 from mupsweep.analysis.verdict import TRANSFERS
 from mupsweep.errors import ConfigError
-from mupsweep.formatting import counted, nearest
+from mupsweep.formatting import counted, nearest, si
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def analyse(results: Iterable[RunResult], config: AnalysisConfig | None = None) 
         by_label[curve.label].append(curve)
     of_all = [ladder for of_variant in by_label.values() for ladder in ladders(of_variant) if ladder[1]]
     groups = _validated(judge_ladders(of_all, config), runs)
-    remarks = *_losses_at_largest_size(groups), *_mixed_hardware(runs)
+    remarks = *_moving_tokens(runs), *_losses_at_largest_size(groups), *_mixed_hardware(runs)
     return Analysis(runs, tuple(curves), groups, remarks, changed, config)
 
 
@@ -156,6 +156,24 @@ def _is_lower(optimum: Optimum, other: Optimum) -> bool:
     if optimum.draws is None or other.draws is None or not (optimum.known and other.known):
         return False
     return bool(np.quantile(shuffled(other.draws.floor) - optimum.draws.floor, QUANTILES[0]) > 0)
+
+
+def _moving_tokens(runs: Sequence[RunResult]) -> Iterable[str]:
+    """A remark where larger sizes train on more tokens, so that a ladder is one of both."""
+    tokens: dict[Label, dict[tuple[int, int], set[int]]] = defaultdict(lambda: defaultdict(set))
+    for run in runs:
+        if run.status == DONE and run.horizon is None and run.tokens:
+            tokens[run.label][run.width, run.depth].add(run.tokens)
+    ladders_of_both = {}
+    for label, by_size in tokens.items():
+        lengths = [next(iter(of_size)) for of_size in by_size.values() if len(of_size) == 1]
+        if len(lengths) == len(by_size) == len(set(lengths)) > 1:
+            ladders_of_both[label] = f"{si(min(lengths))} to {si(max(lengths))}"
+    for span in dict.fromkeys(ladders_of_both.values()):
+        yield (
+            f"size and training tokens move together, {span} tokens: drift and regret are those of both, and the LR of "
+            "a target is for as many tokens as its size would have on this ladder"
+        )
 
 
 def _mixed_hardware(runs: Sequence[RunResult]) -> Iterable[str]:

@@ -114,13 +114,13 @@ def _whole_recipe(law: Law, resolved: ResolvedVariant, target: Mapping[str, int]
     model, training = resolved.model, resolved.training
     width, depth = target.get("width", model.width), target.get("depth", model.depth)
     batch_size = target.get("batch_size", training.batch_size)
-    tokens = target.get("tokens", resolved.steps * training.batch_size * model.context)
-    final = replace(training, steps=None, tokens=tokens, batch_size=batch_size)
+    size = resolved.size(width / model.width, depth / model.depth)
+    tokens = target.get("tokens", resolved.at(size).tokens)
+    final = replace(training, steps=None, tokens=tokens, tokens_per_parameter=None, batch_size=batch_size)
     rules = {"batch_size": f"training.batch_rule={training.batch_rule}"} if training.base_batch_size else {}
     if training.base_tokens:
         exponent = f"training.horizon_exponent={training.horizon_exponent:g}"
         rules["tokens"] = rules["batch_size"] if training.batch_rule_has_tokens else exponent
-    size = resolved.size(width / model.width, depth / model.depth)
     parameters = _parameters(law, width, depth, resolved)
     found = _record(law, Setting(parameters, tokens, batch_size), rules)
     if batch_size != training.batch_size and not training.base_batch_size:

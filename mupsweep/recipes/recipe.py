@@ -124,10 +124,10 @@ def target_recipe(
     """
     width, depth = target.get("width", resolved.model.width), target.get("depth", resolved.model.depth)
     size = resolved.size(width / resolved.model.width, depth / resolved.model.depth)
-    choice = recommend_at(groups, size.width_ratio, size.depth_ratio)
+    choice, resolved = recommend_at(groups, size.width_ratio, size.depth_ratio), resolved.at(size)
     final = resolved if "tokens" not in target else replace(resolved, variant=_trained_on(resolved, target["tokens"]))
     if resolved.training.base_tokens is not None:  # the parts of the recipe carry the LR themselves
-        measured, wanted = _tokens(resolved), _tokens(final)
+        measured, wanted = resolved.tokens, final.tokens
         training = resolved.training
         by_rule = f"training.batch_rule={training.batch_rule}"
         rule = by_rule if training.batch_rule_has_tokens else _power(training.horizon_exponent)
@@ -135,7 +135,11 @@ def target_recipe(
         factor = final.optimizers[0].lr_ratio / resolved.optimizers[0].lr_ratio
         horizon = {"tokens": wanted, "measured_tokens": measured, "lr_factor": factor, "note": note}
     else:
-        choice, horizon = _carried(choice, _tokens(resolved), _tokens(final), horizons_of(groups))
+        choice, horizon = _carried(choice, resolved.tokens, final.tokens, horizons_of(groups))
+        if (ratio := final.training.tokens_per_parameter) is not None:
+            horizon["note"] = (
+                f"for {final.tokens:,} training tokens, {ratio:g} per parameter, as all sizes of the sweep"
+            )
     return {**_record(groups[0], choice, horizon), **settings(final, size, 2.0**choice.log2_lr)}
 
 
@@ -229,14 +233,11 @@ def _power(exponent: float) -> str:
     return f"LR ~ tokens^{exponent:.3g}"
 
 
-def _tokens(resolved: ResolvedVariant) -> int:
-    """Training tokens of a run."""
-    return resolved.steps * resolved.training.batch_size * resolved.model.context
-
-
 def _trained_on(resolved: ResolvedVariant, tokens: int) -> Any:
     """The variant with another token budget; a warm-up given as a fraction, and decay rules per run, follow it."""
-    return replace(resolved.variant, training=replace(resolved.training, steps=None, tokens=tokens))
+    return replace(
+        resolved.variant, training=replace(resolved.training, steps=None, tokens=tokens, tokens_per_parameter=None)
+    )
 
 
 def _place(optimum: Optimum) -> str:

@@ -206,7 +206,7 @@ def to_json(outcome: TargetOutcome) -> dict[str, Any]:
 
 
 def _check(target: Mapping[str, int], resolved: ResolvedVariant, size: Size) -> None:
-    tokens = resolved.steps * resolved.training.batch_size * resolved.model.context
+    tokens = resolved.at(size).tokens
     if target.get("tokens", tokens) != tokens:
         raise ConfigError(
             f"--validate with tokens={target['tokens']}: the sweep's runs train on {tokens} tokens, and a verdict "

@@ -26,6 +26,7 @@ from mupsweep.schema import (
     Consent,
     boolean,
     foreign_code,
+    import_object,
     instantiate,
     one_of,
     refuse_foreign_code,
@@ -50,7 +51,7 @@ OWN_TRAINER = {"name": "mupsweep", "kind": "mupsweep.trainers.mupsweep.Mupsweep"
 LATER_KEYS: dict[str, dict[str, Any]] = {  # with a default that changes nothing: stored variants hold other values only
     "model": {"norms": True},
     "parametrization": {"update_law_of": None},
-    "training": {"norm_points": 0},
+    "training": {"norm_points": 0, "tokens_per_parameter": None},
     "data": {"end_of_text": None, "vocab_size": None},
 }
 SHARED_SECTIONS = ("sweep", "analysis", "launcher", "tracker", "out", "allow_imports")
@@ -68,6 +69,7 @@ class TrainingConfig:
 
     steps: int | None = None
     tokens: int | None = None
+    tokens_per_parameter: float | None = None
     batch_size: int = 8
     micro_batch: int | None = None
     warmup: float = 0.1
@@ -90,13 +92,17 @@ class TrainingConfig:
     norm_points: int = 0
 
     def __post_init__(self) -> None:
-        lengths = [length for length in (self.steps, self.tokens) if length is not None]
-        if len(lengths) != 1:
+        lengths = {key: getattr(self, key) for key in ("steps", "tokens", "tokens_per_parameter")}
+        given = [length for length in lengths.values() if length is not None]
+        if len(given) != 1:
+            all_of_them = " and ".join(f"training.{key}={length}" for key, length in lengths.items())
+            raise ConfigError(f"{all_of_them}: set exactly one; training.steps=null unsets the default")
+        require(given[0] > 0, f"training.{' or training.'.join(lengths)}", given[0], "positive")
+        if self.tokens_per_parameter is not None and self.branches:
             raise ConfigError(
-                f"training.steps={self.steps} and training.tokens={self.tokens}: set exactly one; "
-                "training.steps=null unsets the default"
+                f"training.branches={list(self.branches)} compares horizons that all sizes share, and with "
+                "training.tokens_per_parameter each size has its own: give one of them"
             )
-        require(lengths[0] > 0, "training.steps or training.tokens", lengths[0], "positive")
         require(self.batch_size > 0, "training.batch_size", self.batch_size, "positive")
         require(self.micro_batch is None or self.micro_batch > 0, "training.micro_batch", self.micro_batch, "positive")
         require(self.warmup >= 0, "training.warmup", self.warmup, "a fraction below 1 or a number of steps")
@@ -134,12 +140,13 @@ class TrainingConfig:
         """Whether the batch rule carries LRs to other tokens too; else the horizon's exponent does, if anything."""
         return self.batch_rule != "none" and self.base_tokens is not None and self.horizon_exponent == 0
 
-    def total_steps(self, context: int) -> int:
-        """Optimizer steps of a run whose sequences are `context` tokens long."""
+    def total_steps(self, context: int, parameters: int) -> int:
+        """Optimizer steps of a run of a model with so many parameters, whose sequences are `context` tokens long."""
         if self.steps is not None:
             return self.steps
-        assert self.tokens is not None
-        return max(1, math.ceil(self.tokens / (self.batch_size * context)))
+        tokens = self.tokens if self.tokens_per_parameter is None else self.tokens_per_parameter * parameters
+        assert tokens is not None
+        return max(1, math.ceil(tokens / (self.batch_size * context)))
 
     def horizons(self, total: int) -> tuple[tuple[int, int], ...]:
         """(first step of the decay, last step) of every branch and of the run itself, the shortest first."""
@@ -473,7 +480,7 @@ def _variant(sections: Mapping[str, Any]) -> Variant:
     if is_file(data.tokenizer) and data.vocab_size is None:
         data = replace(data, vocab_size=vocab_size(data.tokenizer))
     return Variant(
-        **{group: dict(sections[group]) for group in COMPARABLE},
+        **{group: _with_later_keys(group, sections[group]) for group in COMPARABLE},
         data=data,
         training=to_dataclass(TrainingConfig, with_whole_numbers(TrainingConfig, training), "training"),
         trainer=dict(sections.get("trainer", OWN_TRAINER)),
@@ -513,6 +520,15 @@ def without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in tree[section].items() if key not in defaults or value != defaults[key]}
         tree[section] = kept
     return tree
+
+
+def _with_later_keys(group: str, section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section of a variant with the keys that a stored one leaves out at their defaults, where its class has them."""
+    missing = {key: default for key, default in LATER_KEYS.get(group, {}).items() if key not in section}
+    if not missing or not str(section.get("kind")).startswith("mupsweep."):  # nobody's code is imported for this
+        return dict(section)
+    known = getattr(import_object(section["kind"], f"{group}.kind", "a dataclass"), "__dataclass_fields__", {})
+    return {**section, **{key: default for key, default in missing.items() if key in known}}
 
 
 def trainers_of(config: SweepConfig) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ NOT_TUNABLE = {  # keys that are no hyperparameters of the base -> the key that 
     "model.depth": "sweep.depth_ratios",
     "training.steps": "training.branches",
     "training.tokens": "training.branches",
+    "training.tokens_per_parameter": None,
     "training.micro_batch": None,
     "training.eval_tokens": None,
     "training.eval_batches": None,

@@ -26,7 +26,14 @@ from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import GRID, GridConfig, SweepConfig, default_lrs, from_tree, to_tree
 from mupsweep.sweep.cost import Cost
 from mupsweep.sweep.run_identity import digest_of, refuse_namesakes
-from mupsweep.sweep.run_spec import ResolvedVariant, RunSpec, check_batch_shares, check_size_overrides, resolve
+from mupsweep.sweep.run_spec import (
+    ResolvedVariant,
+    RunSpec,
+    check_batch_shares,
+    check_schedule,
+    check_size_overrides,
+    resolve,
+)
 from mupsweep.sweep.tensor_rules import rules
 from mupsweep.sweep.twins import Twins
 
@@ -48,6 +55,8 @@ def plan(config: SweepConfig, finished: Iterable[RunResult] = ()) -> list[RunSpe
     seeds = grid.seeds if grid.search == GRID else (*grid.seeds, *range(grid.max_seeds))
     for one in resolved:
         check_model(one, grid)
+        for ratios in grid.ratios if one.training.tokens_per_parameter else ():
+            check_schedule(one.at(one.size(*ratios)))
         one.trainer.check(_grid(one, grid.ratios, grid.of(one.variant.optimizer).log2_lrs, seeds))
     if grid.search != GRID:
         return _longest_first(_search_round(resolved, config, list(finished)))
@@ -108,7 +117,7 @@ def _free_runs(runs: Sequence[RunSpec], resolved: Sequence[ResolvedVariant], fin
         replace(other, reason=f"the same training as for {'/'.join(run.resolved.variant.names)}")
         for run in runs
         for one in resolved
-        if one is not run.resolved and one.variant.change is None
+        if one.digest != run.resolved.digest and one.variant.change is None
         for other in _grid(one, [(run.size.width_ratio, run.size.depth_ratio)], [run.log2_lr], [run.seed])
     ]
     twins = Twins([*runs, *others])
@@ -261,9 +270,9 @@ def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:
             by_digest[resolved.digest] = resolved
 
     @cache
-    def size_and_cost(digest: str, width_ratio: float, depth_ratio: float) -> tuple[Size, Cost]:
+    def at_size(digest: str, width_ratio: float, depth_ratio: float) -> tuple[ResolvedVariant, Size, Cost]:
         size = by_digest[digest].size(width_ratio, depth_ratio)
-        return size, by_digest[digest].cost(size)
+        return by_digest[digest].at(size), size, by_digest[digest].cost(size)
 
     runs, rows = [], sweep.read_plan()[::-1]
     while rows:  # each is freed as it is used: 100,000 rows take more memory than their runs
@@ -280,11 +289,11 @@ def load(sweep: SweepDir, to_train: bool = True) -> list[RunSpec]:
                 f"{sweep.path} was planned on another text than {', '.join(sorted(where))} holds now, or its "
                 "config.yaml was edited: choose another sweep.name, or bring the old text back"
             )
-        size, cost = size_and_cost(digest, row["width_ratio"], row["depth_ratio"])
+        resolved, size, cost = at_size(digest, row["width_ratio"], row["depth_ratio"])
         if size.label != row.get("size"):  # the list has another name now; the run keeps that of its plan
             size = replace(size, label=row.get("size"))
         flags = row.get("validation", False), row.get("round", 0), row.get("reason", "")
-        runs.append(RunSpec(row["run_id"], by_digest[digest], size, row["log2_lr"], row["seed"], cost, *flags))
+        runs.append(RunSpec(row["run_id"], resolved, size, row["log2_lr"], row["seed"], cost, *flags))
     return runs
 
 
@@ -306,7 +315,8 @@ def _foreign_variants(config: SweepConfig) -> dict[Label, str]:
 def corpus_remarks(runs: Iterable[RunSpec]) -> list[str]:
     """A remark per variant whose runs read their corpus more than once, as far as the corpus's size is known."""
     ours = (run for run in runs if not run.resolved.trainer.runs_program)
-    one_per_variant = {run.resolved.digest: run for run in ours}.values()
+    by_length = sorted(ours, key=lambda run: run.cost.tokens)
+    one_per_variant = {run.resolved.digest: run for run in by_length}.values()  # the longest
     remarks = (epochs_remark(run.resolved.variant.data, run.cost.tokens) for run in one_per_variant)
     return list(dict.fromkeys(remark for remark in remarks if remark))
 
@@ -371,10 +381,10 @@ def _grid(
     """The runs of one variant at every combination of size, base LR and seed."""
     for ratio_pair in ratios:
         size = resolved.size(*ratio_pair)
-        cost = resolved.cost(size)
+        cost, at_size = resolved.cost(size), resolved.at(size)
         for log2_lr in log2_lrs:
             for seed in seeds:
                 key = f"{resolved.digest} {size.width_ratio!r} {size.depth_ratio!r} {float(log2_lr)!r} {int(seed)}"
                 key += "" if size.label is None else f" {size.label}"
                 run_id = f"{size.name}-lr{log2_lr:.2f}-s{seed}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-                yield RunSpec(run_id, resolved, size, float(log2_lr), int(seed), cost)
+                yield RunSpec(run_id, at_size, size, float(log2_lr), int(seed), cost)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -45,6 +46,7 @@ class ResolvedVariant:
         digest: identifies the variant by everything that decides what its runs compute (`digest_of`).
         launcher: options of the sweep's launcher, which say how many devices share a run.
         listed: the sizes that the sweep lists one by one.
+        length_of: the size whose runs' length is meant, where that follows from the size (`at`); None for the base.
     """
 
     variant: Variant
@@ -55,6 +57,11 @@ class ResolvedVariant:
     digest: str
     launcher: LauncherOptions = field(default_factory=LauncherOptions)
     listed: tuple[ListedSize, ...] = ()
+    length_of: Size | None = None
+
+    def at(self, size: Size) -> ResolvedVariant:
+        """The variant with the number of steps that its runs have at a size: its own under tokens_per_parameter."""
+        return self if self.training.tokens_per_parameter is None else replace(self, length_of=size)
 
     @cached_property
     def optimizers(self) -> tuple[ScaledOptimizer, ...]:
@@ -76,7 +83,7 @@ class ResolvedVariant:
     def token_ratio(self) -> float:
         """Training tokens over those that the base LRs are meant for."""
         assert self.training.base_tokens is not None
-        return self.steps * self.training.batch_size * self.model.context / self.training.base_tokens
+        return self.tokens / self.training.base_tokens
 
     @property
     def batch_ratio(self) -> float | None:
@@ -110,10 +117,30 @@ class ResolvedVariant:
     def training(self) -> TrainingConfig:
         return self.variant.training
 
-    @property
+    @cached_property
     def steps(self) -> int:
-        """Optimizer steps of every run of this variant."""
-        return self.training.total_steps(self.model.context)
+        """Optimizer steps of every run of this variant, or of those of one size (`at`)."""
+        if self.training.tokens_per_parameter is None:
+            return self.training.total_steps(self.model.context, 0)
+        size = self.size(1.0, 1.0) if self.length_of is None else self.length_of
+        return self.training.total_steps(self.model.context, self.parameters(size))
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens of a run, as `steps` counts them."""
+        return self.steps * self.training.batch_size * self.model.context
+
+    def parameters(self, size: Size) -> int:
+        """Number of trained parameters at a size, embeddings included; of a program what the sweep's list says."""
+        if not self.trainer.runs_program:
+            return sum(math.prod(t.shape) for t in self.model.tensors(size) if t.tied_to is None)
+        entry = self._listed(size)
+        if entry is None or entry.parameters is None:
+            raise ConfigError(
+                f"training.tokens_per_parameter: the parameters of a program at {size.name} are not known; give them "
+                "in sweep.sizes"
+            )
+        return entry.parameters
 
     @property
     def trained_steps(self) -> int:
@@ -154,7 +181,7 @@ class ResolvedVariant:
         return estimate(
             tensors,
             size,
-            self.trained_steps,
+            self.at(size).trained_steps,
             training.batch_size,
             training.micro_batch,
             state,
@@ -260,7 +287,7 @@ def resolve(
     )
     if resolved.optimizer.group_lr:
         check_matches(resolved.optimizer.group_lr, resolved.model.tensors(resolved.size(1.0, 1.0)))
-    training, steps = resolved.training, resolved.steps
+    training = resolved.training
     if training.compile and not resolved.model.compiles:
         raise ConfigError(
             f"training.compile=true: the shapes within model={resolved.model.name} change with every batch, and torch "
@@ -271,6 +298,16 @@ def resolve(
             f"training.norm_points={training.norm_points}: the weights of a program are its own; set it to 0 with "
             f"trainer={resolved.trainer.name}"
         )
+    check_schedule(resolved)
+    for optimizer, _ in resolved.optimizers:  # refuses an optimizer without the batch rule that is asked for
+        optimizer.update_law()  # refuses a custom optimizer whose law is unknown
+        _check_decay(optimizer, resolved.parametrization)
+    return resolved
+
+
+def check_schedule(resolved: ResolvedVariant) -> None:
+    """Refuse a schedule that does not fit in as many steps as runs have."""
+    training, steps = resolved.training, resolved.steps
     warmup = training.warmup_steps(steps)
     if warmup >= steps:
         raise ConfigError(
@@ -283,10 +320,6 @@ def resolve(
             f"training.branches={list(training.branches)}: in a run of {steps} steps, {warmup} of them "
             f"warm-up, the branches would leave at steps {starts}; choose larger fractions or train longer"
         )
-    for optimizer, _ in resolved.optimizers:  # refuses an optimizer without the batch rule that is asked for
-        optimizer.update_law()  # refuses a custom optimizer whose law is unknown
-        _check_decay(optimizer, resolved.parametrization)
-    return resolved
 
 
 def check_batch_shares(resolved: ResolvedVariant, launcher: LauncherOptions) -> None:

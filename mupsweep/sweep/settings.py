@@ -18,6 +18,7 @@ SCHEDULE = ("batch_size", "schedule", "min_lr_frac", "decay_fraction", "precisio
 
 def settings(resolved: ResolvedVariant, size: Size, base_lr: float) -> dict[str, Any]:
     """Everything that a run of `resolved` at a size is trained with; all that an export to another trainer needs."""
+    resolved = resolved.at(size)
     forward = tensor_rules.multipliers(resolved, size)
     training, group_lr = resolved.training, without_ones(resolved.optimizer.group_lr)
     return {
@@ -32,7 +33,7 @@ def settings(resolved: ResolvedVariant, size: Size, base_lr: float) -> dict[str,
         "clip": tensor_rules.clip_norm(resolved),
         "architecture": dict(resolved.variant.model),
         "training": {
-            "tokens": resolved.steps * training.batch_size * resolved.model.context,
+            "tokens": resolved.tokens,
             "steps": resolved.steps,
             "warmup_steps": training.warmup_steps(resolved.steps),
             **{key: getattr(training, key) for key in SCHEDULE},

@@ -94,6 +94,7 @@ def rules(resolved: ResolvedVariant, size: Size, base_lr: float) -> tuple[Tensor
     Raises:
         ConfigError: a role that its shape contradicts, or a tie whose two rules disagree, naming the tensor.
     """
+    resolved = resolved.at(size)
     if not resolved.model.inferred:
         _check_roles(resolved)
     base = {spec.name: spec for spec in resolved.model.tensors(resolved.size(1.0, 1.0))}
