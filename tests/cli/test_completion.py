@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from command_line import mupsweep
 
 from mupsweep.sweep.completion import complete
 from mupsweep.sweep.compose import choices
 from mupsweep.sweep.config import load
 
 HEAVY = ("torch", "numpy", "scipy", "hydra", "omegaconf", "matplotlib", "wandb")
-PROGRAM = [sys.executable, "-c", "from mupsweep.cli import main; main()"]
 
 
 def process(program: list[str], **environment: str) -> str:
@@ -26,10 +26,20 @@ def process(program: list[str], **environment: str) -> str:
     return done.stdout
 
 
+def given(**environment: str) -> str:
+    """What a shell is given that asks by these variables."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        _, out, err = mupsweep()
+    assert err == ""
+    return out
+
+
 def bash(*words: str) -> list[str]:
     """What bash is given for the last of some words."""
     text, last = "\n".join(["mupsweep", *words]), str(len(words))
-    return process(PROGRAM, _MUPSWEEP_COMPLETE="complete_bash", COMP_WORDS=text, COMP_CWORD=last).splitlines()
+    return given(_MUPSWEEP_COMPLETE="complete_bash", COMP_WORDS=text, COMP_CWORD=last).splitlines()
 
 
 def test_bash_is_given_commands_choices_and_keys() -> None:
@@ -41,10 +51,10 @@ def test_bash_is_given_commands_choices_and_keys() -> None:
 
 def test_zsh_and_fish_are_given_whole_words() -> None:
     words = "mupsweep plan optimizer=adamw,muon_k"
-    zsh = process(PROGRAM, _MUPSWEEP_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS=words)
+    zsh = given(_MUPSWEEP_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS=words)
     assert zsh == "_arguments '*: :((\"optimizer=adamw,muon_kimi\"))'\n"
     fish = {"_MUPSWEEP_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-    assert process(PROGRAM, _TYPER_COMPLETE_ARGS=words, **fish) == "optimizer=adamw,muon_kimi\n"
+    assert given(_TYPER_COMPLETE_ARGS=words, **fish) == "optimizer=adamw,muon_kimi\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
