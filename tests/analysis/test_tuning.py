@@ -19,6 +19,7 @@ LRS = np.arange(-10.0, -4.9, 0.5)
 RATIO, STD, BETA = "optimizer.lr_ratio", "model.init_std", "optimizer.betas.1"
 DEFAULTS = {RATIO: 1.0, STD: 0.06, BETA: 0.95}
 VALUES = {RATIO: (0.5, 2.0, 4.0, 8.0), STD: (0.03, 0.12), BETA: (0.9, 0.975, 0.9875)}
+RATIOS = {RATIO: VALUES[RATIO]}
 
 
 def places(key: str, value: float) -> float:
@@ -37,10 +38,12 @@ def rows(
 ) -> list[dict[str, Any]]:
     """Valleys in log2 LR whose floor is a valley in every hyperparameter: lowest at `best`, which moves per doubling.
 
-    A hyperparameter that is not in `best` makes no difference; where it does, the best LR moves with it.
+    A hyperparameter that is not in `best` makes no difference; where it does, the best LR moves with it. Without
+    `values`, those of `best` are tried, or all where nothing makes a difference.
     """
     random = np.random.default_rng(len(parametrization))
-    values, best = VALUES if values is None else values, best or {}
+    best = best or {}
+    values = {key: VALUES[key] for key in best or VALUES} if values is None else values
     variants = [{}, *({"hyperparameter": k, "value": v, "default": DEFAULTS[k]} for k in values for v in values[k])]
     made = []
     for change in variants:
@@ -152,7 +155,7 @@ def test_two_values_or_a_zero_have_losses_and_a_gain_but_no_minimum_between_them
 
 def test_a_value_that_is_lower_already_at_the_edge_of_its_lrs_leaves_the_best_unknown() -> None:
     mup = [r for r in rows(best={RATIO: 4.0}) if r.get("value") != 4.0 or r["width"] < 128 or r["log2_lr"] < -7.4]
-    analysis = analyse(results([*rows("sp"), *mup]))
+    analysis = analyse(results([*rows("sp", values=RATIOS), *mup]))
     one = next(one for one in analysis.tunings if one.names[2] == "mup" and one.hyperparameter == RATIO)
     assert [at.unbounded for at in one.sizes] == [(), (), (4.0,)]
     assert one.verdict == INCONCLUSIVE
@@ -164,7 +167,7 @@ def test_a_value_that_is_lower_already_at_the_edge_of_its_lrs_leaves_the_best_un
 
 
 def test_values_that_make_no_difference_gain_nothing() -> None:
-    one = of(analyse(results(rows(noise=1e-3))).tunings, STD)
+    one = of(analyse(results(rows(noise=1e-3, values={STD: VALUES[STD]}))).tunings, STD)
     for at in one.sizes:
         assert at.gain.high is not None
         assert at.gain.high < 0.003
@@ -179,7 +182,7 @@ def test_a_value_that_only_the_base_has_is_judged_there_alone() -> None:
 
 def test_the_hyperparameter_that_closes_the_gap_is_named() -> None:
     """SP is tuned as it is; muP's LR ratio is two octaves low, which costs 0.04, its init std one, which costs 0.01."""
-    sp, mup = rows("sp", lower=0.0), rows("mup", best={RATIO: 4.0, STD: 0.12})
+    sp, mup = rows("sp", lower=0.0), rows("mup", best={RATIO: 4.0, STD: 0.12}, values=VALUES)
     analysis = analyse(results([*sp, *mup]))
     found = analysis.gaps_after_tuning
     assert [c.hyperparameter for c in found] == [RATIO, STD, BETA]
@@ -208,13 +211,13 @@ def test_both_sides_are_tuned_so_that_what_helps_both_closes_nothing() -> None:
 
 
 def test_without_a_gap_there_is_nothing_to_close() -> None:
-    analysis = analyse(results([*rows("sp"), *rows("mup", lower=0.05, best={RATIO: 4.0})]))
-    assert [c.share for c in analysis.gaps_after_tuning] == [None] * 3
+    analysis = analyse(results([*rows("sp", values=RATIOS), *rows("mup", lower=0.05, best={RATIO: 4.0})]))
+    assert [c.share for c in analysis.gaps_after_tuning] == [None]
     assert remarks(analysis.gaps_after_tuning, 0.01) == []
 
 
 def test_changed_runs_are_no_part_of_the_verdict_on_the_lr() -> None:
-    everything = rows(best={RATIO: 3.0})
+    everything = rows(best={RATIO: 3.0}, values=VALUES)
     plain = [r for r in everything if "value" not in r]
     with_, without = to_json(analyse(results(everything))), to_json(analyse(results(plain)))
     assert with_["groups"] == without["groups"]
