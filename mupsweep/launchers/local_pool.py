@@ -13,10 +13,11 @@ from typing import IO
 
 from mupsweep.atomic_files import make_folder
 from mupsweep.errors import RecordError
-from mupsweep.launchers.worker_pool import POLL_SECONDS, STOPPED, WorkerPool
+from mupsweep.launchers.worker_pool import POLL_SECONDS, WorkerPool
 from mupsweep.report.terminal.progress import Progress
 from mupsweep.store.lease import MAX_WORKER_DEATHS
 from mupsweep.store.run_dir import FAILED, RUNNING
+from mupsweep.training.signals import STOPPED, exit_reason
 
 
 @dataclass
@@ -144,8 +145,3 @@ class LocalPool(WorkerPool):
                 worker.wait()
         except KeyboardInterrupt:
             self.signal(signal.SIGKILL)
-
-
-def exit_reason(code: int) -> str:
-    """Return how a process ended: the signal that killed it, or its exit code."""
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"

@@ -10,8 +10,8 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from mupsweep.launchers.worker_pool import POLL_SECONDS, STOPPED, WorkerPool
-from mupsweep.training.signals import StopSignal
+from mupsweep.launchers.worker_pool import POLL_SECONDS, WorkerPool
+from mupsweep.training.signals import STOPPED, StopSignal
 
 # The shell that srun starts for every process: Slurm's variables as torchrun names them.
 SRUN_SHELL = (
@@ -29,12 +29,14 @@ class TaskPool(WorkerPool):
         nodes: how many nodes train each run together, by srun; `slots` then names the devices of each node.
         requeue: how often Slurm may queue the task again at its time limit.
         deaths: how many workers of each slot a signal has killed.
+        recorded: how many failures the ranks of several nodes have recorded, each of which counts against its run.
     """
 
     restarts: int = 0
     nodes: int = 1
     requeue: int = 0
     deaths: Counter[int] = field(default_factory=Counter)
+    recorded: int = 0
 
     def supervise(self) -> int:
         """Train the task's runs and return its exit code.
@@ -57,6 +59,7 @@ class TaskPool(WorkerPool):
 
         A stop signal reaches all workers, which checkpoint and end; from then on none is replaced.
         """
+        self.recorded = self.sweep.count_failures()
         self.start()
         stopping = False
         while True:
@@ -72,14 +75,20 @@ class TaskPool(WorkerPool):
         """Return how a slot's worker ended, a signal as 128 and its number; None where one still works.
 
         Args:
-            replace: start another worker where a signal killed this one and the slot has restarts left.
+            replace: start another worker where a signal killed this one and the slot has restarts left, or ranks have
+                recorded why they ended, until their run has failed.
         """
         code = self.workers[index].poll()
         if code is not None and code < 0:
             code = 128 - code  # as shells and srun report a signal
-        if code is None or code <= 128 or code == STOPPED or not replace or self.deaths[index] == self.restarts:
+        if code is None or code <= 128 or code == STOPPED or not replace:
             return code
-        self.deaths[index] += 1
+        recorded = self.sweep.count_failures()
+        if recorded == self.recorded:
+            if self.deaths[index] == self.restarts:
+                return code
+            self.deaths[index] += 1
+        self.recorded = recorded
         when, device = time.strftime("%FT%T"), self.slots[index]
         print(f"{when} the worker on {device} ended with code {code}; starting another", file=sys.stderr, flush=True)
         self.spawn(index)

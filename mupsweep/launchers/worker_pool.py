@@ -19,7 +19,6 @@ from mupsweep.training.signals import defer_signals
 from mupsweep.training.slot import Slot
 
 POLL_SECONDS = 0.3
-STOPPED = 130  # exit code of a worker that a signal asked to stop
 
 
 @dataclass

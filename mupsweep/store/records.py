@@ -235,6 +235,12 @@ def readable_job(content: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return dict(content)
 
 
+def is_failure(content: Mapping[str, Any]) -> bool:
+    """Whether a record says why the processes of a run ended."""
+    checks = {"reason": is_text, "micro_batch": or_none(is_positive_count), "final": lambda v: isinstance(v, bool)}
+    return not wrong_in(content, checks, {})
+
+
 def is_owner(content: Mapping[str, Any]) -> bool:
     """Whether the content of a claim file names an owner of a lease."""
     texts = ("host", "boot", "born", "slurm_cluster", "slurm_job", "slurm_restarts")

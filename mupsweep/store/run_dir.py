@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from mupsweep.analysis.labels import DIVERGED, DONE
-from mupsweep.atomic_files import finite, read_json, write_json, write_text
+from mupsweep.atomic_files import create_text, finite, make_folder, read_json, write_json, write_text
 from mupsweep.documents import parse_json, parse_yaml
 from mupsweep.errors import RecordError, reason
 from mupsweep.store import lease, records
@@ -24,6 +24,7 @@ from mupsweep.store.records import PENDING as PENDING
 from mupsweep.store.records import RUNNING as RUNNING
 
 FINISHED = (DONE, DIVERGED)  # these are results: such a run is not trained again
+MAX_RESTARTS = 2  # of the processes that train a run together, before the run has failed
 METRICS_ROWS = 200  # of metrics.jsonl, which a run aims at, whatever its length
 
 
@@ -203,6 +204,39 @@ class RunDir:
         with contextlib.suppress(OSError):
             for path in self.checkpoints[0].parent.glob(".*.tmp"):
                 path.unlink(missing_ok=True)
+
+    def record_failure(self, reason: str, micro_batch: int | None = None, final: bool = False) -> None:
+        """Record why the processes that train this run together end; the first of them to do so has its say.
+
+        Args:
+            micro_batch: the micro-batch to go on with, where memory ran out; it is no failure of the run then.
+            final: whether to start them again would be in vain.
+        """
+        claim = lease.newest(self.claims)
+        path = self.checkpoints[0].parent / f"failure-{claim.stem if claim else 0}.json"
+        make_folder(path.parent)
+        create_text(path, json.dumps({"reason": reason, "micro_batch": micro_batch, "final": final}))
+
+    def failure(self) -> str | None:
+        """Return why this run has failed, where its processes failed once too often; else None."""
+        failures = [record for record in self.failures() if record["micro_batch"] is None]
+        if len(failures) > MAX_RESTARTS or any(record["final"] for record in failures):
+            return str(failures[-1]["reason"])
+        return None
+
+    def fitting_micro_batch(self) -> int | None:
+        """Return the micro-batch to go on with after the processes of this run ran out of memory; else None."""
+        return min((size for record in self.failures() if (size := record["micro_batch"])), default=None)
+
+    def forget_failures(self) -> None:
+        """Let the processes of this run fail as often again."""
+        for path in self.checkpoints[0].parent.glob("failure-*.json"):
+            path.unlink(missing_ok=True)
+
+    def failures(self) -> list[dict[str, Any]]:
+        """Read what the processes of this run recorded of their failures, in order of leases."""
+        paths = sorted(self.checkpoints[0].parent.glob("failure-*.json"), key=lambda path: (len(path.name), path.name))
+        return [record for record in map(read_json, paths) if record is not None and records.is_failure(record)]
 
     @property
     def claims(self) -> Path:

@@ -148,6 +148,18 @@ class SweepDir:
         except OSError:  # none yet
             return []
 
+    def count_failures(self) -> int:
+        """Count the failures of ranks that are recorded of runs without a result."""
+        return sum(len(self.run(row["run_id"]).failures()) for row in self.read_plan())
+
+    def held_by(self, pid: int | None) -> RunDir | None:
+        """Return the run that a process of this host trains, or trained when it ended."""
+        for row in self.read_plan():
+            run = self.run(row["run_id"])
+            if run.status()["status"] == records.RUNNING and pid is not None and run.is_owned_by(pid):
+                return run
+        return None
+
     def run(self, run_id: str) -> RunDir:
         """Return the folder of a run.
 

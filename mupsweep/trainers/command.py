@@ -9,7 +9,6 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,7 +23,7 @@ from mupsweep.training import program, reported
 from mupsweep.training.divergence import diverged_at
 from mupsweep.training.program import Program
 from mupsweep.training.reported import Keys, Lines, OutputReader, Reader, Reported
-from mupsweep.training.signals import StopRequested
+from mupsweep.training.signals import LeaseLost, StopRequested
 
 if TYPE_CHECKING:
     from mupsweep.store.sweep_dir import SweepDir
@@ -286,9 +285,6 @@ class ProgramSession:
     def prepare(self, run: RunSpec) -> None:
         pass
 
-    def running(self, run: RunSpec) -> nullcontext[None]:
-        return nullcontext()
-
     def tidy(self) -> None:
         pass
 
@@ -344,7 +340,8 @@ class Followed:
         """
         next_read = 0.0
         while not process.wait(POLL_SECONDS):
-            control.check_lease()
+            if control.lease_lost():
+                raise LeaseLost
             if control.stop_requested():
                 process.stop()
                 raise StopRequested

@@ -7,7 +7,7 @@ optimizers from exactly those rules, so what `mupsweep rules` prints is what a r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,7 @@ class TrainingSetup:
         run_id: of the run, which its checkpoints name.
         groups: the parameter groups, as `parameter_groups` yields them.
         clip: the norm that gradients are clipped to; None where they are not clipped.
-        reapply_fsdp: restores a sharded network after an error within a pass; None where weights are not sharded. In a
-            sharded network the backward pass also sums the gradients over the ranks.
+        sharded: whether this rank holds some rows of every tensor, whose gradients the backward pass averages.
     """
 
     run_id: str
@@ -40,7 +39,7 @@ class TrainingSetup:
     optimizer: OptimizerSet
     groups: list[dict[str, Any]]
     clip: float | None
-    reapply_fsdp: Callable[[], None] | None = None
+    sharded: bool = False
 
 
 class Builder:

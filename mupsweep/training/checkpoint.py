@@ -20,6 +20,7 @@ from mupsweep.errors import RecordError
 from mupsweep.store import records
 from mupsweep.store.run_dir import RUNNING, RunDir
 from mupsweep.training.build import TrainingSetup
+from mupsweep.training.distributed import DistributedContext
 
 log = logging.getLogger("mupsweep")
 
@@ -67,13 +68,13 @@ class Checkpointer:
         interval: seconds between two checkpoints.
         state: the state of the run, which the training loop updates.
         damaged: checkpoint files that could not be read.
-        pending_losses: losses of the latest steps, still on the device.
+        pending_losses: this rank's parts of the losses of the latest steps, still on the device.
         steps: the number of steps that this attempt has taken.
     """
 
     setup: TrainingSetup
     folder: RunDir
-    is_main_process: bool
+    ranks: DistributedContext
     interval: float
     state: TrainState = field(init=False)
     damaged: set[Path] = field(default_factory=set)
@@ -84,6 +85,8 @@ class Checkpointer:
     def __post_init__(self) -> None:
         self.last_save = self.last_status = self.started
         self.state = self.restore()
+        fitting = [size for size in (self.state.micro_batch, self.folder.fitting_micro_batch()) if size is not None]
+        self.state.micro_batch = min(fitting, default=None)  # a resumed run must not run out of memory once more
         self.earlier_seconds = self.state.seconds
         if self.should_write():
             self.folder.remove_unfinished_checkpoints()
@@ -109,11 +112,11 @@ class Checkpointer:
         Another worker may have taken the run over while this process was suspended; it learns so only at its next
         heartbeat, which may come after a write.
         """
-        return self.is_main_process and not self.folder.is_taken_over(os.getpid())
+        return self.ranks.is_main_process and not self.folder.is_taken_over(os.getpid())
 
     def due(self) -> bool:
         """Whether the interval has passed and there is something new to save."""
-        return self.is_main_process and self.steps > 0 and time.monotonic() - self.last_save > self.interval
+        return self.ranks.is_main_process and self.steps > 0 and time.monotonic() - self.last_save > self.interval
 
     def save(self) -> None:
         """Write a checkpoint and keep the previous one. Collective: shards are gathered from every rank."""
@@ -157,9 +160,11 @@ class Checkpointer:
         )
 
     def read_losses(self) -> None:
-        """Read the pending losses off the device, in one transfer for many steps."""
+        """Read the pending losses off the device, in one sum over the ranks and one transfer for many steps."""
         if self.pending_losses:
-            self.state.losses += torch.stack(self.pending_losses).tolist()
+            losses = torch.stack(self.pending_losses)
+            self.ranks.all_reduce_sum(losses)
+            self.state.losses += losses.tolist()
             self.pending_losses.clear()
 
     def clock(self) -> float:
@@ -193,7 +198,7 @@ class Checkpointer:
         self.clock()
         buffer = io.BytesIO()
         state = {"network": self.setup.network.state_dict(), "optimizer": self.setup.optimizer.state_dict()}
-        if self.is_main_process:
+        if self.ranks.is_main_process:
             torch.save({"run_id": self.setup.run_id, **state, **asdict(self.state)}, buffer)
         buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
         return buffer.getvalue()

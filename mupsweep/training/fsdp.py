@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -37,8 +37,8 @@ def build_sharded(
     Args:
         dtype: the dtype of matrix products; None where it is that of the weights.
     """
-    _, rows = meta_model(run)
-    network = ShardedNetwork(lambda: meta_model(run)[0], rows, device, ranks, dtype)
+    meta_network, rows = meta_model(run)
+    network = ShardedNetwork(meta_network, rows, device, ranks, dtype)
     for row in rows:
         if row.tied_to is None:
             full = torch.empty(row.shape)
@@ -46,7 +46,7 @@ def build_sharded(
             network.local_shard(row.name).copy_(full[network.shard_slice(row.name, ranks.rank)])
     groups = list(parameter_groups(run.resolved, rows))
     optimizer = ShardedOptimizer([scaled.optimizer for scaled in run.resolved.optimizers], groups, network)
-    return TrainingSetup(run.run_id, network, optimizer, groups, clip_norm(run.resolved), network.reapply_fsdp)
+    return TrainingSetup(run.run_id, network, optimizer, groups, clip_norm(run.resolved), sharded=True)
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,25 @@ def assign_owners(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, torc
     return list(zip_longest(*buckets_of_rank))
 
 
+@dataclass(frozen=True)
+class Message:
+    """What this rank is being sent.
+
+    Attributes:
+        targets: the tensors that are copied from the buffer, in order.
+    """
+
+    work: Any
+    buffer: Tensor
+    targets: Sequence[Tensor]
+
+    def wait(self) -> None:
+        """Fill the targets."""
+        self.work.wait()
+        for target, piece in zip(self.targets, self.buffer.split([t.numel() for t in self.targets]), strict=True):
+            target.copy_(piece.view_as(target))
+
+
 class ShardedNetwork(nn.Module):
     """A network of which this rank holds some rows of every tensor: rank 0 the first rows, and so on.
 
@@ -93,26 +112,21 @@ class ShardedNetwork(nn.Module):
 
     def __init__(
         self,
-        make: Callable[[], nn.Module],
+        network: nn.Module,
         table: Sequence[TensorRule],
         device: torch.device,
         ranks: DistributedContext,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        self.make, self.device, self.ranks, self.dtype = make, device, ranks, dtype
+        self.device, self.ranks = device, ranks
         self.shapes = {row.name: torch.Size(row.shape) for row in table if row.tied_to is None}
         self.storage = {row.name: row.tied_to or row.name for row in table}
         self.mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)  # pyright: ignore[reportArgumentType]
         self.sharded = {name: self._empty(name) for name in self.shapes}
-        self.reapply_fsdp()
-
-    def reapply_fsdp(self) -> None:
-        """Hand this rank's shards to a new FSDP network, since an error within a pass leaves FSDP's state unusable."""
-        network = self.make()
         # autocast would keep its copies of weights until the backward pass; a policy gathers full weights in its dtype
         # and frees them after use
-        matrices = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        matrices = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for unit in units(network):
             fully_shard(unit, mesh=self.mesh, mp_policy=matrices)
         fully_shard(network, mesh=self.mesh)
@@ -121,10 +135,7 @@ class ShardedNetwork(nn.Module):
             setattr(network.get_submodule(module), leaf, self.sharded[storage])
         for module in network.modules():
             if isinstance(module, FSDPModule):
-                module.set_custom_all_gather(CheckedAllGather(self.ranks))  # type: ignore[arg-type]
-                module.set_custom_reduce_scatter(CheckedReduceScatter(self.ranks))  # type: ignore[arg-type]
-                module.set_gradient_divide_factor(1.0)  # every rank's loss is divided by the global batch size already
-                module.set_force_sum_reduction_for_comms(True)
+                module.set_force_sum_reduction_for_comms(True)  # gloo knows no average; FSDP divides the sum
         self.wrapped = [network]  # in a list, so that it is no submodule: `parameters` are the shards alone
 
     def forward(self, *tokens: Tensor, **named: Tensor) -> Tensor:
@@ -148,15 +159,23 @@ class ShardedNetwork(nn.Module):
         per_rank = -(-n_rows // self.ranks.size)
         return slice(min(rank * per_rank, n_rows), min((rank + 1) * per_rank, n_rows))
 
-    def gather(self, owners: OwnerRound, shard_of: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Return the full tensors of this rank's bucket by name; `shard_of` gives the shards on each rank."""
-        full = {name: torch.empty(self.shapes[name], device=self.device) for name in self.owned_names(owners)}
-        self._all_to_all(self._shards_by_owner(owners, shard_of), self._shards_by_rank(full))
-        return full
+    def gather(
+        self, owners: OwnerRound, *shards_of: Callable[[str], Tensor]
+    ) -> tuple[list[dict[str, Tensor]], Message]:
+        """Send for the full tensors of this rank's bucket by name, for each of `shards_of`, which gives the shards."""
+        full = [
+            {name: torch.empty(self.shapes[name], device=self.device) for name in self.owned_names(owners)}
+            for _ in shards_of
+        ]
+        sent = zip(*(self._shards_by_owner(owners, shard_of) for shard_of in shards_of), strict=True)
+        received = zip(*(self._shards_by_rank(tensors) for tensors in full), strict=True)
+        return full, self._all_to_all(
+            [list(chain(*parts)) for parts in sent], [list(chain(*parts)) for parts in received]
+        )
 
-    def scatter(self, owners: OwnerRound, full: Mapping[str, Tensor]) -> None:
+    def scatter(self, owners: OwnerRound, full: Mapping[str, Tensor]) -> Message:
         """Send every rank its rows of the full tensors of this rank's bucket, and receive this rank's shards."""
-        self._all_to_all(self._shards_by_rank(full), self._shards_by_owner(owners, self.local_shard))
+        return self._all_to_all(self._shards_by_rank(full), self._shards_by_owner(owners, self.local_shard))
 
     def _shards_by_owner(self, owners: OwnerRound, shard_of: Callable[[str], Tensor]) -> list[list[Tensor]]:
         """For every rank, this rank's shards of the tensors in that rank's bucket."""
@@ -171,7 +190,9 @@ class ShardedNetwork(nn.Module):
         full: dict[str, Tensor] = {}
         for names in bucketed(self.shapes, lambda name: self.shapes[name].numel()):
             for_rank_0: OwnerRound = [Bucket(0, tuple(names)), *[None] * (self.ranks.size - 1)]
-            full |= {name: tensor.cpu() for name, tensor in self.gather(for_rank_0, self.local_shard).items()}
+            (gathered,), message = self.gather(for_rank_0, self.local_shard)
+            message.wait()
+            full |= {name: tensor.cpu() for name, tensor in gathered.items()}
         return {name: full[storage] for name, storage in self.storage.items()} if self.ranks.is_main_process else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *unused: Any, **named: Any) -> None:  # type: ignore[override]
@@ -184,18 +205,17 @@ class ShardedNetwork(nn.Module):
         bucket = owners[self.ranks.rank]
         return () if bucket is None else bucket.names
 
-    def _all_to_all(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> None:
-        """Send the tensors `sent[r]` to every rank r, and fill the tensors `received[r]` with what rank r sends."""
+    def _all_to_all(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[Tensor]]) -> Message:
+        """Send the tensors `sent[r]` to every rank r; the message fills the tensors `received[r]` with what r sends."""
         flat = [tensor.flatten() for tensors in sent for tensor in tensors]
         targets = [tensor for tensors in received for tensor in tensors]
-        recv_buffer = self.ranks.all_to_all(
-            torch.cat(flat) if flat else torch.empty(0, device=self.device),
-            [sum(tensor.numel() for tensor in tensors) for tensors in sent],
-            [sum(tensor.numel() for tensor in tensors) for tensors in received],
+        send_buffer = torch.cat(flat) if flat else torch.empty(0, device=self.device)
+        recv_buffer = send_buffer.new_empty(sum(target.numel() for target in targets))
+        recv_counts, send_counts = (
+            [sum(tensor.numel() for tensor in tensors) for tensors in by_rank] for by_rank in (received, sent)
         )
-        pieces = recv_buffer.split([target.numel() for target in targets])
-        for target, piece in zip(targets, pieces, strict=True):
-            target.copy_(piece.view_as(target))
+        work = dist.all_to_all_single(recv_buffer, send_buffer, recv_counts, send_counts, async_op=True)
+        return Message(work, recv_buffer, targets)
 
     def _empty(self, name: str) -> nn.Parameter:
         shape, shard_slice = self.shapes[name], self.shard_slice(name, self.ranks.rank)
@@ -216,12 +236,14 @@ class ShardedOptimizer(OptimizerSet):
         self.parameters: dict[Bucket, dict[str, nn.Parameter]] = {}
         self.owned: dict[Bucket, OptimizerSet] = {}
         for owners in self.owner_rounds:
-            full = {name: nn.Parameter(w) for name, w in network.gather(owners, network.local_shard).items()}
+            (weights,), message = network.gather(owners, network.local_shard)
+            message.wait()
+            full = {name: nn.Parameter(w) for name, w in weights.items()}
             if (bucket := owners[self.ranks.rank]) is not None:
                 group = groups[bucket.group] | {"tensors": bucket.names}
                 self.parameters[bucket] = full
                 self.owned[bucket] = OptimizerSet(parts, [group], full)
-            network.scatter(owners, {name: p.detach() for name, p in full.items()})  # some optimizers rescale the init
+            network.scatter(owners, {n: p.detach() for n, p in full.items()}).wait()  # some optimizers rescale the init
             free_full_tensors(full)
 
     def step(self, lr_factor: float) -> None:
@@ -267,14 +289,16 @@ class ShardedOptimizer(OptimizerSet):
     def _for_each_owned(self, act: Callable[[OptimizerSet], None]) -> None:
         """Call `act` on every optimizer that this rank owns while its weights and gradients are there in full.
 
-        The gradients are freed afterwards.
+        The tensors of the next round, and the weights of the round before, are on their way meanwhile. The gradients
+        are freed afterwards.
         """
-        for owners in self.owner_rounds:
-            weights = self.network.gather(owners, self.network.local_shard)
-            gradients = self.network.gather(owners, self.network.gradient)
-            for bucket in owners:
-                for name in bucket.names if bucket else ():
-                    self.network.sharded[name].grad = None
+        incoming = self._gather(self.owner_rounds[0])
+        outgoing: Message | None = None
+        for owners, next_owners in zip_longest(self.owner_rounds, self.owner_rounds[1:]):
+            (weights, gradients), message = incoming
+            message.wait()
+            if next_owners is not None:
+                incoming = self._gather(next_owners)
             owned = owners[self.ranks.rank]
             if owned is not None:
                 parameters = self.parameters[owned]
@@ -284,7 +308,19 @@ class ShardedOptimizer(OptimizerSet):
                 act(self.owned[owned])
                 weights = {name: parameter.data for name, parameter in parameters.items()}
                 free_full_tensors(parameters)
-            self.network.scatter(owners, weights)
+            if outgoing is not None:
+                outgoing.wait()
+            outgoing = self.network.scatter(owners, weights)
+        if outgoing is not None:
+            outgoing.wait()
+
+    def _gather(self, owners: OwnerRound) -> tuple[list[dict[str, Tensor]], Message]:
+        """Send for the full weights and gradients of a round, and free the gradients of its shards."""
+        full = self.network.gather(owners, self.network.local_shard, self.network.gradient)
+        for bucket in owners:
+            for name in bucket.names if bucket else ():
+                self.network.sharded[name].grad = None
+        return full
 
     def _members(self) -> list[tuple[list[int], dict[str, int]]]:
         """For every optimizer as on one device: the indices of its groups, and the number of each of its tensors."""
@@ -311,39 +347,6 @@ class ShardedOptimizer(OptimizerSet):
                 for key, value in entries.items()
             }
         return bucket.group, saved["param_groups"][0], states
-
-
-class CheckedAllGather:
-    """FSDP's all-gather after a check that every rank reaches it, so that no rank waits for one that has failed."""
-
-    def __init__(self, ranks: DistributedContext) -> None:
-        self.ranks = ranks
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> dist.Work | None:
-        self.ranks.check_peers()
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name since torch 2.13
-        return gather(output_tensor, input_tensor, group=group, async_op=async_op)
-
-
-class CheckedReduceScatter(CheckedAllGather):
-    """FSDP's reduce-scatter after a check that every rank reaches it."""
-
-    def __call__(  # type: ignore[override]
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        op: dist.ReduceOp.RedOpType,
-        async_op: bool = False,
-    ) -> dist.Work | None:
-        self.ranks.check_peers()
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        return scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
 def units(network: nn.Module) -> list[nn.Module]:

@@ -1,16 +1,23 @@
-"""Runs of mupsweep's own trainer in the process of a worker, alone or as rank 0 of several, and as another rank."""
+"""Runs of mupsweep's own trainer, in the process of a worker or in several ranks that a worker supervises."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from mupsweep.data import Dataset, prepare
+from mupsweep.errors import MupsweepError
 from mupsweep.formatting import si
 from mupsweep.store.run_dir import RunDir
 from mupsweep.store.sweep_dir import SweepDir
@@ -19,17 +26,21 @@ from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.sweep.settings import run_config
 from mupsweep.training.build import Builder, TrainingSetup, group_records
 from mupsweep.training.devices import choose_devices, choose_precision, configure, device_name, is_alive
-from mupsweep.training.distributed import SINGLE_PROCESS, DistributedContext, launch_ranks, torchrun_env
-from mupsweep.training.microbatch import free_memory, is_out_of_memory
-from mupsweep.training.signals import StopSignal
+from mupsweep.training.distributed import SINGLE_PROCESS, DistributedContext, process_group, rank_envs, torchrun_env
+from mupsweep.training.microbatch import MicroBatchTooLarge, OutOfMemory, free_memory, is_out_of_memory
+from mupsweep.training.signals import STOPPED, LeaseLost, StopRequested, StopSignal, defer_signals, exit_reason
 from mupsweep.training.slot import Slot
 from mupsweep.training.trainer import train
-from mupsweep.training.worker import LeaseControl, Session, one_line
+from mupsweep.training.worker import LeaseControl, Session, execute, one_line
+
+log = logging.getLogger("mupsweep")
+
+POLL_SECONDS = 0.3  # between two looks at whether a supervisor was asked to stop
 
 
 @dataclass
 class TorchSession:
-    """Trains runs on the devices of this process and of its replicas, as rank 0.
+    """Trains runs on the device of this process, alone or as rank 0 of several.
 
     Attributes:
         datasets: the corpus of every variant so far, by its digest.
@@ -46,17 +57,12 @@ class TorchSession:
         if run.resolved.digest not in self.datasets:
             self.datasets[run.resolved.digest] = prepare(run.resolved.variant.data)
 
-    @contextlib.contextmanager
-    def running(self, run: RunSpec) -> Iterator[None]:
-        """Start a run on every rank, and have every rank leave it where one fails."""
-        self.ranks.broadcast_run_id(run.run_id)
-        with self.ranks.collective_run():
-            yield
-
     def train(self, run: RunSpec, folder: RunDir, control: LeaseControl) -> dict[str, Any]:
-        setup = build_for(self.ranks, run, self.builder)
-        folder.write_rules(run_config(run), group_records(setup))
-        return train(run, setup, self.datasets[run.resolved.digest], folder, self.device, control, self.ranks)
+        self.ranks.broadcast_run_id(run.run_id)
+        with ends_its_process(self.ranks, run, folder, self.device):
+            setup = build_for(self.ranks, run, self.builder)
+            folder.write_rules(run_config(run), group_records(setup))
+            return train(run, setup, self.datasets[run.resolved.digest], folder, self.device, control, self.ranks)
 
     def failure_message(self, error: Exception, run: RunSpec) -> str:
         if not is_alive(self.device):
@@ -70,35 +76,103 @@ class TorchSession:
 
 
 def work(sweep: SweepDir, slot: Slot, stop: StopSignal, take_runs: Callable[[Session], bool]) -> bool:
-    """Set the devices of a slot up and take runs as rank 0, or train the runs of rank 0 as another rank."""
+    """Take runs on the device of a slot, also as one of several ranks, or start a rank on each of its devices."""
     env = torchrun_env()
     devices = choose_devices(slot.device, int(env.get("LOCAL_WORLD_SIZE", 1)))
+    if len(devices) > 1 and not env:
+        return supervise(sweep, slot, len(devices), stop)
     own_device = devices[int(env.get("LOCAL_RANK", 0))]
     # Before the process group forms, since NCCL picks its algorithms for good.
     configure(slot.threads, own_device, slot.shard, slot.workers)
-    with launch_ranks(devices, slot.command(sweep), slot.shard) as ranks:
+    with process_group(env, own_device, slot.shard) as ranks:
         if not ranks.is_main_process:
             return run_replica(sweep, own_device, stop, ranks)
         return take_runs(TorchSession(own_device, ranks))
 
 
+def supervise(sweep: SweepDir, slot: Slot, size: int, stop: StopSignal) -> bool:
+    """Have ranks train the runs of a slot together, and start all of them again where one has failed its run.
+
+    Returns:
+        False if they were asked to stop.
+    """
+    # a server that imports once what each rank needs seconds for
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "mupsweep.training.fsdp"])
+    while True:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        arguments = rank_envs(size, store.port), sweep, slot
+        with defer_signals():
+            ranks: Any = start_processes(run_rank, arguments, size, join=False, start_method="forkserver")
+        signalled = False
+        try:
+            while not ranks.join(timeout=POLL_SECONDS):
+                if stop.signalled and not signalled:
+                    signalled = True
+                    for process in ranks.processes:
+                        process.terminate()
+            return True
+        except ProcessException as error:
+            code = ranks.processes[error.error_index].exitcode
+            if code == STOPPED or stop.signalled:
+                return False
+            run = sweep.held_by(ranks.processes[0].pid)
+            if run is None:
+                log.error("%s", error)  # no run was begun: the launcher decides whether to try again
+                if code < 0:
+                    os.abort()
+                sys.exit(code)
+            log.error("rank %d of %s ended: all start again from its checkpoint", error.error_index, run.run_id)
+            run.record_failure(f"rank {error.error_index} was ended by {exit_reason(code)}")
+        finally:
+            for process in ranks.processes:
+                process.kill()
+
+
+def run_rank(local_rank: int, environments: Sequence[Mapping[str, str]], sweep: SweepDir, slot: Slot) -> None:
+    """Be one of the ranks that a supervisor started."""
+    os.environ.update(environments[local_rank])
+    try:
+        took_all = execute(
+            sweep, slot.run_ids, slot.device, slot.threads, shard=slot.shard, workers=slot.workers, programs=False
+        )
+    except MupsweepError as error:
+        print(f"mupsweep: {error}", file=sys.stderr)
+        sys.exit(2)
+    if not took_all:
+        sys.exit(STOPPED)
+
+
+@contextlib.contextmanager
+def ends_its_process(ranks: DistributedContext, run: RunSpec, folder: RunDir, device: torch.device) -> Iterator[None]:
+    """Context of a run on one of several ranks: an error ends the process, since the others cannot go on without it.
+
+    Why is recorded, for rank 0 of the processes that are started next.
+    """
+    try:
+        yield
+    except (StopRequested, LeaseLost):  # on all ranks at once
+        raise
+    except Exception as error:
+        if ranks.size == 1:
+            raise
+        log.error("%s", error if isinstance(error, MupsweepError) else traceback.format_exc())
+        fitting = error.fitting if isinstance(error, MicroBatchTooLarge) else None
+        reason = f"rank {ranks.rank}: {failure_message(error, run, device)}"
+        folder.record_failure(reason, fitting, final=isinstance(error, OutOfMemory))
+        os.abort()
+
+
 def run_replica(sweep: SweepDir, device: torch.device, stop: StopSignal, ranks: DistributedContext) -> bool:
-    """Train the runs that rank 0 starts, as another rank: it writes nothing, and rank 0 records its failures."""
+    """Train the runs that rank 0 starts, as another rank, which writes nothing but why it failed."""
     runs: dict[str, RunSpec] = {}
     builder = Builder(device)
     while run_id := ranks.wait_for_run_id():
-        try:
-            with ranks.collective_run():
-                # Loaded after rank 0 has started its first run, since the plan may be written while this rank waits.
-                runs = runs or {run.run_id: run for run in plan.load(sweep)}
-                run = runs[run_id]
-                data = prepare(run.resolved.variant.data)
-                setup = build_for(ranks, run, builder)
-                train(run, setup, data, sweep.run(run_id), device, ReplicaControl(stop), ranks)
-        except Exception:  # `collective_run` has announced it to rank 0
-            if not is_alive(device):
-                os.abort()
-            builder.forget()
+        # Loaded after rank 0 has started its first run, since the plan may be written while this rank waits.
+        runs = runs or {run.run_id: run for run in plan.load(sweep)}
+        run, folder = runs[run_id], sweep.run(run_id)
+        with contextlib.suppress(StopRequested, LeaseLost), ends_its_process(ranks, run, folder, device):
+            data = prepare(run.resolved.variant.data)
+            train(run, build_for(ranks, run, builder), data, folder, device, ReplicaControl(stop), ranks)
         if device.type != "cpu":
             free_memory()
     return True
@@ -107,6 +181,8 @@ def run_replica(sweep: SweepDir, device: torch.device, stop: StopSignal, ranks: 
 def build_for(ranks: DistributedContext, run: RunSpec, builder: Builder) -> TrainingSetup:
     """Build the network and its optimizers, in full or this rank's shards of them."""
     if not ranks.shard:
+        if ranks.size > 1:
+            builder.forget()  # DistributedDataParallel leaves hooks on the parameters of a network
         return builder.build(run)
     from mupsweep.training.fsdp import build_sharded  # late, since importing FSDP takes a while
 
@@ -137,5 +213,5 @@ class ReplicaControl:
     def stop_requested(self) -> bool:
         return self.stop.signalled
 
-    def check_lease(self) -> None:
-        pass
+    def lease_lost(self) -> bool:
+        return False

@@ -12,11 +12,16 @@ from types import FrameType
 from typing import IO, Any
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+STOPPED = 130  # exit code of a worker that a signal asked to stop
 MOST_THREADS = 1024  # the most threads that a process may ask for; OpenMP dies where the system cannot start them
 
 
 class StopRequested(Exception):
     """The run was asked to stop; it is checkpointed and goes on when it is started again."""
+
+
+class LeaseLost(Exception):
+    """Another worker took the run over, so nothing of the run may be written here any more."""
 
 
 @dataclass
@@ -88,3 +93,8 @@ def start(
             stderr=output,
             env={**os.environ, **environment},
         )
+
+
+def exit_reason(code: int) -> str:
+    """Return how a process ended: the signal that killed it, or its exit code."""
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"

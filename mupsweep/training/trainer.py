@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.data import Dataset
@@ -22,12 +25,17 @@ from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.training.build import TrainingSetup, generator
 from mupsweep.training.checkpoint import Checkpointer, TrainState, mean
 from mupsweep.training.devices import autocast, choose_precision, device_name
-from mupsweep.training.distributed import SINGLE_PROCESS, DistributedContext, Signal
+from mupsweep.training.distributed import SINGLE_PROCESS, DistributedContext, Signal, SignalExchange
 from mupsweep.training.divergence import diverged_at
 from mupsweep.training.microbatch import MicroBatcher
 from mupsweep.training.norm_tracker import NormTracker
-from mupsweep.training.signals import StopRequested
+from mupsweep.training.signals import LeaseLost, StopRequested
 
+BUFFERS_OF_RANK_0 = (  # the option to send them before every pass, whose name changed in torch 2.13
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 RECOMPILE_LIMIT = 64  # graphs of a compiled network; beyond it torch would run eagerly, which gives other bits
 
 
@@ -36,8 +44,8 @@ class TrainControl(Protocol):
 
     def stop_requested(self) -> bool: ...
 
-    def check_lease(self) -> None:
-        """Raise an error where another host took this process for dead and trains the run."""
+    def lease_lost(self) -> bool:
+        """Whether another host took this process for dead and trains the run."""
         ...
 
 
@@ -54,6 +62,7 @@ def train(
 
     Raises:
         StopRequested: `control` of some rank asked to stop; a checkpoint was written after the last finished step.
+        LeaseLost: another worker trains the run.
     """
     training = run.resolved.training
     total_steps, context = run.resolved.steps, run.size.context
@@ -63,27 +72,25 @@ def train(
     norm_tracker = NormTracker(run, setup)
     horizons = training.horizons(total_steps)  # (first step of the cooldown, last step); the run's own is the last
     precision = choose_precision(training.precision, device)
-    network = compiled(setup.network) if training.compile else setup.network
+    network, no_sync = data_parallel(setup, ranks, find_unused=run.resolved.model.inferred)
+    if training.compile:
+        network = compiled(network)
 
-    checkpointer = Checkpointer(setup, folder, ranks.is_main_process, 60 * training.checkpoint_minutes)
-    if not ranks.all_equal(checkpointer.state.step):
+    checkpointer = Checkpointer(setup, folder, ranks, 60 * training.checkpoint_minutes)
+    if len(set(ranks.all_gather_object(checkpointer.state.step))) > 1:
         raise RecordError(
             f"the processes that train this run together found different checkpoints in {folder.path}: a network file "
             "system showed one of them old files; run the same command again"
         )
-    micro_batcher = MicroBatcher(ranks, training.micro_batch, checkpointer.state.micro_batch, setup.reapply_fsdp)
+    micro_batcher = MicroBatcher(ranks, training.micro_batch, checkpointer.state.micro_batch, no_sync)
+    exchange = SignalExchange(ranks)
 
     while True:
         state = checkpointer.state
         cooldown_start, horizon = horizons[state.horizon]
 
-        # Save or stop. All ranks must agree on it, since every rank contributes to a sharded checkpoint.
-        signal = ranks.all_reduce_max(local_signal(control, checkpointer))
-        if signal in (Signal.SAVE, Signal.STOP) and checkpointer.steps > 0:  # else nothing is new since the last one
-            checkpointer.save()
-        if signal == Signal.STOP:
-            raise StopRequested
-        control.check_lease()
+        # Save or stop, or leave. All ranks do it before the same step, since every rank contributes to a checkpoint.
+        act_on(exchange(local_signal(control, checkpointer)), checkpointer)
 
         # Where the cooldown of a shorter horizon begins, keep the trunk: the run returns to it after the cooldown.
         if state.step == cooldown_start and horizon < total_steps and not state.branching:
@@ -146,9 +153,47 @@ def train(
 
 def local_signal(control: TrainControl, checkpointer: Checkpointer) -> Signal:
     """What this rank alone would do before the next step."""
-    if control.stop_requested():
+    stop_requested = control.stop_requested()
+    if control.lease_lost():
+        return Signal.LEASE_LOST
+    if stop_requested:
         return Signal.STOP
     return Signal.SAVE if checkpointer.due() else Signal.OK
+
+
+def act_on(signal: Signal, checkpointer: Checkpointer) -> None:
+    """Save, stop or leave the run, as the ranks have agreed.
+
+    Raises:
+        StopRequested: some rank was asked to stop; the run is checkpointed.
+        LeaseLost: another worker trains the run.
+    """
+    if signal in (Signal.SAVE, Signal.STOP) and checkpointer.steps > 0:  # else nothing is new since the last one
+        checkpointer.save()
+    if signal == Signal.STOP:
+        raise StopRequested
+    if signal == Signal.LEASE_LOST:
+        raise LeaseLost
+
+
+def data_parallel(
+    setup: TrainingSetup, ranks: DistributedContext, find_unused: bool
+) -> tuple[nn.Module, Callable[[], AbstractContextManager[object]]]:
+    """The network that averages gradients over the ranks during its backward pass, and its `no_sync`.
+
+    Args:
+        find_unused: whether a pass may leave parameters out, as a network of the user's may.
+    """
+    if ranks.size == 1 or setup.sharded:
+        return setup.network, nullcontext
+    network = DistributedDataParallel(
+        setup.network,
+        init_sync=False,  # every rank draws or reads equal weights
+        gradient_as_bucket_view=True,
+        find_unused_parameters=find_unused,
+        **{BUFFERS_OF_RANK_0: False},  # they are constants
+    )
+    return network, network.no_sync
 
 
 def compiled(network: nn.Module) -> nn.Module:
@@ -237,7 +282,7 @@ def clip(setup: TrainingSetup) -> Tensor | None:
     if setup.clip is None:
         return None
     norm = nn.utils.clip_grad_norm_(setup.network.parameters(), setup.clip)
-    return norm.full_tensor() if setup.reapply_fsdp else norm  # type: ignore[attr-defined]
+    return norm.full_tensor() if setup.sharded else norm  # type: ignore[attr-defined]
 
 
 def evaluate(
@@ -273,7 +318,7 @@ def evaluate(
             nats += micro_batcher.retry_on_oom(total_nats, len(tokens))
         n_tokens += batch[:, 1:].size
         n_bytes += data.byte_count(batch[:, 1:])
-    micro_batcher.ranks.all_reduce_sum([nats])
+    micro_batcher.ranks.all_reduce_sum(nats)
     return {"val_loss": nats.item() / n_tokens, "val_bits_per_byte": nats.item() / math.log(2) / n_bytes}
 
 

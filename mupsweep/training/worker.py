@@ -11,7 +11,6 @@ import contextlib
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
@@ -29,7 +28,7 @@ from mupsweep.sweep.settings import run_config
 from mupsweep.sweep.trainer import PlannedTrainer
 from mupsweep.sweep.twins import Twins
 from mupsweep.trackers.live import LiveTracker
-from mupsweep.training.signals import StopRequested, StopSignal
+from mupsweep.training.signals import LeaseLost, StopRequested, StopSignal
 from mupsweep.training.slot import Slot
 
 log = logging.getLogger("mupsweep")
@@ -42,15 +41,12 @@ class Session(Protocol):
         """Load what the runs of a variant have in common."""
         ...
 
-    def running(self, run: RunSpec) -> AbstractContextManager[object]:
-        """Be the context in which a run is trained and recorded."""
-        ...
-
     def train(self, run: RunSpec, folder: RunDir, control: LeaseControl) -> dict[str, Any]:
         """Train a run to its end, write the rules that it trains with, and return its summary.
 
         Raises:
             StopRequested: `control` asked to stop; the run goes on when it is started again.
+            LeaseLost: another worker took the run over.
         """
         ...
 
@@ -80,6 +76,7 @@ def execute(
     shard: bool = False,
     stop: StopSignal | None = None,
     workers: int = 1,
+    programs: bool = True,
 ) -> bool:
     """Train the pending runs of a sweep that no other worker holds a lease of, the longest first.
 
@@ -92,6 +89,7 @@ def execute(
         shard: divide weights, gradients and optimizer state among several devices.
         stop: the flag that asks for an end; None installs one that stop signals set.
         workers: how many workers share the device, each of which may take an equal part of its memory.
+        programs: whether to train also the runs of trainers that start programs of the user's.
 
     Returns:
         False if it was asked to stop before every run was taken.
@@ -105,6 +103,8 @@ def execute(
                 return run_main(sweep, run_ids, session, stop, on_finished, tracker, section)
 
         trainer: Trainer = instantiate(section, "trainer")
+        if trainer.runs_program and not programs:
+            continue
         if not trainer.work(sweep, slot, stop, take_runs):
             return False
     return True
@@ -213,14 +213,16 @@ def execute_run(run: RunSpec, folder: RunDir, session: Session, control: LeaseCo
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(log_to(folder))
-            with session.running(run):
-                folder.write_status(RUNNING, durable=False, step=0, steps=run.resolved.steps)
-                summary = session.train(run, folder, control)
-                if not control.lease.is_held():
-                    raise LeaseLost
-                folder.write_summary(summary)
-                folder.write_status(summary["status"])
-                folder.remove_checkpoints()
+            if reason := folder.failure():
+                folder.forget_failures()
+                raise RecordError(reason)
+            folder.write_status(RUNNING, durable=False, step=0, steps=run.resolved.steps)
+            summary = session.train(run, folder, control)
+            if not control.lease.is_held():
+                raise LeaseLost
+            folder.write_summary(summary)
+            folder.write_status(summary["status"])
+            folder.remove_checkpoints()
         except StopRequested:
             log.info("stopped as asked; checkpointed")
             raise
@@ -267,10 +269,6 @@ class LogFile(logging.FileHandler):
         pass
 
 
-class LeaseLost(Exception):
-    """Another worker took the run over, so nothing of the run may be written here any more."""
-
-
 @dataclass(frozen=True)
 class LeaseControl:
     """The control of a run on the process that holds its lease: it ends the run when the lease is lost."""
@@ -281,9 +279,8 @@ class LeaseControl:
     def stop_requested(self) -> bool:
         return self.stop.signalled
 
-    def check_lease(self) -> None:
-        if self.lease.lost:
-            raise LeaseLost
+    def lease_lost(self) -> bool:
+        return self.lease.lost
 
 
 def select(runs: list[RunSpec], names: Sequence[str]) -> list[RunSpec]:

@@ -130,7 +130,8 @@ def ranks_of(sweep: SweepDir) -> list[int]:
     if run is None:
         return []
     leader = json.loads(max((run.path / "claims").glob("*.json")).read_text())["pid"]
-    return [leader, *map(int, Path(f"/proc/{leader}/task/{leader}/children").read_text().split())]
+    server = Path(f"/proc/{leader}/stat").read_text().rpartition(")")[2].split()[1]
+    return sorted(map(int, Path(f"/proc/{server}/task/{server}/children").read_text().split()), key=leader.__ne__)
 
 
 def is_gone(pid: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import signal
@@ -23,7 +24,9 @@ from mupsweep.launchers.slurm import Site, Slurm, bundled
 from mupsweep.launchers.task_pool import TaskPool
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import load
+from mupsweep.sweep.plan import save
 from mupsweep.training.distributed import TORCHRUN_ENV
+from mupsweep.training.signals import StopSignal
 
 Start = Callable[..., subprocess.Popen[bytes]]
 
@@ -349,6 +352,24 @@ def test_over_several_nodes_srun_starts_a_process_per_device_as_torchrun_would(
     assert 0 < int(env.pop("MASTER_PORT")) < 2**16
     expected = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}
     assert {name: env.get(name) for name in TORCHRUN_ENV if name != "MASTER_PORT"} == expected
+
+
+def test_ranks_of_several_nodes_that_record_why_they_end_start_again_whatever_their_worker_may_cost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sweep, (run, *_) = save(load(["experiment=smoke"]), "")
+    checkpoint = sweep.run(run.run_id).checkpoints[0].parent
+    record = json.dumps({"reason": "rank 1: why", "micro_batch": None, "final": False})
+    failing = f"echo '{record}' > {checkpoint}/failure-$(wc -l < started).json; kill -ABRT $$"
+    checkpoint.mkdir(parents=True)
+    for script, code, starts in (
+        (f"[ $(wc -l < started) -gt 2 ] || {{ {failing}; }}", 0, 3),
+        ("kill -ABRT $$", 134, 1),
+    ):
+        Path("started").unlink(missing_ok=True)
+        monkeypatch.setattr(TaskPool, "command", lambda *_, s=script: ["bash", "-c", f"echo >> started; {s}"])
+        assert TaskPool(sweep, ["cpu"], nodes=2).train(StopSignal()) == code
+        assert len(Path("started").read_text()) == starts
 
 
 def test_a_task_that_the_script_does_not_have_is_refused(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ class Uninterrupted:
     def stop_requested(self) -> bool:
         return False
 
-    def check_lease(self) -> None:
-        pass
+    def lease_lost(self) -> bool:
+        return False
 
 
 def numbers_off(limits: tuple[str, ...]) -> list[str]:

@@ -78,8 +78,8 @@ class Undisturbed:
     def stop_requested(self) -> bool:
         return False
 
-    def check_lease(self) -> None:
-        pass
+    def lease_lost(self) -> bool:
+        return False
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from mupsweep.store.run_dir import RUNNING, RunDir
 from mupsweep.training import checkpoint as checkpoint_files
 from mupsweep.training.build import build
 from mupsweep.training.checkpoint import DIGEST_BYTES, Checkpointer, TrainState
+from mupsweep.training.distributed import SINGLE_PROCESS, DistributedContext
 from mupsweep.training.session import TorchSession
 from mupsweep.training.signals import StopSignal
 from mupsweep.training.worker import LeaseControl, execute_run
@@ -98,11 +99,12 @@ class LeaseLost(TrainControl):
 
     folder: Path
 
-    def check_lease(self) -> None:
+    def lease_lost(self) -> bool:
         if self.asked == 12:
             owner = json.loads((self.folder / "claims" / "0000.json").read_text())
             (self.folder / "claims" / "0001.json").write_text(json.dumps({**owner, "host": "elsewhere"}))
             self.before = files(self.folder)
+        return False
 
 
 def test_after_it_was_taken_over_a_process_writes_nothing_of_the_run(data: Dataset, tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def test_a_checkpoint_of_another_version_is_named_and_kept(killed: Path) -> None
     path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
     before = files(killed)
     with pytest.raises(RecordError, match=r"latest\.pt is of another version of mupsweep: delete \S+/checkpoint to"):
-        Checkpointer(build(run(), CPU), RunDir(killed), is_main_process=True, interval=60.0)
+        Checkpointer(build(run(), CPU), RunDir(killed), SINGLE_PROCESS, interval=60.0)
     assert files(killed) == before
 
 
@@ -131,7 +133,8 @@ def test_a_checkpoint_of_another_version_is_named_and_kept(killed: Path) -> None
 def test_only_the_main_process_removes_the_checkpoints_of_a_damaged_trunk(is_main_process: bool, killed: Path) -> None:
     folder = RunDir(killed)
     folder.trunk_checkpoint.write_bytes(b"damaged" * 20)
-    checkpointer = Checkpointer(build(run(), CPU), folder, is_main_process, interval=60.0)
+    rank = DistributedContext(rank=int(not is_main_process))
+    checkpointer = Checkpointer(build(run(), CPU), folder, rank, interval=60.0)
     before = files(killed)
     with pytest.raises(Exception, match="the next try starts anew"):
         checkpointer.resume_trunk({})
@@ -141,7 +144,7 @@ def test_only_the_main_process_removes_the_checkpoints_of_a_damaged_trunk(is_mai
 
 def test_a_rank_other_than_the_main_process_writes_nothing(killed: Path) -> None:
     before = files(killed)
-    checkpointer = Checkpointer(build(run(), CPU), RunDir(killed), is_main_process=False, interval=0.0)
+    checkpointer = Checkpointer(build(run(), CPU), RunDir(killed), DistributedContext(rank=1), interval=0.0)
     checkpointer.last_status -= 60
     checkpointer.update_status({"step": 12, "train_loss": 1.0}, 30, 1.0)
     checkpointer.append({"step": 12})
@@ -153,7 +156,7 @@ def test_a_rank_other_than_the_main_process_writes_nothing(killed: Path) -> None
 def test_a_status_is_shown_while_the_run_is_its_own(killed: Path) -> None:
     folder = RunDir(killed)
     assert folder.claim() is not None
-    checkpointer = Checkpointer(build(run(), CPU), folder, is_main_process=True, interval=60.0)
+    checkpointer = Checkpointer(build(run(), CPU), folder, SINGLE_PROCESS, interval=60.0)
     assert checkpointer.state.step == 12
     checkpointer.last_status -= 60
     checkpointer.update_status({"step": 12, "train_loss": 1.0}, 30, 1.0)
@@ -163,17 +166,17 @@ def test_a_status_is_shown_while_the_run_is_its_own(killed: Path) -> None:
 
 def test_the_train_state_survives_its_checkpoint(tmp_path: Path) -> None:
     folder = RunDir(tmp_path)
-    checkpointer = Checkpointer(build(run(), CPU), folder, is_main_process=True, interval=60.0)
+    checkpointer = Checkpointer(build(run(), CPU), folder, SINGLE_PROCESS, interval=60.0)
     checkpointer.state = TrainState(
         step=2, losses=[3.5, 3.25], micro_batch=2, horizon=1, branching=True, branches=[{"val_loss": 3.0}]
     )
     checkpointer.save()
-    again = Checkpointer(build(run(), CPU), folder, is_main_process=True, interval=60.0).state
+    again = Checkpointer(build(run(), CPU), folder, SINGLE_PROCESS, interval=60.0).state
     assert {**vars(again), "seconds": 0.0} == {**vars(checkpointer.state), "seconds": 0.0}
 
 
 def test_a_checkpoint_is_due_after_its_interval_and_one_new_step(tmp_path: Path) -> None:
-    checkpointer = Checkpointer(build(run(), CPU), RunDir(tmp_path), is_main_process=True, interval=60.0)
+    checkpointer = Checkpointer(build(run(), CPU), RunDir(tmp_path), SINGLE_PROCESS, interval=60.0)
     checkpointer.last_save -= 61
     assert not checkpointer.due()  # nothing new since it was loaded
     checkpointer.steps = 1
@@ -188,7 +191,7 @@ def test_a_checkpoint_is_due_after_its_interval_and_one_new_step(tmp_path: Path)
 
 def test_writing_a_checkpoint_takes_its_size_in_memory_once(tmp_path: Path) -> None:
     wide = run("model.width=256")
-    checkpointer = Checkpointer(build(wide, CPU), RunDir(tmp_path), True, NEVER)
+    checkpointer = Checkpointer(build(wide, CPU), RunDir(tmp_path), SINGLE_PROCESS, NEVER)
     tracemalloc.start()
     try:
         checkpointer.save()
@@ -201,11 +204,11 @@ def test_writing_a_checkpoint_takes_its_size_in_memory_once(tmp_path: Path) -> N
 def test_reading_a_checkpoint_takes_no_copy_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_files, "PIECE", 2**20)
     wide = run("model.width=256")
-    Checkpointer(build(wide, CPU), RunDir(tmp_path), True, NEVER).save()
+    Checkpointer(build(wide, CPU), RunDir(tmp_path), SINGLE_PROCESS, NEVER).save()
     setup = build(wide, CPU)
     tracemalloc.start()  # it sees bytes of Python, and no tensors
     try:
-        Checkpointer(setup, RunDir(tmp_path), True, NEVER)
+        Checkpointer(setup, RunDir(tmp_path), SINGLE_PROCESS, NEVER)
         assert tracemalloc.get_traced_memory()[1] < 3 * 2**20 < 0.5 * checkpoint(tmp_path).stat().st_size
     finally:
         tracemalloc.stop()
@@ -246,7 +249,7 @@ def test_a_checkpoint_of_something_else_is_named_and_nobody_is_told_to_unpickle_
     before = files(killed)
     expected = r"latest\.pt holds something else than a checkpoint of this run: delete \S+/checkpoint to start the run"
     with pytest.raises(RecordError, match=expected) as caught:
-        Checkpointer(build(run(), CPU), RunDir(killed), is_main_process=True, interval=60.0)
+        Checkpointer(build(run(), CPU), RunDir(killed), SINGLE_PROCESS, interval=60.0)
     assert "weights_only" not in str(caught.value)
     assert files(killed) == before
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +27,19 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from mupsweep.data import Dataset, prepare
 from mupsweep.errors import ConfigError, RecordError
 from mupsweep.store.run_dir import RunDir
+from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep.config import load
-from mupsweep.sweep.plan import plan
+from mupsweep.sweep.plan import plan, save
 from mupsweep.sweep.run_spec import RunSpec
-from mupsweep.training import distributed
-from mupsweep.training.build import build
+from mupsweep.training import distributed, session
+from mupsweep.training.build import TrainingSetup, build
 from mupsweep.training.devices import choose_device, choose_devices
-from mupsweep.training.distributed import (
-    SINGLE_PROCESS,
-    DistributedContext,
-    PeerFailed,
-    StopRequested,
-    init_process_group,
-    rank_envs,
-)
+from mupsweep.training.distributed import DistributedContext, process_group, rank_envs
 from mupsweep.training.microbatch import MicroBatcher
-from mupsweep.training.trainer import observe_curvature, train
+from mupsweep.training.signals import StopRequested, StopSignal
+from mupsweep.training.slot import Slot
+from mupsweep.training.trainer import data_parallel, observe_curvature, train
+from mupsweep.training.worker import execute
 
 TOLERANCE = {
     "loss": 1e-5,  # relative, of any of the 30 steps in fp32, and at their end
@@ -72,9 +71,9 @@ def corpus() -> Dataset:
 def joined(rank: int, size: int, port: int, job: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Run a job as one rank."""
     torch.set_num_threads(1)
-    if size == 1:
-        return job(SINGLE_PROCESS, *arguments)
-    with init_process_group(rank_envs(size, port)[rank], CPU, TCPStore("127.0.0.1", port)) as ranks:
+    env = rank_envs(size, port)[rank] if size > 1 else {}
+    os.environ.update(env)
+    with process_group(env, CPU) as ranks:
         return job(ranks, *arguments)
 
 
@@ -96,7 +95,7 @@ def trained(ranks: DistributedContext, spec: RunSpec, path: Path, stops: dict[in
     setup = build(spec, CPU)
     control = TrainControl(stop=stops.get(ranks.rank, 10**9))
     summary = None
-    with contextlib.suppress(StopRequested), ranks.collective_run():
+    with contextlib.suppress(StopRequested):
         summary = train(spec, setup, corpus(), folder, CPU, control, ranks)
     return {"summary": summary, "weights": digest(setup.network.state_dict()), "asked": control.asked}
 
@@ -161,12 +160,13 @@ def test_a_batch_that_cannot_be_divided_is_refused_in_one_line(data: Dataset) ->
 def observed(ranks: DistributedContext) -> tuple[Tensor, list[Tensor]]:
     """(the draws that this rank's labels come from, the curvature after them)."""
     setup = build(run("optimizer=sophia"), CPU)
+    parallel, _ = data_parallel(setup, ranks, find_unused=False)
     inputs = torch.from_numpy(corpus().train_batch(32, 4, 0, 0))[:, :-1]
     seen = []
 
     def network(inputs: Tensor, draws: Tensor) -> Tensor:
         seen.append(draws)
-        return setup.network(inputs, draws=draws)
+        return parallel(inputs, draws=draws)
 
     observe_curvature(network, setup, ranks.local_shard(inputs), 0, 10, "fp32", MicroBatcher(ranks))
     return torch.cat(seen), [s["h"] for m in setup.optimizer.members for s in m.state.values() if "h" in s]
@@ -191,9 +191,9 @@ def test_a_stop_that_reaches_one_rank_stops_all_at_the_same_step_and_resumes_bit
     overrides = (f"optimizer={optimizer}",)
     straight = whole(pool, 2, tmp_path / "straight", *overrides)
     outcomes = on_all_ranks(pool, 2, trained, run(*overrides), tmp_path / "stopped", {1: 10})
-    assert [one["asked"] for one in outcomes] == [11, 11]
+    assert [one["asked"] for one in outcomes] == [12, 12]  # asked before step 10, they stop before step 11
     assert [one["summary"] for one in outcomes] == [None, None]
-    assert torch.load(tmp_path / "stopped" / "checkpoint" / "latest.pt", weights_only=True)["step"] == 10
+    assert torch.load(tmp_path / "stopped" / "checkpoint" / "latest.pt", weights_only=True)["step"] == 11
     resumed = whole(pool, 2, tmp_path / "stopped", *overrides)
     assert resumed["metrics"] == straight["metrics"]
     assert resumed["weights"] == straight["weights"]
@@ -225,99 +225,101 @@ def seeing_its_own(ranks: DistributedContext, path: Path) -> str:
     return ""
 
 
-def leaving(ranks: DistributedContext, who: int, where: str, path: Path) -> str:
-    """Train two runs, the first of which rank `who` cannot finish; return how the first ended here, and the second."""
-    setup, folder, ended = build(run(), CPU), RunDir(path), "done"
-    path.mkdir(exist_ok=True)
-    forward, calls = setup.network.forward, []
-
-    class Fails(TrainControl):
-        def check_lease(self) -> None:
-            if ranks.rank == who and where == "between" and self.asked > 5:
-                raise ValueError("between steps")
-
-    def failing(*a: Any, **k: Any) -> Tensor:
-        calls.append(0)
-        if ranks.rank == who and where == "memory" and len(a[0]) > 1:
-            raise torch.OutOfMemoryError("too many")
-        if ranks.rank == who and where == "within" and len(calls) > 5:
-            raise ValueError("within a step")
-        return forward(*a, **k)
-
-    def cat(*a: Any, **k: Any) -> Tensor:
-        if ranks.rank == who and where == "sum" and len(calls) > 5:
-            raise ValueError("no room for a sum")
-        return joined(*a, **k)
-
-    setup.network.forward, joined = failing, torch.cat  # type: ignore[method-assign]
-    try:
-        with ranks.collective_run(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(distributed.torch, "cat", cat)
-            train(run(), setup, corpus(), folder, CPU, Fails(), ranks)
-    except (ValueError, PeerFailed) as error:
-        ended = str(error)
-    other = trained(ranks, run(), path.with_name("next"), {})
-    return f"{ended}; then {other['summary']['status']}"
+STEPS = "training.steps=8"
 
 
-@pytest.mark.parametrize("who", [0, 1])
-@pytest.mark.parametrize(
-    ("where", "why"), [("within", "within a step"), ("sum", "no room for a sum"), ("between", "between steps")]
-)
-def test_an_error_of_one_rank_ends_the_run_on_all_of_them_and_the_next_one_is_trained(
-    who: int, where: str, why: str, pool: ProcessPoolExecutor, tmp_path: Path
+def faulty_rank(local_rank: int, environments: Any, sweep: SweepDir, slot: Slot) -> None:
+    """A rank that a supervisor started, to which the accident happens that the sweep's folder describes."""
+    accident = json.loads((sweep.path / "accident.json").read_text())
+    train, calls = session.train, []
+
+    def trained(spec: RunSpec, setup: TrainingSetup, *others: Any) -> dict[str, Any]:
+        forward = setup.network.forward
+
+        def failing(*tensors: Tensor, **named: Tensor) -> Tensor:
+            calls.append(0)
+            if accident["kind"] == "memory" and len(tensors[0]) > 1:
+                raise torch.OutOfMemoryError("too many")
+            if accident["kind"] == "error" and len(calls) > 3:
+                raise ValueError("within a step")
+            if accident["kind"] == "killed" and len(calls) > 3 and not list(sweep.run(spec.run_id).failures()):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return forward(*tensors, **named)
+
+        if spec.run_id == accident["run_id"]:
+            setup.network.forward = failing  # type: ignore[method-assign]
+        return train(spec, setup, *others)
+
+    if local_rank == accident["rank"]:
+        session.train = trained
+    REAL_RANK(local_rank, environments, sweep, slot)
+
+
+REAL_RANK = session.run_rank
+
+
+def accident(
+    kind: str, rank: int, monkeypatch: pytest.MonkeyPatch, *overrides: str, shard: bool = False
+) -> tuple[SweepDir, RunDir, RunDir]:
+    """Train two runs on two ranks, of which one has an accident in the first run; return the sweep and the runs."""
+    forkserver.ensure_running()
+    monkeypatch.setattr(session, "run_rank", faulty_rank)
+    smoke = ["experiment=smoke", "training.precision=fp32", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-7,-6]", STEPS]
+    sweep, (first, second) = save(load([*smoke, "training.checkpoint_minutes=0", *overrides]), "")
+    (sweep.path / "accident.json").write_text(json.dumps({"kind": kind, "rank": rank, "run_id": first.run_id}))
+    assert execute(sweep, device="cpu,cpu", shard=shard, stop=StopSignal())
+    return sweep, sweep.run(first.run_id), sweep.run(second.run_id)
+
+
+def deaths(folder: RunDir) -> int:
+    """How many workers ended in the middle of a run."""
+    return sum("released" not in json.loads(path.read_text()) for path in folder.claims.glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """The metrics of both runs where nothing happens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("undisturbed"))
+        _, *runs = accident("none", 0, patch)
+        return [folder.metrics_path.read_bytes() for folder in runs]
+
+
+@pytest.mark.parametrize(("rank", "shard"), [(0, False), (1, False), pytest.param(1, True, marks=pytest.mark.slow)])
+def test_a_run_that_fails_three_times_has_failed_with_the_reason_of_its_rank_and_the_next_one_is_trained(
+    rank: int, shard: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    endings = on_all_ranks(pool, 2, leaving, who, where, tmp_path / "run")
-    assert endings[who] == f"{why}; then done"
-    assert endings[1 - who] == f"rank {who}: ValueError: {why}; then done"
+    _, failed, other = accident("error", rank, monkeypatch, shard=shard)
+    assert failed.status() == {"status": "failed", "error": f"rank {rank}: ValueError: within a step"}
+    assert failed.failure() is None  # the next command tries as often again
+    assert other.status() == {"status": "done"}
+    assert [deaths(failed), deaths(other)] == [3, 0]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_loses_nothing(rank: int, undisturbed: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, *runs = accident("killed", rank, monkeypatch)
+    assert [folder.metrics_path.read_bytes() for folder in runs] == undisturbed
+    assert [deaths(folder) for folder in runs] == [1, 0]
+    assert "resuming at step " in runs[0].log_path.read_text()
+
+
+@pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_of_all(
-    pool: ProcessPoolExecutor, tmp_path: Path
+    shard: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert on_all_ranks(pool, 2, leaving, 1, "memory", tmp_path / "run") == ["done; then done"] * 2
-    whole(pool, 2, tmp_path / "asked", "training.micro_batch=1")
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "asked" / "metrics.jsonl").read_bytes()
+    _, forced, _ = accident("memory", 1, monkeypatch, shard=shard)
+    assert (forced.summary() or {})["micro_batch"] == 1
+    _, asked, _ = accident("none", 1, monkeypatch, "training.micro_batch=1", "out=asked", shard=shard)
+    assert forced.metrics_path.read_bytes() == asked.metrics_path.read_bytes()
+    assert [deaths(forced), deaths(asked)] == [1, 0]
 
 
-def summed(ranks: DistributedContext) -> list[Tensor]:
-    tensors = [torch.full(shape, float(10**ranks.rank)) for shape in ((), (3, 5), (70,), (1,), (0,), (41, 2))]
-    ranks.all_reduce_sum(tensors)
-    return tensors
-
-
-def test_sums_are_those_of_every_tensor_whatever_fits_in_a_bucket(
-    pool: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for tensors in on_all_ranks(pool, 4, summed):
-        assert [(t.shape, set(t.flatten().tolist()) <= {1111.0}) for t in tensors] == [
-            (torch.Size(shape), True) for shape in ((), (3, 5), (70,), (1,), (0,), (41, 2))
-        ]
+def test_a_bucket_holds_what_fits_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "BUCKET", 75)
     tensors = [torch.zeros(n) for n in (1, 15, 70, 1, 0, 82, 3)]
     sizes = [[len(tensor) for tensor in bucket] for bucket in distributed.bucketed(tensors, Tensor.numel)]
     assert sizes == [[1, 15], [70, 1, 0], [82], [3]]
-
-
-def test_a_rank_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "SHUTDOWN_TIMEOUT", 0.2)
-    processes = distributed.RankProcesses()
-    for number in ("1", "2"):
-        processes.start({"RANK": number}, [sys.executable, "-c", f"import signal; {number} == 1 and signal.pause()"])
-    processes.ending = True
-    processes.wait()
-    assert {process.returncode for process in processes.processes} <= {0, -signal.SIGKILL}
-    assert processes.processes[0].returncode == -signal.SIGKILL
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
-def test_a_rank_whose_leader_ended_before_it_began_ends_too() -> None:
-    for leader, code in ((os.getpid(), 0), (os.getppid(), -signal.SIGKILL)):
-        child = os.fork()
-        if child == 0:
-            distributed.set_parent_death_signal(leader)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
 
 
 def test_nccl_sums_as_much_as_it_ever_will_while_the_device_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +329,8 @@ def test_nccl_sums_as_much_as_it_ever_will_while_the_device_is_empty(monkeypatch
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **_: done.append(backend))
     monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor: done.append((len(tensor), str(tensor.device))))
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
-    with FakeTensorMode(), init_process_group(rank_envs(2, 1)[1], torch.device("cuda:1"), None):
+    monkeypatch.setattr(sys.modules["torch.distributed.rendezvous"], "rendezvous", lambda _: iter([(None, 1, 2)]))
+    with FakeTensorMode(), process_group(rank_envs(2, 1)[1], torch.device("cuda:1")):
         assert done == ["cpu:gloo,cuda:nccl", (distributed.BUCKET, "cuda:1")]
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,16 +18,15 @@ from tiny import resolve
 from torch import Tensor
 
 from mupsweep.errors import ConfigError
-from mupsweep.models.layers import GeluMLP
-from mupsweep.optimizers.optimizer_set import OptimizerSet
 from mupsweep.store.run_dir import RunDir
 from mupsweep.sweep.config import load
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.sweep.tensor_rules import rules
 from mupsweep.training.build import Builder, TrainingSetup, build, meta_model, parameter_groups
-from mupsweep.training.distributed import DistributedContext, PeerFailed, StopRequested
+from mupsweep.training.distributed import DistributedContext
 from mupsweep.training.fsdp import ShardedNetwork, assign_owners, units
 from mupsweep.training.session import build_for
+from mupsweep.training.signals import StopRequested
 from mupsweep.training.trainer import train
 
 TOLERANCE = {
@@ -55,7 +53,7 @@ def trained(ranks: DistributedContext, spec: RunSpec, path: Path, shard: bool, s
     folder, control, summary = RunDir(path), TrainControl(stop=stops.get(ranks.rank, 10**9)), None
     path.mkdir(exist_ok=True)
     setup = build_for(ranks, spec, Builder(CPU))
-    with contextlib.suppress(StopRequested), ranks.collective_run():
+    with contextlib.suppress(StopRequested):
         summary = train(spec, setup, corpus(), folder, CPU, control, ranks)
     return {
         "summary": summary,
@@ -210,69 +208,6 @@ def test_a_run_goes_on_with_another_number_of_ranks_sharded_or_not(
     assert [r["step"] for r in moved["rows"]] == [r["step"] for r in straight["rows"]]
     losses = [row["train_loss"] for row in straight["rows"]]
     assert [row["train_loss"] for row in moved["rows"]] == pytest.approx(losses, rel=TOLERANCE["loss"])
-
-
-@contextlib.contextmanager
-def failing(where: str) -> Iterator[None]:
-    """Let the second half of a network or an optimizer's step fail; memory runs out for more than one row."""
-    forward, step, calls = GeluMLP.forward, OptimizerSet.step, []
-
-    def fail(x: Tensor) -> None:
-        if where.startswith("memory"):
-            if len(x) > 1:
-                raise torch.OutOfMemoryError("too many")
-        elif len(calls) > 5:
-            raise ValueError(where)
-
-    def second(self: GeluMLP, x: Tensor) -> Tensor:
-        y = forward(self, x)
-        calls.append(0)
-        if len(calls) % 2 == 0 and where.endswith("forward"):
-            fail(x)
-        if len(calls) % 2 == 0 and where.endswith("backward") and y.requires_grad:
-            y.register_hook(lambda _: fail(x))
-        return y
-
-    def stepped(self: OptimizerSet, factor: float) -> None:
-        if where == "step":
-            fail(torch.empty(1))
-        step(self, factor)
-
-    with patch.object(GeluMLP, "forward", second), patch.object(OptimizerSet, "step", stepped):
-        yield
-
-
-def leaving(ranks: DistributedContext, who: int, where: str, path: Path) -> str:
-    """Train two runs, the first of which rank `who` cannot finish as it should; return how both ended here."""
-    with failing(where) if ranks.rank == who else contextlib.nullcontext():
-        try:
-            trained(ranks, run(*SHORT), path, True, {})
-            ended = "done"
-        except (ValueError, PeerFailed) as error:
-            ended = str(error)
-    other = trained(ranks, run(*SHORT), path.with_name("next"), True, {})
-    return f"{ended}; then {other['summary']['status']}"
-
-
-@pytest.mark.parametrize("who", [0, 1])
-@pytest.mark.parametrize("where", ["forward", "backward", "step"])
-def test_an_error_of_one_rank_ends_the_run_on_all_of_them_and_the_next_one_is_trained(
-    who: int, where: str, pool: ProcessPoolExecutor, tmp_path: Path
-) -> None:
-    endings = on_all_ranks(pool, 2, leaving, who, where, tmp_path / "run")
-    assert endings[who] == f"{where}; then done"
-    assert endings[1 - who] == f"rank {who}: ValueError: {where}; then done"
-
-
-@pytest.mark.parametrize(
-    ("who", "where"), [(0, "memory forward"), pytest.param(1, "memory backward", marks=pytest.mark.slow)]
-)
-def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_of_all(
-    who: int, where: str, pool: ProcessPoolExecutor, tmp_path: Path
-) -> None:
-    assert on_all_ranks(pool, 2, leaving, who, where, tmp_path / "run") == ["done; then done"] * 2
-    whole(pool, 2, tmp_path / "asked", *SHORT, "training.micro_batch=1")
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "asked" / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("launcher", ["local", "slurm"])

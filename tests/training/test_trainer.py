@@ -69,7 +69,7 @@ class Killed(Exception):
 
 @dataclass
 class TrainControl:
-    """Asks to stop before step `stop`, dies before step `kill` (both count this attempt's steps from 0)."""
+    """Asks to stop before step `stop`, dies in step `kill` (both count this attempt's steps from 0)."""
 
     stop: int = NEVER
     kill: int = NEVER
@@ -79,9 +79,10 @@ class TrainControl:
         self.asked += 1
         return self.asked > self.stop
 
-    def check_lease(self) -> None:
-        if self.asked > self.kill:
+    def lease_lost(self) -> bool:
+        if self.asked > self.kill + 1:
             raise Killed
+        return False
 
 
 @dataclass

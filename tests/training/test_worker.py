@@ -349,7 +349,7 @@ def test_a_gpu_is_set_to_repeat_its_bits_before_the_ranks_meet(
     seen: list[object] = []
 
     @contextlib.contextmanager
-    def met(devices: list[torch.device], *_: object) -> Iterator[DistributedContext]:
+    def met(*_: object) -> Iterator[DistributedContext]:
         seen.append(torch.are_deterministic_algorithms_enabled())
         seen.append({name: os.environ.get(name) for name in GPU_SETTINGS})
         yield DistributedContext()
@@ -367,7 +367,7 @@ def test_a_gpu_is_set_to_repeat_its_bits_before_the_ranks_meet(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", seen.append)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("room"))
-    monkeypatch.setattr(session, "launch_ranks", met)
+    monkeypatch.setattr(session, "process_group", met)
     monkeypatch.setattr(working, "execute_run", lambda *_: None)
     try:
         assert working.execute(planned(MANY, Path("sweeps")), stop=StopSignal())
