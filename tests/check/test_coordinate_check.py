@@ -195,7 +195,9 @@ MULTIPLIERS: dict[str, tuple[Callable[[Multipliers, ResolvedVariant], Multiplier
 }
 
 
-@pytest.mark.parametrize("bug", MULTIPLIERS)
+@pytest.mark.parametrize(
+    "bug", [pytest.param(bug, marks=pytest.mark.slow if bug.endswith("never") else ()) for bug in MULTIPLIERS]
+)
 def test_a_wrong_multiplier_is_found_and_named(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     alter, ladder, quantity, message = MULTIPLIERS[bug]
     right = tensor_rules.multipliers
