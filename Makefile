@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test test-avx2 test-slow test-slurm chaos lint style types documented check bench docs judge clean
+.PHONY: help setup demo smoke test test-avx2 test-slow test-slurm chaos lint style types documented check bench gpu-check docs judge clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -58,6 +58,10 @@ check: lint test ## everything that must be green before a commit
 
 bench: $(READY) ## training speed against transformers, overheads of the runner
 	$(BIN)/python scripts/bench.py
+
+DEVICE ?= cuda:0
+gpu-check: $(READY) ## bits, resume, every optimizer, memory and speed on a GPU, in 8 minutes; DEVICE=cpu rehearses it
+	$(BIN)/python -W ignore scripts/gpu_check.py --device $(DEVICE)
 
 docs: $(READY) ## write the README's generated blocks anew
 	$(BIN)/python scripts/readme.py

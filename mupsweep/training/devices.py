@@ -126,6 +126,9 @@ def configure(threads: int, device: torch.device, shard: bool = False, workers: 
         os.environ.setdefault("NCCL_COLLNET_ENABLE", "0")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        # cuBLAS's handle and its workspace, which cannot be made once data fills the device
+        torch.cuda.current_blas_handle()
 
 
 def is_alive(device: torch.device) -> bool:

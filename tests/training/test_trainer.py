@@ -432,11 +432,15 @@ def test_every_shape_of_a_run_is_compiled_however_often_memory_runs_out(monkeypa
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
 
-    class Network(torch.nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, self.weight)
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 1)
 
-    network = compiled(Network(4, 1))
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x)
+
+    network = compiled(Network())
     for rows in (64, 32, 16, 8, 4, 2):
         network(torch.ones(rows, 4)).sum().backward()
         with torch.no_grad():

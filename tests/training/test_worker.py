@@ -366,6 +366,7 @@ def test_a_gpu_is_set_to_repeat_its_bits_before_the_ranks_meet(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: seen.append(os.environ["CUBLAS_WORKSPACE_CONFIG"]))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("room"))
     monkeypatch.setattr(session, "process_group", met)
     monkeypatch.setattr(working, "execute_run", lambda *_: None)
@@ -375,5 +376,5 @@ def test_a_gpu_is_set_to_repeat_its_bits_before_the_ranks_meet(
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.get_float32_matmul_precision() == "highest"
-    assert seen[:3] == [torch.device("cuda:1"), True, GPU_SETTINGS]
-    assert seen[3:] == ["room"] * 12  # after every run
+    assert seen[:4] == [torch.device("cuda:1"), ":4096:8", True, GPU_SETTINGS]
+    assert seen[4:] == ["room"] * 12  # after every run
