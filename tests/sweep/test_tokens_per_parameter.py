@@ -85,8 +85,8 @@ class Undisturbed:
     def stop_requested(self) -> bool:
         return False
 
-    def check_lease(self) -> None:
-        pass
+    def lease_lost(self) -> bool:
+        return False
 
 
 def test_an_analysis_says_that_size_and_tokens_move_together_and_a_target_has_its_own_length() -> None:
