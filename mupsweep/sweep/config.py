@@ -50,7 +50,7 @@ VARIANT_SECTIONS = (*COMPARABLE, "data", "training", "trainer")
 OWN_TRAINER = {"name": "mupsweep", "kind": "mupsweep.trainers.mupsweep.Mupsweep"}  # stored variants leave it out
 LATER_KEYS: dict[str, dict[str, Any]] = {  # with a default that changes nothing: stored variants hold other values only
     "model": {"norms": True},
-    "parametrization": {"update_law_of": None},
+    "parametrization": {"update_law_of": None, "embedding_exponent": "0"},
     "training": {"norm_points": 0, "tokens_per_parameter": None},
     "data": {"end_of_text": None, "vocab_size": None},
 }

@@ -342,6 +342,21 @@ def test_the_base_law_is_one_block_of_degree_zero() -> None:
     assert UpdateLaw() == UpdateLaw(degree=Fraction(0), blocks=one, shape_factor=one, eps_power=1)
 
 
+@pytest.mark.parametrize(("law", "lr"), [(ENTRYWISE, R_N ** Fraction(-1, 2)), (GRADIENT, R_N ** Fraction(1, 2))])
+def test_embeddings_of_a_large_vocabulary_take_steps_that_fall_as_the_root_of_the_width(
+    law: UpdateLaw, lr: Monomial
+) -> None:
+    """Hayou and Liu (2506.15025): LR of embeddings / LR of hidden matrices as sqrt(width) under AdamW, not as width."""
+    usual, large = (Spectral("mup", None, embedding_exponent=exponent) for exponent in ("0", "-1/2"))
+    assert symbolic(large, law, Role.INPUT).lr == lr
+    assert symbolic(large, law, Role.INPUT).eps == symbolic(usual, law, Role.INPUT).eps
+    for role in set(Role) - {Role.INPUT}:
+        assert symbolic(large, law, role) == symbolic(usual, law, role)
+    with pytest.raises(ConfigError, match=r"parametrization\.embedding_exponent=-2: expected a fraction from -1 to 0"):
+        Spectral("mup", None, embedding_exponent="-2")
+
+
+
 @pytest.mark.parametrize("exponent", ["2", "-1/2", "deep", "1/0"])
 def test_a_depth_exponent_outside_the_family_is_refused(exponent: str) -> None:
     with pytest.raises(ConfigError, match="depth_exponent"):

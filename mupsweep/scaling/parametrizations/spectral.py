@@ -6,7 +6,7 @@ One exponent spans the depth family: 1 is k >= 2 (CompleteP), 1/2 is k = 1 (Dept
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from mupsweep.errors import ConfigError
@@ -26,6 +26,8 @@ class Spectral:
         weight_decay_rule: a key of `WEIGHT_DECAY_RULES`.
         update_law_of: the optimizer (a key of `NAMED_LAWS`) by whose law every optimizer's LR and weight decay scale,
             a wrong rule for any other; None for each by its own.
+        embedding_exponent: of r_n in the update of an embedding, a number or a fraction: 0, or "-1/2" for a vocabulary
+            far larger than the width (Hayou and Liu 2506.15025, the large-vocabulary regime).
     """
 
     name: str
@@ -33,19 +35,21 @@ class Spectral:
     output: str = "multiplier"
     weight_decay_rule: str = "coupled_constant"
     update_law_of: str | None = None
+    embedding_exponent: str = "0"
 
     def __post_init__(self) -> None:
         check_options(self.name, self.weight_decay_rule, self.output, self.update_law_of)
-        if self.depth_exponent is not None:
-            try:
-                exponent = Fraction(self.depth_exponent)
-            except (ValueError, ZeroDivisionError):
-                exponent = Fraction(-1)
-            if not 0 <= exponent <= 1:
-                raise ConfigError(
-                    f"parametrization.depth_exponent={self.depth_exponent}: expected a fraction from 0 to 1, "
-                    "1 (k >= 2, CompleteP), 1/2 (k = 1, Depth-muP), or null (width only)"
-                )
+        depth, embedding = _fraction(self.depth_exponent or "0"), _fraction(self.embedding_exponent)
+        if depth is None or not 0 <= depth <= 1:
+            raise ConfigError(
+                f"parametrization.depth_exponent={self.depth_exponent}: expected a fraction from 0 to 1, "
+                "1 (k >= 2, CompleteP), 1/2 (k = 1, Depth-muP), or null (width only)"
+            )
+        if embedding is None or not -1 <= embedding <= 0:
+            raise ConfigError(
+                f"parametrization.embedding_exponent={self.embedding_exponent}: expected a fraction from -1 to 0, 0 "
+                "(muP) or -1/2 (a vocabulary far larger than the width)"
+            )
 
     @property
     def attention_power(self) -> Fraction:
@@ -54,6 +58,9 @@ class Spectral:
 
     def role_scalings(self) -> dict[Role, RoleScaling | Rule]:
         input_like = RoleScaling(multiplier=ONE, weight=ONE, update=ONE, loss_share=ONE)
+        # its gradient stays what it is, so a smaller step buys less
+        smaller = R_N ** Fraction(self.embedding_exponent)
+        embedding = replace(input_like, update=smaller, loss_share=smaller)
         hidden_like = input_like
         if self.depth_exponent is not None:
             a = Fraction(self.depth_exponent)
@@ -61,10 +68,18 @@ class Spectral:
         output_size: Monomial = R_N if self.output == "multiplier" else ONE
         output = RoleScaling(multiplier=output_size**-1, weight=output_size, update=output_size, loss_share=ONE)
         return {
-            Role.INPUT: input_like,
+            Role.INPUT: embedding,
             Role.INPUT_VECTOR: input_like,
             Role.HIDDEN: hidden_like,
             Role.HIDDEN_VECTOR: hidden_like,
             Role.OUTPUT: output,
             Role.ROUTER: hidden_like,
         }
+
+
+def _fraction(text: str) -> Fraction | None:
+    """A number or a fraction such as "1/2"; None for anything else."""
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        return None
