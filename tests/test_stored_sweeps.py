@@ -141,9 +141,14 @@ TRANSFER = {
                     "minimum": {"value": "", **INTERVAL},
                     "unbounded": [""],
                     "edge": "",
+                    "ridge": {
+                        "slope": {"octaves_per_octave": "", **INTERVAL},
+                        "log2_lr": {"log2_lr": "", **INTERVAL},
+                    },
                 }
             ],
             "total_drift": OCTAVES,
+            "lr_drift": OCTAVES,
             "verdict": "",
             "reasons": [""],
         }

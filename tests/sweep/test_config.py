@@ -325,7 +325,7 @@ def test_every_optimizer_says_where_its_lrs_lie(name: str) -> None:
 
 def test_the_plan_warns_of_a_grid_that_lies_mostly_outside_of_an_optimizers_range() -> None:
     def remarks(*words: str) -> list[str]:
-        return plan.grid_remarks(plan.plan.plan(load(["experiment=smoke", *words])))
+        return plan.grid_remarks(plan.plan(load(["experiment=smoke", *words])))
 
     words = "optimizer=adamw,muon", "sweep.log2_lrs=[-11,-10,-9,-8,-7,-6,-5]"
     assert remarks(*words) == [

@@ -69,7 +69,7 @@ class Killed(Exception):
 
 @dataclass
 class TrainControl:
-    """Asks to stop before step `stop`, dies in step `kill` (both count this attempt's steps from 0)."""
+    """Asks to stop before step `stop`, dies before step `kill` (both count this attempt's steps from 0)."""
 
     stop: int = NEVER
     kill: int = NEVER
@@ -80,7 +80,7 @@ class TrainControl:
         return self.asked > self.stop
 
     def lease_lost(self) -> bool:
-        if self.asked > self.kill + 1:
+        if self.asked > self.kill:
             raise Killed
         return False
 
