@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smoke test test-avx2 test-slow test-slurm chaos lint style types documented check bench gpu-check docs judge clean
+.PHONY: help setup demo smoke test test-avx2 test-slow test-slurm chaos lint style types documented check bench gpu-check docs claims judge clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -65,6 +65,9 @@ gpu-check: $(READY) ## bits, resume, every optimizer, memory and speed on a GPU,
 
 docs: $(READY) ## write the README's generated blocks anew
 	$(BIN)/python scripts/readme.py
+
+claims: $(READY) ## train what tries the claims of the works, and write configs/experiment/CLAIMS.md (hours; resumable)
+	$(BIN)/python scripts/claims.py train
 
 judge: $(READY) ## how good the answers are on public sweeps: figures, bars, and tests/tables/JUDGED.md with pictures
 	$(BIN)/python scripts/judge.py --page tests/tables/JUDGED.md

@@ -195,7 +195,8 @@ class Checks:
 
     def repeats(self) -> str:
         """The same bits in this process and in another one."""
-        digests = []
+        digests: list[str] = []
+        losses: list[float] = []
         for _ in range(2):
             training = Training.of(self.shape(SMALL), self.device)
             losses = training.losses(0, STEPS)
@@ -308,12 +309,13 @@ class Checks:
         torch._dynamo.reset()
         shape = self.shape(shape)
         sides: dict[str, Callable[[], object]] = {}
+        vocabulary, batch = 0, torch.empty(0)
         for name in OURS:
             training = Training.of(shape, self.device)
             if name == "compiled":
                 training.network = self.compile(training.setup.network)
-            sides[name] = partial(training.step, 0, batch_of(training.run, 0, self.device))
-        vocabulary, batch = training.run.size.vocab_size, batch_of(training.run, 0, self.device)
+            vocabulary, batch = training.run.size.vocab_size, batch_of(training.run, 0, self.device)
+            sides[name] = partial(training.step, 0, batch)
         network = NanoGPT(shape.width, shape.depth, shape.head_dim, shape.context, vocabulary).to(self.device)
         sides["nanoGPT compiled"] = peer(network, self.compile(network), batch, fused=True)
         with_transformers = self.transformers(shape, vocabulary)

@@ -52,7 +52,7 @@ def write(page: Path, tables: Iterable[Path], figures: str, reader: Callable[[La
         charts = Charts(analyse(read_table(str(table)).runs))
         groups = [g for g in charts.groups if len(g.posterior.fitted) >= 3]
         picture = page.with_name(f"{table.stem}.svg")
-        picture.write_text(_picture(charts, groups or charts.groups), encoding="utf-8")
+        picture.write_text(picture_of(charts, groups or charts.groups), encoding="utf-8")
         parts.append(f"## {table.stem}\n\n![Loss against LR of {table.stem}]({picture.name})\n")
         if groups:
             rows = [_row(charts, group, reader(group)) for group in groups]
@@ -66,12 +66,12 @@ def _row(charts: Charts, group: LadderResult, reader: str) -> str:
     return f"| {name} | {reader} | {group.verdict} | {group.total_drift:+.2f} | {cost} |"
 
 
-def _picture(charts: Charts, groups: Sequence[LadderResult]) -> str:
+def picture_of(charts: Charts, groups: Sequence[LadderResult], panels_at_most: int = MAX_PANELS) -> str:
     """The panels of loss against LR in one file that needs no other, as the report draws them."""
     style = resources.files("mupsweep.report.html").joinpath("report.css").read_text("utf-8")
     rules = [PALETTE.search(style)[0], *LOOKS.findall(style), *OWN_LOOKS]  # type: ignore[index]
     panels = []
-    shown = groups[:: math.ceil(len(groups) / MAX_PANELS)]
+    shown = groups[:: math.ceil(len(groups) / panels_at_most)]
     for i, group in enumerate(shown):
         family = [g for g in groups if g.label[:2] == group.label[:2] and g.axis == group.axis]
         chart = ON_HOVER.sub("", charts.curves(group, family))

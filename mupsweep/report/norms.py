@@ -52,7 +52,7 @@ def are_tracked(sweep: SweepDir) -> bool:
 def read_norms(sweep: SweepDir, runs: Iterable[RunResult]) -> Iterator[NormRow]:
     """What finished runs of a sweep recorded; nothing of those that did not track norms."""
     for run in runs if are_tracked(sweep) else ():
-        shared = [getattr(run, column) for column in COLUMNS[: COLUMNS.index("step")]]
+        shared = {column: getattr(run, column) for column in COLUMNS[: COLUMNS.index("step")]}
         for row in sweep.run(run.run_id).metrics():
             for norm in matrix_norms.in_row(row):
-                yield NormRow(*shared, row["step"], *norm)
+                yield NormRow(**shared, step=row["step"], **norm._asdict())

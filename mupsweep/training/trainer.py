@@ -186,12 +186,13 @@ def data_parallel(
     """
     if ranks.size == 1 or setup.sharded:
         return setup.network, nullcontext
+    constant_buffers: dict[str, Any] = {BUFFERS_OF_RANK_0: False}
     network = DistributedDataParallel(
         setup.network,
         init_sync=False,  # every rank draws or reads equal weights
         gradient_as_bucket_view=True,
         find_unused_parameters=find_unused,
-        **{BUFFERS_OF_RANK_0: False},  # they are constants
+        **constant_buffers,
     )
     return network, network.no_sync
 

@@ -141,7 +141,8 @@ def test_a_matrix_that_starts_at_zero_is_refused_with_its_name() -> None:
 @pytest.mark.parametrize("rule", ["independent", "inverse_width", "timescale"])
 def test_decay_inside_a_normalisation_takes_coupled_units_only(rule: str) -> None:
     overrides = ["optimizer=lamb", "optimizer.weight_decay=0.1", f"parametrization.weight_decay_rule={rule}"]
-    with pytest.raises(ConfigError, match=f"weight_decay_rule={rule}: .* use coupled_constant or sqrt_width or unscaled"):
+    others = "coupled_constant or sqrt_width or unscaled"
+    with pytest.raises(ConfigError, match=f"weight_decay_rule={rule}: .* use {others}"):
         solved(*overrides)
     without = solved(*overrides, "optimizer.weight_decay=0")
     assert without[Role.HIDDEN].weight_decay == 0

@@ -356,7 +356,6 @@ def test_embeddings_of_a_large_vocabulary_take_steps_that_fall_as_the_root_of_th
         Spectral("mup", None, embedding_exponent="-2")
 
 
-
 @pytest.mark.parametrize("exponent", ["2", "-1/2", "deep", "1/0"])
 def test_a_depth_exponent_outside_the_family_is_refused(exponent: str) -> None:
     with pytest.raises(ConfigError, match="depth_exponent"):
