@@ -69,7 +69,7 @@ class Killed(Exception):
 
 @dataclass
 class TrainControl:
-    """Asks to stop before step `stop`, dies before step `kill` (both count this attempt's steps from 0)."""
+    """Asks to stop before step `stop`, dies after step `kill` (both count this attempt's steps from 0)."""
 
     stop: int = NEVER
     kill: int = NEVER
@@ -80,7 +80,7 @@ class TrainControl:
         return self.asked > self.stop
 
     def lease_lost(self) -> bool:
-        if self.asked > self.kill:
+        if self.asked > self.kill + 1:
             raise Killed
         return False
 
@@ -180,7 +180,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     with pytest.raises(StopRequested):
         attempt(spec, data, path, TrainControl(stop=10))
     with pytest.raises(Killed):
-        attempt(spec, data, path, TrainControl(kill=10))
+        attempt(spec, data, path, TrainControl(kill=9))
     assert [row["step"] for row in RunDir(path).metrics()] == [3, 6, 9, 12, 15, 18]
     assert_same(attempt(spec, data, path), straight)
 
