@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts_on_path() -> Iterator[None]:
-    sys.path.insert(0, str(SCRIPTS))
-    yield
-    sys.path.remove(str(SCRIPTS))
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import claims
+import readme
 
 
 def test_every_sweep_of_a_preset_tries_a_claim_and_is_recorded() -> None:
-    import claims
-
     tried = {name for claim in claims.CLAIMS for name in claim.sweeps}
     assert tried == set(claims.commands())
     for name in tried:
@@ -34,8 +26,6 @@ def test_every_sweep_of_a_preset_tries_a_claim_and_is_recorded() -> None:
 
 
 def test_the_page_has_the_verdicts_on_the_recorded_runs() -> None:
-    import claims
-
     text = claims.PAGE.read_text()
     table = claims.transfer("claim_gqa", claims.MUP_TRANSFERS)
     assert len(table.findings) == 4
@@ -46,7 +36,4 @@ def test_the_page_has_the_verdicts_on_the_recorded_runs() -> None:
 
 @pytest.mark.slow
 def test_the_page_is_what_the_recorded_runs_give() -> None:
-    import claims
-    import readme
-
     assert readme.same(claims.PAGE.read_text(), claims.page(), fitted=True)

@@ -116,7 +116,7 @@ def _whole_recipe(law: Law, resolved: ResolvedVariant, target: Mapping[str, int]
     batch_size = target.get("batch_size", training.batch_size)
     size = resolved.size(width / model.width, depth / model.depth)
     tokens = target.get("tokens", resolved.at(size).tokens)
-    final = replace(training, steps=None, tokens=tokens, tokens_per_parameter=None, batch_size=batch_size)
+    final = replace(training.on_tokens(tokens), batch_size=batch_size)
     rules = {"batch_size": f"training.batch_rule={training.batch_rule}"} if training.base_batch_size else {}
     if training.base_tokens:
         exponent = f"training.horizon_exponent={training.horizon_exponent:g}"

@@ -235,9 +235,7 @@ def _power(exponent: float) -> str:
 
 def _trained_on(resolved: ResolvedVariant, tokens: int) -> Any:
     """The variant with another token budget; a warm-up given as a fraction, and decay rules per run, follow it."""
-    return replace(
-        resolved.variant, training=replace(resolved.training, steps=None, tokens=tokens, tokens_per_parameter=None)
-    )
+    return replace(resolved.variant, training=resolved.training.on_tokens(tokens))
 
 
 def _place(optimum: Optimum) -> str:

@@ -6,7 +6,7 @@ import errno
 import json
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -187,16 +187,15 @@ def write_views(folder: Path, analysis: Analysis, style: str | None = None) -> l
 
 def write_norm_views(sweeps: Sequence[SweepDir], analysis: Analysis, style: str | None = None) -> list[Path]:
     """Write norms.csv and its figures to the results of the first sweep, if any tracked norms; return the table."""
-    tracking = [sweep for sweep in sweeps if norms.are_tracked(sweep)]
-    if not tracking:
-        return []
     runs = [*analysis.runs, *analysis.changed]
-    path = write_norms(sweeps[0].results, (row for sweep in tracking for row in norms.read_norms(sweep, runs)))
-    courses = {}
-    for key, run in best_runs(analysis).items():
-        course = [row for sweep in tracking for row in norms.read_norms(sweep, [run])]
-        if course:
-            courses[key] = course
+    rows = [row for sweep in sweeps for row in norms.read_norms(sweep, runs)]
+    if not rows:
+        return []
+    path = write_norms(sweeps[0].results, rows)
+    of_run = defaultdict(list)
+    for row in rows:
+        of_run[row.run_id].append(row)
+    courses = {key: of_run[run.run_id] for key, run in best_runs(analysis).items() if run.run_id in of_run}
     if courses:
         from mupsweep.report.figures import norms as norm_figures
 

@@ -48,11 +48,12 @@ ADAMW_RANGE = (-11.0, -5.0)  # where LRs are looked for if an optimizer's yaml d
 GRID, ADAPTIVE = "grid", "adaptive"
 VARIANT_SECTIONS = (*COMPARABLE, "data", "training", "trainer")
 OWN_TRAINER = {"name": "mupsweep", "kind": "mupsweep.trainers.mupsweep.Mupsweep"}  # stored variants leave it out
-LATER_KEYS: dict[str, dict[str, Any]] = {  # with a default that changes nothing: stored variants hold other values only
+LATER_KEYS: dict[str, dict[str, Any]] = {  # with a default that changes nothing: what is stored holds other values only
     "model": {"norms": True},
     "parametrization": {"update_law_of": None, "embedding_exponent": "0"},
     "training": {"norm_points": 0, "tokens_per_parameter": None},
     "data": {"end_of_text": None, "vocab_size": None},
+    "sweep": {"sizes": None, "joint": ()},
 }
 SHARED_SECTIONS = ("sweep", "analysis", "launcher", "tracker", "out", "allow_imports")
 # Code of the user's -> the words of a command line that name it, and with that allow it. Everything else that is
@@ -139,6 +140,10 @@ class TrainingConfig:
     def batch_rule_has_tokens(self) -> bool:
         """Whether the batch rule carries LRs to other tokens too; else the horizon's exponent does, if anything."""
         return self.batch_rule != "none" and self.base_tokens is not None and self.horizon_exponent == 0
+
+    def on_tokens(self, tokens: int) -> TrainingConfig:
+        """The same training for another number of tokens."""
+        return replace(self, steps=None, tokens=tokens, tokens_per_parameter=None)
 
     def total_steps(self, context: int, parameters: int) -> int:
         """Optimizer steps of a run of a model with so many parameters, whose sequences are `context` tokens long."""
@@ -499,11 +504,7 @@ def to_tree(config: SweepConfig) -> dict[str, Any]:
     """The inverse of `from_tree`: plain mappings and lists, ready for yaml or json."""
     tree = {**asdict(config), "variants": tuple(variant_tree(variant) for variant in config.variants)}
     tree["allow_imports"] = config.allow_imports is True  # which nothing reads
-    if tree["sweep"]["sizes"] is None:
-        del tree["sweep"]["sizes"]  # as before there was a list
-    if not tree["sweep"]["joint"]:
-        del tree["sweep"]["joint"]  # as before there were such searches
-    return tree
+    return without_defaults(tree)
 
 
 def variant_tree(variant: Variant) -> dict[str, Any]:
@@ -515,10 +516,10 @@ def variant_tree(variant: Variant) -> dict[str, Any]:
 
 
 def without_defaults(tree: dict[str, Any]) -> dict[str, Any]:
-    """A variant's tree without the keys of LATER_KEYS at their defaults, as it was before they existed."""
-    for section, defaults in LATER_KEYS.items():
-        kept = {key: value for key, value in tree[section].items() if key not in defaults or value != defaults[key]}
-        tree[section] = kept
+    """A tree without the keys of LATER_KEYS at their defaults, as it was before they existed."""
+    for section in LATER_KEYS.keys() & tree.keys():
+        defaults = LATER_KEYS[section]
+        tree[section] = {key: v for key, v in tree[section].items() if key not in defaults or v != defaults[key]}
     return tree
 
 

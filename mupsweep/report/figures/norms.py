@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import geometric_mean
 
 import matplotlib.style
 from matplotlib.axes import Axes
@@ -73,7 +72,7 @@ def _line(axes: Axes, course: Iterable[NormRow], column: str, color: tuple[float
     for row in course:
         values[row.step / row.steps].append(getattr(row, column))
     means = {
-        share: math.exp(fmean(math.log(value) for value in at_step if value))
+        share: geometric_mean(value for value in at_step if value)
         for share, at_step in sorted(values.items())
         if all(at_step)
     }
