@@ -437,7 +437,7 @@ def draw_norms(name: str) -> None:
         if row.role == "hidden":
             drawn[(row.model, row.optimizer, row.parametrization), (row.width, row.depth, None)].append(row)
     with TemporaryDirectory() as folder:
-        norm_figures.draw(dict(drawn), Path(folder))
+        norm_figures.draw(drawn, Path(folder))
         shutil.copy(Path(folder) / "norms.svg", RECORDED / f"{name}-norms.svg")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -23,7 +23,7 @@ from mupsweep.report.norms import FIGURES, NormRow
 Course = Sequence[NormRow]  # everything that one run recorded
 
 
-def draw(courses: dict[tuple[Label, Size], Course], folder: Path, style_name: str = "screen") -> list[Path]:
+def draw(courses: Mapping[tuple[Label, Size], Course], folder: Path, style_name: str = "screen") -> list[Path]:
     """Draw norms.svg and updates.svg: a row per variant, a column per role, a line per size over the share of the run.
 
     A line is the geometric mean over the matrices of a role.
@@ -41,7 +41,7 @@ def draw(courses: dict[tuple[Label, Size], Course], folder: Path, style_name: st
     return written
 
 
-def _figure(courses: dict[tuple[Label, Size], Course], column: str, title: str) -> Figure:
+def _figure(courses: Mapping[tuple[Label, Size], Course], column: str, title: str) -> Figure:
     labels = sorted({label for label, _ in courses}, key=variant_order)
     sizes = sorted({size for _, size in courses}, key=lambda size: (size[0] * size[1], size[0]))
     colors = {size: SIZES(i / max(1, len(sizes) - 1)) for i, size in enumerate(sizes)}
