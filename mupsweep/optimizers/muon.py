@@ -18,7 +18,7 @@ from mupsweep.optimizers.optimizer import MATRICES, Dims, check_decays
 from mupsweep.optimizers.singular_values import orthogonalise
 from mupsweep.scaling import UpdateLaw
 from mupsweep.scaling.laws import jordan, match_rms_adamw, one, spectral_ratio
-from mupsweep.schema import require
+from mupsweep.schema import one_of, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,8 +63,7 @@ class Muon(ComposableOptimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scaling not in SHAPE_FACTORS:
-            raise ConfigError(f"optimizer.scaling={self.scaling}: {nearest(self.scaling, SHAPE_FACTORS)}")
+        one_of(self.scaling, tuple(SHAPE_FACTORS), "optimizer.scaling")
         check_decays(self, "momentum")
         require(self.ns_steps >= 1, "optimizer.ns_steps", self.ns_steps, "at least 1")
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-from mupsweep.errors import ConfigError
-from mupsweep.formatting import nearest
 from mupsweep.scaling.monomial import ONE, R_N
 from mupsweep.scaling.parametrizations.parametrization import RoleScaling, Rule, check_options
 from mupsweep.scaling.roles import Role
+from mupsweep.schema import one_of
 
 INITS = ("constant", "fan_in")
 ALIGNMENTS = ("full", "none")
@@ -32,8 +31,7 @@ class Standard:
 
     def __post_init__(self) -> None:
         check_options(self.name, self.weight_decay_rule)
-        if self.init not in INITS:
-            raise ConfigError(f"parametrization.init={self.init}: {nearest(self.init, INITS)}")
+        one_of(self.init, INITS, "parametrization.init")
 
     @property
     def attention_power(self) -> Fraction:
@@ -63,8 +61,7 @@ class PerLayer:
 
     def __post_init__(self) -> None:
         check_options(self.name, self.weight_decay_rule)
-        if self.alignment not in ALIGNMENTS:
-            raise ConfigError(f"parametrization.alignment={self.alignment}: {nearest(self.alignment, ALIGNMENTS)}")
+        one_of(self.alignment, ALIGNMENTS, "parametrization.alignment")
 
     @property
     def attention_power(self) -> Fraction:
