@@ -42,7 +42,7 @@ class AdaMuon(ComposableOptimizer):
     roles: tuple[str, ...] = ("hidden",)
 
     supported_roles: ClassVar[tuple[str, ...]] = MATRICES
-    moments = 2
+    memory = ("momentum", "v")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,9 +72,6 @@ class AdaMuon(ComposableOptimizer):
             norm, entry = blocked(norm, sizes), replace(entry, blocks=InBlocks(entries, sizes, counted=False))
         own = {"eps": Threshold(self.eps, norm), "entry_eps": Threshold(self.entry_eps, entry)}
         return {**super().thresholds(dims), **own}
-
-    def state(self, weights: Tensor) -> dict[str, Tensor]:
-        return {"momentum": weights.new_zeros(weights.shape), "v": weights.new_zeros(weights.shape)}
 
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         n_out, n_in = grads.shape[-2:]

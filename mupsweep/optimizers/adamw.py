@@ -27,7 +27,7 @@ class AdamW(ComposableOptimizer):
 
     betas: tuple[float, float] = (0.9, 0.95)
 
-    moments = 2
+    memory = ("m", "v")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,9 +46,6 @@ class AdamW(ComposableOptimizer):
             return super().build(groups)
         devices = {p.device.type for g in groups for p in g["params"]}
         return torch.optim.AdamW(groups, betas=self.betas, fused=devices <= {"cpu", "cuda"} or None)
-
-    def state(self, weights: Tensor) -> dict[str, Tensor]:
-        return {"m": weights.new_zeros(weights.shape), "v": weights.new_zeros(weights.shape)}
 
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         return adam_direction(grads, state["m"], state["v"], self.betas, now)

@@ -32,7 +32,7 @@ class ADOPT(ComposableOptimizer):
 
     betas: tuple[float, float] = (0.9, 0.9999)
 
-    moments = 2
+    memory = ("m", "v")
     skips_first_step = True
 
     def __post_init__(self) -> None:
@@ -48,9 +48,6 @@ class ADOPT(ComposableOptimizer):
         """Adam's SDE rule: where noise dominates, v of the steps before is that of this one, and both the first step
         and the clipping, which only bites early, vanish in the limit of many small steps."""
         return adam_sde_rule(self, ratio)
-
-    def state(self, weights: Tensor) -> dict[str, Tensor]:
-        return {"m": weights.new_zeros(weights.shape), "v": weights.new_zeros(weights.shape)}
 
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         m, v = state["m"], state["v"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,7 @@ class Algorithm:
     """Pure functions of a stack of tensors (count, n_out, n_in), with no memory but `state`, which they update in
     place. Vectors come as (count, n_out)."""
 
+    memory: ClassVar[tuple[str, ...]] = ("momentum",)  # what it remembers of every weight, zeros at the start
     uses_weights: bool = False  # reads now.weights
     applies_weight_decay: bool = False  # applies weight decay inside its direction
     skips_first_step: bool = False  # the first step only takes in the gradient: no update and no weight decay
@@ -42,7 +43,7 @@ class Algorithm:
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
         """The memory at the start, every entry with leading dimension count."""
-        raise NotImplementedError
+        return {name: weights.new_zeros(weights.shape) for name in self.memory}
 
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         """The update at LR 1, as large as `grads`, which it may overwrite."""

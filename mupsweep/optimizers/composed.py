@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.algorithm import Algorithm
@@ -40,8 +40,6 @@ class ComposableOptimizer(Optimizer, Algorithm):
     graft: dict[str, Any] | None = None
     spectral_norm: bool = False
     hyperball: bool = False
-
-    moments: ClassVar[int] = 1  # numbers that the algorithm remembers of every weight
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,7 +121,7 @@ class ComposableOptimizer(Optimizer, Algorithm):
 
     def base_state_size(self, dims: Dims) -> int:
         """`state_size` of the algorithm alone, or of one block."""
-        return self.moments * math.prod(dims)
+        return len(self.memory) * math.prod(dims)
 
     def state_size(self, dims: Dims) -> int:
         sizes = (None, None) if self.block_size is None else self.block_sizes(dims)

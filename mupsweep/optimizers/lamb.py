@@ -44,7 +44,7 @@ class LAMB(ComposableOptimizer):
 
     uses_weights = True
     applies_weight_decay = True
-    moments = 2
+    memory = ("m", "v")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,9 +76,6 @@ class LAMB(ComposableOptimizer):
 
     def thresholds(self, dims: Dims | None = None) -> Mapping[str, Threshold]:
         return {**super().thresholds(dims), "eps": Threshold(self.eps, ENTRYWISE)}
-
-    def state(self, weights: Tensor) -> dict[str, Tensor]:
-        return {"m": weights.new_zeros(weights.shape), "v": weights.new_zeros(weights.shape)}
 
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         from mupsweep.optimizers.wrappers import norm, with_norm

@@ -33,9 +33,6 @@ class Lion(ComposableOptimizer):
     def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return replace(ENTRYWISE, eps_power=None)
 
-    def state(self, weights: Tensor) -> dict[str, Tensor]:
-        return {"momentum": weights.new_zeros(weights.shape)}
-
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         update = state["momentum"].lerp(grads, 1 - self.betas[0]).sign_()  # c = b1 m + (1 - b1) g
         state["momentum"].lerp_(grads, 1 - self.betas[1])  # m = b2 m + (1 - b2) g

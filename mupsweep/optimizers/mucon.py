@@ -52,9 +52,6 @@ class MuCon(ComposableOptimizer):
     def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return UpdateLaw(full_rank=True)
 
-    def state(self, weights: Tensor) -> dict[str, Tensor]:
-        return {"momentum": weights.new_zeros(weights.shape)}
-
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         average = state["momentum"].lerp_(grads, 1 - self.momentum)
         M = grads.lerp(average, self.momentum) if self.nesterov else average

@@ -70,9 +70,6 @@ class Muon(ComposableOptimizer):
     def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         return UpdateLaw(shape_factor=SHAPE_FACTORS[self.scaling], full_rank=True)
 
-    def state(self, weights: Tensor) -> dict[str, Tensor]:
-        return {"momentum": weights.new_zeros(weights.shape)}
-
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         average = state["momentum"].lerp_(grads, 1 - self.momentum)
         mixed = grads.lerp(average, self.momentum) if self.nesterov else average

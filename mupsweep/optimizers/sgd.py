@@ -56,9 +56,6 @@ class SGD(ComposableOptimizer):
         plain = [{k: v for k, v in group.items() if k != "eps"} for group in groups]
         return DecoupledSGD(plain, momentum=self.momentum, nesterov=self.nesterov)
 
-    def state(self, weights: Tensor) -> dict[str, Tensor]:
-        return {"momentum": weights.new_zeros(weights.shape)}
-
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         average = state["momentum"].mul_(self.momentum).add_(grads)
         return grads.add_(average, alpha=self.momentum) if self.nesterov else average.clone()

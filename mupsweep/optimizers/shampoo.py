@@ -89,7 +89,7 @@ class Shampoo(Preconditioned):
         return UpdateLaw(degree=degree, eps_power=2)
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
-        state = {"momentum": weights.new_zeros(weights.shape)}
+        state = super().state(weights)
         for axis in self.powers:
             count, n, _ = rows_along(weights, axis).shape
             state |= {name: weights.new_zeros(count, n, n) for name in (axis, f"{axis}_root")}

@@ -41,7 +41,7 @@ class SOAP(Preconditioned):
     eps: float = 1e-8
     axes: tuple[str, ...] = AXES
 
-    moments = 2
+    memory = ("m", "v")
     skips_first_step = True
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class SOAP(Preconditioned):
         return UpdateLaw(blocks=BLOCKS[frozenset(active.axes)])
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
-        state = {name: weights.new_zeros(weights.shape) for name in ("m", "v")}
+        state = super().state(weights)
         for axis in self.axes:
             count, n, _ = rows_along(weights, axis).shape
             state |= {name: weights.new_zeros(count, n, n) for name in (axis, f"{axis}_basis")}

@@ -47,7 +47,7 @@ class Sophia(ComposableOptimizer):
     hessian_every: int = 10
     curvature_batch: str = "step"  # for stored sweeps, which do not name it
 
-    moments = 2
+    memory = ("m", "h")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,9 +80,6 @@ class Sophia(ComposableOptimizer):
     def thresholds(self, dims: Dims | None = None) -> Mapping[str, Threshold]:
         rho = Threshold(self.rho, replace(ENTRYWISE, eps_power=RHO_POWERS[self.rho_rule]))
         return {**super().thresholds(dims), "rho": rho}
-
-    def state(self, weights: Tensor) -> dict[str, Tensor]:
-        return {"m": weights.new_zeros(weights.shape), "h": weights.new_zeros(weights.shape)}
 
     def observe(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> None:
         state["h"].mul_(self.betas[1]).addcmul_(grads, grads, value=1 - self.betas[1])  # h = b2 h + (1 - b2) h_hat

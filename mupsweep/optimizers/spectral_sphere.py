@@ -49,7 +49,7 @@ class SpectralSphere(ComposableOptimizer):
         return super().base_state_size(dims) + dims[1]
 
     def state(self, weights: Tensor) -> dict[str, Tensor]:
-        return {"momentum": weights.new_zeros(weights.shape), "top": top_right_vectors(weights)}
+        return {**super().state(weights), "top": top_right_vectors(weights)}
 
     def rescale_init(self, weights: Tensor) -> None:
         self.retract(weights, top_right_vectors(weights))
