@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mupsweep.errors import ConfigError
 from mupsweep.models.shape import BaseShape, Size
 from mupsweep.scaling import Init, Role, TensorSpec
-from mupsweep.schema import one_of
+from mupsweep.schema import one_of, require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,15 +42,28 @@ class Architecture(ABC):
         name: the model's name in curves and reports.
         width, depth: features per token and number of blocks at the base shape.
         context: tokens per sequence.
+        head_dim: features per head, fixed along a ladder; `heads` fixes the number of heads instead.
     """
 
     name: str
     width: int = 256
     depth: int = 4
     context: int = 1024
+    head_dim: int = 64
+    heads: int | None = None
 
     compiles: ClassVar[bool] = True  # whether torch.compile meets the same shapes in every batch
     inferred: ClassVar[bool] = False  # whether roles are read off shapes; else `tensors` declares them
+
+    def __post_init__(self) -> None:
+        self.require_positive("width", "depth", "context", "head_dim")
+        at_least_one = self.heads is None or self.heads >= 1
+        require(at_least_one, "model.heads", self.heads, "at least 1, or null to hold head_dim fixed")
+
+    def require_positive(self, *keys: str) -> None:
+        """Refuse keys without a positive number."""
+        for key in keys:
+            require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive number")
 
     @property
     @abstractmethod
@@ -95,7 +108,6 @@ class DecoderArchitecture(Architecture):
     """The keys that the decoders of this folder share.
 
     Attributes:
-        head_dim: features per head, fixed along a ladder; `heads` fixes the number of heads instead.
         ffn_ratio: MLP width / width.
         projections: "split" keeps query, key and value, and a gated MLP's two inputs, as matrices of their own; "fused"
             stacks them into one tensor each.
@@ -107,8 +119,6 @@ class DecoderArchitecture(Architecture):
         attention_scale: "parametrization" follows the rule; "standard" (1/sqrt(d)) and "mup" (1/d) force one.
     """
 
-    head_dim: int = 64
-    heads: int | None = None
     ffn_ratio: float = 4.0
     projections: str = "split"
     norms: bool = True
@@ -121,11 +131,8 @@ class DecoderArchitecture(Architecture):
     attention_scale: str = "parametrization"
 
     def __post_init__(self) -> None:
-        for key in ("width", "depth", "head_dim", "ffn_ratio", "context", "init_std"):
-            if getattr(self, key) <= 0:
-                raise ConfigError(f"model.{key}={getattr(self, key)}: expected a positive number")
-        if self.heads is not None and self.heads < 1:
-            raise ConfigError(f"model.heads={self.heads}: expected at least 1, or null to hold head_dim fixed")
+        super().__post_init__()
+        self.require_positive("ffn_ratio", "init_std")
         one_of(self.attention_scale, ATTENTION_SCALES, "model.attention_scale")
         one_of(self.projections, PROJECTIONS, "model.projections")
         if self.tied and self.head_init_std is not None:

@@ -30,25 +30,15 @@ class InferredArchitecture(Architecture):
     """A network that its own code builds and initialises; a subclass says how to call that code.
 
     Attributes:
-        head_dim: features per head, fixed along a ladder; `heads` fixes the number of heads instead.
         roles: pattern of names -> role, where shapes cannot tell.
         branch_ends: patterns of the modules that end a residual branch, which take its multiplier up where depths
             differ.
     """
 
-    head_dim: int = 64
-    heads: int | None = None
     roles: dict[str, Any] | None = None
     branch_ends: tuple[str, ...] = ()
 
     inferred = True
-
-    def __post_init__(self) -> None:
-        for key in ("width", "depth", "context", "head_dim"):
-            if getattr(self, key) <= 0:
-                raise ConfigError(f"model.{key}={getattr(self, key)}: expected a positive number")
-        if self.heads is not None and self.heads < 1:
-            raise ConfigError(f"model.heads={self.heads}: expected at least 1, or null to hold head_dim fixed")
 
     @property
     @abstractmethod
