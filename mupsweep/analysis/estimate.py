@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,11 +38,19 @@ class Estimate:
         low, value, high = map(float, np.quantile(draws, QUANTILES, method="inverted_cdf"))
         return cls(value, low, high)
 
+    def map(self, function: Callable[[float], float | None]) -> Estimate:
+        """A rising function of the value and of both ends."""
+        ends = (self.value, self.low, self.high)
+        return Estimate(*(None if end is None else function(end) for end in ends))
+
+    def record(self, unit: str = "value") -> dict[str, float | None]:
+        """For JSON, the value under the name of its unit."""
+        return {unit: self.value, "low": self.low, "high": self.high}
+
     @property
     def finite(self) -> Estimate:
         """Without the numbers that are infinite."""
-        ends = (self.value, self.low, self.high)
-        return Estimate(*(None if end is None or math.isinf(end) else end for end in ends))
+        return self.map(lambda end: None if math.isinf(end) else end)
 
     @property
     def negated(self) -> Estimate:

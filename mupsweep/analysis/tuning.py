@@ -15,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -243,7 +244,7 @@ def _tuning(
                 optimum=by_value[best][size],
                 gain=Estimate.of(losses[default] - losses[best]),
                 regret=Estimate.of(losses[first] - losses[best]) if first in losses else UNKNOWN,
-                minimum=_value(key, minimum),
+                minimum=minimum.estimate.map(partial(_at, key)),
                 unbounded=tuple(value for value, points in edges.items() if any(p.mean < bar for p in points)),
                 edge=_edge(best, losses),
                 optima={value: at[size] for value, at in by_value.items() if size in at},
@@ -381,11 +382,6 @@ def _at(key: str, place: float) -> float:
 
 def _decays(key: str) -> bool:
     return any(word in part for part in key.split(".")[-2:] for word in DECAYS)
-
-
-def _value(key: str, minimum: Optimum) -> Estimate:
-    ends = (minimum.log2_lr, minimum.low, minimum.high)
-    return Estimate(*(None if end is None else _at(key, end) for end in ends))
 
 
 def value_text(value: float | None) -> str:

@@ -29,7 +29,7 @@ def law_json(law: Law) -> dict[str, Any]:
     for axis in AXES:
         trained = law.values(axis) or [None]
         range_ = {"smallest": trained[0], "largest": trained[-1]}
-        exponents[axis] = {**_interval(power.exponent(axis)), **range_, "reason": power.missing.get(axis)}
+        exponents[axis] = {**power.exponent(axis).record(), **range_, "reason": power.missing.get(axis)}
     at_center = {axis: 2**log2 for axis, log2 in zip(AXES, power.center.tolist(), strict=True) if log2}
     return {
         "models": list(law.variant.models),
@@ -38,9 +38,9 @@ def law_json(law: Law) -> dict[str, Any]:
         "curves": len(law.curves),
         "left_out": law.left_out,
         "exponents": exponents,
-        "curvature": power.curvature and _interval(power.curvature),
-        "center": {**at_center, "log2_lr": _interval(Estimate.of(power.coefficients[0]))},
-        "scatter": _interval(Estimate.of(power.scatter)),
+        "curvature": power.curvature and power.curvature.record(),
+        "center": {**at_center, "log2_lr": Estimate.of(power.coefficients[0]).record()},
+        "scatter": Estimate.of(power.scatter).record(),
         "held_out": law.held_out
         and {
             "axis": law.held_out.axis,
@@ -52,13 +52,9 @@ def law_json(law: Law) -> dict[str, Any]:
         "best_batch": law.best_batch
         and {
             "pairs": law.best_batches,
-            "exponents": {axis: _interval(law.best_batch.exponent(axis)) for axis in AXES[:2]},
+            "exponents": {axis: law.best_batch.exponent(axis).record() for axis in AXES[:2]},
         },
     }
-
-
-def _interval(estimate: Estimate) -> dict[str, float | None]:
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
 def law_recipe(law: Law, resolved: ResolvedVariant, target: Mapping[str, int]) -> dict[str, Any]:

@@ -191,16 +191,12 @@ def to_json(outcome: TargetOutcome) -> dict[str, Any]:
         "width": outcome.size.width,
         "depth": outcome.size.depth,
         "log2_lr": outcome.log2_lr,
-        "forecast": {
-            "log2_lr": outcome.forecast.value,
-            "low": outcome.forecast.low,
-            "high": outcome.forecast.high,
-        },
+        "forecast": outcome.forecast.record("log2_lr"),
         "outcome": outcome.outcome,
         "log2_lr_optimum": outcome.optimum.value,
         "log2_lr_low": outcome.optimum.low,
         "log2_lr_high": outcome.optimum.high,
-        "regret": {"nats": outcome.regret.value, "low": outcome.regret.low, "high": outcome.regret.high},
+        "regret": outcome.regret.record("nats"),
         "reasons": list(outcome.reasons),
     }
 

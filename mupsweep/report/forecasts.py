@@ -56,4 +56,4 @@ def size_ticks(groups: Sequence[LadderResult], targets: bool, forecasts: bool) -
 def from_base(estimate: Estimate, group: LadderResult) -> Estimate:
     """An optimum in octaves from the middle of the base's, whose own interval is left out."""
     base = group.base.center
-    return Estimate(*(None if end is None else end - base for end in (estimate.value, estimate.low, estimate.high)))
+    return estimate.map(lambda end: end - base)

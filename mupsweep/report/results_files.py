@@ -15,7 +15,7 @@ from mupsweep.analysis.comparison import Comparison
 from mupsweep.analysis.config import VerdictBounds
 from mupsweep.analysis.curves import LossCurve
 from mupsweep.analysis.enough import Enough
-from mupsweep.analysis.estimate import CONFIDENCE, Estimate
+from mupsweep.analysis.estimate import CONFIDENCE
 from mupsweep.analysis.labels import NAMES
 from mupsweep.analysis.run_result import CHANGE_COLUMNS, COLUMNS, RunResult
 from mupsweep.analysis.transfer import LadderResult, Validation
@@ -86,16 +86,16 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
                         "loss_optimum": o.loss.value,
                         "loss_low": o.loss.low,
                         "loss_high": o.loss.high,
-                        "move": _interval("octaves", m),
-                        "regret": _interval("nats", r),
+                        "move": m.record("octaves"),
+                        "regret": r.record("nats"),
                         "reason": o.reason,
                     }
                     for o, m, r in zip(g.optima, g.shifts, g.regrets, strict=True)
                 ],
-                "drift": _interval("octaves_per_doubling", g.drift),
+                "drift": g.drift.record("octaves_per_doubling"),
                 "drift_sizes": len(g.fitted),
-                "total_drift": _interval("octaves", g.total_drift),
-                "regret": _interval("nats", g.regret),
+                "total_drift": g.total_drift.record("octaves"),
+                "regret": g.regret.record("nats"),
                 "verdict": g.verdict,
                 "reasons": list(g.reasons),
                 "deciding_runs": [
@@ -157,9 +157,9 @@ def _validation(one: Validation) -> dict[str, Any]:
         "width": one.optimum.curve.width,
         "depth": one.optimum.curve.depth,
         "log2_lr": one.forecast.log2_lr,
-        "forecast": _interval("log2_lr", one.forecast.optimum),
-        "optimum": _interval("log2_lr", one.optimum.estimate),
-        "regret": _interval("nats", one.regret),
+        "forecast": one.forecast.optimum.record("log2_lr"),
+        "optimum": one.optimum.estimate.record("log2_lr"),
+        "regret": one.regret.record("nats"),
         "outcome": one.outcome,
     }
 
@@ -172,9 +172,9 @@ def _comparison(c: Comparison) -> dict[str, Any]:
         "width": c.width,
         "depth": c.depth,
         "horizon": c.horizon,
-        "lower": _interval("nats", c.lower),
-        "speed_up": _interval("factor", c.speed_up),
-        "asymptotic_penalty": _interval("nats", c.asymptotic_penalty),
+        "lower": c.lower.record("nats"),
+        "speed_up": c.speed_up.record("factor"),
+        "asymptotic_penalty": c.asymptotic_penalty.record("nats"),
     }
 
 
@@ -194,24 +194,24 @@ def _tuning(analysis: Analysis) -> dict[str, Any]:
                         "width": at.width,
                         "depth": at.depth,
                         "horizon": at.horizon,
-                        "values": [{"value": v, **_interval("loss", loss)} for v, loss in at.losses.items()],
+                        "values": [{"value": v, **loss.record("loss")} for v, loss in at.losses.items()],
                         "best": at.best,
                         "log2_lr_optimum": at.optimum.log2_lr,
-                        "gain": _interval("nats", at.gain),
-                        "regret": _interval("nats", at.regret),
-                        "minimum": _interval("value", at.minimum),
+                        "gain": at.gain.record("nats"),
+                        "regret": at.regret.record("nats"),
+                        "minimum": at.minimum.record("value"),
                         "unbounded": list(at.unbounded),
                         "edge": at.edge,
                         "ridge": at.ridge
                         and {
-                            "slope": _interval("octaves_per_octave", at.ridge.slope),
-                            "log2_lr": _interval("log2_lr", at.ridge.log2_lr),
+                            "slope": at.ridge.slope.record("octaves_per_octave"),
+                            "log2_lr": at.ridge.log2_lr.record("log2_lr"),
                         },
                     }
                     for at in one.sizes
                 ],
-                "total_drift": _interval("octaves", one.total_drift),
-                "lr_drift": _interval("octaves", one.lr_drift),
+                "total_drift": one.total_drift.record("octaves"),
+                "lr_drift": one.lr_drift.record("octaves"),
                 "verdict": one.verdict,
                 "reasons": list(one.reasons),
             }
@@ -233,21 +233,17 @@ def _tuning(analysis: Analysis) -> dict[str, Any]:
 def _quality(group: LadderResult) -> dict[str, Any]:
     found = group.quality
     held_out = found.held_out and {
-        "predicted": _interval("log2_lr", found.held_out.predicted),
-        "error": _interval("octaves", found.held_out.error),
+        "predicted": found.held_out.predicted.record("log2_lr"),
+        "error": found.held_out.error.record("octaves"),
         "log2_lr": found.held_out.log2_lr,
-        "regret": _interval("nats", found.held_out.regret),
+        "regret": found.held_out.regret.record("nats"),
     }
     return {
-        "fit_error": _interval("octaves", found.fit_error),
-        "robustness": _interval("exponent", found.robustness),
-        "asymptotic_loss": _interval("nats", found.asymptotic_loss),
+        "fit_error": found.fit_error.record("octaves"),
+        "robustness": found.robustness.record("exponent"),
+        "asymptotic_loss": found.asymptotic_loss.record("nats"),
         "held_out": held_out,
     }
-
-
-def _interval(unit: str, estimate: Estimate) -> dict[str, float | None]:
-    return {unit: estimate.value, "low": estimate.low, "high": estimate.high}
 
 
 def curve_table(curves: Sequence[LossCurve]) -> tuple[list[str], list[dict[str, Any]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from functools import partial
 from html import escape
 
 import numpy as np
@@ -116,14 +117,12 @@ def _add_optimum(plot: Plot, tuning: Tuning, size: SizeTuning) -> None:
     lr, value = UNKNOWN if size.ridge is None else size.ridge.log2_lr, size.minimum
     if lr.value is None or value.value is None:
         return
-    octaves = [
-        None if end is None else place_of(tuning.hyperparameter, end) for end in (value.low, value.value, value.high)
-    ]
-    low, middle, high = (None if end is None else min(max(end, plot.ys[0]), plot.ys[1]) for end in octaves)
-    assert middle is not None
-    x, y = plot.x(lr.value), plot.y(middle)
+    octaves = value.map(partial(place_of, tuning.hyperparameter)).map(lambda end: min(max(end, plot.ys[0]), plot.ys[1]))
+    assert octaves.value is not None
+    x, y = plot.x(lr.value), plot.y(octaves.value)
     tip = tip_of("best pair", f"log2 LR {lr:.2f}", f"{tuning.hyperparameter} {value:.3g}")
     left, right = (plot.x(end) for end in (lr.low, lr.high) if end is not None)
-    bottom, top = (plot.y(edge if end is None else end) for end, edge in ((low, plot.ys[0]), (high, plot.ys[1])))
+    ends = zip((octaves.low, octaves.high), plot.ys, strict=True)
+    bottom, top = (plot.y(edge if end is None else end) for end, edge in ends)
     plot.clipped(f'<path class="pair" d="M{left} {y}H{right}M{x} {bottom}V{top}"/>')
     plot.add(f'<path class="pt best{hollow(value)} optimum" {tip} transform="translate({x} {y})" d="{DIAMOND}"/>')

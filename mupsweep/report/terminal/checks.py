@@ -159,7 +159,7 @@ def _of_role(variant: Coordinates, row: Row) -> dict[str, Any]:
     `off` lists the tensors that violate its expected exponent, `too_wide` says that its interval could not tell.
     """
     off = [violation.tensor for violation in variant.violations if _key(violation) == _key(row)]
-    judged = {"judged": _interval(row.final_exponent), "too_wide": row.too_wide}
+    judged = {"judged": row.final_exponent.record(), "too_wide": row.too_wide}
     return {**_row(row), **judged, "shown": _is_shown(row), "off": off}
 
 
@@ -172,7 +172,7 @@ def _row(row: Row) -> dict[str, Any]:
         "promised": None if row.expected is None else str(row.expected),
         "sizes": list(row.sizes),
         "after": {
-            str(count): {**_interval(exponent), "values": list(row.values[count])}
+            str(count): {**exponent.record(), "values": list(row.values[count])}
             for count, exponent in row.exponents.items()
         },
     }
@@ -181,10 +181,6 @@ def _row(row: Row) -> dict[str, Any]:
 def _key(row: Row) -> tuple[str, str, Role | None]:
     """What the rows of all tensors of a role have in common."""
     return row.axis, row.quantity, row.role
-
-
-def _interval(exponent: Exponent) -> dict[str, float]:
-    return {"value": exponent.value, "low": exponent.low, "high": exponent.high}
 
 
 def show_laws(config: SweepConfig, as_json: bool) -> bool:
@@ -312,13 +308,13 @@ def _law_document(optimizer: Optimizer, parametrization: Parametrization, measur
         "path": optimizer.path if isinstance(optimizer, Foreign) else None,
         "exponents": {
             name: {
-                "rank_1": None if name not in measured.aligned.by_name else _interval(measured.aligned.by_name[name]),
-                "real": _interval(real),
+                "rank_1": None if name not in measured.aligned.by_name else measured.aligned.by_name[name].record(),
+                "real": real.record(),
                 "declared": measured.declared.get(name),
                 "snapped": None if measured.snapped.get(name) is None else str(measured.snapped[name]),
                 "off": name in measured.violations,
                 "under": [
-                    {"fresh": condition.fresh, "steps": condition.steps, **_interval(exponents[name])}
+                    {"fresh": condition.fresh, "steps": condition.steps, **exponents[name].record()}
                     for condition, exponents in measured.under.items()
                     if name in exponents
                 ],

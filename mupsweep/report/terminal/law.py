@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,10 @@ def law_lines(law: Law) -> Iterator[str]:
         yield f"no run has a count of parameters: {BLOCK} width^2 depth stands for it"
     for axis in power.axes:
         values = law.values(axis)
-        factor = _each(power.exponent(axis), lambda exponent: 2**exponent)
+        factor = power.exponent(axis).map(lambda exponent: 2**exponent)
         yield f"twice the {axis} ({si(values[0])} to {si(values[-1])} were trained): {factor:.2f} times the LR"
     if power.curvature is not None:
-        change = _each(power.curvature, lambda curvature: 2 * curvature)
+        change = power.curvature.map(lambda curvature: 2 * curvature)
         batch = si(2 ** power.center[AXES.index("batch_size")])
         yield f"batch_size has this exponent around {batch}, and {change} more with every doubling"
     yield f"single curves are {Estimate.of(power.scatter):.2f} octaves off the law"
@@ -70,8 +70,3 @@ def show_law_lr(content: Mapping[str, Any]) -> None:
     console.print(f"\n{'/'.join(content[key] for key in NAMES)} at {target}", style="bold")
     for line in lr_lines(content):
         console.say(line)
-
-
-def _each(estimate: Estimate, function: Callable[[float], float]) -> Estimate:
-    """A rising function of an estimate and its ends."""
-    return Estimate(*(None if end is None else function(end) for end in (estimate.value, estimate.low, estimate.high)))
