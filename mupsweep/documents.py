@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 LARGEST_DOCUMENT = 1_000_000  # values of a yaml document, each counted as often as aliases repeat it
@@ -45,6 +45,15 @@ def parse_yaml(text: str | bytes) -> Any:
     if size > LARGEST_DOCUMENT:
         raise TooLargeError(f"its aliases make {size:.2g} values of it")
     return value
+
+
+def leaves(tree: Mapping[str, Any], separator: str = ".", path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings, each with the path of its keys."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, separator, f"{path}{key}{separator}")
+        else:
+            yield f"{path}{key}", value
 
 
 def _size(value: Any, known: dict[int, int | None]) -> int:

@@ -36,6 +36,7 @@ from mupsweep.analysis.analysis import Analysis, analyse
 from mupsweep.analysis.curves import LossCurve
 from mupsweep.analysis.run_result import COLUMNS, RunResult
 from mupsweep.analysis.transfer import LadderResult
+from mupsweep.documents import leaves
 from mupsweep.errors import ConfigError
 from mupsweep.formatting import counted
 from mupsweep.report.norms import COLUMNS as NORM_COLUMNS
@@ -108,8 +109,8 @@ class Sweep:
         rows = []
         for group in to_json(self.analysis)["groups"]:
             flat = {key: group[key] for key in ("model", "optimizer", "parametrization", "axis", "verdict")}
-            flat |= _flat({key: group[key] for key in ("drift", "total_drift")})
-            rows += [flat | _flat(size) for size in group["sizes"]]
+            flat |= leaves({key: group[key] for key in ("drift", "total_drift")}, separator="_")
+            rows += [flat | dict(leaves(size, separator="_")) for size in group["sizes"]]
         return _frame(rows)
 
     def __repr__(self) -> str:
@@ -127,13 +128,6 @@ def load(path: str | Path) -> Sweep:
     """
     folder = SweepDir.open(path)
     return Sweep(folder, analyse(read_runs([folder]), analysis_config(folder.read_config())), len(folder.read_plan()))
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= {f"{key}_{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
-    return flat
 
 
 def _frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> DataFrame:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mupsweep.documents import parse_json
+from mupsweep.documents import leaves, parse_json
 from mupsweep.errors import DataError
 
 FORMATS = "csv, tsv, xlsx, parquet, jsonl, or a paste of a table"
@@ -64,7 +64,7 @@ class Cells:
 def of_mappings(source: str, mappings: Iterable[tuple[str, Mapping[str, Any]]], kind: str = "row") -> Cells:
     """Named mappings as a table with a column for every key; keys of nested mappings are joined by dots."""
     try:
-        flat = [(name, dict(flattened(mapping))) for name, mapping in mappings]
+        flat = [(name, flattened(mapping)) for name, mapping in mappings]
     except RecursionError as error:
         raise DataError(f"--from {source} is nested too deep: expected one object a {kind}") from error
     columns = tuple(dict.fromkeys(key for _, row in flat for key in row))
@@ -282,13 +282,9 @@ def _with_heading(source: str, rows: list[tuple[int, list[str]]]) -> Cells:
     return Cells(source, tuple(columns), tuple(records))
 
 
-def flattened(mapping: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of a nested mapping with their dotted keys; lists are left out."""
-    for key, value in mapping.items():
-        if isinstance(value, Mapping):
-            yield from flattened(value, f"{path}{key}.")
-        elif not isinstance(value, list | tuple | dict):
-            yield f"{path}{key}", value
+def flattened(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a nested mapping by their dotted keys; lists are left out."""
+    return {key: value for key, value in leaves(mapping) if not isinstance(value, list | tuple)}
 
 
 def _text(value: Any) -> str:

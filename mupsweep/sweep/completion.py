@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mupsweep.documents import leaves
 from mupsweep.sweep.compose import COMPARABLE, choices, config_root
 
 Tree = dict[str, Any]
@@ -92,8 +93,8 @@ class _Configs:
         seen: dict[str, Any] = {}
         for name in chosen.get(group) or []:
             tree, _ = self.tree(group, name)
-            seen |= dict(_dotted(_merged(tree, experiment.get(group) or {}), f"{group}."))
-        yield from seen.items()
+            seen |= leaves({group: _merged(tree, experiment.get(group) or {})})
+        yield from ((key, value) for key, value in seen.items() if key.rpartition(".")[2] != "kind")
 
     def chosen(self, words: Iterable[str]) -> dict[str, list[str]]:
         """The choices of every group: those of the words, else of the experiment, else the default ones."""
@@ -152,17 +153,6 @@ def _merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Tree:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merged(merged[key], value) if both else value
     return merged
-
-
-def _dotted(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every key that can be set, but for the class and the name of a choice."""
-    for key, value in tree.items():
-        if key == "kind":
-            continue
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _text(value: Any) -> str:

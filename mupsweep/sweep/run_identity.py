@@ -10,6 +10,7 @@ from typing import Any
 
 from mupsweep.analysis.labels import Label
 from mupsweep.data import fingerprint, tokenizers
+from mupsweep.documents import leaves
 from mupsweep.errors import ConfigError
 from mupsweep.scaling.group_lr import without_ones
 from mupsweep.schema import instantiate
@@ -99,7 +100,7 @@ def refuse_namesakes(variants: Iterable[Variant], sweep: SweepDir) -> None:
         namesake = by_label.setdefault(variant.label, variant)
         if namesake is variant:
             continue
-        new, stored = _flat(_identifying(variant)), _flat(_identifying(namesake))
+        new, stored = dict(leaves(_identifying(variant))), dict(leaves(_identifying(namesake)))
         keys = [k for k in new | stored if new.get(k) != stored.get(k)]
         differences = ", ".join(f"{k}={new.get(k)} (there: {stored.get(k)})" for k in keys[:3]) or "another corpus"
         name = variant.optimizer["name"]
@@ -116,11 +117,3 @@ def _validation_key(training: TrainingConfig) -> str:
     """The setting that says which tokens a validation loss is of."""
     name = "eval_tokens" if training.eval_batches is None else "eval_batches"
     return f"training.{name}={getattr(training, name)}"
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value of every leaf of a nested dict."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

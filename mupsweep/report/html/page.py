@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -17,6 +17,7 @@ from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.analysis.transfer import LadderResult, diverges
 from mupsweep.analysis.verdict import DRIFTS, INCONCLUSIVE, TRANSFERS
 from mupsweep.atomic_files import make_folder, read_json, write_text
+from mupsweep.documents import leaves
 from mupsweep.formatting import counted, duration, si
 from mupsweep.report import norms
 from mupsweep.report.best_runs import best_runs
@@ -381,7 +382,8 @@ def _provenance(sweep: SweepDir) -> str:
         parts.append(f"<pre>{escape(chr(10).join(command))}</pre>")
     if config:
         parts.append(f"<details><summary>config.yaml</summary><pre>{escape(config)}</pre></details>")
-    environment = list(_flat(read_json(sweep.environment_path) or {}))
+    stored = leaves(read_json(sweep.environment_path) or {}, separator=" ")
+    environment = [(key, value) for key, value in stored if value is not None]
     if environment:
         parts.append("<h3>Environment</h3>" + _table((), environment, "words"))
     parts.append(
@@ -389,15 +391,6 @@ def _provenance(sweep: SweepDir) -> str:
         f"Made by mupsweep {escape(mupsweep.__version__)}.</p>"
     )
     return "\n".join(parts)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """(path of keys, value) of every leaf that is not None."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key} ")
-        elif value is not None:
-            yield f"{prefix}{key}", str(value)
 
 
 # Pieces of the page

@@ -123,7 +123,7 @@ def _columns(run: Any, options: TableOptions) -> dict[str, Any]:
     step, and a config's loss is a choice.
     """
     named = options.columns.values()
-    config, summary = dict(flattened(run.config)), dict(flattened(run.summary_metrics))
+    config, summary = flattened(run.config), flattened(run.summary_metrics)
     columns: dict[str, Any] = {"state": run.state}
     if str(summary.get("status")).casefold() in DIVERGED_STATES and run.state not in RUNNING_STATES:
         columns["state"] = summary["status"]  # of our own runs
