@@ -109,7 +109,7 @@ def transfer(
     from mupsweep.errors import ConfigError
     from mupsweep.launchers.driver import DRIFTS_EXIT_CODE, train_target
     from mupsweep.report import laws
-    from mupsweep.report.generate import conclude_table, export, export_table, generate, read_target
+    from mupsweep.report.generate import Selection, conclude_table, export, export_table, generate, read_target
     from mupsweep.store.sweep_dir import SweepDir
     from mupsweep.store.tables import TableOptions
 
@@ -130,10 +130,10 @@ def transfer(
     _check_enough(enough, beside=bool(shape or validate or law))
     options = TableOptions.parse(columns or (), unit or "nats", filters or (), average)
     of_base = [word for word in settings if word not in shape]
+    asked = Selection(optimizer, parametrization, overrides, json, form, results, save)
     if law or any(word.startswith("batch_size=") for word in shape):
-        selection = laws.Selection(optimizer, parametrization, overrides, json, form, results)
         refused = {"--validate": validate, "--strict": strict}
-        laws.answer(folders, table, options, shape, of_base, selection, save, refused)
+        laws.answer(folders, table, options, shape, of_base, asked, refused)
         return
     if table is not None:
         if validate:
@@ -144,13 +144,9 @@ def transfer(
         if base and not shape:
             raise ConfigError("--base is of a recipe: name its target with --to width=N depth=N")
         if shape:
-            verdicts = export_table(
-                table, options, shape, of_base, optimizer, parametrization, json, form, overrides, save, results
-            )
+            verdicts = export_table(table, options, shape, of_base, asked)
         else:
-            verdicts = conclude_table(
-                table, options, json, optimizer, parametrization, save, overrides, results, enough
-            )
+            verdicts = conclude_table(table, options, asked, enough)
     elif validate:
         if len(folders) != 1 or not to:
             raise ConfigError(
@@ -163,7 +159,7 @@ def transfer(
             raise ConfigError("--results is not of --validate, which adds runs to the sweep: leave one of them out")
         raise typer.Exit(train_target(folders[0], read_target(shape), optimizer, parametrization, json, strict, yes))
     elif shape:
-        verdicts = export(folders, shape, optimizer, parametrization, json, form, overrides, results)
+        verdicts = export(folders, shape, asked)
     else:
         verdicts = generate(
             folders, json, optimizer, parametrization, overrides=overrides, results=results, with_effort=enough

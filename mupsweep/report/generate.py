@@ -8,7 +8,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -37,6 +37,27 @@ from mupsweep.trackers.wandb import project
 
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # errors of a folder that may not be written
 NOT_IMPORTED = "is code outside mupsweep, and reading imports none: add --allow-imports if you trust it"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Of which runs an answer is asked, and how it is given.
+
+    Attributes:
+        optimizer, parametrization: the only ones, where they are named.
+        overrides: of the first sweep's `analysis`.
+        form: of the file beside a recipe's JSON, a name of `recipes.names()`.
+        results: the folder to write to; None for the first sweep's own, or for a table's recipes this one.
+        save: where the runs of a table are written, in the form of runs.csv.
+    """
+
+    optimizer: str | None = None
+    parametrization: str | None = None
+    overrides: Sequence[str] = ()
+    as_json: bool = False
+    form: str = JSON
+    results: Path | None = None
+    save: Path | None = None
 
 
 def generate(
@@ -111,36 +132,25 @@ def generate(
     return [group.verdict for group in shown.groups]
 
 
-def conclude_table(
-    source: str,
-    options: TableOptions,
-    as_json: bool,
-    optimizer: str | None,
-    parametrization: str | None,
-    save: Path | None = None,
-    overrides: Sequence[str] = (),
-    results: Path | None = None,
-    with_effort: bool = False,
-) -> list[str]:
+def conclude_table(source: str, options: TableOptions, asked: Selection, with_effort: bool) -> list[str]:
     """Analyse runs that were trained elsewhere, print the outcome, return the verdicts.
+
+    Tables and figures are written where `asked.results` is given.
 
     Args:
         source: a file, "-" for stdin, or wandb:ENTITY/PROJECT.
-        save: write the runs there.
-        overrides: of `analysis`.
-        results: write tables and figures to this folder; nothing is written without it.
         with_effort: say the smallest part of every ladder that had given its answer, and what more would buy.
     """
     from mupsweep.report.terminal import verdicts
 
-    table = read_source(source, options, save)
-    analysis = analyse(table.runs, analysis_config({}, overrides))
-    files = [] if save is None else [save]
-    if results is not None:
-        files += write_views(results, analysis)
-    shown = analysis.select(optimizer, parametrization)
+    table = read_source(source, options, asked.save)
+    analysis = analyse(table.runs, analysis_config({}, asked.overrides))
+    files = [] if asked.save is None else [asked.save]
+    if asked.results is not None:
+        files += write_views(asked.results, analysis)
+    shown = analysis.select(asked.optimizer, asked.parametrization)
     effort = _effort(shown) if with_effort else []
-    if as_json:
+    if asked.as_json:
         print(json.dumps({**_with_effort(to_json(shown), effort), "notes": list(table.notes)}, indent=2))
     else:
         shown = replace(shown, remarks=(*table.notes, *shown.remarks))
@@ -230,32 +240,17 @@ def _conclude_validation(sweep: SweepDir, analysis: Analysis, trials: Sequence[v
             verdicts.show_validation(outcome)
 
 
-def export(
-    sweeps: Sequence[SweepDir],
-    target: Sequence[str],
-    optimizer: str | None,
-    parametrization: str | None,
-    as_json: bool = False,
-    form: str = JSON,
-    overrides: Sequence[str] = (),
-    results: Path | None = None,
-) -> list[str]:
-    """Print the recipe of every chosen variant for a target, write it to the first sweep's results, return verdicts.
-
-    Args:
-        form: of the file that is written beside the JSON, a name of `recipes.names()`.
-        overrides: of the first sweep's `analysis`.
-        results: the folder to write to; None for the first sweep's own.
-    """
+def export(sweeps: Sequence[SweepDir], target: Sequence[str], asked: Selection) -> list[str]:
+    """Print and write the recipe of every chosen variant for a target, return verdicts."""
     dims = read_target(target)
-    check(form)
+    check(asked.form)
     if not sweeps:
         raise ConfigError(f"no sweep given: mupsweep transfer sweeps/NAME --to {' '.join(target)}")
     planned = (run for sweep in reversed(sweeps) for run in plan.load(sweep, to_train=False))
     variants = {run.resolved.variant.label: run.resolved for run in planned}
     unreadable = {label: code for sweep in sweeps for label, code in plan.unreadable(sweep).items()}
-    config = analysis_config(sweeps[0].read_config(), overrides)
-    groups = analyse(read_runs(sweeps), config).select(optimizer, parametrization).groups
+    config = analysis_config(sweeps[0].read_config(), asked.overrides)
+    groups = analyse(read_runs(sweeps), config).select(asked.optimizer, asked.parametrization).groups
     if not groups:
         raise RecordError(
             f"{sweeps[0].path} has no finished runs, so there is no LR --to {' '.join(target)}: mupsweep run first"
@@ -274,32 +269,18 @@ def export(
     contents, refused = _of_every_variant(groups, recipe_of)
     for line in refused:
         print(f"no recipe for {line}", file=sys.stderr)
-    write_recipes(contents, results, sweeps[0].results, form, as_json, "tokens" in dims)
+    write_recipes(contents, dims, sweeps[0].results, asked)
     return [content["verdict"] for content in contents]
 
 
 def export_table(
-    source: str,
-    options: TableOptions,
-    target: Sequence[str],
-    base: Sequence[str],
-    optimizer: str | None,
-    parametrization: str | None,
-    as_json: bool = False,
-    form: str = JSON,
-    overrides: Sequence[str] = (),
-    save: Path | None = None,
-    results: Path | None = None,
+    source: str, options: TableOptions, target: Sequence[str], base: Sequence[str], asked: Selection
 ) -> list[str]:
     """Print the LR of every chosen variant of a table for a target, return verdicts; with a base, write whole recipes.
 
     Args:
         source: a file, "-" for stdin, or wandb:ENTITY/PROJECT.
-        base: overrides that say how the table's smallest size was trained; recipes are written to this folder.
-        form: of the file that is written beside the JSON, a name of `recipes.names()`.
-        overrides: of `analysis`.
-        save: write the runs there, in the form of runs.csv.
-        results: the folder for recipes; None for this one.
+        base: overrides that say how the table's smallest size was trained.
 
     Raises:
         ConfigError: a folder for recipes without the base that recipes need.
@@ -307,16 +288,17 @@ def export_table(
     from mupsweep.report.terminal import verdicts
 
     dims = read_target(target)
-    check(form)
-    if form != JSON and not base:
+    check(asked.form)
+    if asked.form != JSON and not base:
         raise ConfigError(
-            f"--format {form} needs the settings of the base, which a table does not have: add "
+            f"--format {asked.form} needs the settings of the base, which a table does not have: add "
             "--base model=NAME optimizer=NAME parametrization=NAME"
         )
-    if results is not None and not base:
+    if asked.results is not None and not base:
         raise ConfigError("--results is for the recipes of a table, which need its base: add --base model=NAME ...")
-    table = read_source(source, options, save)
-    groups = analyse(table.runs, analysis_config({}, overrides)).select(optimizer, parametrization).groups
+    table = read_source(source, options, asked.save)
+    analysis = analyse(table.runs, analysis_config({}, asked.overrides))
+    groups = analysis.select(asked.optimizer, asked.parametrization).groups
 
     def recipe_of(ladders: Sequence[LadderResult]) -> dict[str, Any]:
         resolved = base_of(ladders[0].label, recipe.base_shape(ladders), base) if base else None
@@ -326,8 +308,8 @@ def export_table(
     for line in (*table.notes, *(f"no LR for {line}" for line in refused)):
         print(line, file=sys.stderr)
     if base:
-        write_recipes(contents, results, Path(), form, as_json, "tokens" in dims)
-    elif as_json:
+        write_recipes(contents, dims, Path(), asked)
+    elif asked.as_json:
         print(json.dumps(contents, indent=2))
     else:
         for content in contents:
@@ -374,57 +356,43 @@ def base_of(label: Sequence[str], shape: Mapping[str, int], words: Sequence[str]
 
 
 def write_recipes(
-    contents: Sequence[dict[str, Any]],
-    results: Path | None,
-    own_folder: Path,
-    form: str,
-    as_json: bool,
-    of_horizon: bool,
-    of_batch: bool = False,
+    contents: Sequence[dict[str, Any]], target: Mapping[str, int], own_folder: Path, asked: Selection
 ) -> None:
-    """Write recipes to a folder, in another form too, and print them.
+    """Write recipes for a target to a folder, in another form too, and print them.
 
     Args:
-        contents: the recipes.
-        results: the folder that was asked for, if any.
-        own_folder: where they are written otherwise, unless it may not be written.
-        form: of the file beside the JSON.
-        as_json: whether they are printed as JSON.
-        of_horizon: whether names of files say the horizon.
-        of_batch: whether they say the batch size.
+        own_folder: where they are written unless `asked` says where.
     """
     from mupsweep.report.terminal import verdicts
 
     several = len({content["model"] for content in contents}) > 1
-    exports = [None if form == JSON else export_format(form, content) for content in contents]  # or refuse
-    folder = own_folder if results is None else results
+    exports = [None if asked.form == JSON else export_format(asked.form, content) for content in contents]  # or refuse
+    folder = own_folder if asked.results is None else asked.results
     unwritten: RecordError | None = None
     for content, exported in zip(contents, exports, strict=True):
-        path = folder / f"{_file_name(content, several, of_horizon, of_batch)}.json"
-        texts = {} if exported is None else {path.with_name(f"{path.stem}-{form}{exported.suffix}"): exported.text}
-        files: list[Path] = []
+        path = folder / f"{_file_name(content, several, target)}.json"
+        files = [path] if exported is None else [path, path.with_name(f"{path.stem}-{asked.form}{exported.suffix}")]
         try:
             make_folder(folder)
             write_json(path, content)
-            for exported_path, text in texts.items():
-                write_text(exported_path, text)
-            files = [path, *texts]
+            if exported is not None:
+                write_text(files[1], exported.text)
         except RecordError as error:  # what it says can still be read
-            unwritten = error
-        if not as_json:
+            files, unwritten = [], error
+        if not asked.as_json:
             verdicts.show_recipe(content, files, exported.limits if exported and files else ())
-    if as_json:
+    if asked.as_json:
         print(json.dumps(contents, indent=2))
     if unwritten is not None:
-        say_unwritten(unwritten, results)
+        say_unwritten(unwritten, asked.results)
 
 
-def _file_name(content: dict[str, Any], several_models: bool, of_horizon: bool, of_batch: bool) -> str:
+def _file_name(content: dict[str, Any], several_models: bool, target: Mapping[str, int]) -> str:
     """recipe-adamw-spectral-w4096-d32, with the model, horizon or batch size where they tell recipes apart."""
     size = content["target"]
     model = f"{content['model']}-" if several_models else ""
-    horizon = f"-t{content['horizon']['tokens']}" if of_horizon else ""
-    batch = f"-b{content['training']['batch_size']}" if of_batch else ""
+    horizon = f"-t{content['horizon']['tokens']}" if "tokens" in target else ""
+    batch = f"-b{content['training']['batch_size']}" if "batch_size" in target else ""
     variant = f"{model}{content['optimizer']}-{content['parametrization']}"
     variant = re.sub(r"[/\\\x00-\x1f]", "-", variant)  # a table may call a model org/name
     return f"recipe-{variant}-w{size['width']}-d{size['depth']}{horizon}{batch}"
