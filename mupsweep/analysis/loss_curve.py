@@ -608,10 +608,6 @@ class CurveDraws:
             variance += float((side.noise_variance(v, self.sigma[:, None], np.ones(1, int)) * on_side).mean())
         return variance
 
-    def covers(self, log2_lr: float) -> bool:
-        """Whether an LR lies among the runs of the valley."""
-        return bool(self.runs.x[0] <= log2_lr <= self.runs.x[-1])
-
     @cached_property
     def band(self) -> tuple[Array, Array]:
         """(m,) log2 LRs, and (3, m) QUANTILES of the losses of the drawn valleys there, for a picture.

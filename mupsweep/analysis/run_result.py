@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mupsweep.analysis.labels import HyperparameterOverride, Label
@@ -96,6 +96,5 @@ class RunResult:
 
 
 _FIELDS = {field.name for field in fields(RunResult)}
-REQUIRED = tuple(field.name for field in fields(RunResult) if field.default is MISSING)
 CHANGE_COLUMNS = tuple(field.name for field in fields(HyperparameterOverride))
 COLUMNS = tuple(f.name for f in fields(RunResult) if f.name not in ("precision", "micro_batch"))  # of runs.csv

@@ -54,11 +54,6 @@ class InferredTensor:
     depth_ratio: float
     grows: bool
 
-    @property
-    def stacked(self) -> bool:
-        """Whether rows that grow with the width and rows that do not are stacked in it."""
-        return self.spec.stacked
-
 
 def infer(
     model: nn.Module,

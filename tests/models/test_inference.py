@@ -128,7 +128,7 @@ def word(tensor: InferredTensor) -> str:
     """A tensor's role as the tables say it, "tied" aside."""
     (n_out, n_in), (base_out, base_in) = tensor.spec.dims, tensor.base.dims
     shared = tensor.spec.role is Role.HIDDEN and n_out == base_out and n_in > base_in
-    return tensor.spec.role.value + (", shared" if shared else "") + (", stacked" if tensor.stacked else "")
+    return tensor.spec.role.value + (", shared" if shared else "") + (", stacked" if tensor.spec.stacked else "")
 
 
 def test_the_page_has_a_table_of_every_model() -> None:
