@@ -57,15 +57,6 @@ def law_json(law: Law) -> dict[str, Any]:
     }
 
 
-def law_recipe(law: Law, resolved: ResolvedVariant, target: Mapping[str, int]) -> dict[str, Any]:
-    """How to train a target by the law of a sweep; what the target lacks is the base's.
-
-    Raises:
-        ConfigError: a target that is no multiple of the base shape.
-    """
-    return _whole_recipe(law, resolved, target)
-
-
 def table_law_recipe(law: Law, target: Mapping[str, int], resolved: ResolvedVariant | None = None) -> dict[str, Any]:
     """The LR of a target by the law of runs that were trained elsewhere; with a base, every tensor's numbers too.
 
@@ -90,7 +81,7 @@ def table_law_recipe(law: Law, target: Mapping[str, int], resolved: ResolvedVari
             given[axis] = trained[0]
     if resolved is not None:
         lengths = {axis: int(value) for axis, value in given.items() if value is not None and axis != "parameters"}
-        return _whole_recipe(law, resolved, {**shape, **lengths, **target})
+        return law_recipe(law, resolved, {**shape, **lengths, **target})
     found = _record(law, Setting(**given))
     return {**found, "target": {**target, **given}, "base_lr": 2.0 ** found["log2_lr"]}
 
@@ -101,8 +92,12 @@ def base_shape(law: Law) -> dict[str, int]:
     return {"width": smallest.width, "depth": smallest.depth}
 
 
-def _whole_recipe(law: Law, resolved: ResolvedVariant, target: Mapping[str, int]) -> dict[str, Any]:
-    """A recipe with every tensor's numbers; what the target lacks is the base's."""
+def law_recipe(law: Law, resolved: ResolvedVariant, target: Mapping[str, int]) -> dict[str, Any]:
+    """How to train a target by a law, with every tensor's numbers; what the target lacks is the base's.
+
+    Raises:
+        ConfigError: a target that is no multiple of the base shape.
+    """
     if "parameters" in target:
         raise ConfigError(
             f"--to parameters={target['parameters']} is of a table without --base: name width and depth of the target"
