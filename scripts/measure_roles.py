@@ -18,6 +18,8 @@ import transformers
 from torch import nn
 
 import mupsweep
+from mupsweep.check.regression import slope
+from mupsweep.training.norms import rms_norm
 
 WIDTHS, SEEDS, STEPS, LR = (64, 128, 256, 512), (0, 1, 2), 8, 2.0**-7
 VOCAB, HEAD_DIM, KV_HEADS = 256, 16, 2
@@ -86,18 +88,12 @@ def measured(
         nn.functional.cross_entropy(logits_out.flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
         adam.step()
     end = outputs(model)
-
-    def rms(x: torch.Tensor) -> float:
-        return x.double().square().mean().sqrt().item()
-
-    return {name: (rms(start[name]), rms(end[name] - start[name])) for name in start}
+    return {name: (rms_norm(start[name]), rms_norm(end[name] - start[name])) for name in start}
 
 
-def slope(values: Mapping[int, list[float]]) -> float:
-    """The exponent in the width of the geometric mean over seeds."""
-    x = torch.tensor(WIDTHS, dtype=torch.float64).log2()
-    y = torch.stack([torch.tensor(values[w], dtype=torch.float64).log2().mean() for w in WIDTHS])
-    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+def exponent(values: Mapping[int, list[float]]) -> float:
+    """Of the width, over all seeds."""
+    return slope([w for w in WIDTHS for _ in values[w]], [value for w in WIDTHS for value in values[w]]).value
 
 
 def main() -> None:
@@ -122,7 +118,7 @@ def main() -> None:
                         kept[width].append(size)
         print(build.__name__, roles or "as inferred")
         for name, (start, change) in runs.items():
-            print(f"  {name:20} start {slope(start):+.2f}  change {slope(change):+.2f}")
+            print(f"  {name:20} start {exponent(start):+.2f}  change {exponent(change):+.2f}")
 
 
 if __name__ == "__main__":
