@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from mupsweep.models.observation import WatchAttention
 from mupsweep.scaling import Role
 from mupsweep.training.norms import rms_norm, rms_operator_norm
 
@@ -121,7 +120,7 @@ def update_norm(change: Tensor, role: Role) -> float:
 def observe(probe: Probe) -> dict[str, Tensor]:
     """The coordinates on the probe batch; attention logits where the network calls torch's attention."""
     features, routers = recorded(probe.features), recorded(*probe.routers)
-    with torch.no_grad(), features as hidden, routers as routing, AttentionLogits() as attention:
+    with torch.no_grad(), features as hidden, routers as routing, WatchAttention(attention_logits) as attention:
         logits = probe.network(*probe.inputs)
     coordinates = {FEATURES: hidden[-1], LOGITS: logits.float()}
     coordinates |= {ATTENTION: torch.cat(attention.seen)} if attention.seen else {}
@@ -142,20 +141,6 @@ def recorded(*modules: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-class AttentionLogits(TorchFunctionMode):
-    """Watches `scaled_dot_product_attention` and computes its logits once more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Tensor] = []  # flat, without the future
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            self.seen.append(attention_logits(*args, **kwargs))
-        return func(*args, **kwargs)
 
 
 def attention_logits(

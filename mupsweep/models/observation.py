@@ -203,41 +203,41 @@ def as_language_model(network: nn.Module, read: Callable[[Any], Any]) -> nn.Modu
     return network
 
 
-class Watch(TorchFunctionMode):
-    """Sees the queries and scales of `scaled_dot_product_attention`."""
+class WatchAttention(TorchFunctionMode):
+    """Keeps what `look` makes of every call of `scaled_dot_product_attention`."""
 
-    def __init__(self) -> None:
+    def __init__(self, look: Callable[..., Any]) -> None:
         super().__init__()
-        self.queries: list[Tensor] = []
-        self.scales: list[float] = []
+        self.look = look
+        self.seen: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            query, scale = args[0] if args else kwargs["query"], kwargs.get("scale")
-            self.queries.append(query.detach().clone())
-            self.scales.append(query.shape[-1] ** -0.5 if scale is None else float(scale))
+            self.seen.append(self.look(*args, **kwargs))
         return func(*args, **kwargs)
+
+
+def _query_and_scale(query: Tensor, *_: Any, scale: float | None = None, **__: Any) -> tuple[Tensor, float]:
+    return query.detach().clone(), query.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
 def attention(model: InferredArchitecture, base: Size, wide: Size) -> Attention:
     """The attention of a model, from its networks at two widths."""
-    seen = []
+    first: list[tuple[Tensor, float]] = []  # call at each width
     for size in (base, wide):
-        watch = Watch()
         try:
-            with torch.no_grad(), watch:
+            with torch.no_grad(), WatchAttention(_query_and_scale) as calls:
                 drawn(model, size)(few_tokens(size))
         except Exception:  # `check` says what is wrong with it
             break
-        seen.append(watch)
-    if len(seen) < 2 or not all(watch.scales for watch in seen):
+        first += calls.seen[:1]
+    if len(first) < 2:
         return Attention(None, base.head_dim**-0.5, 0.0)
-    dims = seen[0].queries[0].shape[-1], seen[1].queries[0].shape[-1]
-    power = float(np.log(seen[1].scales[0] / seen[0].scales[0]) / np.log(wide.width / base.width))
-    return Attention(
-        dims, seen[0].scales[0], round(2 * power) / 2 if abs(2 * power - round(2 * power)) < 0.1 else power
-    )
+    (query, scale), (wide_query, wide_scale) = first
+    power = float(np.log(wide_scale / scale) / np.log(wide.width / base.width))
+    dims = query.shape[-1], wide_query.shape[-1]
+    return Attention(dims, scale, round(2 * power) / 2 if abs(2 * power - round(2 * power)) < 0.1 else power)
 
 
 def few_tokens(size: Size, batch: int = 2) -> Tensor:
@@ -399,9 +399,9 @@ def _queries(known: Known, names: list[str]) -> str:
     network = _trial(known, names)
     queries = []
     for _ in _scales(network, names):
-        with torch.no_grad(), Watch() as watch:
+        with torch.no_grad(), WatchAttention(_query_and_scale) as calls:
             network(few_tokens(known.base_size))
-        queries.append(watch.queries[0])
+        queries.append(calls.seen[0][0])
     return "" if _is_double(queries[2], queries[1]) else f"queries are no linear function of {family(names[0])}"
 
 

@@ -14,7 +14,6 @@ from mupsweep.check.measure import (
     LOGITS,
     UPDATE,
     WEIGHT,
-    AttentionLogits,
     Probe,
     attention_logits,
     measure,
@@ -22,6 +21,7 @@ from mupsweep.check.measure import (
     update_norm,
     weight_norm,
 )
+from mupsweep.models.observation import WatchAttention
 from mupsweep.scaling import Role
 from mupsweep.training.norms import rms_norm, rms_operator_norm
 
@@ -83,7 +83,7 @@ def test_weights_with_one_growing_axis_count_as_the_vectors_along_it() -> None:
 
 def test_attention_logits_are_the_scaled_products_of_the_past() -> None:
     q, k, v = (torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    with AttentionLogits() as seen:
+    with WatchAttention(attention_logits) as seen:
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25)
         F.scaled_dot_product_attention(q, k, v)
     causal, full = seen.seen
