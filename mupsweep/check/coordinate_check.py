@@ -10,7 +10,6 @@ import torch
 from mupsweep import data
 from mupsweep.check.exponents import DEPTH, WIDTH, Coordinates, Point, expected_exponents, family, fit
 from mupsweep.check.measure import CHANGE, LOGITS, Matrix, Probe, Values, measure
-from mupsweep.data import Dataset
 from mupsweep.errors import ConfigError
 from mupsweep.scaling import Role
 from mupsweep.scaling.solve import folded_constant
@@ -110,9 +109,9 @@ def runs_of(variant: Variant, grid: GridConfig) -> list[RunSpec]:
     return plan(SweepConfig(variants=(variant,), sweep=grid, launcher={}, tracker={}))
 
 
-def subject(run: RunSpec, dataset: Dataset | None = None) -> Probe:
+def subject(run: RunSpec) -> Probe:
     """A run's network with the steps that training it would take at its peak LR, on the batches it would see."""
-    corpus = dataset or data.prepare(run.resolved.variant.data)
+    corpus = data.prepare(run.resolved.variant.data)
     built = build(run, CPU)
     training, context = run.resolved.training, run.size.context
     taken = iter(range(max(STEPS)))

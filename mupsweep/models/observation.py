@@ -240,9 +240,9 @@ def attention(model: InferredArchitecture, base: Size, wide: Size) -> Attention:
     return Attention(dims, scale, round(2 * power) / 2 if abs(2 * power - round(2 * power)) < 0.1 else power)
 
 
-def few_tokens(size: Size, batch: int = 2) -> Tensor:
-    """Some tokens of a short text."""
-    shape = (batch, min(FEW_TOKENS, size.context))
+def few_tokens(size: Size) -> Tensor:
+    """Some tokens of two short texts."""
+    shape = (2, min(FEW_TOKENS, size.context))
     return torch.randint(min(size.vocab_size, 64), shape, generator=torch.Generator().manual_seed(0))
 
 
