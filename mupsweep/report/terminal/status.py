@@ -87,7 +87,7 @@ def time_left(states: Iterable[RunState]) -> str | None:
     remaining, speed, last_round = 0.0, 0.0, 0
     for row, _, status in states:
         if status["status"] in (RUNNING, PENDING):
-            remaining += row.get("flops", 0.0)
+            remaining += row.get("flops", 1.0)
             last_round = max(last_round, row.get("round", 0))
         if status["status"] == RUNNING:
             remaining -= flops_done(row, status)

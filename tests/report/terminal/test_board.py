@@ -19,7 +19,7 @@ from mupsweep.formatting import counted, duration
 from mupsweep.report.terminal.board import Board
 from mupsweep.report.terminal.board_view import BoardText
 from mupsweep.report.terminal.progress import Progress, watch
-from mupsweep.report.terminal.status import is_over
+from mupsweep.report.terminal.status import is_over, time_left
 from mupsweep.store.run_dir import FAILED, PENDING, RUNNING, RunDir
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
@@ -245,6 +245,12 @@ def test_status_says_the_time_left_at_the_speed_of_the_running_runs(
     # half a run and four of four times its cost, and so for muP: each costs 153,600 tokens at 1,000 a second
     seconds = (0.5 + 4 * 4 + 4 + 4 * 4) * 153.6
     assert f"pending 12  failed 0  about {duration(seconds)} left\n" in cli("status", str(sweep.path))[1]
+
+
+def test_the_time_left_of_a_program_of_unknown_cost_counts_its_runs() -> None:
+    running = {"status": RUNNING, "step": 5, "steps": 10, "tokens_per_second": 100.0}
+    states = [({"tokens": 1000}, RunDir(Path()), status) for status in (running, {"status": PENDING})]
+    assert time_left(states) == f"about {duration(15)} left"
 
 
 def test_a_search_says_its_round_and_why_on_a_pipe_and_in_the_plan(
