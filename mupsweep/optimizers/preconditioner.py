@@ -32,6 +32,7 @@ class Preconditioned(ComposableOptimizer):
     roles: tuple[str, ...] = ("hidden",)
 
     supported_roles: ClassVar[tuple[str, ...]] = MATRICES
+    made: ClassVar[str]  # of the second moments of an axis: their "root" or a "basis"
 
     @property
     @abstractmethod
@@ -41,8 +42,14 @@ class Preconditioned(ComposableOptimizer):
     @abstractmethod
     def base_algorithm(self, dims: Dims) -> Preconditioned: ...
 
+    def state(self, weights: Tensor) -> dict[str, Tensor]:
+        state = super().state(weights)
+        for axis in self.active:
+            count, n, _ = rows_along(weights, axis).shape
+            state |= {name: weights.new_zeros(count, n, n) for name in (axis, f"{axis}_{self.made}")}
+        return state
+
     def base_state_size(self, dims: Dims) -> int:
-        """Second moments of an axis, and what is made of them: a root or a basis."""
         return super().base_state_size(dims) + sum(
             2 * n**2 for axis, n in zip(AXES, dims, strict=True) if axis in self.active
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.algorithm import StepContext
 from mupsweep.optimizers.optimizer import Dims, check_decays
-from mupsweep.optimizers.preconditioner import AXES, Preconditioned, accumulate, multiplied, rows_along
+from mupsweep.optimizers.preconditioner import AXES, Preconditioned, accumulate, multiplied
 from mupsweep.optimizers.singular_values import symmetric_eigen
 from mupsweep.scaling import UpdateLaw
 from mupsweep.schema import one_of, require
@@ -42,6 +42,8 @@ class Shampoo(Preconditioned):
     betas: tuple[float, float] = (0.95, 0.95)
     eps: float = 1e-16
     relative_eps: float = 1e-6
+
+    made = "root"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,13 +89,6 @@ class Shampoo(Preconditioned):
         active = self if dims is None else self.base_algorithm(dims)
         degree = 1 - 2 * sum(active.powers.values(), Fraction(0))
         return UpdateLaw(degree=degree, eps_power=2)
-
-    def state(self, weights: Tensor) -> dict[str, Tensor]:
-        state = super().state(weights)
-        for axis in self.powers:
-            count, n, _ = rows_along(weights, axis).shape
-            state |= {name: weights.new_zeros(count, n, n) for name in (axis, f"{axis}_root")}
-        return state
 
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         keep, take, total = 1.0, 1.0, 1.0

@@ -42,6 +42,7 @@ class SOAP(Preconditioned):
     axes: tuple[str, ...] = AXES
 
     memory = ("m", "v")
+    made = "basis"
     skips_first_step = True
 
     def __post_init__(self) -> None:
@@ -73,13 +74,6 @@ class SOAP(Preconditioned):
     def base_law(self, dims: Dims | None = None) -> UpdateLaw:
         active = self if dims is None else self.base_algorithm(dims)
         return UpdateLaw(blocks=BLOCKS[frozenset(active.axes)])
-
-    def state(self, weights: Tensor) -> dict[str, Tensor]:
-        state = super().state(weights)
-        for axis in self.axes:
-            count, n, _ = rows_along(weights, axis).shape
-            state |= {name: weights.new_zeros(count, n, n) for name in (axis, f"{axis}_basis")}
-        return state
 
     def direction(self, grads: Tensor, state: dict[str, Tensor], now: StepContext) -> Tensor:
         step = now.step - 1
