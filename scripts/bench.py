@@ -1,6 +1,7 @@
 """What mupsweep costs, each figure with its peer in the same run: `make bench`.
 
     training   tokens/s against transformers' GPT-2 with torch AdamW: same shapes, batch, precision and threads
+    grid       seconds of an LR grid end to end, against a nanoGPT process per LR (bench_grid.py)
     start      milliseconds of `mupsweep --help` and `mupsweep rules`, against `python -c pass`
     runner     seconds a run costs beyond its training steps, in a sweep of 40 short runs
     scale      what 100,000 runs cost to plan, to look at and to analyse; claims of 64 workers (bench_scale.py)
@@ -229,6 +230,11 @@ def analysis() -> None:
     print(f"analysis: {five:.2f} s for five sizes of {len(grid)} LRs, ten take {ten / five:.2f} times as long")
 
 
+def grid() -> None:
+    """A grid end to end."""
+    subprocess.run([sys.executable, str(Path(__file__).with_name("bench_grid.py"))], check=True)
+
+
 def data() -> None:
     """Preparing a corpus."""
     subprocess.run([sys.executable, str(Path(__file__).with_name("bench_data.py"))], check=True)
@@ -250,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--only", choices=("training", "start", "runner", "scale", "data", "loss", "analysis", "optimizers")
+        "--only", choices=("training", "grid", "start", "runner", "scale", "data", "loss", "analysis", "optimizers")
     )
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
@@ -263,6 +269,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         parts: dict[str, Callable[[], None]] = {
             "training": lambda: training(options.threads, tuple(options.widths), tuple(options.vocabularies)),
+            "grid": grid,
             "start": start,
             "runner": lambda: runner(Path(folder)),
             "scale": lambda: scale(Path(folder)),
