@@ -117,4 +117,5 @@ def save(figure: Figure, path: Path) -> Path:
     buffer = BytesIO()
     figure.savefig(buffer, format=path.suffix[1:], dpi=200, metadata=METADATA[path.suffix])
     write_bytes(path, buffer.getvalue())
+    figure.set_layout_engine("none")  # laid out once: another format would take as long again to lay it out alike
     return path
