@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -62,15 +62,16 @@ FARTHEST_BELOW = 6.0  # octaves below the lowest LR of a size whose runs all div
 DENSITY_CELLS = 201  # of the optimum that ladders share
 NEIGHBOURS = 8  # draws on each side of a place, of which one is taken for it
 BAND_DRAWS, BAND_POINTS = 400, 41  # of the picture of a valley
+FITS_KEPT = 128  # ladders, 0.1 MB a size: every round of a search asks again for those that have no new run
 CERTAIN = 0.03  # nats between two neighbouring LRs that no noise explains
 
 
 # ---- the runs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SizeRuns:
-    """The runs of one size of a ladder.
+    """The runs of one size of a ladder. Two are equal if their position and runs are.
 
     Attributes:
         position: doublings above the base on the ladder's axis; negative below it.
@@ -122,6 +123,17 @@ class SizeRuns:
         lost = np.repeat(self.log2_lrs, self.diverged).tolist()
         cells += [(x, math.nan, -1) for x in lost]
         return SizeRuns.of(self.position, *zip(*cells, (log2_lr, loss, seed), strict=True))
+
+    @cached_property
+    def _content(self) -> tuple[object, ...]:
+        arrays = self.log2_lrs, self.losses, self.diverged, self.variances
+        return self.position, self.losses.shape, *(None if array is None else array.tobytes() for array in arrays)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SizeRuns) and self._content == other._content
+
+    def __hash__(self) -> int:
+        return hash(self._content)
 
     @cached_property
     def seeds(self) -> Indices:
@@ -702,8 +714,11 @@ def bracket(size: SizeRuns) -> SizeOptimum:
 
 def fit_ladder(sizes: Iterable[SizeRuns], prior: CurvePrior | None = None) -> LadderPosterior:
     """The posterior of the curves of one ladder."""
-    prior = prior or CurvePrior()
-    ordered = tuple(sorted(sizes, key=lambda size: size.position))
+    return _fit_ladder(tuple(sorted(sizes, key=lambda size: size.position)), prior or CurvePrior())
+
+
+@lru_cache(FITS_KEPT)
+def _fit_ladder(ordered: tuple[SizeRuns, ...], prior: CurvePrior) -> LadderPosterior:
     with_losses = [size for size in ordered if size.usable.any()]
     if not with_losses:
         return LadderPosterior(ordered, (None,) * len(ordered), None, prior)

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mupsweep.analysis.config import VerdictBounds
+from mupsweep.analysis.config import CurvePrior, VerdictBounds
 from mupsweep.analysis.forecast import forecast
-from mupsweep.analysis.loss_curve import LadderPosterior, SizeRuns, fit_ladder, fit_ladders
+from mupsweep.analysis.loss_curve import LadderPosterior, SizeRuns, _fit_ladder, fit_ladder, fit_ladders
 from mupsweep.analysis.verdict import DRIFTS, INCONCLUSIVE, TRANSFERS, judge
 
 TABLES = Path(__file__).parents[1] / "tables"
@@ -68,7 +68,16 @@ def test_intervals_hold_the_optima_of_a_clean_ladder() -> None:
 
 
 def test_the_estimate_is_deterministic() -> None:
-    assert np.array_equal(ends(fit_ladder(ladder())), ends(fit_ladder(ladder())))
+    first = ends(fit_ladder(ladder()))
+    _fit_ladder.cache_clear()
+    assert np.array_equal(ends(fit_ladder(ladder())), first)
+
+
+def test_a_fit_of_equal_runs_is_kept_and_one_of_other_runs_is_not() -> None:
+    assert fit_ladder(ladder()) is fit_ladder(reversed(ladder()))
+    for other in (ladder(seeds=2), ladder(change=lambda log2_lr, loss, seed: (log2_lr, loss + 1e-9))):
+        assert fit_ladder(other) is not fit_ladder(ladder())
+    assert fit_ladder(ladder(), replace(CurvePrior(), noise=0.01)) is not fit_ladder(ladder())
 
 
 def test_a_shift_of_all_losses_changes_nothing() -> None:
