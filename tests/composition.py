@@ -22,6 +22,7 @@ from mupsweep.sweep import config
 
 FOLDER = "MUPSWEEP_TESTS_COMPOSED"  # environment variable: where the processes of a test session share trees
 compose = config.compose
+compose_by_hydra = hydra.compose
 
 
 @cache
@@ -30,31 +31,36 @@ def compose_groups(*groups: str) -> DictConfig:
     path = Path(os.environ[FOLDER], hashlib.sha256("\n".join(groups).encode()).hexdigest())
     if path.exists():
         return pickle.loads(path.read_bytes())
-    tree = _composed_by_hydra(*groups)
+    with hydra.initialize_config_dir(str(config.config_root().resolve()), version_base="1.3"):
+        tree = compose_by_hydra("mupsweep", list(groups))
     write_bytes(path, pickle.dumps(tree), durable=False)
     return tree
 
 
-def _composed_by_hydra(*groups: str) -> DictConfig:
-    with hydra.initialize_config_dir(str(config.config_root().resolve()), version_base="1.3"):
-        return hydra.compose("mupsweep", list(groups))
+def compose_groups_once(name: str, overrides: list[str]) -> DictConfig:
+    """In place of `hydra.compose`, which the product asks a second time about overrides that Hydra refuses."""
+    return compose_groups(*overrides) if all(map(is_group, overrides)) else compose_by_hydra(name, overrides)
+
+
+def is_group(override: str) -> bool:
+    """Whether an override chooses of a config group, whose yamls Hydra reads and merges in 0.1 s."""
+    return (config.config_root() / override.split("=")[0].split("@")[0]).is_dir()
 
 
 @cache
 def compose_shipped(*overrides: str) -> dict[str, Any]:
     """The tree of the shipped yamls under some overrides.
 
-    Hydra sets values after it has composed the choices of groups, which take it 0.2 s of reading and merging.
+    Hydra sets values after it has composed the choices of groups.
 
     Raises:
         ConfigError: as the product does, which is asked about whatever cannot be composed in this way.
     """
     if any("${" in override for override in overrides):
         return compose(list(overrides), None)
-    groups = {o: (config.config_root() / o.split("=")[0].split("@")[0]).is_dir() for o in overrides}
     try:
-        tree = deepcopy(compose_groups(*(override for override in overrides if groups[override])))
-        for override in OverridesParser.create().parse_overrides([o for o in overrides if not groups[o]]):
+        tree = deepcopy(compose_groups(*filter(is_group, overrides)))
+        for override in OverridesParser.create().parse_overrides([o for o in overrides if not is_group(o)]):
             if override.is_add() or override.is_force_add() or override.is_delete() or override.package:
                 return compose(list(overrides), None)
             OmegaConf.update(tree, override.key_or_group, override.value(), merge=True)

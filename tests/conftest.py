@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
@@ -9,22 +10,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import composition
+import hydra
 import pytest
 from command_line import mupsweep
+from forked import start_worker
 from hypothesis import settings
 
 from mupsweep.sweep import config
+from mupsweep.training import signals
 from mupsweep.training.signals import STOPS
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["LC_ALL"] = "C.UTF-8"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of a hundred processes compiles the package anew
 
 settings.register_profile("mupsweep", deadline=None, derandomize=True)
 settings.load_profile("mupsweep")
 
 config.compose = composition.compose_once
+hydra.compose = composition.compose_groups_once
+gc.disable()  # until the tests are collected: what imports and collection make stays
 
 
 LONGEST = (
@@ -47,6 +54,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests begin first, so that no process is alone with one of them at the end."""
     items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test is no garbage, and no collection of garbage looks through it again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,6 +85,12 @@ def _signals_as_at_first() -> Iterator[None]:
     yield
     for number, handler in HANDLERS.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def _forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher in this process forks its workers from one that has imported what they need seconds for."""
+    monkeypatch.setattr(signals, "start", start_worker)
 
 
 @pytest.fixture
