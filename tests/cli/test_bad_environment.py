@@ -2,7 +2,7 @@
 
 Each row is a process of its own, started by a shell, so that limits, closed streams and folders that vanish are real.
 `PYTHON -m mupsweep` is called `mupsweep`; the folder holds `afile`, and a planned sweep of six runs. Refusals of
-nothing but variables and a command are forked from a process that has imported what a command needs seconds for.
+nothing but files, variables and a command are forked from a process that has imported what a command needs seconds for.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ TORCHRUN = {
     "MASTER_PORT": "29500",
 }
 RANK_0 = " ".join(f"{name}={value}" for name, value in TORCHRUN.items())
-# Variables and a command, but none of the variables that Python reads as it starts or that the tests set themselves.
-PLAIN = re.compile(r"(?!LC_ALL|PYTHON|WANDB)(\w+=\S* )*mupsweep [^|<>&;$]*")
+# Files that are made or removed; then variables and a command, but none of the variables that Python reads as it starts
+# or that the tests set themselves.
+PLAIN = re.compile(r"((mkdir|touch|rm) [^;]*; )*(?!LC_ALL|PYTHON|WANDB)(\w+=\S* )*mupsweep [^|<>&;$]*")
 NO_UTF8 = "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0"
 ASCII = "PYTHONIOENCODING=ascii"
 
@@ -59,6 +60,8 @@ def call(line: str, folder: Path) -> Outcome:
 
 def fork(line: str, folder: Path) -> Outcome:
     """What a plain line makes in a process that has imported already what a command needs seconds for."""
+    *files, line = line.split("; ")
+    subprocess.run(["bash", "-ec", "; ".join(files)], cwd=folder, check=True)
     words = shlex.split(line.replace("$PWD", str(folder)))
     command = words.index("mupsweep")
     process = Forked(*words[command + 1 :], environment=dict(word.split("=", 1) for word in words[:command]))

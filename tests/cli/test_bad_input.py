@@ -299,8 +299,8 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     ("check --figure sweeps/smoke/plan.jsonl/x.png", ("plan.jsonl is no folder", "such as check.png")),
     ("check law optimizer=foreign", ("optimizer.path=null", "package.module.Class")),
     (
-        "check law optimizer=foreign optimizer.path=my_module.Mine allow_imports=true",
-        ("optimizer.path=my_module.Mine", "No module named 'my_module'", "PYTHONPATH"),
+        "check law optimizer=foreign optimizer.path=no_module.Mine allow_imports=true",
+        ("optimizer.path=no_module.Mine", "No module named 'no_module'", "PYTHONPATH"),
     ),
     ("data prepare data.tokenizer=gpt3", ("data.tokenizer=gpt3", "did you mean 'gpt2'?")),
     ("data verify data.cache=nowhere", ("nowhere", "mupsweep data prepare")),

@@ -66,7 +66,7 @@ def test_overrides_alone_check_coordinates_draw_a_figure_and_are_kept_with_a_swe
 def test_an_outcome_is_kept_with_a_sweep_that_is_there_as_its_json(cli: Cli, tmp_path: Path) -> None:
     assert cli("check", *SMALL, "--into", "sweeps/none")[0] == 2
     sweep, _ = plan.save(config.load(["experiment=smoke", f"out={tmp_path}"]), "")
-    _, out, _ = cli("check", *SMALL, "--json", "--into", str(sweep.path))
+    _, out, _ = cli("check", *SMALL, "sweep.width_ratios=[1,2,4]", "--json", "--into", str(sweep.path))
     assert json.loads(sweep.check_path.read_text()) == json.loads(out)
 
 

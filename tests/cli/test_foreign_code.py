@@ -90,6 +90,7 @@ def test_a_command_line_allows_the_code_and_a_yaml_does_not(planted: Path, cli: 
     assert planted.exists()
 
 
+@pytest.mark.usefixtures("_forked_workers")
 def test_workers_inherit_what_the_command_line_of_their_launcher_allows(planted: Path, cli: Cli) -> None:
     tiny = ["model.width=4", "model.depth=1", "model.head_dim=4", "model.context=8", "data.tokenizer=bytes"]
     tiny += ["training.steps=2", "training.batch_size=2", "training.eval_batches=1", "sweep.width_ratios=[1]"]

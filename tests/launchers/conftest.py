@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 from fake_slurm import Fake
-from forked import start_worker
-
-from mupsweep.training import signals
 
 
 @pytest.fixture
@@ -22,9 +19,3 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "here")
     return Fake(folder)
-
-
-@pytest.fixture
-def _forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher in this process forks its workers from one that has imported what they need seconds for."""
-    monkeypatch.setattr(signals, "start", start_worker)

@@ -6,18 +6,17 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from command_line import mupsweep
-from forked import Forked
+from forked import CONTEXT, Forked
 from outcome import results
 from polling import until
 from test_launchers import SMALL, busy, finish, owners
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.run import main as run_torchrun
 
 from mupsweep.analysis.labels import DONE
 from mupsweep.errors import ConfigError
@@ -209,23 +208,26 @@ def test_small_devices_share_large_runs_and_train_small_ones_alone() -> None:
     assert re.search(r"^w32-d2: roughly \S+B at least and \S+B of a device: 2 share each run$", err, re.MULTILINE)
 
 
+def torchrun(arguments: list[str], folder: Path) -> None:
+    """Be the process of torchrun."""
+    os.chdir(folder)
+    run_torchrun(arguments)
+
+
 def test_processes_that_torchrun_starts_on_two_machines_train_together(
     pairs: dict[str, tuple[dict[str, object], bytes]],
 ) -> None:
     sweep = save(load([*SHORT]), "")[0]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nnodes=2",
-        "--nproc-per-node=1",
-        "--rdzv-backend=c10d",
-    ]
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the agents meet here
-    where = [f"--rdzv-endpoint=127.0.0.1:{store.port}", "--rdzv-conf=is_host=false"]
-    command = [*torchrun, *where, "-m", "mupsweep", "worker", str(sweep.path), "--device", "cpu"]
-    agents = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [agent.communicate()[1] * agent.returncode for agent in agents] == ["", ""]
+    where = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{store.port}", "--rdzv-conf=is_host=false"]
+    worker = ["-m", "mupsweep", "worker", str(sweep.path), "--device", "cpu"]
+    arguments = ["--nnodes=2", "--nproc-per-node=1", *where, *worker]
+    agents = [CONTEXT.Process(target=torchrun, args=(arguments, Path.cwd())) for _ in range(2)]
+    for agent in agents:
+        agent.start()
+    for agent in agents:
+        agent.join()
+    assert [agent.exitcode for agent in agents] == [0, 0]
     assert results(sweep) == pairs
 
 

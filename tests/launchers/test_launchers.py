@@ -215,6 +215,7 @@ def test_devices_that_are_no_list_of_names_are_refused(typed: str, message: str)
         load(["launcher=local", f"launcher.devices={typed}"])
 
 
+@pytest.mark.usefixtures("_forked_workers")
 @pytest.mark.parametrize(
     "launcher", [["launcher=local", "launcher.devices=gpu7"], ["launcher=inline", "launcher.device=gpu7"]]
 )
@@ -361,6 +362,7 @@ def _progress(sweep: SweepDir) -> int:
     return sum(rows(RunDir(p)) for p in sweep.path.glob("runs/*"))
 
 
+@pytest.mark.usefixtures("_forked_workers")
 def test_the_workers_of_a_killed_launcher_are_named_and_stopped_and_no_other_process_is(
     inline: dict[str, tuple[dict[str, object], bytes]],
 ) -> None:

@@ -6,16 +6,18 @@ import doctest
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from tiny import resolve
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import mupsweep
 from mupsweep.errors import ConfigError
 from mupsweep.recipes import param_groups
-from mupsweep.sweep import config, run_spec, tensor_rules
+from mupsweep.sweep import tensor_rules
 
 EXACT = 1e-12  # relative, float64
 LR, DECAY = 0.01, 0.1
@@ -102,8 +104,11 @@ MODELS = {
 def test_our_own_networks_get_the_numbers_that_runs_train_with(
     optimizer: str, parametrization: str, model: list[str]
 ) -> None:
-    overrides = ["experiment=smoke", *model, f"optimizer={optimizer}", f"parametrization={parametrization}"]
-    resolved = run_spec.resolve(config.load(overrides).variants[0])
+    resolved = replace(
+        resolve("experiment=smoke", *model),
+        optimizer=resolve("experiment=smoke", f"optimizer={optimizer}").optimizer,
+        parametrization=resolve("experiment=smoke", f"parametrization={parametrization}").parametrization,
+    )
     sizes = [resolved.size(1.0, 1.0), resolved.size(4.0, 2.0)]
     with torch.device("meta"):
         base, model = (resolved.model.network(size, tensor_rules.multipliers(resolved, size)) for size in sizes)

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import CONTEXT
 from polling import until
 
 from mupsweep import atomic_files
@@ -443,9 +444,8 @@ def _race(root: Path, start: multiprocessing.Barrier, won: multiprocessing.Queue
 
 def race(root: Path) -> list[int]:
     """The runs that were won, once per winner, by processes that try each at the same moment."""
-    context = multiprocessing.get_context("spawn")
-    start, won = context.Barrier(RACERS), context.Queue()
-    racers = [context.Process(target=_race, args=(root, start, won)) for _ in range(RACERS)]
+    start, won = CONTEXT.Barrier(RACERS), CONTEXT.Queue()
+    racers = [CONTEXT.Process(target=_race, args=(root, start, won)) for _ in range(RACERS)]
     for racer in racers:
         racer.start()
     winners = [number for _ in racers for number in won.get(timeout=120)]

@@ -111,9 +111,8 @@ def test_a_larger_size_begins_below_what_diverged_at_a_smaller_one() -> None:
 
 
 def test_one_seed_is_enough_unless_noise_decides() -> None:
-    quiet, noisy = (
-        searched(replace(LADDER, regret=1e-4, half_width=0.1), drifting(-6.7, 0.0, noise=n)) for n in (1e-4, 0.02)
-    )
+    two = replace(LADDER, width_ratios=(1.0, 2.0), regret=1e-4, half_width=0.1)
+    quiet, noisy = (searched(two, valley(-6.7, noise=n)) for n in (1e-4, 0.02))
     assert {r["seed"] for r in quiet} == {0}
     assert {r["seed"] for r in noisy} > {0}
     assert len(noisy) > len(quiet)

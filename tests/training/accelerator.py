@@ -1,24 +1,23 @@
 """Steps on an accelerator that is not there: torch's fake tensors know their device, and have no values.
 
-A program of its own, since a device that was registered stays: `python accelerator.py WORDS.json` takes lists of
-overrides and prints for each what went wrong, or an empty string.
+In a process of its own, since a device that was registered stays.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from composition import compose_once
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from mupsweep.sweep.config import load
+from mupsweep.sweep import config
 from mupsweep.sweep.plan import plan
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.training import build, trainer
@@ -26,7 +25,7 @@ from mupsweep.training.build import TrainingSetup
 from mupsweep.training.microbatch import MicroBatcher
 
 NAME = "nowhere"
-STEPS = 2  # before and after a resume; some optimizers only look at the first gradient
+STEPS = 2  # before a resume; some optimizers only look at the first gradient
 
 
 def to_empty(network: nn.Module, *, device: torch.device, recurse: bool = True) -> nn.Module:
@@ -52,15 +51,15 @@ def resumed(setup: TrainingSetup, run: RunSpec, device: torch.device) -> Trainin
 
 
 def wrong(overrides: list[str]) -> str:
-    """What goes wrong in the first steps of the run that `overrides` describe, and the first ones after a resume."""
+    """What goes wrong in the first steps of the run that `overrides` describe, and in the first one after a resume."""
     device = torch.device(NAME)
-    run = plan(load(overrides))[0]
+    run = plan(config.load(overrides))[0]
     training, batches = run.resolved.training, MicroBatcher()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):  # constants
             setup = build.build(run, device)
             loss_of = partial(trainer.mean_loss, setup.network, training.precision)
-            for step in range(2 * STEPS):
+            for step in range(STEPS + 1):
                 if step == STEPS:
                     setup = resumed(setup, run, device)
                     loss_of = partial(trainer.mean_loss, setup.network, training.precision)
@@ -83,13 +82,14 @@ def wrong(overrides: list[str]) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def main() -> None:
+def steps(cases: list[list[str]], report: Path) -> None:
+    """Write what goes wrong in the first steps of every case, a list of overrides; an empty string where nothing does.
+
+    To be called in a process that ends after it.
+    """
+    config.compose = compose_once
     _setup_privateuseone_for_python_backend(NAME)
     getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]
     nn.Module.to_empty = to_empty  # type: ignore[assignment]
     build.initialise = lambda *_: None  # there are no values
-    print(json.dumps([wrong(overrides) for overrides in json.loads(Path(sys.argv[1]).read_text())]))
-
-
-if __name__ == "__main__":
-    main()
+    report.write_text(json.dumps([wrong(overrides) for overrides in cases]))

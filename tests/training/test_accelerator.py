@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import accelerator
 import chosen
+from forked import CONTEXT
 
 from mupsweep.sweep.config import choices
 
@@ -33,11 +33,11 @@ FAKE = {"optimizer=foreign"}  # of NAdam's state fake tensors cannot bring the p
 
 
 def test_a_step_on_an_accelerator_mixes_no_devices_and_waits_for_nothing(tmp_path: Path) -> None:
-    file = tmp_path / "words.json"
-    file.write_text(json.dumps([[*SMALL, *case] for case in CASES.values()]))
-    program = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("accelerator.py")), str(file)]
-    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True)
-    wrong = {case: what for case, what in zip(CASES, json.loads(done.stdout), strict=True) if what}
+    report = tmp_path / "report.json"
+    process = CONTEXT.Process(target=accelerator.steps, args=([[*SMALL, *case] for case in CASES.values()], report))
+    process.start()
+    process.join()
+    wrong = {case: what for case, what in zip(CASES, json.loads(report.read_text()), strict=True) if what}
     assert {case for case, what in wrong.items() if what.startswith("waits for the device")} == WAITS
     assert {case for case, what in wrong.items() if "aten::empty_strided" in what} == FAKE
     assert wrong.keys() == WAITS | FAKE, wrong

@@ -488,7 +488,9 @@ def test_plan_and_rules_of_every_choice_never_import_torch() -> None:
 import sys
 sys.path.append(sys.argv[1])
 from chosen import imports_foreign_code
+from composition import compose_once
 from mupsweep.sweep import config, plan, tensor_rules
+config.compose = compose_once
 for group in ("model", "optimizer", "parametrization"):
     for name in config.choices(group):
         if imports_foreign_code(group, name):

@@ -498,14 +498,18 @@ def test_the_validation_loss_is_the_mean_over_the_fixed_blocks(
     )
 
 
-def test_bits_per_byte_count_the_bytes_of_the_whole_validation_set(data: Dataset, tmp_path: Path) -> None:
+def test_bits_per_byte_count_the_bytes_of_the_whole_validation_set(tmp_path: Path) -> None:
     """A head of zeros costs log2(256) bits a token at any size and LR, and the end of text (0) has no bytes."""
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"Address {n}. " * 40}) + "\n" for n in range(200)))
+    of_corpus = ["data=local", f"data.path={corpus}", "data.tokenizer=bytes", "data.validation_fraction=0.5"]
+    data = prepare(run(*of_corpus).resolved.variant.data)
     targets = data.validation_batch(32, data.validation_blocks(32, 10**9))[:, 1:]
     expected = 8 * targets.size / (targets != 0).sum()
     assert expected > 8
     zeros = ["model.head_init_std=0.0", "training.eval_tokens=1000000000", "training.steps=2", "training.warmup=1"]
     for i, other in enumerate(("sweep.log2_lrs=[-60]", "sweep.width_ratios=[2]")):
-        spec = run(*zeros, "sweep.log2_lrs=[-61]", other)
+        spec = run(*of_corpus, *zeros, "sweep.log2_lrs=[-61]", other)
         summary = attempt(spec, data, tmp_path / str(i)).summary
         assert summary["val_loss"] == pytest.approx(math.log(256), rel=TOLERANCE["evaluation"])
         assert summary["val_bits_per_byte"] == pytest.approx(expected, rel=TOLERANCE["evaluation"])
