@@ -181,8 +181,6 @@ def run_replica(sweep: SweepDir, device: torch.device, stop: StopSignal, ranks: 
 def build_for(ranks: DistributedContext, run: RunSpec, builder: Builder) -> TrainingSetup:
     """Build the network and its optimizers, in full or this rank's shards of them."""
     if not ranks.shard:
-        if ranks.size > 1:
-            builder.forget()  # DistributedDataParallel leaves hooks on the parameters of a network
         return builder.build(run)
     from mupsweep.training.fsdp import build_sharded  # late, since importing FSDP takes a while
 

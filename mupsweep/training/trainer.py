@@ -72,9 +72,9 @@ def train(
     norm_tracker = NormTracker(run, setup)
     horizons = training.horizons(total_steps)  # (first step of the cooldown, last step); the run's own is the last
     precision = choose_precision(training.precision, device)
+    if training.compile:  # within DistributedDataParallel, as the network is kept for the next run of its size
+        compiled(setup.network)
     network, no_sync = data_parallel(setup, ranks, find_unused=run.resolved.model.inferred)
-    if training.compile:
-        network = compiled(network)
 
     checkpointer = Checkpointer(setup, folder, ranks, 60 * training.checkpoint_minutes)
     if len(set(ranks.all_gather_object(checkpointer.state.step))) > 1:
@@ -84,6 +84,7 @@ def train(
         )
     micro_batcher = MicroBatcher(ranks, training.micro_batch, checkpointer.state.micro_batch, no_sync)
     exchange = SignalExchange(ranks)
+    loss_of = partial(mean_loss, network, precision)
 
     while True:
         state = checkpointer.state
@@ -100,6 +101,11 @@ def train(
         batch = data.train_batch(context, training.batch_size, run.seed, state.step)
         tokens = to_device(ranks.local_shard(batch), device)
 
+        # DistributedDataParallel orders its sums by its first backward pass, which is therefore taken twice: then a
+        # resumed run sums in the order of one that was never stopped.
+        if checkpointer.steps == 0 and ranks.size > 1 and not setup.sharded:
+            micro_batcher.backward(setup.network.parameters(), loss_of, tokens)
+
         # Second-order optimizers observe the curvature now and then, before the gradient that they use it for.
         if setup.optimizer.curvature_due(state.step):
             observed = tokens
@@ -108,7 +114,6 @@ def train(
             observe_curvature(network, setup, observed[:, :-1], run.seed, state.step, precision, micro_batcher)
 
         # Forward and backward. The loss stays on the device: to read it here would make every step wait for it.
-        loss_of = partial(mean_loss, network, precision)
         loss = micro_batcher.backward(setup.network.parameters(), loss_of, tokens)
         checkpointer.pending_losses.append(loss)
         state.micro_batch = micro_batcher.oom_micro_batch  # a resumed run must not run out of memory once more

@@ -8,9 +8,10 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from forked import CONTEXT
 from test_trainer import CPU, TOTAL, TrainControl, run
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -32,7 +34,7 @@ from mupsweep.sweep.config import load
 from mupsweep.sweep.plan import plan, save
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.training import distributed, session
-from mupsweep.training.build import TrainingSetup, build
+from mupsweep.training.build import Builder, TrainingSetup, build
 from mupsweep.training.devices import choose_device, choose_devices
 from mupsweep.training.distributed import DistributedContext, process_group, rank_envs
 from mupsweep.training.microbatch import MicroBatcher
@@ -184,17 +186,17 @@ def test_sampled_labels_and_the_curvature_are_those_of_the_whole_batch(pool: Pro
                 assert float((h - w).abs().max()) <= TOLERANCE["curvature"] * float(w.max())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("optimizer", "size"), [("adamw", 4), ("muon", 2)])  # the order of a sum shows from three on
 def test_a_stop_that_reaches_one_rank_stops_all_at_the_same_step_and_resumes_bit_for_bit(
-    optimizer: str, pool: ProcessPoolExecutor, tmp_path: Path
+    optimizer: str, size: int, pool: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
     overrides = (f"optimizer={optimizer}",)
-    straight = whole(pool, 2, tmp_path / "straight", *overrides)
-    outcomes = on_all_ranks(pool, 2, trained, run(*overrides), tmp_path / "stopped", {1: 10})
-    assert [one["asked"] for one in outcomes] == [12, 12]  # asked before step 10, they stop before step 11
-    assert [one["summary"] for one in outcomes] == [None, None]
+    straight = whole(pool, size, tmp_path / "straight", *overrides)
+    outcomes = on_all_ranks(pool, size, trained, run(*overrides), tmp_path / "stopped", {1: 10})
+    assert [one["asked"] for one in outcomes] == [12] * size  # asked before step 10, they stop before step 11
+    assert [one["summary"] for one in outcomes] == [None] * size
     assert torch.load(tmp_path / "stopped" / "checkpoint" / "latest.pt", weights_only=True)["step"] == 11
-    resumed = whole(pool, 2, tmp_path / "stopped", *overrides)
+    resumed = whole(pool, size, tmp_path / "stopped", *overrides)
     assert resumed["metrics"] == straight["metrics"]
     assert resumed["weights"] == straight["weights"]
 
@@ -225,6 +227,32 @@ def seeing_its_own(ranks: DistributedContext, path: Path) -> str:
     return ""
 
 
+def in_one_network(ranks: DistributedContext, specs: list[RunSpec], path: Path) -> list[tuple[str, int]]:
+    """Train runs one after the other as a worker does; the weights after each, and the number of graphs by then."""
+    builder, counter, outcomes = Builder(CPU), CompileCounter(), []
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's compiler warns of its own parts
+        patch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+        for number, spec in enumerate(specs):
+            folder = RunDir(path / f"{ranks.rank} {number}")
+            folder.path.mkdir(parents=True)
+            setup = session.build_for(ranks, spec, builder)
+            train(spec, setup, corpus(), folder, CPU, TrainControl(), ranks)
+            outcomes.append((digest(setup.network.state_dict()), counter.frame_count))
+    return outcomes
+
+
+def test_runs_of_one_size_share_a_network_that_is_compiled_once(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    short = ("training.compile=true", "training.steps=4", "training.eval_tokens=128", "model.depth=1")
+    before, spec = run(*short, "sweep.log2_lrs=[-5]", "sweep.seeds=[1]"), run(*short)
+    together = on_all_ranks(pool, 2, in_one_network, [before, spec], tmp_path / "together")
+    alone = on_all_ranks(pool, 2, in_one_network, [spec], tmp_path / "alone")
+    assert together[0] == together[1]
+    (_, graphs_of_first), (weights, graphs) = together[0]
+    assert graphs == graphs_of_first > 0
+    assert alone == [[(weights, graphs)]] * 2
+
+
 STEPS = "training.steps=8"
 
 
@@ -246,9 +274,10 @@ def faulty_rank(local_rank: int, environments: Any, sweep: SweepDir, slot: Slot)
                 os.kill(os.getpid(), signal.SIGKILL)
             return forward(*tensors, **named)
 
-        if spec.run_id == accident["run_id"]:
-            setup.network.forward = failing  # type: ignore[method-assign]
-        return train(spec, setup, *others)
+        with pytest.MonkeyPatch.context() as patch:  # the next run has the same network
+            if spec.run_id == accident["run_id"]:
+                patch.setattr(setup.network, "forward", failing)
+            return train(spec, setup, *others)
 
     if local_rank == accident["rank"]:
         session.train = trained
