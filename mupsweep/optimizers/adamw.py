@@ -28,6 +28,7 @@ class AdamW(ComposableOptimizer):
     betas: tuple[float, float] = (0.9, 0.95)
 
     memory = ("m", "v")
+    entrywise = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,6 +33,7 @@ class ADOPT(ComposableOptimizer):
     betas: tuple[float, float] = (0.9, 0.9999)
 
     memory = ("m", "v")
+    entrywise = True
     skips_first_step = True
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mupsweep.errors import ConfigError
 from mupsweep.optimizers.algorithm import Algorithm
@@ -41,6 +41,8 @@ class ComposableOptimizer(Optimizer, Algorithm):
     spectral_norm: bool = False
     hyperball: bool = False
 
+    entrywise: ClassVar[bool] = False  # the update of an entry depends on no other entry
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.block_size is None or self.block_size > 0, "optimizer.block_size", self.block_size, "positive")
@@ -68,6 +70,10 @@ class ComposableOptimizer(Optimizer, Algorithm):
     @property
     def oriented(self) -> bool:
         return self.composed or super().oriented
+
+    @property
+    def steps_shards(self) -> bool:
+        return self.entrywise and not self.composed
 
     @abstractmethod
     def base_law(self, dims: Dims | None = None) -> UpdateLaw:

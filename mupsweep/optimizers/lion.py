@@ -26,6 +26,8 @@ class Lion(ComposableOptimizer):
     eps: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
 
+    entrywise = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_decays(self, "betas")

@@ -99,6 +99,11 @@ class Optimizer(ABC):
         return None
 
     @property
+    def steps_shards(self) -> bool:
+        """Whether some rows of a tensor can take their step without the others, to the same bits."""
+        return False
+
+    @property
     def observes_new_batch(self) -> bool:
         """Whether these gradients are those of a batch of their own, and not of the step's."""
         return False

@@ -32,6 +32,8 @@ class SGD(ComposableOptimizer):
     momentum: float = 0.9
     nesterov: bool = False
 
+    entrywise = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_decays(self, "momentum")

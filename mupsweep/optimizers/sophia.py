@@ -48,6 +48,7 @@ class Sophia(ComposableOptimizer):
     curvature_batch: str = "step"  # for stored sweeps, which do not name it
 
     memory = ("m", "h")
+    entrywise = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

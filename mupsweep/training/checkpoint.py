@@ -60,6 +60,21 @@ class TrainState:
     branches: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint file holds.
+
+    Attributes:
+        network: the tensors of the network by name.
+        optimizer: the state dict of every optimizer of the run.
+    """
+
+    path: Path
+    network: dict[str, Any]
+    optimizer: list[dict[str, Any]]
+    state: TrainState
+
+
 @dataclass
 class Checkpointer:
     """Checkpoints, rows of metrics and the status of a run. Only rank 0 writes, and only while it holds the lease.
@@ -85,7 +100,8 @@ class Checkpointer:
     def __post_init__(self) -> None:
         self.last_save = self.last_status = self.started
         self.state = self.restore()
-        fitting = [size for size in (self.state.micro_batch, self.folder.fitting_micro_batch()) if size is not None]
+        forced = self.ranks.broadcast_object(self.folder.fitting_micro_batch())
+        fitting = [size for size in (self.state.micro_batch, forced) if size is not None]
         self.state.micro_batch = min(fitting, default=None)  # a resumed run must not run out of memory once more
         self.earlier_seconds = self.state.seconds
         if self.should_write():
@@ -95,16 +111,7 @@ class Checkpointer:
 
     def restore(self) -> TrainState:
         """Load the newest undamaged checkpoint into the run; a fresh state where there is none."""
-        for path in self.folder.checkpoints:
-            if not path.exists():
-                continue
-            state = self._load(path)
-            if state is not None:
-                log.info("resuming at step %d from %s", state.step, path.name)
-                return state
-            log.warning("%s is damaged; trying an older one", path)
-            self.damaged.add(path)
-        return TrainState()
+        return self._load(self._newest() if self.ranks.is_main_process else None) or TrainState()
 
     def should_write(self) -> bool:
         """Whether this process may write the run's files.
@@ -146,7 +153,7 @@ class Checkpointer:
         self.read_losses()
         self.clock()
         cooldown, path = self.state, self.folder.trunk_checkpoint
-        trunk = self._load(path) if path.exists() else None
+        trunk = self._load(self._read(path) if self.ranks.is_main_process and path.exists() else None)
         if trunk is None:
             if self.should_write():
                 self.folder.remove_checkpoints()
@@ -197,17 +204,30 @@ class Checkpointer:
         self.read_losses()
         self.clock()
         buffer = io.BytesIO()
-        state = {"network": self.setup.network.state_dict(), "optimizer": self.setup.optimizer.state_dict()}
+        state = {"network": network_state(self.setup, self.ranks), "optimizer": self.setup.optimizer.state_dict()}
         if self.ranks.is_main_process:
             torch.save({"run_id": self.setup.run_id, **state, **asdict(self.state)}, buffer)
         buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
         return buffer.getvalue()
 
-    def _load(self, path: Path) -> TrainState | None:
-        """Load a checkpoint's weights and optimizer state into the run and return its TrainState; None if damaged."""
+    def _newest(self) -> Saved | None:
+        """Read the newest undamaged checkpoint; None where there is none."""
+        for path in self.folder.checkpoints:
+            if not path.exists():
+                continue
+            saved = self._read(path)
+            if saved is not None:
+                log.info("resuming at step %d from %s", saved.state.step, path.name)
+                return saved
+            log.warning("%s is damaged; trying an older one", path)
+            self.damaged.add(path)
+        return None
+
+    def _read(self, path: Path) -> Saved | None:
+        """Read a checkpoint of this run; None if it is damaged."""
         if not _is_whole(path):
             return None
-        # What goes to another device is mapped and not read: the processes of a machine share the pages of the file.
+        # What goes to another device is mapped and not read, since a copy may not fit in memory.
         mapped = next(self.setup.network.parameters()).device.type != "cpu"
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -225,20 +245,78 @@ class Checkpointer:
         network, optimizer = saved.pop("network"), saved.pop("optimizer")
         if records.wrong_in(saved, STATE, {}) or len(saved["losses"]) != saved["step"]:
             raise self._foreign(path)
+        return Saved(path, network, optimizer, TrainState(**saved))
+
+    def _load(self, saved: Saved | None) -> TrainState | None:
+        """Load the checkpoint that rank 0 has read into the run on every rank; return its TrainState."""
+        state = self.ranks.broadcast_object(saved and saved.state)
+        if state is None:
+            return None
         try:
-            self.setup.network.load_state_dict(network)
-            self.setup.optimizer.load_state_dict(optimizer)
+            load_network_state(self.setup, saved.network if saved else {}, self.ranks)
+            load_optimizer_state(self.setup, saved.optimizer if saved else None, self.ranks)
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            # on one of several ranks it may as well be another that has failed
+            if isinstance(error, torch.OutOfMemoryError) or saved is None or self.ranks.size > 1:
                 raise
-            raise self._foreign(path) from error
-        return TrainState(**saved)
+            raise self._foreign(saved.path) from error
+        return state
 
     def _foreign(self, path: Path) -> RecordError:
         """The error of a file whose content is no checkpoint of this run, though its digest is right."""
         return RecordError(
             f"{path} holds something else than a checkpoint of this run: delete {path.parent} to start the run anew"
         )
+
+
+def network_state(setup: TrainingSetup, ranks: DistributedContext) -> dict[str, Tensor]:
+    """The full tensors of the network by name; where ranks share them, on rank 0 alone."""
+    if not setup.sharded:
+        return setup.network.state_dict() if ranks.is_main_process else {}
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(setup.network, options=options)  # type: ignore[return-value]
+
+
+def load_network_state(setup: TrainingSetup, saved: dict[str, Any], ranks: DistributedContext) -> None:
+    """Load the full tensors that rank 0 has read into the network of every rank."""
+    if ranks.size == 1:
+        setup.network.load_state_dict(saved)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(setup.network, saved, options=options)
+
+
+def load_optimizer_state(setup: TrainingSetup, saved: list[dict[str, Any]] | None, ranks: DistributedContext) -> None:
+    """Load what rank 0 has read into the optimizers of every rank, which keeps its share.
+
+    `set_optimizer_state_dict` would do for neither whole matrices, whose state is that of parameters on one rank alone,
+    nor optimizers of others, which it steps to make their state.
+    """
+    optimizer = setup.optimizer
+    if ranks.size == 1:
+        optimizer.load_state_dict(saved or [])
+        return
+    shares = []
+    for member in range(len(optimizer.members)):
+        of_rank_0 = saved[member] if saved is not None else {"state": {}, "param_groups": []}
+        param_groups = ranks.broadcast_object(of_rank_0["param_groups"])
+        states = {}
+        for number in (number for group in param_groups for number in group["params"]):
+            # One parameter at a time; a clone, since a view would be sent with all the storage that it looks at.
+            state = ranks.broadcast_object(
+                {
+                    key: value.clone() if isinstance(value, Tensor) else value
+                    for key, value in of_rank_0["state"].get(number, {}).items()
+                }
+            )
+            if share := optimizer.own_share(member, number, state):
+                states[number] = share
+        shares.append({"state": states, "param_groups": param_groups})
+    optimizer.load_state_dict(shares)
 
 
 def mean(values: list[float]) -> float:

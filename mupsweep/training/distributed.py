@@ -13,11 +13,11 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,9 +25,7 @@ from torch import Tensor
 
 from mupsweep.errors import ConfigError
 
-T = TypeVar("T")
-
-BUCKET = 2**24  # numbers that are sent in one collective: 64 MiB in fp32
+BUCKET = 2**24  # numbers that are sent in one collective, as a rule: 64 MiB in fp32
 TORCHRUN_ENV = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 AGENT_ENV = {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}  # rank 0 serves no store
 RUN_WAIT_TIMEOUT = timedelta(days=30)  # how long a rank waits for its next run
@@ -85,12 +83,12 @@ class DistributedContext:
         if self.size > 1:
             dist.all_reduce(tensor)
 
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """Return the values of all ranks."""
-        gathered = [value] * self.size
+    def broadcast_object(self, value: Any) -> Any:
+        """Return rank 0's value on every rank."""
+        values = [value]
         if self.size > 1:
-            dist.all_gather_object(gathered, value)
-        return gathered
+            dist.broadcast_object_list(values)
+        return values[0]
 
     def gather_object(self, value: Any) -> list[Any]:
         """Return the values of all ranks on rank 0, and an empty list elsewhere."""
@@ -231,15 +229,3 @@ def interface_to(host: str) -> str | None:
                 if fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24] == own_address:
                     return name
     return None
-
-
-def bucketed(items: Iterable[T], numel: Callable[[T], int]) -> Iterator[list[T]]:
-    """Group items in order into buckets of at most BUCKET numbers; a larger item has a bucket of its own."""
-    bucket: list[T] = []
-    for item in items:
-        if bucket and sum(map(numel, bucket)) + numel(item) > BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(item)
-    if bucket:
-        yield bucket

@@ -26,7 +26,7 @@ class NormTracker:
         self.steps = run.resolved.training.norm_steps(run.resolved.steps)
         tensors = run.resolved.model.tensors(run.size) if self.steps else ()
         self.specs = [spec for spec in tensors if spec.role.is_matrix and spec.tied_to is None]
-        self.network = setup.network
+        self.network, self.sharded = setup.network, setup.sharded
         self.due = False
         self.before: dict[str, Tensor] = {}
 
@@ -53,9 +53,10 @@ class NormTracker:
         return norms
 
     def _weights(self) -> Iterator[tuple[TensorSpec, Tensor]]:
-        """The matrices one by one, as the network holds them."""
+        """The matrices one by one, as the network holds them, or as it would without other ranks."""
         for spec in self.specs:
-            yield spec, self.network.get_parameter(spec.name).detach()
+            weight = self.network.get_parameter(spec.name).detach()
+            yield spec, weight.full_tensor() if self.sharded else weight  # type: ignore[attr-defined]
 
 
 def matrix_norm(stored: Tensor, spec: TensorSpec) -> float | None:

@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mupsweep.analysis.labels import DIVERGED, DONE
 from mupsweep.data import Dataset
-from mupsweep.errors import RecordError
 from mupsweep.models.loss import DRAWS
 from mupsweep.store.run_dir import METRICS_ROWS, RunDir
 from mupsweep.sweep.config import TrainingConfig
@@ -77,11 +76,6 @@ def train(
     network, no_sync = data_parallel(setup, ranks, find_unused=run.resolved.model.inferred)
 
     checkpointer = Checkpointer(setup, folder, ranks, 60 * training.checkpoint_minutes)
-    if len(set(ranks.all_gather_object(checkpointer.state.step))) > 1:
-        raise RecordError(
-            f"the processes that train this run together found different checkpoints in {folder.path}: a network file "
-            "system showed one of them old files; run the same command again"
-        )
     micro_batcher = MicroBatcher(ranks, training.micro_batch, checkpointer.state.micro_batch, no_sync)
     exchange = SignalExchange(ranks)
     loss_of = partial(mean_loss, network, precision)

@@ -242,6 +242,39 @@ def test_a_factor_of_zero_leaves_the_weights(name: str) -> None:
     assert left_alone(name, before, weights(built))
 
 
+ENTRYWISE = [part for part in PARTS if part.steps_shards]
+
+
+def test_the_optimizers_that_update_every_entry_by_itself() -> None:
+    assert {part.name for part in ENTRYWISE} >= {"adamw", "adopt", "lion", "sgd", "sophia"}
+    muon = next(part for part in PARTS if part.name == "muon")
+    assert not muon.steps_shards
+    adamw = next(part for part in ENTRYWISE if isinstance(part, ComposableOptimizer))
+    assert not replace(adamw, roles=("hidden",), rest={"kind": "sgd"}, hyperball=True, weight_decay=0.0).steps_shards
+
+
+@pytest.mark.parametrize("part", ENTRYWISE, ids=lambda part: part.name)
+@pytest.mark.parametrize("shape", [(13, 7), (64, 40), (5,)])
+def test_rows_take_the_same_step_without_the_others(part: Optimizer, shape: tuple[int, ...]) -> None:
+    """As the ranks of a sharded run step the rows that they hold, down to a rank that holds none."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.nn.Parameter(torch.randn(shape, generator=generator))
+    n = -(-shape[0] // 3)
+    rows = [torch.nn.Parameter(whole.detach()[start : start + n].clone()) for start in (0, n, 2 * n, 3 * n)]
+    optimizers = [part.build([group(part, p, lr=0.01, weight_decay=0.1)]) for p in (whole, *rows)]
+    start = whole.detach().clone()
+    for _ in range(5):
+        grad = torch.randn(shape, generator=generator)
+        for p, of_rows in zip((whole, *rows), (grad, *grad.split(n), grad[3 * n :]), strict=True):
+            p.grad = of_rows.clone()
+        for optimizer in optimizers:
+            if part.curvature_every is not None:
+                optimizer.observe()  # pyright: ignore
+            optimizer.step()
+    assert torch.equal(torch.cat([p.detach() for p in rows]), whole.detach())
+    assert (whole != start).all()
+
+
 def test_the_first_step_of_adopt_and_of_soap_leaves_the_weights() -> None:
     """As in their authors' code, whose first step sets second moments and is done."""
     skipping = [part for part in PARTS if isinstance(part, ComposableOptimizer) and part.skips_first_step]
