@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +25,11 @@ CONTEXT.set_forkserver_preload(
 
 
 def run_command(
-    arguments: tuple[str, ...], folder: str, environment: dict[str, str], output: tuple[Path, Path]
+    arguments: tuple[str, ...],
+    folder: str,
+    environment: dict[str, str],
+    output: tuple[Path, Path],
+    first: Callable[[], None] | None,
 ) -> None:
     """Be the process of a command: a group of its own, what it prints in files."""
     os.setsid()
@@ -38,17 +42,25 @@ def run_command(
     sys.argv = ["mupsweep", *arguments]
     from mupsweep.cli import main
 
+    if first is not None:
+        first()
     main()
 
 
 class Forked:
-    """A running command with the interface of a `subprocess.Popen`."""
+    """A running command with the interface of a `subprocess.Popen`; its process does something else `first`."""
 
-    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None, log: Path | None = None) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
+        first: Callable[[], None] | None = None,
+    ) -> None:
         folder = Path(tempfile.mkdtemp())
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.output = (log, log) if log else (folder / "out", folder / "err")
-        job = (arguments, os.getcwd(), {**os.environ, **(environment or {})}, self.output)
+        job = (arguments, os.getcwd(), {**os.environ, **(environment or {})}, self.output, first)
         self.process = CONTEXT.Process(target=run_command, args=job)
         self.process.start()
         self.pid = self.process.pid or 0

@@ -9,12 +9,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from damage import damaged_file, of_one_folder, undamaged_copy
+from forked import Forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from outcome import OF_THE_CLOCK
@@ -53,9 +56,9 @@ def planned(*overrides: str) -> SweepDir:
     return sweep
 
 
-def worker_of(sweep: SweepDir, first: str = "") -> list[str]:
+def worker_of(sweep: SweepDir) -> list[str]:
     """Return the command of a worker whose tracker reads records as often as this process does."""
-    code = f"import mupsweep.cli, mupsweep.trackers.live as live; live.POLL = {live.POLL}\n{first}\nmupsweep.cli.main()"
+    code = f"import mupsweep.cli, mupsweep.trackers.live as live; live.POLL = {live.POLL}\nmupsweep.cli.main()"
     return [sys.executable, "-c", code, "worker", str(sweep.path), "--device", "cpu"]
 
 
@@ -245,19 +248,27 @@ def test_a_stopped_run_is_preempted_and_ends_like_an_undisturbed_one(
     assert len(run.lines) == 60
 
 
+def hang_when_held(poll: float) -> None:
+    """Have this process stop at step HELD, and read records as often as the test does."""
+    append = RunDir.append_metrics
+
+    def hang(run: RunDir, row: dict[str, Any]) -> None:
+        append(run, row)
+        if row["step"] >= HELD:
+            time.sleep(600)
+
+    live.POLL = poll
+    RunDir.append_metrics = hang  # type: ignore[method-assign]
+
+
 def test_a_killed_worker_leaves_neither_doubled_nor_missing_rows(server: WandbServer) -> None:
     sweep = planned(*ONE)
-    hang = f"""
-import time
-from mupsweep.store.sweep_dir import RunDir
-append = RunDir.append_metrics
-RunDir.append_metrics = lambda run, row: (append(run, row), row["step"] < {HELD} or time.sleep(600))
-"""
-    with subprocess.Popen(worker_of(sweep, hang)) as worker:
-        try:
-            server.wait_for_rows(wandb_id(sweep, sweep.read_plan()[0]["run_id"]), HELD)
-        finally:
-            worker.kill()  # no checkpoint yet: the run starts again, behind what the server holds
+    worker = Forked("worker", str(sweep.path), "--device", "cpu", first=partial(hang_when_held, live.POLL))
+    try:
+        server.wait_for_rows(wandb_id(sweep, sweep.read_plan()[0]["run_id"]), HELD)
+    finally:
+        worker.kill()  # no checkpoint yet: the run starts again, behind what the server holds
+        worker.wait()
     assert sweep.counts()["done"] == 0
     assert execute(sweep)
     assert_mirrored(server, sweep)
