@@ -64,11 +64,7 @@ class Program:
                 offspring |= descendants(self.process.pid)
                 signal_group(self.process.pid, signal.SIGKILL)
                 self.process.wait()
-        for pid, born in offspring.items():
-            if born is not None and process_start_time(pid) == born:
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
-        kill_group(self.process.pid)  # also what a program that ended by itself left behind
+        kill_group(self.process.pid, offspring)  # also what a program that ended by itself left behind
 
 
 @contextlib.contextmanager
@@ -140,12 +136,22 @@ def end_earlier(record: Path) -> None:
         record.unlink()
 
 
-def kill_group(pid: int) -> None:
-    """Kill a process group, and wait until none of it runs."""
+def kill_group(pid: int, offspring: Mapping[int, str | None] | None = None) -> None:
+    """Kill a process group, and wait until none of it runs.
+
+    Args:
+        offspring: processes that have left the group, and when each started, to be killed with it.
+    """
     deadline = time.monotonic() + KILL_SECONDS
-    while signal_group(pid, signal.SIGKILL) and time.monotonic() < deadline:
-        if not any(process_start_time(member) for member in members(pid)):
-            return  # those that are left have ended, and wait for their parents to ask how
+    while time.monotonic() < deadline:
+        left = [other for other, born in (offspring or {}).items() if born and process_start_time(other) == born]
+        for other in left:
+            with contextlib.suppress(OSError):
+                os.kill(other, signal.SIGKILL)
+        # members that are left but do not run have ended, and wait for their parents to ask how
+        runs = signal_group(pid, signal.SIGKILL) and any(process_start_time(member) for member in members(pid))
+        if not left and not runs:
+            return
         time.sleep(0.01)
 
 
