@@ -36,6 +36,7 @@ from judge_page import picture_of
 from mupsweep.analysis.analysis import Analysis, analyse
 from mupsweep.analysis.labels import Label
 from mupsweep.analysis.run_result import COLUMNS, RunResult, Size
+from mupsweep.analysis.transfer import HORIZON
 from mupsweep.formatting import counted, duration
 from mupsweep.report.best_runs import best_runs
 from mupsweep.report.figures import norms as norm_figures
@@ -238,7 +239,8 @@ def anchor(title: str) -> str:
 def draw(name: str) -> None:
     """Draw the curves of a sweep, and the norms of hidden matrices through its runs where they were recorded."""
     charts = Charts(recorded(name))
-    (RECORDED / f"{name}.svg").write_text(picture_of(charts, charts.groups, len(charts.groups)), encoding="utf-8")
+    ladders = [group for group in charts.groups if group.axis != HORIZON]
+    (RECORDED / f"{name}.svg").write_text(picture_of(charts, ladders, len(ladders)), encoding="utf-8")
     if not has_norms(name):
         return
     drawn: dict[tuple[Label, Size], list[NormRow]] = defaultdict(list)
