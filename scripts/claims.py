@@ -225,7 +225,7 @@ def is_sweep(name: str) -> bool:
 
 def cost_of(names: Iterable[str]) -> str:
     """The runs of some sweeps, their seeds, and the time of a core that they took."""
-    runs = [row for name in names for row in csv.DictReader((RECORDED / f"{name}.csv").open())]
+    runs = [row for name in names for row in csv.DictReader((RECORDED / f"{name}.csv").read_text().splitlines())]
     trained = {(row["log2_lr"], row["seed"], row["seconds"]): float(row["seconds"]) for row in runs}
     seeds = len({row["seed"] for row in runs})
     return f"{counted(len(runs), 'run')}, {counted(seeds, 'seed')}, {duration(sum(trained.values()))} of one core"
