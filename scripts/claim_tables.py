@@ -26,9 +26,7 @@ RECORDED = ROOT / "configs" / "experiment" / "claims"
 PUBLISHED = ROOT / "tests" / "tables"
 
 KEPT_NORM = 1.5  # a factor by which ||W||_R may change and yet count as kept
-ALIKE = (
-    1.2  # a factor by which relative updates of the largest and the smallest width may differ and yet count as alike
-)
+ALIKE = 1.2  # a factor by which relative updates at the largest and the smallest width may differ and count as alike
 SAVED = 1.2  # a speed-up from which compute counts as saved: between nothing and the claimed 1.4
 VERDICTS = SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 
@@ -63,12 +61,10 @@ class Finding:
     """What one variant shows of a claim.
 
     Attributes:
-        variant: its name in the summary.
         cells: of its line in a table.
         verdict: SUPPORTED, CONTRADICTED or UNDECIDED.
     """
 
-    variant: str
     cells: tuple[str, ...]
     verdict: str
 
@@ -102,7 +98,7 @@ def transfer(sweep: str, axis: str = "width", **claimed: str) -> Table:
         if group.axis == axis and group.parametrization in claimed:
             cells = (group.optimizer, group.parametrization, *_drift(group))
             verdict = _transfers(group, claimed[group.parametrization])
-            findings.append(Finding(f"{group.optimizer}/{group.parametrization}", cells, verdict))
+            findings.append(Finding(cells, verdict))
     columns = ("optimizer", "rule", f"octaves per doubling of the {axis}", "in all", "base's LR costs, nats", "LR")
     return Table(columns, tuple(findings))
 
@@ -123,7 +119,7 @@ def lower(sweep: str, parametrization: str, axis: str = "width") -> Table:
             low, high = c.lower.low, c.lower.high
             verdict = _judged(low is not None and low > 0, high is not None and high < 0)
             cells = (c.of[1], f"{c.lower:+.4f}", f"{c.speed_up:.2f}")
-            findings.append(Finding(f"{c.of[1]}/{parametrization}", cells, verdict))
+            findings.append(Finding(cells, verdict))
     columns = ("optimizer", f"{parametrization} ends lower than sp by, nats", "sp's compute for that loss, times")
     return Table(columns, tuple(findings))
 
@@ -148,7 +144,7 @@ def saved(sweep: str, *widths: str, **claimed: str) -> Table:
         verdict = _judged(saves, loses) if claimed[parametrization] == "saved" else _judged(loses, saves)
         lower = (f"{of_width[width].lower:+.3f}" if width in of_width else "" for width in map(int, widths))
         cells = (optimizer, parametrization, *lower, f"{speed_up:.2f}")
-        findings.append(Finding(f"{optimizer}/{parametrization}", cells, verdict))
+        findings.append(Finding(cells, verdict))
     below = (f"nats below AdamW at width {width}" for width in widths)
     return Table(("optimizer", "rule", *below, "AdamW's compute for that loss, times"), tuple(findings))
 
@@ -185,7 +181,7 @@ def coordinates(check: str, axis: str, **claimed: str) -> Table:
             f"{float(r['exponent']):+.2f} [{float(r['low']):+.2f}, {float(r['high']):+.2f}]"
             for r in (features, updates)
         )
-        findings.append(Finding(f"{optimizer}/{rule}", (optimizer, rule, *intervals), verdict))
+        findings.append(Finding((optimizer, rule, *intervals), verdict))
     columns = ("optimizer", "rule", f"features change as {axis}^", f"hidden ||dW||_R as {axis}^")
     return Table(columns, tuple(findings))
 
@@ -206,7 +202,7 @@ def norms(*stays: str, **remarks: str) -> Table:
             ends = (f"{first.norm:.2f}", f"{last.norm:.2f}", f"{growth:.2f}")
             claimed = kept == (variant in stays)
             cells = (variant, str(width), f"{last.log2_lr:g}", *ends)
-            findings.append(Finding(f"{variant}, width {width}", cells, _judged(claimed, not claimed)))
+            findings.append(Finding(cells, _judged(claimed, not claimed)))
     columns = ("optimizer", "width", "log2 LR", "||W||_R after a step", "at the end", "factor")
     return Table(columns, tuple(findings))
 
@@ -227,10 +223,9 @@ def updates(*alike: str, **remarks: str) -> Table:
             small, large = by_width[min(by_width)], by_width[max(by_width)]
             ratios = [b.relative_update / a.relative_update for a, b in zip(small, large, strict=True)]  # type: ignore[operator]
             late = geometric_mean(ratios[len(ratios) // 2 : -len(ratios) // 4])
-            variant, same = f"{rule}, {remark}", 1 / ALIKE <= late <= ALIKE
-            found = same == (variant in alike)
+            found = (1 / ALIKE <= late <= ALIKE) == (f"{rule}, {remark}" in alike)
             cells = (rule, remark, f"{ratios[0]:.2f}", f"{late:.2f}")
-            findings.append(Finding(variant, cells, _judged(found, not found)))
+            findings.append(Finding(cells, _judged(found, not found)))
     columns = ("rule", "decay", "||dW||_R / ||W||_R, largest width : smallest, first step", "second half")
     return Table(columns, tuple(findings))
 
@@ -249,11 +244,9 @@ def drifts(*claims: str, **remarks: str) -> Table:
         for horizon in horizons:
             for group in recorded(sweep, horizon=horizon).groups:
                 rule = group.parametrization
-                variant = f"{rule}, {remark}"
-                claimed = variant in claims if horizon == horizons[-1] else rule == "mup"
+                claimed = f"{rule}, {remark}" in claims if horizon == horizons[-1] else rule == "mup"
                 verdict = _transfers(group, TRANSFERS if claimed else DRIFTS)
-                name = f"{variant}, {horizon:,} tokens"
-                findings.append(Finding(name, (rule, remark, f"{horizon:,}", *_drift(group)), verdict))
+                findings.append(Finding((rule, remark, f"{horizon:,}", *_drift(group)), verdict))
     columns = ("rule", "decay", "tokens", "octaves per doubling of the width", "in all", "base's LR costs, nats", "LR")
     return Table(columns, tuple(findings))
 

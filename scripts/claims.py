@@ -24,6 +24,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import geometric_mean
 from tempfile import TemporaryDirectory
@@ -59,6 +60,7 @@ KEPT = {
 MEASURED = ("optimizer", "parametrization", "axis", "quantity", "role", "exponent", "low", "high")
 
 
+@cache
 def commands() -> dict[str, str]:
     """The words after `mupsweep` of every sweep and check, by its name, as the headers of the presets give them."""
     presets = sorted(EXPERIMENTS.glob("claim_*.yaml"))
@@ -164,7 +166,7 @@ def pictures(*names: str) -> str:
     return "\n".join(lines)
 
 
-def cost(*names: str) -> str:
+def cost() -> str:
     """The cost of all sweeps."""
     return f"Recorded are {cost_of([name for name in commands() if is_sweep(name)])}."
 
