@@ -69,7 +69,7 @@ def of_mappings(source: str, mappings: Iterable[tuple[str, Mapping[str, Any]]], 
         raise DataError(f"--from {source} is nested too deep: expected one object a {kind}") from error
     columns = tuple(dict.fromkeys(key for _, row in flat for key in row))
     records = (Record(name, tuple(_text(row.get(column)) for column in columns)) for name, row in flat)
-    return Cells(source, columns, tuple(records), kind)
+    return Cells(source, _one_line(columns), tuple(records), kind)
 
 
 def read_cells(source: str) -> Cells:
@@ -279,7 +279,12 @@ def _with_heading(source: str, rows: list[tuple[int, list[str]]]) -> Cells:
                 "quote cells that hold the separator"
             )
         records.append(Record(str(number), tuple(row[: len(columns)])))
-    return Cells(source, tuple(columns), tuple(records))
+    return Cells(source, _one_line(columns), tuple(records))
+
+
+def _one_line(columns: Iterable[str]) -> tuple[str, ...]:
+    """Names as messages can show them: a quote that is not closed takes in lines."""
+    return tuple(" ".join(column.split()) for column in columns)
 
 
 def flattened(mapping: Mapping[str, Any]) -> dict[str, Any]:

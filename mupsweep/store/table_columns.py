@@ -255,7 +255,7 @@ def _most_alike(meaning: str, columns: Sequence[str]) -> str | None:
 
 
 def _listed(columns: Sequence[str]) -> str:
-    named = [" ".join(column.split()) for column in columns if column]  # a quote that is not closed takes in lines
+    named = [column for column in columns if column]
     more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
     return (", ".join(named[:MOST_NAMED]) or "none") + more
 
