@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = (
-    2**24
-)  # logits per chunk on a CPU, 64 MiB in fp32; smaller chunks add to the weight's gradient too often
-ACCELERATOR_CHUNK_ELEMENTS = 2**27  # 512 MiB in fp32: few large products
+from mupsweep.models.shape import MAX_LOGITS
+
+# logits per chunk on a CPU, 64 MiB in fp32; smaller chunks add to the weight's gradient too often
+CHUNK_ELEMENTS = 2**24
 DRAWS = 2**31  # the random integers of `sample_labels` are below this
 
 
@@ -117,7 +117,7 @@ def _logits(features: Tensor, weight: Tensor, scale: float) -> Tensor:
 
 def _chunk_rows(weight: Tensor, share: int) -> int:
     """The number of tokens in a chunk that takes 1 / share of a chunk's memory."""
-    elements = CHUNK_ELEMENTS if weight.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
+    elements = CHUNK_ELEMENTS if weight.device.type == "cpu" else MAX_LOGITS
     return max(1, elements // (share * len(weight)))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from mupsweep.errors import ConfigError
 
 LARGEST_WIDTH, LARGEST_DEPTH = 2**24, 4096  # of a model whose tensors can still be listed in seconds
+MAX_LOGITS = 2**27  # that the loss computes at once on an accelerator, 512 MiB in fp32: few large products
 GQA_RULES = ("fixed_ratio", "fixed_kv_heads")
 
 

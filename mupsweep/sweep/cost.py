@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mupsweep.models.shape import Size
+from mupsweep.models.shape import MAX_LOGITS, Size
 from mupsweep.scaling import Role, TensorSpec
 
 STEP_SECONDS = 0.004  # what a step costs beyond its FLOPs: kernel launches and Python
@@ -21,7 +21,8 @@ class Cost:
         parameters: number of trained parameters, a tied head counted once.
         tokens: number of training tokens.
         flops: FLOPs of the forward and backward passes over all tokens.
-        memory: bytes of weights, gradients, optimizer state and the activations of a step on each device, all in fp32.
+        memory: bytes of weights, gradients, optimizer state, the activations of a step and the logits that the loss
+            computes at once, on each device, all in fp32.
         known: whether it is that of the run. Otherwise a program of the user's trains, and the cost is that of the
             model whose tensors the config declares: good for an order of the runs, and nothing to show.
         active_parameters: number of parameters that compute one token, where experts leave some out; None: all of them.
@@ -69,11 +70,12 @@ def estimate(
     sequences = -(-batch_size // devices)
     tokens_at_once = min(sequences, micro_batch or sequences) * size.context
     activations = tokens_at_once * sum(t.active * sum(t.shape) for t in table if t.role is Role.HIDDEN)
+    logits = 2 * min(tokens_at_once * size.vocab_size, MAX_LOGITS)  # these and their log-probabilities
     persistent = (2 * parameters + state) / (devices if shard else 1)  # weights, gradients and optimizer state
     return Cost(
         parameters,
         tokens,
         float(per_token) * tokens,
-        4.0 * (persistent + activations),
+        4.0 * (persistent + activations + logits),
         active_parameters=active if active < parameters else None,
     )

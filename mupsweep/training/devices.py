@@ -127,8 +127,13 @@ def configure(threads: int, device: torch.device, shard: bool = False, workers: 
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
-        # cuBLAS's handle and its workspace, which cannot be made once data fills the device
-        torch.cuda.current_blas_handle()
+        make_handles(device)
+
+
+def make_handles(device: torch.device) -> None:
+    """Make cuBLAS's and cuSOLVER's handles and workspaces, which cannot be made once data fills the device."""
+    torch.cuda.current_blas_handle()
+    torch.linalg.eigh(torch.eye(1, device=device))
 
 
 def is_alive(device: torch.device) -> bool:

@@ -54,7 +54,7 @@ def _settings_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_workers_of_one_gpu_take_equal_parts_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     shares: list[tuple[float, str]] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: None)
+    monkeypatch.setattr(devices, "make_handles", lambda _: None)
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append((share, str(device)))
     )

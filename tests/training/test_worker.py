@@ -25,7 +25,7 @@ from mupsweep.store.run_dir import FAILED, PENDING, RUNNING, RunDir
 from mupsweep.store.sweep_dir import SweepDir
 from mupsweep.sweep import plan
 from mupsweep.sweep.config import load
-from mupsweep.training import session
+from mupsweep.training import devices, session
 from mupsweep.training import worker as working
 from mupsweep.training.distributed import DistributedContext
 from mupsweep.training.session import run_replica
@@ -366,7 +366,7 @@ def test_a_gpu_is_set_to_repeat_its_bits_before_the_ranks_meet(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", seen.append)
-    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: seen.append(os.environ["CUBLAS_WORKSPACE_CONFIG"]))
+    monkeypatch.setattr(devices, "make_handles", lambda _: seen.append(os.environ["CUBLAS_WORKSPACE_CONFIG"]))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("room"))
     monkeypatch.setattr(session, "process_group", met)
     monkeypatch.setattr(working, "execute_run", lambda *_: None)
