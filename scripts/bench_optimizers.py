@@ -26,10 +26,10 @@ def cost_of_a_step() -> None:
 
     From width 256 on one layer stands for all, and at 1024 SOAP and Shampoo work in blocks of 512.
     """
-    names = ("adamw", "muon", "soap", "shampoo")
+    names = ("adamw", "muon", "muon_plus_plus", "muon_hyperball", "sso", "soap", "shampoo")
     print(f"a step on the hidden matrices of {DEPTH} layers / forward and backward pass of {BATCH} x {CONTEXT} tokens")
     print(f"soap and shampoo decompose every {EVERY} steps; * in blocks of 512")
-    print(f"{'width':>6} {'pass':>10}" + "".join(f"{name:>11}" for name in names))
+    print(f"{'width':>6} {'pass':>10}" + "".join(f"{name:>15}" for name in names))
     for width, turns in TURNS.items():
         layers, matrices = layers_and_matrices(width)
         blocks = {name: width > 512 and name in ("soap", "shampoo") for name in names}
@@ -40,7 +40,7 @@ def cost_of_a_step() -> None:
         base, *steps = (statistics.median(column) for column in zip(*times, strict=True))
         shares = [f"{100 * seconds * DEPTH / layers / base:.1f} %" for seconds in steps]
         marked = [share + "*" * blocks[name] for name, share in zip(names, shares, strict=True)]
-        print(f"{width:>6} {1000 * base:>7.0f} ms" + "".join(f"{share:>11}" for share in marked), flush=True)
+        print(f"{width:>6} {1000 * base:>7.0f} ms" + "".join(f"{share:>15}" for share in marked), flush=True)
 
 
 def soap_and_shampoo() -> None:

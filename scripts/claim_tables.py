@@ -91,7 +91,8 @@ def transfer(sweep: str, axis: str = "width", **claimed: str) -> Table:
     """Whether the LR transfers, by optimizer and parametrization.
 
     Args:
-        claimed: the verdict that is claimed for a parametrization; the others are left out.
+        claimed: the verdict that is claimed for a parametrization, or "rises" where its LR is said to drift upwards;
+            the others are left out.
     """
     findings = []
     for group in recorded(sweep).groups:
@@ -108,7 +109,11 @@ def _drift(group: LadderResult) -> tuple[str, ...]:
 
 
 def _transfers(group: LadderResult, claimed: str) -> str:
-    return _judged(group.verdict == claimed, group.verdict not in (claimed, INCONCLUSIVE))
+    found, total = group.verdict, group.total_drift
+    if claimed != "rises":
+        return _judged(found == claimed, found not in (claimed, INCONCLUSIVE))
+    rises, falls = total.low is not None and total.low > 0, total.high is not None and total.high < 0
+    return _judged(found == DRIFTS and rises, found == TRANSFERS or (found == DRIFTS and falls))
 
 
 def lower(sweep: str, parametrization: str, axis: str = "width") -> Table:
@@ -251,6 +256,19 @@ def drifts(*claims: str, **remarks: str) -> Table:
     return Table(columns, tuple(findings))
 
 
+def tuned(sweep: str) -> Table:
+    """Whether the best value of another hyperparameter, at its own best LR, is claimed rightly to stay."""
+    findings = []
+    for tuning in recorded(sweep).tunings:
+        ends = (tuning.sizes[0], tuning.sizes[-1])
+        best = (f"{size.minimum:.2g} at width {size.width}" for size in ends)
+        verdict = _judged(tuning.verdict == TRANSFERS, tuning.verdict == DRIFTS)
+        cells = (*tuning.names[1:], *best, f"{tuning.total_drift:+.2f}", f"{ends[1].regret:.4f}", tuning.verdict)
+        findings.append(Finding(cells, verdict))
+    moves = ("octaves from the first to the last", "the first costs there, nats", "it")
+    return Table(("optimizer", "rule", "best value", "and", *moves), tuple(findings))
+
+
 def _hidden(sweep: str) -> dict[tuple[str, str, int], list[NormRow]]:
     """The courses of hidden matrices by optimizer, parametrization and width, each by rising step."""
     found: dict[tuple[str, str, int], list[NormRow]] = defaultdict(list)
@@ -260,4 +278,4 @@ def _hidden(sweep: str) -> dict[tuple[str, str, int], list[NormRow]]:
     return {key: sorted(rows, key=lambda row: row.step) for key, rows in found.items()}
 
 
-TABLES = (transfer, lower, saved, coordinates, norms, updates, drifts)
+TABLES = (transfer, lower, saved, tuned, coordinates, norms, updates, drifts)

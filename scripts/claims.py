@@ -36,7 +36,7 @@ from judge_page import picture_of
 
 from mupsweep.analysis.analysis import Analysis, analyse
 from mupsweep.analysis.labels import Label
-from mupsweep.analysis.run_result import COLUMNS, RunResult, Size
+from mupsweep.analysis.run_result import CHANGE_COLUMNS, COLUMNS, RunResult, Size
 from mupsweep.analysis.transfer import HORIZON
 from mupsweep.formatting import counted, duration
 from mupsweep.report.best_runs import best_runs
@@ -55,7 +55,7 @@ SECTION = re.compile(r"^## (?P<title>.+)\n(?P<text>(?:(?!^## ).*\n?)*)", re.MULT
 LINK = re.compile(r"\[\d{4}\.\d{5}\]\([^)]+\)")
 KEPT = {
     *("model", "parametrization", "optimizer", "width", "depth", "width_ratio", "depth_ratio", "log2_lr", "seed"),
-    *("status", "val_loss", "flops", "horizon", "seconds"),
+    *("status", "val_loss", "flops", "horizon", "seconds", *CHANGE_COLUMNS),
 }
 MEASURED = ("optimizer", "parametrization", "axis", "quantity", "role", "exponent", "low", "high")
 

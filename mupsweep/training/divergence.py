@@ -11,9 +11,9 @@ DIVERGED_RATIO = 1.05  # losses above the first step's by this factor are diverg
 def diverged_at(losses: Sequence[float], patience: float, total: int) -> int | None:
     """The step (from 1) at which a run has diverged, or None.
 
-    A run has diverged when a loss is not finite, or when most of the last `patience` losses (a fraction of the run below
-    1, else steps) exceed DIVERGED_RATIO times the loss of the first step. Their mean would not do: a spike during
-    warm-up, of twice the first loss, lifts it after the run has recovered.
+    A run has diverged when a loss is not finite, or when most of the last `patience` losses (a fraction of the run
+    below 1, else steps) exceed DIVERGED_RATIO times the loss of the first step. Their mean would not do: a spike
+    during warm-up, of twice the first loss, lifts it after the run has recovered.
     """
     for step, loss in enumerate(losses, start=1):
         if not math.isfinite(loss):
