@@ -195,6 +195,19 @@ class LRSearch:
         draws = self.expected(k)
         return Estimate(None, None, None) if draws is None else Estimate.of(draws)
 
+    def reason(self, k: int) -> str | None:
+        """Why a size's optimum is not known, in words; None where it is."""
+        runs, (low, high), optimum = self.sizes[k].runs, self.limits, self.optimum(k).value
+        if len(runs.log2_lrs) and not runs.usable.any():
+            return f"every LR diverges, down to 2^{runs.log2_lrs[0]:.4g}"
+        if optimum is None:
+            return "no run of any size has a loss"
+        if optimum < low:
+            return f"the optimum may lie below 2^{low:.4g}, the lowest LR of the range"
+        if optimum > high:
+            return f"the optimum may lie above 2^{high:.4g}, the highest LR of the range"
+        return None
+
     def believing(self, runs: Sequence[NextRun]) -> LRSearch:
         """The search as it were if some runs had given the losses that are expected of them."""
         sizes = list(self.sizes)
@@ -239,11 +252,11 @@ class LRSearch:
         x = runs.log2_lrs
         if not runs.usable.any():
             lower = self._on(x[0] - 2 * FIRST_STEP)
-            return (lower, "every LR diverges") if lower < x[0] - EPS else (None, "every LR diverges")
+            return (lower if x[0] - lower > self._apart else None), "every LR diverges"
         best = float(x[runs.best])
         for side, sign, is_open in (("higher", 1, best == x[-1]), ("lower", -1, best == x[0])):
             further = self._on(best + sign * step)
-            if is_open and abs(further - best) > EPS:
+            if is_open and sign * (further - best) > self._apart:  # the best may lie beyond the limits
                 return further, f"no {side} LR than the best was trained"
         draws = self.draws(k)
         assert draws is not None
@@ -268,9 +281,18 @@ class LRSearch:
 
     def _fresh(self, k: int, optimum: Array) -> list[float]:
         """LRs where a size's optimum may be and no run is, the most wanted first."""
-        x = self.sizes[k].runs.log2_lrs
         wanted = (self._on(float(q)) for q in np.quantile(optimum, QUANTILES_TO_TRAIN))
-        return [log2_lr for log2_lr in wanted if not len(x) or np.abs(x - log2_lr).min() >= NEW_LR - EPS]
+        return [log2_lr for log2_lr in wanted if self._is_new(k, log2_lr)]
+
+    def _is_new(self, k: int, log2_lr: float) -> bool:
+        """Whether no LR of a size was trained near one."""
+        x = self.sizes[k].runs.log2_lrs
+        return not len(x) or float(np.abs(x - log2_lr).min()) >= NEW_LR - EPS
+
+    @property
+    def _apart(self) -> float:
+        """Octaves within which two LRs are one: those that people write down are rounded."""
+        return EPS if self.lattice else NEW_LR - EPS
 
     def _on(self, log2_lr: float) -> float:
         """The nearest LR of the lattice that is within the limits, or the limit."""
@@ -342,7 +364,8 @@ class LRSearch:
             if own is None or not size.runs.fitted:
                 middle = float(np.median(optimum))
                 lrs = dict.fromkeys(self._on(middle + d) for d in (-STEP, 0.0, STEP))
-                runs = [run for log2_lr in lrs for run in self._another(k, log2_lr, "a new size tells of the target")]
+                new = [log2_lr for log2_lr in lrs if self._is_new(k, log2_lr)]
+                runs = [run for log2_lr in new for run in self._another(k, log2_lr, "a new size tells of the target")]
                 if runs:
                     yield runs, optimum
                 continue
@@ -354,6 +377,8 @@ class LRSearch:
 
     def _another(self, k: int, log2_lr: float, why: str) -> list[NextRun]:
         """New runs of one LR: its first, or one more seed; none where it diverged or the limits are reached."""
+        if not self.limits[0] <= log2_lr <= self.limits[1]:
+            return []
         size, x = self.sizes[k], self.sizes[k].runs.log2_lrs
         at = np.flatnonzero(np.abs(x - log2_lr) < EPS)
         if len(at) and size.runs.diverged[at[0]]:

@@ -93,11 +93,112 @@ def test_a_target_asks_for_more_than_the_sizes_optima_do() -> None:
     assert runs_of(to=(1024, 1), regret=0.0, half_width=0.05) > sizes_alone
 
 
+def rounded(log2_lr: float) -> float:
+    """What becomes of an LR that somebody writes with two digits."""
+    return math.log2(float(f"{2**log2_lr:.1e}"))
+
+
+@pytest.mark.parametrize("best", [-17.0, -12.0, -3.0])
+@pytest.mark.parametrize("trained", [(), (-3.0,), (-16.0,)], ids=["nothing", "above the range", "below it"])
+@pytest.mark.parametrize("of_user", [float, rounded])
+def test_it_ends_within_the_range_wherever_the_best_lr_is(
+    best: float, trained: tuple[float, ...], of_user: Callable[[float], float]
+) -> None:
+    """LRs beyond the range that were trained before, and LRs that are not quite those asked for, included."""
+    search = mupsweep.Search([mupsweep.Size(w) for w in WIDTHS], (-14, -5), to=(4096, 1))
+    for log2_lr in trained:
+        search.add(256, 1, log2_lr, 3 + 0.02 * (log2_lr - best) ** 2)
+    count = 0
+    while asked := mupsweep.ask(search):
+        for run in asked:
+            assert -14.1 < run.log2_lr < -4.9
+            log2_lr = of_user(run.log2_lr)
+            search.add(run.width, 1, log2_lr, 3 + 0.02 * (log2_lr - best) ** 2, run.seed)
+        count += len(asked)
+        assert count < 30
+    for optimum in search.optima():
+        if best == -12:
+            assert optimum.log2_lr == pytest.approx(best, abs=0.25)
+            assert optimum.reason is None
+        else:
+            assert optimum.log2_lr is None
+            assert ("below 2^-14" if best < -14 else "above 2^-5") in str(optimum.reason)
+
+
+def test_lrs_that_all_but_agree_are_not_proposed() -> None:
+    search = mupsweep.Search([mupsweep.Size(256)], (-9.01, -9))
+    [run] = mupsweep.ask(search, 4)
+    mupsweep.tell(search, run, 3.0)
+    assert mupsweep.ask(search) == []
+
+
+def test_an_end_without_an_optimum_is_called_none(cli: Cli, files: tuple[Path, Path]) -> None:
+    rows = [f"o,p,{width},4,-14,0,nan\n" for width in WIDTHS]
+    files[0].write_text(files[0].read_text() + "".join(rows))
+    said = answer(cli, files)
+    assert (said["done"], said["runs"]) == (True, [])
+    assert {optimum["log2_lr_optimum"] for optimum in said["optima"]} == {None}
+    assert {optimum["reason"] for optimum in said["optima"]} == {"every LR diverges, down to 2^-14"}
+    _, out, _ = cli("plan", "--from", str(files[0]), "--sizes", str(files[1]), RANGE)
+    assert "every LR diverges, down to 2^-14" in out
+    assert "give a wider range" in out
+    assert "done" not in out
+
+
+def test_runs_of_several_lengths_are_not_mixed(cli: Cli, files: tuple[Path, Path]) -> None:
+    files[0].write_text("width,depth,lr,tokens,val_loss\n256,4,1e-3,1e6,3.5\n256,4,1e-3,1e7,3.0\n")
+    code, _, err = cli("plan", "--from", str(files[0]), "--sizes", str(files[1]), RANGE)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "1M to 10M: one at a time" in err
+    words = ("--from", str(files[0]), "--sizes", str(files[1]), RANGE, "--filter", "tokens=1e7")
+    assert cli("plan", *words)[0] == 0
+
+
+def test_a_loss_that_blew_up_is_of_a_run_that_diverged() -> None:
+    finite, infinite = (mupsweep.Search([mupsweep.Size(256)], (-14, -5)) for _ in range(2))
+    for log2_lr, loss in ((-8.5, 3.02), (-9.5, 3.0), (-10.5, 3.03), (-7.0, 1e300)):
+        finite.add(256, 1, log2_lr, loss)
+        infinite.add(256, 1, log2_lr, loss if loss < 1e9 else math.inf)
+    assert finite.optima() == infinite.optima()
+    assert finite.next() == infinite.next()
+
+
+of_anything: Callable[..., Any] = mupsweep.Search  # a type checker sees the mistakes below
+
+
+@pytest.mark.parametrize(
+    ("attempt", "parts"),
+    [
+        (lambda search: search.add(256, 1, -9, None), ["loss=None", "nan for a run that diverged"]),
+        (lambda search: search.add(256, 1, -9, "3.0"), ["loss='3.0'"]),
+        (lambda search: search.add(256, 1, math.nan, 3.0), ["log2_lr=nan", "octaves"]),
+        (lambda search: search.add(256, 1, -9, 3.0, None), ["seed=None", "whole number"]),
+        (lambda search: search.add(300, 1, -9, 3.0), ["width 300, depth 1", "256x1, 512x1", "add its size"]),
+        (lambda search: search.next(0), ["count=0", "1 or more"]),
+        (lambda _: mupsweep.Size(0), ["width=0", "whole number above 0"]),
+        (lambda _: mupsweep.Size(256, 1, math.inf), ["cost=inf", "number above 0"]),
+        (lambda _: of_anything([256, 512], (-14, -5)), ["size=256", "Size(width, depth, cost)"]),
+        (lambda _: of_anything([mupsweep.Size(256, 1, 2.0), mupsweep.Size(512)], (-14, -5)), ["512", "no cost"]),
+        (lambda _: of_anything([mupsweep.Size(256)], "-14:-5"), ["log2_lrs='-14:-5'", "(-14, -5)"]),
+        (lambda _: of_anything([mupsweep.Size(256)], (-14, -5), to=8192), ["to=8192", "(8192, 32)"]),
+        (lambda _: of_anything([mupsweep.Size(256)], (-14, -5), to=(0, 1)), ["width=0"]),
+        (lambda _: of_anything([mupsweep.Size(256)], (-14, -5), regret=math.nan), ["regret=nan", "0 or more"]),
+    ],
+)
+def test_python_refuses_what_cannot_be_meant(attempt: Callable[[Any], Any], parts: list[str]) -> None:
+    search = mupsweep.Search([mupsweep.Size(256), mupsweep.Size(512)], (-14, -5))
+    with pytest.raises(ConfigError) as caught:
+        attempt(search)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
         (["--log2-lrs=-5:-14"], ["-5:-14", "LOW:HIGH"]),
         (["--log2-lrs=-14"], ["--log2-lrs=-14", "LOW:HIGH"]),
+        (["--log2-lrs=1e-4:0.1"], ["0.0001:0.1", "look like LRs", "-13.3:-3.3"]),
+        (["--log2-lrs=-40:-20"], ["-40:-20", "within -29.9:6.6"]),
         ([RANGE, "--next", "0"], ["--next 0", "1 or more"]),
         ([RANGE, "--to", "tokens=1e9"], ["tokens", "width=N"]),
         ([RANGE, "optimizer=muon"], ["optimizer=muon", "of a sweep"]),

@@ -10,11 +10,12 @@ from shlex import quote
 
 from mupsweep.errors import ConfigError, DataError
 from mupsweep.formatting import counted, si
+from mupsweep.report.generate import read_source
 from mupsweep.report.terminal.console import console_of
 from mupsweep.schema import LARGEST
 from mupsweep.store.table_cells import Cells, read_cells
 from mupsweep.store.table_columns import means
-from mupsweep.store.tables import Table, TableOptions, read_table
+from mupsweep.store.tables import LEAST_LR, MOST_LR, Table, TableOptions
 from mupsweep.sweep.ask import Optimum, Run, Search, Size, ask
 from mupsweep.sweep.config import analysis_config
 
@@ -37,7 +38,7 @@ def show_next_runs(
         count: of LRs.
         target: width and depth whose LR is wanted; empty for the optima of the sizes.
     """
-    known = read_table(table, options)
+    known = read_source(table, options, None)
     search = _search(table, known, sizes, log2_lrs, target, overrides)
     runs = ask(search, count)
     optima = [] if runs else search.optima()
@@ -55,6 +56,9 @@ def show_next_runs(
         return
     for optimum in optima:
         console.say(_optimum_line(optimum), indent=2)
+    if any(optimum.log2_lr is None for optimum in optima):
+        console.say(f"no further run within --log2-lrs={log2_lrs} would tell more: give a wider range to go on")
+        return
     console.say(f"done: no further run is worth its cost{'; ' + search.state() if target else ''}")
     console.say(f"verdict and LR of a target: mupsweep transfer --from {quote(table)} --to width=N")
 
@@ -71,6 +75,12 @@ def _search(
     if len(names := {run.label for run in known.runs}) > 1:
         one = " and ".join("/".join(map(str, label)) for label in sorted(names, key=str)[:2])
         raise ConfigError(f"--from {source} has {one}: one at a time, for example --filter optimizer=adamw")
+    lengths = sorted({run.horizon for run in known.runs if run.horizon is not None})
+    if len(lengths) > 1:
+        raise ConfigError(
+            f"--from {source} has runs of several lengths, {si(lengths[0])} to {si(lengths[-1])}: one at a time, "
+            "for example --filter tokens=1e9"
+        )
     search = Search(available, _range(log2_lrs), _target(target, available), prior=analysis_config({}, overrides).curve)
     for run in known.runs:
         loss = math.nan if run.val_loss is None else run.val_loss
@@ -95,6 +105,9 @@ def _range(text: str) -> tuple[float, float]:
         low, high = map(float, text.split(":"))
     except ValueError:
         raise ConfigError(f"--log2-lrs={text}: expected LOW:HIGH, as --log2-lrs=-14:-5") from None
+    least, most = math.log2(LEAST_LR), math.log2(MOST_LR)
+    if not least <= low < high <= most:
+        raise ConfigError(f"--log2-lrs={text}: expected LOW:HIGH, rising, within {least:.1f}:{most:.1f}, as -14:-5")
     return low, high
 
 
@@ -147,6 +160,7 @@ def _optimum_record(optimum: Optimum) -> dict[str, object]:
         "log2_lr_optimum": optimum.log2_lr,
         "log2_lr_low": optimum.low,
         "log2_lr_high": optimum.high,
+        "reason": optimum.reason,
     }
 
 
@@ -157,7 +171,7 @@ def _line(run: Run) -> str:
 
 def _optimum_line(optimum: Optimum) -> str:
     if optimum.log2_lr is None:
-        return f"width {optimum.width}, depth {optimum.depth}: nothing is known"
+        return f"width {optimum.width}, depth {optimum.depth}: no best LR, {optimum.reason}"
     return (
         f"width {optimum.width}, depth {optimum.depth}: best log2 LR {optimum.log2_lr:.2f} "
         f"[{optimum.low:.2f}, {optimum.high:.2f}]"
