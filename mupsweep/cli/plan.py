@@ -18,7 +18,8 @@ def plan(
         typer.Option(
             "--from",
             metavar="FILE",
-            help="Runs trained elsewhere, or wandb:ENTITY/PROJECT: say which to train next. A heading alone is a start.",
+            help="Runs trained elsewhere, or wandb:ENTITY/PROJECT: say which to train next. "
+            "A heading alone is a start.",
         ),
     ] = None,
     sizes: Annotated[
