@@ -203,9 +203,9 @@ class LRSearch:
         if optimum is None:
             return "no run of any size has a loss"
         if optimum < low:
-            return f"the optimum may lie below 2^{low:.4g}, the lowest LR of the range"
+            return f"the optimum may lie below 2^{low:.4g}, the lowest LR of the search"
         if optimum > high:
-            return f"the optimum may lie above 2^{high:.4g}, the highest LR of the range"
+            return f"the optimum may lie above 2^{high:.4g}, the highest LR of the search"
         return None
 
     def believing(self, runs: Sequence[NextRun]) -> LRSearch:
@@ -261,11 +261,12 @@ class LRSearch:
         draws = self.draws(k)
         assert draws is not None
         low, _, high = np.quantile(draws.optimum, sorted(QUANTILES_TO_TRAIN))
-        known = f"known to +-{(high - low) / 2:.2f} octaves at 80 %"
+        beyond = self.reason(k)
+        known = beyond or f"known to +-{(high - low) / 2:.2f} octaves at 80 %"
         if len(x) >= MOST_LRS or (len(x) >= MIN_LRS and high - low < KNOWN):
             return self._missing_end(k, step) or (None, known)
         fresh = self._fresh(k, draws.optimum)
-        return (fresh[0], known) if fresh else (None, f"{known}, with all LRs around it")
+        return (fresh[0], known) if fresh else (None, beyond or f"{known}, with all LRs around it")
 
     def _missing_end(self, k: int, step: float) -> tuple[float, str] | None:
         """The LR that may give an interval the end that it lacks."""

@@ -84,8 +84,11 @@ def test_it_walks_beyond_the_given_lrs(optimum: float) -> None:
 
 
 def test_it_stops_six_octaves_beyond_them() -> None:
-    rows = searched(GridConfig(log2_lrs=(-8.0, -7.0), search=ADAPTIVE), valley(-30.0))
+    grid = GridConfig(log2_lrs=(-8.0, -7.0), search=ADAPTIVE)
+    rows = searched(grid, valley(-30.0))
     assert min(r["log2_lr"] for r in rows) == -14.0
+    [state] = search_state(results(rows), grid)
+    assert state.reason == "the optimum may lie below 2^-14, the lowest LR of the search"
 
 
 def test_a_cliff_beside_the_minimum_is_approached_and_not_crossed_again() -> None:
