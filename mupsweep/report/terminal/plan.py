@@ -217,7 +217,8 @@ def _search_remark(config: SweepConfig, runs: Sequence[RunSpec], first: bool) ->
     return (
         f"adaptive search: {'only the first round is shown' if first else 'later rounds are not shown'}; the losses "
         f"decide which runs follow. It ends when the best LR of the largest size is known to +-{grid.half_width:g} "
-        f"octaves or expected to lose at most {grid.regret:g} nats, or after {limit} of a size: at most {counted(most, 'run')}{f', {si(flops)}FLOPs' if is_known else ''}"
+        f"octaves or expected to lose at most {grid.regret:g} nats, or after {limit} of a size: "
+        f"at most {counted(most, 'run')}{f', {si(flops)}FLOPs' if is_known else ''}"
     )
 
 
