@@ -165,6 +165,7 @@ class Checkpointer:
             horizon=cooldown.horizon + 1,
             branches=[*cooldown.branches, branch],
         )
+        self.save()  # a later start would log the trunk's steps twice if it went on from within the cooldown
 
     def read_losses(self) -> None:
         """Read the pending losses off the device, in one sum over the ranks and one transfer for many steps."""

@@ -62,6 +62,19 @@ def test_a_run_interrupted_in_trunk_or_branch_goes_on_bit_for_bit(
     assert_same(result, whole)
 
 
+@pytest.mark.parametrize("died_after", [5, 12])
+def test_a_run_that_dies_in_the_trunk_goes_on_from_a_checkpoint_of_an_earlier_branch(
+    died_after: int, whole: Result, data: Dataset, tmp_path: Path
+) -> None:
+    """Steps that the trunk took after the branch are logged once, also where a later branch has begun meanwhile."""
+    spec, path = run(*BRANCHED), tmp_path / "run"
+    with pytest.raises(StopRequested):
+        attempt(spec, data, path, TrainControl(stop=11))  # one step into the first branch
+    with pytest.raises(Killed):
+        attempt(spec, data, path, TrainControl(kill=died_after))
+    assert_same(attempt(spec, data, path), whole)
+
+
 def test_a_damaged_trunk_starts_the_run_anew(whole: Result, data: Dataset, tmp_path: Path) -> None:
     spec = run(*BRANCHED)
     with pytest.raises(StopRequested):
