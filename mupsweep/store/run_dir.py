@@ -205,17 +205,21 @@ class RunDir:
             for path in self.checkpoints[0].parent.glob(".*.tmp"):
                 path.unlink(missing_ok=True)
 
-    def record_failure(self, reason: str, micro_batch: int | None = None, final: bool = False) -> None:
+    def record_failure(
+        self, reason: str, micro_batch: int | None = None, final: bool = False, replace: bool = False
+    ) -> None:
         """Record why the processes that train this run together end; the first of them to do so has its say.
 
         Args:
             micro_batch: the micro-batch to go on with, where memory ran out; it is no failure of the run then.
             final: whether to start them again would be in vain.
+            replace: whether to replace what another process has recorded.
         """
         claim = lease.newest(self.claims)
         path = self.checkpoints[0].parent / f"failure-{claim.stem if claim else 0}.json"
         make_folder(path.parent)
-        create_text(path, json.dumps({"reason": reason, "micro_batch": micro_batch, "final": final}))
+        write = write_text if replace else create_text
+        write(path, json.dumps({"reason": reason, "micro_batch": micro_batch, "final": final}))
 
     def failure(self) -> str | None:
         """Return why this run has failed, where its processes failed once too often; else None."""

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -122,7 +123,9 @@ def supervise(sweep: SweepDir, slot: Slot, size: int, stop: StopSignal) -> bool:
                     os.abort()
                 sys.exit(code)
             log.error("rank %d of %s ended: all start again from its checkpoint", error.error_index, run.run_id)
-            run.record_failure(f"rank {error.error_index} was ended by {exit_reason(code)}")
+            # a rank that failed has recorded why and aborted; of another's end they know only that they lost it
+            reason = f"rank {error.error_index} was ended by {exit_reason(code)}"
+            run.record_failure(reason, replace=code != -signal.SIGABRT)
         finally:
             for process in ranks.processes:
                 process.kill()
@@ -158,8 +161,10 @@ def ends_its_process(ranks: DistributedContext, run: RunSpec, folder: RunDir, de
         log.error("%s", error if isinstance(error, MupsweepError) else traceback.format_exc())
         fitting = error.fitting if isinstance(error, MicroBatchTooLarge) else None
         reason = f"rank {ranks.rank}: {failure_message(error, run, device)}"
-        folder.record_failure(reason, fitting, final=isinstance(error, OutOfMemory))
-        os.abort()
+        try:
+            folder.record_failure(reason, fitting, final=isinstance(error, OutOfMemory))
+        finally:  # also where nothing can be written, or this rank would go on to the next run without the others
+            os.abort()
 
 
 def run_replica(sweep: SweepDir, device: torch.device, stop: StopSignal, ranks: DistributedContext) -> bool:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forked import CONTEXT
+from forked import CONTEXT, Forked
+from polling import DEADLINE
 from test_trainer import CPU, TOTAL, TrainControl, run
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -262,7 +263,10 @@ def test_runs_of_one_size_share_a_network_that_is_compiled_once(pool: Pool, tmp_
     assert alone == [[(weights, graphs)]] * 2
 
 
-STEPS = "training.steps=8"
+TWO_RUNS = [
+    *("experiment=smoke", "training.precision=fp32", "training.steps=8", "training.checkpoint_minutes=0"),
+    *("sweep.width_ratios=[1]", "sweep.log2_lrs=[-7,-6]"),
+]
 
 
 def faulty_rank(local_rank: int, environments: Any, sweep: SweepDir, slot: Slot) -> None:
@@ -279,7 +283,8 @@ def faulty_rank(local_rank: int, environments: Any, sweep: SweepDir, slot: Slot)
                 raise torch.OutOfMemoryError("too many")
             if accident["kind"] == "error" and len(calls) > 3:
                 raise ValueError("within a step")
-            if accident["kind"] == "killed" and len(calls) > 3 and not list(sweep.run(spec.run_id).failures()):
+            again = accident["kind"] == "always killed" or not sweep.run(spec.run_id).failures()
+            if accident["kind"].endswith("killed") and len(calls) > 3 and again:
                 os.kill(os.getpid(), signal.SIGKILL)
             return forward(*tensors, **named)
 
@@ -302,8 +307,7 @@ def accident(
     """Train two runs on two ranks, of which one has an accident in the first run; return the sweep and the runs."""
     forkserver.ensure_running()
     monkeypatch.setattr(session, "run_rank", faulty_rank)
-    smoke = ["experiment=smoke", "training.precision=fp32", "sweep.width_ratios=[1]", "sweep.log2_lrs=[-7,-6]", STEPS]
-    sweep, (first, second) = save(load([*smoke, "training.checkpoint_minutes=0", *overrides]), "")
+    sweep, (first, second) = save(load([*TWO_RUNS, *overrides]), "")
     (sweep.path / "accident.json").write_text(json.dumps({"kind": kind, "rank": rank, "run_id": first.run_id}))
     assert execute(sweep, device="cpu,cpu", shard=shard, stop=StopSignal())
     return sweep, sweep.run(first.run_id), sweep.run(second.run_id)
@@ -340,6 +344,30 @@ def test_a_killed_rank_loses_nothing(rank: int, undisturbed: list[bytes], monkey
     assert [folder.metrics_path.read_bytes() for folder in runs] == undisturbed
     assert [deaths(folder) for folder in runs] == [1, 0]
     assert "resuming at step " in runs[0].log_path.read_text()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_always_killed_is_named_and_not_the_others_that_lost_it(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, failed, other = accident("always killed", rank, monkeypatch)
+    assert failed.status() == {"status": "failed", "error": f"rank {rank} was ended by SIGKILL"}
+    assert other.status() == {"status": "done"}
+
+
+def test_a_run_whose_failure_cannot_be_recorded_ends_its_ranks_in_one_line() -> None:
+    """Rank 0 cannot write a checkpoint; it must not go on to the next run, which the others would not follow."""
+    sweep, (first, _) = save(load(TWO_RUNS), "")
+    in_the_way = sweep.run(first.run_id).checkpoints[0].parent
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    worker = Forked("worker", str(sweep.path), "--device", "cpu,cpu")
+    try:
+        _, err = worker.communicate(DEADLINE)
+    finally:
+        worker.kill()
+    assert worker.returncode == 2
+    assert err.splitlines()[-1].startswith(f"mupsweep: cannot make the folder {in_the_way}: File exists; ")
 
 
 @pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)])
