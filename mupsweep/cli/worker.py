@@ -45,6 +45,7 @@ def worker(
         pool = TaskPool(folder, device, names, threads, shard, restarts=restarts, nodes=nodes, requeue=requeue)
         raise typer.Exit(pool.supervise())
     with records.registered(folder):
-        from mupsweep.training.worker import execute  # imports torch, which takes a while
+        from mupsweep.training.slot import Slot
+        from mupsweep.training.worker import execute
 
-        raise typer.Exit(0 if execute(folder, names, device[0], threads, shard=shard, workers=workers) else 130)
+        raise typer.Exit(0 if execute(folder, Slot(names, device[0], threads, shard, workers)) else 130)

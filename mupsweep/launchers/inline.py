@@ -30,12 +30,13 @@ class Inline:
 
     def launch(self, sweep: SweepDir, run_ids: Sequence[str]) -> bool:
         """Train the runs one after the other; return False if the user stopped it."""
+        from mupsweep.training.slot import Slot
         from mupsweep.training.worker import execute
 
         stop = StopSignal.install()
         try:
             with Progress(sweep) as progress:
-                all_taken = execute(sweep, run_ids, self.device, self.threads, progress.refresh, stop=stop)
+                all_taken = execute(sweep, Slot(run_ids, self.device, self.threads), progress.refresh, stop)
             return all_taken and not stop.signalled
         finally:
             interrupt_on_stop()  # nothing reads the flag from here on

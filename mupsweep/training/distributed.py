@@ -48,14 +48,12 @@ class DistributedContext:
     Attributes:
         rank: the number of this process; 0 is the main process.
         size: the number of processes.
-        shard: whether weights, gradients and optimizer state are divided among the ranks instead of whole on each.
         store: the key-value store that the ranks share outside of training; None for a single process.
         run_counter: the number of runs that were started together so far.
     """
 
     rank: int = 0
     size: int = 1
-    shard: bool = False
     store: Any = None
     run_counter: int = 0
 
@@ -182,13 +180,12 @@ def rank_envs(size: int, port: int) -> list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def process_group(env: Mapping[str, str], device: torch.device, shard: bool = False) -> Iterator[DistributedContext]:
+def process_group(env: Mapping[str, str], device: torch.device) -> Iterator[DistributedContext]:
     """Form a process group with one rank per device: gloo between CPUs, NCCL between GPUs.
 
     Args:
         env: torchrun's variables, which are also in the environment; empty for a single process, which needs no group.
         device: the device of this rank.
-        shard: whether weights, gradients and optimizer state are divided among the ranks.
     """
     if not env:
         yield SINGLE_PROCESS
@@ -206,7 +203,7 @@ def process_group(env: Mapping[str, str], device: torch.device, shard: bool = Fa
         where = f"MASTER_ADDR={env['MASTER_ADDR']} and MASTER_PORT={env['MASTER_PORT']}"
         raise ConfigError(f"the processes of this run do not meet at {where}: {str(error).splitlines()[0]}") from error
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    ranks = DistributedContext(rank, size, shard, store)
+    ranks = DistributedContext(rank, size, store)
     if device.type == "cuda":  # NCCL allocates at its first sum; this one comes before torch has taken all memory
         dist.all_reduce(torch.zeros(BUCKET, device=device))
     yield ranks  # an error leaves the others to whoever started this process, which ends them

@@ -31,8 +31,8 @@ from mupsweep.training.distributed import SINGLE_PROCESS, DistributedContext, pr
 from mupsweep.training.microbatch import MicroBatchTooLarge, OutOfMemory, free_memory, is_out_of_memory
 from mupsweep.training.signals import STOPPED, LeaseLost, StopRequested, StopSignal, defer_signals, exit_reason
 from mupsweep.training.slot import Slot
-from mupsweep.training.trainer import train
-from mupsweep.training.worker import LeaseControl, Session, execute, one_line
+from mupsweep.training.trainer import TrainControl, train
+from mupsweep.training.worker import Session, execute, one_line
 
 log = logging.getLogger("mupsweep")
 
@@ -41,14 +41,16 @@ POLL_SECONDS = 0.3  # between two looks at whether a supervisor was asked to sto
 
 @dataclass
 class TorchSession:
-    """Trains runs on the device of this process, alone or as rank 0 of several.
+    """Trains runs on the device of this process, alone or as one of several ranks.
 
     Attributes:
+        shard: whether weights, gradients and optimizer state are divided among the ranks.
         datasets: the corpus of every variant so far, by its digest.
     """
 
     device: torch.device
     ranks: DistributedContext = field(default_factory=lambda: SINGLE_PROCESS)
+    shard: bool = False
     datasets: dict[str, Dataset] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,12 +60,45 @@ class TorchSession:
         if run.resolved.digest not in self.datasets:
             self.datasets[run.resolved.digest] = prepare(run.resolved.variant.data)
 
-    def train(self, run: RunSpec, folder: RunDir, control: LeaseControl) -> dict[str, Any]:
-        self.ranks.broadcast_run_id(run.run_id)
-        with ends_its_process(self.ranks, run, folder, self.device):
-            setup = build_for(self.ranks, run, self.builder)
-            folder.write_rules(run_config(run), group_records(setup))
+    def train(self, run: RunSpec, folder: RunDir, control: TrainControl) -> dict[str, Any]:
+        if self.ranks.is_main_process:
+            self.ranks.broadcast_run_id(run.run_id)
+        with self.ends_its_process(run, folder):
+            self.prepare(run)  # on the other ranks, since rank 0 has done so
+            setup = self.build(run)
+            if self.ranks.is_main_process:
+                folder.write_rules(run_config(run), group_records(setup))
             return train(run, setup, self.datasets[run.resolved.digest], folder, self.device, control, self.ranks)
+
+    def build(self, run: RunSpec) -> TrainingSetup:
+        """Build the network and its optimizers, in full or this rank's shards of them."""
+        if not self.shard:
+            return self.builder.build(run)
+        from mupsweep.training.fsdp import build_sharded  # late, since importing FSDP takes a while
+
+        bf16 = choose_precision(run.resolved.training.precision, self.device) == "bf16"
+        return build_sharded(run, self.device, self.ranks, torch.bfloat16 if bf16 else None)
+
+    @contextlib.contextmanager
+    def ends_its_process(self, run: RunSpec, folder: RunDir) -> Iterator[None]:
+        """Context of a run on one of several ranks: an error ends the process, since the others cannot go on without.
+
+        Why is recorded, for rank 0 of the processes that are started next.
+        """
+        try:
+            yield
+        except (StopRequested, LeaseLost):  # on all ranks at once
+            raise
+        except Exception as error:
+            if self.ranks.size == 1:
+                raise
+            log.error("%s", error if isinstance(error, MupsweepError) else traceback.format_exc())
+            fitting = error.fitting if isinstance(error, MicroBatchTooLarge) else None
+            reason = f"rank {self.ranks.rank}: {failure_message(error, run, self.device)}"
+            try:
+                folder.record_failure(reason, fitting, final=isinstance(error, OutOfMemory))
+            finally:  # also where nothing can be written, or this rank would go on to the next run without the others
+                os.abort()
 
     def failure_message(self, error: Exception, run: RunSpec) -> str:
         if not is_alive(self.device):
@@ -85,10 +120,9 @@ def work(sweep: SweepDir, slot: Slot, stop: StopSignal, take_runs: Callable[[Ses
     own_device = devices[int(env.get("LOCAL_RANK", 0))]
     # Before the process group forms, since NCCL picks its algorithms for good.
     configure(slot.threads, own_device, slot.shard, slot.workers)
-    with process_group(env, own_device, slot.shard) as ranks:
-        if not ranks.is_main_process:
-            return run_replica(sweep, own_device, stop, ranks)
-        return take_runs(TorchSession(own_device, ranks))
+    with process_group(env, own_device) as ranks:
+        session = TorchSession(own_device, ranks, slot.shard)
+        return take_runs(session) if ranks.is_main_process else run_replica(sweep, session, stop)
 
 
 def supervise(sweep: SweepDir, slot: Slot, size: int, stop: StopSignal) -> bool:
@@ -135,9 +169,7 @@ def run_rank(local_rank: int, environments: Sequence[Mapping[str, str]], sweep: 
     """Be one of the ranks that a supervisor started."""
     os.environ.update(environments[local_rank])
     try:
-        took_all = execute(
-            sweep, slot.run_ids, slot.device, slot.threads, shard=slot.shard, workers=slot.workers, programs=False
-        )
+        took_all = execute(sweep, slot, programs=False)
     except MupsweepError as error:
         print(f"mupsweep: {error}", file=sys.stderr)
         sys.exit(2)
@@ -145,52 +177,16 @@ def run_rank(local_rank: int, environments: Sequence[Mapping[str, str]], sweep: 
         sys.exit(STOPPED)
 
 
-@contextlib.contextmanager
-def ends_its_process(ranks: DistributedContext, run: RunSpec, folder: RunDir, device: torch.device) -> Iterator[None]:
-    """Context of a run on one of several ranks: an error ends the process, since the others cannot go on without it.
-
-    Why is recorded, for rank 0 of the processes that are started next.
-    """
-    try:
-        yield
-    except (StopRequested, LeaseLost):  # on all ranks at once
-        raise
-    except Exception as error:
-        if ranks.size == 1:
-            raise
-        log.error("%s", error if isinstance(error, MupsweepError) else traceback.format_exc())
-        fitting = error.fitting if isinstance(error, MicroBatchTooLarge) else None
-        reason = f"rank {ranks.rank}: {failure_message(error, run, device)}"
-        try:
-            folder.record_failure(reason, fitting, final=isinstance(error, OutOfMemory))
-        finally:  # also where nothing can be written, or this rank would go on to the next run without the others
-            os.abort()
-
-
-def run_replica(sweep: SweepDir, device: torch.device, stop: StopSignal, ranks: DistributedContext) -> bool:
+def run_replica(sweep: SweepDir, session: TorchSession, stop: StopSignal) -> bool:
     """Train the runs that rank 0 starts, as another rank, which writes nothing but why it failed."""
     runs: dict[str, RunSpec] = {}
-    builder = Builder(device)
-    while run_id := ranks.wait_for_run_id():
+    while run_id := session.ranks.wait_for_run_id():
         # Loaded after rank 0 has started its first run, since the plan may be written while this rank waits.
         runs = runs or {run.run_id: run for run in plan.load(sweep)}
-        run, folder = runs[run_id], sweep.run(run_id)
-        with contextlib.suppress(StopRequested, LeaseLost), ends_its_process(ranks, run, folder, device):
-            data = prepare(run.resolved.variant.data)
-            train(run, build_for(ranks, run, builder), data, folder, device, ReplicaControl(stop), ranks)
-        if device.type != "cpu":
-            free_memory()
+        with contextlib.suppress(StopRequested, LeaseLost):
+            session.train(runs[run_id], sweep.run(run_id), ReplicaControl(stop))
+        session.tidy()
     return True
-
-
-def build_for(ranks: DistributedContext, run: RunSpec, builder: Builder) -> TrainingSetup:
-    """Build the network and its optimizers, in full or this rank's shards of them."""
-    if not ranks.shard:
-        return builder.build(run)
-    from mupsweep.training.fsdp import build_sharded  # late, since importing FSDP takes a while
-
-    bf16 = choose_precision(run.resolved.training.precision, builder.device) == "bf16"
-    return build_sharded(run, builder.device, ranks, torch.bfloat16 if bf16 else None)
 
 
 def failure_message(error: Exception, run: RunSpec, device: torch.device) -> str:

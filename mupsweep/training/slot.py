@@ -15,7 +15,8 @@ class Slot:
 
     Attributes:
         run_ids: the runs to train, or names of sizes whose runs to train; all runs where empty.
-        device: a torch device, "auto", or several separated by commas, which train every run together.
+        device: a torch device, "auto", or several separated by commas, which train every run together. Where torchrun
+            started the worker and others, the device of each on this machine, or one name for all.
         threads: CPU threads of every process.
         shard: whether several devices divide weights, gradients and optimizer state.
         workers: how many workers share the device, each of which may take an equal part of its memory.

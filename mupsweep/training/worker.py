@@ -69,38 +69,28 @@ class Trainer(PlannedTrainer, Protocol):
 
 def execute(
     sweep: SweepDir,
-    run_ids: Sequence[str] = (),
-    device: str = "auto",
-    threads: int = 1,
+    slot: Slot | None = None,
     on_finished: Callable[[], None] = lambda: None,
-    shard: bool = False,
     stop: StopSignal | None = None,
-    workers: int = 1,
     programs: bool = True,
 ) -> bool:
     """Train the pending runs of a sweep that no other worker holds a lease of, the longest first.
 
     Args:
-        run_ids: the runs to train, or names of sizes whose runs to train; all runs where empty.
-        device: a torch device, "auto", or several separated by commas, which train every run together. Where torchrun
-            started this process and others, the device of each on this machine, or one name for all.
-        threads: CPU threads of every process.
+        slot: where to train, and which runs; None for all runs on the device that `auto` means.
         on_finished: called after every run.
-        shard: divide weights, gradients and optimizer state among several devices.
         stop: the flag that asks for an end; None installs one that stop signals set.
-        workers: how many workers share the device, each of which may take an equal part of its memory.
         programs: whether to train also the runs of trainers that start programs of the user's.
 
     Returns:
         False if it was asked to stop before every run was taken.
     """
-    stop = stop or StopSignal.install()
-    slot = Slot(run_ids, device, threads, shard, workers)
+    slot, stop = slot or Slot(), stop or StopSignal.install()
     for section in trainers_of(from_tree(sweep.read_config(), sweep.allow_imports)):
 
         def take_runs(session: Session, section: dict[str, Any] = section) -> bool:
             with LiveTracker(sweep) as tracker:
-                return run_main(sweep, run_ids, session, stop, on_finished, tracker, section)
+                return run_main(sweep, slot.run_ids, session, stop, on_finished, tracker, section)
 
         trainer: Trainer = instantiate(section, "trainer")
         if trainer.runs_program and not programs:

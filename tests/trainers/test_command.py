@@ -477,7 +477,8 @@ def test_a_worker_that_starts_programs_imports_no_torch(program: list[str]) -> N
     sweep, run = planned(*program, *ONE)
     script = (
         "import sys; from mupsweep.training.worker import execute; from mupsweep.store.sweep_dir import SweepDir; "
-        f"execute(SweepDir.open({str(sweep.path)!r}, True), device='cpu'); print('torch' in sys.modules)"
+        "from mupsweep.training.slot import Slot; "
+        f"execute(SweepDir.open({str(sweep.path)!r}, True), Slot(device='cpu')); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.stdout, run.status()) == ("False\n", {"status": "done"}), done.stderr

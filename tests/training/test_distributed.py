@@ -246,7 +246,7 @@ def in_one_network(ranks: DistributedContext, specs: list[RunSpec], path: Path) 
         for number, spec in enumerate(specs):
             folder = RunDir(path / f"{ranks.rank} {number}")
             folder.path.mkdir(parents=True)
-            setup = session.build_for(ranks, spec, builder)
+            setup = builder.build(spec)
             train(spec, setup, corpus(), folder, CPU, TrainControl(), ranks)
             outcomes.append((digest(setup.network.state_dict()), counter.frame_count))
     return outcomes
@@ -309,7 +309,7 @@ def accident(
     monkeypatch.setattr(session, "run_rank", faulty_rank)
     sweep, (first, second) = save(load([*TWO_RUNS, *overrides]), "")
     (sweep.path / "accident.json").write_text(json.dumps({"kind": kind, "rank": rank, "run_id": first.run_id}))
-    assert execute(sweep, device="cpu,cpu", shard=shard, stop=StopSignal())
+    assert execute(sweep, Slot(device="cpu,cpu", shard=shard), stop=StopSignal())
     return sweep, sweep.run(first.run_id), sweep.run(second.run_id)
 
 

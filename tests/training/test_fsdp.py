@@ -19,11 +19,11 @@ from mupsweep.store.run_dir import RunDir
 from mupsweep.sweep.config import load
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.sweep.tensor_rules import rules
-from mupsweep.training.build import Builder, TrainingSetup, build, meta_model, parameter_groups
+from mupsweep.training.build import TrainingSetup, build, meta_model, parameter_groups
 from mupsweep.training.checkpoint import network_state
 from mupsweep.training.distributed import DistributedContext
 from mupsweep.training.fsdp import OwnerOptimizer, RowOptimizer, assign_owners, local_rows, units
-from mupsweep.training.session import build_for
+from mupsweep.training.session import TorchSession
 from mupsweep.training.signals import StopRequested
 from mupsweep.training.trainer import train
 
@@ -46,10 +46,9 @@ def pool() -> Iterator[Pool]:
 
 def trained(ranks: DistributedContext, spec: RunSpec, path: Path, shard: bool, stops: dict[int, int]) -> dict[str, Any]:
     """Train a run until some rank is asked to stop before the step that `stops` gives it, or to its end."""
-    ranks.shard = shard
     folder, control, summary = RunDir(path), TrainControl(stop=stops.get(ranks.rank, 10**9)), None
     path.mkdir(exist_ok=True)
-    setup = build_for(ranks, spec, Builder(CPU))
+    setup = TorchSession(CPU, ranks, shard).build(spec)
     with contextlib.suppress(StopRequested):
         summary = train(spec, setup, corpus(), folder, CPU, control, ranks)
     return {
@@ -136,8 +135,7 @@ def test_one_two_three_and_four_sharded_ranks_end_at_the_same_loss(pool: Pool, t
 
 def started(ranks: DistributedContext, *overrides: str) -> dict[str, Tensor]:
     """The rows that a rank holds at the start."""
-    ranks.shard = True
-    network = build_for(ranks, run(*overrides), Builder(CPU)).network
+    network = TorchSession(CPU, ranks, shard=True).build(run(*overrides)).network
     return {name: local_rows(parameter).clone() for name, parameter in network.named_parameters()}
 
 

@@ -16,6 +16,7 @@ from mupsweep.sweep import plan
 from mupsweep.sweep.config import load
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.sweep.twins import Twins, distinct
+from mupsweep.training.slot import Slot
 from mupsweep.training.worker import execute
 
 SMOKE = ["experiment=smoke", "training.steps=10", "sweep.width_ratios=[1,2]", "sweep.log2_lrs=[-9,-7]"]
@@ -84,18 +85,18 @@ def test_a_twin_has_the_records_that_its_own_training_would_have_left() -> None:
 def test_a_twin_that_a_killed_worker_left_open_is_recorded_without_training() -> None:
     sweep, runs = planned("parametrization=sp,mup")
     first, twin = pair(runs)
-    assert execute(sweep, [first.run_id])
+    assert execute(sweep, Slot([first.run_id]))
     sweep.run(first.run_id).groups_path.write_text("{")  # which nothing rests on
     sweep.run(twin.run_id).status_path.unlink()
     sweep.run(twin.run_id).summary_path.unlink()
-    assert execute(sweep, [twin.run_id])
+    assert execute(sweep, Slot([twin.run_id]))
     assert (sweep.run(twin.run_id).status()["status"], twin_of(sweep, twin)) == (DONE, first.run_id)
 
 
 def test_a_worker_of_one_twin_alone_trains_it_and_records_the_other() -> None:
     sweep, runs = planned("parametrization=sp,mup")
     first, twin = pair(runs)
-    assert execute(sweep, [twin.run_id])
+    assert execute(sweep, Slot([twin.run_id]))
     assert (twin_of(sweep, twin), twin_of(sweep, first)) == (None, twin.run_id)
 
 
@@ -104,10 +105,10 @@ def test_a_twin_that_another_worker_holds_is_left_to_it() -> None:
     first, twin = pair(runs)
     lease = sweep.run(twin.run_id).claim()
     assert lease is not None
-    assert execute(sweep, [first.run_id])
+    assert execute(sweep, Slot([first.run_id]))
     assert sweep.run(twin.run_id).status() == {"status": PENDING}
     lease.release()
-    assert execute(sweep, [twin.run_id])
+    assert execute(sweep, Slot([twin.run_id]))
     assert twin_of(sweep, twin) == first.run_id
 
 
@@ -116,7 +117,7 @@ def test_a_failure_is_the_twins_failure_too() -> None:
     first, twin = pair(runs)
     sweep.run(first.run_id).path.mkdir(parents=True)
     sweep.run(first.run_id).write_status(FAILED, error="out of memory")
-    assert execute(sweep, [twin.run_id])
+    assert execute(sweep, Slot([twin.run_id]))
     assert sweep.run(twin.run_id).status() == {"status": FAILED, "error": "out of memory"}
 
 
@@ -130,6 +131,6 @@ def test_a_plan_pays_for_the_runs_that_are_trained(cli: Callable[..., tuple[int,
     assert flops == sum(run.cost.flops for run in runs) - 2 * min(run.cost.flops for run in runs)
     _, twin = pair(runs)
     sweep, _ = planned("parametrization=sp,mup")
-    assert execute(sweep, [twin.run_id])
+    assert execute(sweep, Slot([twin.run_id]))
     code, out, _ = cli("plan", *SMOKE, "parametrization=sp,mup")
     assert (code, "5 of 8 runs to train, " in out) == (0, True)

@@ -28,7 +28,7 @@ from mupsweep.sweep.config import load
 from mupsweep.training import devices, session
 from mupsweep.training import worker as working
 from mupsweep.training.distributed import DistributedContext
-from mupsweep.training.session import run_replica
+from mupsweep.training.session import TorchSession, run_replica
 from mupsweep.training.signals import StopSignal
 
 CPU = ["launcher=inline", "launcher.device=cpu"]
@@ -206,7 +206,7 @@ def test_a_replica_knows_the_runs_that_were_planned_after_it_started(
             return next(run.run_id for run in plan.save(load([*overrides, "sweep.seeds=[1]"]), "")[1] if run not in old)
 
     monkeypatch.setattr("mupsweep.training.session.train", lambda run, *_: trained.append(run.run_id))
-    assert run_replica(sweep, torch.device("cpu"), StopSignal(), Second(rank=1))
+    assert run_replica(sweep, TorchSession(torch.device("cpu"), Second(rank=1)), StopSignal())
     assert len(trained) == 1
 
 
