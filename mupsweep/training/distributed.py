@@ -22,12 +22,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from mupsweep.errors import ConfigError
 
 BUCKET = 2**24  # numbers that are sent in one collective, as a rule: 64 MiB in fp32
 TORCHRUN_ENV = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-AGENT_ENV = {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}  # rank 0 serves no store
 RUN_WAIT_TIMEOUT = timedelta(days=30)  # how long a rank waits for its next run
 SIOCGIFADDR = 0x8915  # netdevice(7)
 
@@ -174,7 +174,8 @@ def rank_envs(size: int, port: int) -> list[dict[str, str]]:
         "LOCAL_WORLD_SIZE": size,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
-        **AGENT_ENV,
+        "TORCHELASTIC_USE_AGENT_STORE": True,  # rank 0 serves no store
+        "TORCHELASTIC_RESTART_COUNT": 0,
     }
     return [{k: str(v) for k, v in {"RANK": i, "LOCAL_RANK": i, **shared}.items()} for i in range(size)]
 
@@ -190,8 +191,6 @@ def process_group(env: Mapping[str, str], device: torch.device) -> Iterator[Dist
     if not env:
         yield SINGLE_PROCESS
         return
-    from torch.distributed.rendezvous import rendezvous
-
     if interface := interface_to(env["MASTER_ADDR"]):
         # gloo would choose the interface that this machine's name resolves to, which is often a loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -206,9 +205,11 @@ def process_group(env: Mapping[str, str], device: torch.device) -> Iterator[Dist
     ranks = DistributedContext(rank, size, store)
     if device.type == "cuda":  # NCCL allocates at its first sum; this one comes before torch has taken all memory
         dist.all_reduce(torch.zeros(BUCKET, device=device))
-    yield ranks  # an error leaves the others to whoever started this process, which ends them
-    if ranks.is_main_process:
-        ranks.broadcast_run_id("")
+    try:
+        yield ranks
+    finally:  # also after an error, or the others would wait for a run until they are killed
+        if ranks.is_main_process:
+            ranks.broadcast_run_id("")
     dist.destroy_process_group()
 
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -370,6 +369,15 @@ def test_a_run_whose_failure_cannot_be_recorded_ends_its_ranks_in_one_line() -> 
     assert err.splitlines()[-1].startswith(f"mupsweep: cannot make the folder {in_the_way}: File exists; ")
 
 
+def test_an_error_between_runs_ends_the_other_ranks_and_leaves_none_to_be_killed() -> None:
+    sweep, _ = save(load(TWO_RUNS), "")
+    worker = Forked("worker", str(sweep.path), "unknown", "--device", "cpu,cpu")
+    _, err = worker.communicate(DEADLINE)
+    assert worker.returncode == 2
+    assert "mupsweep: no run 'unknown' in this sweep; " in err
+    assert "SIGKILL" not in err
+
+
 @pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_of_all(
     shard: bool, monkeypatch: pytest.MonkeyPatch
@@ -388,7 +396,7 @@ def test_nccl_sums_as_much_as_it_ever_will_while_the_device_is_empty(monkeypatch
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **_: done.append(backend))
     monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor: done.append((len(tensor), str(tensor.device))))
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(sys.modules["torch.distributed.rendezvous"], "rendezvous", lambda _: iter([(None, 1, 2)]))
+    monkeypatch.setattr(distributed, "rendezvous", lambda _: iter([(None, 1, 2)]))
     with FakeTensorMode(), process_group(rank_envs(2, 1)[1], torch.device("cuda:1")):
         assert done == ["cpu:gloo,cuda:nccl", (distributed.BUCKET, "cuda:1")]
 
