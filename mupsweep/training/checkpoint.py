@@ -201,14 +201,19 @@ class Checkpointer:
         self.last_status = time.monotonic()
 
     def _serialise(self) -> bytes:
-        """The content of a checkpoint file: all that the rest of the run depends on, followed by its digest."""
+        """The content of a checkpoint file on rank 0: all that the rest of the run depends on, and the digest of it."""
         self.read_losses()
         self.clock()
+        saved = {
+            "run_id": self.setup.run_id,
+            "network": network_state(self.setup, self.ranks),
+            "optimizer": self.setup.optimizer.state_dict(),
+            **asdict(self.state),
+        }
         buffer = io.BytesIO()
-        state = {"network": network_state(self.setup, self.ranks), "optimizer": self.setup.optimizer.state_dict()}
         if self.ranks.is_main_process:
-            torch.save({"run_id": self.setup.run_id, **state, **asdict(self.state)}, buffer)
-        buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+            torch.save(saved, buffer)
+            buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
         return buffer.getvalue()
 
     def _newest(self) -> Saved | None:
@@ -318,11 +323,6 @@ def load_optimizer_state(setup: TrainingSetup, saved: list[dict[str, Any]] | Non
                 states[number] = share
         shares.append({"state": states, "param_groups": param_groups})
     optimizer.load_state_dict(shares)
-
-
-def mean(values: list[float]) -> float:
-    """The arithmetic mean."""
-    return sum(values) / len(values)
 
 
 def _is_whole(path: Path) -> bool:

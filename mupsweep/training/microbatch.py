@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -63,12 +63,9 @@ class MicroBatcher:
     oom_micro_batch: int | None = None
     no_sync: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
 
-    def micro_batches(self, *tensors: Any) -> Iterator[tuple[Any, ...]]:
+    def micro_batches(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Split tensors of this rank's rows into micro-batches, the same rows of each tensor."""
-        n_rows = len(tensors[0])
-        step = self._size(n_rows)
-        for start in range(0, n_rows, step):
-            yield tuple(tensor[start : start + step] for tensor in tensors)
+        return zip(*(tensor.split(self._size(len(tensor))) for tensor in tensors), strict=True)
 
     def backward(self, parameters: Iterable[Parameter], loss_of: Callable[..., Tensor], *local: Tensor) -> Tensor:
         """Leave the gradient of the global batch's mean loss in the parameters, or in this rank's shards of them.

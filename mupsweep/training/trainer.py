@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +21,7 @@ from mupsweep.store.run_dir import METRICS_ROWS, RunDir
 from mupsweep.sweep.config import TrainingConfig
 from mupsweep.sweep.run_spec import RunSpec
 from mupsweep.training.build import TrainingSetup, generator
-from mupsweep.training.checkpoint import Checkpointer, TrainState, mean
+from mupsweep.training.checkpoint import Checkpointer, TrainState
 from mupsweep.training.devices import autocast, choose_precision, device_name
 from mupsweep.training.distributed import SINGLE_PROCESS, DistributedContext, Signal, SignalExchange
 from mupsweep.training.divergence import diverged_at
@@ -30,11 +29,6 @@ from mupsweep.training.microbatch import MicroBatcher
 from mupsweep.training.norm_tracker import NormTracker
 from mupsweep.training.signals import LeaseLost, StopRequested
 
-BUFFERS_OF_RANK_0 = (  # the option to send them before every pass, whose name changed in torch 2.13
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
 RECOMPILE_LIMIT = 64  # graphs of a compiled network; beyond it torch would run eagerly, which gives other bits
 
 
@@ -185,14 +179,13 @@ def data_parallel(
     """
     if ranks.size == 1 or setup.sharded:
         return setup.network, nullcontext
-    constant_buffers: dict[str, Any] = {BUFFERS_OF_RANK_0: False}
     network = DistributedDataParallel(
         setup.network,
         init_sync=False,  # every rank draws or reads equal weights
         gradient_as_bucket_view=True,
         find_unused_parameters=find_unused,
-        **constant_buffers,
     )
+    network.broadcast_buffers = False  # they are constant; the option's name changed in torch 2.13, this one did not
     return network, network.no_sync
 
 
@@ -320,6 +313,11 @@ def evaluate(
         n_bytes += data.byte_count(batch[:, 1:])
     micro_batcher.ranks.all_reduce_sum(nats)
     return {"val_loss": nats.item() / n_tokens, "val_bits_per_byte": nats.item() / math.log(2) / n_bytes}
+
+
+def mean(values: list[float]) -> float:
+    """The arithmetic mean."""
+    return sum(values) / len(values)
 
 
 def outcome(losses: list[float], row: dict[str, Any], bad_step: int | None, tokens_per_step: int) -> dict[str, Any]:
