@@ -94,8 +94,8 @@ class TorchSession:
                 raise
             log.error("%s", error if isinstance(error, MupsweepError) else traceback.format_exc())
             fitting = error.fitting if isinstance(error, MicroBatchTooLarge) else None
-            reason = f"rank {self.ranks.rank}: {failure_message(error, run, self.device)}"
             try:
+                reason = f"rank {self.ranks.rank}: {failure_message(error, run, self.device)}"
                 folder.record_failure(reason, fitting, final=isinstance(error, OutOfMemory))
             finally:  # also where nothing can be written, or this rank would go on to the next run without the others
                 os.abort()
