@@ -70,13 +70,16 @@ class Replay:
         return float(min(low for low, _ in ends)), float(max(high for _, high in ends))
 
     def train(self, k: int, log2_lr: float) -> float:
-        """The loss at the nearest LR that is not known yet; nan where it diverged, or where all are known."""
+        """The loss at the nearest LR that is not known yet; nan where it diverged, or where all are known.
+
+        Of several seeds it is that of the first: the others are for the judge alone.
+        """
         size, known = self.ladder.sizes[k], self.known[k]
         free = [i for i, x in enumerate(size.log2_lrs) if x not in known]
         if not free:
             return math.nan
         i = min(free, key=lambda i: abs(size.log2_lrs[i] - log2_lr))
-        loss = float(np.nanmean(size.losses[i])) if size.usable[i] else math.nan
+        loss = float(size.losses[i][np.isfinite(size.losses[i])][0]) if size.usable[i] else math.nan
         known[float(size.log2_lrs[i])] = loss
         return loss
 
