@@ -257,16 +257,17 @@ def drifts(*claims: str, **remarks: str) -> Table:
 
 
 def tuned(sweep: str) -> Table:
-    """Whether the best value of another hyperparameter, at its own best LR, is claimed rightly to stay."""
+    """Whether the best value of another hyperparameter transfers, as is claimed, each value at its own best LR."""
     findings = []
     for tuning in recorded(sweep).tunings:
-        ends = (tuning.sizes[0], tuning.sizes[-1])
-        best = (f"{size.minimum:.2g} at width {size.width}" for size in ends)
+        first, last = tuning.sizes[0], tuning.sizes[-1]
+        best = (f"{first.minimum:.2g}", f"{last.minimum:.2g}")
         verdict = _judged(tuning.verdict == TRANSFERS, tuning.verdict == DRIFTS)
-        cells = (*tuning.names[1:], *best, f"{tuning.total_drift:+.2f}", f"{ends[1].regret:.4f}", tuning.verdict)
+        cells = (*tuning.names[1:], *best, f"{tuning.total_drift:+.2f}", f"{last.regret:.4f}", tuning.verdict)
         findings.append(Finding(cells, verdict))
-    moves = ("octaves from the first to the last", "the first costs there, nats", "it")
-    return Table(("optimizer", "rule", "best value", "and", *moves), tuple(findings))
+    ends = ("best value at the smallest size", "at the largest")
+    moves = ("moves by, octaves", "the smallest's best costs there, nats", "value")
+    return Table(("optimizer", "rule", *ends, *moves), tuple(findings))
 
 
 def _hidden(sweep: str) -> dict[tuple[str, str, int], list[NormRow]]:
